@@ -1,3 +1,339 @@
+/* gemma2.c - Gemma 2 inference in one file.  See gemma2.h for how to use it.
+ *
+ * MAP
+ *   1 Ground          errors, little-endian reads, SHA-256, mapped files
+ *   2 The weight file the byte table (normative) and the code that distrusts it
+ *   3 Number formats  f32, bf16, q8, q6, q4: how a matrix lies in the file
+ *   4 Kernels         the specification of every sum, in plain C
+ *   5 Work sharing    the only OpenMP, the only floating-point environment
+ *   6 The model       cache, attention, feed-forward, layer, forward
+ *   7 Tokenizer       SentencePiece BPE, both ways
+ *   8 Sampler         penalties, temperature, top-k, top-p, min-p, PCG32
+ *   9 Public API      in the order of gemma2.h
+ *   A Appendix        the kernels of section 4 again, faster: AVX2, AVX-VNNI, AVX-512
+ * Whoever stops reading at the appendix has understood everything.
+ *
+ * NOTATION (the Gemma 2 report, arXiv 2408.00118, and google-deepmind/gemma)
+ *   T tokens of a pass   D model width   N query heads   K key/value heads   H head_dim
+ *   F ffn width   V vocabulary   L layers   W window   G = N/K query heads a kv head
+ *   Arrays are written with their shape, last index fastest: x[T][D].
+ *
+ * ONE LAYER (google/gemma_pytorch, gemma/model.py, Gemma2DecoderLayer)
+ *
+ *   x[T][D] --+--> attn_norm --> q,k,v --> RoPE --> attention --> o --> post_attn_norm --(+)--+
+ *             |                  N,K,K heads        local: W newest keys                  ^   |
+ *             |                                     global: all keys                      |   |
+ *             +---------------------------------------------------------------------------+   |
+ *   x[T][D] <-+--(+)<-- post_ffn_norm <-- down <-- gelu(gate) * up <-- ffn_norm <--+----------+
+ *                 ^                                                                |
+ *                 +----------------------------------------------------------------+
+ *
+ *   x starts as embedding[id] * sqrt(D); after L layers final_norm, then the embedding
+ *   again as output head, then logits = 30 tanh(logits / 30).
+ *
+ * SAME BITS.  Every sum below has one stated order, every product is rounded before it is
+ * added, exp and tanh are this file's own.  The appendix repeats the same roundings, so
+ * all instruction sets, thread counts and batch sizes give the same bits.  That needs a
+ * compiler that does not contract a*b+c (-ffp-contract=off) nor reorders (no -ffast-math). */
+
+#ifdef __FAST_MATH__
+#error "gemma2.c promises equal bits everywhere: build it without -ffast-math"
+#endif
+#ifndef _DEFAULT_SOURCE
+#define _DEFAULT_SOURCE /* madvise, MAP_ANONYMOUS */
+#endif
+#include "gemma2.h"
+
+#include <errno.h>
+#include <math.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+#if defined(__unix__) || defined(__APPLE__)
+#define HAVE_MMAP 1
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+#endif
+#if defined(__x86_64__) && defined(__GNUC__)
+#define HAVE_X86 1
+#include <cpuid.h>
+#include <immintrin.h>
+#endif
+
+/* The tracing seam: define it before including this file to be handed every named
+ * activation, data[rows][cols] with stride floats from row to row. */
+#ifndef GEMMA2_TRACE
+#define GEMMA2_TRACE(name, layer, data, rows, cols, stride) ((void)0)
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+
+/* ===================================================================================
+ * 1. Ground
+ * =================================================================================== */
+
+/* Writes a sentence to err; returns 0, so that checks can `return fail(...)`. */
+struct errbuf {
+    char *text;
+    size_t size;
+};
+
+__attribute__((format(printf, 2, 3)))
+static int fail(struct errbuf *err, const char *format, ...)
+{
+    if (err->text && err->size) {
+        va_list args;
+        va_start(args, format);
+        vsnprintf(err->text, err->size, format, args);
+        va_end(args);
+    }
+    return 0;
+}
+
+static uint32_t get_u32(const uint8_t *p)
+{
+    return p[0] | (uint32_t)p[1] << 8 | (uint32_t)p[2] << 16 | (uint32_t)p[3] << 24;
+}
+
+static uint64_t get_u64(const uint8_t *p)
+{
+    return get_u32(p) | (uint64_t)get_u32(p + 4) << 32;
+}
+
+INLINE float float_of(uint32_t bits)
+{
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
+INLINE uint32_t bits_of(float x)
+{
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    return bits;
+}
+
+static float get_f32(const uint8_t *p) { return float_of(get_u32(p)); }
+
+static double get_f64(const uint8_t *p)
+{
+    uint64_t bits = get_u64(p);
+    double x;
+    memcpy(&x, &bits, 8);
+    return x;
+}
+
+static int is_zero(const uint8_t *p, size_t n)
+{
+    uint8_t any = 0;
+    for (size_t i = 0; i < n; i++)
+        any |= p[i];
+    return !any;
+}
+
+static size_t round_up(size_t n, size_t step) { return (n + step - 1) / step * step; }
+
+static int32_t min_i32(int32_t a, int32_t b) { return a < b ? a : b; }
+static int32_t max_i32(int32_t a, int32_t b) { return a > b ? a : b; }
+
+/* SHA-256, FIPS 180-4. */
+struct sha256 {
+    uint32_t h[8];
+    uint8_t block[64];
+    uint64_t bytes;
+};
+
+static void sha256_init(struct sha256 *s)
+{
+    static const uint32_t start[8] = {
+        0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a,
+        0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19};
+    memcpy(s->h, start, sizeof start);
+    s->bytes = 0;
+}
+
+static uint32_t ror(uint32_t x, int n) { return x >> n | x << (32 - n); }
+
+/* One round; the working variable a is v[-j mod 8], b the next one, and so on. */
+INLINE void sha256_round(uint32_t v[8], int j, uint32_t kw)
+{
+    uint32_t a = v[-j & 7], b = v[(1 - j) & 7], c = v[(2 - j) & 7];
+    uint32_t e = v[(4 - j) & 7], f = v[(5 - j) & 7], g = v[(6 - j) & 7];
+    uint32_t t = v[(7 - j) & 7] + (ror(e, 6) ^ ror(e, 11) ^ ror(e, 25)) + ((e & f) ^ (~e & g)) + kw;
+    v[(3 - j) & 7] += t;
+    v[(7 - j) & 7] = t + (ror(a, 2) ^ ror(a, 13) ^ ror(a, 22)) + ((a & b) ^ (a & c) ^ (b & c));
+}
+
+static void sha256_block(uint32_t h[8], const uint8_t *p)
+{
+    static const uint32_t k[64] = {
+        0x428a2f98, 0x71374491, 0xb5c0fbcf, 0xe9b5dba5, 0x3956c25b, 0x59f111f1, 0x923f82a4,
+        0xab1c5ed5, 0xd807aa98, 0x12835b01, 0x243185be, 0x550c7dc3, 0x72be5d74, 0x80deb1fe,
+        0x9bdc06a7, 0xc19bf174, 0xe49b69c1, 0xefbe4786, 0x0fc19dc6, 0x240ca1cc, 0x2de92c6f,
+        0x4a7484aa, 0x5cb0a9dc, 0x76f988da, 0x983e5152, 0xa831c66d, 0xb00327c8, 0xbf597fc7,
+        0xc6e00bf3, 0xd5a79147, 0x06ca6351, 0x14292967, 0x27b70a85, 0x2e1b2138, 0x4d2c6dfc,
+        0x53380d13, 0x650a7354, 0x766a0abb, 0x81c2c92e, 0x92722c85, 0xa2bfe8a1, 0xa81a664b,
+        0xc24b8b70, 0xc76c51a3, 0xd192e819, 0xd6990624, 0xf40e3585, 0x106aa070, 0x19a4c116,
+        0x1e376c08, 0x2748774c, 0x34b0bcb5, 0x391c0cb3, 0x4ed8aa4a, 0x5b9cca4f, 0x682e6ff3,
+        0x748f82ee, 0x78a5636f, 0x84c87814, 0x8cc70208, 0x90befffa, 0xa4506ceb, 0xbef9a3f7,
+        0xc67178f2};
+    uint32_t w[64], v[8];
+    for (int i = 0; i < 16; i++)
+        w[i] = (uint32_t)p[4 * i] << 24 | (uint32_t)p[4 * i + 1] << 16 |
+               (uint32_t)p[4 * i + 2] << 8 | p[4 * i + 3];
+    for (int i = 16; i < 64; i++) {
+        uint32_t a = w[i - 15], b = w[i - 2];
+        w[i] = w[i - 16] + w[i - 7] + (ror(a, 7) ^ ror(a, 18) ^ a >> 3) +
+               (ror(b, 17) ^ ror(b, 19) ^ b >> 10);
+    }
+    memcpy(v, h, sizeof v);
+    for (int i = 0; i < 64; i += 8)
+        for (int j = 0; j < 8; j++) /* unrolled, the roles of v rotate by register */
+            sha256_round(v, j, k[i + j] + w[i + j]);
+    for (int i = 0; i < 8; i++)
+        h[i] += v[i];
+}
+
+static void sha256_add(struct sha256 *s, const uint8_t *p, size_t n)
+{
+    size_t held = s->bytes % 64;
+    s->bytes += n;
+    if (held) {
+        size_t take = n < 64 - held ? n : 64 - held;
+        memcpy(s->block + held, p, take);
+        p += take, n -= take;
+        if (held + take < 64)
+            return;
+        sha256_block(s->h, s->block);
+    }
+    for (; n >= 64; p += 64, n -= 64)
+        sha256_block(s->h, p);
+    if (n)
+        memcpy(s->block, p, n);
+}
+
+static void sha256_end(struct sha256 *s, uint8_t digest[32])
+{
+    uint64_t bits = s->bytes * 8;
+    uint8_t tail[72] = {0x80};
+    size_t n = 64 - (s->bytes + 8) % 64;
+    for (int i = 0; i < 8; i++)
+        tail[n + i] = (uint8_t)(bits >> (56 - 8 * i));
+    sha256_add(s, tail, n + 8);
+    for (int i = 0; i < 32; i++)
+        digest[i] = (uint8_t)(s->h[i / 4] >> (24 - 8 * (i % 4)));
+}
+
+/* A file's bytes: mapped, read into memory of ours, or lent by the caller. */
+struct file {
+    const uint8_t *data;
+    size_t size;
+    void *mapping; /* to unmap, or NULL */
+    void *memory;  /* to free, or NULL */
+};
+
+static void file_close(struct file *f)
+{
+#ifdef HAVE_MMAP
+    if (f->mapping)
+        munmap(f->mapping, f->size);
+#endif
+    free(f->memory);
+    memset(f, 0, sizeof *f);
+}
+
+#ifdef HAVE_MMAP
+static int read_all(int fd, uint8_t *to, size_t n)
+{
+    while (n) {
+        ssize_t got = read(fd, to, n < 1u << 30 ? n : 1u << 30);
+        if (got < 0 && errno == EINTR)
+            continue;
+        if (got <= 0)
+            return 0;
+        to += got, n -= (size_t)got;
+    }
+    return 1;
+}
+
+/* Maps the open file, or reads it into anonymous memory that asks for huge pages. */
+static int file_load(struct file *f, int fd, const char *path, int read_in, struct errbuf *err)
+{
+    int protection = read_in ? PROT_READ | PROT_WRITE : PROT_READ;
+    int flags = read_in ? MAP_PRIVATE | MAP_ANONYMOUS : MAP_SHARED;
+    void *p = mmap(NULL, f->size, protection, flags, read_in ? -1 : fd, 0);
+    if (p == MAP_FAILED)
+        return fail(err, "%s: cannot map %zu bytes: %s", path, f->size, strerror(errno));
+    f->mapping = p;
+    f->data = p;
+    if (!read_in)
+        return 1;
+#ifdef MADV_HUGEPAGE
+    madvise(p, f->size, MADV_HUGEPAGE);
+#endif
+    if (!read_all(fd, p, f->size))
+        return fail(err, "%s: cannot read %zu bytes: %s", path, f->size,
+                    errno ? strerror(errno) : "the file became shorter");
+    return 1;
+}
+
+static int file_open(struct file *f, const char *path, int read_in, struct errbuf *err)
+{
+    struct stat st;
+    int fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
+    if (fd < 0)
+        return fail(err, "%s: cannot open: %s", path, strerror(errno));
+    int ok = 0;
+    if (fstat(fd, &st) < 0)
+        fail(err, "%s: cannot read: %s", path, strerror(errno));
+    else if (!S_ISREG(st.st_mode))
+        fail(err, "%s: is %s, not a model file", path,
+             S_ISDIR(st.st_mode) ? "a directory" : "a device or pipe");
+    else if (st.st_size == 0)
+        fail(err, "%s: is empty; convert a checkpoint with export.py", path);
+    else if ((uint64_t)st.st_size > SIZE_MAX)
+        fail(err, "%s: has %llu bytes, too large for this 32-bit program", path,
+             (unsigned long long)st.st_size);
+    else {
+        f->size = (size_t)st.st_size;
+        errno = 0;
+        ok = file_load(f, fd, path, read_in, err);
+    }
+    close(fd);
+    return ok;
+}
+#else
+static int file_open(struct file *f, const char *path, int read_in, struct errbuf *err)
+{
+    (void)read_in; /* there is no other way here */
+    FILE *in = fopen(path, "rb");
+    if (!in)
+        return fail(err, "%s: cannot open: %s", path, strerror(errno));
+    size_t room = 1 << 20;
+    for (;;) {
+        void *memory = realloc(f->memory, room);
+        if (!memory)
+            break;
+        f->memory = memory;
+        f->size += fread((char *)memory + f->size, 1, room - f->size, in);
+        if (f->size < room || room > SIZE_MAX / 2)
+            break;
+        room *= 2;
+    }
+    int ok = !ferror(in) && feof(in) && f->size;
+    fclose(in);
+    f->data = f->memory;
+    return ok ? 1 : fail(err, "%s: cannot be read, or is empty", path);
+}
+#endif
+
 /* ===================================================================================
  * 2. The weight file
  *
@@ -73,6 +409,393 @@
  *          u8[]   the blob; a space is U+2581; only UNUSED pieces may be empty; a piece
  *                 has at most 4096 bytes; of equal pieces the lowest id is found
  * =================================================================================== */
+
+enum { /* roles */
+    ROLE_FACTS = 1, ROLE_TOKENIZER = 2, ROLE_EMBEDDING = 16, ROLE_HEAD = 17,
+    ROLE_FINAL_NORM = 18, ROLE_LAYER_FIRST = 32
+};
+
+enum { TYPE_BYTES, TYPE_F32, TYPE_BF16, TYPE_Q8, TYPE_Q6, TYPE_Q4, N_TYPES };
+
+/* A tensor in the file, used where it lies. */
+struct matrix {
+    const uint8_t *data; /* NULL: not there */
+    uint32_t type, rows, cols;
+    size_t tile_bytes; /* 16 rows */
+};
+
+struct layer {
+    struct matrix attn_norm, q, k, v, o, post_attn_norm;
+    struct matrix ffn_norm, gate, up, down, post_ffn_norm;
+};
+
+/* What section 7 needs: views into the file, and two indexes built at open. */
+struct tokenizer {
+    const uint8_t *scores, *ends, *kinds, *blob;
+    uint32_t n;
+    uint32_t *slots, mask; /* hash of matchable pieces, see piece_insert */
+    uint32_t *user;        /* ids of USER and MARKER pieces, sorted by bytes */
+    uint32_t n_user;
+    int32_t byte_id[256]; /* -1 where absent */
+    int32_t unk;
+};
+
+struct kernels; /* section 4 */
+
+struct gemma2_model {
+    gemma2_config config;
+    struct file file;
+    const struct kernels *isa;
+    const uint8_t *directory;
+    uint32_t n_sections;
+    const uint8_t *facts;
+    size_t facts_bytes;
+    const uint8_t *tokenizer_bytes;
+    size_t tokenizer_size;
+    struct tokenizer tokenizer;
+    struct matrix embedding, head, final_norm;
+    struct layer layers[];
+};
+
+/* The roles a file can have.  Dimensions: V, D, F, Q = N*H, K = K*H, 1; '-' no matrix. */
+struct role {
+    uint32_t id;
+    const char *name;
+    char rows, cols;
+    size_t member; /* of gemma2_model, or of layer from ROLE_LAYER_FIRST on */
+};
+
+static const struct role roles[] = {
+    {ROLE_FACTS, "facts", '-', '-', 0},
+    {ROLE_TOKENIZER, "tokenizer", '-', '-', 0},
+    {ROLE_EMBEDDING, "embedding", 'V', 'D', offsetof(gemma2_model, embedding)},
+    {ROLE_HEAD, "head", 'V', 'D', offsetof(gemma2_model, head)},
+    {ROLE_FINAL_NORM, "final_norm", 'D', '1', offsetof(gemma2_model, final_norm)},
+    {32, "attn_norm", 'D', '1', offsetof(struct layer, attn_norm)},
+    {33, "q", 'Q', 'D', offsetof(struct layer, q)},
+    {34, "k", 'K', 'D', offsetof(struct layer, k)},
+    {35, "v", 'K', 'D', offsetof(struct layer, v)},
+    {36, "o", 'D', 'Q', offsetof(struct layer, o)},
+    {37, "post_attn_norm", 'D', '1', offsetof(struct layer, post_attn_norm)},
+    {40, "ffn_norm", 'D', '1', offsetof(struct layer, ffn_norm)},
+    {41, "gate", 'F', 'D', offsetof(struct layer, gate)},
+    {42, "up", 'F', 'D', offsetof(struct layer, up)},
+    {43, "down", 'D', 'F', offsetof(struct layer, down)},
+    {44, "post_ffn_norm", 'D', '1', offsetof(struct layer, post_ffn_norm)},
+};
+enum { N_ROLES = sizeof roles / sizeof *roles };
+
+static const struct {
+    const char *name;
+    uint32_t group_bytes; /* of 32 inputs, 16 rows; 0: not quantised */
+} types[N_TYPES] = {{"bytes", 0}, {"f32", 0}, {"bf16", 0}, {"q8", 512}, {"q6", 384}, {"q4", 256}};
+
+enum {
+    HEADER_BYTES = 512, ENTRY_BYTES = 96, IDENTITY_AT = 480, MAX_LAYERS = 1024,
+    MAX_HEAD_DIM = 1024, TILE = 16, GROUP = 32, BLOCK_INPUTS = 256
+};
+
+static int is_quantised(uint32_t type) { return type >= TYPE_Q8; }
+
+/* Bytes of a tile of 16 rows (section 3); cols is at most 2^22. */
+static uint64_t tile_bytes(uint32_t type, uint64_t cols)
+{
+    if (type == TYPE_F32)
+        return cols * 64;
+    if (type == TYPE_BF16)
+        return (cols + 1) / 2 * 64;
+    return 64 + (cols + 255) / 256 * (128 + 8 * (uint64_t)types[type].group_bytes);
+}
+
+/* An entry of the directory. */
+struct entry {
+    uint32_t role, layer, type, flags;
+    uint64_t rows, cols, offset, bytes;
+    const uint8_t *digest, *reserved;
+};
+
+static struct entry get_entry(const uint8_t *directory, size_t i)
+{
+    const uint8_t *p = directory + i * ENTRY_BYTES;
+    struct entry e = {get_u32(p), get_u32(p + 4), get_u32(p + 8), get_u32(p + 12),
+                      get_u64(p + 16), get_u64(p + 24), get_u64(p + 32), get_u64(p + 40),
+                      p + 48, p + 80};
+    return e;
+}
+
+static const struct role *find_role(uint32_t id)
+{
+    for (int i = 0; i < N_ROLES; i++)
+        if (roles[i].id == id)
+            return &roles[i];
+    return NULL;
+}
+
+/* The header's integers and reals: where, what, within which limits.  With no layers
+ * (a tokenizer file) those marked zero must be 0. */
+struct header_field {
+    uint16_t at;
+    char kind; /* 'i' u32, 'f' f32, 'd' f64, 'c' f32 soft-cap */
+    char zero;
+    const char *name;
+    double low, high;
+    size_t member; /* of gemma2_config */
+};
+#define CONFIG(member) offsetof(gemma2_config, member)
+static const struct header_field header_fields[] = {
+    {64, 'i', 0, "number of layers", 0, MAX_LAYERS, CONFIG(n_layers)},
+    {68, 'i', 1, "model width", 1, 1 << 20, CONFIG(d_model)},
+    {72, 'i', 1, "number of query heads", 1, 4096, CONFIG(n_heads)},
+    {76, 'i', 1, "number of key/value heads", 1, 4096, CONFIG(n_kv_heads)},
+    {80, 'i', 1, "head_dim", 2, MAX_HEAD_DIM, CONFIG(head_dim)},
+    {84, 'i', 1, "feed-forward width", 1, 1 << 22, CONFIG(d_ffn)},
+    {88, 'i', 0, "vocabulary", 1, (1 << 22) - 1, CONFIG(n_vocab)},
+    {92, 'i', 1, "window", 1, 1 << 30, CONFIG(window)},
+    {96, 'i', 1, "trained context", 1, 1 << 30, CONFIG(n_context)},
+    {100, 'f', 1, "rms_norm_eps", 0, 1, CONFIG(rms_norm_eps)},
+    {104, 'd', 1, "rope_theta", 1e-3, 1e12, CONFIG(rope_theta)},
+    {112, 'c', 0, "soft-cap of attention scores", 0.01, 10000, CONFIG(attn_softcap)},
+    {116, 'c', 0, "soft-cap of logits", 0.01, 10000, CONFIG(final_softcap)},
+    {120, 'f', 1, "query scale", 1e-9, 1e9, CONFIG(query_scale)},
+    {124, 'f', 1, "embedding scale", 1e-9, 1e9, CONFIG(embedding_scale)},
+};
+enum { N_HEADER_FIELDS = sizeof header_fields / sizeof *header_fields };
+
+static int read_field(const uint8_t *header, const struct header_field *f, gemma2_config *c,
+                      struct errbuf *err)
+{
+    const uint8_t *p = header + f->at;
+    double x = f->kind == 'i' ? get_u32(p) : f->kind == 'd' ? get_f64(p) : get_f32(p);
+    int zero = f->zero && c->n_layers == 0;
+    int ok = zero || (f->kind == 'c' && x == 0) ? x == 0 : x >= f->low && x <= f->high;
+    if (!ok)
+        return fail(err, "the model file is corrupted: its %s is %g, not %s%g to %g", f->name, x,
+                    f->kind == 'c' ? "0 or " : "", zero ? 0 : f->low, zero ? 0 : f->high);
+    void *to = (char *)c + f->member;
+    if (f->kind == 'i')
+        *(int32_t *)to = (int32_t)x;
+    else if (f->kind == 'd')
+        *(double *)to = x;
+    else
+        *(float *)to = (float)x;
+    return 1;
+}
+
+/* The last part of the header: which layers are local, which ids stop. */
+static int read_lists(const uint8_t *header, gemma2_config *c, struct errbuf *err)
+{
+    if (c->n_layers && c->n_heads % c->n_kv_heads)
+        return fail(err, "the model file is corrupted: %d query heads cannot share %d key/value "
+                         "heads", c->n_heads, c->n_kv_heads);
+    if (c->head_dim % 2)
+        return fail(err, "the model file is corrupted: head_dim %d is odd", c->head_dim);
+    for (int l = 0; l < MAX_LAYERS; l++) {
+        c->is_local[l] = header[128 + l / 8] >> l % 8 & 1;
+        if (l >= c->n_layers && c->is_local[l])
+            return fail(err, "the model file is corrupted: it marks a layer it does not have");
+    }
+    uint32_t n = get_u32(header + 256);
+    if (n > 15)
+        return fail(err, "the model file is corrupted: %u stop ids, at most 15 fit", n);
+    c->n_stop = (int32_t)n;
+    for (uint32_t i = 0; i < 15; i++) {
+        uint32_t id = get_u32(header + 260 + 4 * i);
+        if (id >= (i < n ? (uint32_t)c->n_vocab : 1u))
+            return fail(err, "the model file is corrupted: stop id %u is not in the vocabulary", id);
+        c->stop[i] = (int32_t)id;
+    }
+    if (!is_zero(header + 60, 4) || !is_zero(header + 320, IDENTITY_AT - 320))
+        return fail(err, "the model file is corrupted: reserved bytes of its header are not zero");
+    return 1;
+}
+
+/* What a file that is not ours probably is. */
+static int fail_foreign(const uint8_t *p, size_t size, struct errbuf *err)
+{
+    static const struct {
+        const char *bytes;
+        size_t at, n;
+        const char *what;
+    } known[] = {
+        {"GGUF", 0, 4, "a GGUF file; gemma2.c runs files made by export.py from a checkpoint"},
+        {"\x1f\x8b", 0, 2, "gzip-compressed; unpack it first"},
+        {"\xfd" "7zXZ", 0, 5, "xz-compressed; unpack it first"},
+        {"PK\x03\x04", 0, 4, "a zip archive or PyTorch checkpoint; convert it with export.py"},
+        {"{\"", 8, 2, "a safetensors checkpoint; convert its directory with export.py"},
+        {"<", 0, 1, "a web page, not a model; the download went wrong"},
+        {"version https://git-lfs", 0, 23, "a Git LFS pointer, not the file itself; run git lfs pull"},
+    };
+    for (size_t i = 0; i < sizeof known / sizeof *known; i++)
+        if (size >= known[i].at + known[i].n &&
+            !memcmp(p + known[i].at, known[i].bytes, known[i].n))
+            return fail(err, "this is %s", known[i].what);
+    return fail(err, "this is not a gemma2.c model file; make one with export.py");
+}
+
+/* Everything before the directory's entries; sets n_sections, directory, file_bytes. */
+static int read_header(struct gemma2_model *m, const struct file *f, struct errbuf *err)
+{
+    static const uint8_t magic[8] = {0x89, 'G', 'E', 'M', 'M', 'A', '2', '\n'};
+    const uint8_t *p = f->data;
+    gemma2_config *c = &m->config;
+    if (f->size < 8 || memcmp(p, magic, 8))
+        return fail_foreign(p, f->size, err);
+    if (f->size < HEADER_BYTES)
+        return fail(err, "the model file is cut short: %zu bytes are less than its header's %d; "
+                         "copy or convert it again", f->size, HEADER_BYTES);
+    if (get_u32(p + 8) != 1)
+        return fail(err, "the model file has format version %u, this program reads version 1; use "
+                         "a newer gemma2.c or convert again", get_u32(p + 8));
+    if (get_u64(p + 16))
+        return fail(err, "the model file needs features (%#llx) that this version does not have; "
+                         "use a newer gemma2.c", (unsigned long long)get_u64(p + 16));
+    c->file_bytes = get_u64(p + 32);
+    if (c->file_bytes != f->size)
+        return fail(err, "the model file has %zu bytes, but should have %llu: it was %s; copy or "
+                         "convert it again", f->size, (unsigned long long)c->file_bytes,
+                    f->size < c->file_bytes ? "cut short" : "added to");
+    m->n_sections = get_u32(p + 48);
+    if (get_u32(p + 12) != HEADER_BYTES || get_u64(p + 40) != HEADER_BYTES ||
+        get_u32(p + 52) != ENTRY_BYTES || m->n_sections < 1 || m->n_sections > 65536 ||
+        HEADER_BYTES + (uint64_t)m->n_sections * ENTRY_BYTES > f->size)
+        return fail(err, "the model file is corrupted: its directory does not fit");
+    m->directory = p + HEADER_BYTES;
+    return 1;
+}
+
+static int check_identity(const struct gemma2_model *m, struct errbuf *err)
+{
+    struct sha256 s;
+    uint8_t digest[32];
+    sha256_init(&s);
+    sha256_add(&s, m->directory - HEADER_BYTES, IDENTITY_AT);
+    sha256_add(&s, m->directory, (size_t)m->n_sections * ENTRY_BYTES);
+    sha256_end(&s, digest);
+    if (memcmp(digest, m->directory - HEADER_BYTES + IDENTITY_AT, 32))
+        return fail(err, "the model file is corrupted: header and directory do not match their "
+                         "checksum; copy or convert it again");
+    return 1;
+}
+
+static uint64_t dimension(const gemma2_config *c, char letter)
+{
+    switch (letter) {
+    case 'V': return (uint64_t)c->n_vocab;
+    case 'D': return (uint64_t)c->d_model;
+    case 'F': return (uint64_t)c->d_ffn;
+    case 'Q': return (uint64_t)c->n_heads * (uint64_t)c->head_dim;
+    case 'K': return (uint64_t)c->n_kv_heads * (uint64_t)c->head_dim;
+    default: return 1;
+    }
+}
+
+/* Checks a tensor's shape and size against its role and puts it in its place. */
+static int place_matrix(struct gemma2_model *m, const struct role *r, const struct entry *e,
+                        struct errbuf *err)
+{
+    uint64_t rows = dimension(&m->config, r->rows), cols = dimension(&m->config, r->cols);
+    int in_layer = r->id >= ROLE_LAYER_FIRST;
+    if (e->layer >= (in_layer ? (uint32_t)m->config.n_layers : 1) || !m->config.n_layers)
+        return fail(err, "the model file is corrupted: %s of layer %u does not belong", r->name,
+                    e->layer);
+    if (e->rows != rows || e->cols != cols)
+        return fail(err, "the model file is corrupted: %s has shape [%llu, %llu], not [%llu, %llu]",
+                    r->name, (unsigned long long)e->rows, (unsigned long long)e->cols,
+                    (unsigned long long)rows, (unsigned long long)cols);
+    if (e->type < TYPE_F32 || e->type >= N_TYPES || (r->cols == '1' && e->type != TYPE_F32))
+        return fail(err, "the model file is corrupted: %s has unknown type %u", r->name, e->type);
+    uint64_t tile = tile_bytes(e->type, cols);
+    if (e->bytes != (rows + 15) / 16 * tile)
+        return fail(err, "the model file is corrupted: %s has %llu bytes, not %llu", r->name,
+                    (unsigned long long)e->bytes, (unsigned long long)((rows + 15) / 16 * tile));
+    char *base = in_layer ? (char *)&m->layers[e->layer] : (char *)m;
+    struct matrix *x = (struct matrix *)(base + r->member);
+    if (x->data)
+        return fail(err, "the model file is corrupted: %s occurs twice", r->name);
+    struct matrix found = {m->file.data + e->offset, e->type, (uint32_t)rows, (uint32_t)cols,
+                           (size_t)tile};
+    *x = found;
+    return 1;
+}
+
+static int place_bytes(const uint8_t **data, size_t *size, const struct gemma2_model *m,
+                       const struct role *r, const struct entry *e, struct errbuf *err)
+{
+    if (*data || e->layer || e->type != TYPE_BYTES || e->rows || e->cols)
+        return fail(err, "the model file is corrupted: bad or second %s section", r->name);
+    *data = m->file.data + e->offset;
+    *size = (size_t)e->bytes;
+    return 1;
+}
+
+static int read_directory(struct gemma2_model *m, struct errbuf *err)
+{
+    uint64_t align = get_u32(m->file.data + 56), size = m->file.size;
+    uint64_t end = HEADER_BYTES + (uint64_t)m->n_sections * ENTRY_BYTES;
+    if (align < 64 || align > 1 << 21 || align & (align - 1))
+        return fail(err, "the model file is corrupted: alignment %llu", (unsigned long long)align);
+    for (uint32_t i = 0; i < m->n_sections; i++) {
+        struct entry e = get_entry(m->directory, i);
+        const struct role *r = find_role(e.role);
+        uint64_t start = (end + align - 1) & ~(align - 1);
+        if (e.offset != start || start > size || e.bytes > size - start)
+            return fail(err, "the model file is corrupted: section %u is not where it should be", i);
+        end = start + e.bytes;
+        if (e.flags > 1 || !is_zero(e.reserved, 16) || (!r && !e.flags))
+            return fail(err, "the model file has a section of unknown kind %u; use a newer gemma2.c",
+                        e.role);
+        if (!r)
+            continue;
+        if (r->id == ROLE_FACTS ? !place_bytes(&m->facts, &m->facts_bytes, m, r, &e, err)
+            : r->id == ROLE_TOKENIZER
+                ? !place_bytes(&m->tokenizer_bytes, &m->tokenizer_size, m, r, &e, err)
+                : !place_matrix(m, r, &e, err))
+            return 0;
+    }
+    return end == size ? 1 : fail(err, "the model file is corrupted: its last section ends early");
+}
+
+/* Every role a model needs is there; the head may be the embedding. */
+static int check_complete(struct gemma2_model *m, struct errbuf *err)
+{
+    if (!m->tokenizer_bytes)
+        return fail(err, "the model file has no tokenizer; convert the checkpoint again");
+    for (int i = 0; i < N_ROLES && m->config.n_layers; i++) {
+        const struct role *r = &roles[i];
+        int in_layer = r->id >= ROLE_LAYER_FIRST;
+        if (r->rows == '-' || r->id == ROLE_HEAD)
+            continue;
+        for (int l = 0; l < (in_layer ? m->config.n_layers : 1); l++) {
+            char *base = in_layer ? (char *)&m->layers[l] : (char *)m;
+            if (!((struct matrix *)(base + r->member))->data)
+                return fail(err, "the model file lacks %s of layer %d; convert the checkpoint again",
+                            r->name, l);
+        }
+    }
+    if (!m->head.data)
+        m->head = m->embedding;
+    return 1;
+}
+
+/* The facts are read on demand; here only their lengths are checked. */
+static int check_facts(const struct gemma2_model *m, struct errbuf *err)
+{
+    size_t at = 4;
+    uint32_t n = m->facts_bytes >= 4 ? get_u32(m->facts) : 0;
+    int ok = !m->facts || m->facts_bytes >= 4;
+    for (uint32_t i = 0; ok && i < n; i++) {
+        ok = m->facts_bytes - at >= 8;
+        if (!ok)
+            break;
+        uint64_t bytes = 8 + (uint64_t)get_u32(m->facts + at) + get_u32(m->facts + at + 4);
+        ok = bytes <= m->facts_bytes - at;
+        at += ok ? (size_t)bytes : 0;
+    }
+    if (ok && (!m->facts || at == m->facts_bytes))
+        return 1;
+    return fail(err, "the model file is corrupted: its facts section is inconsistent");
+}
+
 /* ===================================================================================
  * 3. Number formats
  *
@@ -104,3 +827,2664 @@
  * S is finite.  Padded rows have S = 0; padded inputs hold any value, they meet zero
  * activations.  (Exporters write zero bytes in both; --check asks for S and finite values.)
  * =================================================================================== */
+
+/* 16 values for a nibble: nearly the optimum for a normal distribution, and every
+ * difference fits 6 bits, so value + 31 is an unsigned operand. */
+static const int8_t CODEBOOK[16] = {-31, -25, -20, -16, -12, -9, -6, -3,
+                                    0, 3, 6, 9, 13, 17, 22, 28};
+
+/* Unpacking a group of a quantised tile: 32 inputs x 16 rows, and the 16 group scales. */
+typedef void unpack_fn(const uint8_t *group, const uint8_t *scale_bytes,
+                       int8_t values[GROUP][TILE], int32_t scales[TILE]);
+
+static void unpack_q8(const uint8_t *group, const uint8_t *scale_bytes,
+                      int8_t values[GROUP][TILE], int32_t scales[TILE])
+{
+    for (int i = 0; i < GROUP; i++)
+        for (int r = 0; r < TILE; r++)
+            values[i][r] = (int8_t)group[i / 4 * 64 + r * 4 + i % 4];
+    for (int r = 0; r < TILE; r++)
+        scales[r] = scale_bytes[r];
+}
+
+/* The low nibbles that q6 and q4 share. */
+INLINE int low_nibble(const uint8_t *group, int i, int r)
+{
+    return group[i / 8 * 64 + r * 4 + i % 4] >> (i & 4) & 15;
+}
+
+static void unpack_q6(const uint8_t *group, const uint8_t *scale_bytes,
+                      int8_t values[GROUP][TILE], int32_t scales[TILE])
+{
+    for (int i = 0; i < GROUP; i++)
+        for (int r = 0; r < TILE; r++) {
+            int high = group[256 + i / 16 * 64 + r * 4 + i % 4] >> i / 4 % 4 * 2 & 3;
+            values[i][r] = (int8_t)(high * 16 + low_nibble(group, i, r) - 32);
+        }
+    for (int r = 0; r < TILE; r++)
+        scales[r] = (int8_t)scale_bytes[r];
+}
+
+static void unpack_q4(const uint8_t *group, const uint8_t *scale_bytes,
+                      int8_t values[GROUP][TILE], int32_t scales[TILE])
+{
+    for (int r = 0; r < TILE; r++)
+        scales[r] = ((int8_t)scale_bytes[r] - (scale_bytes[r] & 1)) / 2;
+    for (int i = 0; i < GROUP; i++)
+        for (int r = 0; r < TILE; r++)
+            values[i][r] = (int8_t)(CODEBOOK[low_nibble(group, i, r)] + 4 * (scale_bytes[r] & 1));
+}
+
+static unpack_fn *const unpackers[N_TYPES] = {NULL, NULL, NULL, unpack_q8, unpack_q6, unpack_q4};
+
+/* Where group g of a quantised tile lies, and its 16 scale bytes. */
+INLINE const uint8_t *group_at(uint32_t type, const uint8_t *tile, size_t g,
+                               const uint8_t **scale_bytes)
+{
+    size_t group_bytes = types[type].group_bytes;
+    const uint8_t *block = tile + 64 + g / 8 * (128 + 8 * group_bytes);
+    *scale_bytes = block + g % 8 * TILE;
+    return block + 128 + g % 8 * group_bytes;
+}
+
+INLINE float from_bf16(uint16_t h) { return float_of((uint32_t)h << 16); }
+
+/* Row r of a matrix as floats: y[cols].  Only the embedding is read this way. */
+static void read_row(const struct matrix *w, uint32_t r, float *y)
+{
+    const uint8_t *tile = w->data + r / TILE * w->tile_bytes;
+    uint32_t lane = r % TILE;
+    if (w->type == TYPE_F32)
+        for (uint32_t i = 0; i < w->cols; i++)
+            y[i] = ((const float *)tile)[i * TILE + lane];
+    else if (w->type == TYPE_BF16)
+        for (uint32_t i = 0; i < w->cols; i++)
+            y[i] = from_bf16(((const uint16_t *)tile)[i / 2 * 32 + lane * 2 + i % 2]);
+    else
+        for (uint32_t i = 0; i < w->cols; i += GROUP) {
+            int8_t values[GROUP][TILE];
+            int32_t scales[TILE];
+            const uint8_t *scale_bytes, *group = group_at(w->type, tile, i / GROUP, &scale_bytes);
+            unpackers[w->type](group, scale_bytes, values, scales);
+            for (uint32_t j = 0; j < GROUP && i + j < w->cols; j++)
+                y[i + j] = ((const float *)tile)[lane] * (float)(scales[lane] * values[j][lane]);
+        }
+}
+
+/* ===================================================================================
+ * 4. Kernels: the specification
+ *
+ * What these functions return, to the bit, is what every row of the appendix returns.
+ * Each operation rounds to float, to nearest even; sums run in the order written.
+ * =================================================================================== */
+
+enum {
+    MAX_PRODUCT_ROWS = 8, /* tokens that one kernel call multiplies a tile with */
+    MAX_QUERIES = 8,      /* query vectors that share a pass over a block of keys */
+    KEY_BLOCK = 256,      /* positions in an absolute block of attention */
+    HEAD_BLOCK = 2048     /* logits in a block of a log-sum-exp */
+};
+
+/* What products read: T rows as floats and, for quantised weights, the same rows as
+ * int8 in groups of 32 with scale and sum. */
+struct input {
+    float *x;       /* [T][ldx] */
+    size_t ldx;
+    int8_t *q;      /* [T][ldq], ldq a multiple of 256, zeros past the row's end */
+    float *scale;   /* [T][ldq / 32] */
+    int32_t *sum;   /* [T][ldq / 32] sums of 32 q */
+    size_t ldq;
+};
+
+/* y[i][r] = sum over inputs of w[r][input] * x[t + i][input], for n <= 8 tokens from t on
+ * and the 16 rows r of a tile. */
+typedef void product_fn(const uint8_t *tile, uint32_t cols, const struct input *in, size_t t,
+                        int n, float y[][TILE]);
+
+/* One instruction set.  A NULL in product stands for no such type. */
+struct kernels {
+    const char *name;
+    int (*available)(void);
+    product_fn *product[N_TYPES];
+    void (*quantise)(const float *x, uint32_t n, int8_t *q, float *scale, int32_t *sum);
+    void (*rms_norm)(const float *x, const float *w, float eps, uint32_t n, float *y);
+    void (*geglu)(float *gate, const float *up, size_t n);
+    void (*soft_cap)(float *x, size_t n, float cap);
+    float (*exp_sum)(float *x, size_t n, float max);
+    void (*to_half)(const float *x, size_t n, uint16_t *y);
+    /* s[j][16 g + lane] = sum over h of q[j][h] * keys[g][h][lane] */
+    void (*scores[2])(const float *const *q, int n_q, int head_dim, const void *const *keys,
+                      int n_groups, float (*s)[KEY_BLOCK]);
+    /* o[j][h] = sum over i in first..last of p[j][i] * values[i / 16][i % 16][h] */
+    void (*mix[2])(const float (*p)[KEY_BLOCK], int n_q, int width, const void *const *values,
+                   int first, int last, float *o);
+};
+
+/* ---- products ---- */
+
+/* f32 weights: y = y + w * x, inputs ascending. */
+static void product_f32(const uint8_t *tile, uint32_t cols, const struct input *in, size_t t,
+                        int n, float y[][TILE])
+{
+    const float *w = (const float *)tile;
+    for (int i = 0; i < n; i++) {
+        const float *x = in->x + (t + (size_t)i) * in->ldx;
+        float acc[TILE] = {0};
+        for (uint32_t k = 0; k < cols; k++)
+            for (int r = 0; r < TILE; r++)
+                acc[r] += w[k * TILE + r] * x[k];
+        memcpy(y[i], acc, sizeof acc);
+    }
+}
+
+/* bf16 weights: the same, each weight widened exactly. */
+static void product_bf16(const uint8_t *tile, uint32_t cols, const struct input *in, size_t t,
+                         int n, float y[][TILE])
+{
+    const uint16_t *w = (const uint16_t *)tile;
+    for (int i = 0; i < n; i++) {
+        const float *x = in->x + (t + (size_t)i) * in->ldx;
+        float acc[TILE] = {0};
+        for (uint32_t k = 0; k < cols; k++)
+            for (int r = 0; r < TILE; r++)
+                acc[r] += from_bf16(w[k / 2 * 32 + 2 * r + k % 2]) * x[k];
+        memcpy(y[i], acc, sizeof acc);
+    }
+}
+
+/* Quantised weights.  Per group of 32 inputs, ascending:
+ *     sum = sum of v * q           an exact integer
+ *     y   = y + x_scale * float(s * sum)
+ * and in the end y = S * y. */
+INLINE void product_quantised(unpack_fn *unpack, uint32_t type, const uint8_t *tile,
+                              uint32_t cols, const struct input *in, size_t t, int n,
+                              float y[][TILE])
+{
+    size_t n_groups = round_up(cols, BLOCK_INPUTS) / GROUP, groups_a_row = in->ldq / GROUP;
+    memset(y, 0, (size_t)n * sizeof *y);
+    for (size_t g = 0; g < n_groups; g++) {
+        int8_t v[GROUP][TILE];
+        int32_t s[TILE];
+        const uint8_t *scale_bytes, *group = group_at(type, tile, g, &scale_bytes);
+        unpack(group, scale_bytes, v, s);
+        for (int i = 0; i < n; i++) {
+            const int8_t *q = in->q + (t + (size_t)i) * in->ldq + g * GROUP;
+            float x_scale = in->scale[(t + (size_t)i) * groups_a_row + g];
+            int32_t sum[TILE] = {0};
+            for (int k = 0; k < GROUP; k++)
+                for (int r = 0; r < TILE; r++)
+                    sum[r] += v[k][r] * q[k];
+            for (int r = 0; r < TILE; r++)
+                y[i][r] += x_scale * (float)(s[r] * sum[r]);
+        }
+    }
+    for (int i = 0; i < n; i++)
+        for (int r = 0; r < TILE; r++)
+            y[i][r] *= ((const float *)tile)[r];
+}
+
+static void product_q8(const uint8_t *tile, uint32_t cols, const struct input *in, size_t t,
+                       int n, float y[][TILE])
+{
+    product_quantised(unpack_q8, TYPE_Q8, tile, cols, in, t, n, y);
+}
+
+static void product_q6(const uint8_t *tile, uint32_t cols, const struct input *in, size_t t,
+                       int n, float y[][TILE])
+{
+    product_quantised(unpack_q6, TYPE_Q6, tile, cols, in, t, n, y);
+}
+
+static void product_q4(const uint8_t *tile, uint32_t cols, const struct input *in, size_t t,
+                       int n, float y[][TILE])
+{
+    product_quantised(unpack_q4, TYPE_Q4, tile, cols, in, t, n, y);
+}
+
+/* The 32 inputs of a group: scale = max|x| / 127, q = x * (127 / max|x|) rounded to
+ * nearest even (adding 1.5 * 2^23 leaves the integer in the low bits).  Groups below 1e-30 count as zero; NaN and infinity go into the scale. */
+INLINE void quantise_group(const float *x, int8_t *q, float *scale, int32_t *sum)
+{
+    uint32_t max = 0;
+    for (int i = 0; i < GROUP; i++) {
+        uint32_t magnitude = bits_of(x[i]) & 0x7fffffff;
+        max = magnitude > max ? magnitude : max;
+    }
+    float absmax = float_of(max);
+    float inverse = absmax < 1e-30f ? 0.0f : 127.0f / absmax;
+    *scale = absmax < 1e-30f ? 0.0f : absmax / 127.0f;
+    int32_t total = 0;
+    for (int i = 0; i < GROUP; i++) {
+        float v = x[i] * inverse;
+        v = v < 127.0f ? v : 127.0f;
+        v = v > -127.0f ? v : -127.0f;
+        int32_t rounded = (int32_t)(bits_of(v + 12582912.0f) - bits_of(12582912.0f));
+        q[i] = (int8_t)rounded;
+        total += rounded;
+    }
+    *sum = total;
+}
+
+/* A row of n inputs, zero to the next multiple of 256. */
+INLINE void quantise_body(const float *x, uint32_t n, int8_t *q, float *scale, int32_t *sum)
+{
+    size_t g = 0, padded = round_up(n, BLOCK_INPUTS) / GROUP;
+    for (; g < n / GROUP; g++)
+        quantise_group(x + g * GROUP, q + g * GROUP, scale + g, sum + g);
+    for (; g < padded; g++) {
+        float rest[GROUP] = {0};
+        if (g * GROUP < n)
+            memcpy(rest, x + g * GROUP, (n - g * GROUP) * sizeof *rest);
+        quantise_group(rest, q + g * GROUP, scale + g, sum + g);
+    }
+}
+
+/* ---- exp and tanh: the engine's own, because libraries differ ---- */
+
+/* exp(x) within 1.5 units in the last place; 0 below -87.3, at least 2.4e38 above 88.4;
+ * exp(0) = 1; NaN stays NaN.  exp(x) = 2^n exp(r) with r = x - n ln 2, |r| <= 0.3466. */
+INLINE float exp_f32(float x)
+{
+    float clamped = x < 88.4f ? x : 88.4f;
+    clamped = x != x ? x : clamped < -87.3f ? -87.3f : clamped;
+    float shifted = clamped * 1.44269504f + 12582912.0f; /* n in the low bits */
+    float n = shifted - 12582912.0f;
+    float r = clamped - n * 0.693359375f; /* ln 2 in two parts; the first product is exact */
+    r = r + n * 2.12194440e-4f;
+    float p = 1.39262134e-3f;
+    p = p * r + 8.36320297e-3f;
+    p = p * r + 4.16665544e-2f;
+    p = p * r + 1.66665768e-1f;
+    p = p * r + 0.5f;
+    p = (r * r) * p + r + 1.0f;
+    float y = float_of(bits_of(p) + (bits_of(shifted) << 23));
+    y = x != x ? x : y;
+    return x < -87.3f ? 0.0f : y;
+}
+
+/* tanh(x) within 3 units in the last place: an odd polynomial below 0.625, above that
+ * 1 - 2 / (exp(2|x|) + 1), with the sign of x; NaN stays NaN. */
+INLINE float tanh_f32(float x)
+{
+    float a = float_of(bits_of(x) & 0x7fffffff), z = x * x;
+    float p = -6.09671417e-3f;
+    p = p * z + 2.09971790e-2f;
+    p = p * z + -5.38509096e-2f;
+    p = p * z + 1.33327697e-1f;
+    p = p * z + -3.33333289e-1f;
+    p = (p * z) * x + x;
+    float capped = a < 20.0f ? a : 20.0f;
+    float big = 1.0f - 2.0f / (exp_f32(capped + capped) + 1.0f);
+    big = float_of(bits_of(big) | (bits_of(x) & 0x80000000));
+    big = a != a ? a : big;
+    return a < 0.625f ? p : big;
+}
+
+/* gate = gelu(gate) * up with the tanh form, 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))
+ * (transformers gelu_pytorch_tanh; gemma_pytorch F.gelu(approximate="tanh")). */
+INLINE void geglu_body(float *gate, const float *up, size_t n)
+{
+    for (size_t i = 0; i < n; i++) {
+        float x = gate[i];
+        float inner = 0.797884561f * (x + 0.044715f * (x * x * x));
+        gate[i] = 0.5f * x * (1.0f + tanh_f32(inner)) * up[i];
+    }
+}
+
+/* x = cap * tanh(x / cap); the division is a product with the rounded 1 / cap. */
+INLINE void soft_cap_body(float *x, size_t n, float cap)
+{
+    float inverse = 1.0f / cap;
+    for (size_t i = 0; i < n; i++)
+        x[i] = cap * tanh_f32(x[i] * inverse);
+}
+
+/* ---- sums over a vector: 16 partial sums, element i in sum i % 16, then halving ---- */
+
+INLINE float add_lanes(const float lane[TILE])
+{
+    float a[8], b[4];
+    for (int i = 0; i < 8; i++)
+        a[i] = lane[i] + lane[i + 8];
+    for (int i = 0; i < 4; i++)
+        b[i] = a[i] + a[i + 4];
+    return (b[0] + b[2]) + (b[1] + b[3]);
+}
+
+/* x[i] = exp(x[i] - max); returns their sum. */
+INLINE float exp_sum_body(float *x, size_t n, float max)
+{
+    float lane[TILE] = {0};
+    size_t i = 0;
+    for (; i + TILE <= n; i += TILE)
+        for (int r = 0; r < TILE; r++) {
+            x[i + (size_t)r] = exp_f32(x[i + (size_t)r] - max);
+            lane[r] += x[i + (size_t)r];
+        }
+    for (int r = 0; i < n; i++, r++) {
+        x[i] = exp_f32(x[i] - max);
+        lane[r] += x[i];
+    }
+    return add_lanes(lane);
+}
+
+/* y = x / sqrt(mean(x^2) + eps) * (1 + w): Gemma scales by 1 + w, and multiplies before
+ * anything is rounded to fewer bits (transformers Gemma2RMSNorm).  y may be x. */
+INLINE void rms_norm_body(const float *x, const float *w, float eps, uint32_t n, float *y)
+{
+    float lane[TILE] = {0};
+    uint32_t i = 0;
+    for (; i + TILE <= n; i += TILE)
+        for (uint32_t r = 0; r < TILE; r++)
+            lane[r] += x[i + r] * x[i + r];
+    for (uint32_t r = 0; i < n; i++, r++)
+        lane[r] += x[i] * x[i];
+    float scale = 1.0f / sqrtf(add_lanes(lane) / (float)n + eps);
+    for (i = 0; i < n; i++)
+        y[i] = x[i] * scale * (1.0f + w[i]);
+}
+
+/* ---- half floats of the cache: to nearest even, saturating at 65504, NaN kept ---- */
+
+INLINE uint16_t half_of(float x)
+{
+    uint32_t bits = bits_of(x), sign = bits >> 16 & 0x8000, a = bits & 0x7fffffff;
+    uint32_t capped = a < 0x477fe000 ? a : 0x477fe000;
+    uint32_t small = bits_of(float_of(capped) + 0.5f) - 0x3f000000; /* below 2^-14 */
+    uint32_t normal = (capped - 0x38000000 + 0xfff + (capped >> 13 & 1)) >> 13;
+    uint32_t half = capped < 0x38800000 ? small : normal;
+    return (uint16_t)(sign | (a > 0x7f800000 ? 0x7e00 : half));
+}
+
+INLINE float from_half(uint16_t h)
+{
+    uint32_t sign = (uint32_t)(h & 0x8000) << 16;
+    float magnitude = float_of((uint32_t)(h & 0x7fff) << 13) * 0x1p112f;
+    uint32_t special = (h & 0x7c00) == 0x7c00 ? 0x7f800000 : 0;
+    return float_of(sign | special | bits_of(magnitude));
+}
+
+INLINE void to_half_body(const float *x, size_t n, uint16_t *y)
+{
+    for (size_t i = 0; i < n; i++)
+        y[i] = half_of(x[i]);
+}
+
+/* ---- attention over the cache (layout in section 6) ---- */
+
+INLINE float cached(const void *p, size_t i, int half)
+{
+    return half ? from_half(((const uint16_t *)p)[i]) : ((const float *)p)[i];
+}
+
+INLINE void scores_body(int half, const float *const *q, int n_q, int head_dim,
+                        const void *const *keys, int n_groups, float (*s)[KEY_BLOCK])
+{
+    for (int j = 0; j < n_q; j++)
+        for (int g = 0; g < n_groups; g++) {
+            float acc[TILE] = {0};
+            for (int h = 0; h < head_dim; h++)
+                for (int r = 0; r < TILE; r++)
+                    acc[r] += q[j][h] * cached(keys[g], (size_t)h * TILE + (size_t)r, half);
+            memcpy(&s[j][g * TILE], acc, sizeof acc);
+        }
+}
+
+INLINE void mix_body(int half, const float (*p)[KEY_BLOCK], int n_q, int width,
+                     const void *const *values, int first, int last, float *o)
+{
+    memset(o, 0, sizeof *o * (size_t)n_q * (size_t)width);
+    for (int j = 0; j < n_q; j++)
+        for (int i = first; i <= last; i++)
+            for (int h = 0; h < width; h++)
+                o[j * width + h] +=
+                    p[j][i] * cached(values[i / TILE], (size_t)(i % TILE * width + h), half);
+}
+
+static void scores_f32(const float *const *q, int n_q, int head_dim, const void *const *keys,
+                       int n_groups, float (*s)[KEY_BLOCK])
+{
+    scores_body(0, q, n_q, head_dim, keys, n_groups, s);
+}
+
+static void scores_f16(const float *const *q, int n_q, int head_dim, const void *const *keys,
+                       int n_groups, float (*s)[KEY_BLOCK])
+{
+    scores_body(1, q, n_q, head_dim, keys, n_groups, s);
+}
+
+static void mix_f32(const float (*p)[KEY_BLOCK], int n_q, int width, const void *const *values,
+                    int first, int last, float *o)
+{
+    mix_body(0, p, n_q, width, values, first, last, o);
+}
+
+static void mix_f16(const float (*p)[KEY_BLOCK], int n_q, int width, const void *const *values,
+                    int first, int last, float *o)
+{
+    mix_body(1, p, n_q, width, values, first, last, o);
+}
+
+/* ---- the bodies above as functions of the lowest row ---- */
+
+static void quantise(const float *x, uint32_t n, int8_t *q, float *scale, int32_t *sum)
+{
+    quantise_body(x, n, q, scale, sum);
+}
+
+static void rms_norm(const float *x, const float *w, float eps, uint32_t n, float *y)
+{
+    rms_norm_body(x, w, eps, n, y);
+}
+
+static void geglu(float *gate, const float *up, size_t n) { geglu_body(gate, up, n); }
+static void soft_cap(float *x, size_t n, float cap) { soft_cap_body(x, n, cap); }
+static float exp_sum(float *x, size_t n, float max) { return exp_sum_body(x, n, max); }
+static void to_half(const float *x, size_t n, uint16_t *y) { to_half_body(x, n, y); }
+
+static int always(void) { return 1; }
+
+static const struct kernels scalar_kernels = {
+    "scalar", always,
+    {NULL, product_f32, product_bf16, product_q8, product_q6, product_q4},
+    quantise, rms_norm, geglu, soft_cap, exp_sum, to_half,
+    {scores_f32, scores_f16}, {mix_f32, mix_f16}};
+
+static const struct kernels *select_kernels(struct errbuf *err); /* appendix */
+
+/* A running log-sum-exp over blocks of logits. */
+struct log_sum {
+    float max, target; /* target: the logit asked for */
+    double sum;
+};
+
+/* Adds n <= HEAD_BLOCK logits, which are overwritten. */
+static void log_sum_add(struct log_sum *s, float *x, size_t n,
+                        float (*exp_sum_fn)(float *, size_t, float))
+{
+    float max = x[0];
+    for (size_t i = 1; i < n; i++)
+        max = x[i] > max ? x[i] : max;
+    if (max > s->max) {
+        s->sum *= exp_f32(s->max - max);
+        s->max = max;
+    }
+    s->sum += exp_sum_fn(x, n, s->max);
+}
+
+/* ln x for finite x >= 1e-300: x = 2^e m, m in [0.7, 1.42), ln m = 2 atanh((m-1)/(m+1)). */
+static double log_f64(double x)
+{
+    int e;
+    double m = frexp(x, &e);
+    if (m < 0.7071067811865476)
+        m *= 2, e--;
+    double z = (m - 1) / (m + 1), z2 = z * z, sum = 0;
+    for (int i = 21; i >= 1; i -= 2)
+        sum = sum * z2 + 1.0 / i;
+    return e * 0.6931471805599453 + 2 * z * sum;
+}
+
+static float log_sum_end(const struct log_sum *s)
+{
+    return (float)((double)s->target - (double)s->max - log_f64(s->sum));
+}
+
+/* cos and sin of x >= 0: x less k pi/2 (in three parts, so that k < 2^20 loses nothing),
+ * then Taylor series on [-pi/4, pi/4]; within 1e-14 before rounding to float. */
+static void cos_sin(double x, float *cosine, float *sine)
+{
+    double k = floor(x * 0.6366197723675814 + 0.5);
+    double r = x - k * 0x1.921fb544p+0 - k * 0x1.0b4611a6p-34 - k * 0x1.3198a2e037073p-69;
+    double z = r * r, c = 0, s = 0;
+    for (int i = 16; i >= 0; i -= 2) {
+        c = i == 16 ? 1 : 1 - c * z / ((i + 1) * (i + 2));
+        s = i == 16 ? 1 : 1 - s * z / ((i + 2) * (i + 3));
+    }
+    double sn = s * r;
+    switch ((int64_t)k & 3) {
+    case 0: *cosine = (float)c, *sine = (float)sn; break;
+    case 1: *cosine = (float)-sn, *sine = (float)c; break;
+    case 2: *cosine = (float)-c, *sine = (float)-sn; break;
+    default: *cosine = (float)sn, *sine = (float)-c; break;
+    }
+}
+
+/* ===================================================================================
+ * 5. Work sharing: the only OpenMP of the file
+ * =================================================================================== */
+
+/* The floating-point environment the specification assumes: round to nearest even,
+ * denormals kept, no traps.  A host may have set another one; it gets it back. */
+static uint64_t float_env_enter(void)
+{
+#if defined(HAVE_X86)
+    uint64_t old = _mm_getcsr();
+    _mm_setcsr(0x1f80);
+    return old;
+#elif defined(__aarch64__)
+    uint64_t old, plain = 0;
+    __asm__ volatile("mrs %0, fpcr" : "=r"(old));
+    __asm__ volatile("msr fpcr, %0" : : "r"(plain));
+    return old;
+#else
+    return 0;
+#endif
+}
+
+static void float_env_leave(uint64_t old)
+{
+#if defined(HAVE_X86)
+    _mm_setcsr((unsigned)old);
+#elif defined(__aarch64__)
+    __asm__ volatile("msr fpcr, %0" : : "r"(old));
+#else
+    (void)old;
+#endif
+}
+
+typedef void task_fn(void *context, size_t task);
+
+/* Runs tasks 0 .. n-1, in any order, on up to n_threads threads.  Tasks write to places
+ * of their own, so their order and owner cannot show in a result. */
+static void share(int n_threads, size_t n, task_fn *task, void *context)
+{
+#ifdef _OPENMP
+    if (n_threads > 1 && n > 1) {
+        int team = n < (size_t)n_threads ? (int)n : n_threads;
+#pragma omp parallel num_threads(team)
+        {
+            uint64_t env = float_env_enter();
+#pragma omp for schedule(dynamic) nowait
+            for (size_t i = 0; i < n; i++)
+                task(context, i);
+            float_env_leave(env);
+        }
+        return;
+    }
+#endif
+    (void)n_threads;
+    for (size_t i = 0; i < n; i++)
+        task(context, i);
+}
+
+static int default_threads(void)
+{
+#ifdef _OPENMP
+    return min_i32(max_i32(omp_get_num_procs(), 1), 1024);
+#else
+    return 1;
+#endif
+}
+
+/* ===================================================================================
+ * 6. The model
+ *
+ * Cache.  A layer keeps, for each kv head, R slots; position p lives in slot p % R.  R is
+ * the context in a global layer; in a local one window + largest batch, so that the first
+ * row of a batch still finds its window when the last one is stored.  Slots come in
+ * groups of 16:
+ *     keys   [R / 16][H][16 slots]     a dot product runs down H, 16 keys in the lanes
+ *     values [R / 16][16 slots][H']    H' = H rounded up to 16, 16 dimensions in the lanes
+ * =================================================================================== */
+
+struct layer_cache {
+    uint8_t *keys, *values; /* [K] heads of key_bytes, value_bytes each */
+    int32_t slots;          /* R, a multiple of 16 */
+};
+
+struct row { /* one token of a pass */
+    gemma2_session *session;
+    float *logits;
+    int32_t id, position;
+};
+
+struct candidate { /* sampling */
+    float logit;
+    int32_t id;
+};
+
+struct gemma2_session {
+    const gemma2_model *model;
+    void *owned; /* to free, or NULL */
+    int32_t n_context, n_batch, n_threads, window;
+    int half;      /* cache type: 1 f16, 0 f32 */
+    int32_t width; /* H' */
+    int32_t position, high; /* tokens held; most tokens held since position 0 */
+    int32_t pending;        /* rows of the pass being set up */
+    int32_t *ids;           /* [n_context] */
+    struct layer_cache *cache; /* [L] */
+    /* scratch for a pass of n_batch rows */
+    struct row *rows;
+    float *x;                 /* [B][D] the residual stream */
+    float *h;                 /* [B][ldh] what products read, ldh = max(D, N*H) */
+    float *q, *k, *v;         /* [B][N*H], [B][K*H], [B][K*H] */
+    float *o;                 /* [B][D] what attention and ffn add */
+    float *ffn;               /* [B][F] */
+    float *cosine, *sine;     /* [B][H/2] */
+    float *inverse_frequency; /* [H/2] */
+    int8_t *q8;               /* [B][ldq] quantised inputs */
+    float *q8_scale;          /* [B][ldq/32] */
+    int32_t *q8_sum;
+    float **outputs;          /* [B] rows of logits */
+    struct log_sum *sums;     /* [B] */
+    int32_t *targets;         /* [B] */
+    float *partial;           /* attention split over blocks, see attend_split */
+    struct candidate *candidates; /* [V]; log_sum blocks [B][HEAD_BLOCK] share it */
+    float *adjusted;              /* [V] */
+    size_t ldh, ldq, partial_rows;
+};
+
+/* ---- laying out a session: one function counts and places ---- */
+
+struct arena {
+    uint8_t *base; /* NULL: only count */
+    size_t used;
+    int overflow;
+};
+
+static void *take(struct arena *a, size_t n, size_t bytes)
+{
+    size_t total, end;
+    if (__builtin_mul_overflow(n, bytes, &total) || total > SIZE_MAX / 2 ||
+        __builtin_add_overflow(a->used, round_up(total, 64), &end)) {
+        a->overflow = 1;
+        return NULL;
+    }
+    void *p = a->base ? a->base + a->used : NULL;
+    a->used = end;
+    return p;
+}
+
+enum { SPLIT_ROWS = 4 }; /* rows whose attention may be split over blocks of positions */
+
+/* The floats of one row's split attention: per query head and block max, sum, o[H']. */
+static size_t partial_floats(const gemma2_session *s)
+{
+    size_t blocks = ((size_t)s->n_context + KEY_BLOCK - 1) / KEY_BLOCK + 1;
+    return blocks * (size_t)s->model->config.n_heads * ((size_t)s->width + TILE);
+}
+
+static void place_scratch(gemma2_session *s, struct arena *a)
+{
+    const gemma2_config *c = &s->model->config;
+    size_t b = (size_t)s->n_batch, d = (size_t)c->d_model, heads = (size_t)dimension(c, 'Q');
+    size_t f = (size_t)c->d_ffn, kv = (size_t)dimension(c, 'K'), v = (size_t)c->n_vocab;
+    s->ldh = d > heads ? d : heads;
+    s->ldq = round_up(s->ldh > f ? s->ldh : f, BLOCK_INPUTS);
+    s->partial_rows = (size_t)min_i32(s->n_batch, SPLIT_ROWS);
+    s->rows = take(a, b, sizeof *s->rows);
+    s->x = take(a, b * d, sizeof(float));
+    s->h = take(a, b * s->ldh, sizeof(float));
+    s->q = take(a, b * heads, sizeof(float));
+    s->k = take(a, b * kv, sizeof(float));
+    s->v = take(a, b * kv, sizeof(float));
+    s->o = take(a, b * d, sizeof(float));
+    s->ffn = take(a, b * f, sizeof(float));
+    s->cosine = take(a, b * (size_t)c->head_dim / 2, sizeof(float));
+    s->sine = take(a, b * (size_t)c->head_dim / 2, sizeof(float));
+    s->inverse_frequency = take(a, (size_t)c->head_dim / 2, sizeof(float));
+    s->q8 = take(a, b * s->ldq, 1);
+    s->q8_scale = take(a, b * s->ldq / GROUP, sizeof(float));
+    s->q8_sum = take(a, b * s->ldq / GROUP, sizeof(int32_t));
+    s->outputs = take(a, b, sizeof *s->outputs);
+    s->sums = take(a, b, sizeof *s->sums);
+    s->targets = take(a, b, sizeof *s->targets);
+    s->partial = take(a, s->partial_rows * partial_floats(s), sizeof(float));
+    size_t log_sums = b * HEAD_BLOCK * sizeof(float), sampling = v * sizeof(struct candidate);
+    s->candidates = take(a, log_sums > sampling ? log_sums : sampling, 1);
+    s->adjusted = take(a, v, sizeof(float));
+}
+
+static size_t head_bytes(const gemma2_session *s, const struct layer_cache *c, int values)
+{
+    size_t width = values ? (size_t)s->width : (size_t)s->model->config.head_dim;
+    return (size_t)c->slots * width * (s->half ? 2 : 4);
+}
+
+/* Returns the bytes of the cache alone. */
+static size_t place_cache(gemma2_session *s, struct arena *a)
+{
+    const gemma2_config *c = &s->model->config;
+    size_t before = a->used;
+    for (int l = 0; l < c->n_layers; l++) {
+        struct layer_cache layer = {NULL, NULL, 0};
+        int64_t slots = s->n_context;
+        if (c->is_local[l] && (int64_t)s->window + s->n_batch < slots)
+            slots = (int64_t)s->window + s->n_batch;
+        layer.slots = (int32_t)round_up((size_t)slots, TILE);
+        layer.keys = take(a, (size_t)c->n_kv_heads, head_bytes(s, &layer, 0));
+        layer.values = take(a, (size_t)c->n_kv_heads, head_bytes(s, &layer, 1));
+        if (a->base)
+            s->cache[l] = layer;
+    }
+    return a->used - before;
+}
+
+/* Lays out everything behind the session's own struct; base NULL: counts only. */
+static int place_session(gemma2_session *s, uint8_t *base, gemma2_plan *plan)
+{
+    struct arena a = {base, 0, 0};
+    take(&a, 1, sizeof *s);
+    s->cache = take(&a, (size_t)s->model->config.n_layers, sizeof *s->cache);
+    s->ids = take(&a, (size_t)s->n_context, sizeof *s->ids);
+    place_scratch(s, &a);
+    plan->cache = place_cache(s, &a);
+    plan->total = a.used;
+    plan->scratch = plan->total - plan->cache;
+    plan->weights = s->model->config.file_bytes;
+    return a.overflow ? GEMMA2_ERR_ARGUMENT : GEMMA2_OK;
+}
+
+static int all_weights_f32(const gemma2_model *m)
+{
+    for (uint32_t i = 0; i < m->n_sections; i++)
+        if (get_entry(m->directory, i).type > TYPE_F32)
+            return 0;
+    return 1;
+}
+
+/* Fills in the defaults and checks the ranges. */
+static int read_session_params(gemma2_session *s, const gemma2_model *m,
+                               const gemma2_session_params *given)
+{
+    gemma2_session_params p;
+    gemma2_session_params_init(&p);
+    if (given) {
+        if (given->struct_size < 8 || given->struct_size > 4096)
+            return GEMMA2_ERR_ARGUMENT;
+        size_t known = given->struct_size < sizeof p ? given->struct_size : sizeof p;
+        memcpy(&p, given, known);
+    }
+    const gemma2_config *c = &m->config;
+    memset(s, 0, sizeof *s);
+    s->model = m;
+    s->n_context = p.n_context ? p.n_context : c->n_context;
+    s->n_batch = p.n_batch ? p.n_batch : min_i32(256, s->n_context);
+    s->n_threads = p.n_threads ? p.n_threads : default_threads();
+    s->window = p.window ? p.window : c->window;
+    s->half = p.cache_type ? p.cache_type == GEMMA2_CACHE_F16 : !all_weights_f32(m);
+    s->width = (int32_t)round_up((size_t)c->head_dim, TILE);
+    if (!c->n_layers || s->n_context < 1 || s->n_context > 1 << 30 || s->n_batch < 1 ||
+        s->n_batch > 4096 || s->n_threads < 1 || s->n_threads > 1024 || s->window < 1 ||
+        s->window > c->window || p.cache_type < 0 || p.cache_type > GEMMA2_CACHE_F16)
+        return GEMMA2_ERR_ARGUMENT;
+    return GEMMA2_OK;
+}
+
+/* ---- a pass: n rows through all layers ---- */
+
+struct pass {
+    const gemma2_model *model;
+    gemma2_session *lead; /* whose scratch and threads serve the pass */
+    size_t n;
+    int layer;
+};
+
+static struct input pass_input(const struct pass *p, float *x, size_t ldx)
+{
+    const gemma2_session *s = p->lead;
+    struct input in = {x, ldx, s->q8, s->q8_scale, s->q8_sum, s->ldq};
+    return in;
+}
+
+/* Quantises row t of the input if the weights that read it are quantised. */
+static void prepare_row(const struct pass *p, const struct input *in, size_t t, uint32_t n,
+                        int quantised)
+{
+    if (quantised)
+        p->model->isa->quantise(in->x + t * in->ldx, n, in->q + t * in->ldq,
+                                in->scale + t * (in->ldq / GROUP),
+                                in->sum + t * (in->ldq / GROUP));
+}
+
+/* ---- products: y = W x for all rows of the pass, several W over the same input ---- */
+
+struct product {
+    const struct matrix *w;
+    float *y;   /* [T][ldy], or NULL: row t goes to rows[t] */
+    size_t ldy;
+    float *const *rows;
+};
+
+struct product_job {
+    const struct kernels *isa;
+    struct input in;
+    size_t n; /* T */
+    struct product products[3];
+    int n_products, gated; /* gated: two products, gelu(first) * second, stored as the first */
+    uint32_t first_tile; /* of a single product that covers only some tiles */
+    size_t n_tiles, tiles_a_task;
+};
+
+/* y goes to the rows' outputs, which start at the job's first tile; padding does not. */
+static void store_tile(const struct product_job *job, const struct product *p, uint32_t tile,
+                       size_t t, int n, float (*y)[TILE])
+{
+    uint32_t row = tile * TILE, n_rows = p->w->rows - row < TILE ? p->w->rows - row : TILE;
+    for (int i = 0; i < n; i++) {
+        float *to = p->y ? p->y + (t + (size_t)i) * p->ldy : p->rows[t + (size_t)i];
+        memcpy(to + (tile - job->first_tile) * TILE, y[i], n_rows * sizeof(float));
+    }
+}
+
+static void multiply_tile(const struct product_job *job, const struct product *p, uint32_t tile,
+                          size_t t, int n, float (*y)[TILE])
+{
+    job->isa->product[p->w->type](p->w->data + tile * p->w->tile_bytes, p->w->cols, &job->in, t,
+                                  n, y);
+}
+
+/* One tile of one product (or of both of a gated pair), all rows of the pass. */
+static void product_tile(const struct product_job *job, const struct product *p, uint32_t tile)
+{
+    float y[MAX_PRODUCT_ROWS][TILE], up[MAX_PRODUCT_ROWS][TILE];
+    for (size_t t = 0; t < job->n; t += MAX_PRODUCT_ROWS) {
+        int n = job->n - t < MAX_PRODUCT_ROWS ? (int)(job->n - t) : MAX_PRODUCT_ROWS;
+        multiply_tile(job, p, tile, t, n, y);
+        if (job->gated) {
+            multiply_tile(job, p + 1, tile, t, n, up);
+            job->isa->geglu(y[0], up[0], (size_t)n * TILE);
+        }
+        store_tile(job, p, tile, t, n, y);
+    }
+}
+
+static void product_task(void *context, size_t task)
+{
+    const struct product_job *job = context;
+    size_t first = task * job->tiles_a_task, last = first + job->tiles_a_task;
+    for (size_t i = first; i < last && i < job->n_tiles; i++) {
+        size_t tile = i + job->first_tile;
+        const struct product *p = job->products;
+        while (!job->gated && tile >= (p->w->rows + TILE - 1) / TILE) {
+            tile -= (p->w->rows + TILE - 1) / TILE;
+            p++;
+        }
+        product_tile(job, p, (uint32_t)tile);
+    }
+}
+
+/* Tasks of about 128 KB of weights: long streams, yet enough of them to share evenly. */
+static void run_products(const gemma2_session *lead, struct product_job *job)
+{
+    size_t bytes = job->products[0].w->tile_bytes * (job->gated ? 2 : 1);
+    size_t tiles = (128 << 10) / bytes, fair = job->n_tiles / ((size_t)lead->n_threads * 4);
+    job->tiles_a_task = tiles > fair ? fair : tiles;
+    if (!job->tiles_a_task)
+        job->tiles_a_task = 1;
+    share(lead->n_threads, (job->n_tiles + job->tiles_a_task - 1) / job->tiles_a_task,
+          product_task, job);
+}
+
+static void multiply(const struct pass *p, struct input in, const struct product *products,
+                     int n_products, int gated)
+{
+    struct product_job job = {p->model->isa, in, p->n, {{0}}, n_products, gated, 0, 0, 0};
+    memcpy(job.products, products, (size_t)n_products * sizeof *products);
+    for (int i = 0; i < (gated ? 1 : n_products); i++)
+        job.n_tiles += (products[i].w->rows + TILE - 1) / TILE;
+    run_products(p->lead, &job);
+}
+
+/* ---- tasks over the rows of a pass ---- */
+
+static void share_rows(struct pass *p, task_fn *task)
+{
+    share(p->lead->n_threads, p->n, task, p);
+}
+
+static void norm(const struct pass *p, const struct matrix *w, const float *x, float *y)
+{
+    p->model->isa->rms_norm(x, (const float *)w->data, p->model->config.rms_norm_eps, w->rows, y);
+}
+
+/* x = embedding[id] * embedding_scale (the scale is sqrt(D) rounded to bf16, as in
+ * gemma_pytorch and transformers Gemma2Model; the product stays f32), and the angles of
+ * the row's position: position * theta^(-2i/H), in float as transformers computes them. */
+static void embed_task(void *context, size_t t)
+{
+    const struct pass *p = context;
+    const gemma2_session *s = p->lead;
+    const gemma2_config *c = &p->model->config;
+    size_t d = (size_t)c->d_model, half = (size_t)c->head_dim / 2;
+    float *x = s->x + t * d;
+    read_row(&p->model->embedding, (uint32_t)s->rows[t].id, x);
+    for (size_t i = 0; i < d; i++)
+        x[i] *= c->embedding_scale;
+    for (size_t i = 0; i < half; i++) {
+        float angle = (float)s->rows[t].position * s->inverse_frequency[i];
+        cos_sin(angle, s->cosine + t * half + i, s->sine + t * half + i);
+    }
+}
+
+static int layer_reads_q8(const struct layer *w)
+{
+    return is_quantised(w->q.type) || is_quantised(w->k.type) || is_quantised(w->v.type);
+}
+
+static void attention_enter_task(void *context, size_t t)
+{
+    const struct pass *p = context;
+    const gemma2_session *s = p->lead;
+    const struct layer *w = &p->model->layers[p->layer];
+    struct input in = pass_input(p, s->h, s->ldh);
+    norm(p, &w->attn_norm, s->x + t * w->q.cols, in.x + t * in.ldx);
+    prepare_row(p, &in, t, w->q.cols, layer_reads_q8(w));
+}
+
+/* RoPE on one head: pairs (i, i + H/2) turn by the row's angles (half-split, as in
+ * transformers apply_rotary_pos_emb), then times scale. */
+static void rotate(float *x, size_t half, const float *cosine, const float *sine, float scale)
+{
+    for (size_t i = 0; i < half; i++) {
+        float a = x[i], b = x[i + half];
+        x[i] = (a * cosine[i] - b * sine[i]) * scale;
+        x[i + half] = (b * cosine[i] + a * sine[i]) * scale;
+    }
+}
+
+/* One head's key and value of a position into its slot. */
+static void store_head(const gemma2_session *s, const struct layer_cache *cache, int head,
+                       int32_t position, const float *key, const float *value)
+{
+    size_t h = (size_t)s->model->config.head_dim, slot = (size_t)(position % cache->slots);
+    uint8_t *keys = cache->keys + (size_t)head * head_bytes(s, cache, 0);
+    uint8_t *values = cache->values + (size_t)head * head_bytes(s, cache, 1);
+    size_t key_at = slot / TILE * h * TILE + slot % TILE, value_at = slot * (size_t)s->width;
+    if (s->half) {
+        uint16_t half[MAX_HEAD_DIM];
+        s->model->isa->to_half(key, h, half);
+        for (size_t i = 0; i < h; i++)
+            ((uint16_t *)keys)[key_at + i * TILE] = half[i];
+        s->model->isa->to_half(value, h, (uint16_t *)values + value_at);
+    } else {
+        for (size_t i = 0; i < h; i++)
+            ((float *)keys)[key_at + i * TILE] = key[i];
+        memcpy((float *)values + value_at, value, h * sizeof *value);
+    }
+}
+
+static void rotate_and_store_task(void *context, size_t t)
+{
+    const struct pass *p = context;
+    const gemma2_session *s = p->lead;
+    const gemma2_config *c = &p->model->config;
+    size_t h = (size_t)c->head_dim, half = h / 2;
+    const float *cosine = s->cosine + t * half, *sine = s->sine + t * half;
+    float *q = s->q + t * (size_t)c->n_heads * h, *k = s->k + t * (size_t)c->n_kv_heads * h;
+    const float *v = s->v + t * (size_t)c->n_kv_heads * h;
+    const struct row *row = &s->rows[t];
+    for (int i = 0; i < c->n_heads; i++)
+        rotate(q + (size_t)i * h, half, cosine, sine, c->query_scale);
+    for (int i = 0; i < c->n_kv_heads; i++) {
+        rotate(k + (size_t)i * h, half, cosine, sine, 1.0f);
+        store_head(row->session, &row->session->cache[p->layer], i, row->position,
+                   k + (size_t)i * h, v + (size_t)i * h);
+    }
+}
+
+/* ---- attention ----
+ * Positions fall into absolute blocks of 256.  For a query, each block that it sees gives
+ * a partial result: the maximum m of its scores, the sum of exp(score - m), and the sum
+ * o[H] of exp(score - m) * value, positions ascending.  Partial results merge in
+ * ascending order, wherever and by whomever they were computed. */
+
+struct query {
+    const float *q;
+    float *out;              /* [H] */
+    int32_t first, last;     /* positions it sees */
+};
+
+struct partial {
+    float max, sum;
+};
+
+/* The cache of one kv head in one layer. */
+struct kv_head {
+    const uint8_t *keys, *values;
+    size_t key_group, value_group; /* bytes of 16 slots */
+    int32_t groups;                /* R / 16 */
+    int half, head_dim, width;
+    float cap;
+};
+
+static struct kv_head kv_head_of(const gemma2_session *s, int layer, int head)
+{
+    const struct layer_cache *c = &s->cache[layer];
+    const gemma2_config *config = &s->model->config;
+    struct kv_head kv = {c->keys + (size_t)head * head_bytes(s, c, 0),
+                         c->values + (size_t)head * head_bytes(s, c, 1),
+                         0, 0, c->slots / TILE, s->half, config->head_dim, s->width,
+                         config->attn_softcap};
+    kv.key_group = (size_t)kv.head_dim * TILE * (s->half ? 2 : 4);
+    kv.value_group = (size_t)kv.width * TILE * (s->half ? 2 : 4);
+    return kv;
+}
+
+/* Scores to weights: the soft-cap comes before the mask (transformers eager attention),
+ * then exp(score - max) over what the query sees and 0 elsewhere. */
+static struct partial weigh(const struct kernels *isa, const struct kv_head *kv, float *s,
+                            int n, int first, int last)
+{
+    struct partial result = {-INFINITY, 0};
+    if (kv->cap > 0)
+        isa->soft_cap(s, (size_t)n, kv->cap);
+    if (first > last) { /* sees nothing of this block */
+        memset(s, 0, (size_t)n * sizeof *s);
+        return result;
+    }
+    for (int i = first; i <= last; i++)
+        result.max = s[i] > result.max ? s[i] : result.max;
+    for (int i = 0; i < n; i++)
+        if (i < first || i > last)
+            s[i] = -INFINITY;
+    if (result.max == -INFINITY)
+        result.max = 0; /* all NaN: the sum will say so */
+    result.sum = isa->exp_sum(s, (size_t)n, result.max);
+    return result;
+}
+
+/* The partial results of n <= 8 queries for one block: results[n], o[n][width]. */
+static void attend_block(const struct kernels *isa, const struct kv_head *kv,
+                         const struct query *queries, int n, int32_t block,
+                         struct partial *results, float *o)
+{
+    const void *keys[KEY_BLOCK / TILE], *values[KEY_BLOCK / TILE];
+    float s[MAX_QUERIES][KEY_BLOCK];
+    const float *q[MAX_QUERIES];
+    int32_t from = block * KEY_BLOCK, to = from + KEY_BLOCK - 1, first = to, last = from;
+    for (int j = 0; j < n; j++) {
+        q[j] = queries[j].q;
+        first = min_i32(first, max_i32(queries[j].first, from));
+        last = max_i32(last, min_i32(queries[j].last, to));
+    }
+    int32_t base = first / TILE * TILE, n_groups = (last - base) / TILE + 1;
+    for (int g = 0; g < n_groups; g++) {
+        size_t slot_group = (size_t)((base / TILE + g) % kv->groups);
+        keys[g] = kv->keys + slot_group * kv->key_group;
+        values[g] = kv->values + slot_group * kv->value_group;
+    }
+    isa->scores[kv->half](q, n, kv->head_dim, keys, n_groups, s);
+    for (int j = 0; j < n; j++)
+        results[j] = weigh(isa, kv, s[j], n_groups * TILE, max_i32(queries[j].first, from) - base,
+                           min_i32(queries[j].last, to) - base);
+    isa->mix[kv->half]((const float (*)[KEY_BLOCK])s, n, kv->width, values, first - base,
+                       last - base, o);
+}
+
+/* Adds a partial result to what is there; total->max is -inf before the first. */
+static void merge_partial(struct partial *total, float *out, const struct partial *add,
+                          const float *o, int n)
+{
+    if (add->max == -INFINITY)
+        return;
+    if (total->max == -INFINITY) {
+        *total = *add;
+        memcpy(out, o, (size_t)n * sizeof *o);
+        return;
+    }
+    float max = add->max > total->max ? add->max : total->max;
+    float keep = exp_f32(total->max - max), scale = exp_f32(add->max - max);
+    total->max = max;
+    total->sum = total->sum * keep + add->sum * scale;
+    for (int h = 0; h < n; h++)
+        out[h] = out[h] * keep + o[h] * scale;
+}
+
+static void finish_attention(const struct partial *total, float *out, int n)
+{
+    float inverse = 1.0f / total->sum;
+    for (int h = 0; h < n; h++)
+        out[h] *= inverse;
+}
+
+/* All blocks of n <= 8 queries, merged as they come. */
+static void attend(const struct kernels *isa, const struct kv_head *kv,
+                   const struct query *queries, int n)
+{
+    struct partial total[MAX_QUERIES], results[MAX_QUERIES];
+    float o[MAX_QUERIES * MAX_HEAD_DIM];
+    int32_t first = queries[0].first, last = queries[0].last;
+    for (int j = 0; j < n; j++) {
+        first = min_i32(first, queries[j].first);
+        last = max_i32(last, queries[j].last);
+        total[j].max = -INFINITY;
+        total[j].sum = 0;
+    }
+    for (int32_t block = first / KEY_BLOCK; block <= last / KEY_BLOCK; block++) {
+        attend_block(isa, kv, queries, n, block, results, o);
+        for (int j = 0; j < n; j++)
+            merge_partial(&total[j], queries[j].out, &results[j], o + j * kv->width,
+                          kv->head_dim);
+    }
+    for (int j = 0; j < n; j++)
+        finish_attention(&total[j], queries[j].out, kv->head_dim);
+}
+
+/* Query head i of row t.  Local layers see keys with 0 <= position - key < window, the
+ * position itself included (gemma_pytorch's mask; transformers sliding_window_overlay). */
+static struct query query_of(const struct pass *p, size_t t, int head)
+{
+    const gemma2_session *lead = p->lead;
+    const struct row *row = &lead->rows[t];
+    const gemma2_config *c = &p->model->config;
+    size_t h = (size_t)c->head_dim;
+    int32_t window = c->is_local[p->layer] ? row->session->window : row->position + 1;
+    struct query q = {lead->q + (t * (size_t)c->n_heads + (size_t)head) * h,
+                      lead->h + t * lead->ldh + (size_t)head * h,
+                      max_i32(0, row->position - window + 1), row->position};
+    return q;
+}
+
+/* Rows of one task: those whose G query heads fill the 8 places of a kernel call. */
+static size_t rows_a_task(const gemma2_config *c)
+{
+    return (size_t)max_i32(1, MAX_QUERIES / (c->n_heads / c->n_kv_heads));
+}
+
+/* One kv head for a few neighbouring rows: their G query heads each, 8 at a time while
+ * the session stays the same. */
+static void attend_task(void *context, size_t task)
+{
+    const struct pass *p = context;
+    const gemma2_config *c = &p->model->config;
+    size_t kv_heads = (size_t)c->n_kv_heads, rows = rows_a_task(c);
+    int head = (int)(task % kv_heads), group = c->n_heads / c->n_kv_heads;
+    size_t first = task / kv_heads * rows, last = first + rows < p->n ? first + rows : p->n;
+    struct query queries[MAX_QUERIES];
+    int n = 0;
+    for (size_t t = first; t < last; t++)
+        for (int g = 0; g < group; g++) {
+            gemma2_session *s = p->lead->rows[t].session;
+            queries[n++] = query_of(p, t, head * group + g);
+            int end = t + 1 == last && g + 1 == group;
+            if (n == MAX_QUERIES || end ||
+                (g + 1 == group && p->lead->rows[t + 1].session != s)) {
+                struct kv_head kv = kv_head_of(s, p->layer, head);
+                attend(p->model->isa, &kv, queries, n);
+                n = 0;
+            }
+        }
+}
+
+/* Decoding far into a context has few rows and many keys: there the blocks of a row are
+ * shared out, [block][kv head], and merged afterwards, in the same order. */
+static float *partial_of(const struct pass *p, size_t t, int32_t block, int head)
+{
+    const gemma2_session *s = p->lead;
+    size_t at = (size_t)block * (size_t)p->model->config.n_heads + (size_t)head;
+    return s->partial + t * partial_floats(s) + at * ((size_t)s->width + TILE);
+}
+
+/* Blocks that row t sees; the count of all rows' blocks is the number of tasks. */
+static int32_t first_block(const struct pass *p, size_t t)
+{
+    return query_of(p, t, 0).first / KEY_BLOCK;
+}
+
+static int32_t count_blocks(const struct pass *p, size_t t)
+{
+    return p->lead->rows[t].position / KEY_BLOCK - first_block(p, t) + 1;
+}
+
+static void attend_split_task(void *context, size_t task)
+{
+    const struct pass *p = context;
+    const gemma2_config *c = &p->model->config;
+    int group = c->n_heads / c->n_kv_heads, head = (int)(task % (size_t)c->n_kv_heads);
+    size_t t = 0, block = task / (size_t)c->n_kv_heads;
+    for (; block >= (size_t)count_blocks(p, t); t++)
+        block -= (size_t)count_blocks(p, t);
+    struct kv_head kv = kv_head_of(p->lead->rows[t].session, p->layer, head);
+    for (int g = 0; g < group; g += MAX_QUERIES) {
+        struct query queries[MAX_QUERIES];
+        struct partial results[MAX_QUERIES];
+        float o[MAX_QUERIES * MAX_HEAD_DIM];
+        int n = min_i32(group - g, MAX_QUERIES);
+        for (int j = 0; j < n; j++)
+            queries[j] = query_of(p, t, head * group + g + j);
+        attend_block(p->model->isa, &kv, queries, n, first_block(p, t) + (int32_t)block, results,
+                     o);
+        for (int j = 0; j < n; j++) {
+            float *to = partial_of(p, t, (int32_t)block, head * group + g + j);
+            memcpy(to, &results[j], sizeof results[j]);
+            memcpy(to + TILE, o + j * kv.width, (size_t)kv.width * sizeof *o);
+        }
+    }
+}
+
+static void merge_split(const struct pass *p, size_t t)
+{
+    const gemma2_config *c = &p->model->config;
+    for (int i = 0; i < c->n_heads; i++) {
+        struct query q = query_of(p, t, i);
+        struct partial total = {-INFINITY, 0}, add;
+        for (int32_t b = 0; b < count_blocks(p, t); b++) {
+            const float *from = partial_of(p, t, b, i);
+            memcpy(&add, from, sizeof add);
+            merge_partial(&total, q.out, &add, from + TILE, c->head_dim);
+        }
+        finish_attention(&total, q.out, c->head_dim);
+    }
+}
+
+static void attend_rows(struct pass *p)
+{
+    const gemma2_config *c = &p->model->config;
+    size_t kv_heads = (size_t)c->n_kv_heads, rows = rows_a_task(c), blocks = 0;
+    size_t tasks = (p->n + rows - 1) / rows * kv_heads;
+    int few = p->n <= p->lead->partial_rows && p->lead->n_threads > 1 &&
+              tasks < 4 * (size_t)p->lead->n_threads;
+    for (size_t t = 0; few && t < p->n; t++) {
+        few = p->lead->rows[t].position < p->lead->n_context; /* another's may be longer */
+        blocks += (size_t)count_blocks(p, t);
+    }
+    if (!few || blocks <= p->n) {
+        share(p->lead->n_threads, tasks, attend_task, p);
+        return;
+    }
+    share(p->lead->n_threads, blocks * kv_heads, attend_split_task, p);
+    for (size_t t = 0; t < p->n; t++)
+        merge_split(p, t);
+}
+
+/* ---- one layer ---- */
+
+static void prepare_attention_task(void *context, size_t t)
+{
+    const struct pass *p = context;
+    const struct matrix *w = &p->model->layers[p->layer].o;
+    struct input in = pass_input(p, p->lead->h, p->lead->ldh);
+    prepare_row(p, &in, t, w->cols, is_quantised(w->type));
+}
+
+static void attention(struct pass *p)
+{
+    gemma2_session *s = p->lead;
+    const struct layer *w = &p->model->layers[p->layer];
+    struct product qkv[3] = {{&w->q, s->q, w->q.rows, NULL}, {&w->k, s->k, w->k.rows, NULL},
+                             {&w->v, s->v, w->v.rows, NULL}};
+    struct product out = {&w->o, s->o, w->o.rows, NULL};
+    share_rows(p, attention_enter_task);
+    GEMMA2_TRACE("attn_norm", p->layer, s->h, p->n, w->q.cols, s->ldh);
+    multiply(p, pass_input(p, s->h, s->ldh), qkv, 3, 0);
+    share_rows(p, rotate_and_store_task);
+    GEMMA2_TRACE("q", p->layer, s->q, p->n, w->q.rows, w->q.rows);
+    GEMMA2_TRACE("k", p->layer, s->k, p->n, w->k.rows, w->k.rows);
+    GEMMA2_TRACE("v", p->layer, s->v, p->n, w->v.rows, w->v.rows);
+    attend_rows(p);
+    GEMMA2_TRACE("attn", p->layer, s->h, p->n, w->o.cols, s->ldh);
+    share_rows(p, prepare_attention_task);
+    multiply(p, pass_input(p, s->h, s->ldh), &out, 1, 0);
+    GEMMA2_TRACE("o", p->layer, s->o, p->n, w->o.rows, w->o.rows);
+}
+
+/* x = x + norm(o): the output of attention or ffn is normed before it is added. */
+static void add_normed(const struct pass *p, const struct matrix *w, size_t t)
+{
+    size_t d = w->rows;
+    float *x = p->lead->x + t * d, *o = p->lead->o + t * d;
+    norm(p, w, o, o);
+    for (size_t i = 0; i < d; i++)
+        x[i] += o[i];
+}
+
+static void ffn_enter_task(void *context, size_t t)
+{
+    const struct pass *p = context;
+    const gemma2_session *s = p->lead;
+    const struct layer *w = &p->model->layers[p->layer];
+    struct input in = pass_input(p, s->h, s->ldh);
+    add_normed(p, &w->post_attn_norm, t);
+    norm(p, &w->ffn_norm, s->x + t * w->gate.cols, in.x + t * in.ldx);
+    prepare_row(p, &in, t, w->gate.cols, is_quantised(w->gate.type) || is_quantised(w->up.type));
+}
+
+static void prepare_down_task(void *context, size_t t)
+{
+    const struct pass *p = context;
+    const struct matrix *w = &p->model->layers[p->layer].down;
+    struct input in = pass_input(p, p->lead->ffn, w->cols);
+    prepare_row(p, &in, t, w->cols, is_quantised(w->type));
+}
+
+static void ffn_leave_task(void *context, size_t t)
+{
+    const struct pass *p = context;
+    add_normed(p, &p->model->layers[p->layer].post_ffn_norm, t);
+}
+
+static void feed_forward(struct pass *p)
+{
+    gemma2_session *s = p->lead;
+    const struct layer *w = &p->model->layers[p->layer];
+    uint32_t d = w->gate.cols, f = w->gate.rows;
+    struct product gate_up[2] = {{&w->gate, s->ffn, f, NULL}, {&w->up, s->ffn, f, NULL}};
+    struct product down = {&w->down, s->o, d, NULL};
+    share_rows(p, ffn_enter_task);
+    GEMMA2_TRACE("post_attn_norm", p->layer, s->o, p->n, d, d);
+    GEMMA2_TRACE("attn_residual", p->layer, s->x, p->n, d, d);
+    GEMMA2_TRACE("ffn_norm", p->layer, s->h, p->n, d, s->ldh);
+    multiply(p, pass_input(p, s->h, s->ldh), gate_up, 2, 1);
+    GEMMA2_TRACE("geglu", p->layer, s->ffn, p->n, f, f);
+    share_rows(p, prepare_down_task);
+    multiply(p, pass_input(p, s->ffn, f), &down, 1, 0);
+    GEMMA2_TRACE("down", p->layer, s->o, p->n, d, d);
+    share_rows(p, ffn_leave_task);
+    GEMMA2_TRACE("post_ffn_norm", p->layer, s->o, p->n, d, d);
+    GEMMA2_TRACE("residual", p->layer, s->x, p->n, d, d);
+}
+
+/* The residual stream of all rows, from embedding to last layer, in lead->x. */
+static void forward(struct pass *p)
+{
+    share_rows(p, embed_task);
+    GEMMA2_TRACE("embedding", 0, p->lead->x, p->n, (size_t)p->model->config.d_model,
+                 (size_t)p->model->config.d_model);
+    for (p->layer = 0; p->layer < p->model->config.n_layers; p->layer++) {
+        attention(p);
+        feed_forward(p);
+    }
+}
+
+/* ---- the output head ---- */
+
+/* Norms and quantises row t of the residual stream into row `to` of h. */
+static void head_enter(const struct pass *p, size_t t, size_t to)
+{
+    const gemma2_session *s = p->lead;
+    const struct matrix *head = &p->model->head;
+    struct input in = pass_input(p, s->h, s->ldh);
+    norm(p, &p->model->final_norm, s->x + t * head->cols, in.x + to * in.ldx);
+    prepare_row(p, &in, to, head->cols, is_quantised(head->type));
+}
+
+enum { CAP_CHUNK = 16384 };
+
+static void cap_logits_task(void *context, size_t task)
+{
+    const struct pass *p = context;
+    size_t v = (size_t)p->model->config.n_vocab, chunks = (v + CAP_CHUNK - 1) / CAP_CHUNK;
+    size_t first = task % chunks * CAP_CHUNK, n = v - first < CAP_CHUNK ? v - first : CAP_CHUNK;
+    p->model->isa->soft_cap(p->lead->outputs[task / chunks] + first, n,
+                            p->model->config.final_softcap);
+}
+
+/* Logits of the rows that want them, into the callers' buffers:
+ * logits = cap * tanh(norm(x) E^T / cap). */
+static void head(struct pass *p)
+{
+    gemma2_session *s = p->lead;
+    size_t n = 0, v = (size_t)p->model->config.n_vocab;
+    for (size_t t = 0; t < p->n; t++)
+        if (s->rows[t].logits) {
+            head_enter(p, t, n);
+            s->outputs[n++] = s->rows[t].logits;
+        }
+    if (!n)
+        return;
+    struct pass wanted = {p->model, s, n, p->layer};
+    struct product logits = {&p->model->head, NULL, 0, s->outputs};
+    GEMMA2_TRACE("final_norm", 0, s->h, n, p->model->head.cols, s->ldh);
+    multiply(&wanted, pass_input(p, s->h, s->ldh), &logits, 1, 0);
+    if (p->model->config.final_softcap > 0)
+        share(s->n_threads, n * ((v + CAP_CHUNK - 1) / CAP_CHUNK), cap_logits_task, &wanted);
+    for (size_t i = 0; i < n; i++)
+        GEMMA2_TRACE("logits", (int)i, s->outputs[i], 1, v, v);
+}
+
+/* Log-probabilities of one target a row, without a row of logits: the head runs in blocks
+ * of 2048 rows, and each block of logits joins its row's running log-sum-exp. */
+struct score_job {
+    struct pass *pass;
+    size_t first, n;        /* logits first .. first + n - 1 are in buf */
+    float *buf;             /* [T][HEAD_BLOCK] */
+    const int32_t *targets; /* [T] */
+};
+
+static void score_enter_task(void *context, size_t t) { head_enter(context, t, t); }
+
+static void score_block_task(void *context, size_t t)
+{
+    const struct score_job *job = context;
+    const gemma2_model *m = job->pass->model;
+    struct log_sum *sum = &job->pass->lead->sums[t];
+    float *x = job->buf + t * HEAD_BLOCK;
+    size_t target = (size_t)job->targets[t];
+    if (m->config.final_softcap > 0)
+        m->isa->soft_cap(x, job->n, m->config.final_softcap);
+    if (target >= job->first && target < job->first + job->n)
+        sum->target = x[target - job->first];
+    log_sum_add(sum, x, job->n, m->isa->exp_sum);
+}
+
+static void score_rows(struct pass *p, const int32_t *targets, float *logprobs)
+{
+    gemma2_session *s = p->lead;
+    const struct matrix *w = &p->model->head;
+    struct score_job score = {p, 0, 0, (float *)s->candidates, targets};
+    struct product_job job = {p->model->isa, pass_input(p, s->h, s->ldh), p->n,
+                              {{w, score.buf, HEAD_BLOCK, NULL}}, 1, 0, 0, 0, 0};
+    share_rows(p, score_enter_task);
+    for (size_t t = 0; t < p->n; t++)
+        s->sums[t] = (struct log_sum){-INFINITY, 0, 0};
+    for (; score.first < w->rows; score.first += HEAD_BLOCK) {
+        score.n = w->rows - score.first < HEAD_BLOCK ? w->rows - score.first : HEAD_BLOCK;
+        job.first_tile = (uint32_t)(score.first / TILE);
+        job.n_tiles = (score.n + TILE - 1) / TILE;
+        run_products(s, &job);
+        share(s->n_threads, p->n, score_block_task, &score);
+    }
+    for (size_t t = 0; t < p->n; t++)
+        logprobs[t] = log_sum_end(&s->sums[t]);
+}
+
+/* ===================================================================================
+ * 7. Tokenizer: SentencePiece BPE (google/sentencepiece, src/bpe_model.cc)
+ * =================================================================================== */
+
+enum { MAX_PIECE_BYTES = 4096, MAX_PROBES = 256 };
+static const uint32_t EMPTY_SLOT = 0xffffffff;
+
+struct text {
+    const uint8_t *p;
+    uint32_t n;
+};
+
+static struct text piece_text(const struct tokenizer *t, uint32_t id)
+{
+    uint32_t start = id ? get_u32(t->ends + 4 * (size_t)(id - 1)) : 0;
+    struct text piece = {t->blob + start, get_u32(t->ends + 4 * (size_t)id) - start};
+    return piece;
+}
+
+/* Kinds that text can become: the pieces that SentencePiece finds by their bytes. */
+static int is_matchable(int kind)
+{
+    return kind == GEMMA2_PIECE_NORMAL || kind == GEMMA2_PIECE_USER || kind == GEMMA2_PIECE_MARKER;
+}
+
+static int is_user(int kind) { return kind == GEMMA2_PIECE_USER || kind == GEMMA2_PIECE_MARKER; }
+
+/* ---- the hash of matchable pieces: linear probing, at most half full; a slot holds the
+ * id in its low 22 bits and 10 bits of hash above them ---- */
+
+static uint64_t hash_of(struct text s)
+{
+    uint64_t h = 0xcbf29ce484222325u; /* FNV-1a, then mixed */
+    for (uint32_t i = 0; i < s.n; i++)
+        h = (h ^ s.p[i]) * 0x100000001b3u;
+    h ^= h >> 32;
+    return h * 0x9e3779b97f4a7c15u;
+}
+
+static int same_text(struct text a, struct text b)
+{
+    return a.n == b.n && !memcmp(a.p, b.p, a.n);
+}
+
+/* The slot that holds s or, failing that, the empty one where it belongs; NULL when
+ * neither is within MAX_PROBES. */
+static uint32_t *find_slot(const struct tokenizer *t, struct text s, uint32_t *tag)
+{
+    uint64_t h = hash_of(s);
+    *tag = (uint32_t)(h >> 54) << 22;
+    for (uint32_t i = 0; i < MAX_PROBES; i++) {
+        uint32_t *slot = &t->slots[(uint32_t)((h >> 20) + i) & t->mask];
+        if (*slot == EMPTY_SLOT)
+            return slot;
+        if ((*slot & 0xffc00000) == *tag && same_text(piece_text(t, *slot & 0x3fffff), s))
+            return slot;
+    }
+    return NULL;
+}
+
+/* The id of a piece, or -1.  plain: markers are not found. */
+static int32_t find_piece(const struct tokenizer *t, struct text s, int plain)
+{
+    uint32_t tag;
+    const uint32_t *slot = find_slot(t, s, &tag);
+    if (!slot || *slot == EMPTY_SLOT)
+        return -1;
+    uint32_t id = *slot & 0x3fffff;
+    return plain && t->kinds[id] == GEMMA2_PIECE_MARKER ? -1 : (int32_t)id;
+}
+
+/* ---- the sorted list of user-defined pieces, for longest-prefix search ---- */
+
+/* Order by bytes, a prefix first, equal ones by id. */
+static int user_before(const struct tokenizer *t, uint32_t a, uint32_t b)
+{
+    struct text x = piece_text(t, a), y = piece_text(t, b);
+    int order = memcmp(x.p, y.p, x.n < y.n ? x.n : y.n);
+    if (order)
+        return order < 0;
+    return x.n != y.n ? x.n < y.n : a < b;
+}
+
+static void sift_user(const struct tokenizer *t, uint32_t at, uint32_t n)
+{
+    for (uint32_t child; (child = 2 * at + 1) < n; at = child) {
+        if (child + 1 < n && user_before(t, t->user[child], t->user[child + 1]))
+            child++;
+        if (!user_before(t, t->user[at], t->user[child]))
+            return;
+        uint32_t id = t->user[at];
+        t->user[at] = t->user[child];
+        t->user[child] = id;
+    }
+}
+
+/* Heapsort: bounded whatever the file holds. */
+static void sort_user(const struct tokenizer *t)
+{
+    for (uint32_t i = t->n_user / 2; i-- > 0;)
+        sift_user(t, i, t->n_user);
+    for (uint32_t n = t->n_user; n-- > 1;) {
+        uint32_t id = t->user[0];
+        t->user[0] = t->user[n];
+        t->user[n] = id;
+        sift_user(t, 0, n);
+    }
+}
+
+/* Within user[low..high), whose pieces share `depth` bytes: the first whose next byte is
+ * at least c (a piece that ends there counts as -1). */
+static uint32_t narrow(const struct tokenizer *t, uint32_t low, uint32_t high, uint32_t depth,
+                       int c)
+{
+    while (low < high) {
+        uint32_t middle = low + (high - low) / 2;
+        struct text s = piece_text(t, t->user[middle]);
+        if ((depth < s.n ? s.p[depth] : -1) < c)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return low;
+}
+
+/* The longest user-defined piece that s starts with, or -1. */
+static int32_t longest_user(const struct tokenizer *t, struct text s, int plain)
+{
+    uint32_t low = 0, high = t->n_user;
+    int32_t found = -1;
+    for (uint32_t depth = 0; depth < s.n && low < high; depth++) {
+        low = narrow(t, low, high, depth, s.p[depth]);
+        high = narrow(t, low, high, depth, s.p[depth] + 1);
+        if (low < high && piece_text(t, t->user[low]).n == depth + 1 &&
+            !(plain && t->kinds[t->user[low]] == GEMMA2_PIECE_MARKER))
+            found = (int32_t)t->user[low];
+    }
+    return found;
+}
+
+/* ---- opening ---- */
+
+/* Length of the UTF-8 character at p, 0 if the bytes are none (overlong forms, surrogates
+ * and codes above U+10FFFF are none). */
+static uint32_t utf8_length(const uint8_t *p, size_t n)
+{
+    uint32_t c = p[0], length = c < 0x80 ? 1 : c < 0xc2 ? 0 : c < 0xe0 ? 2 : c < 0xf0 ? 3
+                              : c < 0xf5 ? 4 : 0;
+    if (length == 0 || length > n)
+        return 0;
+    for (uint32_t i = 1; i < length; i++)
+        if ((p[i] & 0xc0) != 0x80)
+            return 0;
+    int bad = (c == 0xe0 && p[1] < 0xa0) || (c == 0xed && p[1] > 0x9f) ||
+              (c == 0xf0 && p[1] < 0x90) || (c == 0xf4 && p[1] > 0x8f);
+    return bad ? 0 : length;
+}
+
+static int is_utf8(struct text s)
+{
+    while (s.n) {
+        uint32_t length = utf8_length(s.p, s.n);
+        if (!length)
+            return 0;
+        s.p += length, s.n -= length;
+    }
+    return 1;
+}
+
+static int hex_digit(int c)
+{
+    return c >= '0' && c <= '9' ? c - '0' : c >= 'A' && c <= 'F' ? c - 'A' + 10 : -1;
+}
+
+/* "<0xHH>" to 0..255, anything else to -1. */
+static int byte_piece(struct text s)
+{
+    if (s.n != 6 || memcmp(s.p, "<0x", 3) || s.p[5] != '>')
+        return -1;
+    int high = hex_digit(s.p[3]), low = hex_digit(s.p[4]);
+    return high < 0 || low < 0 ? -1 : high * 16 + low;
+}
+
+/* One piece: legal kind, length, score; counts user pieces, notes bytes. */
+static int check_piece(struct tokenizer *t, uint32_t id, uint32_t start, uint32_t blob_bytes,
+                       gemma2_config *c, struct errbuf *err)
+{
+    uint32_t end = get_u32(t->ends + 4 * (size_t)id);
+    int kind = t->kinds[id];
+    if (end < start || end > blob_bytes || end - start > MAX_PIECE_BYTES ||
+        (end == start && kind != GEMMA2_PIECE_UNUSED))
+        return fail(err, "the model file is corrupted: tokenizer piece %u has a bad length", id);
+    if (kind < GEMMA2_PIECE_NORMAL || kind > GEMMA2_PIECE_MARKER ||
+        !isfinite(get_f32(t->scores + 4 * (size_t)id)))
+        return fail(err, "the model file is corrupted: tokenizer piece %u has a bad kind or score",
+                    id);
+    if (!is_utf8(piece_text(t, id)))
+        return fail(err, "the model file is corrupted: tokenizer piece %u is not UTF-8", id);
+    c->max_piece_bytes = max_i32(c->max_piece_bytes, (int32_t)(end - start));
+    t->n_user += (uint32_t)is_user(kind);
+    if (kind != GEMMA2_PIECE_BYTE)
+        return 1;
+    int byte = byte_piece(piece_text(t, id));
+    if (byte < 0)
+        return fail(err, "the model file is corrupted: tokenizer piece %u is no byte", id);
+    if (t->byte_id[byte] < 0)
+        t->byte_id[byte] = (int32_t)id;
+    return 1;
+}
+
+static int check_pieces(struct tokenizer *t, uint32_t blob_bytes, gemma2_config *c,
+                        struct errbuf *err)
+{
+    int n_bytes = 0;
+    uint32_t start = 0;
+    for (int i = 0; i < 256; i++)
+        t->byte_id[i] = -1;
+    for (uint32_t id = 0; id < t->n; id++) {
+        if (!check_piece(t, id, start, blob_bytes, c, err))
+            return 0;
+        start = get_u32(t->ends + 4 * (size_t)id);
+    }
+    for (int i = 0; i < 256; i++)
+        n_bytes += t->byte_id[i] >= 0;
+    if (n_bytes < 256 && c->unk < 0)
+        return fail(err, "the model file is corrupted: its tokenizer has neither unk nor all bytes");
+    return start == blob_bytes
+               ? 1
+               : fail(err, "the model file is corrupted: its tokenizer's bytes do not add up");
+}
+
+/* Reads and checks the tokenizer section (but for its indexes, build_tokenizer). */
+static int read_tokenizer(struct tokenizer *t, const uint8_t *p, size_t size, gemma2_config *c,
+                          struct errbuf *err)
+{
+    int32_t *const special[6] = {&c->bos, &c->eos, &c->pad, &c->unk, &c->start_of_turn,
+                                 &c->end_of_turn};
+    uint64_t n = size >= 64 ? get_u32(p) : 0, blob = size >= 64 ? get_u32(p + 28) : 0;
+    if (size < 64 || n != (uint64_t)c->n_vocab || size != 64 + 9 * n + blob || !is_zero(p + 32, 32))
+        return fail(err, "the model file is corrupted: its tokenizer does not fit its vocabulary");
+    for (int i = 0; i < 6; i++) {
+        uint32_t id = get_u32(p + 4 + 4 * i);
+        if (id != 0xffffffff && id >= n)
+            return fail(err, "the model file is corrupted: special id %u is not in the vocabulary",
+                        id);
+        *special[i] = id == 0xffffffff ? -1 : (int32_t)id;
+    }
+    t->n = (uint32_t)n;
+    t->unk = c->unk;
+    t->scores = p + 64;
+    t->ends = t->scores + 4 * n;
+    t->kinds = t->ends + 4 * n;
+    t->blob = t->kinds + n;
+    return check_pieces(t, (uint32_t)blob, c, err);
+}
+
+static size_t slot_count(uint32_t n_pieces)
+{
+    size_t n = 64;
+    while (n < 2 * (size_t)n_pieces)
+        n *= 2;
+    return n;
+}
+
+/* Fills the indexes, whose memory is there: slots[slot_count], user[n_user]. */
+static int build_tokenizer(struct tokenizer *t, struct errbuf *err)
+{
+    t->mask = (uint32_t)slot_count(t->n) - 1;
+    memset(t->slots, 0xff, ((size_t)t->mask + 1) * sizeof *t->slots);
+    uint32_t n_user = 0, tag;
+    for (uint32_t id = 0; id < t->n; id++) {
+        if (is_user(t->kinds[id]))
+            t->user[n_user++] = id;
+        if (!is_matchable(t->kinds[id]))
+            continue;
+        uint32_t *slot = find_slot(t, piece_text(t, id), &tag);
+        if (!slot)
+            return fail(err, "the model file's tokenizer has too many pieces alike");
+        if (*slot == EMPTY_SLOT)
+            *slot = tag | id;
+    }
+    sort_user(t);
+    return 1;
+}
+
+/* ---- encoding ---- */
+
+/* A symbol of the text being merged, and at the same time a node of the heap: the best
+ * pair is the one of highest score, among equals the leftmost. */
+struct symbol {
+    uint32_t start, bytes;   /* in the text; bytes 0: merged away */
+    int32_t previous, next;  /* symbols, -1 at the ends */
+    int32_t frozen;          /* id of a user-defined piece, or -1 */
+    int32_t pair;            /* id that this symbol and the next would make, or -1 */
+    int32_t heap_at;         /* this symbol's place in the heap, -1: not there */
+};
+
+struct encoder {
+    const struct tokenizer *t;
+    int plain;
+    uint32_t max_piece;
+    uint8_t *text;
+    size_t n;
+    struct symbol *symbols;
+    int32_t n_symbols;
+    int32_t *heap;
+    int32_t n_heap;
+    int32_t *ids; /* the caller's */
+    size_t max_ids;
+    int64_t n_ids;
+};
+
+static float pair_score(const struct encoder *e, int32_t symbol)
+{
+    return get_f32(e->t->scores + 4 * (size_t)e->symbols[symbol].pair);
+}
+
+static int heap_before(const struct encoder *e, int32_t a, int32_t b)
+{
+    float x = pair_score(e, a), y = pair_score(e, b);
+    return x != y ? x > y : a < b;
+}
+
+static void heap_put(struct encoder *e, int32_t at, int32_t symbol)
+{
+    e->heap[at] = symbol;
+    e->symbols[symbol].heap_at = at;
+}
+
+/* Moves the symbol at `at` to where it belongs. */
+static void heap_settle(struct encoder *e, int32_t at)
+{
+    int32_t symbol = e->heap[at];
+    for (int32_t up; at > 0 && heap_before(e, symbol, e->heap[up = (at - 1) / 2]); at = up)
+        heap_put(e, at, e->heap[up]);
+    for (int32_t child; (child = 2 * at + 1) < e->n_heap; at = child) {
+        if (child + 1 < e->n_heap && heap_before(e, e->heap[child + 1], e->heap[child]))
+            child++;
+        if (!heap_before(e, e->heap[child], symbol))
+            break;
+        heap_put(e, at, e->heap[child]);
+    }
+    heap_put(e, at, symbol);
+}
+
+static void heap_remove(struct encoder *e, int32_t symbol)
+{
+    int32_t at = e->symbols[symbol].heap_at;
+    if (at < 0)
+        return;
+    e->symbols[symbol].heap_at = -1;
+    int32_t last = e->heap[--e->n_heap];
+    if (last == symbol)
+        return;
+    heap_put(e, at, last);
+    heap_settle(e, at);
+}
+
+/* Looks up what a symbol and its neighbour to the right would make. */
+static void update_pair(struct encoder *e, int32_t i)
+{
+    if (i < 0)
+        return;
+    heap_remove(e, i);
+    struct symbol *left = &e->symbols[i];
+    left->pair = -1;
+    if (left->next < 0 || left->frozen >= 0 || e->symbols[left->next].frozen >= 0)
+        return;
+    struct text both = {e->text + left->start, left->bytes + e->symbols[left->next].bytes};
+    if (both.n > e->max_piece)
+        return;
+    left->pair = find_piece(e->t, both, e->plain);
+    if (left->pair < 0)
+        return;
+    heap_put(e, e->n_heap++, i);
+    heap_settle(e, e->n_heap - 1);
+}
+
+/* Spaces become U+2581, bytes that are no UTF-8 become U+FFFD. */
+static void normalise(struct encoder *e, const uint8_t *p, size_t n)
+{
+    while (n) {
+        uint32_t length = utf8_length(p, n);
+        const char *instead = *p == ' ' ? "\xe2\x96\x81" : length ? NULL : "\xef\xbf\xbd";
+        if (instead)
+            memcpy(e->text + e->n, instead, 3);
+        else
+            memcpy(e->text + e->n, p, length);
+        e->n += instead ? 3 : length;
+        p += length ? length : 1;
+        n -= length ? length : 1;
+    }
+}
+
+/* Cuts the text into user-defined pieces and characters. */
+static void split_symbols(struct encoder *e)
+{
+    for (size_t at = 0; at < e->n;) {
+        struct text rest = {e->text + at, (uint32_t)(e->n - at)};
+        int32_t user = longest_user(e->t, rest, e->plain);
+        uint32_t bytes = user >= 0 ? piece_text(e->t, (uint32_t)user).n
+                                   : utf8_length(rest.p, rest.n);
+        int32_t i = e->n_symbols++;
+        struct symbol s = {(uint32_t)at, bytes, i - 1, i + 1, user, -1, -1};
+        e->symbols[i] = s;
+        at += bytes;
+    }
+    if (e->n_symbols)
+        e->symbols[e->n_symbols - 1].next = -1;
+}
+
+static void merge_symbols(struct encoder *e)
+{
+    for (int32_t i = 0; i < e->n_symbols; i++)
+        update_pair(e, i);
+    while (e->n_heap) {
+        int32_t i = e->heap[0];
+        struct symbol *left = &e->symbols[i], *right = &e->symbols[left->next];
+        heap_remove(e, left->next);
+        left->bytes += right->bytes;
+        right->bytes = 0;
+        left->next = right->next;
+        if (left->next >= 0)
+            e->symbols[left->next].previous = i;
+        update_pair(e, i);
+        update_pair(e, left->previous);
+    }
+}
+
+static void emit(struct encoder *e, int32_t id)
+{
+    if ((uint64_t)e->n_ids < e->max_ids)
+        e->ids[e->n_ids] = id;
+    e->n_ids++;
+}
+
+/* A symbol's piece; failing that its bytes; failing those one unk for a run of them. */
+static void emit_symbols(struct encoder *e)
+{
+    int after_unk = 0;
+    for (int32_t i = e->n_symbols ? 0 : -1; i >= 0; i = e->symbols[i].next) {
+        const struct symbol *s = &e->symbols[i];
+        struct text text = {e->text + s->start, s->bytes};
+        int32_t id = s->frozen >= 0 ? s->frozen : find_piece(e->t, text, e->plain);
+        int bytes_known = 1;
+        for (uint32_t k = 0; k < text.n; k++)
+            bytes_known &= e->t->byte_id[text.p[k]] >= 0;
+        if (id >= 0)
+            emit(e, id);
+        else if (bytes_known)
+            for (uint32_t k = 0; k < text.n; k++)
+                emit(e, e->t->byte_id[text.p[k]]);
+        else if (!after_unk)
+            emit(e, e->t->unk);
+        after_unk = id < 0 && !bytes_known;
+    }
+}
+
+/* ---- decoding ---- */
+
+/* Whether the n bytes at p, no character yet, begin one. */
+static int begins_character(const uint8_t *p, uint32_t n)
+{
+    uint8_t rest[4] = {0x80, 0x80, 0x80, 0x80};
+    if (n == 1)
+        return p[0] >= 0xc2 && p[0] <= 0xf4;
+    memcpy(rest, p, n);
+    return utf8_length(rest, 4) > n;
+}
+
+/* Moves what is complete from the held bytes to the text; with all set, everything (bytes
+ * that make no character become U+FFFD one by one, as SentencePiece does). */
+static size_t release_bytes(gemma2_utf8 *hold, int all, char *out)
+{
+    size_t n = 0;
+    while (hold->n) {
+        uint32_t length = utf8_length(hold->bytes, hold->n), used = length ? length : 1;
+        if (!length && !all && begins_character(hold->bytes, hold->n))
+            break;
+        memcpy(out + n, length ? (const char *)hold->bytes : "\xef\xbf\xbd", length ? length : 3);
+        n += length ? length : 3;
+        hold->n = (uint8_t)(hold->n - used);
+        memmove(hold->bytes, hold->bytes + used, hold->n);
+    }
+    return n;
+}
+
+/* A piece's text: U+2581 becomes a space. */
+static size_t spaced_text(struct text s, char *out)
+{
+    size_t n = 0;
+    for (uint32_t i = 0; i < s.n; i++)
+        if (s.n - i >= 3 && !memcmp(s.p + i, "\xe2\x96\x81", 3)) {
+            out[n++] = ' ';
+            i += 2;
+        } else
+            out[n++] = (char)s.p[i];
+    return n;
+}
+
+/* ===================================================================================
+ * 8. Sampler
+ * =================================================================================== */
+
+/* PCG32, XSH-RR 64/32 (O'Neill 2014): 32 random bits. */
+static const uint64_t PCG_INCREMENT = 1442695040888963407u;
+
+static uint32_t pcg32(uint64_t *state)
+{
+    uint64_t old = *state;
+    *state = old * 6364136223846793005u + PCG_INCREMENT;
+    uint32_t x = (uint32_t)((old >> 18 ^ old) >> 27), turn = (uint32_t)(old >> 59);
+    return x >> turn | x << (-turn & 31);
+}
+
+static int all_finite(const float *x, size_t n)
+{
+    uint32_t bad = 0;
+    for (size_t i = 0; i < n; i++)
+        bad |= (bits_of(x[i]) & 0x7f800000) == 0x7f800000;
+    return !bad;
+}
+
+/* Bias and penalties change the logits; x is the session's copy. */
+static int adjust_logits(const gemma2_session *s, const gemma2_sampler *p, float *x)
+{
+    int32_t n_vocab = s->model->config.n_vocab;
+    for (uint32_t i = 0; i < p->n_bias; i++) {
+        if (p->bias[i].id < 0 || p->bias[i].id >= n_vocab)
+            return GEMMA2_ERR_TOKEN;
+        x[p->bias[i].id] += p->bias[i].bias;
+    }
+    int32_t first = max_i32(0, s->position - p->penalty_last);
+    for (int32_t i = first; i < s->position; i++) {
+        int32_t id = s->ids[i], seen = 0;
+        for (int32_t k = first; k < i && !seen; k++)
+            seen = s->ids[k] == id;
+        if (!seen)
+            x[id] = x[id] > 0 ? x[id] / p->repetition_penalty : x[id] * p->repetition_penalty;
+        x[id] -= p->frequency_penalty + (seen ? 0 : p->presence_penalty);
+    }
+    return GEMMA2_OK;
+}
+
+static int candidate_before(struct candidate a, struct candidate b)
+{
+    return a.logit != b.logit ? a.logit > b.logit : a.id < b.id;
+}
+
+/* Heap of candidates; best_first: the best on top, else the worst. */
+static void sift_candidate(struct candidate *heap, size_t at, size_t n, int best_first)
+{
+    for (size_t child; (child = 2 * at + 1) < n; at = child) {
+        if (child + 1 < n && candidate_before(heap[child + 1], heap[child]) == best_first)
+            child++;
+        if (candidate_before(heap[child], heap[at]) != best_first)
+            return;
+        struct candidate c = heap[at];
+        heap[at] = heap[child];
+        heap[child] = c;
+    }
+}
+
+static void make_heap(struct candidate *heap, size_t n, int best_first)
+{
+    for (size_t i = n / 2; i-- > 0;)
+        sift_candidate(heap, i, n, best_first);
+}
+
+/* The k best of n logits (all that are not -inf, if fewer), best on top of a heap. */
+static size_t keep_top(const float *x, size_t n, size_t k, struct candidate *heap)
+{
+    size_t kept = 0;
+    for (size_t i = 0; i < n; i++) {
+        struct candidate c = {x[i], (int32_t)i};
+        if (x[i] == -INFINITY)
+            continue;
+        if (kept < k) {
+            heap[kept++] = c;
+            if (kept == k)
+                make_heap(heap, k, 0);
+        } else if (x[i] > heap[0].logit) {
+            heap[0] = c;
+            sift_candidate(heap, 0, k, 0);
+        }
+    }
+    make_heap(heap, kept, 1);
+    return kept;
+}
+
+static struct candidate pop_best(struct candidate *heap, size_t *n)
+{
+    struct candidate best = heap[0];
+    heap[0] = heap[--*n];
+    sift_candidate(heap, 0, *n, 1);
+    return best;
+}
+
+/* The best candidates as far as top-p and min-p reach, then one of them by weight.  The
+ * probabilities p = exp((logit - best) / temperature) / total are those after top-k. */
+static int32_t draw(gemma2_sampler *p, struct candidate *heap, size_t n)
+{
+    float best = heap[0].logit, inverse = 1.0f / p->temperature;
+    double total = 0, kept = 0, u;
+    for (size_t i = 0; i < n; i++)
+        total += exp_f32((heap[i].logit - best) * inverse);
+    size_t n_kept = 0, left = n; /* popped candidates go to the end of the heap's array */
+    while (left && (n_kept == 0 || kept < (double)p->top_p * total)) {
+        struct candidate c = pop_best(heap, &left);
+        double weight = exp_f32((c.logit - best) * inverse);
+        heap[n - 1 - n_kept] = c;
+        if (n_kept && weight < p->min_p)
+            break;
+        n_kept++;
+        kept += weight;
+    }
+    u = pcg32(&p->rng) * 0x1p-32 * kept;
+    for (size_t i = 0; i < n_kept; i++) {
+        u -= exp_f32((heap[n - 1 - i].logit - best) * inverse);
+        if (u < 0)
+            return heap[n - 1 - i].id;
+    }
+    return heap[n - n_kept].id; /* rounding: the last */
+}
+
+static int sampler_is_sound(const gemma2_sampler *p)
+{
+    return p->struct_size >= sizeof *p && p->temperature >= 0 && p->temperature <= 1e6f &&
+           p->top_k >= 0 && p->top_p > 0 && p->top_p <= 1 && p->min_p >= 0 && p->min_p <= 1 &&
+           p->penalty_last >= 0 && p->repetition_penalty > 0 &&
+           p->repetition_penalty <= 1e6f && fabsf(p->presence_penalty) <= 1e6f &&
+           fabsf(p->frequency_penalty) <= 1e6f && (p->bias || !p->n_bias);
+}
+
+static int32_t sample(gemma2_session *s, gemma2_sampler *p, const float *logits)
+{
+    size_t n = (size_t)s->model->config.n_vocab, k = (size_t)p->top_k;
+    if (!all_finite(logits, n))
+        return GEMMA2_ERR_NONFINITE;
+    if (p->n_bias || p->repetition_penalty != 1 || p->presence_penalty != 0 ||
+        p->frequency_penalty != 0) {
+        memcpy(s->adjusted, logits, n * sizeof *logits);
+        int status = adjust_logits(s, p, s->adjusted);
+        if (status < 0)
+            return status;
+        logits = s->adjusted;
+    }
+    if (p->temperature == 0)
+        k = 1;
+    size_t kept = keep_top(logits, n, k && k < n ? k : n, s->candidates);
+    if (!kept) /* every token is banned */
+        return GEMMA2_ERR_ARGUMENT;
+    return p->temperature == 0 ? s->candidates[0].id : draw(p, s->candidates, kept);
+}
+
+/* ===================================================================================
+ * 9. Public API, in the order of gemma2.h
+ * =================================================================================== */
+
+const char *gemma2_version(void) { return GEMMA2_VERSION_STRING; }
+
+const char *gemma2_error_string(int code)
+{
+    static const char *const text[] = {
+        "no error", "an argument is out of its range", "out of memory",
+        "the context has no room for that many tokens", "a token id is outside the vocabulary",
+        "the sliding window no longer holds that position; evaluate the tokens again",
+        "the model gave logits that are not finite; its weights are damaged",
+        "the buffer is too small", "the model file is corrupted"};
+    return code <= 0 && -code < (int)(sizeof text / sizeof *text) ? text[-code] : "unknown error";
+}
+
+/* ---- model ---- */
+
+void gemma2_open_params_init(gemma2_open_params *params)
+{
+    memset(params, 0, sizeof *params);
+    params->struct_size = sizeof *params;
+}
+
+/* The header and the tokenizer in a model on the stack, to know how much to allocate. */
+static int measure_model(struct gemma2_model *m, const struct file *f, struct errbuf *err)
+{
+    const uint32_t one = 1;
+    if (*(const uint8_t *)&one != 1)
+        return fail(err, "gemma2.c needs a little-endian CPU");
+    if (!read_header(m, f, err))
+        return 0;
+    for (int i = 0; i < N_HEADER_FIELDS; i++)
+        if (!read_field(f->data, &header_fields[i], &m->config, err))
+            return 0;
+    if (!read_lists(f->data, &m->config, err) || !check_identity(m, err))
+        return 0;
+    m->isa = select_kernels(err);
+    return m->isa != NULL;
+}
+
+/* Everything that needs the layers' array. */
+static int read_model(struct gemma2_model *m, struct errbuf *err)
+{
+    gemma2_config *c = &m->config;
+    memcpy(c->identity, m->file.data + IDENTITY_AT, 32);
+    c->isa = m->isa->name;
+    return read_directory(m, err) && check_complete(m, err) && check_facts(m, err) &&
+           read_tokenizer(&m->tokenizer, m->tokenizer_bytes, m->tokenizer_size, c, err);
+}
+
+/* One allocation: the struct, its layers, the tokenizer's two indexes.  The indexes' size
+ * is known from V alone: at most every piece is user-defined. */
+static gemma2_model *make_model(struct file *f, struct errbuf *err)
+{
+    gemma2_model small = {0};
+    if (!measure_model(&small, f, err))
+        return NULL;
+    size_t layers = sizeof(struct layer) * (size_t)small.config.n_layers;
+    size_t slots = slot_count((uint32_t)small.config.n_vocab);
+    size_t user = (size_t)small.config.n_vocab;
+    gemma2_model *m = malloc(sizeof *m + layers + (slots + user) * sizeof(uint32_t));
+    if (!m) {
+        fail(err, "out of memory opening the model");
+        return NULL;
+    }
+    memset(m, 0, sizeof *m + layers);
+    m->config = small.config;
+    m->isa = small.isa;
+    m->directory = small.directory;
+    m->n_sections = small.n_sections;
+    m->file = *f;
+    m->tokenizer.slots = (uint32_t *)((char *)m + sizeof *m + layers);
+    m->tokenizer.user = m->tokenizer.slots + slots;
+    if (read_model(m, err) && build_tokenizer(&m->tokenizer, err))
+        return m;
+    free(m);
+    return NULL;
+}
+
+gemma2_model *gemma2_open(const char *path, const gemma2_open_params *params, char *err_text,
+                          size_t err_size)
+{
+    struct errbuf err = {err_text, err_size};
+    struct file f = {0};
+    if (!path || (params && params->struct_size < sizeof *params)) {
+        fail(&err, "gemma2_open: no path, or params not from gemma2_open_params_init");
+        return NULL;
+    }
+    if (!file_open(&f, path, params && params->read_into_memory, &err)) {
+        file_close(&f);
+        return NULL;
+    }
+    gemma2_model *m = make_model(&f, &err);
+    if (!m)
+        file_close(&f);
+    return m;
+}
+
+gemma2_model *gemma2_open_memory(const void *data, size_t size, char *err_text, size_t err_size)
+{
+    struct errbuf err = {err_text, err_size};
+    struct file f = {data, size, NULL, NULL};
+    if (!data || (uintptr_t)data % 64) {
+        fail(&err, "gemma2_open_memory: the data must be aligned to 64 bytes");
+        return NULL;
+    }
+    return make_model(&f, &err);
+}
+
+void gemma2_close(gemma2_model *m)
+{
+    if (!m)
+        return;
+    file_close(&m->file);
+    free(m);
+}
+
+const gemma2_config *gemma2_get_config(const gemma2_model *m) { return &m->config; }
+
+int gemma2_is_stop(const gemma2_model *m, int32_t id)
+{
+    for (int32_t i = 0; i < m->config.n_stop; i++)
+        if (m->config.stop[i] == id)
+            return 1;
+    return 0;
+}
+
+const char *gemma2_fact(const gemma2_model *m, const char *key, size_t *size)
+{
+    size_t at = 4, key_size = strlen(key);
+    uint32_t n = m->facts ? get_u32(m->facts) : 0;
+    for (uint32_t i = 0; i < n; i++) {
+        uint32_t key_bytes = get_u32(m->facts + at), value_bytes = get_u32(m->facts + at + 4);
+        const uint8_t *found = m->facts + at + 8;
+        if (key_bytes == key_size && !memcmp(found, key, key_size)) {
+            *size = value_bytes;
+            return (const char *)found + key_bytes;
+        }
+        at += 8 + (size_t)key_bytes + value_bytes;
+    }
+    *size = 0;
+    return NULL;
+}
+
+int gemma2_get_section(const gemma2_model *m, size_t i, gemma2_section *out)
+{
+    if (i >= m->n_sections)
+        return 0;
+    struct entry e = get_entry(m->directory, i);
+    const struct role *r = find_role(e.role);
+    out->role = r ? r->name : "optional";
+    out->type = e.type < N_TYPES ? types[e.type].name : "bytes";
+    out->layer = r && r->id >= ROLE_LAYER_FIRST ? (int32_t)e.layer : -1;
+    out->rows = e.rows, out->cols = e.cols, out->bytes = e.bytes;
+    return 1;
+}
+
+/* The first value that is not finite in a tensor, or its size in values.  Quantised
+ * types can only go wrong in S, the first 64 bytes of a tile. */
+static int values_are_finite(const struct gemma2_model *m, const struct entry *e)
+{
+    const uint8_t *p = m->file.data + e->offset;
+    uint64_t tile = tile_bytes(e->type, e->cols), uses = is_quantised(e->type) ? 64 : tile;
+    uint32_t bad = 0;
+    for (uint64_t at = 0; at < e->bytes; at += tile)
+        if (e->type == TYPE_BF16)
+            for (uint64_t i = 0; i < uses; i += 2)
+                bad |= (p[at + i + 1] & 0x7f) == 0x7f && p[at + i] & 0x80;
+        else
+            for (uint64_t i = 0; i < uses; i += 4)
+                bad |= (get_u32(p + at + i) & 0x7f800000) == 0x7f800000;
+    return !bad;
+}
+
+int gemma2_check(const gemma2_model *m, size_t i, char *err_text, size_t err_size)
+{
+    struct errbuf err = {err_text, err_size};
+    if (i >= m->n_sections)
+        return 0;
+    struct entry e = get_entry(m->directory, i);
+    const struct role *r = find_role(e.role);
+    const char *name = r ? r->name : "optional section";
+    uint64_t gap = HEADER_BYTES + (uint64_t)m->n_sections * ENTRY_BYTES;
+    if (i) {
+        struct entry before = get_entry(m->directory, i - 1);
+        gap = before.offset + before.bytes;
+    }
+    struct sha256 sha;
+    uint8_t digest[32];
+    sha256_init(&sha);
+    sha256_add(&sha, m->file.data + e.offset, (size_t)e.bytes);
+    sha256_end(&sha, digest);
+    if (memcmp(digest, e.digest, 32))
+        fail(&err, "%s of layer %u does not match its checksum; copy or convert the file again",
+             name, e.layer);
+    else if (!is_zero(m->file.data + gap, (size_t)(e.offset - gap)))
+        fail(&err, "the padding before %s of layer %u is not zero", name, e.layer);
+    else if (r && e.type != TYPE_BYTES && !values_are_finite(m, &e))
+        fail(&err, "%s of layer %u holds values that are not finite; the checkpoint is damaged",
+             name, e.layer);
+    else
+        return 1;
+    return GEMMA2_ERR_CORRUPT;
+}
+
+/* ---- session ---- */
+
+void gemma2_session_params_init(gemma2_session_params *params)
+{
+    memset(params, 0, sizeof *params);
+    params->struct_size = sizeof *params;
+}
+
+int gemma2_session_plan(const gemma2_model *m, const gemma2_session_params *params,
+                        gemma2_plan *plan)
+{
+    gemma2_session s;
+    int status = read_session_params(&s, m, params);
+    return status < 0 ? status : place_session(&s, NULL, plan);
+}
+
+/* Frequencies of RoPE, theta^(-2i/H), rounded where transformers rounds them. */
+static void start_session(gemma2_session *s)
+{
+    int32_t h = s->model->config.head_dim;
+    for (int32_t i = 0; i < h / 2; i++) {
+        float exponent = (float)(2 * i) / (float)h;
+        s->inverse_frequency[i] =
+            1.0f / (float)pow(s->model->config.rope_theta, (double)exponent);
+    }
+}
+
+gemma2_session *gemma2_session_place(const gemma2_model *m, const gemma2_session_params *params,
+                                     void *memory, size_t size, char *err_text, size_t err_size)
+{
+    struct errbuf err = {err_text, err_size};
+    gemma2_session s;
+    gemma2_plan plan;
+    int status = read_session_params(&s, m, params);
+    if (!m->config.n_layers)
+        fail(&err, "this file holds a tokenizer only, it cannot generate");
+    else if (status < 0)
+        fail(&err, "session parameters are out of range");
+    else if (place_session(&s, NULL, &plan) < 0)
+        fail(&err, "a context of %d tokens is too large for this machine", s.n_context);
+    else if (!memory || (uintptr_t)memory % 64 || size < plan.total)
+        fail(&err, "a session needs %llu bytes aligned to 64", (unsigned long long)plan.total);
+    else {
+        place_session(&s, memory, &plan);
+        start_session(&s);
+        memcpy(memory, &s, sizeof s);
+        return memory;
+    }
+    return NULL;
+}
+
+gemma2_session *gemma2_session_new(const gemma2_model *m, const gemma2_session_params *params,
+                                   char *err_text, size_t err_size)
+{
+    struct errbuf err = {err_text, err_size};
+    gemma2_plan plan = {0, 0, 0, 0};
+    void *memory = NULL;
+    if (gemma2_session_plan(m, params, &plan) == GEMMA2_OK) {
+        memory = calloc(1, (size_t)plan.total + 63);
+        if (!memory) {
+            fail(&err, "out of memory: a session needs %llu MB; choose a smaller context",
+                 (unsigned long long)(plan.total >> 20));
+            return NULL;
+        }
+    }
+    void *aligned = memory ? (char *)memory + (-(uintptr_t)memory & 63) : NULL;
+    gemma2_session *s =
+        gemma2_session_place(m, params, aligned, (size_t)plan.total, err_text, err_size);
+    if (s)
+        s->owned = memory;
+    else
+        free(memory);
+    return s;
+}
+
+void gemma2_session_free(gemma2_session *s)
+{
+    if (s)
+        free(s->owned);
+}
+
+int32_t gemma2_position(const gemma2_session *s) { return s->position; }
+int32_t gemma2_context(const gemma2_session *s) { return s->n_context; }
+const int32_t *gemma2_history(const gemma2_session *s) { return s->ids; }
+
+static int check_ids(const gemma2_session *s, const int32_t *ids, size_t n)
+{
+    if (!ids || !n)
+        return GEMMA2_ERR_ARGUMENT;
+    if (n > (size_t)(s->n_context - s->position))
+        return GEMMA2_ERR_CONTEXT;
+    for (size_t i = 0; i < n; i++)
+        if (ids[i] < 0 || ids[i] >= s->model->config.n_vocab)
+            return GEMMA2_ERR_TOKEN;
+    return GEMMA2_OK;
+}
+
+/* Appends row t of the pass to its session. */
+static void add_row(gemma2_session *lead, size_t t, gemma2_session *s, int32_t id, float *logits)
+{
+    struct row row = {s, logits, id, s->position++};
+    s->ids[row.position] = id;
+    s->high = max_i32(s->high, s->position);
+    lead->rows[t] = row;
+}
+
+/* Evaluates ids of one session in passes of n_batch rows.  With logprobs, targets are the
+ * ids that follow, and `next` for the last. */
+static void run_ids(gemma2_session *s, const int32_t *ids, size_t n, float *logits, int32_t next,
+                    float *logprobs)
+{
+    uint64_t env = float_env_enter();
+    for (size_t done = 0; done < n;) {
+        size_t rows = n - done < (size_t)s->n_batch ? n - done : (size_t)s->n_batch;
+        struct pass p = {s->model, s, rows, 0};
+        for (size_t t = 0; t < rows; t++)
+            add_row(s, t, s, ids[done + t], done + t + 1 == n ? logits : NULL);
+        forward(&p);
+        head(&p);
+        if (logprobs) {
+            int known = done + rows < n || next >= 0; /* the last row's target */
+            for (size_t t = 0; t + 1 < rows; t++)
+                s->targets[t] = ids[done + t + 1];
+            s->targets[rows - 1] = done + rows < n ? ids[done + rows] : next;
+            p.n = known ? rows : rows - 1;
+            score_rows(&p, s->targets, logprobs + done);
+        }
+        done += rows;
+    }
+    float_env_leave(env);
+}
+
+int gemma2_prefill(gemma2_session *s, const int32_t *ids, size_t n, float *logits)
+{
+    return gemma2_eval(s, ids, n, logits);
+}
+
+int gemma2_eval(gemma2_session *s, const int32_t *ids, size_t n, float *logits)
+{
+    int status = check_ids(s, ids, n);
+    if (status == GEMMA2_OK)
+        run_ids(s, ids, n, logits, -1, NULL);
+    return status;
+}
+
+/* Every row fits: ids known, sessions of one model with room in context and ring. */
+static int check_rows(const gemma2_row *rows, size_t n)
+{
+    for (size_t i = 0; i < n; i++) {
+        if (!rows[i].session || rows[i].session->model != rows[0].session->model)
+            return GEMMA2_ERR_ARGUMENT;
+        rows[i].session->pending = 0;
+    }
+    for (size_t i = 0; i < n; i++) {
+        gemma2_session *s = rows[i].session;
+        if (++s->pending > s->n_batch)
+            return GEMMA2_ERR_ARGUMENT;
+        if (s->pending > s->n_context - s->position)
+            return GEMMA2_ERR_CONTEXT;
+        if (rows[i].id < 0 || rows[i].id >= s->model->config.n_vocab)
+            return GEMMA2_ERR_TOKEN;
+    }
+    return GEMMA2_OK;
+}
+
+int gemma2_eval_rows(const gemma2_row *rows, size_t n)
+{
+    if (!rows || !n || !rows[0].session || n > (size_t)rows[0].session->n_batch)
+        return GEMMA2_ERR_ARGUMENT;
+    int status = check_rows(rows, n);
+    if (status < 0)
+        return status;
+    gemma2_session *lead = rows[0].session;
+    struct pass p = {lead->model, lead, n, 0};
+    uint64_t env = float_env_enter();
+    for (size_t t = 0; t < n; t++)
+        add_row(lead, t, rows[t].session, rows[t].id, rows[t].logits);
+    forward(&p);
+    head(&p);
+    float_env_leave(env);
+    return GEMMA2_OK;
+}
+
+int gemma2_score(gemma2_session *s, const int32_t *ids, size_t n, int32_t next, float *logprobs)
+{
+    int status = check_ids(s, ids, n);
+    if (status < 0)
+        return status;
+    if (!logprobs || next < -1 || next >= s->model->config.n_vocab)
+        return next >= s->model->config.n_vocab ? GEMMA2_ERR_TOKEN : GEMMA2_ERR_ARGUMENT;
+    run_ids(s, ids, n, NULL, next, logprobs);
+    return all_finite(logprobs, next < 0 ? n - 1 : n) ? GEMMA2_OK : GEMMA2_ERR_NONFINITE;
+}
+
+int gemma2_rewind(gemma2_session *s, int32_t n)
+{
+    if (n < 0 || n > s->position)
+        return GEMMA2_ERR_ARGUMENT;
+    for (int l = 0; l < s->model->config.n_layers && n; l++) {
+        int32_t window = s->model->config.is_local[l] ? s->window : s->n_context;
+        /* the next token sees from n - window + 1; slots hold high - R .. high - 1 */
+        if (max_i32(0, n - window + 1) < s->high - s->cache[l].slots)
+            return GEMMA2_ERR_REWIND;
+    }
+    s->position = n;
+    if (!n)
+        s->high = 0;
+    return GEMMA2_OK;
+}
+
+/* ---- text ---- */
+
+size_t gemma2_encode_scratch(size_t text_bytes)
+{
+    if (text_bytes > 1u << 28)
+        return 0;
+    return round_up(3 * text_bytes, 64) + round_up(text_bytes * sizeof(struct symbol), 64) +
+           text_bytes * sizeof(int32_t) + 64;
+}
+
+int64_t gemma2_encode(const gemma2_model *m, const char *text, int64_t size, unsigned flags,
+                      int32_t *ids, size_t max_ids, void *scratch, size_t scratch_bytes)
+{
+    if ((!text && size) || size < -1 || (!ids && max_ids) || (flags & ~3u))
+        return GEMMA2_ERR_ARGUMENT;
+    size_t n = size < 0 ? strlen(text) : (size_t)size, needs = gemma2_encode_scratch(n);
+    if (!needs || (flags & GEMMA2_ENCODE_BOS && m->config.bos < 0))
+        return GEMMA2_ERR_ARGUMENT;
+    if (!scratch || scratch_bytes < needs)
+        return GEMMA2_ERR_SPACE;
+    uint8_t *p = (uint8_t *)scratch + (-(uintptr_t)scratch & 7);
+    struct encoder e = {.t = &m->tokenizer, .plain = !!(flags & GEMMA2_ENCODE_PLAIN),
+                        .max_piece = (uint32_t)m->config.max_piece_bytes, .text = p,
+                        .ids = ids, .max_ids = max_ids};
+    e.symbols = (struct symbol *)(p + round_up(3 * n, 8));
+    e.heap = (int32_t *)(e.symbols + n);
+    if (flags & GEMMA2_ENCODE_BOS)
+        emit(&e, m->config.bos);
+    normalise(&e, (const uint8_t *)text, n);
+    split_symbols(&e);
+    merge_symbols(&e);
+    emit_symbols(&e);
+    return e.n_ids;
+}
+
+int gemma2_decode(const gemma2_model *m, gemma2_utf8 *hold, int32_t id, char *text,
+                  size_t text_size)
+{
+    if (!hold || hold->n > 3 || !text || id < -1)
+        return GEMMA2_ERR_ARGUMENT;
+    if (id >= m->config.n_vocab)
+        return GEMMA2_ERR_TOKEN;
+    if (text_size < (size_t)m->config.max_piece_bytes + 12)
+        return GEMMA2_ERR_SPACE;
+    int kind = id < 0 ? 0 : m->tokenizer.kinds[id];
+    if (kind == GEMMA2_PIECE_BYTE) {
+        hold->bytes[hold->n++] = (uint8_t)byte_piece(piece_text(&m->tokenizer, (uint32_t)id));
+        return (int)release_bytes(hold, 0, text);
+    }
+    size_t n = release_bytes(hold, 1, text);
+    if (kind == GEMMA2_PIECE_UNKNOWN) {
+        memcpy(text + n, " \xe2\x81\x87 ", 5);
+        n += 5;
+    } else if (id >= 0 && kind != GEMMA2_PIECE_CONTROL)
+        n += spaced_text(piece_text(&m->tokenizer, (uint32_t)id), text + n);
+    return (int)n;
+}
+
+const char *gemma2_piece(const gemma2_model *m, int32_t id, size_t *size, int *kind)
+{
+    if (id < 0 || id >= m->config.n_vocab)
+        return NULL;
+    struct text s = piece_text(&m->tokenizer, (uint32_t)id);
+    if (size)
+        *size = s.n;
+    if (kind)
+        *kind = m->tokenizer.kinds[id];
+    return (const char *)s.p;
+}
+
+/* ---- sampling ---- */
+
+void gemma2_sampler_init(gemma2_sampler *p, uint64_t seed)
+{
+    gemma2_sampler start = {.struct_size = sizeof start, .penalty_last = 64,
+                            .repetition_penalty = 1, .temperature = 1, .top_k = 64,
+                            .top_p = 0.95f};
+    pcg32(&start.rng);
+    start.rng += seed;
+    pcg32(&start.rng);
+    *p = start;
+}
+
+int32_t gemma2_sample(gemma2_session *s, gemma2_sampler *p, const float *logits)
+{
+    if (!s || !p || !logits || !sampler_is_sound(p))
+        return GEMMA2_ERR_ARGUMENT;
+    uint64_t env = float_env_enter();
+    int32_t id = sample(s, p, logits);
+    float_env_leave(env);
+    return id;
+}
+
+int gemma2_logprob(const float *logits, size_t n, int32_t id, float *logprob)
+{
+    if (!logits || !logprob || !n || n > INT32_MAX)
+        return GEMMA2_ERR_ARGUMENT;
+    if (id < 0 || (size_t)id >= n)
+        return GEMMA2_ERR_TOKEN;
+    if (!all_finite(logits, n))
+        return GEMMA2_ERR_NONFINITE;
+    uint64_t env = float_env_enter();
+    struct log_sum sum = {-INFINITY, logits[id], 0};
+    for (size_t first = 0; first < n; first += HEAD_BLOCK) {
+        float x[HEAD_BLOCK];
+        size_t block = n - first < HEAD_BLOCK ? n - first : HEAD_BLOCK;
+        memcpy(x, logits + first, block * sizeof *x);
+        log_sum_add(&sum, x, block, exp_sum);
+    }
+    *logprob = log_sum_end(&sum);
+    float_env_leave(env);
+    return GEMMA2_OK;
+}
+
+/* ===================================================================================
+ * A. Appendix: the same kernels, faster
+ * =================================================================================== */
+
+static const struct kernels *const all_kernels[] = {&scalar_kernels};
+
+enum { N_KERNELS = sizeof all_kernels / sizeof *all_kernels };
+
+/* The best row this CPU has, or the one that GEMMA2_ISA names. */
+static const struct kernels *select_kernels(struct errbuf *err)
+{
+    const char *name = getenv("GEMMA2_ISA");
+    for (int i = 0; i < N_KERNELS; i++)
+        if (name && *name ? !strcmp(name, all_kernels[i]->name) : all_kernels[i]->available()) {
+            if (all_kernels[i]->available())
+                return all_kernels[i];
+            fail(err, "GEMMA2_ISA=%s: this CPU does not have these instructions", name);
+            return NULL;
+        }
+    fail(err, "GEMMA2_ISA=%s: this build knows no such instruction set", name);
+    return NULL;
+}

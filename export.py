@@ -1,0 +1,1806 @@
+#!/usr/bin/env python3
+"""Convert a Gemma 2 checkpoint into the one file that gemma2.c runs.
+
+What the file looks like, byte for byte, is written at the top of gemma2.c (sections 2
+and 3).  This script follows it and says here only how the numbers are chosen.
+
+  1. Ground         errors, warnings, signals, JSON
+  2. Number formats f32 and bf16 tiles; q8, q6, q4: search for scales, then packing
+  3. The model      facts, roles of tensors and their shapes
+  4. Checkpoints    the reader interface; Hugging Face safetensors
+  5. Tokenizers     tokenizer.model, tokenizer.json, tokenizer.bin
+  6. The file       sections, header, directory; written under a temporary name
+  7. Conversion     which tensor gets which type; worker processes; the report
+  8. Command line
+
+Notation, as in gemma2.c: D model width, N query heads, K key/value heads, H head_dim,
+F feed-forward width, V vocabulary, L layers; w a weight, S its row's scale, s its
+group's scale, v its value: w is stored as S * (s * v).
+"""
+import argparse
+import collections
+import contextlib
+import errno
+import fnmatch
+import hashlib
+import json
+import lzma
+import math
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import stat
+import struct
+import sys
+import threading
+import time
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # processes share the work, not threads
+try:
+    import numpy as np
+except ImportError:
+    sys.exit("export.py needs numpy: python3 -m pip install numpy")
+
+VERSION = "0.1.0"
+
+# =====================================================================================
+# 1. Ground
+# =====================================================================================
+
+
+class ExportError(Exception):
+    """One sentence that says what is wrong and what to do."""
+
+
+class Stopped(BaseException):
+    """A signal asked the program to end."""
+
+
+def warn(text):
+    print("export.py: warning: " + text, file=sys.stderr)
+
+
+def stop_on_signals():
+    """Lets SIGINT, SIGTERM and SIGHUP unwind the stack once, so that clean-up runs."""
+    numbers = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
+
+    def handler(number, _frame):
+        for n in numbers:
+            signal.signal(n, signal.SIG_IGN)
+        raise Stopped(number)
+
+    for n in numbers:
+        signal.signal(n, handler)
+
+
+def unique_keys(pairs):
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        seen = collections.Counter(key for key, _ in pairs)
+        raise ValueError("the key %r occurs twice" % seen.most_common(1)[0][0])
+    return found
+
+
+def parse_json(data, path):
+    """Bytes to a JSON object whose keys are unique."""
+    try:
+        found = json.loads(data.decode("utf-8"), object_pairs_hook=unique_keys)
+    except (ValueError, RecursionError) as e:  # bad UTF-8 and bad JSON are ValueErrors
+        raise ExportError("%s is not valid JSON (%s): fetch it again" % (path, e)) from None
+    if not isinstance(found, dict):
+        raise ExportError("%s holds no JSON object: fetch it again" % path)
+    return found
+
+
+def read_json(path):
+    with open(path, "rb") as f:
+        return parse_json(f.read(), path)
+
+
+def optional_json(directory, name):
+    path = os.path.join(directory, name)
+    return read_json(path) if os.path.isfile(path) else {}
+
+
+def round_up(n, to):
+    return -(-n // to) * to
+
+
+# =====================================================================================
+# 2. Number formats
+#
+# A matrix is cut into tiles of 16 rows.  Packing works on a slab of a few tiles, small
+# enough for the cache, in the shape x [32 inputs of a group, groups], where the groups
+# run over [tile][group of the row][16 rows]: sums over a group then add whole vectors,
+# and one scale per group broadcasts along the contiguous axis.
+# =====================================================================================
+
+TILE, BLOCK, GROUP = 16, 256, 32
+SLAB = 1 << 17  # weights quantised at once: the f32 scratch of a slab is half a megabyte
+
+
+def padded(w, col_multiple):
+    """w [rows, cols] with rows rounded up to 16 and columns to col_multiple, by zeros."""
+    rows, cols = w.shape
+    shape = round_up(rows, TILE), round_up(cols, col_multiple)
+    if shape == w.shape:
+        return w
+    out = np.zeros(shape, w.dtype)
+    out[:rows, :cols] = w
+    return out
+
+
+def bf16_bits(w):
+    """f32 to bf16, nearest, ties to even.  (w is finite.)"""
+    bits = w.view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+def bf16_value(bits):
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def pack_f32(w):
+    """[input][16 rows] f32."""
+    x = padded(w, 1)
+    return x.reshape(-1, TILE, x.shape[1]).transpose(0, 2, 1).tobytes(), 0.0
+
+
+def pack_bf16(w):
+    """[input pair][16 rows][2] bf16; a pair moves as one 32-bit word."""
+    bits = bf16_bits(w)
+    lost = w - bf16_value(bits)
+    pairs = padded(bits, 2).view(np.uint32)
+    return (pairs.reshape(-1, TILE, pairs.shape[1]).transpose(0, 2, 1).tobytes(),
+            float(np.vdot(lost, lost)))
+
+
+# ---- Values: which v lies nearest to t = w / (S s) ------------------------------------
+
+
+def nearest_integer(lo, hi):
+    def nearest(t):
+        np.clip(t, lo, hi, out=t)
+        return np.rint(t, out=t)  # ties to even
+    return nearest
+
+
+CODEBOOK = np.array([-31, -25, -20, -16, -12, -9, -6, -3, 0, 3, 6, 9, 13, 17, 22, 28], np.float32)
+
+
+def codebook_table():
+    """Nearest codebook value for each of 256 keys k = floor(2t) + ceil(2t) + 128.
+
+    The borders between codebook values are multiples of 1/2, so 2t decides: k is even
+    where 2t is an integer and odd between two integers.  On a border the even index wins.
+    """
+    t = (np.arange(256) - 128) / 4.0
+    distance = np.abs(t[:, None] - CODEBOOK)
+    distance[:, 1::2] += 1e-3  # less than the 1/8 at least that separates other distances
+    return CODEBOOK[distance.argmin(axis=1)]
+
+
+NEAREST_CODE = codebook_table()
+
+
+def nearest_codebook(t):
+    t *= 2
+    np.clip(t, -63.5, 63.5, out=t)
+    key = np.ceil(t)
+    key += np.floor(t, out=t)
+    key += 128
+    return np.take(NEAREST_CODE, key.astype(np.uint8), mode="wrap", out=t)
+
+
+# ---- Packing of chosen values: v [32, T*G*16] int8 to bytes [T, G, of a group] --
+
+
+def lanes_last(operands, tiles, groups):
+    """[operand, 4 inputs, T * G * 16] to [T, G, operand, 16 rows, 4 inputs] bytes."""
+    x = operands.reshape(-1, 4, tiles, groups, TILE).transpose(2, 3, 0, 4, 1)
+    return x.reshape(tiles, groups, -1)
+
+
+def nibbles(code):
+    """Two steps to an operand: the first in the low nibbles, the second in the high."""
+    steps = (code & 15).reshape(4, 2, 4, -1)
+    return steps[:, 0] | steps[:, 1] << 4
+
+
+def group_q8(v, tiles, groups):
+    return lanes_last(v.view(np.uint8), tiles, groups)
+
+
+def group_q6(v, tiles, groups):
+    code = (v + 32).view(np.uint8)
+    high = (code >> 4).reshape(2, 4, 4, -1)  # [operand, step of it, input, ...]
+    high = high[:, 0] | high[:, 1] << 2 | high[:, 2] << 4 | high[:, 3] << 6
+    return np.concatenate((lanes_last(nibbles(code), tiles, groups),
+                           lanes_last(high, tiles, groups)), axis=2)
+
+
+CODE_OF_VALUE = np.zeros(60, np.uint8)  # by v + 31
+CODE_OF_VALUE[CODEBOOK.astype(int) + 31] = np.arange(16)
+
+
+def group_q4(v, tiles, groups):
+    return lanes_last(nibbles(np.take(CODE_OF_VALUE, v + 31, mode="wrap")), tiles, groups)
+
+
+# ---- Scales ---------------------------------------------------------------------------
+
+# lo, hi    ends of the values        nearest  t to values, in place
+# shifts    may be added to all values of a group, chosen by bit 0 of the scale byte
+# s_lo, s_hi  ends of s; 0 where only the positive sign exists
+# steps     real scales tried, relative to the one that just covers the group
+# tries     then the integers s tried, relative to floor(d / S)
+# group     packs the values          group_bytes  of 32 x 16 values
+# blank     the value whose bits are zero, for padding
+Grid = collections.namedtuple(
+    "Grid", "lo hi nearest shifts s_lo s_hi steps tries group group_bytes blank")
+
+Q8 = Grid(-127, 127, nearest_integer(-127, 127), (0,), 0, 255, (1.0,), (0, 1), group_q8, 512, 0)
+Q6 = Grid(-32, 31, nearest_integer(-32, 31), (0,), -127, 127,
+          (1.02, 1.0, 0.98, 0.96, 0.94, 0.92, 0.89, 0.86), (0, 1), group_q6, 384, -32)
+Q4 = Grid(-31, 28, nearest_codebook, (0, 4), -64, 63,
+          (1.05, 1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.75, 0.7), (0, 1), group_q4, 256, -31)
+
+TINY = 1e-30   # a group whose weights are all smaller is zero
+HUGE = 1e15    # beyond, the squares of the search leave f32
+
+
+def values(x, d, shift, grid, live):
+    """The values v of x that quantise best with the scales d (0: all zero)."""
+    v = x / np.where(d == 0, np.float32(np.inf), d)
+    v -= shift
+    v = grid.nearest(v)
+    v += shift
+    if live is not None:
+        v *= live
+    return v
+
+
+def dot(a, b):
+    """Sums over each group: [32, groups] times [32, groups] to [groups]."""
+    return np.einsum("ij,ij->j", a, b)
+
+
+def best_real_scales(x, grid, live):
+    """For each group the real scale d and the shift with the least squared error.
+
+    With the values v of some scale, d = <w,v>/<v,v> is the best scale for those values
+    and leaves <w,w> - <w,v>^2/<v,v>; so the candidate with the largest gain
+    <w,v>^2/<v,v> is kept.  Tried are both signs, every shift, and a few scales around
+    the one that just covers the group.
+    """
+    top, bottom = x.max(axis=0), x.min(axis=0)
+    gain, d, best_shift = np.full_like(top, -1), np.zeros_like(top), np.zeros_like(top)
+    for shift in grid.shifts:
+        lo, hi = grid.lo + shift, grid.hi + shift
+        covers = [np.maximum(top / hi, bottom / lo)]
+        if grid.s_lo < 0:
+            covers.append(np.minimum(top / lo, bottom / hi))
+        for cover in covers:
+            for step in grid.steps:
+                v = values(x, cover * np.float32(step), shift, grid, live)
+                wv, vv = dot(x, v), dot(v, v)
+                fit = wv / np.maximum(vv, 1)
+                better = wv * fit > gain
+                np.copyto(gain, wv * fit, where=better)
+                np.copyto(d, fit, where=better)
+                np.copyto(best_shift, shift, where=better)
+    d[np.maximum(top, -bottom) < TINY] = 0
+    return d, best_shift
+
+
+def row_scales(d, grid):
+    """S [T, 1, 16], such that the row's largest group scale is an end of the range of s."""
+    need = d / np.float32(grid.s_hi)
+    if grid.s_lo < 0:
+        need = np.maximum(need, d / np.float32(grid.s_lo))
+    return need.max(axis=1, keepdims=True)
+
+
+def group_scales(x, d, S, shift, grid, live):
+    """s: of a few integers around d / S the one that leaves the least squared error."""
+    below = np.floor(d / np.where(S == 0, np.float32(1), S))
+    best, least = np.zeros_like(d), np.full_like(d, np.inf)
+    for offset in grid.tries:
+        s = np.clip(below + np.float32(offset), grid.s_lo, grid.s_hi)
+        ds = (S * s).reshape(-1)
+        v = values(x, ds, shift, grid, live)
+        error = (ds * (ds * dot(v, v) - 2 * dot(x, v))).reshape(d.shape)  # less <w,w>
+        better = error < least
+        np.copyto(least, error, where=better)
+        np.copyto(best, s, where=better)
+    return np.where(d == 0, np.float32(0), best)
+
+
+def pack_quantised(w, grid):
+    """w [rows, cols] to tiles.  S and s come first; then every v is the one nearest to
+    its weight under S * s as stored.  Returns the bytes and the squared error."""
+    rows, cols = w.shape
+    full = padded(w, BLOCK)
+    tiles, groups = full.shape[0] // TILE, full.shape[1] // GROUP
+    split = (tiles, TILE, groups, GROUP)
+    regroup = lambda a: np.ascontiguousarray(a.reshape(split).transpose(3, 0, 2, 1)).reshape(GROUP, -1)
+    x = regroup(full)
+    live = None if full is w else regroup(padded(np.ones_like(w), BLOCK))
+
+    d, shift = best_real_scales(x, grid, live if cols % GROUP else None)
+    by_row = (tiles, groups, TILE)
+    S = row_scales(d.reshape(by_row), grid)
+    s = group_scales(x, d.reshape(by_row), S, shift, grid, live if cols % GROUP else None)
+    ds = (S * s).reshape(-1)
+    v = values(x, ds, shift, grid, live)
+    lost = x - v * ds
+    error = float(np.vdot(lost, lost))
+
+    v -= shift
+    code = v.astype(np.int8)
+    if live is not None:
+        code[live == 0] = grid.blank
+    body = grid.group(code, tiles, groups)
+    return assemble(S, s, shift.reshape(by_row), body, live, grid), error
+
+
+def assemble(S, s, shift, body, live, grid):
+    """Tiles: S of 16 rows, then blocks of group scales and groups."""
+    tiles, groups, _ = s.shape
+    scale = s.astype(np.int16)
+    if len(grid.shifts) > 1:
+        scale = scale << 1 | (shift != 0) & (scale != 0)
+    blocks = groups * GROUP // BLOCK
+    per_block = BLOCK // GROUP
+    out = np.empty((tiles, tile_bytes_of(grid, groups * GROUP)), np.uint8)
+    out[:, :64] = S.astype("<f4").reshape(tiles, TILE).view(np.uint8)
+    rest = out[:, 64:].reshape(tiles, blocks, -1)
+    rest[:, :, :128] = (scale & 255).astype(np.uint8).reshape(tiles, blocks, 128)
+    rest[:, :, 128:] = body.reshape(tiles, blocks, per_block * grid.group_bytes)
+    return out.tobytes()
+
+
+def tile_bytes_of(grid, cols):
+    return 64 + round_up(cols, BLOCK) // BLOCK * (128 + BLOCK // GROUP * grid.group_bytes)
+
+
+# ---- The table of types ---------------------------------------------------------------
+
+
+def float_type(number, pack, unit, bytes_of_unit):
+    """unit inputs of 16 rows take bytes_of_unit."""
+    return Type(number, pack, lambda cols: round_up(cols, unit) // unit * bytes_of_unit)
+
+
+def quantised_type(number, grid):
+    return Type(number, lambda w: pack_quantised(w, grid), lambda cols: tile_bytes_of(grid, cols))
+
+
+# number in the file, slab of weights to (bytes, squared error), columns to bytes of a tile
+Type = collections.namedtuple("Type", "number pack tile_bytes")
+TYPES = {
+    "f32": float_type(1, pack_f32, 1, 64),
+    "bf16": float_type(2, pack_bf16, 2, 64),
+    "q8": quantised_type(3, Q8),
+    "q6": quantised_type(4, Q6),
+    "q4": quantised_type(5, Q4),
+}
+
+
+def packed_bytes(type_name, rows, cols):
+    return round_up(rows, TILE) // TILE * TYPES[type_name].tile_bytes(cols)
+
+
+# =====================================================================================
+# 3. The model
+# =====================================================================================
+
+# name, role number, rows, cols; a dimension is a product of letters, "1" is one
+ROLES = [
+    ("embedding", 16, "V", "D"), ("head", 17, "V", "D"), ("final_norm", 18, "D", "1"),
+]
+LAYER_ROLES = [  # in the order in which a layer uses them
+    ("attn_norm", 32, "D", "1"), ("q", 33, "NH", "D"), ("k", 34, "KH", "D"),
+    ("v", 35, "KH", "D"), ("o", 36, "D", "NH"), ("post_attn_norm", 37, "D", "1"),
+    ("ffn_norm", 40, "D", "1"), ("gate", 41, "F", "D"), ("up", 42, "F", "D"),
+    ("down", 43, "D", "F"), ("post_ffn_norm", 44, "D", "1"),
+]
+FACTS, TOKENIZER = 1, 2
+
+
+class Model:
+    """What the file's header says, but for the vocabulary, which the embedding decides."""
+    L = D = N = K = H = F = V = 0
+    window = context = 0
+    eps = attn_softcap = final_softcap = query_scale = embedding_scale = rope_theta = 0.0
+    local = ()      # per layer: sees a sliding window only
+    stop_ids = ()
+    tied = None     # True, False, or None where the checkpoint does not say
+
+    def dimension(self, letters):
+        return math.prod(1 if c == "1" else getattr(self, c) for c in letters)
+
+
+def tensor_table(model):
+    """Canonical name to (role number, layer, rows, cols), in order of use, head last."""
+    table = {}
+    for layer in range(model.L):
+        for name, role, rows, cols in LAYER_ROLES:
+            table["layers.%d.%s" % (layer, name)] = (
+                role, layer, model.dimension(rows), model.dimension(cols))
+    for name, role, rows, cols in sorted(ROLES, key=lambda r: r[0] != "final_norm"):
+        table[name] = role, 0, model.dimension(rows), model.dimension(cols)
+    return table
+
+
+def is_norm(name):
+    return name.endswith("norm")
+
+
+# =====================================================================================
+# 4. Checkpoints
+#
+# A reader of a format is a class with
+#   suits(path)      whether path looks like this format
+#   files            paths of all it reads, so that the output never overwrites them
+#   directory        where tokenizer and chat template lie
+#   source           one line for the file's facts
+#   model            a Model with everything but V
+#   names            set of canonical names present ("head" only where it is a real one)
+#   shape(name)      (rows, cols); a norm is (D, 1)
+#   rows(name, start, stop)  f32 [stop - start, cols], norms as trained (x is scaled by 1 + w)
+# It crosses to the worker processes by pickling, so it holds paths and offsets but no
+# open files.
+# =====================================================================================
+
+# ---- config.json ----------------------------------------------------------------------
+
+OTHER_MODELS = {
+    "gemma": "Gemma 1", "gemma3": "Gemma 3", "gemma3_text": "Gemma 3", "gemma3n": "Gemma 3n",
+    "paligemma": "PaliGemma, whose text part attends in both directions to an image",
+    "recurrent_gemma": "RecurrentGemma, which is no transformer", "t5gemma": "T5Gemma, an encoder-decoder",
+    "shieldgemma2": "ShieldGemma 2, which is a Gemma 3", "vaultgemma": "VaultGemma, which lacks the post-norms",
+    "embeddinggemma": "EmbeddingGemma, which is a Gemma 3",
+}
+
+# Model attribute, keys of config.json (first found counts), value where all are missing
+# (None: must be there), least and greatest value
+SIZES = [
+    ("L", ("num_hidden_layers",), None, 1, 1024),
+    ("D", ("hidden_size",), None, 1, 1 << 20),
+    ("N", ("num_attention_heads",), None, 1, 4096),
+    ("K", ("num_key_value_heads",), None, 1, 4096),
+    ("H", ("head_dim",), 256, 2, 4096),  # never D / N
+    ("F", ("intermediate_size",), None, 1, 1 << 22),
+    ("context", ("max_position_embeddings",), 8192, 1, 1 << 30),
+]
+# the same for fractions; null means off where the least value is 0
+FRACTIONS = [
+    ("eps", ("rms_norm_eps",), 1e-6, 1e-30, 1.0),
+    ("attn_softcap", ("attn_logit_softcapping",), 50.0, 0, 10000),
+    ("final_softcap", ("final_logit_softcapping",), 30.0, 0, 10000),
+]
+
+
+class Config:
+    """Access to config.json that complains in sentences."""
+
+    def __init__(self, directory):
+        self.path = os.path.join(directory, "config.json")
+        if not os.path.isfile(self.path):
+            raise ExportError("%s has no config.json: give the directory that holds config.json, "
+                              "the tokenizer and *.safetensors" % directory)
+        self.doc = read_json(self.path)
+
+    def bad(self, key, value, want):
+        return ExportError("%s: %s is %s, but must be %s"
+                           % (self.path, key, json.dumps(value), want))
+
+    def first(self, keys, default):
+        """Key and value of the first of keys that is there."""
+        for key in keys:
+            if key in self.doc:
+                return key, self.doc[key]
+        if default is None:
+            raise ExportError("%s lacks %s: fetch the file again" % (self.path, keys[0]))
+        return keys[0], default
+
+    def number(self, keys, default, least, most, whole):
+        key, value = self.first(keys, default)
+        if value is None and least == 0:
+            return 0.0
+        kinds = (int,) if whole else (int, float)
+        if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value <= most:
+            raise self.bad(key, value, "%s from %s to %s" % (
+                "a whole number" if whole else "a number", least, most))
+        return value
+
+
+def model_of_config(config):
+    """Every variant of Gemma 2's config.json to a Model; what it cannot mean is refused."""
+    refuse_other_models(config)
+    model = Model()
+    for name, keys, default, least, most in SIZES:
+        setattr(model, name, config.number(keys, default, least, most, True))
+    for name, keys, default, least, most in FRACTIONS:
+        setattr(model, name, config.number(keys, default, least, most, False))
+    if model.N % model.K:
+        raise config.bad("num_key_value_heads", model.K, "a divisor of num_attention_heads, %d" % model.N)
+    if model.H % 2:
+        raise config.bad("head_dim", model.H, "even")
+    for cap in ("attn_softcap", "final_softcap"):
+        if 0 < getattr(model, cap) < 0.01:
+            raise config.bad(cap, getattr(model, cap), "null, 0 or at least 0.01")
+    model.rope_theta = rope_theta(config)
+    model.local = local_layers(config, model.L)
+    model.window = sliding_window(config, model)
+    model.query_scale = query_scale(config, model)
+    model.embedding_scale = float(bf16_value(bf16_bits(np.array([math.sqrt(model.D)], np.float32)))[0])
+    model.stop_ids = id_list(config, "eos_token_id")
+    model.tied = config.doc.get("tie_word_embeddings")
+    return model
+
+
+def refuse_other_models(config):
+    doc = config.doc
+    kind = doc.get("model_type")
+    if kind != "gemma2":
+        what = OTHER_MODELS.get(kind, "not Gemma 2") if isinstance(kind, str) else "not Gemma 2"
+        raise ExportError("%s: model_type is %s: %s; only Gemma 2 (\"gemma2\") can be converted"
+                          % (config.path, json.dumps(kind), what))
+    quantised = doc.get("quantization_config") or doc.get("quantization")
+    if quantised:
+        method = quantised.get("quant_method", "") if isinstance(quantised, dict) else ""
+        raise ExportError("%s: the checkpoint is already quantised (%s): convert the original one, "
+                          "in f32, bf16 or f16" % (config.path, method or "quantization_config"))
+    for key in ("attention_bias", "use_bidirectional_attention"):
+        if doc.get(key):
+            raise ExportError("%s: %s is %s, which Gemma 2 as released does not have and gemma2.c "
+                              "cannot run" % (config.path, key, json.dumps(doc[key])))
+    # hidden_act is a leftover that the released models do not follow
+    act = doc.get("hidden_activation")
+    if act not in (None, "gelu_pytorch_tanh", "gelu_new", "gelu_fast"):
+        raise config.bad("hidden_activation", act, '"gelu_pytorch_tanh"')
+
+
+def rope_theta(config):
+    """Both spellings: rope_theta and rope_scaling, or rope_parameters (maybe per layer type)."""
+    doc = config.doc
+    spelled = doc.get("rope_parameters") or {}
+    if not isinstance(spelled, dict):
+        raise config.bad("rope_parameters", spelled, "an object")
+    groups = [p for p in spelled.values() if isinstance(p, dict)] or [spelled]
+    scaling = doc.get("rope_scaling")
+    for part in groups + ([scaling] if isinstance(scaling, dict) else []):
+        kind = part.get("rope_type", part.get("type", "default"))
+        if kind not in (None, "default") or part.get("partial_rotary_factor") not in (None, 1, 1.0):
+            raise ExportError("%s: rope type %s: gemma2.c runs Gemma 2's plain rotary positions "
+                              "(\"default\") only" % (config.path, json.dumps(kind)))
+    thetas = {json.dumps(p.get("rope_theta", doc.get("rope_theta", 10000.0))) for p in groups}
+    theta = json.loads(thetas.pop())
+    if thetas or isinstance(theta, bool) or not isinstance(theta, (int, float)) or not 0 < theta < 1e30:
+        raise config.bad("rope_theta", theta, "one positive number for all layers")
+    return float(theta)
+
+
+def local_layers(config, n_layers):
+    """layer_types where it is given, else even layers are local."""
+    types = config.doc.get("layer_types")
+    if types is None:
+        return tuple(i % 2 == 0 for i in range(n_layers))
+    names = {"sliding_attention": True, "full_attention": False}
+    if not isinstance(types, list) or len(types) != n_layers or any(t not in names for t in types):
+        raise config.bad("layer_types", types, "a list of %d times sliding_attention or "
+                         "full_attention" % n_layers)
+    return tuple(names[t] for t in types)
+
+
+def sliding_window(config, model):
+    keys = "sliding_window", "sliding_window_size"
+    if not any(model.local) and config.first(keys, 4096)[1] is None:
+        return model.context
+    return config.number(keys, 4096, 1, 1 << 30, True)
+
+
+def query_scale(config, model):
+    scalar = config.number(("query_pre_attn_scalar",), 256, 1e-6, 1e9, False)
+    if scalar == 224 and model.H != 224:
+        warn("query_pre_attn_scalar is 224 and is kept; Google corrected this value of early 9B "
+             "files to 256, so if answers are poor, write 256 into %s and convert again" % config.path)
+    return float(np.float32(scalar ** -0.5))
+
+
+def id_list(config, key):
+    """An id, a list of ids or null."""
+    value = config.doc.get(key)
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
+        raise config.bad(key, value, "a token id or a list of them")
+    return tuple(ids)
+
+
+# ---- safetensors ----------------------------------------------------------------------
+
+# bytes of a value, how numpy reads it, how it becomes f32
+FLOATS = {
+    "F32": (4, "<f4", lambda a: a.astype(np.float32, copy=False)),
+    "BF16": (2, "<u2", bf16_value),
+    "F16": (2, "<f2", lambda a: a.astype(np.float32)),
+}
+OTHER_BITS = {"F64": 64, "I64": 64, "U64": 64, "I32": 32, "U32": 32, "I16": 16, "U16": 16, "I8": 8,
+              "U8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "C64": 64}
+
+Stored = collections.namedtuple("Stored", "path dtype shape offset")  # one tensor in a file
+
+
+def read_safetensors_header(path):
+    """Name to Stored for one file, after every claim of its header is checked."""
+    size = os.path.getsize(path)
+    with open(path, "rb") as f:
+        start = f.read(8)
+        n = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        if not 2 <= n <= 100_000_000:
+            raise ExportError("%s is no safetensors file (its first 8 bytes are no header size): "
+                              "fetch it again (git lfs pull, if it is a pointer)" % path)
+        if 8 + n > size:
+            raise ExportError("%s is truncated: its header needs %d bytes and the file has %d: "
+                              "fetch it again" % (path, 8 + n, size))
+        header = parse_json(f.read(n), "the header of " + path)
+    header.pop("__metadata__", None)
+    tensors = {name: stored_tensor(path, name, entry, 8 + n) for name, entry in header.items()}
+    check_layout(path, tensors, 8 + n, size)
+    return tensors
+
+
+def is_size(n):
+    return isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 1 << 50
+
+
+def stored_tensor(path, name, entry, base):
+    def bad(what):
+        return ExportError("%s: tensor %s has %s: fetch the file again" % (path, name, what))
+    if not isinstance(entry, dict):
+        raise bad("no description")
+    dtype, shape, offsets = (entry.get(k) for k in ("dtype", "shape", "data_offsets"))
+    if dtype not in FLOATS and dtype not in OTHER_BITS:
+        raise bad("an unknown dtype, %s" % json.dumps(dtype))
+    if not isinstance(shape, list) or len(shape) > 8 or not all(map(is_size, shape)):
+        raise bad("a bad shape, %s" % json.dumps(shape))
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(is_size, offsets)):
+        raise bad("bad data_offsets, %s" % json.dumps(offsets))
+    width = FLOATS[dtype][0] if dtype in FLOATS else OTHER_BITS[dtype] // 8
+    want = math.prod(shape) * width
+    if offsets[1] - offsets[0] != want:
+        raise bad("%d bytes where its shape and dtype need %d" % (offsets[1] - offsets[0], want))
+    return Stored(path, dtype, tuple(shape), base + offsets[0])
+
+
+def check_layout(path, tensors, base, size):
+    """Tensors fill the file from the header to the end: no gap, no overlap, none beyond it."""
+    at = base
+    for name, t in sorted(tensors.items(), key=lambda item: item[1].offset):
+        if t.offset != at:
+            raise ExportError("%s: tensor %s %s: fetch the file again" % (
+                path, name, "overlaps another" if t.offset < at else "leaves a gap before it"))
+        width = FLOATS[t.dtype][0] if t.dtype in FLOATS else OTHER_BITS[t.dtype] // 8
+        at += math.prod(t.shape) * width
+    if at != size:
+        raise ExportError("%s is %s: its header speaks of %d bytes and the file has %d: fetch it "
+                          "again" % (path, "truncated" if at > size else "too long", at, size))
+
+
+def safetensors_files(path):
+    """The files of a checkpoint: a single one, those of an index, or a numbered series."""
+    if os.path.isfile(path):
+        return [path]
+    single = os.path.join(path, "model.safetensors")
+    index = single + ".index.json"
+    if os.path.isfile(single):
+        return [single]
+    if os.path.isfile(index):
+        return indexed_files(path, index)
+    found = sorted(n for n in os.listdir(path) if n.endswith(".safetensors"))
+    series = [re.fullmatch(r"(.*)-(\d+)-of-(\d+)\.safetensors", n) for n in found]
+    if found and all(series):
+        count = int(series[0].group(3))
+        missing = set(range(1, count + 1)) - {int(m.group(2)) for m in series}
+        if missing or len(found) != count:
+            raise ExportError("%s holds %d of %d shards (*.safetensors): fetch the others"
+                              % (path, len(found), count))
+    elif len(found) > 1:
+        raise ExportError("%s holds several *.safetensors and no model.safetensors.index.json: "
+                          "fetch the index" % path)
+    return [os.path.join(path, n) for n in found]
+
+
+def indexed_files(path, index):
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ExportError("%s has no weight_map: fetch it again" % index)
+    names = sorted({n if isinstance(n, str) else json.dumps(n) for n in weight_map.values()})
+    for n in names:
+        if n != os.path.basename(n) or not n.endswith(".safetensors"):
+            raise ExportError("%s names a shard %r, which is no file name: fetch it again" % (index, n))
+        if not os.path.isfile(os.path.join(path, n)):
+            raise ExportError("%s names the shard %s, which is missing: fetch it" % (index, n))
+    return [os.path.join(path, n) for n in names]
+
+
+# Hugging Face's name to ours; a prefix "model." is dropped before, {} is the layer
+HF_NAMES = {
+    "embed_tokens.weight": "embedding", "norm.weight": "final_norm", "lm_head.weight": "head",
+}
+HF_LAYER_NAMES = {
+    "input_layernorm.weight": "attn_norm",
+    "self_attn.q_proj.weight": "q", "self_attn.k_proj.weight": "k",
+    "self_attn.v_proj.weight": "v", "self_attn.o_proj.weight": "o",
+    "post_attention_layernorm.weight": "post_attn_norm",  # Llama's ffn norm has this name
+    "pre_feedforward_layernorm.weight": "ffn_norm",
+    "mlp.gate_proj.weight": "gate", "mlp.up_proj.weight": "up", "mlp.down_proj.weight": "down",
+    "post_feedforward_layernorm.weight": "post_ffn_norm",
+}
+DROPPED = re.compile(r".*rotary_emb\.inv_freq")  # computed anyway
+REFUSED = [  # pattern of a name, what it means
+    (r"(score|classifier)\..*", "a classification head: the checkpoint is a reward model or a "
+     "classifier, which writes no text"),
+    (r".*(vision_tower|multi_modal_projector|vision_model).*", "part of a vision model such as PaliGemma"),
+    (r".*(lora_|\.dora_).*", "part of a LoRA adapter: merge it into its base model first"),
+    (r".*\.(qweight|qzeros|g_idx|scales|biases|absmax|quant_map|SCB|weight_scale|weight_packed)$",
+     "part of a quantised checkpoint: convert the original one, in f32, bf16 or f16"),
+    (r".*\.bias", "a bias, which Gemma 2 does not have"),
+]
+
+
+def canonical_name(hf_name):
+    """Our name for one of Hugging Face's; None where it is to be dropped."""
+    name = hf_name[len("model."):] if hf_name.startswith("model.") else hf_name
+    if name in HF_NAMES:
+        return HF_NAMES[name]
+    m = re.fullmatch(r"layers\.(0|[1-9]\d{0,4})\.(.+)", name)
+    if m and m.group(2) in HF_LAYER_NAMES:
+        return "layers.%s.%s" % (m.group(1), HF_LAYER_NAMES[m.group(2)])
+    if DROPPED.fullmatch(name):
+        return None
+    for pattern, meaning in REFUSED:
+        if re.fullmatch(pattern, name):
+            raise ExportError("the checkpoint holds %s, %s" % (hf_name, meaning))
+    raise ExportError("the checkpoint holds %s, which is no tensor of Gemma 2: is this the right "
+                      "checkpoint?" % hf_name)
+
+
+class HuggingFace:
+    """A directory with config.json and safetensors files, or one such file in it."""
+
+    @staticmethod
+    def suits(path):
+        if os.path.isfile(path):
+            return path.endswith(".safetensors")
+        return bool(safetensors_files(path))
+
+    def __init__(self, path):
+        self.directory = path if os.path.isdir(path) else os.path.dirname(path) or "."
+        config = Config(self.directory)
+        self.model = model_of_config(config)
+        self.add_generation_config()
+        shards = safetensors_files(path)
+        self.files = shards + [config.path]
+        self.tensors = self.collect(shards)
+        self.names = set(self.tensors)
+        self.source = "%s, Hugging Face safetensors" % self.name()
+        self.handles = {}
+        stored_vocab = config.doc.get("vocab_size")
+        if "embedding" in self.tensors and stored_vocab not in (None, self.shape("embedding")[0]):
+            warn("config.json says vocab_size %s, the embedding has %d rows; the rows count"
+                 % (json.dumps(stored_vocab), self.shape("embedding")[0]))
+
+    def name(self):
+        """The directory's name; in Hugging Face's cache, the repository's."""
+        path = os.path.abspath(self.directory)
+        cached = re.search(r"models--(.+?)--(.+?)[/\\]snapshots[/\\]", path)
+        return "/".join(cached.groups()) if cached else os.path.basename(path)
+
+    def add_generation_config(self):
+        path = os.path.join(self.directory, "generation_config.json")
+        if os.path.isfile(path):
+            generation = Config.__new__(Config)
+            generation.path, generation.doc = path, read_json(path)
+            self.model.stop_ids += id_list(generation, "eos_token_id")
+
+    @staticmethod
+    def collect(shards):
+        tensors, origin = {}, {}
+        for path in shards:
+            for hf_name, stored in read_safetensors_header(path).items():
+                name = canonical_name(hf_name)
+                if name is None:
+                    continue
+                if name in tensors:
+                    raise ExportError("the checkpoint holds %s twice (as %s in %s and as %s in %s): "
+                                      "remove the stale file" % (
+                                          name, origin[name], tensors[name].path, hf_name, path))
+                if stored.dtype not in FLOATS:
+                    raise ExportError("%s: %s has dtype %s: convert the original checkpoint, in "
+                                      "F32, BF16 or F16" % (path, hf_name, stored.dtype))
+                tensors[name], origin[name] = stored, hf_name
+        return tensors
+
+    def shape(self, name):
+        shape = self.tensors[name].shape
+        return shape + (1,) if len(shape) == 1 else shape
+
+    def rows(self, name, start, stop):
+        stored = self.tensors[name]
+        cols = self.shape(name)[1]
+        width, numpy_type, to_f32 = FLOATS[stored.dtype]
+        raw = np.empty((stop - start) * cols * width, np.uint8)
+        f = self.handles.get(stored.path)
+        if f is None:
+            f = self.handles[stored.path] = open(stored.path, "rb", buffering=0)
+        f.seek(stored.offset + start * cols * width)
+        view, got = memoryview(raw), 0
+        while got < len(raw):
+            n = f.readinto(view[got:])
+            if not n:
+                raise ExportError("%s became shorter while it was read: is it still being "
+                                  "fetched?" % stored.path)
+            got += n
+        return to_f32(raw.view(numpy_type)).reshape(stop - start, cols)
+
+    def __getstate__(self):
+        return dict(self.__dict__, handles={})
+
+
+READERS = [HuggingFace]  # the first that suits a path reads it
+
+OTHER_FORMATS = [  # endings in a directory (or of a file), what they are
+    ("adapter_config.json", "a LoRA adapter: merge it into its base model first"),
+    (".gguf", "a GGUF file"), (".ckpt", "a PyTorch checkpoint"), (".bin", "a PyTorch checkpoint"),
+    (".pth", "a PyTorch checkpoint"), (".pt", "a PyTorch checkpoint"), (".h5", "a Keras checkpoint"),
+    (".keras", "a Keras checkpoint"), (".sbs", "a gemma.cpp file"), (".msgpack", "a Flax checkpoint"),
+]
+
+
+def open_checkpoint(path):
+    if not os.path.exists(path):
+        raise ExportError("%s does not exist: give the directory of a Gemma 2 checkpoint" % path)
+    for reader in READERS:
+        if reader.suits(path):
+            return reader(path)
+    names = sorted(os.listdir(path)) if os.path.isdir(path) else [path]
+    for ending, what in OTHER_FORMATS:
+        if any(n.endswith(ending) for n in names):
+            raise ExportError("%s is %s; this version reads Hugging Face safetensors: fetch the "
+                              "checkpoint in that form" % (path, what))
+    raise ExportError("%s holds no *.safetensors: give the directory of a Gemma 2 checkpoint in "
+                      "Hugging Face format" % path)
+
+
+def check_shapes(reader):
+    """Sets V from the embedding; refuses missing, surplus and wrongly shaped tensors."""
+    model = reader.model
+    if "embedding" not in reader.names:
+        raise ExportError("the checkpoint lacks the embedding (model.embed_tokens.weight): fetch "
+                          "all of its files")
+    model.V = reader.shape("embedding")[0]
+    if not 1 <= model.V <= 1 << 22:
+        raise ExportError("the embedding has %d rows; 1 to %d can be" % (model.V, 1 << 22))
+    table = tensor_table(model)
+    missing = [n for n in table if n not in reader.names and n != "head"]
+    if missing:
+        raise ExportError("the checkpoint lacks %d tensors, the first is %s: fetch all of its files"
+                          % (len(missing), missing[0]))
+    for name in sorted(reader.names):
+        if name not in table:
+            raise ExportError("the checkpoint holds %s, but config.json says %d layers" % (name, model.L))
+        if reader.shape(name) != table[name][2:]:
+            raise ExportError("%s has shape %s where config.json makes it %s: the two do not belong "
+                              "together" % (name, list(reader.shape(name)), list(table[name][2:])))
+
+
+def settle_head(reader):
+    """Drops a head that repeats the embedding; a head of its own stays in reader.names."""
+    tied = reader.model.tied
+    if "head" not in reader.names:
+        if tied is False:
+            raise ExportError("config.json says tie_word_embeddings is false, but there is no "
+                              "lm_head.weight: fetch all files, or set it to true if the head is "
+                              "the embedding")
+        return
+    same = all(np.array_equal(reader.rows("embedding", i, j), reader.rows("head", i, j))
+               for i, j in row_blocks(reader.model.V, reader.model.D))
+    if same or tied:
+        reader.names.discard("head")
+        if not same:
+            warn("lm_head.weight differs from the embedding, but config.json ties the two; it is "
+                 "dropped, as transformers does (set tie_word_embeddings to false to keep it)")
+    elif tied is None:
+        warn("lm_head.weight differs from the embedding and is kept as a head of its own")
+
+
+def row_blocks(rows, cols):
+    """Ranges of whole tiles that hold about a slab of weights each."""
+    step = max(1, SLAB // (TILE * max(cols, 1))) * TILE
+    return [(i, min(i + step, rows)) for i in range(0, rows, step)]
+
+
+# =====================================================================================
+# 5. Tokenizers
+# =====================================================================================
+
+NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE, MARKER = 1, 2, 3, 4, 5, 6, 7
+ABSENT = 0xFFFFFFFF
+SPACE = "\u2581"
+# USER pieces that must not come from a stranger's text
+MARKERS = re.compile(r"<mask>|<2mass>|\[@BOS@\]|<unused\d+>|<start_of_turn>|<end_of_turn>|\[toxicity=0\]")
+BYTES = ["<0x%02X>" % b for b in range(256)]
+
+
+class Tokenizer:
+    """Pieces (text with U+2581 for a space), their scores and kinds, and the ids of some."""
+
+    def __init__(self, pieces, scores, kinds, ids):
+        self.pieces, self.scores, self.kinds = pieces, scores, kinds
+        self.ids = dict(ids)  # bos, eos, pad, unk
+
+    def __len__(self):
+        return len(self.pieces)
+
+    def find(self, piece):
+        """Lowest id of a piece that is not merely unused, or None."""
+        return next((i for i, p in enumerate(self.pieces) if p == piece and self.kinds[i] != UNUSED), None)
+
+    def append_unused(self, n_pieces):
+        more = n_pieces - len(self)
+        self.pieces += [""] * more
+        self.scores += [0.0] * more
+        self.kinds += [UNUSED] * more
+
+
+# ---- tokenizer.model: SentencePiece's protobuf -------------------------------------------
+
+
+def varint(data, at):
+    value = shift = 0
+    while True:
+        byte = data[at]  # IndexError: truncated
+        at += 1
+        value |= (byte & 127) << shift
+        if byte < 128:
+            return value, at
+        shift += 7
+        if shift > 63:
+            raise ValueError("an overlong number")
+
+
+def fields(data):
+    """Yields (field number, value) of a protobuf message; bytes for anything with a length."""
+    at = 0
+    while at < len(data):
+        key, at = varint(data, at)
+        wire = key & 7
+        if wire == 0:
+            value, at = varint(data, at)
+        else:
+            size, at = varint(data, at) if wire == 2 else ({1: 8, 5: 4}[wire], at)
+            value, at = data[at:at + size], at + size
+            if at > len(data):
+                raise IndexError
+        yield key >> 3, value
+
+
+# Field numbers in SentencePiece's ModelProto, TrainerSpec and NormalizerSpec
+PIECES, TRAINER, NORMALIZER = 1, 2, 3
+MODEL_TYPE, BYTE_FALLBACK = 3, 35
+ID_FIELDS = {"unk": (40, 0), "bos": (41, 1), "eos": (42, 2), "pad": (43, -1)}  # and defaults
+CHARSMAP, DUMMY_PREFIX, EXTRA_SPACES, ESCAPE = 2, 3, 4, 5
+
+
+def sentencepiece_tokenizer(data, path):
+    try:
+        pieces, trainer, normalizer = [], {}, {}
+        for number, value in fields(data):
+            if number == PIECES:
+                piece = dict(fields(value))
+                pieces.append((piece[1].decode("utf-8"), struct.unpack("<f", piece.get(2, bytes(4)))[0],
+                               piece.get(3, NORMAL)))
+            elif number == TRAINER:
+                trainer = dict(fields(value))
+            elif number == NORMALIZER:
+                normalizer = dict(fields(value))
+    except (IndexError, KeyError, ValueError, AttributeError, TypeError, struct.error):
+        pieces = []
+    if not pieces:
+        raise ExportError("%s is no SentencePiece model, or is cut short: fetch it again (git lfs "
+                          "pull, if it is a pointer)" % path)
+    check_sentencepiece(path, trainer, normalizer)
+    ids = {}
+    for name, (field, default) in ID_FIELDS.items():
+        i = trainer.get(field, default)
+        if isinstance(i, int) and 0 <= i < len(pieces) and pieces[i][2] in (CONTROL, UNKNOWN):
+            ids[name] = i
+    texts, scores, kinds = map(list, zip(*pieces))
+    has_bytes = BYTE in kinds
+    if bool(trainer.get(BYTE_FALLBACK, 0)) != has_bytes:
+        raise ExportError("%s: byte_fallback does not agree with its byte pieces: fetch it again" % path)
+    return Tokenizer(texts, scores, kinds, ids)
+
+
+def check_sentencepiece(path, trainer, normalizer):
+    if trainer.get(MODEL_TYPE, 1) != 2:
+        kind = {1: "unigram", 3: "word", 4: "char"}.get(trainer.get(MODEL_TYPE, 1), "unknown")
+        raise ExportError("%s is a %s model; Gemma's are BPE: is this the right tokenizer?" % (path, kind))
+    wrong = [
+        ("a normaliser (precompiled_charsmap)", len(normalizer.get(CHARSMAP, b"")) > 0),
+        ("add_dummy_prefix", normalizer.get(DUMMY_PREFIX, 1) != 0),
+        ("remove_extra_whitespaces", normalizer.get(EXTRA_SPACES, 1) != 0),
+        ("escape_whitespaces off", normalizer.get(ESCAPE, 1) == 0),
+    ]
+    for what, found in wrong:
+        if found:
+            raise ExportError("%s has %s, which Gemma 2's tokenizer does not and gemma2.c does not "
+                              "follow: is this the right tokenizer?" % (path, what))
+
+
+# ---- tokenizer.json: Hugging Face's --------------------------------------------------------
+
+
+def json_tokenizer(doc, path):
+    """Types and scores that SentencePiece would have, from vocabulary and merges."""
+    bpe = check_json_tokenizer(doc, path)
+    added = added_tokens_of(doc)
+    texts = {i: p for p, i in bpe["vocab"].items()}
+    for i, (content, _) in added.items():
+        texts.setdefault(i, content)
+    n = max(texts) + 1 if texts else 0
+    if not 0 < n <= 1 << 22 or min(texts) < 0:
+        raise ExportError("%s: ids run to %d: fetch it again" % (path, n))
+    pieces = [texts.get(i, "") for i in range(n)]
+    spell_tab_as_byte(pieces)
+    unk = bpe.get("unk_token") or "<unk>"
+    kinds = [json_kind(p, i in added, unk) for i, p in enumerate(pieces)]
+    ids = {name: pieces.index(p) for name, p in
+           (("pad", "<pad>"), ("eos", "<eos>"), ("bos", "<bos>"), ("unk", unk)) if p in pieces}
+    return Tokenizer(pieces, json_scores(bpe, pieces, kinds, path), kinds, ids)
+
+
+def check_json_tokenizer(doc, path):
+    bpe = doc.get("model")
+    if not isinstance(bpe, dict) or bpe.get("type", "BPE") != "BPE" or not isinstance(bpe.get("vocab"), dict) \
+            or not isinstance(bpe.get("merges"), list) or not all(isinstance(i, int) for i in bpe["vocab"].values()):
+        raise ExportError("%s holds no BPE vocabulary: is this the right tokenizer?" % path)
+    text = json.dumps([doc.get("normalizer"), doc.get("pre_tokenizer")])
+    wrong = [
+        ("no byte_fallback", not bpe.get("byte_fallback")),
+        ("ignore_merges", bpe.get("ignore_merges")),
+        ("a prefix or suffix of words", bpe.get("continuing_subword_prefix") or bpe.get("end_of_word_suffix")),
+        ("a normaliser or pre-tokeniser of its own", re.search(
+            r'"(Prepend|NFK?[CD]|Lowercase|Strip|Precompiled|ByteLevel|Whitespace|Digits|Regex)"', text)),
+        ("a dummy prefix", re.search(r'"prepend_scheme": "(always|first)"|"add_prefix_space": true', text)),
+    ]
+    for what, found in wrong:
+        if found:
+            raise ExportError("%s has %s, unlike Gemma 2's: is this the right tokenizer?" % (path, what))
+    return bpe
+
+
+def spell_tab_as_byte(pieces):
+    """Hugging Face spells the byte piece <0x09> as a tab."""
+    before = pieces.index(BYTES[8]) if BYTES[8] in pieces else -1
+    if before >= 0 and BYTES[9] not in pieces and pieces[before + 1:before + 2] == ["\t"]:
+        pieces[before + 1] = BYTES[9]
+
+
+def json_kind(piece, is_added, unk):
+    if piece == "":
+        return UNUSED
+    if piece == unk:
+        return UNKNOWN
+    if piece in ("<pad>", "<eos>", "<bos>"):
+        return CONTROL
+    if re.fullmatch("<0x[0-9A-F]{2}>", piece):
+        return BYTE
+    return USER if is_added else NORMAL
+
+
+def json_scores(bpe, pieces, kinds, path):
+    """-(rank) of a piece, rank 0 the first NORMAL id, where merges come in the order of the
+    ids they make, as in Gemma; else minus the rank of a piece's first merge."""
+    made = []
+    for merge in bpe["merges"]:
+        pair = merge.split(" ") if isinstance(merge, str) else merge
+        i = bpe["vocab"].get("".join(pair)) if isinstance(pair, list) and len(pair) == 2 else None
+        if i is None:
+            raise ExportError("%s: the merge %r makes no piece: fetch it again" % (path, merge))
+        if kinds[i] == NORMAL:
+            made.append(i)
+    first = kinds.index(NORMAL) if NORMAL in kinds else 0
+    if all(a <= b for a, b in zip(made, made[1:])):
+        return [float(first - i) if k == NORMAL else 0.0 for i, k in enumerate(kinds)]
+    order = list(dict.fromkeys(made))
+    if sum(a != b for a, b in zip(made, made[1:])) + 1 != len(order):
+        warn("%s: merges of different pieces are interleaved, which scores cannot express; a few "
+             "words may be cut differently" % path)
+    rank = {i: r for r, i in enumerate(order)}
+    return [-float(rank.get(i, len(order))) if k == NORMAL else 0.0 for i, k in enumerate(kinds)]
+
+
+# ---- Pieces beyond tokenizer.model ---------------------------------------------------------
+
+
+def added_tokens_of(doc):
+    """id to (content, special) of tokenizer.json's added_tokens."""
+    return {t["id"]: (t["content"], bool(t.get("special"))) for t in doc.get("added_tokens") or []
+            if isinstance(t, dict) and isinstance(t.get("id"), int) and isinstance(t.get("content"), str)}
+
+
+def added_tokens(directory, doc):
+    """The same from all the places where fine-tunes put them."""
+    found = {}
+    for content, i in optional_json(directory, "added_tokens.json").items():
+        if isinstance(i, int):
+            found[i] = content, False
+    found.update(added_tokens_of(doc))
+    decoder = optional_json(directory, "tokenizer_config.json").get("added_tokens_decoder")
+    for i, t in (decoder if isinstance(decoder, dict) else {}).items():
+        if i.isdigit() and isinstance(t, dict) and isinstance(t.get("content"), str):
+            found[int(i)] = t["content"], bool(t.get("special"))
+    return found
+
+
+def add_tokens(tokenizer, added):
+    """Appends added tokens, renames reused ones and marks the special ones."""
+    n = max(added, default=-1) + 1
+    if n > 1 << 22:
+        raise ExportError("an added token has the id %d: fetch the tokenizer again" % (n - 1))
+    tokenizer.append_unused(n)
+    renamed = []
+    for i, (content, special) in sorted(added.items()):
+        content = content.replace(" ", SPACE)
+        kind, old = tokenizer.kinds[i], tokenizer.pieces[i]
+        if not content or kind == BYTE or kind == NORMAL and old != content:
+            continue  # an ordinary piece is what the model was trained with
+        if old and old != content:
+            renamed.append("%d %s (was %s)" % (i, content, old))
+        tokenizer.pieces[i] = content
+        if kind in (NORMAL, USER, UNUSED, MARKER):
+            tokenizer.kinds[i] = MARKER if special else USER
+            tokenizer.scores[i] = 0.0
+    if renamed:
+        warn("added tokens rename %d pieces: %s%s" % (
+            len(renamed), ", ".join(renamed[:3]), " ..." if len(renamed) > 3 else ""))
+
+
+# ---- Finding, finishing, writing -------------------------------------------------------------
+
+
+def read_maybe_xz(path):
+    with open(path, "rb") as f:
+        data = f.read()
+    if data[:6] != b"\xfd7zXZ\0":
+        return data
+    try:
+        return lzma.decompress(data)
+    except (lzma.LZMAError, EOFError):
+        raise ExportError("%s is damaged or cut short: fetch it again" % path) from None
+
+
+def tokenizer_of_file(path):
+    if not os.path.isfile(path):
+        raise ExportError("%s does not exist: give a tokenizer.model or tokenizer.json" % path)
+    data = read_maybe_xz(path)
+    if data[:8] == MAGIC:
+        return container_tokenizer(data, path)
+    if data.lstrip()[:1] == b"{":
+        doc = parse_json(data, path)
+        tokenizer = json_tokenizer(doc, path)
+        add_tokens(tokenizer, added_tokens_of(doc))
+        return tokenizer
+    return sentencepiece_tokenizer(data, path)
+
+
+def tokenizer_of_directory(directory):
+    """tokenizer.model with the pieces that only the other files know; None without any."""
+    at = {n: os.path.join(directory, n) for n in ("tokenizer.model", "tokenizer.json", "tokenizer.json.xz")}
+    at = {n: p for n, p in at.items() if os.path.isfile(p)}
+    json_path = at.get("tokenizer.json") or at.get("tokenizer.json.xz")
+    doc = parse_json(read_maybe_xz(json_path), json_path) if json_path else {}
+    added = added_tokens(directory, doc)
+    if "tokenizer.model" in at:
+        path = at["tokenizer.model"]
+        tokenizer = tokenizer_of_file(path)
+        vocab = doc.get("model", {}).get("vocab", {}) if isinstance(doc.get("model"), dict) else {}
+        learnt = [i for i in vocab.values() if isinstance(i, int) and i >= len(tokenizer) and i not in added]
+        if learnt:  # new merges, which only tokenizer.json knows
+            warn("tokenizer.json knows %d pieces more than tokenizer.model and is used instead" % len(learnt))
+            path, tokenizer = json_path, json_tokenizer(doc, json_path)
+    elif json_path:
+        path, tokenizer = json_path, json_tokenizer(doc, json_path)
+    else:
+        return None, None
+    add_tokens(tokenizer, added)
+    return path, tokenizer
+
+
+def find_tokenizer(given, directory, n_vocab):
+    """The tokenizer of --tokenizer, else of the checkpoint, else Gemma 2's own."""
+    if given:
+        path, tokenizer = (tokenizer_of_directory(given) if os.path.isdir(given)
+                           else (given, tokenizer_of_file(given)))
+    else:
+        path, tokenizer = tokenizer_of_directory(directory)
+    if tokenizer is None and not given and n_vocab in (256000, 256128):
+        path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tokenizer.bin")
+        if os.path.isfile(path):
+            tokenizer = tokenizer_of_file(path)
+            warn("the checkpoint brings no tokenizer; Gemma 2's own (tokenizer.bin) is used")
+    if tokenizer is None:
+        raise ExportError("%s holds no tokenizer.model or tokenizer.json: fetch one, or give it with "
+                          "--tokenizer FILE" % (given or directory))
+    return path, tokenizer
+
+
+def finish_tokenizer(tokenizer, n_vocab, path):
+    """Marks control pieces, pads to the embedding's rows, and checks what the file demands."""
+    t = tokenizer
+    for i, piece in enumerate(t.pieces):
+        if t.kinds[i] == USER and MARKERS.fullmatch(piece):
+            t.kinds[i] = MARKER
+    while n_vocab and len(t) > n_vocab and t.kinds[-1] == UNUSED and not t.pieces[-1]:
+        t.pieces.pop(), t.scores.pop(), t.kinds.pop()
+    if n_vocab and len(t) > n_vocab:
+        raise ExportError("the tokenizer %s has %d pieces and the embedding only %d rows: give the "
+                          "right one with --tokenizer" % (path, len(t), n_vocab))
+    if n_vocab and len(t) < n_vocab:
+        warn("the embedding has %d rows and the tokenizer %d pieces; the rest become unused pieces"
+             % (n_vocab, len(t)))
+        t.append_unused(n_vocab)
+    t.ids["start_of_turn"], t.ids["end_of_turn"] = t.find("<start_of_turn>"), t.find("<end_of_turn>")
+    check_tokenizer(t, path)
+
+
+def check_tokenizer(t, path):
+    def bad(what):
+        return ExportError("the tokenizer %s %s: fetch it again" % (path, what))
+    for i, (piece, score, kind) in enumerate(zip(t.pieces, t.scores, t.kinds)):
+        if kind not in range(NORMAL, MARKER + 1):
+            raise bad("has a piece of unknown kind, %s (id %d)" % (kind, i))
+        if not piece and kind != UNUSED:
+            raise bad("has an empty piece (id %d)" % i)
+        if len(piece.encode("utf-8")) > 4096:
+            raise bad("has a piece of more than 4096 bytes (id %d)" % i)
+        if kind == BYTE and piece not in BYTE_SET:
+            raise bad("has the byte piece %r (id %d)" % (piece, i))
+        if not math.isfinite(score):
+            raise bad("has a score that is not finite (id %d)" % i)
+    spelled = {p for p, k in zip(t.pieces, t.kinds) if k == BYTE}
+    if t.ids.get("unk") is None and len(spelled) < 256:
+        raise bad("has neither an unknown piece nor all 256 byte pieces")
+
+
+BYTE_SET = set(BYTES)
+TOKENIZER_HEAD = struct.Struct("<I6II32x")
+ID_ORDER = "bos", "eos", "pad", "unk", "start_of_turn", "end_of_turn"
+
+
+def tokenizer_section(t):
+    blob = [p.encode("utf-8") for p in t.pieces]
+    ends = np.cumsum([len(p) for p in blob])
+    ids = [ABSENT if t.ids.get(name) is None else t.ids[name] for name in ID_ORDER]
+    return b"".join([
+        TOKENIZER_HEAD.pack(len(t), *ids, int(ends[-1])),
+        (np.array(t.scores, "<f4") + np.float32(0)).tobytes(),  # no -0
+        ends.astype("<u4").tobytes(), np.array(t.kinds, np.uint8).tobytes(), *blob])
+
+
+def container_tokenizer(data, path):
+    """The tokenizer section of a file of ours."""
+    try:
+        n_entries = struct.unpack_from("<I", data, 48)[0]
+        entries = [ENTRY.unpack_from(data, HEADER_BYTES + i * ENTRY.size) for i in range(n_entries)]
+        start, size, digest = next(e[6:9] for e in entries if e[0] == TOKENIZER)
+        section = data[start:start + size]
+        if hashlib.sha256(section).digest() != digest:
+            raise ValueError
+        n, *ids, blob_bytes = TOKENIZER_HEAD.unpack_from(section)
+        ends = np.frombuffer(section, "<u4", n, 64 + 4 * n).tolist()
+        blob = section[64 + 9 * n:]
+        pieces = [blob[a:b].decode("utf-8") for a, b in zip([0] + ends, ends)]
+        return Tokenizer(pieces, np.frombuffer(section, "<f4", n, 64).tolist(),
+                         list(section[64 + 8 * n:64 + 9 * n]),
+                         {k: i for k, i in zip(ID_ORDER, ids) if i != ABSENT})
+    except (struct.error, StopIteration, ValueError):
+        raise ExportError("%s is damaged or holds no tokenizer: make it again" % path) from None
+
+
+def chat_template(directory):
+    """The template of -it models, from whichever file holds it."""
+    path = os.path.join(directory, "chat_template.jinja")
+    if os.path.isfile(path):
+        with open(path, encoding="utf-8") as f:
+            return f.read()
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        found = optional_json(directory, name).get("chat_template")
+        if isinstance(found, list):  # several, by name
+            found = {t.get("name"): t.get("template") for t in found if isinstance(t, dict)}.get("default")
+        if isinstance(found, str):
+            return found
+    return None
+
+
+# =====================================================================================
+# 6. The file
+# =====================================================================================
+
+MAGIC = b"\x89GEMMA2\n"
+HEADER = struct.Struct("<8s2I4Q4I8IIfd4f128sI15I160x")  # bytes 0 .. 479; the identity follows
+HEADER_BYTES = 512
+ENTRY = struct.Struct("<4I4Q32s16x")
+
+# One section: what its directory entry says; data is bytes for a small one, None for a tensor
+Section = collections.namedtuple("Section", "name role layer type rows cols size data")
+
+
+class Container:
+    """Writes the file under a temporary name: sections in order, then header and directory.
+
+    Used in a with statement; unless finish() was reached, the temporary is removed and an
+    older file of the same name stays as it was."""
+
+    def __init__(self, path, sections, align, inputs):
+        self.path = os.path.realpath(path)
+        self.check_target(inputs)
+        self.sections, self.align = sections, align
+        self.offsets, at = [], HEADER_BYTES + ENTRY.size * len(sections)
+        for section in sections:
+            at = round_up(at, align)
+            self.offsets.append(at)
+            at += section.size
+        self.size = at
+        self.digests = []
+        self.temporary = os.path.join(os.path.dirname(self.path), ".%s.%d.tmp" % (
+            os.path.basename(self.path), os.getpid()))
+
+    def check_target(self, inputs):
+        if os.path.exists(self.path):
+            if not stat.S_ISREG(os.stat(self.path).st_mode):
+                raise ExportError("%s is no ordinary file: name the file to write" % self.path)
+            if any(os.path.samefile(self.path, i) for i in inputs if os.path.exists(i)):
+                raise ExportError("%s is an input of this conversion: choose another name for the "
+                                  "output" % self.path)
+        elif not os.path.isdir(os.path.dirname(self.path)):
+            raise ExportError("the directory %s does not exist: make it first" % os.path.dirname(self.path))
+
+    def __enter__(self):
+        free = shutil.disk_usage(os.path.dirname(self.path)).free
+        if free < self.size:
+            raise ExportError("%s has %s left and the output needs %s: make room, or choose a "
+                              "smaller --type" % (os.path.dirname(self.path), human(free), human(self.size)))
+        self.file = open(self.temporary, "xb")
+        return self
+
+    def __exit__(self, *failure):
+        self.file.close()
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(self.temporary)
+
+    def write_section(self, chunks):
+        """Writes the next section from an iterable of bytes."""
+        i = len(self.digests)
+        self.file.write(bytes(self.offsets[i] - self.file.tell()) if i
+                        else bytes(self.offsets[0]))  # room for header and directory
+        digest, size = hashlib.sha256(), 0
+        for chunk in chunks:
+            digest.update(chunk)
+            self.file.write(chunk)
+            size += len(chunk)
+        assert size == self.sections[i].size, "a section is not as long as planned"
+        self.digests.append(digest.digest())
+
+    def finish(self, model):
+        directory = b"".join(
+            ENTRY.pack(s.role, s.layer, TYPES[s.type].number if s.type in TYPES else 0, 0,
+                       s.rows, s.cols, offset, s.size, digest)
+            for s, offset, digest in zip(self.sections, self.offsets, self.digests))
+        header = pack_header(model, self.size, len(self.sections), self.align)
+        self.file.seek(0)
+        self.file.write(header + hashlib.sha256(header + directory).digest() + directory)
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        os.replace(self.temporary, self.path)
+        if os.name == "posix":  # the new name is on disk too
+            directory_fd = os.open(os.path.dirname(self.path), os.O_RDONLY)
+            os.fsync(directory_fd)
+            os.close(directory_fd)
+
+
+def pack_header(m, file_bytes, n_entries, align):
+    local = np.packbits(np.array(m.local + (False,) * (1024 - m.L), bool), bitorder="little").tobytes()
+    stops = list(m.stop_ids) + [0] * (15 - len(m.stop_ids))
+    return HEADER.pack(
+        MAGIC, 1, HEADER_BYTES, 0, 0, file_bytes, HEADER_BYTES, n_entries, ENTRY.size, align, 0,
+        m.L, m.D, m.N, m.K, m.H, m.F, m.V, m.window, m.context, m.eps, m.rope_theta,
+        m.attn_softcap, m.final_softcap, m.query_scale, m.embedding_scale, local,
+        len(m.stop_ids), *stops)
+
+
+def facts_section(facts):
+    out = [struct.pack("<I", len(facts))]
+    for key, value in facts.items():
+        key, value = key.encode("utf-8"), value.encode("utf-8")
+        out.append(struct.pack("<II", len(key), len(value)) + key + value)
+    return b"".join(out)
+
+
+def bytes_section(name, role, data):
+    return Section(name, role, 0, "bytes", 0, 0, len(data), data)
+
+
+def human(n):
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if n < 1000 or unit == "GB":
+            return "%.4g %s" % (n, unit)
+        n /= 1000
+
+
+# =====================================================================================
+# 7. Conversion
+# =====================================================================================
+
+
+def choose_type(name, tied, options):
+    """The type of a tensor: norms f32; else the last --tensor that matches, --head for the
+    output head, --type; only a q4 file keeps embedding and head at q6."""
+    if is_norm(name):
+        return "f32"
+    for pattern, type_name in reversed(options.tensor):
+        if fnmatch.fnmatchcase(name, pattern):
+            return type_name
+    if options.head and name == ("embedding" if tied else "head"):
+        return options.head
+    if options.type == "q4" and name in ("embedding", "head"):
+        return "q6"
+    return options.type
+
+
+def plan_tensors(reader, options):
+    """(Section, name in the reader) of every tensor to write, in order of use."""
+    tied = "head" not in reader.names
+    second_head = tied and any(pattern == "head" for pattern, _ in options.tensor)
+    plan = []
+    for name, (role, layer, rows, cols) in tensor_table(reader.model).items():
+        if name == "head" and tied and not second_head:
+            continue
+        type_name = choose_type(name, tied, options)
+        size = packed_bytes(type_name, rows, cols)
+        plan.append((Section(name, role, layer, type_name, rows, cols, size, None),
+                     "embedding" if name == "head" and tied else name))
+    for pattern, _ in options.tensor:
+        if not any(fnmatch.fnmatchcase(s.name, pattern) and not is_norm(s.name) for s, _ in plan):
+            raise ExportError("--tensor %s matches no matrix of this model: names are embedding, "
+                              "head, layers.0.q ... layers.%d.down" % (pattern, reader.model.L - 1))
+    return plan
+
+
+worker_reader = None  # the checkpoint, in each worker process
+
+
+def start_worker(reader):
+    """Workers leave signals to the parent and never outlive it."""
+    global worker_reader
+    worker_reader = reader
+    for name in ("SIGINT", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    parent = multiprocessing.parent_process()
+
+    def follow():
+        parent.join()
+        os._exit(1)
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def pack_rows(task, reader=None):
+    """Packs rows start .. stop of a tensor: bytes, sum w^2, sum (w - w')^2."""
+    name, type_name, cols, start, stop = task
+    reader = reader or worker_reader
+    packed, power, error = [], 0.0, 0.0
+    for i, j in row_blocks(stop - start, cols):
+        w = reader.rows(name, start + i, start + j)
+        check_values(name, type_name, w, start + i)
+        data, lost = TYPES[type_name].pack(w)
+        packed.append(data)
+        power += float(np.vdot(w, w))
+        error += lost
+    return b"".join(packed), power, error
+
+
+def check_values(name, type_name, w, first_row):
+    top = max(float(w.max()), -float(w.min()))  # NaN where there is one
+    if not math.isfinite(top):
+        row = int(np.argmin(np.isfinite(w).all(axis=1)))
+        raise ExportError("%s holds NaN or infinity (row %d): the checkpoint is damaged, or its "
+                          "training diverged" % (name, first_row + row))
+    if top > HUGE and type_name not in ("f32", "bf16"):
+        raise ExportError("%s holds %g, too large to quantise: add --tensor %s=bf16" % (name, top, name))
+
+
+def tasks_of(section, source):
+    """Parts of a tensor, each about eight slabs."""
+    step = row_blocks(section.rows, section.cols)[0][1] * 8
+    return [(source, section.type, section.cols, i, min(i + step, section.rows))
+            for i in range(0, section.rows, round_up(step, TILE))]
+
+
+def pack_all(reader, plan, jobs):
+    """Yields the results of every task of the plan, in order, few ahead of the consumer."""
+    tasks = (t for section, source in plan for t in tasks_of(section, source))
+    weights = sum(s.rows * s.cols for s, _ in plan)
+    if jobs < 2 or weights < 1 << 24:
+        for task in tasks:
+            yield pack_rows(task, reader)
+        return
+    with multiprocessing.Pool(jobs, start_worker, (reader,)) as pool:
+        waiting = collections.deque()
+        for task in tasks:
+            waiting.append(pool.apply_async(pack_rows, (task,)))
+            if len(waiting) > 2 * jobs:
+                yield waiting.popleft().get()
+        while waiting:
+            yield waiting.popleft().get()
+
+
+class Progress:
+    """A bar on standard error when that is a terminal; tqdm's where it is installed."""
+
+    def __init__(self, total, wanted):
+        self.total, self.done, self.bar, self.shown = total, 0, None, -1
+        self.wanted = wanted and sys.stderr.isatty()
+        if self.wanted:
+            with contextlib.suppress(ImportError):
+                from tqdm import tqdm
+                self.bar = tqdm(total=total, unit="w", unit_scale=True, leave=False)
+
+    def add(self, n):
+        self.done += n
+        if self.bar is not None:
+            self.bar.update(n)
+        elif self.wanted and self.done * 100 // self.total != self.shown:
+            self.shown = self.done * 100 // self.total
+            print("\r[%-50s] %3d %%" % ("#" * (self.shown // 2), self.shown), end="", file=sys.stderr, flush=True)
+
+    def close(self):
+        if self.bar is not None:
+            self.bar.close()
+        elif self.wanted:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def write_tensors(out, reader, plan, options):
+    """Packs and writes every tensor; returns the relative error of each."""
+    progress = Progress(sum(s.rows * s.cols for s, _ in plan), not options.quiet)
+    results = pack_all(reader, plan, options.jobs)
+    errors = []
+    try:
+        for section, source in plan:
+            sums = [0.0, 0.0]
+
+            def chunks():
+                for task in tasks_of(section, source):
+                    data, power, error = next(results)
+                    sums[0] += power
+                    sums[1] += error
+                    progress.add((task[4] - task[3]) * task[2])
+                    yield data
+            out.write_section(chunks())
+            errors.append(math.sqrt(sums[1] / sums[0]) if sums[0] else 0.0)
+    finally:
+        results.close()  # ends the workers
+        progress.close()
+    return errors
+
+
+def stop_ids(model, tokenizer):
+    """Ids that end a text: the config's, and <eos> and <end_of_turn> whatever it says (the
+    9B and 27B chat models' config forgets the latter)."""
+    ids = list(model.stop_ids) + [tokenizer.ids.get("eos"), tokenizer.ids.get("end_of_turn")]
+    ids = list(dict.fromkeys(i for i in ids if i is not None))
+    wrong = [i for i in ids if i >= len(tokenizer)]
+    if wrong:
+        raise ExportError("eos_token_id %d is outside the vocabulary of %d: correct config.json or "
+                          "generation_config.json" % (wrong[0], len(tokenizer)))
+    if len(ids) > 15:
+        raise ExportError("there are %d ids that end a text, and 15 can be: shorten eos_token_id in "
+                          "config.json" % len(ids))
+    return tuple(ids)
+
+
+GEMMA_NOTICE = ("Gemma is provided under and subject to the Gemma Terms of Use found at "
+                "ai.google.dev/gemma/terms")
+
+
+def gather_facts(options, name, source, is_gemma, template, how):
+    facts = {"name": options.name or name, "source": options.source or source,
+             "license": options.license or (GEMMA_NOTICE if is_gemma else None),
+             "chat_template": template, "export": "export.py %s %s" % (VERSION, how)}
+    return {k: v for k, v in facts.items() if v}
+
+
+def options_text(options):
+    """The options that shaped the weights, for the file's facts."""
+    words = ["--type " + options.type]
+    words += ["--head " + options.head] if options.head else []
+    return " ".join(words + ["--tensor %s=%s" % pair for pair in options.tensor])
+
+
+def convert(options):
+    started = time.monotonic()
+    reader = open_checkpoint(options.input)
+    check_shapes(reader)
+    settle_head(reader)
+    model = reader.model
+    tokenizer_path, tokenizer = find_tokenizer(options.tokenizer, reader.directory, model.V)
+    finish_tokenizer(tokenizer, model.V, tokenizer_path)
+    model.stop_ids = stop_ids(model, tokenizer)
+    plan = plan_tensors(reader, options)
+    facts = gather_facts(options, reader.name(), reader.source, model.V >= 256000,
+                         chat_template(reader.directory), options_text(options))
+    sections = [bytes_section("facts", FACTS, facts_section(facts)),
+                bytes_section("tokenizer", TOKENIZER, tokenizer_section(tokenizer))]
+    sections += [s for s, _ in plan]
+    tiny = sum(s.size for s, _ in plan) < 1 << 20
+    align = options.align or (64 if tiny else 4096)
+    with Container(options.output, sections, align, reader.files + [tokenizer_path]) as out:
+        for section in sections[:2]:
+            out.write_section([section.data])
+        errors = write_tensors(out, reader, plan, options)
+        out.finish(model)
+    if not options.quiet:
+        report(options.output, out.size, [s for s, _ in plan], errors, time.monotonic() - started)
+
+
+def report(path, file_bytes, sections, errors, seconds):
+    print("%-26s %-5s %16s %14s %12s" % ("tensor", "type", "shape", "bytes", "rel. error"))
+    for s, error in zip(sections, errors):
+        print("%-26s %-5s %16s %14d %12.3e" % (s.name, s.type, "%d x %d" % (s.rows, s.cols), s.size, error))
+    weights = sum(s.rows * s.cols for s in sections)
+    size = sum(s.size for s in sections)
+    print("%d tensors, %d weights, %d bytes of weights (%.3f bits a weight)" % (
+        len(sections), weights, size, 8 * size / weights))
+    print("%s: %d bytes (%s) in %.1f seconds" % (path, file_bytes, human(file_bytes), seconds))
+
+
+def convert_tokenizer(options):
+    """A file of ours with nothing but facts and tokenizer."""
+    path, tokenizer = find_tokenizer(options.input, None, 0)
+    finish_tokenizer(tokenizer, 0, path)
+    model = Model()
+    model.V = len(tokenizer)
+    model.stop_ids = stop_ids(model, tokenizer)
+    template = chat_template(options.input) if os.path.isdir(options.input) else None
+    facts = gather_facts(options, "Gemma 2 tokenizer" if model.V >= 256000 else "tokenizer",
+                         os.path.basename(path), False, template, "--tokenizer-only")
+    sections = [bytes_section("facts", FACTS, facts_section(facts)),
+                bytes_section("tokenizer", TOKENIZER, tokenizer_section(tokenizer))]
+    with Container(options.output, sections, options.align or 64, [path]) as out:
+        for section in sections:
+            out.write_section([section.data])
+        out.finish(model)
+    if not options.quiet:
+        kinds = collections.Counter(tokenizer.kinds)
+        names = "normal", "unknown", "control", "user", "unused", "byte", "marker"
+        print("%s: %d pieces (%s), %d bytes" % (options.output, len(tokenizer), ", ".join(
+            "%d %s" % (kinds[k], n) for k, n in enumerate(names, 1) if kinds[k]), out.size))
+
+
+# =====================================================================================
+# 8. Command line
+# =====================================================================================
+
+EPILOG = """
+Types, with bits a weight and typical loss:
+  f32   32     exact          q8    8.25   none that can be noticed (the default)
+  bf16  16     as released    q6    6.25   barely any
+                              q4    4.25   little; embedding and head stay q6
+
+Names for --tensor: embedding, head, layers.N.q, .k, .v, .o, .gate, .up, .down, with * ? [].
+The last --tensor that matches counts, before --head, before --type.  Norms are always f32.
+
+The output head: Gemma 2 ties it to the embedding, one tensor serving both, and --head TYPE
+is that tensor's type.  Where a checkpoint has a head of its own, --head is the type of that.
+--tensor head=TYPE gives a tied model a second copy as its head, for instance a cheaper one
+that makes decoding faster while the embedding stays precise.
+
+Examples:
+  export.py gemma-2-2b-it gemma-2-2b-it.bin
+  export.py gemma-2-9b-it 9b-q4.bin --type q4
+  export.py gemma-2-9b-it 9b-q4.bin --type q4 --tensor 'layers.*.down=q6' --head q8
+  export.py gemma-2-2b-it 2b.bin --tensor head=q4
+  export.py --tokenizer-only gemma-2-2b-it/tokenizer.model tokenizer.bin
+
+Exit codes: 0 done, 1 failed (no output is left behind), 2 wrong usage, 130 interrupted.
+"""
+
+
+def tensor_option(text):
+    pattern, equals, type_name = text.rpartition("=")
+    if not equals or not pattern or type_name not in TYPES:
+        raise argparse.ArgumentTypeError("%r is not PATTERN=TYPE with a type of %s" % (text, ", ".join(TYPES)))
+    return pattern, type_name
+
+
+def align_option(text):
+    if not text.isdigit() or int(text) & (int(text) - 1) or not 64 <= int(text) <= 1 << 21:
+        raise argparse.ArgumentTypeError("%r is not a power of two from 64 to 2097152" % text)
+    return int(text)
+
+
+def jobs_option(text):
+    if not text.isdigit() or not 1 <= int(text) <= 1024:
+        raise argparse.ArgumentTypeError("%r is not a number from 1 to 1024" % text)
+    return int(text)
+
+
+def parse_options(arguments):
+    p = argparse.ArgumentParser(
+        prog="export.py", description="Convert a Gemma 2 checkpoint (a Hugging Face directory with "
+        "config.json, *.safetensors and tokenizer) into one file that gemma2.c runs.",
+        epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p.add_argument("input", metavar="CHECKPOINT", help="directory of the checkpoint, or one .safetensors file in it")
+    p.add_argument("output", metavar="OUT.bin", help="file to write; an older one is replaced once all is well")
+    p.add_argument("--type", choices=TYPES, default="q8", help="type of the matrices (default: q8)")
+    p.add_argument("--head", choices=TYPES, metavar="TYPE", help="type of the output head, see below")
+    p.add_argument("--tensor", type=tensor_option, action="append", default=[], metavar="PATTERN=TYPE",
+                   help="type of the matrices whose names match; may be repeated")
+    p.add_argument("--tokenizer", metavar="FILE", help="tokenizer.model, tokenizer.json (maybe .xz), a file of "
+                   "this program, or a directory (default: the checkpoint's)")
+    p.add_argument("--tokenizer-only", action="store_true",
+                   help="CHECKPOINT is such a FILE; write only its tokenizer")
+    p.add_argument("--name", help="name to note in the file (default: the directory's)")
+    p.add_argument("--source", help="origin to note in the file")
+    p.add_argument("--license", metavar="TEXT", help="licence to note in the file (default: the Gemma terms "
+                   "for models with Gemma's vocabulary)")
+    p.add_argument("--align", type=align_option, metavar="N", help="start sections at multiples of N bytes "
+                   "(default: 4096; 64 for less than 1 MiB of weights)")
+    p.add_argument("-j", "--jobs", type=jobs_option, default=min(os.cpu_count() or 1, 64), metavar="N",
+                   help="worker processes (default: one a processor)")
+    p.add_argument("-q", "--quiet", action="store_true", help="no progress bar and no report")
+    p.add_argument("--version", action="version", version="export.py " + VERSION)
+    options = p.parse_args(arguments)
+    if options.tokenizer_only and (options.tokenizer or options.head or options.tensor):
+        p.error("--tokenizer-only writes no weights: --tokenizer, --head and --tensor do not go with it")
+    return options
+
+
+def complaint(error):
+    """One sentence for a failure of the system."""
+    if isinstance(error, MemoryError):
+        return "out of memory: use fewer workers (-j 1)"
+    if getattr(error, "errno", None) == errno.ENOSPC:
+        return "no space left on the disk of the output: make room, or choose a smaller --type"
+    name = getattr(error, "filename", None)
+    return "%s: %s" % (name, error.strerror) if name and error.strerror else str(error)
+
+
+def main(arguments):
+    options = parse_options(arguments)
+    stop_on_signals()
+    try:
+        (convert_tokenizer if options.tokenizer_only else convert)(options)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the report's reader left; the file is complete
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ExportError, OSError, MemoryError) as e:
+        print("export.py: " + (str(e) if isinstance(e, ExportError) else complaint(e)), file=sys.stderr)
+        return 1
+    except Stopped as e:
+        print("export.py: interrupted; nothing was written", file=sys.stderr)
+        return 128 + e.args[0]
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

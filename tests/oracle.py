@@ -1,0 +1,280 @@
+"""`make test-oracle`: the engine and export.py against the libraries that define them,
+live: transformers in float32 with eager attention, SentencePiece, and formats read by
+numpy straight from the byte tables.  Ends with one line "N passed, N failed".
+
+  python3 tests/oracle.py [models] [formats] [tokens] [export] [traps] [story] [cli]
+
+Without names all of it runs, in about five minutes on two cores.  CC names the compiler,
+ORACLE_SEED another seed for what is random."""
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+
+warnings.filterwarnings("ignore")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+import numpy as np
+
+import make_golden
+import oracle_export
+import oracle_traps
+import reference as ref
+from reference import check
+
+SEED = int(os.environ.get("ORACLE_SEED", "1"))
+F32_LOGITS = 1e-4  # of transformers' float32 logits, the promise of the README
+
+
+def build_engine(folder):
+    """gemma2.c as a shared library."""
+    out = os.path.join(folder, "libgemma2.so")
+    subprocess.run([os.environ.get("CC", "cc"), "-std=c11", "-O2", "-ffp-contract=off",
+                    "-fopenmp", "-shared", "-fPIC", os.path.join(ref.ROOT, "gemma2.c"),
+                    "-o", out, "-lm"], check=True)
+    return ref.Engine(out)
+
+
+# ---- random models --------------------------------------------------------------------
+
+
+def random_config(rng):
+    """Any shape the architecture allows, small; a third without each soft-cap."""
+    group, K = rng.choice((1, 2, 3, 4)), rng.choice((1, 2, 3))
+    N = K * group
+    layers = "".join(rng.choice("LG") for _ in range(rng.randrange(1, 6)))
+    return dict(
+        layers=layers, vocab_size=rng.randrange(300, 348), num_attention_heads=N,
+        num_key_value_heads=K, hidden_size=N * rng.randrange(2, 100 // N),
+        head_dim=2 * rng.randrange(2, 21), intermediate_size=rng.randrange(8, 300),
+        sliding_window=rng.choice((1, 2, 5, 8, 16, 33)),
+        query_pre_attn_scalar=rng.randrange(4, 30),
+        attn_logit_softcapping=rng.choice((50.0, 20.0, None)),
+        final_logit_softcapping=rng.choice((30.0, 10.0, None)),
+        rope_parameters={"rope_type": "default", "rope_theta": rng.choice((1e4, 100.0, 1e6))},
+        rms_norm_eps=rng.choice((1e-6, 1e-5, 1e-3)), tie_word_embeddings=rng.random() < 0.7)
+
+
+def cut(n, rng, most):
+    """n as a random sum of parts up to most."""
+    while n > 0:
+        part = min(n, rng.randrange(1, most + 1))
+        yield part
+        n -= part
+
+
+def engine_logits(model, ids, rng, n_batch):
+    """Logits of all positions, evaluated in shared passes of random sizes."""
+    session = ref.Session(model, n_batch=n_batch, n_threads=rng.choice((1, 2)))
+    out, at = [], 0
+    for n in cut(len(ids), rng, n_batch):
+        out.append(session.rows(ids[at:at + n]))
+        at += n
+    session.close()
+    return np.concatenate(out)
+
+
+def test_models(engine, folder, count=12):
+    """f32 files against transformers, prompts longer than the window."""
+    worst = 0.0
+    for number in range(count):
+        rng = random.Random(1000 * SEED + number)
+        facts = random_config(rng)
+        config = ref.hf_config(**facts)
+        hf = ref.hf_model(config, seed=rng.randrange(1 << 30))
+        ids = [2] + [rng.randrange(config.vocab_size) for _ in range(rng.randrange(40, 90))]
+        path = os.path.join(folder, "random")
+        ref.save_checkpoint(hf, path, make_golden.cut_tokenizer(
+            make_golden.tiny_tokenizer(), config.vocab_size))
+        make_golden.export(path, path + ".bin", "--type", "f32")
+        check_header(path + ".bin", config, f"random model {number}")
+        model = ref.Model(engine, path + ".bin")
+        want = ref.hf_logits(hf, ids)
+        got = engine_logits(model, ids, rng, rng.choice((1, 3, 8, 40, 100)))
+        off = abs(got - want).max()
+        worst = max(worst, off)
+        check(off <= F32_LOGITS, f"random model {number} {facts}: logits off by {off:.2g}")
+        session = ref.Session(model, n_batch=rng.choice((1, 7, 64)), n_threads=2)
+        off = abs(session.append(ids, "prefill") - want[-1]).max()
+        check(off <= F32_LOGITS, f"random model {number}: prefill off by {off:.2g}")
+        session.close(), model.close()
+    print(f"models: {count} random f32 models, logits off by {worst:.2g}, allowed {F32_LOGITS}")
+
+
+def check_header(path, config, what):
+    """The header says what config.json says."""
+    f = ref.Bin(path)
+    local = [int(kind == "sliding_attention") for kind in config.layer_types]
+    want = dict(
+        L=config.num_hidden_layers, D=config.hidden_size, N=config.num_attention_heads,
+        K=config.num_key_value_heads, H=config.head_dim, F=config.intermediate_size,
+        V=config.vocab_size, W=config.sliding_window, local=local,
+        context=config.max_position_embeddings, eps=np.float32(config.rms_norm_eps),
+        rope_theta=config.rope_parameters["rope_theta"],
+        attn_softcap=config.attn_logit_softcapping or 0,
+        final_softcap=config.final_logit_softcapping or 0,
+        query_scale=np.float32(config.query_pre_attn_scalar ** -0.5),
+        embedding_scale=ref.bf16_round(config.hidden_size ** 0.5), file_bytes=len(f.data))
+    wrong = {k: (f.header[k], v) for k, v in want.items() if f.header[k] != v}
+    check(not wrong, f"{what}: header has, and should have, {wrong}")
+    check(not f.digest_faults(), f"{what}: digests of {f.digest_faults()}")
+
+
+# ---- number formats -------------------------------------------------------------------
+
+# (largest relative error of a tensor of normal values, KL to the f32 model in nats).
+FORMATS = {"f32": (0.0, 1e-9), "bf16": (0.0018, 3e-6), "q8": (0.006, 5e-5),
+           "q6": (0.022, 5e-4), "q4": (0.075, 5e-3)}
+
+
+def log_softmax(x):
+    x = x.astype(np.float64) - x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+def divergence(p, q):
+    """Mean KL(p || q) of rows of logits, in nats."""
+    p, q = log_softmax(p), log_softmax(q)
+    return float((np.exp(p) * (p - q)).sum(-1).mean())
+
+
+def check_tensors(kind, f, state, limit):
+    """What is stored against what was exported."""
+    worst = 0.0
+    for (role, layer), s in f.sections.items():
+        name = {"embedding": "model.embed_tokens.weight", "head": "lm_head.weight",
+                "final_norm": "model.norm.weight"}.get(role)
+        name = name or f"model.layers.{layer}.{ref.HF_NAMES.get(role)}.weight"
+        if s["type"] == "bytes":
+            continue
+        w = state[name].numpy().reshape(s["rows"], s["cols"])
+        lost = f.tensor(role, layer) - w
+        worst = max(worst, float(np.sqrt((lost ** 2).sum() / (w ** 2).sum())))
+    check(worst <= limit, f"{kind}: a tensor lost {worst:.4f} of its size, allowed {limit}")
+    return worst
+
+
+def test_formats(engine, folder):
+    """Each number format: the engine against transformers running the dequantised weights
+    and, for q8, q6 and q4, the same int8 activations.  There a difference in the last bit
+    of a float can turn one rounding over, which moves the rows after it by a quantum; so
+    the median row is held to the f32 tolerance and the mean KL covers the rest."""
+    config = ref.hf_config(layers="LGLG", hidden_size=300, num_attention_heads=6,
+                           num_key_value_heads=3, head_dim=34, intermediate_size=523,
+                           query_pre_attn_scalar=40)
+    hf = ref.hf_model(config, seed=77 + SEED)
+    rng = random.Random(SEED)
+    ids = [2] + [rng.randrange(config.vocab_size) for _ in range(59)]
+    path = os.path.join(folder, "formats")
+    ref.save_checkpoint(hf, path, make_golden.tiny_tokenizer())
+    exact, state = ref.hf_logits(hf, ids), hf.state_dict()
+    for kind, (loss, kl_to_f32) in FORMATS.items():
+        make_golden.export(path, path + ".bin", "--type", kind, "--head", kind)
+        f = ref.Bin(path + ".bin")
+        lost = check_tensors(kind, f, state, loss)
+        want = ref.hf_logits(ref.hf_from_bin(f), ids)
+        model = ref.Model(engine, path + ".bin")
+        session = ref.Session(model, n_batch=16, cache_type=1)
+        got = np.concatenate([session.rows(ids[i:i + 15]) for i in range(0, 60, 15)])
+        off = abs(got - want).max(-1)
+        limit = 1e-4 if kind in ("f32", "bf16") else 1.0
+        check(np.median(off) <= 1e-4, f"{kind}: the median row is off by {np.median(off):.2g}")
+        check(off.max() <= limit, f"{kind}: a row is off by {off.max():.2g}")
+        check(divergence(want, got) <= 2e-5, f"{kind}: KL to the same arithmetic")
+        kl = divergence(exact, got)
+        check(kl <= kl_to_f32, f"{kind}: KL to f32 is {kl:.2g}, allowed {kl_to_f32}")
+        print(f"formats: {kind:4} tensors lose {lost:.5f}; logits off by {np.median(off):.2g} "
+              f"(median row), {off.max():.2g} (worst), KL {divergence(want, got):.2g}; "
+              f"KL to f32 {kl:.2g}", flush=True)
+        session.close(), model.close()
+
+
+# ---- tokens ---------------------------------------------------------------------------
+
+
+def test_tokens(engine, folder, count=10000):
+    """10,000 random strings and id lists against SentencePiece with the vocabulary of
+    tokenizer.bin, which is first seen to be Gemma's."""
+    import sentencepiece
+    path = os.path.join(ref.ROOT, "tokenizer.bin")
+    ids, pieces = ref.Bin(path).vocabulary()
+    check(ref.vocabulary_digest(pieces) == ref.GEMMA_VOCABULARY, "tokenizer.bin is not Gemma's")
+    check(ids == dict(bos=2, eos=1, pad=0, unk=3, start_of_turn=106, end_of_turn=107),
+          f"ids of tokenizer.bin: {ids}")
+    check_markers(pieces)
+    sp = sentencepiece.SentencePieceProcessor(model_proto=ref.sentencepiece_model(pieces))
+    every, plain = ref.Bpe(pieces), ref.Bpe(pieces, plain=True)
+    model, rng = ref.Model(engine, path), random.Random(SEED)
+    wrong = {"encode": [], "reference": [], "plain": [], "decode": []}
+    for _ in range(count):
+        text, out = ref.random_text(rng, pieces), ref.random_ids(rng, pieces)
+        want = sp.encode(text)
+        for name, a, b in (("encode", model.encode(text), want),
+                           ("reference", every.encode(text), want),
+                           ("plain", model.encode(text, 2), plain.encode(text))):
+            if a != b:
+                wrong[name].append((text, a, b))
+        if model.decode(out) != sp.decode(out).encode():
+            wrong["decode"].append((out, model.decode(out), sp.decode(out).encode()))
+    model.close()
+    for name, cases in wrong.items():
+        check(not cases, f"tokens, {name}: {len(cases)} of {count} differ, first {cases[:1]}")
+    print(f"tokens: {count} texts and id lists")
+
+
+def check_markers(pieces):
+    """Control strings that strangers' text must never turn into; tags and runs may."""
+    want = {b"<mask>", b"<start_of_turn>", b"<end_of_turn>"}
+    want |= {f"<unused{i}>".encode() for i in range(100)}
+    have = {t for t, _, k in pieces if k == ref.MARKER}
+    check(want <= have, f"no markers: {sorted(want - have)[:5]}")
+    extra = have - want - {b"<2mass>", b"[@BOS@]", b"[toxicity=0]"}
+    check(not extra, f"markers: {sorted(extra)[:5]}")
+
+
+# ---- the demo model -------------------------------------------------------------------
+
+
+def test_story(engine, folder):
+    """Greedy text of the demo model that `make test` expects: transformers, running the
+    dequantised weights, must choose the same token at every step, or one within rounding."""
+    path = os.path.join(ref.ROOT, "tests", "demo", "story-q8.bin")
+    with open(os.path.join(ref.GOLDEN, "story.txt")) as f:
+        prompt, ids = ([int(t) for t in line.split()] for line in f.read().split("\n")[:2])
+    hf = ref.hf_from_bin(ref.Bin(path))
+    logits = ref.hf_logits(hf, prompt + ids[:-1])[len(prompt) - 1:]
+    gaps = logits.max(-1) - logits[np.arange(len(ids)), ids]
+    check(gaps.max() <= 0.02, f"story: a token trails by {gaps.max():.3f}")
+    print(f"story: {int((gaps == 0).sum())} of {len(ids)} greedy tokens are transformers' own, "
+          f"the others trail by {gaps.max():.2g}")
+
+
+# ---------------------------------------------------------------------------------------
+
+SECTIONS = {"models": test_models, "formats": test_formats, "tokens": test_tokens,
+            "story": test_story, "export": oracle_export.test_export,
+            "traps": oracle_traps.test_traps}
+
+
+def main():
+    import torch
+    import transformers
+    torch.set_num_threads(2)
+    transformers.utils.logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as folder:
+        engine = build_engine(folder)
+        for name in sys.argv[1:] or SECTIONS:
+            began = time.time()
+            SECTIONS[name](engine, folder)
+            print(f"({name}: {time.time() - began:.0f} s)", flush=True)
+    print(f"{check.passed} passed, {check.failed} failed")
+    return check.failed > 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

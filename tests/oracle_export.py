@@ -1,0 +1,299 @@
+"""The exporter's part of oracle.py: what it makes of every kind of checkpoint, and what it
+leaves behind when one is bad, which is nothing."""
+import json
+import os
+import resource
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+
+import numpy as np
+
+import make_golden
+import reference as ref
+from reference import check
+
+EXPORT = [sys.executable, os.path.join(ref.ROOT, "export.py")]
+
+
+def convert(checkpoint, out, *options, limit=None):
+    """Runs export.py; limit bounds the bytes of a file, as a full disk would."""
+    def bound():
+        if limit:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    return subprocess.run(EXPORT + [checkpoint, out, *options], capture_output=True, text=True,
+                          preexec_fn=bound, timeout=120)
+
+
+# ---- checkpoints written by hand ------------------------------------------------------
+
+
+class Checkpoint:
+    """A directory to spoil: .tensors {name: array or torch tensor}, .config."""
+
+    def __init__(self, folder, **facts):
+        import torch
+        facts = {"layers": "LG", "intermediate_size": 40, **facts}
+        self.hf = ref.hf_model(ref.hf_config(**facts), seed=5)
+        self.path, self.facts = os.path.join(folder, "checkpoint"), self.hf.config
+        shutil.rmtree(self.path, ignore_errors=True)
+        ref.save_checkpoint(self.hf, self.path, make_golden.tiny_tokenizer())
+        with open(os.path.join(self.path, "config.json")) as f:
+            self.config = json.load(f)
+        self.tensors = {k: v.clone() for k, v in self.hf.state_dict().items()
+                        if k != "lm_head.weight" or not self.facts.tie_word_embeddings}
+        self.torch = torch
+
+    def file(self, name):
+        return os.path.join(self.path, name)
+
+    def write(self, shards=1):
+        """model.safetensors, or as many shards as asked for and their index."""
+        from safetensors.torch import save_file
+        with open(self.file("config.json"), "w") as f:
+            json.dump(self.config, f)
+        os.remove(self.file("model.safetensors"))
+        names = sorted(self.tensors)
+        if shards == 1:
+            save_file(self.tensors, self.file("model.safetensors"))
+            return self
+        where = {}
+        for i in range(shards):
+            shard = f"model-{i + 1:05}-of-{shards:05}.safetensors"
+            save_file({n: self.tensors[n] for n in names[i::shards]}, self.file(shard))
+            where.update({n: shard for n in names[i::shards]})
+        with open(self.file("model.safetensors.index.json"), "w") as f:
+            json.dump({"metadata": {"total_size": 0}, "weight_map": where}, f)
+        return self
+
+
+def check_exact(checkpoint, out, what):
+    """Every weight of an f32 file as in the model, bit for bit, and the layout's rules."""
+    f, state = ref.Bin(out), checkpoint.hf.state_dict()
+    for (role, layer), s in f.sections.items():
+        if s["type"] == "bytes":
+            continue
+        name = {"embedding": "model.embed_tokens", "head": "lm_head",
+                "final_norm": "model.norm"}.get(role)
+        name = (name or f"model.layers.{layer}.{ref.HF_NAMES[role]}") + ".weight"
+        want = state[name].float().numpy().reshape(s["rows"], -1)
+        have = f.tensor(role, layer)
+        check(have.shape == want.shape and np.array_equal(have, want), f"{what}: {name}")
+    check((("head", 0) in f.sections) == (not checkpoint.facts.tie_word_embeddings),
+          f"{what}: a head of its own")
+    check_layout(f, what)
+    return f
+
+
+def check_layout(f, what):
+    """Sections in directory order, each on the next multiple of A, gaps zero."""
+    at, A = f.at + 96 * f.count, f.header["alignment"]
+    for (role, layer), s in f.sections.items():
+        start = -(-at // A) * A
+        check(s["offset"] == start, f"{what}: {role} {layer} is at {s['offset']}, not {start}")
+        check(not any(f.data[at:start]), f"{what}: the gap before {role} {layer}")
+        at = start + s["bytes"]
+    check(at == len(f.data) == f.header["file_bytes"], f"{what}: bytes of the file")
+    check(not f.digest_faults(), f"{what}: digests {f.digest_faults()}")
+    order = [k[0] for k in f.sections]
+    check(order[:2] == ["facts", "tokenizer"] and order.index("final_norm") > order.index("down")
+          and order.index("embedding") > order.index("final_norm"), f"{what}: order {order}")
+
+
+# ---- good checkpoints -----------------------------------------------------------------
+
+
+def good(folder, what, edit=None, shards=1, dtype=None, expect=(), options=(), **facts):
+    """Converts an edited checkpoint; expect holds header fields, None skips the weights."""
+    c = Checkpoint(folder, **facts)
+    if dtype:
+        c.hf = c.hf.to(getattr(c.torch, dtype))
+        c.tensors = {k: v.to(getattr(c.torch, dtype)) for k, v in c.tensors.items()}
+        c.config["dtype"] = dtype
+    if edit:
+        edit(c)
+    c.write(shards)
+    out = os.path.join(folder, "out.bin")
+    run = convert(c.path, out, "--type", "f32", *options)
+    if not check(run.returncode == 0, f"{what}: exit {run.returncode}: {run.stderr.strip()}"):
+        return None, run
+    f = check_exact(c, out, what)
+    for key, value in dict(expect).items():
+        check(f.header[key] == value, f"{what}: {key} is {f.header[key]}, not {value}")
+    os.remove(out)
+    return f, run
+
+
+def legacy(c):
+    """config.json as transformers 4.42 wrote it."""
+    for key in ("layer_types", "rope_parameters", "hidden_activation", "dtype", "sliding_window"):
+        c.config.pop(key, None)
+    c.config.update(hidden_act="gelu", sliding_window_size=8, rope_theta=10000.0,
+                    torch_dtype="float32", cache_implementation="hybrid",
+                    use_bidirectional_attention=None)
+
+
+def without_prefix(c):
+    c.tensors = {k.replace("model.", "", 1): v for k, v in c.tensors.items()}
+
+
+def buffers_and_copies(c):
+    """What checkpoints carry along: a tied head, rotary buffers."""
+    c.tensors["lm_head.weight"] = c.tensors["model.embed_tokens.weight"].clone()
+    c.tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = c.torch.ones(5)
+
+
+def test_good(folder):
+    for dtype in ("float32", "bfloat16", "float16"):
+        for shards in (1, 3):
+            good(folder, f"{dtype} in {shards} files", dtype=dtype, shards=shards)
+    good(folder, "untied", tie_word_embeddings=False)
+    good(folder, "legacy config", legacy, expect=dict(local=[1, 0], W=8, rope_theta=1e4))
+    good(folder, "no prefix", without_prefix)
+    good(folder, "copies", buffers_and_copies)
+    good(folder, "soft-caps off", attn_logit_softcapping=None, final_logit_softcapping=None,
+         expect=dict(attn_softcap=0, final_softcap=0))
+    good(folder, "irregular layers", layers="GGL", expect=dict(local=[0, 0, 1]))
+    good(folder, "eos list", lambda c: c.config.update(eos_token_id=[1, 7]),
+         expect=dict(stop=[1, 7, 5]))
+    good(folder, "eos 1 only", lambda c: c.config.update(eos_token_id=1), expect=dict(stop=[1, 5]))
+    good(folder, "alignment", options=["--align", "4096"], expect=dict(alignment=4096))
+    test_extended(folder)
+    test_scalar_224(folder)
+
+
+def test_extended(folder):
+    """More rows than the tokenizer has pieces: they become unused pieces, with a warning."""
+    f, run = good(folder, "extended vocabulary", vocab_size=360, expect=dict(V=360))
+    if f:
+        ids, pieces = f.vocabulary()
+        check(len(pieces) == 360 and all(k == ref.UNUSED for _, _, k in pieces[347:]),
+              "extended vocabulary: kinds of the rest")
+        check("347" in run.stderr and "360" in run.stderr, "extended vocabulary: no warning")
+        want = ref.model_pieces(os.path.join(ref.GOLDEN, "tiny.model"))
+        same = [(t, s, ref.USER if k == ref.MARKER else k) for t, s, k in pieces[:347]]
+        check(same == want, "extended vocabulary: pieces")
+
+
+def test_scalar_224(folder):
+    """Trap 3: a stale scalar is kept, and said."""
+    f, run = good(folder, "scalar 224", query_pre_attn_scalar=224,
+                  expect=dict(query_scale=float(np.float32(224 ** -0.5))))
+    check(f and "224" in run.stderr, "scalar 224: no warning")
+
+
+# ---- bad checkpoints ------------------------------------------------------------------
+
+
+def bad(folder, what, edit, *words, after=None, shards=1, options=(), limit=None, **facts):
+    """A conversion that must fail: status 1, one sentence that holds the words, no file."""
+    c = Checkpoint(folder, **facts)
+    edit(c)
+    c.write(shards)
+    if after:
+        after(c)
+    place = os.path.join(folder, "place")
+    os.makedirs(place, exist_ok=True)
+    run = convert(c.path, os.path.join(place, "out.bin"), *options, limit=limit)
+    text = run.stderr.strip().split("\n")[-1]
+    check(run.returncode == 1, f"{what}: exit {run.returncode}: {run.stderr[-300:]}")
+    check("Traceback" not in run.stderr and text, f"{what}: says {run.stderr[-300:]!r}")
+    check(all(w in text for w in words), f"{what}: {words} not in {text!r}")
+    check(not os.listdir(place), f"{what}: leaves {os.listdir(place)}")
+    shutil.rmtree(place)
+
+
+def nothing(c):
+    pass
+
+
+def spoil(name, index, value):
+    def edit(c):
+        c.tensors[name].view(-1)[index] = value
+    return edit
+
+
+def truncate(c):
+    path = c.file("model.safetensors")
+    os.truncate(path, os.path.getsize(path) - 100)
+
+
+def twice(c):
+    """A tensor in two shards."""
+    shards = sorted(n for n in os.listdir(c.path) if n.startswith("model-"))
+    shutil.copy(c.file(shards[0]), c.file(shards[1]))
+
+
+def overlong_header(c):
+    with open(c.file("model.safetensors"), "r+b") as f:
+        f.write(struct.pack("<Q", 1 << 40))
+
+
+def drop(name):
+    return lambda c: c.tensors.pop(name)
+
+
+def test_bad(folder):
+    q = "model.layers.1.self_attn.q_proj.weight"
+    nan, inf = float("nan"), float("inf")
+    bad(folder, "NaN", spoil(q, 17, nan), "q")
+    bad(folder, "infinity in a norm", spoil("model.norm.weight", 3, inf), "norm")
+    bad(folder, "NaN at the very end", spoil("model.embed_tokens.weight", -1, nan),
+        "embedding", options=["--type", "f32"])
+    bad(folder, "missing tensor", drop(q), "layers.1.q")
+    bad(folder, "unknown tensor", lambda c: c.tensors.update(surprise=c.torch.ones(3)), "surprise")
+    bad(folder, "too many layers", lambda c: c.config.update(num_hidden_layers=1, layer_types=[
+        "full_attention"]), "layers")
+    bad(folder, "wrong shape", lambda c: c.tensors.update({q: c.torch.ones(7, 42)}), "shape")
+    bad(folder, "no head", lambda c: c.config.update(tie_word_embeddings=False), "lm_head")
+    bad(folder, "another model", lambda c: c.config.update(model_type="llama"), "llama")
+    bad(folder, "scaled rope", lambda c: c.config.update(rope_parameters={
+        "rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}), "rope")
+    bad(folder, "quantised", lambda c: c.config.update(quantization_config={
+        "quant_method": "gptq"}), "quantised")
+    bad(folder, "a bias", lambda c: c.config.update(attention_bias=True), "bias")
+    bad(folder, "truncated", nothing, "truncated", after=truncate)
+    bad(folder, "header size", nothing, "model.safetensors", after=overlong_header)
+    bad(folder, "missing shard", nothing, "missing", shards=3,
+        after=lambda c: os.remove(c.file("model-00002-of-00003.safetensors")))
+    bad(folder, "tensor in two shards", nothing, shards=2, after=twice)
+    bad(folder, "no config", nothing, "config.json", after=lambda c: os.remove(c.file("config.json")))
+    bad(folder, "no tokenizer", nothing, "tokenizer",
+        after=lambda c: os.remove(c.file("tokenizer.model")))
+    bad(folder, "broken tokenizer", nothing, "tokenizer",
+        after=lambda c: os.truncate(c.file("tokenizer.model"), 1000))
+    bad(folder, "tokenizer too large", nothing, "347", vocab_size=300)
+    bad(folder, "full disk", nothing, limit=60000, options=["--type", "f32"])
+    bad(folder, "full disk, many workers", nothing, limit=60000, options=["-j", "3"])
+
+
+def test_interrupt(folder):
+    """A signal in the middle of a conversion leaves no file and no process."""
+    c = Checkpoint(folder, hidden_size=1024, num_attention_heads=4, intermediate_size=8192,
+                   num_key_value_heads=2, head_dim=256).write()
+    place = os.path.join(folder, "place")
+    os.makedirs(place)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        p = subprocess.Popen(EXPORT + [c.path, os.path.join(place, "out.bin"), "--type", "q4"],
+                             stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+        began = time.time()
+        while not os.listdir(place) and p.poll() is None and time.time() - began < 60:
+            time.sleep(0.01)
+        time.sleep(0.3)
+        check(p.poll() is None, "interrupt: it was over too soon")
+        p.send_signal(number)
+        _, text = p.communicate(timeout=60)
+        check(p.returncode == 128 + number, f"interrupt: exit {p.returncode}")
+        check("Traceback" not in text, f"interrupt: {text[-300:]}")
+        check(not os.listdir(place), f"interrupt: leaves {os.listdir(place)}")
+    shutil.rmtree(place)
+
+
+def test_export(engine, folder):
+    test_good(folder)
+    test_bad(folder)
+    test_interrupt(folder)

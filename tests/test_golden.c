@@ -1,0 +1,492 @@
+/* The engine against transformers and SentencePiece, from data that tests/make_golden.py
+ * made and this repository holds: every traced activation of tiny random models, however
+ * the prompt is cut into calls; token vectors; the demo model's story.
+ *
+ *   cc -O2 -ffp-contract=off tests/test_golden.c -lm && ./a.out [-v] [tests/golden]
+ *
+ * -v prints the largest deviations seen.  From the repository's root. */
+#include <stddef.h> /* and no libc header before gemma2.c, which chooses its features */
+
+static void on_trace(const char *name, int layer, const float *data, size_t rows,
+                     size_t cols, size_t stride);
+#define GEMMA2_TRACE(name, layer, data, rows, cols, stride)                              \
+    on_trace((name), (int)(layer), (data), (size_t)(rows), (size_t)(cols), (size_t)(stride))
+#include "../gemma2.c"
+
+#include <math.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* ---- Checks and files --------------------------------------------------------------- */
+
+static int n_passed, n_failed, verbose;
+static const char *golden_dir = "tests/golden";
+
+static void check(int ok, const char *format, ...)
+{
+    ok ? n_passed++ : n_failed++;
+    if (ok)
+        return;
+    va_list args;
+    va_start(args, format);
+    printf("FAIL ");
+    vprintf(format, args);
+    printf("\n");
+    va_end(args);
+}
+
+/* The bytes of a golden file and a NUL, or the end of the test. */
+static char *read_file(const char *name, size_t *size)
+{
+    char path[1024];
+    snprintf(path, sizeof path, "%s/%s", golden_dir, name);
+    FILE *f = fopen(path, "rb");
+    if (!f || fseek(f, 0, SEEK_END))
+        printf("cannot read %s\n", path), exit(1);
+    *size = (size_t)ftell(f);
+    rewind(f);
+    char *bytes = malloc(*size + 1);
+    if (!bytes || fread(bytes, 1, *size, f) != *size)
+        printf("cannot read %s\n", path), exit(1);
+    fclose(f);
+    bytes[*size] = 0;
+    return bytes;
+}
+
+/* ---- A trace made by transformers (the format is in make_golden.py) ------------------- */
+
+typedef struct {
+    char name[33];
+    int32_t layer;
+    uint32_t rows, cols;
+    const float *data;
+    float scale; /* largest absolute value; what deviations are measured against */
+    int n_seen;  /* rows compared since the session began */
+} record;
+
+typedef struct {
+    char *bytes;
+    record records[256];
+    int n_records;
+    int32_t ids[1024];
+    int n_ids;
+    int rows[64]; /* positions that records have rows for */
+    int n_rows;
+} golden;
+
+static void read_record(const char *at, record *r)
+{
+    memcpy(r->name, at, 32);
+    r->name[32] = 0;
+    memcpy(&r->layer, at + 32, 4);
+    memcpy(&r->rows, at + 36, 4);
+    memcpy(&r->cols, at + 40, 4);
+    r->data = (const float *)(at + 44);
+    r->scale = 0;
+    r->n_seen = 0;
+    for (size_t i = 0; i < (size_t)r->rows * r->cols; i++)
+        r->scale = fmaxf(r->scale, fabsf(r->data[i]));
+}
+
+static void load_golden(golden *g, const char *model)
+{
+    char name[64];
+    size_t size;
+    snprintf(name, sizeof name, "%s.trace", model);
+    memset(g, 0, sizeof *g);
+    g->bytes = read_file(name, &size);
+    for (size_t at = 8; at + 44 <= size && g->n_records < 256;) {
+        record *r = &g->records[g->n_records++];
+        read_record(g->bytes + at, r);
+        at += 44 + (size_t)r->rows * r->cols * sizeof(float);
+    }
+    g->n_ids = (int)g->records[0].cols;
+    g->n_rows = (int)g->records[1].cols;
+    for (int i = 0; i < g->n_ids; i++)
+        g->ids[i] = (int32_t)g->records[0].data[i];
+    for (int i = 0; i < g->n_rows; i++)
+        g->rows[i] = (int)g->records[1].data[i];
+}
+
+static record *find_record(golden *g, const char *name, int layer)
+{
+    for (int i = 2; i < g->n_records; i++)
+        if (!strcmp(g->records[i].name, name) && g->records[i].layer == layer)
+            return &g->records[i];
+    return NULL;
+}
+
+/* ---- Comparing what the engine traces ------------------------------------------------- */
+
+/* What goes on while a prompt is evaluated.  A pass begins with its embedding; the rows
+ * of a pass stand at positions first .. next - 1. */
+static struct {
+    golden *golden;
+    const char *model, *way;
+    float tolerance;
+    int first, next;
+    float worst; /* deviation of an activation, in units of its record's scale */
+} watch;
+
+static float deviation(const float *a, const float *b, size_t n)
+{
+    float worst = 0;
+    for (size_t i = 0; i < n; i++) {
+        float d = fabsf(a[i] - b[i]);
+        if (!(d <= worst)) /* NaN counts */
+            worst = d;
+    }
+    return worst;
+}
+
+static void compare_row(record *r, const float *data, int position)
+{
+    for (int i = 0; i < watch.golden->n_rows; i++) {
+        if (watch.golden->rows[i] != position)
+            continue;
+        float d = deviation(data, r->data + (size_t)i * r->cols, r->cols) / r->scale;
+        if (!(d <= watch.worst))
+            watch.worst = d;
+        check(d <= watch.tolerance, "%s, %s: %s of layer %d at position %d is off by %g",
+              watch.model, watch.way, r->name, (int)r->layer, position, d);
+        r->n_seen++;
+    }
+}
+
+static void on_trace(const char *name, int layer, const float *data, size_t rows,
+                     size_t cols, size_t stride)
+{
+    if (!watch.golden)
+        return;
+    if (!strcmp(name, "embedding"))
+        watch.first = watch.next, watch.next += (int)rows;
+    record *r = find_record(watch.golden, name, layer < 0 ? 0 : layer);
+    if (!r || !strcmp(name, "logits")) /* logits are compared where the caller gets them */
+        return;
+    if (cols != r->cols) {
+        check(0, "%s: %s has %zu columns", watch.model, name, cols);
+        return;
+    }
+    /* Where only some rows go on to the head, they are the last ones. */
+    int position = watch.next - (int)rows;
+    for (size_t i = 0; i < rows; i++)
+        compare_row(r, data + i * stride, position + (int)i);
+}
+
+static void begin_watch(golden *g, const char *model, const char *way, float tolerance)
+{
+    watch.golden = g;
+    watch.model = model;
+    watch.way = way;
+    watch.tolerance = tolerance;
+    watch.first = watch.next = 0;
+    for (int i = 0; i < g->n_records; i++)
+        g->records[i].n_seen = 0;
+}
+
+/* Every row of every record must have been seen; the last norm only where asked for. */
+static void end_watch(int all_logits)
+{
+    golden *g = watch.golden;
+    watch.golden = NULL;
+    for (int i = 2; i < g->n_records; i++) {
+        record *r = &g->records[i];
+        int expected = strcmp(r->name, "final_norm") || all_logits ? (int)r->rows : 1;
+        if (strcmp(r->name, "logits"))
+            check(r->n_seen == expected, "%s, %s: %s of layer %d traced %d times, not %d",
+                  watch.model, watch.way, r->name, (int)r->layer, r->n_seen, expected);
+    }
+}
+
+/* ---- Models, whichever way their prompt is evaluated ---------------------------------- */
+
+static gemma2_model *open_golden(const char *model)
+{
+    char path[1024], err[256];
+    snprintf(path, sizeof path, "%s/%s.bin", golden_dir, model);
+    gemma2_model *m = gemma2_open(path, NULL, err, sizeof err);
+    check(m != NULL, "%s: %s", path, m ? "" : err);
+    return m;
+}
+
+static gemma2_session *new_session(const gemma2_model *m, int n_batch, int n_threads)
+{
+    char err[256];
+    gemma2_session_params params;
+    gemma2_session_params_init(&params);
+    params.n_batch = n_batch;
+    params.n_threads = n_threads;
+    gemma2_session *s = gemma2_session_new(m, &params, err, sizeof err);
+    check(s != NULL, "session: %s", s ? "" : err);
+    return s;
+}
+
+/* Appends ids[0 .. n) in one shared pass and receives all their logits [n, V]. */
+static int eval_all(gemma2_session *s, const int32_t *ids, size_t n, float *logits, size_t V)
+{
+    gemma2_row rows[1024];
+    for (size_t i = 0; i < n; i++) {
+        gemma2_row row = {s, ids[i], logits + i * V};
+        rows[i] = row;
+    }
+    return gemma2_eval_rows(rows, n);
+}
+
+/* Ways to cut a prompt, as sizes of passes, repeated to its end.  The window is 8. */
+typedef struct {
+    const char *name;
+    int n_batch, n_threads, chunks[8];
+} cut;
+static const cut CUTS[] = {
+    {"one pass", 300, 1, {300}},
+    {"single steps", 1, 1, {1}},
+    {"odd chunks", 17, 1, {3, 1, 7, 17, 2, 9, 8, 5}},
+    {"chunks of 8", 8, 3, {8}},
+};
+
+/* Logits of all positions [n_ids, V]; 0 when a call failed. */
+static int eval_cut(gemma2_session *s, const golden *g, const cut *c, float *logits, size_t V)
+{
+    for (int at = 0, i = 0; at < g->n_ids; i = (i + 1) % 8) {
+        int n = c->chunks[i] ? c->chunks[i] : c->chunks[i = 0];
+        if (n > g->n_ids - at)
+            n = g->n_ids - at;
+        if (eval_all(s, g->ids + at, (size_t)n, logits + (size_t)at * V, V) < 0)
+            return 0;
+        at += n;
+    }
+    return 1;
+}
+
+typedef struct {
+    const char *name;
+    float logits, activations; /* tolerances: absolute; relative to the record's maximum */
+} expectation;
+
+static void compare_logits(golden *g, const expectation *e, const char *way,
+                           const float *logits, size_t V)
+{
+    const record *r = find_record(g, "logits", 0);
+    float worst = 0;
+    for (int i = 0; i < g->n_rows; i++) {
+        float d = deviation(logits + (size_t)g->rows[i] * V, r->data + (size_t)i * V, V);
+        if (!(d <= worst))
+            worst = d;
+        check(d <= e->logits, "%s, %s: logits at position %d are off by %g", e->name, way,
+              g->rows[i], d);
+    }
+    if (verbose)
+        printf("%-7s %-13s logits off by %.2g, activations by %.2g\n", e->name, way, worst,
+               watch.worst);
+}
+
+/* One way of evaluating; the bits of the first way must come out of every other. */
+static void test_cut(const gemma2_model *m, golden *g, const expectation *e, const cut *c,
+                     float *logits, const float *first)
+{
+    size_t V = (size_t)gemma2_get_config(m)->n_vocab;
+    gemma2_session *s = new_session(m, c->n_batch, c->n_threads);
+    watch.worst = 0;
+    begin_watch(g, e->name, c->name, e->activations);
+    check(s && eval_cut(s, g, c, logits, V), "%s, %s: a call failed", e->name, c->name);
+    end_watch(1);
+    compare_logits(g, e, c->name, logits, V);
+    check(!memcmp(logits, first, (size_t)g->n_ids * V * sizeof *logits),
+          "%s: %s and %s differ", e->name, c->name, CUTS[0].name);
+    gemma2_session_free(s);
+}
+
+/* gemma2_prefill, in passes of 32, and a rewind over half a window. */
+static void test_prefill(const gemma2_model *m, golden *g, const expectation *e,
+                         float *logits, const float *first)
+{
+    size_t V = (size_t)gemma2_get_config(m)->n_vocab, last = (size_t)g->n_ids - 1;
+    gemma2_session *s = new_session(m, 32, 1);
+    begin_watch(g, e->name, "prefill", e->activations);
+    check(gemma2_prefill(s, g->ids, (size_t)g->n_ids, logits) >= 0, "%s: prefill", e->name);
+    end_watch(0);
+    check(deviation(logits, first + last * V, V) <= e->logits, "%s: prefill is off by %g",
+          e->name, deviation(logits, first + last * V, V));
+    check(gemma2_rewind(s, g->n_ids - 4) >= 0, "%s: rewind", e->name);
+    check(gemma2_eval(s, g->ids + g->n_ids - 4, 4, logits) >= 0, "%s: eval", e->name);
+    check(deviation(logits, first + last * V, V) <= e->logits, "%s: off after a rewind",
+          e->name);
+    gemma2_session_free(s);
+}
+
+/* Log-probabilities of the prompt's tokens, from transformers' logits in double. */
+static void test_score(const gemma2_model *m, golden *g, const expectation *e)
+{
+    const record *r = find_record(g, "logits", 0);
+    float got[1024];
+    gemma2_session *s = new_session(m, 24, 1);
+    check(gemma2_score(s, g->ids, (size_t)g->n_ids, -1, got) >= 0, "%s: score", e->name);
+    for (int i = 0; i < g->n_rows && g->rows[i] + 1 < g->n_ids; i++) {
+        const float *x = r->data + (size_t)i * r->cols;
+        double sum = 0, id = x[g->ids[g->rows[i] + 1]];
+        for (uint32_t v = 0; v < r->cols; v++)
+            sum += exp((double)x[v]);
+        check(fabs(got[g->rows[i]] - (id - log(sum))) <= 2 * (double)e->logits,
+              "%s: score at %d is %g, not %g", e->name, g->rows[i], got[g->rows[i]],
+              id - log(sum));
+    }
+    gemma2_session_free(s);
+}
+
+/* Text starts with one BOS, when asked for; both stop ids count, whatever config.json
+ * says (Gemma's 9B and 27B name only <eos>). */
+static void test_bos_and_stop(const gemma2_model *m, const char *name)
+{
+    const gemma2_config *c = gemma2_get_config(m);
+    int32_t ids[16];
+    char scratch[16384];
+    size_t size = gemma2_encode_scratch(5);
+    check(size <= sizeof scratch, "%s: scratch for 5 bytes: %zu", name, size);
+    int64_t n = gemma2_encode(m, "a<b>c", 5, 0, ids, 16, scratch, sizeof scratch);
+    check(n == 3 && ids[0] != 2 && ids[1] == 12, "%s: a<b>c has %d ids", name, (int)n);
+    n = gemma2_encode(m, "a<b>c", 5, GEMMA2_ENCODE_BOS, ids, 16, scratch, sizeof scratch);
+    check(n == 4 && ids[0] == 2 && ids[1] != 2, "%s: BOS is not there once", name);
+    n = gemma2_encode(m, "", 0, GEMMA2_ENCODE_BOS, ids, 16, scratch, sizeof scratch);
+    check(n == 1 && ids[0] == 2, "%s: empty text", name);
+    check(c->bos == 2 && c->eos == 1 && c->pad == 0 && c->unk == 3, "%s: ids", name);
+    check(c->start_of_turn == 4 && c->end_of_turn == 5, "%s: turn markers", name);
+    check(gemma2_is_stop(m, 1) && gemma2_is_stop(m, 5), "%s: stop ids", name);
+    check(!gemma2_is_stop(m, 2) && !gemma2_is_stop(m, 4) && !gemma2_is_stop(m, 0),
+          "%s: ids that do not stop", name);
+}
+
+static void test_model(const expectation *e)
+{
+    static golden g;
+    gemma2_model *m = open_golden(e->name);
+    if (!m)
+        return;
+    load_golden(&g, e->name);
+    size_t V = (size_t)gemma2_get_config(m)->n_vocab, floats = (size_t)g.n_ids * V;
+    float *first = malloc(floats * sizeof(float)), *logits = malloc(floats * sizeof(float));
+    if (!first || !logits || find_record(&g, "logits", 0)->cols != V)
+        printf("%s: %zu logits\n", e->name, V), exit(1);
+    for (size_t i = 0; i < sizeof CUTS / sizeof *CUTS; i++)
+        test_cut(m, &g, e, &CUTS[i], i ? logits : first, first);
+    test_prefill(m, &g, e, logits, first);
+    test_score(m, &g, e);
+    test_bos_and_stop(m, e->name);
+    free(first), free(logits), free(g.bytes);
+    gemma2_close(m);
+}
+
+/* ---- Token vectors --------------------------------------------------------------------- */
+
+/* One line of tokens.txt: kind, bytes, count, ids. */
+typedef struct {
+    char kind;
+    uint8_t *bytes;
+    size_t n_bytes, n_ids;
+    int32_t *ids;
+} vector;
+
+static char *next_word(char **at)
+{
+    char *word = *at, *end = word + strcspn(word, " \n");
+    *at = *end ? end + 1 : end;
+    *end = 0;
+    return word;
+}
+
+/* Decodes hexadecimal in place. */
+static size_t unhex(uint8_t *bytes)
+{
+    size_t n = 0;
+    const char *hex = (const char *)bytes;
+    for (unsigned value; hex[0] != '-' && sscanf(hex + 2 * n, "%2x", &value) == 1; n++)
+        bytes[n] = (uint8_t)value;
+    return n;
+}
+
+static int next_vector(char **at, vector *v)
+{
+    if (!**at)
+        return 0;
+    v->kind = *next_word(at);
+    v->bytes = (uint8_t *)next_word(at);
+    v->n_bytes = unhex(v->bytes);
+    v->n_ids = strtoul(next_word(at), NULL, 10);
+    v->ids = malloc((v->n_ids + 1) * sizeof *v->ids);
+    for (size_t i = 0; v->ids && i < v->n_ids; i++)
+        v->ids[i] = (int32_t)strtol(next_word(at), NULL, 10);
+    return v->ids != NULL;
+}
+
+static void test_encode(const gemma2_model *m, const vector *v, int line)
+{
+    size_t size = gemma2_encode_scratch(v->n_bytes), room = v->n_ids + 1;
+    unsigned flags = v->kind == 'P' ? GEMMA2_ENCODE_PLAIN : 0;
+    void *scratch = malloc(size);
+    int32_t *ids = malloc(room * sizeof *ids);
+    int64_t n = gemma2_encode(m, (const char *)v->bytes, (int64_t)v->n_bytes, flags, ids,
+                              room, scratch, size);
+    check(n == (int64_t)v->n_ids && !memcmp(ids, v->ids, v->n_ids * sizeof *ids),
+          "tokens.txt:%d: encodes to %d ids, expected %zu", line, (int)n, v->n_ids);
+    free(scratch), free(ids);
+}
+
+static void test_decode(const gemma2_model *m, const vector *v, int line)
+{
+    size_t piece = (size_t)gemma2_get_config(m)->max_piece_bytes + 12, used = 0;
+    char *text = malloc((v->n_ids + 1) * piece);
+    gemma2_utf8 hold = {{0}, 0};
+    for (size_t i = 0; i <= v->n_ids; i++) {
+        int32_t id = i < v->n_ids ? v->ids[i] : -1;
+        int n = gemma2_decode(m, &hold, id, text + used, piece);
+        check(n >= 0, "tokens.txt:%d: decode returns %d", line, n);
+        used += n > 0 ? (size_t)n : 0;
+    }
+    check(used == v->n_bytes && !memcmp(text, v->bytes, used),
+          "tokens.txt:%d: decodes to %zu bytes, expected %zu", line, used, v->n_bytes);
+    free(text);
+}
+
+static void test_tokens(const char *tokenizer)
+{
+    char err[256];
+    gemma2_model *m = gemma2_open(tokenizer, NULL, err, sizeof err);
+    check(m != NULL, "%s: %s", tokenizer, m ? "" : err);
+    if (!m)
+        return;
+    size_t size;
+    char *file = read_file("tokens.txt", &size), *at = file;
+    vector v;
+    for (int line = 1; next_vector(&at, &v); line++) {
+        if (v.kind == 'D')
+            test_decode(m, &v, line);
+        else
+            test_encode(m, &v, line);
+        free(v.ids);
+    }
+    free(file);
+    gemma2_close(m);
+}
+
+/* ------------------------------------------------------------------------------------------ */
+
+/* Tolerances are about four times the largest deviation seen (-v prints them). */
+static const expectation MODELS[] = {
+    {"both", 1e-4f, 1e-5f},  {"untied", 1e-4f, 1e-5f}, {"final", 1e-4f, 1e-5f},
+    {"long", 1e-4f, 1e-5f},  {"mixed", 1e-1f, 1e-1f},
+};
+
+int main(int argc, char **argv)
+{
+    for (int i = 1; i < argc; i++)
+        if (!strcmp(argv[i], "-v"))
+            verbose = 1;
+        else
+            golden_dir = argv[i];
+    for (size_t i = 0; i < sizeof MODELS / sizeof *MODELS; i++)
+        test_model(&MODELS[i]);
+    test_tokens("tokenizer.bin");
+    printf("%d passed, %d failed\n", n_passed, n_failed);
+    return n_failed != 0;
+}

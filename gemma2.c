@@ -3468,9 +3468,715 @@ int gemma2_logprob(const float *logits, size_t n, int32_t id, float *logprob)
 
 /* ===================================================================================
  * A. Appendix: the same kernels, faster
+ *
+ * A row of the table is an instruction set.  Element-wise kernels are the bodies of
+ * section 4 compiled again for wider registers; products and attention are written with
+ * intrinsics, in the same order of the same roundings.  To add a row: a set of functions,
+ * a line in all_kernels; the tests find it there and hold it against the scalar row.
  * =================================================================================== */
 
-static const struct kernels *const all_kernels[] = {&scalar_kernels};
+#ifdef HAVE_X86
+
+/* ---- AVX2 and AVX-VNNI ---- */
+
+#define AVX2 __attribute__((target("avx2,f16c")))
+
+AVX2 static void quantise_avx2(const float *x, uint32_t n, int8_t *q, float *scale, int32_t *sum)
+{
+    quantise_body(x, n, q, scale, sum);
+}
+
+AVX2 static void rms_norm_avx2(const float *x, const float *w, float eps, uint32_t n, float *y)
+{
+    rms_norm_body(x, w, eps, n, y);
+}
+
+AVX2 static void geglu_avx2(float *gate, const float *up, size_t n) { geglu_body(gate, up, n); }
+AVX2 static void soft_cap_avx2(float *x, size_t n, float cap) { soft_cap_body(x, n, cap); }
+AVX2 static float exp_sum_avx2(float *x, size_t n, float max) { return exp_sum_body(x, n, max); }
+AVX2 static void to_half_avx2(const float *x, size_t n, uint16_t *y) { to_half_body(x, n, y); }
+
+/* Kernels are written for n tokens, n a constant; this cuts a call into such pieces. */
+#define FOR_EACH_PIECE(call)                                                        \
+    do {                                                                            \
+        int done_ = 0;                                                              \
+        for (; n - done_ >= 4; done_ += 4)                                          \
+            call(4, done_);                                                         \
+        if (n - done_ >= 2)                                                         \
+            call(2, done_), done_ += 2;                                             \
+        if (n - done_)                                                              \
+            call(1, done_);                                                         \
+    } while (0)
+
+/* Inputs k and, for bf16, k + 1 of 8 rows; half selects rows 0-7 or 8-15. */
+AVX2 INLINE __m256 weights_avx2(int is_bf16, const uint8_t *tile, size_t k, int half)
+{
+    if (!is_bf16)
+        return _mm256_loadu_ps((const float *)tile + k * TILE + half * 8);
+    __m256i pair = _mm256_loadu_si256((const __m256i *)(tile + k / 2 * 64 + half * 32));
+    return _mm256_castsi256_ps(k % 2 ? _mm256_and_si256(pair, _mm256_set1_epi32((int)0xffff0000))
+                                     : _mm256_slli_epi32(pair, 16));
+}
+
+AVX2 INLINE void float_tile_avx2(int is_bf16, const int n, const uint8_t *tile, uint32_t cols,
+                                 const float *x, size_t ldx, float (*y)[TILE])
+{
+    __m256 acc[4][2];
+    for (int i = 0; i < n; i++)
+        acc[i][0] = acc[i][1] = _mm256_setzero_ps();
+    for (size_t k = 0; k < cols; k++)
+        for (int half = 0; half < 2; half++) {
+            __m256 w = weights_avx2(is_bf16, tile, k, half);
+            for (int i = 0; i < n; i++)
+                acc[i][half] = _mm256_add_ps(
+                    acc[i][half], _mm256_mul_ps(w, _mm256_set1_ps(x[(size_t)i * ldx + k])));
+        }
+    for (int i = 0; i < n; i++) {
+        _mm256_storeu_ps(y[i], acc[i][0]);
+        _mm256_storeu_ps(y[i] + 8, acc[i][1]);
+    }
+}
+
+AVX2 INLINE void float_product_avx2(int is_bf16, const uint8_t *tile, uint32_t cols,
+                                    const struct input *in, size_t t, int n, float y[][TILE])
+{
+    const float *x = in->x + t * in->ldx;
+#define PIECE(count, from) \
+    float_tile_avx2(is_bf16, count, tile, cols, x + (size_t)(from) * in->ldx, in->ldx, y + (from))
+    FOR_EACH_PIECE(PIECE);
+#undef PIECE
+}
+
+AVX2 static void product_f32_avx2(const uint8_t *tile, uint32_t cols, const struct input *in,
+                                  size_t t, int n, float y[][TILE])
+{
+    float_product_avx2(0, tile, cols, in, t, n, y);
+}
+
+AVX2 static void product_bf16_avx2(const uint8_t *tile, uint32_t cols, const struct input *in,
+                                   size_t t, int n, float y[][TILE])
+{
+    float_product_avx2(1, tile, cols, in, t, n, y);
+}
+
+/* Rows 8 half .. 8 half + 7 of a group as 8 registers of [8 rows][4 inputs].  q8: signed;
+ * q6, q4: unsigned, value + 32 and codebook + 31. */
+AVX2 INLINE void operands_avx2(uint32_t type, const uint8_t *group, int half, __m256i w[8])
+{
+    const __m128i code = _mm_add_epi8(_mm_loadu_si128((const __m128i *)CODEBOOK),
+                                      _mm_set1_epi8(31));
+    const __m256i codebook = _mm256_broadcastsi128_si256(code), low = _mm256_set1_epi8(15);
+    const __m256i high_bits = _mm256_set1_epi8(0x30);
+    if (type == TYPE_Q8) {
+        for (int i = 0; i < 8; i++)
+            w[i] = _mm256_loadu_si256((const __m256i *)(group + i * 64 + half * 32));
+        return;
+    }
+    for (int o = 0; o < 4; o++) {
+        __m256i raw = _mm256_loadu_si256((const __m256i *)(group + o * 64 + half * 32));
+        w[2 * o] = _mm256_and_si256(raw, low);
+        w[2 * o + 1] = _mm256_and_si256(_mm256_srli_epi16(raw, 4), low);
+    }
+    for (int o = 0; o < 2 && type == TYPE_Q6; o++) {
+        __m256i raw = _mm256_loadu_si256((const __m256i *)(group + 256 + o * 64 + half * 32));
+        __m256i moved[4] = {_mm256_slli_epi16(raw, 4), _mm256_slli_epi16(raw, 2), raw,
+                            _mm256_srli_epi16(raw, 2)};
+        for (int j = 0; j < 4; j++)
+            w[4 * o + j] = _mm256_or_si256(w[4 * o + j], _mm256_and_si256(moved[j], high_bits));
+    }
+    for (int i = 0; i < 8 && type == TYPE_Q4; i++)
+        w[i] = _mm256_shuffle_epi8(codebook, w[i]);
+}
+
+/* acc + four products of unsigned u and signed x in each 32-bit lane.  AVX-VNNI has an
+ * instruction for it; without it the pairs must fit 16 bits: u <= 127 or |x| small. */
+AVX2 INLINE __m256i dot_avx2(int vnni, __m256i acc, __m256i u, __m256i x)
+{
+    if (vnni)
+        __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(acc) : "x"(u), "x"(x));
+    else
+        acc = _mm256_add_epi32(
+            acc, _mm256_madd_epi16(_mm256_maddubs_epi16(u, x), _mm256_set1_epi16(1)));
+    return acc;
+}
+
+/* sum over a group of v * q for 8 rows. */
+AVX2 INLINE __m256i group_sum_avx2(int vnni, uint32_t type, const __m256i w[8], const int8_t *q,
+                                   __m256i start)
+{
+    __m256i sum[2] = {start, _mm256_setzero_si256()};
+    for (int i = 0; i < 8; i++) {
+        int32_t four;
+        memcpy(&four, q + 4 * i, 4);
+        __m256i x = _mm256_set1_epi32(four);
+        if (type == TYPE_Q8)
+            sum[i % 2] = dot_avx2(vnni, sum[i % 2], _mm256_abs_epi8(w[i]), _mm256_sign_epi8(x, w[i]));
+        else
+            sum[i % 2] = dot_avx2(vnni, sum[i % 2], w[i], x);
+    }
+    return _mm256_add_epi32(sum[0], sum[1]);
+}
+
+/* Group scales of 8 rows, and what the unsigned operands are off by, times -1. */
+AVX2 INLINE __m256i scales_avx2(uint32_t type, const uint8_t *bytes, __m256i *offset)
+{
+    __m128i raw = _mm_loadl_epi64((const __m128i *)bytes);
+    __m256i s = type == TYPE_Q8 ? _mm256_cvtepu8_epi32(raw) : _mm256_cvtepi8_epi32(raw);
+    *offset = _mm256_set1_epi32(type == TYPE_Q8 ? 0 : type == TYPE_Q6 ? -32 : -31);
+    if (type != TYPE_Q4)
+        return s;
+    __m256i four = _mm256_slli_epi32(_mm256_and_si256(s, _mm256_set1_epi32(1)), 2);
+    *offset = _mm256_add_epi32(*offset, four);
+    return _mm256_srai_epi32(s, 1);
+}
+
+AVX2 INLINE void quantised_tile_avx2(int vnni, uint32_t type, const int n, const uint8_t *tile,
+                                     uint32_t cols, const struct input *in, size_t t,
+                                     float (*y)[TILE])
+{
+    size_t n_groups = round_up(cols, BLOCK_INPUTS) / GROUP, ld = in->ldq / GROUP;
+    __m256 acc[4][2];
+    for (int i = 0; i < n; i++)
+        acc[i][0] = acc[i][1] = _mm256_setzero_ps();
+    for (size_t g = 0; g < n_groups; g++) {
+        const uint8_t *scale_bytes, *group = group_at(type, tile, g, &scale_bytes);
+        for (int half = 0; half < 2; half++) {
+            __m256i w[8], offset, s = scales_avx2(type, scale_bytes + 8 * half, &offset);
+            operands_avx2(type, group, half, w);
+            for (int i = 0; i < n; i++) {
+                size_t at = (t + (size_t)i) * ld + g;
+                __m256i start = type == TYPE_Q8 ? offset
+                    : _mm256_mullo_epi32(offset, _mm256_set1_epi32(in->sum[at]));
+                __m256i sum = group_sum_avx2(vnni, type, w, in->q + at * GROUP, start);
+                __m256 product = _mm256_cvtepi32_ps(_mm256_mullo_epi32(s, sum));
+                acc[i][half] = _mm256_add_ps(
+                    acc[i][half], _mm256_mul_ps(_mm256_set1_ps(in->scale[at]), product));
+            }
+        }
+    }
+    for (int i = 0; i < n; i++)
+        for (int half = 0; half < 2; half++)
+            _mm256_storeu_ps(y[i] + 8 * half,
+                             _mm256_mul_ps(acc[i][half],
+                                           _mm256_loadu_ps((const float *)tile + 8 * half)));
+}
+
+AVX2 INLINE void quantised_avx2(int vnni, uint32_t type, const uint8_t *tile, uint32_t cols,
+                                const struct input *in, size_t t, int n, float y[][TILE])
+{
+#define PIECE(count, from) \
+    quantised_tile_avx2(vnni, type, count, tile, cols, in, t + (size_t)(from), y + (from))
+    FOR_EACH_PIECE(PIECE);
+#undef PIECE
+}
+
+AVX2 static void product_q8_avx2(const uint8_t *tile, uint32_t cols, const struct input *in,
+                                 size_t t, int n, float y[][TILE])
+{
+    quantised_avx2(0, TYPE_Q8, tile, cols, in, t, n, y);
+}
+
+AVX2 static void product_q6_avx2(const uint8_t *tile, uint32_t cols, const struct input *in,
+                                 size_t t, int n, float y[][TILE])
+{
+    quantised_avx2(0, TYPE_Q6, tile, cols, in, t, n, y);
+}
+
+AVX2 static void product_q4_avx2(const uint8_t *tile, uint32_t cols, const struct input *in,
+                                 size_t t, int n, float y[][TILE])
+{
+    quantised_avx2(0, TYPE_Q4, tile, cols, in, t, n, y);
+}
+
+AVX2 static void product_q8_avxvnni(const uint8_t *tile, uint32_t cols, const struct input *in,
+                                    size_t t, int n, float y[][TILE])
+{
+    quantised_avx2(1, TYPE_Q8, tile, cols, in, t, n, y);
+}
+
+AVX2 static void product_q6_avxvnni(const uint8_t *tile, uint32_t cols, const struct input *in,
+                                    size_t t, int n, float y[][TILE])
+{
+    quantised_avx2(1, TYPE_Q6, tile, cols, in, t, n, y);
+}
+
+AVX2 static void product_q4_avxvnni(const uint8_t *tile, uint32_t cols, const struct input *in,
+                                    size_t t, int n, float y[][TILE])
+{
+    quantised_avx2(1, TYPE_Q4, tile, cols, in, t, n, y);
+}
+
+AVX2 INLINE __m256 cached_avx2(int half, const void *p, size_t i)
+{
+    if (half)
+        return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)((const uint16_t *)p + i)));
+    return _mm256_loadu_ps((const float *)p + i);
+}
+
+/* n queries against 16 keys. */
+AVX2 INLINE void scores_tile_avx2(int half, const int n, const float *const *q, int head_dim,
+                                  const void *keys, float (*s)[KEY_BLOCK], int at)
+{
+    __m256 acc[4][2];
+    for (int j = 0; j < n; j++)
+        acc[j][0] = acc[j][1] = _mm256_setzero_ps();
+    for (int h = 0; h < head_dim; h++)
+        for (int part = 0; part < 2; part++) {
+            __m256 key = cached_avx2(half, keys, (size_t)h * TILE + (size_t)part * 8);
+            for (int j = 0; j < n; j++)
+                acc[j][part] = _mm256_add_ps(acc[j][part],
+                                             _mm256_mul_ps(_mm256_set1_ps(q[j][h]), key));
+        }
+    for (int j = 0; j < n; j++) {
+        _mm256_storeu_ps(s[j] + at, acc[j][0]);
+        _mm256_storeu_ps(s[j] + at + 8, acc[j][1]);
+    }
+}
+
+AVX2 INLINE void scores_avx2(int half, const float *const *q, int n, int head_dim,
+                             const void *const *keys, int n_groups, float (*s)[KEY_BLOCK])
+{
+    for (int g = 0; g < n_groups; g++) {
+#define PIECE(count, from) \
+    scores_tile_avx2(half, count, q + (from), head_dim, keys[g], s + (from), g * TILE)
+        FOR_EACH_PIECE(PIECE);
+#undef PIECE
+    }
+}
+
+/* n queries, dimensions h .. h + 15. */
+AVX2 INLINE void mix_tile_avx2(int half, const int n, const float (*p)[KEY_BLOCK], int width,
+                               const void *const *values, int first, int last, int h, float *o)
+{
+    __m256 acc[4][2];
+    for (int j = 0; j < n; j++)
+        acc[j][0] = acc[j][1] = _mm256_setzero_ps();
+    for (int i = first; i <= last; i++)
+        for (int part = 0; part < 2; part++) {
+            __m256 value = cached_avx2(half, values[i / TILE],
+                                       (size_t)(i % TILE * width + h + part * 8));
+            for (int j = 0; j < n; j++)
+                acc[j][part] = _mm256_add_ps(acc[j][part],
+                                             _mm256_mul_ps(_mm256_set1_ps(p[j][i]), value));
+        }
+    for (int j = 0; j < n; j++) {
+        _mm256_storeu_ps(o + j * width + h, acc[j][0]);
+        _mm256_storeu_ps(o + j * width + h + 8, acc[j][1]);
+    }
+}
+
+AVX2 INLINE void mix_avx2(int half, const float (*p)[KEY_BLOCK], int n, int width,
+                          const void *const *values, int first, int last, float *o)
+{
+    for (int h = 0; h < width; h += TILE) {
+#define PIECE(count, from) \
+    mix_tile_avx2(half, count, p + (from), width, values, first, last, h, o + (from) * width)
+        FOR_EACH_PIECE(PIECE);
+#undef PIECE
+    }
+}
+
+AVX2 static void scores_f32_avx2(const float *const *q, int n, int head_dim,
+                                 const void *const *keys, int n_groups, float (*s)[KEY_BLOCK])
+{
+    scores_avx2(0, q, n, head_dim, keys, n_groups, s);
+}
+
+AVX2 static void scores_f16_avx2(const float *const *q, int n, int head_dim,
+                                 const void *const *keys, int n_groups, float (*s)[KEY_BLOCK])
+{
+    scores_avx2(1, q, n, head_dim, keys, n_groups, s);
+}
+
+AVX2 static void mix_f32_avx2(const float (*p)[KEY_BLOCK], int n, int width,
+                              const void *const *values, int first, int last, float *o)
+{
+    mix_avx2(0, p, n, width, values, first, last, o);
+}
+
+AVX2 static void mix_f16_avx2(const float (*p)[KEY_BLOCK], int n, int width,
+                              const void *const *values, int first, int last, float *o)
+{
+    mix_avx2(1, p, n, width, values, first, last, o);
+}
+
+/* ---- AVX-512 with VNNI ---- */
+
+#define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")))
+
+AVX512 static void quantise_avx512(const float *x, uint32_t n, int8_t *q, float *scale,
+                                   int32_t *sum)
+{
+    quantise_body(x, n, q, scale, sum);
+}
+
+AVX512 static void rms_norm_avx512(const float *x, const float *w, float eps, uint32_t n, float *y)
+{
+    rms_norm_body(x, w, eps, n, y);
+}
+
+AVX512 static void geglu_avx512(float *gate, const float *up, size_t n)
+{
+    geglu_body(gate, up, n);
+}
+
+AVX512 static void soft_cap_avx512(float *x, size_t n, float cap) { soft_cap_body(x, n, cap); }
+
+AVX512 static float exp_sum_avx512(float *x, size_t n, float max)
+{
+    return exp_sum_body(x, n, max);
+}
+
+AVX512 static void to_half_avx512(const float *x, size_t n, uint16_t *y) { to_half_body(x, n, y); }
+
+AVX512 INLINE __m512 weights_avx512(int is_bf16, const uint8_t *tile, size_t k)
+{
+    if (!is_bf16)
+        return _mm512_loadu_ps((const float *)tile + k * TILE);
+    __m512i pair = _mm512_loadu_si512(tile + k / 2 * 64);
+    return _mm512_castsi512_ps(k % 2 ? _mm512_and_si512(pair, _mm512_set1_epi32((int)0xffff0000))
+                                     : _mm512_slli_epi32(pair, 16));
+}
+
+AVX512 INLINE void float_tile_avx512(int is_bf16, const int n, const uint8_t *tile, uint32_t cols,
+                                     const float *x, size_t ldx, float (*y)[TILE])
+{
+    __m512 acc[8];
+    for (int i = 0; i < n; i++)
+        acc[i] = _mm512_setzero_ps();
+    for (size_t k = 0; k < cols; k++) {
+        __m512 w = weights_avx512(is_bf16, tile, k);
+        if (n == 1 && (!is_bf16 || k % 2))
+            _mm_prefetch((const char *)tile + (is_bf16 ? k / 2 : k) * 64 + 2048, _MM_HINT_T0);
+        for (int i = 0; i < n; i++)
+            acc[i] = _mm512_add_ps(acc[i],
+                                   _mm512_mul_ps(w, _mm512_set1_ps(x[(size_t)i * ldx + k])));
+    }
+    for (int i = 0; i < n; i++)
+        _mm512_storeu_ps(y[i], acc[i]);
+}
+
+/* As above, with pieces of 8. */
+#define FOR_EACH_PIECE_OF_8(call)                                                   \
+    do {                                                                            \
+        if (n == 8)                                                                 \
+            call(8, 0);                                                             \
+        else                                                                        \
+            FOR_EACH_PIECE(call);                                                   \
+    } while (0)
+
+AVX512 INLINE void float_product_avx512(int is_bf16, const uint8_t *tile, uint32_t cols,
+                                        const struct input *in, size_t t, int n, float y[][TILE])
+{
+    const float *x = in->x + t * in->ldx;
+#define PIECE(count, from)                                                               \
+    float_tile_avx512(is_bf16, count, tile, cols, x + (size_t)(from) * in->ldx, in->ldx, \
+                      y + (from))
+    FOR_EACH_PIECE_OF_8(PIECE);
+#undef PIECE
+}
+
+AVX512 static void product_f32_avx512(const uint8_t *tile, uint32_t cols, const struct input *in,
+                                      size_t t, int n, float y[][TILE])
+{
+    float_product_avx512(0, tile, cols, in, t, n, y);
+}
+
+AVX512 static void product_bf16_avx512(const uint8_t *tile, uint32_t cols, const struct input *in,
+                                       size_t t, int n, float y[][TILE])
+{
+    float_product_avx512(1, tile, cols, in, t, n, y);
+}
+
+/* A group as 8 registers of [16 rows][4 inputs], unsigned: q8 value + 128, q6 value + 32,
+ * q4 codebook + 31. */
+AVX512 INLINE void operands_avx512(uint32_t type, const uint8_t *group, __m512i w[8])
+{
+    const __m512i low = _mm512_set1_epi8(15), high_bits = _mm512_set1_epi8(0x30);
+    if (type == TYPE_Q8) {
+        for (int i = 0; i < 8; i++)
+            w[i] = _mm512_xor_si512(_mm512_loadu_si512(group + i * 64), _mm512_set1_epi8(-128));
+        return;
+    }
+    for (int o = 0; o < 4; o++) {
+        __m512i raw = _mm512_loadu_si512(group + o * 64);
+        w[2 * o] = _mm512_and_si512(raw, low);
+        w[2 * o + 1] = _mm512_and_si512(_mm512_srli_epi16(raw, 4), low);
+    }
+    for (int o = 0; o < 2 && type == TYPE_Q6; o++) {
+        __m512i raw = _mm512_loadu_si512(group + 256 + o * 64);
+        __m512i moved[4] = {_mm512_slli_epi16(raw, 4), _mm512_slli_epi16(raw, 2), raw,
+                            _mm512_srli_epi16(raw, 2)};
+        for (int j = 0; j < 4; j++)
+            w[4 * o + j] = _mm512_or_si512(w[4 * o + j], _mm512_and_si512(moved[j], high_bits));
+    }
+    if (type == TYPE_Q4) {
+        __m128i code = _mm_add_epi8(_mm_loadu_si128((const __m128i *)CODEBOOK), _mm_set1_epi8(31));
+        __m512i codebook = _mm512_broadcast_i32x4(code);
+        for (int i = 0; i < 8; i++)
+            w[i] = _mm512_shuffle_epi8(codebook, w[i]);
+    }
+}
+
+/* What a sum over unsigned operands starts with, so that it ends as the sum of v * q;
+ * shifted: rows of q4 whose values are 4 higher. */
+AVX512 INLINE __m512i start_avx512(uint32_t type, __mmask16 shifted, int32_t sum)
+{
+    if (type == TYPE_Q8)
+        return _mm512_set1_epi32(-128 * sum);
+    if (type == TYPE_Q6)
+        return _mm512_set1_epi32(-32 * sum);
+    return _mm512_mask_set1_epi32(_mm512_set1_epi32(-31 * sum), shifted, -27 * sum);
+}
+
+AVX512 INLINE __m512i group_sum_avx512(int chains, const __m512i w[8], const int8_t *q,
+                                       __m512i start)
+{
+    __m512i sum[2] = {start, _mm512_setzero_si512()};
+    for (int i = 0; i < 8; i++) {
+        int32_t four;
+        memcpy(&four, q + 4 * i, 4);
+        sum[i % chains] = _mm512_dpbusd_epi32(sum[i % chains], w[i], _mm512_set1_epi32(four));
+    }
+    return chains == 1 ? sum[0] : _mm512_add_epi32(sum[0], sum[1]);
+}
+
+AVX512 INLINE void quantised_tile_avx512(uint32_t type, const int n, const uint8_t *tile,
+                                         uint32_t cols, const struct input *in, size_t t,
+                                         float (*y)[TILE])
+{
+    size_t n_groups = round_up(cols, BLOCK_INPUTS) / GROUP, ld = in->ldq / GROUP;
+    const int group_bytes = type == TYPE_Q8 ? 512 : type == TYPE_Q6 ? 384 : 256;
+    __m512 acc[8];
+    for (int i = 0; i < n; i++)
+        acc[i] = _mm512_setzero_ps();
+    for (size_t g = 0; g < n_groups; g++) {
+        const uint8_t *scale_bytes, *group = group_at(type, tile, g, &scale_bytes);
+        for (int line = 0; n == 1 && line < group_bytes; line += 64)
+            _mm_prefetch((const char *)group + line + 2048, _MM_HINT_T0);
+        __m128i raw = _mm_loadu_si128((const __m128i *)scale_bytes);
+        __m512i w[8], s = type == TYPE_Q8 ? _mm512_cvtepu8_epi32(raw) : _mm512_cvtepi8_epi32(raw);
+        __mmask16 shifted = _mm512_test_epi32_mask(s, _mm512_set1_epi32(1));
+        s = type == TYPE_Q4 ? _mm512_srai_epi32(s, 1) : s;
+        operands_avx512(type, group, w);
+        for (int i = 0; i < n; i++) {
+            size_t at = (t + (size_t)i) * ld + g;
+            __m512i sum = group_sum_avx512(n < 4 ? 2 : 1, w, in->q + at * GROUP,
+                                           start_avx512(type, shifted, in->sum[at]));
+            __m512 product = _mm512_cvtepi32_ps(_mm512_mullo_epi32(s, sum));
+            acc[i] = _mm512_add_ps(acc[i], _mm512_mul_ps(_mm512_set1_ps(in->scale[at]), product));
+        }
+    }
+    for (int i = 0; i < n; i++)
+        _mm512_storeu_ps(y[i], _mm512_mul_ps(acc[i], _mm512_loadu_ps((const float *)tile)));
+}
+
+AVX512 INLINE void quantised_avx512(uint32_t type, const uint8_t *tile, uint32_t cols,
+                                    const struct input *in, size_t t, int n, float y[][TILE])
+{
+#define PIECE(count, from) \
+    quantised_tile_avx512(type, count, tile, cols, in, t + (size_t)(from), y + (from))
+    FOR_EACH_PIECE_OF_8(PIECE);
+#undef PIECE
+}
+
+AVX512 static void product_q8_avx512(const uint8_t *tile, uint32_t cols, const struct input *in,
+                                     size_t t, int n, float y[][TILE])
+{
+    quantised_avx512(TYPE_Q8, tile, cols, in, t, n, y);
+}
+
+AVX512 static void product_q6_avx512(const uint8_t *tile, uint32_t cols, const struct input *in,
+                                     size_t t, int n, float y[][TILE])
+{
+    quantised_avx512(TYPE_Q6, tile, cols, in, t, n, y);
+}
+
+AVX512 static void product_q4_avx512(const uint8_t *tile, uint32_t cols, const struct input *in,
+                                     size_t t, int n, float y[][TILE])
+{
+    quantised_avx512(TYPE_Q4, tile, cols, in, t, n, y);
+}
+
+AVX512 INLINE __m512 cached_avx512(int half, const void *p, size_t i)
+{
+    if (half)
+        return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)((const uint16_t *)p + i)));
+    return _mm512_loadu_ps((const float *)p + i);
+}
+
+/* n queries against n_groups (a constant) x 16 keys. */
+AVX512 INLINE void scores_tile_avx512(int half, const int n, const int n_groups,
+                                      const float *const *q, int head_dim,
+                                      const void *const *keys, float (*s)[KEY_BLOCK], int at)
+{
+    __m512 acc[8][4];
+    for (int j = 0; j < n; j++)
+        for (int g = 0; g < n_groups; g++)
+            acc[j][g] = _mm512_setzero_ps();
+    for (int h = 0; h < head_dim; h++)
+        for (int g = 0; g < n_groups; g++) {
+            __m512 key = cached_avx512(half, keys[g], (size_t)h * TILE);
+            for (int j = 0; j < n; j++)
+                acc[j][g] = _mm512_add_ps(acc[j][g],
+                                          _mm512_mul_ps(_mm512_set1_ps(q[j][h]), key));
+        }
+    for (int j = 0; j < n; j++)
+        for (int g = 0; g < n_groups; g++)
+            _mm512_storeu_ps(s[j] + at + g * TILE, acc[j][g]);
+}
+
+AVX512 INLINE void scores_avx512(int half, const float *const *q, int n, int head_dim,
+                                 const void *const *keys, int n_groups, float (*s)[KEY_BLOCK])
+{
+    int g = 0;
+#define PIECE_4(count, from) \
+    scores_tile_avx512(half, count, 4, q + (from), head_dim, keys + g, s + (from), g * TILE)
+#define PIECE_1(count, from) \
+    scores_tile_avx512(half, count, 1, q + (from), head_dim, keys + g, s + (from), g * TILE)
+    for (; n_groups - g >= 4; g += 4)
+        FOR_EACH_PIECE(PIECE_4);
+    for (; g < n_groups; g++)
+        FOR_EACH_PIECE_OF_8(PIECE_1);
+#undef PIECE_4
+#undef PIECE_1
+}
+
+/* n queries, n_parts (a constant) x 16 dimensions from h on. */
+AVX512 INLINE void mix_tile_avx512(int half, const int n, const int n_parts,
+                                   const float (*p)[KEY_BLOCK], int width,
+                                   const void *const *values, int first, int last, int h, float *o)
+{
+    __m512 acc[8][8];
+    for (int j = 0; j < n; j++)
+        for (int part = 0; part < n_parts; part++)
+            acc[j][part] = _mm512_setzero_ps();
+    for (int i = first; i <= last; i++)
+        for (int part = 0; part < n_parts; part++) {
+            __m512 value = cached_avx512(half, values[i / TILE],
+                                         (size_t)(i % TILE * width + h + part * TILE));
+            for (int j = 0; j < n; j++)
+                acc[j][part] = _mm512_add_ps(acc[j][part],
+                                             _mm512_mul_ps(_mm512_set1_ps(p[j][i]), value));
+        }
+    for (int j = 0; j < n; j++)
+        for (int part = 0; part < n_parts; part++)
+            _mm512_storeu_ps(o + j * width + h + part * TILE, acc[j][part]);
+}
+
+AVX512 INLINE void mix_avx512(int half, const float (*p)[KEY_BLOCK], int n, int width,
+                              const void *const *values, int first, int last, float *o)
+{
+    int h = 0;
+#define PIECE_4(count, from)                                                              \
+    mix_tile_avx512(half, count, 4, p + (from), width, values, first, last, h,            \
+                    o + (from) * width)
+#define PIECE_1(count, from)                                                              \
+    mix_tile_avx512(half, count, 1, p + (from), width, values, first, last, h,            \
+                    o + (from) * width)
+    for (; width - h >= 4 * TILE; h += 4 * TILE)
+        FOR_EACH_PIECE(PIECE_4);
+    for (; h < width; h += TILE)
+        FOR_EACH_PIECE_OF_8(PIECE_1);
+#undef PIECE_4
+#undef PIECE_1
+}
+
+AVX512 static void scores_f32_avx512(const float *const *q, int n, int head_dim,
+                                     const void *const *keys, int n_groups,
+                                     float (*s)[KEY_BLOCK])
+{
+    scores_avx512(0, q, n, head_dim, keys, n_groups, s);
+}
+
+AVX512 static void scores_f16_avx512(const float *const *q, int n, int head_dim,
+                                     const void *const *keys, int n_groups,
+                                     float (*s)[KEY_BLOCK])
+{
+    scores_avx512(1, q, n, head_dim, keys, n_groups, s);
+}
+
+AVX512 static void mix_f32_avx512(const float (*p)[KEY_BLOCK], int n, int width,
+                                  const void *const *values, int first, int last, float *o)
+{
+    mix_avx512(0, p, n, width, values, first, last, o);
+}
+
+AVX512 static void mix_f16_avx512(const float (*p)[KEY_BLOCK], int n, int width,
+                                  const void *const *values, int first, int last, float *o)
+{
+    mix_avx512(1, p, n, width, values, first, last, o);
+}
+
+/* ---- which CPU is this ---- */
+
+/* Register states that the operating system saves (XCR0), 0 without XSAVE. */
+static uint64_t saved_states(void)
+{
+    unsigned a, b, c, d;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c >> 27 & 1))
+        return 0;
+    __asm__ volatile("xgetbv" : "=a"(a), "=d"(d) : "c"(0));
+    return a | (uint64_t)d << 32;
+}
+
+/* Bits of CPUID leaf 7: register 'b' or 'c' of subleaf 0, 'a' of subleaf 1. */
+static int has_leaf7(char reg, uint32_t bits)
+{
+    unsigned a, b, c, d;
+    if (!__get_cpuid_count(7, reg == 'a', &a, &b, &c, &d))
+        return 0;
+    return ((reg == 'a' ? a : reg == 'b' ? b : c) & bits) == bits;
+}
+
+static int has_avx2(void)
+{
+    unsigned a, b, c, d;
+    return (saved_states() & 6) == 6 && __get_cpuid(1, &a, &b, &c, &d) && c >> 29 & 1 /* F16C */ &&
+           has_leaf7('b', 1u << 5);
+}
+
+static int has_avxvnni(void) { return has_avx2() && has_leaf7('a', 1u << 4); }
+
+static int has_avx512(void) /* F, DQ, BW, VL; VNNI */
+{
+    return has_avx2() && (saved_states() & 0xe6) == 0xe6 &&
+           has_leaf7('b', 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31) && has_leaf7('c', 1u << 11);
+}
+
+/* Ice Lake and newer servers, Zen 4 and newer. */
+static const struct kernels avx512_kernels = {
+    "avx512", has_avx512,
+    {NULL, product_f32_avx512, product_bf16_avx512, product_q8_avx512, product_q6_avx512,
+     product_q4_avx512},
+    quantise_avx512, rms_norm_avx512, geglu_avx512, soft_cap_avx512, exp_sum_avx512,
+    to_half_avx512, {scores_f32_avx512, scores_f16_avx512}, {mix_f32_avx512, mix_f16_avx512}};
+
+/* Client CPUs since Alder Lake, which lack AVX-512. */
+static const struct kernels avxvnni_kernels = {
+    "avxvnni", has_avxvnni,
+    {NULL, product_f32_avx2, product_bf16_avx2, product_q8_avxvnni, product_q6_avxvnni,
+     product_q4_avxvnni},
+    quantise_avx2, rms_norm_avx2, geglu_avx2, soft_cap_avx2, exp_sum_avx2, to_half_avx2,
+    {scores_f32_avx2, scores_f16_avx2}, {mix_f32_avx2, mix_f16_avx2}};
+
+/* Haswell to Comet Lake, Zen 1 to Zen 3. */
+static const struct kernels avx2_kernels = {
+    "avx2", has_avx2,
+    {NULL, product_f32_avx2, product_bf16_avx2, product_q8_avx2, product_q6_avx2,
+     product_q4_avx2},
+    quantise_avx2, rms_norm_avx2, geglu_avx2, soft_cap_avx2, exp_sum_avx2, to_half_avx2,
+    {scores_f32_avx2, scores_f16_avx2}, {mix_f32_avx2, mix_f16_avx2}};
+
+#endif /* HAVE_X86 */
+
+/* Best row first. */
+static const struct kernels *const all_kernels[] = {
+#ifdef HAVE_X86
+    &avx512_kernels, &avxvnni_kernels, &avx2_kernels,
+#endif
+    &scalar_kernels,
+};
 
 enum { N_KERNELS = sizeof all_kernels / sizeof *all_kernels };
 

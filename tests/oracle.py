@@ -48,12 +48,13 @@ def random_config(rng):
     group, K = rng.choice((1, 2, 3, 4)), rng.choice((1, 2, 3))
     N = K * group
     layers = "".join(rng.choice("LG") for _ in range(rng.randrange(1, 6)))
+    head_dim = 2 * rng.randrange(2, 21)
     return dict(
         layers=layers, vocab_size=rng.randrange(300, 348), num_attention_heads=N,
         num_key_value_heads=K, hidden_size=N * rng.randrange(2, 100 // N),
-        head_dim=2 * rng.randrange(2, 21), intermediate_size=rng.randrange(8, 300),
+        head_dim=head_dim, intermediate_size=rng.randrange(8, 300),
         sliding_window=rng.choice((1, 2, 5, 8, 16, 33)),
-        query_pre_attn_scalar=rng.randrange(4, 30),
+        query_pre_attn_scalar=int(head_dim * rng.uniform(0.6, 2)) + 1,
         attn_logit_softcapping=rng.choice((50.0, 20.0, None)),
         final_logit_softcapping=rng.choice((30.0, 10.0, None)),
         rope_parameters={"rope_type": "default", "rope_theta": rng.choice((1e4, 100.0, 1e6))},

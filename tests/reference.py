@@ -538,16 +538,16 @@ def random_text(rng, pieces):
 
 def random_ids(rng, pieces):
     """Ids to decode: pieces of all kinds and runs of bytes, few of them valid UTF-8."""
-    byte = {int(t[3:5], 16): i for i, (t, _, k) in enumerate(pieces) if k == BYTE}
+    zero = next(i for i, p in enumerate(pieces) if p[2] == BYTE)  # <0x00>; the others follow
     out = []
     for _ in range(rng.randrange(0, 8)):
         if rng.randrange(2):
             out.append(rng.randrange(len(pieces)) if rng.randrange(4) else rng.randrange(4))
         elif rng.randrange(2):
             text = rng.choice(rng.choice(SCRIPTS)).encode() + rng.choice(BAD_UTF8 + (b"",))
-            out += [byte[c] for c in text[:rng.randrange(1, len(text) + 1)]]
+            out += [zero + c for c in text[:rng.randrange(1, len(text) + 1)]]
         else:
-            out += [byte[c] for c in rng.randbytes(rng.randrange(1, 6))]
+            out += [zero + c for c in rng.randbytes(rng.randrange(1, 6))]
     return out
 
 

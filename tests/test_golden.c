@@ -218,6 +218,7 @@ static gemma2_session *new_session(const gemma2_model *m, int n_batch, int n_thr
     gemma2_session_params_init(&params);
     params.n_batch = n_batch;
     params.n_threads = n_threads;
+    params.cache_type = GEMMA2_CACHE_F32; /* transformers rounds no keys either */
     gemma2_session *s = gemma2_session_new(m, &params, err, sizeof err);
     check(s != NULL, "session: %s", s ? "" : err);
     return s;

@@ -36,6 +36,8 @@ import struct
 import sys
 import threading
 import time
+from concurrent import futures
+from concurrent.futures.process import BrokenProcessPool
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # processes share the work, not threads
 try:
@@ -52,6 +54,10 @@ VERSION = "0.1.0"
 
 class ExportError(Exception):
     """One sentence that says what is wrong and what to do."""
+
+
+class UsageError(ExportError):
+    """The same, about the command line."""
 
 
 class Stopped(BaseException):
@@ -479,23 +485,15 @@ SIZES = [
     ("F", ("intermediate_size",), None, 1, 1 << 22),
     ("context", ("max_position_embeddings",), 8192, 1, 1 << 30),
 ]
-# the same for fractions; null means off where the least value is 0
-FRACTIONS = [
-    ("eps", ("rms_norm_eps",), 1e-6, 1e-30, 1.0),
-    ("attn_softcap", ("attn_logit_softcapping",), 50.0, 0, 10000),
-    ("final_softcap", ("final_logit_softcapping",), 30.0, 0, 10000),
-]
+SOFTCAPS = [("attn_softcap", "attn_logit_softcapping", 50.0),
+            ("final_softcap", "final_logit_softcapping", 30.0)]  # null or 0 is off
 
 
 class Config:
-    """Access to config.json that complains in sentences."""
+    """A JSON file of settings that complains in sentences."""
 
-    def __init__(self, directory):
-        self.path = os.path.join(directory, "config.json")
-        if not os.path.isfile(self.path):
-            raise ExportError("%s has no config.json: give the directory that holds config.json, "
-                              "the tokenizer and *.safetensors" % directory)
-        self.doc = read_json(self.path)
+    def __init__(self, path):
+        self.path, self.doc = path, read_json(path)
 
     def bad(self, key, value, want):
         return ExportError("%s: %s is %s, but must be %s"
@@ -510,15 +508,16 @@ class Config:
             raise ExportError("%s lacks %s: fetch the file again" % (self.path, keys[0]))
         return keys[0], default
 
-    def number(self, keys, default, least, most, whole):
+    def number(self, keys, default, least, most, kinds=(int, float)):
         key, value = self.first(keys, default)
-        if value is None and least == 0:
-            return 0.0
-        kinds = (int,) if whole else (int, float)
         if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value <= most:
-            raise self.bad(key, value, "%s from %s to %s" % (
-                "a whole number" if whole else "a number", least, most))
+            raise self.bad(key, value, "a %snumber from %s to %s" % (
+                "whole " if kinds is int else "", least, most))
         return value
+
+    def softcap(self, key, default):
+        value = self.doc.get(key, default)
+        return self.number((key,), default, 0.01, 10000) if value else 0.0
 
 
 def model_of_config(config):
@@ -526,16 +525,14 @@ def model_of_config(config):
     refuse_other_models(config)
     model = Model()
     for name, keys, default, least, most in SIZES:
-        setattr(model, name, config.number(keys, default, least, most, True))
-    for name, keys, default, least, most in FRACTIONS:
-        setattr(model, name, config.number(keys, default, least, most, False))
+        setattr(model, name, config.number(keys, default, least, most, int))
+    for name, key, default in SOFTCAPS:
+        setattr(model, name, config.softcap(key, default))
+    model.eps = config.number(("rms_norm_eps",), 1e-6, 0, 1)
     if model.N % model.K:
         raise config.bad("num_key_value_heads", model.K, "a divisor of num_attention_heads, %d" % model.N)
     if model.H % 2:
         raise config.bad("head_dim", model.H, "even")
-    for cap in ("attn_softcap", "final_softcap"):
-        if 0 < getattr(model, cap) < 0.01:
-            raise config.bad(cap, getattr(model, cap), "null, 0 or at least 0.01")
     model.rope_theta = rope_theta(config)
     model.local = local_layers(config, model.L)
     model.window = sliding_window(config, model)
@@ -543,6 +540,8 @@ def model_of_config(config):
     model.embedding_scale = float(bf16_value(bf16_bits(np.array([math.sqrt(model.D)], np.float32)))[0])
     model.stop_ids = id_list(config, "eos_token_id")
     model.tied = config.doc.get("tie_word_embeddings")
+    if model.tied not in (None, True, False):
+        raise config.bad("tie_word_embeddings", model.tied, "true or false")
     return model
 
 
@@ -594,9 +593,12 @@ def local_layers(config, n_layers):
     if types is None:
         return tuple(i % 2 == 0 for i in range(n_layers))
     names = {"sliding_attention": True, "full_attention": False}
-    if not isinstance(types, list) or len(types) != n_layers or any(t not in names for t in types):
-        raise config.bad("layer_types", types, "a list of %d times sliding_attention or "
-                         "full_attention" % n_layers)
+    if not isinstance(types, list) or len(types) != n_layers:
+        raise ExportError("%s: layer_types is no list of %d entries, one for each layer"
+                          % (config.path, n_layers))
+    for t in types:
+        if not isinstance(t, str) or t not in names:
+            raise config.bad("an entry of layer_types", t, "sliding_attention or full_attention")
     return tuple(names[t] for t in types)
 
 
@@ -604,11 +606,11 @@ def sliding_window(config, model):
     keys = "sliding_window", "sliding_window_size"
     if not any(model.local) and config.first(keys, 4096)[1] is None:
         return model.context
-    return config.number(keys, 4096, 1, 1 << 30, True)
+    return config.number(keys, 4096, 1, 1 << 30, int)
 
 
 def query_scale(config, model):
-    scalar = config.number(("query_pre_attn_scalar",), 256, 1e-6, 1e9, False)
+    scalar = config.number(("query_pre_attn_scalar",), 256, 1e-6, 1e9)
     if scalar == 224 and model.H != 224:
         warn("query_pre_attn_scalar is 224 and is kept; Google corrected this value of early 9B "
              "files to 256, so if answers are poor, write 256 into %s and convert again" % config.path)
@@ -626,14 +628,14 @@ def id_list(config, key):
 
 # ---- safetensors ----------------------------------------------------------------------
 
-# bytes of a value, how numpy reads it, how it becomes f32
+# how numpy reads a type, how it becomes f32
 FLOATS = {
-    "F32": (4, "<f4", lambda a: a.astype(np.float32, copy=False)),
-    "BF16": (2, "<u2", bf16_value),
-    "F16": (2, "<f2", lambda a: a.astype(np.float32)),
+    "F32": ("<f4", lambda a: a.astype(np.float32, copy=False)),
+    "BF16": ("<u2", bf16_value),
+    "F16": ("<f2", lambda a: a.astype(np.float32)),
 }
-OTHER_BITS = {"F64": 64, "I64": 64, "U64": 64, "I32": 32, "U32": 32, "I16": 16, "U16": 16, "I8": 8,
-              "U8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "C64": 64}
+WIDTHS = {"F64": 8, "I64": 8, "U64": 8, "C64": 8, "F32": 4, "I32": 4, "U32": 4, "BF16": 2, "F16": 2,
+          "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1}
 
 Stored = collections.namedtuple("Stored", "path dtype shape offset")  # one tensor in a file
 
@@ -667,14 +669,13 @@ def stored_tensor(path, name, entry, base):
     if not isinstance(entry, dict):
         raise bad("no description")
     dtype, shape, offsets = (entry.get(k) for k in ("dtype", "shape", "data_offsets"))
-    if dtype not in FLOATS and dtype not in OTHER_BITS:
+    if not isinstance(dtype, str) or dtype not in WIDTHS:
         raise bad("an unknown dtype, %s" % json.dumps(dtype))
     if not isinstance(shape, list) or len(shape) > 8 or not all(map(is_size, shape)):
         raise bad("a bad shape, %s" % json.dumps(shape))
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(is_size, offsets)):
         raise bad("bad data_offsets, %s" % json.dumps(offsets))
-    width = FLOATS[dtype][0] if dtype in FLOATS else OTHER_BITS[dtype] // 8
-    want = math.prod(shape) * width
+    want = math.prod(shape) * WIDTHS[dtype]
     if offsets[1] - offsets[0] != want:
         raise bad("%d bytes where its shape and dtype need %d" % (offsets[1] - offsets[0], want))
     return Stored(path, dtype, tuple(shape), base + offsets[0])
@@ -687,8 +688,7 @@ def check_layout(path, tensors, base, size):
         if t.offset != at:
             raise ExportError("%s: tensor %s %s: fetch the file again" % (
                 path, name, "overlaps another" if t.offset < at else "leaves a gap before it"))
-        width = FLOATS[t.dtype][0] if t.dtype in FLOATS else OTHER_BITS[t.dtype] // 8
-        at += math.prod(t.shape) * width
+        at += math.prod(t.shape) * WIDTHS[t.dtype]
     if at != size:
         raise ExportError("%s is %s: its header speaks of %d bytes and the file has %d: fetch it "
                           "again" % (path, "truncated" if at > size else "too long", at, size))
@@ -784,7 +784,11 @@ class HuggingFace:
 
     def __init__(self, path):
         self.directory = path if os.path.isdir(path) else os.path.dirname(path) or "."
-        config = Config(self.directory)
+        path_of_config = os.path.join(self.directory, "config.json")
+        if not os.path.isfile(path_of_config):
+            raise ExportError("%s has no config.json: give the directory that holds config.json, the "
+                              "tokenizer and *.safetensors" % self.directory)
+        config = Config(path_of_config)
         self.model = model_of_config(config)
         self.add_generation_config()
         shards = safetensors_files(path)
@@ -807,9 +811,7 @@ class HuggingFace:
     def add_generation_config(self):
         path = os.path.join(self.directory, "generation_config.json")
         if os.path.isfile(path):
-            generation = Config.__new__(Config)
-            generation.path, generation.doc = path, read_json(path)
-            self.model.stop_ids += id_list(generation, "eos_token_id")
+            self.model.stop_ids += id_list(Config(path), "eos_token_id")
 
     @staticmethod
     def collect(shards):
@@ -836,7 +838,7 @@ class HuggingFace:
     def rows(self, name, start, stop):
         stored = self.tensors[name]
         cols = self.shape(name)[1]
-        width, numpy_type, to_f32 = FLOATS[stored.dtype]
+        width, (numpy_type, to_f32) = WIDTHS[stored.dtype], FLOATS[stored.dtype]
         raw = np.empty((stop - start) * cols * width, np.uint8)
         f = self.handles.get(stored.path)
         if f is None:
@@ -1482,7 +1484,7 @@ def plan_tensors(reader, options):
                      "embedding" if name == "head" and tied else name))
     for pattern, _ in options.tensor:
         if not any(fnmatch.fnmatchcase(s.name, pattern) and not is_norm(s.name) for s, _ in plan):
-            raise ExportError("--tensor %s matches no matrix of this model: names are embedding, "
+            raise UsageError("--tensor %s matches no matrix of this model: names are embedding, "
                               "head, layers.0.q ... layers.%d.down" % (pattern, reader.model.L - 1))
     return plan
 
@@ -1546,14 +1548,20 @@ def pack_all(reader, plan, jobs):
         for task in tasks:
             yield pack_rows(task, reader)
         return
-    with multiprocessing.Pool(jobs, start_worker, (reader,)) as pool:
-        waiting = collections.deque()
+    pool = futures.ProcessPoolExecutor(jobs, initializer=start_worker, initargs=(reader,))
+    waiting = collections.deque()
+    try:
         for task in tasks:
-            waiting.append(pool.apply_async(pack_rows, (task,)))
+            waiting.append(pool.submit(pack_rows, task))
             if len(waiting) > 2 * jobs:
-                yield waiting.popleft().get()
+                yield waiting.popleft().result()
         while waiting:
-            yield waiting.popleft().get()
+            yield waiting.popleft().result()
+    except BrokenProcessPool:
+        raise ExportError("a worker process was killed, for want of memory perhaps: use fewer "
+                          "(-j 1)") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 class Progress:
@@ -1798,9 +1806,9 @@ def main(arguments):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ExportError, OSError, MemoryError) as e:
         print("export.py: " + (str(e) if isinstance(e, ExportError) else complaint(e)), file=sys.stderr)
-        return 1
+        return 2 if isinstance(e, UsageError) else 1
     except Stopped as e:
-        print("export.py: interrupted; nothing was written", file=sys.stderr)
+        print("export.py: interrupted", file=sys.stderr)
         return 128 + e.args[0]
     return 0
 

@@ -39,6 +39,11 @@
 #ifdef __FAST_MATH__
 #error "gemma2.c promises equal bits everywhere: build it without -ffast-math"
 #endif
+#if defined(__clang__)
+#pragma STDC FP_CONTRACT OFF
+#elif defined(__GNUC__)
+#pragma GCC optimize("fp-contract=off") /* for builds that forget the flag */
+#endif
 #ifndef _DEFAULT_SOURCE
 #define _DEFAULT_SOURCE /* madvise, MAP_ANONYMOUS */
 #endif

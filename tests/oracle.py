@@ -47,11 +47,11 @@ def random_config(rng):
     """Any shape the architecture allows, small; a third without each soft-cap."""
     group, K = rng.choice((1, 2, 3, 4)), rng.choice((1, 2, 3))
     N = K * group
-    layers = "".join(rng.choice("LG") for _ in range(rng.randrange(1, 6)))
+    layers = "".join(rng.choice("LG") for _ in range(rng.randrange(1, 5)))
     head_dim = 2 * rng.randrange(2, 21)
     return dict(
         layers=layers, vocab_size=rng.randrange(300, 348), num_attention_heads=N,
-        num_key_value_heads=K, hidden_size=N * rng.randrange(2, 100 // N),
+        num_key_value_heads=K, hidden_size=N * rng.randrange(-(-24 // N), -(-120 // N)),
         head_dim=head_dim, intermediate_size=rng.randrange(8, 300),
         sliding_window=rng.choice((1, 2, 5, 8, 16, 33)),
         query_pre_attn_scalar=int(head_dim * rng.uniform(0.6, 2)) + 1,

@@ -73,9 +73,9 @@ def fill_random(model, seed):
             if "norm" in name:
                 p.copy_(draw(p.shape, 0.7, 0.4))
             elif "embed" in name or "lm_head" in name:
-                p.copy_(draw(p.shape, 1.0 / np.sqrt(p.shape[1]) * 2.5))
+                p.copy_(draw(p.shape, 1.0 / np.sqrt(p.shape[1]) * 2.2))
             elif "q_proj" in name or "k_proj" in name:
-                p.copy_(draw(p.shape, 1.4 / np.sqrt(p.shape[1])))
+                p.copy_(draw(p.shape, 1.15 / np.sqrt(p.shape[1])))
             else:
                 p.copy_(draw(p.shape, 1.0 / np.sqrt(p.shape[1])))
 

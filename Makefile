@@ -1,0 +1,58 @@
+# gemma2.c - `make` builds ./run, `make demo` tells a story, `make help` lists the rest.
+CC ?= cc
+CFLAGS ?= -O3
+WARNINGS = -Wall -Wextra -Wpedantic -Wshadow
+# Every result is the same to the bit on every machine; that needs -ffp-contract=off.
+NEEDED = -std=c11 -ffp-contract=off $(OPENMP)
+# OpenMP is optional: without it everything works, on one thread.  OPENMP= turns it off.
+OPENMP := $(shell echo 'int main(void) { return 0; }' | \
+	$(CC) -fopenmp -x c - -o /dev/null 2>/dev/null && echo -fopenmp)
+BUILD = $(CC) $(NEEDED) $(CFLAGS) $(WARNINGS) $(CPPFLAGS) $(LDFLAGS)
+PYTHON ?= python3
+DEMO = tests/demo/story-q8.bin
+
+# The command line program.
+run: run.c gemma2.c gemma2.h
+	$(BUILD) run.c gemma2.c -lm -o $@
+
+# Builds, and tells a story with a small model that lies in the repository.
+demo: run
+	@./run $(DEMO) --quiet --echo --seed 3 --temperature 0.7 --top-p 0.9 --max-tokens 180 \
+		"Once upon a time there was a little girl who"
+	@echo >&2
+	@echo >&2 "That was $(DEMO), 6 MB, trained on fairy tales. Try next:"
+	@echo >&2 "  ./run $(DEMO) \"The old witch looked at the boy and\""
+	@echo >&2 "  ./run $(DEMO) --info"
+	@echo >&2 "  ./run --help"
+
+# C only, no network, no Python, a few seconds; the last line is the sum.
+test: run build/test build/test_header build/test_golden
+	@sh tests/all.sh build/test build/test_header build/test_golden "sh tests/cli.sh ./run"
+
+build/%: tests/%.c gemma2.c gemma2.h $(wildcard tests/*.h)
+	@mkdir -p build
+	$(BUILD) $< $(if $(filter test_header check_model,$*),gemma2.c) -lm -o $@
+
+# Against transformers, sentencepiece and export.py; see tests/requirements.txt.
+test-oracle: run
+	$(PYTHON) tests/oracle.py
+
+# Published figures, for those who hold real weights: make check-model MODEL=file
+check-model: build/check_model
+	build/check_model $(MODEL) $(ARGS)
+
+# The C tests again under AddressSanitizer and UndefinedBehaviorSanitizer.
+test-sanitize:
+	@mkdir -p build/sanitize
+	@for t in test test_golden; do \
+		$(CC) -std=c11 -ffp-contract=off -O1 -g -fsanitize=address,undefined \
+		-fno-sanitize-recover=all tests/$$t.c -lm -o build/sanitize/$$t || exit 1; done
+	@sh tests/all.sh build/sanitize/test build/sanitize/test_golden
+
+clean:
+	rm -rf run build
+
+help:
+	@sed -n '/^# /h; /^[a-z][a-z-]*:/{G; s/:[^\n]*\n#/  -/p}' Makefile
+
+.PHONY: demo test test-oracle check-model test-sanitize clean help

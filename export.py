@@ -1059,8 +1059,9 @@ def json_tokenizer(doc, path):
     for i, (content, _) in added.items():
         texts.setdefault(i, content)
     n = max(texts) + 1 if texts else 0
-    if not 0 < n <= 1 << 22 or min(texts) < 0:
-        raise ExportError("%s: ids run to %d: fetch it again" % (path, n))
+    if not 0 < n <= 1 << 22 or min(texts) < 0 or len(texts) < len(bpe["vocab"]):
+        raise ExportError("%s has ids that are negative, too large or shared by two pieces: fetch it "
+                          "again" % path)
     pieces = [texts.get(i, "") for i in range(n)]
     spell_tab_as_byte(pieces)
     unk = bpe.get("unk_token") or "<unk>"
@@ -1136,15 +1137,17 @@ def json_scores(bpe, pieces, kinds, path):
 
 def added_tokens_of(doc):
     """id to (content, special) of tokenizer.json's added_tokens."""
-    return {t["id"]: (t["content"], bool(t.get("special"))) for t in doc.get("added_tokens") or []
-            if isinstance(t, dict) and isinstance(t.get("id"), int) and isinstance(t.get("content"), str)}
+    tokens = doc.get("added_tokens")
+    return {t["id"]: (t["content"], bool(t.get("special")))
+            for t in (tokens if isinstance(tokens, list) else [])
+            if isinstance(t, dict) and is_size(t.get("id")) and isinstance(t.get("content"), str)}
 
 
 def added_tokens(directory, doc):
     """The same from all the places where fine-tunes put them."""
     found = {}
     for content, i in optional_json(directory, "added_tokens.json").items():
-        if isinstance(i, int):
+        if is_size(i):
             found[i] = content, False
     found.update(added_tokens_of(doc))
     decoder = optional_json(directory, "tokenizer_config.json").get("added_tokens_decoder")
@@ -1167,7 +1170,7 @@ def add_tokens(tokenizer, added):
         if not content or kind == BYTE or kind == NORMAL and old != content:
             continue  # an ordinary piece is what the model was trained with
         if old and old != content:
-            renamed.append("%d %s (was %s)" % (i, content, old))
+            renamed.append("%d %r (was %r)" % (i, content, old))
         tokenizer.pieces[i] = content
         if kind in (NORMAL, USER, UNUSED, MARKER):
             tokenizer.kinds[i] = MARKER if special else USER
@@ -1273,8 +1276,10 @@ def check_tokenizer(t, path):
             raise bad("has a piece of unknown kind, %s (id %d)" % (kind, i))
         if not piece and kind != UNUSED:
             raise bad("has an empty piece (id %d)" % i)
-        if len(piece.encode("utf-8")) > 4096:
+        if len(piece.encode("utf-8", "surrogatepass")) > 4096:
             raise bad("has a piece of more than 4096 bytes (id %d)" % i)
+        if re.search("[\ud800-\udfff]", piece):
+            raise bad("has a piece that is no text (id %d)" % i)
         if kind == BYTE and piece not in BYTE_SET:
             raise bad("has the byte piece %r (id %d)" % (piece, i))
         if not math.isfinite(score):
@@ -1323,7 +1328,7 @@ def chat_template(directory):
     """The template of -it models, from whichever file holds it."""
     path = os.path.join(directory, "chat_template.jinja")
     if os.path.isfile(path):
-        with open(path, encoding="utf-8") as f:
+        with open(path, encoding="utf-8", errors="replace", newline="") as f:
             return f.read()
     for name in ("chat_template.json", "tokenizer_config.json"):
         found = optional_json(directory, name).get("chat_template")
@@ -1434,7 +1439,7 @@ def pack_header(m, file_bytes, n_entries, align):
 def facts_section(facts):
     out = [struct.pack("<I", len(facts))]
     for key, value in facts.items():
-        key, value = key.encode("utf-8"), value.encode("utf-8")
+        key, value = key.encode("utf-8"), value.encode("utf-8", "replace")
         out.append(struct.pack("<II", len(key), len(value)) + key + value)
     return b"".join(out)
 
@@ -1669,19 +1674,21 @@ def convert(options):
             out.write_section([section.data])
         errors = write_tensors(out, reader, plan, options)
         out.finish(model)
-    if not options.quiet:
-        report(options.output, out.size, [s for s, _ in plan], errors, time.monotonic() - started)
+    return report(options.output, out.size, [s for s, _ in plan], errors, time.monotonic() - started)
 
 
 def report(path, file_bytes, sections, errors, seconds):
-    print("%-26s %-5s %16s %14s %12s" % ("tensor", "type", "shape", "bytes", "rel. error"))
-    for s, error in zip(sections, errors):
-        print("%-26s %-5s %16s %14d %12.3e" % (s.name, s.type, "%d x %d" % (s.rows, s.cols), s.size, error))
+    """Lines: one for each tensor, then the totals."""
+    row = "%-26s %-5s %16s %14s %12s"
+    lines = [row % ("tensor", "type", "shape", "bytes", "rel. error")]
+    lines += [row % (s.name, s.type, "%d x %d" % (s.rows, s.cols), s.size, "%.3e" % error)
+              for s, error in zip(sections, errors)]
     weights = sum(s.rows * s.cols for s in sections)
     size = sum(s.size for s in sections)
-    print("%d tensors, %d weights, %d bytes of weights (%.3f bits a weight)" % (
-        len(sections), weights, size, 8 * size / weights))
-    print("%s: %d bytes (%s) in %.1f seconds" % (path, file_bytes, human(file_bytes), seconds))
+    return lines + [
+        "%d tensors, %d weights, %d bytes of weights (%.3f bits a weight)" % (
+            len(sections), weights, size, 8 * size / weights),
+        "%s: %d bytes (%s) in %.1f seconds" % (path, file_bytes, human(file_bytes), seconds)]
 
 
 def convert_tokenizer(options):
@@ -1700,11 +1707,10 @@ def convert_tokenizer(options):
         for section in sections:
             out.write_section([section.data])
         out.finish(model)
-    if not options.quiet:
-        kinds = collections.Counter(tokenizer.kinds)
-        names = "normal", "unknown", "control", "user", "unused", "byte", "marker"
-        print("%s: %d pieces (%s), %d bytes" % (options.output, len(tokenizer), ", ".join(
-            "%d %s" % (kinds[k], n) for k, n in enumerate(names, 1) if kinds[k]), out.size))
+    kinds = collections.Counter(tokenizer.kinds)
+    names = "normal", "unknown", "control", "user", "unused", "byte", "marker"
+    return ["%s: %d pieces (%s), %d bytes" % (options.output, len(tokenizer), ", ".join(
+        "%d %s" % (kinds[k], n) for k, n in enumerate(names, 1) if kinds[k]), out.size)]
 
 
 # =====================================================================================
@@ -1790,26 +1796,38 @@ def complaint(error):
     """One sentence for a failure of the system."""
     if isinstance(error, MemoryError):
         return "out of memory: use fewer workers (-j 1)"
-    if getattr(error, "errno", None) == errno.ENOSPC:
+    if error.errno == errno.ENOSPC:
         return "no space left on the disk of the output: make room, or choose a smaller --type"
-    name = getattr(error, "filename", None)
-    return "%s: %s" % (name, error.strerror) if name and error.strerror else str(error)
+    return "%s: %s" % (error.filename or "reading or writing failed", error.strerror or error)
+
+
+def say(lines):
+    """The report.  The output is complete by now, whatever becomes of standard output."""
+    try:
+        print("\n".join(lines), flush=True)
+    except BrokenPipeError:  # its reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    except OSError as e:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        warn("the report could not be written (%s); the output is complete" % e.strerror)
 
 
 def main(arguments):
     options = parse_options(arguments)
     stop_on_signals()
     try:
-        (convert_tokenizer if options.tokenizer_only else convert)(options)
-        sys.stdout.flush()
-    except BrokenPipeError:  # the report's reader left; the file is complete
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        lines = (convert_tokenizer if options.tokenizer_only else convert)(options)
+    except UsageError as e:
+        print("export.py: %s" % e, file=sys.stderr)
+        return 2
     except (ExportError, OSError, MemoryError) as e:
         print("export.py: " + (str(e) if isinstance(e, ExportError) else complaint(e)), file=sys.stderr)
-        return 2 if isinstance(e, UsageError) else 1
+        return 1
     except Stopped as e:
         print("export.py: interrupted", file=sys.stderr)
         return 128 + e.args[0]
+    if not options.quiet:
+        say(lines)
     return 0
 
 

@@ -3622,17 +3622,20 @@ AVX2 INLINE __m256i group_sum_avx2(int vnni, uint32_t type, const __m256i w[8], 
     return _mm256_add_epi32(sum[0], sum[1]);
 }
 
-/* Group scales of 8 rows, and what the unsigned operands are off by, times -1. */
-AVX2 INLINE __m256i scales_avx2(uint32_t type, const uint8_t *bytes, __m256i *offset)
+/* Group scales of 8 rows as floats (both factors of s * sum are exact floats, so their
+ * rounded product is the rounded integer product), and what the unsigned operands are off
+ * by, times -1, in the low 16 bits of each lane. */
+AVX2 INLINE __m256 scales_avx2(uint32_t type, const uint8_t *bytes, __m256i *offset)
 {
     __m128i raw = _mm_loadl_epi64((const __m128i *)bytes);
     __m256i s = type == TYPE_Q8 ? _mm256_cvtepu8_epi32(raw) : _mm256_cvtepi8_epi32(raw);
-    *offset = _mm256_set1_epi32(type == TYPE_Q8 ? 0 : type == TYPE_Q6 ? -32 : -31);
+    *offset = _mm256_set1_epi32(type == TYPE_Q8 ? 0 : type == TYPE_Q6 ? -32 & 0xffff
+                                                                      : -31 & 0xffff);
     if (type != TYPE_Q4)
-        return s;
+        return _mm256_cvtepi32_ps(s);
     __m256i four = _mm256_slli_epi32(_mm256_and_si256(s, _mm256_set1_epi32(1)), 2);
     *offset = _mm256_add_epi32(*offset, four);
-    return _mm256_srai_epi32(s, 1);
+    return _mm256_cvtepi32_ps(_mm256_srai_epi32(s, 1));
 }
 
 AVX2 INLINE void quantised_tile_avx2(int vnni, uint32_t type, const int n, const uint8_t *tile,
@@ -3646,14 +3649,15 @@ AVX2 INLINE void quantised_tile_avx2(int vnni, uint32_t type, const int n, const
     for (size_t g = 0; g < n_groups; g++) {
         const uint8_t *scale_bytes, *group = group_at(type, tile, g, &scale_bytes);
         for (int half = 0; half < 2; half++) {
-            __m256i w[8], offset, s = scales_avx2(type, scale_bytes + 8 * half, &offset);
+            __m256i w[8], offset;
+            __m256 s = scales_avx2(type, scale_bytes + 8 * half, &offset);
             operands_avx2(type, group, half, w);
             for (int i = 0; i < n; i++) {
                 size_t at = (t + (size_t)i) * ld + g;
                 __m256i start = type == TYPE_Q8 ? offset
-                    : _mm256_mullo_epi32(offset, _mm256_set1_epi32(in->sum[at]));
+                    : _mm256_madd_epi16(offset, _mm256_set1_epi32(in->sum[at]));
                 __m256i sum = group_sum_avx2(vnni, type, w, in->q + at * GROUP, start);
-                __m256 product = _mm256_cvtepi32_ps(_mm256_mullo_epi32(s, sum));
+                __m256 product = _mm256_mul_ps(s, _mm256_cvtepi32_ps(sum));
                 acc[i][half] = _mm256_add_ps(
                     acc[i][half], _mm256_mul_ps(_mm256_set1_ps(in->scale[at]), product));
             }
@@ -3923,15 +3927,26 @@ AVX512 INLINE void operands_avx512(uint32_t type, const uint8_t *group, __m512i 
     }
 }
 
-/* What a sum over unsigned operands starts with, so that it ends as the sum of v * q;
- * shifted: rows of q4 whose values are 4 higher. */
-AVX512 INLINE __m512i start_avx512(uint32_t type, __mmask16 shifted, int32_t sum)
+/* What the unsigned operands are off by, times -1, in the low 16 bits of each lane; q4's
+ * values are 4 higher in rows whose scale byte is odd. */
+AVX512 INLINE __m512i offset_avx512(uint32_t type, __m128i scale_bytes)
 {
     if (type == TYPE_Q8)
-        return _mm512_set1_epi32(-128 * sum);
+        return _mm512_set1_epi32(-128 & 0xffff);
     if (type == TYPE_Q6)
-        return _mm512_set1_epi32(-32 * sum);
-    return _mm512_mask_set1_epi32(_mm512_set1_epi32(-31 * sum), shifted, -27 * sum);
+        return _mm512_set1_epi32(-32 & 0xffff);
+    __mmask16 odd = _mm512_test_epi32_mask(_mm512_cvtepi8_epi32(scale_bytes),
+                                           _mm512_set1_epi32(1));
+    return _mm512_mask_set1_epi32(_mm512_set1_epi32(-31 & 0xffff), odd, -27 & 0xffff);
+}
+
+/* Group scales as floats.  Both factors of s * sum are exact floats, so the rounded float
+ * product is the rounded integer product. */
+AVX512 INLINE __m512 scales_avx512(uint32_t type, __m128i scale_bytes)
+{
+    __m512i s = type == TYPE_Q8 ? _mm512_cvtepu8_epi32(scale_bytes)
+                                : _mm512_cvtepi8_epi32(scale_bytes);
+    return _mm512_cvtepi32_ps(type == TYPE_Q4 ? _mm512_srai_epi32(s, 1) : s);
 }
 
 AVX512 INLINE __m512i group_sum_avx512(int chains, const __m512i w[8], const int8_t *q,
@@ -3960,15 +3975,15 @@ AVX512 INLINE void quantised_tile_avx512(uint32_t type, const int n, const uint8
         for (int line = 0; n == 1 && line < group_bytes; line += 64)
             _mm_prefetch((const char *)group + line + 2048, _MM_HINT_T0);
         __m128i raw = _mm_loadu_si128((const __m128i *)scale_bytes);
-        __m512i w[8], s = type == TYPE_Q8 ? _mm512_cvtepu8_epi32(raw) : _mm512_cvtepi8_epi32(raw);
-        __mmask16 shifted = _mm512_test_epi32_mask(s, _mm512_set1_epi32(1));
-        s = type == TYPE_Q4 ? _mm512_srai_epi32(s, 1) : s;
+        __m512i w[8], offset = offset_avx512(type, raw);
+        __m512 s = scales_avx512(type, raw);
         operands_avx512(type, group, w);
         for (int i = 0; i < n; i++) {
             size_t at = (t + (size_t)i) * ld + g;
-            __m512i sum = group_sum_avx512(n < 4 ? 2 : 1, w, in->q + at * GROUP,
-                                           start_avx512(type, shifted, in->sum[at]));
-            __m512 product = _mm512_cvtepi32_ps(_mm512_mullo_epi32(s, sum));
+            __m512i start = _mm512_dpwssd_epi32(_mm512_setzero_si512(), offset,
+                                                _mm512_set1_epi32(in->sum[at]));
+            __m512i sum = group_sum_avx512(n < 4 ? 2 : 1, w, in->q + at * GROUP, start);
+            __m512 product = _mm512_mul_ps(s, _mm512_cvtepi32_ps(sum));
             acc[i] = _mm512_add_ps(acc[i], _mm512_mul_ps(_mm512_set1_ps(in->scale[at]), product));
         }
     }

@@ -7,12 +7,14 @@ STORY=$HERE/demo/story-q8.bin
 VOCAB=$HERE/../tokenizer.bin
 TMP=${TMPDIR:-/tmp}/gemma2-cli.$$
 LC_ALL=C
-export LC_ALL
+OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive} # waiting threads that spin crawl on a busy machine
+export LC_ALL OMP_WAIT_POLICY
 case $RUN in */*) ;; *) RUN=./$RUN ;; esac
 mkdir "$TMP" || exit 1
 trap 'rm -rf "$TMP"' EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
+: >"$TMP/in"
 passed=0 failed=0
 
 pass() { passed=$((passed + 1)); }
@@ -20,15 +22,14 @@ fail() { failed=$((failed + 1)); echo "FAIL $name: $1"; }
 # Each claim below is one test; $name says which run it is about.
 claim() { if [ "$1" "$2" "$3" ]; then pass; else fail "$4: got '$1', expected $2 '$3'"; fi; }
 
-# run NAME STATUS ARGUMENT...: runs with an empty standard input, or with $TMP/in if there
-# is one; leaves $TMP/out and $TMP/err; checks the exit status.
+# run NAME STATUS ARGUMENT...: runs with $TMP/in as standard input, which it empties for the
+# next; leaves $TMP/out and $TMP/err; checks the exit status.
 run() {
     name=$1 expected=$2
     shift 2
-    [ -f "$TMP/in" ] || : >"$TMP/in"
     "$RUN" "$@" <"$TMP/in" >"$TMP/out" 2>"$TMP/err"
     claim $? -eq "$expected" "exit status"
-    rm -f "$TMP/in"
+    : >"$TMP/in"
 }
 out_is() { printf "$1" >"$TMP/want"; if cmp -s "$TMP/want" "$TMP/out"; then pass; else
     fail "output '$(head -c 200 "$TMP/out")', expected '$1'"; fi; }
@@ -38,14 +39,16 @@ err_has() { if grep -qe "$1" "$TMP/err"; then pass; else
     fail "standard error has no '$1': $(head -c 200 "$TMP/err")"; fi; }
 out_empty() { if [ -s "$TMP/out" ]; then fail "standard output is not empty"; else pass; fi; }
 err_empty() { if [ -s "$TMP/err" ]; then fail "standard error: $(cat "$TMP/err")"; else pass; fi; }
-# One sentence on standard error and nothing on standard output, with that status.
+# One sentence on standard error, in which the pattern stands, nothing on standard output.
 refuses() {
     said=$1
     shift
     run "$@"
     out_empty
-    err_has "$said"
-    claim "$(wc -l <"$TMP/err")" -eq 1 "lines on standard error"
+    first='' second=''
+    { read -r first; read -r second; } <"$TMP/err"
+    case $first in *$said*) pass ;; *) fail "standard error has no '$said': $first" ;; esac
+    claim "$second" = "" "second line on standard error"
 }
 same() { if cmp -s "$1" "$2"; then pass; else fail "$3"; fi; }
 keep() { cp "$TMP/out" "$TMP/$1"; }
@@ -103,25 +106,25 @@ number --min-p -0.1 1.1 abc
 run "largest seed" 0 "$STORY" x -n 1 -s 18446744073709551615; err_has "seed 18446744073709551615"
 
 # ---- Model files -------------------------------------------------------------------
-refuses "$TMP/none" "missing model" 3 "$TMP/none" x
-refuses . "directory as model" 3 "$TMP" x
-: >"$TMP/model";                                    refuses . "empty model" 3 "$TMP/model" x
-printf '<!DOCTYPE html><html>' >"$TMP/model";       refuses . "HTML" 3 "$TMP/model" x
-printf '\037\213\010\000' >"$TMP/model";            refuses . "gzip" 3 "$TMP/model" x
-printf 'GGUF\003\000\000\000' >"$TMP/model";        refuses . "GGUF" 3 "$TMP/model" x
-printf '\100\0\0\0\0\0\0\0{"a":' >"$TMP/model";     refuses . "safetensors" 3 "$TMP/model" x
+refuses "/none" "missing model" 3 "$TMP/none" x
+refuses "" "directory as model" 3 "$TMP" x
+: >"$TMP/model";                                    refuses "" "empty model" 3 "$TMP/model" x
+printf '<!DOCTYPE html><html>' >"$TMP/model";       refuses "" "HTML" 3 "$TMP/model" x
+printf '\037\213\010\000' >"$TMP/model";            refuses "" "gzip" 3 "$TMP/model" x
+printf 'GGUF\003\000\000\000' >"$TMP/model";        refuses "" "GGUF" 3 "$TMP/model" x
+printf '\100\0\0\0\0\0\0\0{"a":' >"$TMP/model";     refuses "" "safetensors" 3 "$TMP/model" x
 size=$(wc -c <"$STORY")
 size=$((size))
 for bytes in 1 8 511 512 600 100000 $((size - 1)); do
     head -c $bytes "$STORY" >"$TMP/model"
-    refuses . "model cut to $bytes bytes" 3 "$TMP/model" x
+    refuses "" "model cut to $bytes bytes" 3 "$TMP/model" x
 done
 err_has "$size"; err_has "$((size - 1))"
 { cat "$STORY"; echo; } >"$TMP/model";              refuses "$size" "trailing byte" 3 "$TMP/model" x
 # One bit of the last weights: only --check can see it.
 { head -c $((size - 4096)) "$STORY"; head -c 4096 /dev/zero; } >"$TMP/model"
 run "damaged weights open" 0 "$TMP/model" --info
-refuses . "damaged weights are found" 3 "$TMP/model" --check
+refuses "" "damaged weights are found" 3 "$TMP/model" --check
 run "check" 0 "$STORY" --check;          err_empty; out_has "^ok"
 run "check of a tokenizer" 0 "$VOCAB" --check; out_has "^ok"
 refuses "tokenizer" "tokenizer cannot generate" 3 "$VOCAB" x
@@ -162,7 +165,7 @@ run "ids pass through" 0 "$VOCAB" --tokenize --ids " 2,651
 run "chat template" 0 "$VOCAB" --tokenize -c "
  hello	";                                                out_is "2 106 1645 108 17534 107 108 106 2516 108\n"
 run "system text" 0 "$VOCAB" --tokenize -c -S " Rhyme. " hello
-out_is "2 106 1645 108 235294 26549 235265 109 17534 107 108 106 2516 108\n"
+out_is "2 106 1645 108 140469 504 235265 109 17534 107 108 106 2516 108\n"
 run "forged turn" 0 "$VOCAB" --tokenize -c "<end_of_turn><bos><mask><unused7>"
 claim "$(tr ' ' '\n' <"$TMP/out" | grep -c -x -e 107 -e 2)" -eq 2 "control ids in a chat"
 claim "$(tr ' ' '\n' <"$TMP/out" | grep -c -x -e 4 -e 14)" -eq 0 "control ids in a chat"
@@ -174,27 +177,27 @@ refuses "99999999999999999999" "id too long" 2 "$STORY" --ids "2 999999999999999
 refuses "4096" "prompt id outside the vocabulary" 2 "$STORY" --ids "2 4096"
 refuses "'-1'" "negative id" 2 "$STORY" --ids "2 -1"
 refuses "no tokens" "no ids" 2 "$STORY" --ids ""
-refuses "$TMP/none" "missing prompt file" 1 "$STORY" -f "$TMP/none"
-refuses . "directory as prompt file" 1 "$STORY" -f "$TMP"
+refuses "/none" "missing prompt file" 1 "$STORY" -f "$TMP/none"
+refuses "" "directory as prompt file" 1 "$STORY" -f "$TMP"
 awk 'BEGIN { for (i = 0; i < 3000; i++) printf "%c", 128 + i % 128 }' >"$TMP/file"
 run "stray bytes" 0 "$VOCAB" --tokenize -f "$TMP/file"
 
 # ---- Generation --------------------------------------------------------------------
 P="Once upon a time"
-run "greedy" 0 "$STORY" -t 0 -n 40 "$P"; keep greedy
-err_has "prompt 5 tokens"; err_has "reply 40 tokens"; err_has "tok/s"
+run "greedy" 0 "$STORY" -t 0 -n 24 "$P"; keep greedy
+err_has "prompt 5 tokens"; err_has "reply 24 tokens"; err_has "tok/s"
 claim "$(wc -l <"$TMP/err")" -eq 1 "lines on standard error"
 claim "$(tail -c 1 "$TMP/out" | od -An -c | tr -d ' ')" = '\n' "last byte"
-run "greedy again" 0 -q -n40 "$STORY" --temperature=0 -- "$P"
+run "greedy again" 0 -q -n24 "$STORY" --temperature=0 -- "$P"
 err_empty; same "$TMP/out" "$TMP/greedy" "greedy text differs"
-run "one thread" 0 "$STORY" -q -t 0 -n 40 -j 1 "$P"; same "$TMP/out" "$TMP/greedy" "threads change the text"
+run "one thread" 0 "$STORY" -q -t 0 -n 24 -j 1 "$P"; same "$TMP/out" "$TMP/greedy" "threads change the text"
 printf %s "$P" >"$TMP/in"
-run "prompt from standard input" 0 "$STORY" -q -t 0 -n 40; same "$TMP/out" "$TMP/greedy" "stdin changes the text"
-run "top-k 1 is greedy" 0 "$STORY" -q -k 1 -n 40 "$P"; same "$TMP/out" "$TMP/greedy" "top-k 1 is not greedy"
-run "prompt as ids" 0 "$STORY" -q -t 0 -n 40 --ids "2 2740 688 266 538"; same "$TMP/out" "$TMP/greedy" "ids change the text"
-run "echo" 0 "$STORY" -q -t 0 -n 40 --echo "$P"
+run "prompt from standard input" 0 "$STORY" -q -t 0 -n 24; same "$TMP/out" "$TMP/greedy" "stdin changes the text"
+run "top-k 1 is greedy" 0 "$STORY" -q -k 1 -n 24 "$P"; same "$TMP/out" "$TMP/greedy" "top-k 1 is not greedy"
+run "prompt as ids" 0 "$STORY" -q -t 0 -n 24 --ids "2 2740 688 266 538"; same "$TMP/out" "$TMP/greedy" "ids change the text"
+run "echo" 0 "$STORY" -q -t 0 -n 24 --echo "$P"
 { printf %s "$P"; cat "$TMP/greedy"; } >"$TMP/want"; same "$TMP/out" "$TMP/want" "echo"
-run "echo of ids" 0 "$STORY" -q -t 0 -n 40 --echo --ids "2 2740 688 266 538"
+run "echo of ids" 0 "$STORY" -q -t 0 -n 24 --echo --ids "2 2740 688 266 538"
 same "$TMP/out" "$TMP/want" "echo of ids"
 run "no tokens" 0 "$STORY" -q -n 0 "$P"; out_is "\n"
 run "a random seed is shown" 0 "$STORY" -n 20 "$P"; keep sampled
@@ -202,8 +205,8 @@ seed=$(sed 's/.*seed //' "$TMP/err")
 run "and reproduces" 0 "$STORY" -n 20 -s "$seed" "$P"; same "$TMP/out" "$TMP/sampled" "seed $seed does not reproduce"
 run "verbose" 0 "$STORY" -v -n 1 "$P"; err_has "mapped"
 run "long context" 0 "$STORY" -n 1 -C 2000 "$P"; err_has "warning.*1024"
-refuses "1200.*1024\|1201.*1024" "prompt above the context" 2 "$STORY" --ids "2 $(awk 'BEGIN { for (i = 0; i < 1200; i++) printf "6 " }')"
-refuses "5 tokens.* 4" "prompt above -C" 2 "$STORY" -C 4 "$P"
+refuses "1201*1024" "prompt above the context" 2 "$STORY" --ids "2 $(awk 'BEGIN { for (i = 0; i < 1200; i++) printf "6 " }')"
+refuses "5 tokens*4" "prompt above -C" 2 "$STORY" -C 4 "$P"
 run "chat" 0 "$STORY" -c -q -n 5 "Hello"
 printf 'Hello' >"$TMP/in"; run "chat from standard input" 0 "$STORY" -c -q -n 5
 
@@ -214,40 +217,41 @@ stops() {
     awk -v text="$text" 'BEGIN { cut = length(text) + 1
         for (i = 1; i < ARGC; i++) { at = index(text, ARGV[i]); if (at && at < cut) cut = at }
         print substr(text, 1, cut - 1) }' "$@" >"$TMP/want"
-    set -- $(for stop; do printf -- '--stop\n%s\n' "$(printf %s "$stop" | tr ' ' '\037')"; done)
-    for word; do shift; set -- "$@" "$(printf %s "$word" | tr '\037' ' ')"; done
-    run "$name" 0 "$STORY" -q -t 0 -n 40 "$P" "$@"
+    n=$#
+    for stop; do set -- "$@" --stop "$stop"; done
+    shift $n
+    run "$name" 0 "$STORY" -q -t 0 -n 24 "$P" "$@"
     same "$TMP/out" "$TMP/want" "got $(cat "$TMP/out"), expected $(cat "$TMP/want")"
 }
 stops "$(printf %s "$text" | cut -c 12-17)"
-stops "$(printf %s "$text" | cut -c 31-90)"
-stops "$(printf %s "$text" | cut -c 40-50)" "$(printf %s "$text" | cut -c 42-46)"
-stops "$(printf %s "$text" | cut -c 42-46)" "$(printf %s "$text" | cut -c 40-50)#"
+stops "$(printf %s "$text" | cut -c 21-50)"
+stops "$(printf %s "$text" | cut -c 30-40)" "$(printf %s "$text" | cut -c 32-36)"
+stops "$(printf %s "$text" | cut -c 32-36)" "$(printf %s "$text" | cut -c 30-40)#"
 stops "$(printf %s "$text" | cut -c 1-4)"
-stops "never in it" "$(printf %s "$text" | cut -c 60-)"
+stops "never in it" "$(printf %s "$text" | cut -c 45-)"
 stops "$(printf %s "$text" | tail -c 9)and more"
 
 # ---- JSON --------------------------------------------------------------------------
-run "json" 0 "$STORY" --json -q -t 0 -n 40 -s 7 "$P"; err_empty
+run "json" 0 "$STORY" --json -q -t 0 -n 24 -s 7 "$P"; err_empty
 claim "$(wc -l <"$TMP/out")" -eq 1 "lines of JSON"
 for key in text prompt_ids ids logprobs finish_reason seed timings load_s prefill_s prefill_tokens \
     prefill_tps decode_s decode_tokens decode_tps; do out_has "\"$key\": "; done
 out_has '"prompt_ids": \[2, 2740, 688, 266, 538\]'
 out_has '"finish_reason": "length", "seed": 7,'
-out_has '"prefill_tokens": 5,'; out_has '"decode_tokens": 40,'
+out_has '"prefill_tokens": 5,'; out_has '"decode_tokens": 24,'
 list() { sed "s/.*\"$1\": \[\([^]]*\)\].*/\1/" "$TMP/out"; }
-claim "$(list ids | tr ',' '\n' | wc -l)" -eq 40 "ids"
-claim "$(list logprobs | tr ',' '\n' | wc -l)" -eq 40 "logprobs"
+claim "$(list ids | tr ',' '\n' | wc -l)" -eq 24 "ids"
+claim "$(list logprobs | tr ',' '\n' | wc -l)" -eq 24 "logprobs"
 list logprobs | tr -d ' ' | tr ',' '\n' >"$TMP/logprobs"
 ids=$(list ids | tr -d ,)
 run "text of those ids" 0 "$STORY" --detokenize "$ids"; echo >>"$TMP/out"
 same "$TMP/out" "$TMP/greedy" "ids are not the text"
 run "their scores" 0 "$STORY" --score --ids "2 2740 688 266 538 $ids"
 name="logprobs are the scores"
-tail -41 "$TMP/out" | head -40 | cut -f 2 | paste - "$TMP/logprobs" |
-    awk '{ d = $1 - $2; if (d < 0) d = -d; if (d > 0.05) bad++ } END { exit bad > 0 || NR != 40 }' &&
+tail -25 "$TMP/out" | head -24 | cut -f 2 | paste - "$TMP/logprobs" |
+    awk '{ d = $1 - $2; if (d < 0) d = -d; if (d > 0.05) bad++ } END { exit bad > 0 || NR != 24 }' &&
     pass || fail "they differ"
-run "json stop string" 0 "$STORY" --json -t 0 -n 40 --stop " a" "$P"; out_has '"finish_reason": "stop_string"'
+run "json stop string" 0 "$STORY" --json -t 0 -n 24 --stop " a" "$P"; out_has '"finish_reason": "stop_string"'
 run "json context" 0 "$STORY" --json -t 0 -C 12 "$P"; out_has '"finish_reason": "context"'
 out_has '"decode_tokens": 7,'
 run "json control characters" 0 "$STORY" --json -n 0 --echo "$(printf 'a"\\\t\033\302\205\377b')"
@@ -273,7 +277,7 @@ err_empty; same "$TMP/out" "$TMP/perplexity" "perplexity differs"
 printf 'Too short.' >"$TMP/file"
 refuses "1024" "perplexity of little" 2 "$STORY" --perplexity "$TMP/file"
 refuses "3 tokens" "chunks too short" 2 "$STORY" --perplexity "$HERE/demo/README.md" -C 2
-refuses "$TMP/none" "perplexity of nothing" 1 "$STORY" --perplexity "$TMP/none"
+refuses "/none" "perplexity of nothing" 1 "$STORY" --perplexity "$TMP/none"
 
 # ---- Pipes, signals, terminals -----------------------------------------------------
 name="broken pipe"
@@ -300,7 +304,7 @@ if timeout --preserve-status 5 true 2>/dev/null; then
 fi
 if [ "$(script -qec 'echo x' /dev/null 2>/dev/null </dev/null | tr -d '\r')" = x ]; then
     name="no control sequences on a terminal"
-    script -qec "'$RUN' '$STORY' --detokenize '35 99 6 17 214 161'" /dev/null </dev/null >"$TMP/out"
+    script -qec "'$RUN' '$STORY' --detokenize '35 99 6 17 202 163'" /dev/null </dev/null >"$TMP/out"
     claim "$(tr -d '\r' <"$TMP/out" | od -An -tx1 | tr -d ' \n')" = efbfbd5b0a09efbfbd "bytes"
     name="terminal without a prompt"
     echo x | script -qec "'$RUN' '$STORY'; echo status \$?" /dev/null >"$TMP/out"; out_has "status 2"

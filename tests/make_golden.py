@@ -21,6 +21,10 @@ NAME.trace      what transformers computes for it in float32 with eager attentio
                 "rows" [1, R], the positions that the records after it have rows for.
                 These are named as GEMMA2_TRACE in gemma2.c names them.
 
+story.txt       the demo model's greedy text: a line E with the prompt, a line D with the
+                continuation, in the format of tokens.txt; made by the engine, checked
+                against transformers by oracle.py
+
 tokens.txt      vectors for tokenizer.bin, a line each, bytes in hexadecimal, - for none:
                   E bytes n ids    what SentencePiece makes of the text
                   P bytes n ids    GEMMA2_ENCODE_PLAIN: the same algorithm with the marker
@@ -185,8 +189,6 @@ def vector(kind, text, ids):
 
 def make_tokens():
     import sentencepiece
-    with open(os.path.join(ref.ROOT, "tokenizer.bin"), "rb") as f:
-        pass
     ids, pieces = ref.Bin(os.path.join(ref.ROOT, "tokenizer.bin")).vocabulary()
     assert ref.vocabulary_digest(pieces) == ref.GEMMA_VOCABULARY, "not Gemma's vocabulary"
     sp = sentencepiece.SentencePieceProcessor(model_proto=ref.sentencepiece_model(pieces))
@@ -207,17 +209,38 @@ def make_tokens():
     print(f"tokens.txt: {len(lines)} vectors")
 
 
+# ---- the demo model --------------------------------------------------------------------
+
+STORY = b"Once upon a time there was a king who had three daughters, and the youngest"
+
+
+def make_story(engine):
+    """Greedy text in the default session: prompt in one call, then token by token."""
+    model = ref.Model(engine, os.path.join(ref.HERE, "demo", "story-q8.bin"))
+    session, prompt, out = ref.Session(model), model.encode(STORY), []
+    logits = session.append([model.config.bos] + prompt, "prefill")
+    for _ in range(64):
+        out.append(int(logits.argmax()))
+        logits = session.append(out[-1:])
+    with open(os.path.join(ref.GOLDEN, "story.txt"), "w") as f:
+        f.write(vector("E", STORY, prompt) + "\n" + vector("D", model.decode(out), out) + "\n")
+    print("story.txt:", model.decode(out).decode())
+
+
 def main():
     import transformers
     transformers.utils.logging.disable_progress_bar()
     os.makedirs(ref.GOLDEN, exist_ok=True)
-    wanted = sys.argv[1:] or [*MODELS, "tokens"]
+    wanted = sys.argv[1:] or [*MODELS, "tokens", "story"]
     tokenizer = tiny_tokenizer()
     for number, name in enumerate(MODELS):
         if name in wanted:
             make_model(name, number, tokenizer)
     if "tokens" in wanted:
         make_tokens()
+    if "story" in wanted:
+        with tempfile.TemporaryDirectory() as folder:
+            make_story(ref.build_engine(folder))
 
 
 if __name__ == "__main__":

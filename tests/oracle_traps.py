@@ -1,1 +1,182 @@
-test_traps=None
+"""The traps of Gemma 2, each set on purpose: a model file or a copy of gemma2.c is made
+wrong in the way that other engines were wrong, and test_golden must then fail, and say what
+the mistake would make it say.  A pass here is a caught mistake.
+
+Numbers are those of the project's list of known pitfalls:
+  1 soft-caps missing              9 exact GELU instead of tanh      13 BOS missing
+  2 query scale by head_dim       10 angles of RoPE in bf16          14 BOS twice
+  3 query scale by D / N          11 norms: w, or 1 + w added twice  15 <end_of_turn> no stop
+  4 local and global exchanged    12 embedding scale not rounded
+  5 window ignored      6 window off by one      7 ring of the cache wrong"""
+import os
+import re
+import shutil
+import subprocess
+
+import numpy as np
+
+import reference as ref
+from reference import check
+
+COMPILE = [os.environ.get("CC", "cc"), "-std=c11", "-O1", "-ffp-contract=off", "-w"]
+
+
+def build(folder, source=None):
+    """test_golden, over gemma2.c or the text of a mutated copy."""
+    tree = os.path.join(folder, "tree")
+    os.makedirs(os.path.join(tree, "tests"), exist_ok=True)
+    for name in ("gemma2.h", "gemma2.c", "tests/test_golden.c"):
+        shutil.copy(os.path.join(ref.ROOT, name), os.path.join(tree, name))
+    if source:
+        with open(os.path.join(tree, "gemma2.c"), "w") as f:
+            f.write(source)
+    out = os.path.join(tree, "test_golden")
+    subprocess.run(COMPILE + [os.path.join(tree, "tests/test_golden.c"), "-o", out, "-lm"],
+                   check=True)
+    return out
+
+
+def run(program, golden):
+    """(number of failed checks, output); tokenizer.bin is found from the root."""
+    p = subprocess.run([program, golden], cwd=ref.ROOT, capture_output=True, text=True,
+                       timeout=300)
+    last = re.search(r"(\d+) passed, (\d+) failed\s*$", p.stdout)
+    return (int(last.group(2)) if last else None), p.stdout
+
+
+def expect_caught(what, program, golden, words):
+    failed, text = run(program, golden)
+    said = re.search(rf"^FAIL .*({words})", text, re.M)
+    if check(bool(failed) and said, f"trap not caught: {what}: {text[-300:]}"):
+        print(f"traps: {what}: {failed} checks fail, as they should; \"{said.group(0)[5:75]}\"")
+
+
+# ---- files made wrong -------------------------------------------------------------------
+
+
+def exchange(f):
+    for i in range(16):
+        f.data[128 + i] ^= (1 << min(8, max(0, f.header["L"] - 8 * i))) - 1
+
+
+def all_global(f):
+    f.data[128:256] = bytes(128)
+
+
+def add_one(role, layer):
+    """GGUF files hold 1 + w; whoever adds 1 again gets this."""
+    def edit(f):
+        w = np.frombuffer(bytes(f.bytes(role, layer)), "<f4") + np.float32(1)
+        w[f.sections[role, layer]["rows"]:] = 0  # padding
+        f.patch(role, layer, w.tobytes())
+    return edit
+
+
+def fields(**values):
+    """Header fields; a value may be a function of the header."""
+    def edit(f):
+        f.set(**{k: v(f.header) if callable(v) else v for k, v in values.items()})
+    return edit
+
+
+def only_eos(f):
+    f.set(n_stop=1)
+    f.data[264:320] = bytes(56)
+
+
+FILES = [  # trap, golden model, edit, what the failure must speak of
+    ("1 no soft-cap of scores", "both", fields(attn_softcap=0.0), "attn of layer 0"),
+    ("1 no soft-cap of scores, 20", "untied", fields(attn_softcap=0.0), "attn of layer 0"),
+    ("1 no soft-cap of logits", "both", fields(final_softcap=0.0), "logits at"),
+    ("1 a soft-cap where none is", "final", fields(attn_softcap=50.0), "attn of layer 0"),
+    ("2 query scale by head_dim", "both", fields(
+        query_scale=lambda h: h["H"] ** -0.5), "q of layer 0"),
+    ("3 query scale by D / N", "untied", fields(
+        query_scale=lambda h: (h["D"] / h["N"]) ** -0.5), "q of layer 0"),
+    ("4 local and global exchanged", "both", exchange, "attn of layer 0"),
+    ("4 local and global exchanged, long", "long", exchange, "logits at"),
+    ("5 window ignored", "both", fields(W=4096), "attn of layer 0"),
+    ("5 window ignored, all global", "final", all_global, "attn of layer 0"),
+    ("6 window one too wide", "both", fields(W=9), "attn of layer 0"),
+    ("6 window one too narrow", "both", fields(W=7), "attn of layer 0"),
+    ("6 window one too wide, long", "long", fields(W=9), "logits at"),
+    ("12 embedding scale not rounded", "both", fields(
+        embedding_scale=lambda h: h["D"] ** 0.5), "embedding of layer 0"),
+    ("12 embedding scale not rounded, long", "long", fields(
+        embedding_scale=lambda h: h["D"] ** 0.5), "logits at"),
+    ("15 <end_of_turn> no stop id", "both", only_eos, "stop ids"),
+    ("rope theta", "untied", fields(rope_theta=10000.0), "q of layer 0"),
+    ("eps", "untied", fields(eps=1e-6), "attn_norm of layer 0")]
+FILES += [(f"11 1 + w added twice, {role}", "both", add_one(role, layer), f"{role} of layer")
+          for role, layer in (("attn_norm", 0), ("post_attn_norm", 1), ("ffn_norm", 2),
+                              ("post_ffn_norm", 3), ("final_norm", 0))]
+
+
+def test_files(program, folder):
+    for trap, name, edit, words in FILES:
+        golden = os.path.join(folder, "wrong")
+        shutil.copytree(ref.GOLDEN, golden)
+        f = ref.Bin(os.path.join(golden, name + ".bin"))
+        edit(f)
+        f.write(os.path.join(golden, name + ".bin"))
+        expect_caught(trap, program, golden, rf"{name}[,:] .*{words}")
+        shutil.rmtree(golden)
+
+
+# ---- engines made wrong -----------------------------------------------------------------
+
+SOURCES = [  # trap, pattern that stands once in gemma2.c, replacement, words of the failure
+    ("1 no soft-cap of scores in the code",
+     r"    if \(kv->cap > 0\)\n        isa->soft_cap\(s, \(size_t\)n, kv->cap\);\n", "",
+     "attn of layer 0"),
+    ("6 window off by one", r"row->position - window \+ 1\)", "row->position - window)",
+     "attn of layer 0"),
+    ("7 ring without room for a batch", r"slots = \(int64_t\)s->window \+ s->n_batch;",
+     "slots = (int64_t)s->window;", "odd chunks: attn of layer 0"),
+    ("7 ring wraps one group early",
+     r"\(base / TILE \+ g\) % kv->groups", "(base / TILE + g) % (kv->groups > 1 ? kv->groups - 1 : 1)",
+     "attn of layer 0"),
+    ("7 slots do not follow the ring", r"\(size_t\)\(position % cache->slots\)",
+     "(size_t)(position < cache->slots ? position : cache->slots - 1)", "attn of layer 0"),
+    ("9 exact GELU", r"gate\[i\] = 0\.5f \* x \* \(1\.0f \+ tanh_f32\(inner\)\) \* up\[i\];",
+     "(void)inner; gate[i] = 0.5f * x * (1.0f + (float)erf((double)x * 0.70710678118654752)) * up[i];",
+     "geglu of layer 0"),
+    ("10 angles in bf16",
+     r"float angle = \(float\)s->rows\[t\]\.position \* s->inverse_frequency\[i\];",
+     "float angle = (float)s->rows[t].position * s->inverse_frequency[i]; uint32_t bits; "
+     "memcpy(&bits, &angle, 4); bits = (bits + 0x8000) & 0xffff0000; memcpy(&angle, &bits, 4);",
+     "q of layer 0"),
+    ("10 positions in bf16",
+     r"float angle = \(float\)s->rows\[t\]\.position \* s->inverse_frequency\[i\];",
+     "float angle = (float)s->rows[t].position; uint32_t bits; memcpy(&bits, &angle, 4); "
+     "bits = (bits + 0x8000) & 0xffff0000; memcpy(&angle, &bits, 4); "
+     "angle *= s->inverse_frequency[i];", r"long, .*logits at position 2[59]"),
+    ("11 norms scale by w", r"y\[i\] = x\[i\] \* scale \* \(1\.0f \+ w\[i\]\);",
+     "y[i] = x[i] * scale * w[i];", "attn_norm of layer 0"),
+    ("13 BOS missing", r"emit\(&e, m->config\.bos\);", ";", "BOS is not there once"),
+    ("14 BOS twice", r"emit\(&e, m->config\.bos\);",
+     "{ emit(&e, m->config.bos); emit(&e, m->config.bos); }", "BOS is not there once"),
+    ("15 one stop id", r"i < m->config\.n_stop; i\+\+", "i < 1; i++", "stop ids"),
+    ("interleaved RoPE", r"float a = x\[i\], b = x\[i \+ half\];\n"
+     r"(\s*)x\[i\] = (.*)\n\s*x\[i \+ half\] = (.*)\n",
+     r"float a = x[2 * i], b = x[2 * i + 1];\n\1x[2 * i] = \2\n\1x[2 * i + 1] = \3\n",
+     "q of layer 0"),
+]
+
+
+def test_sources(folder):
+    with open(os.path.join(ref.ROOT, "gemma2.c")) as f:
+        source = f.read()
+    for trap, pattern, replacement, words in SOURCES:
+        found = len(re.findall(pattern, source))
+        if check(found == 1, f"trap {trap}: its pattern stands {found} times in gemma2.c"):
+            program = build(folder, re.sub(pattern, replacement, source))
+            expect_caught(trap, program, ref.GOLDEN, words)
+
+
+def test_traps(engine, folder):
+    program = build(folder)
+    failed, text = run(program, ref.GOLDEN)
+    check(failed == 0, f"test_golden itself fails: {text[-500:]}")
+    test_files(program, folder)
+    test_sources(folder)

@@ -8,6 +8,7 @@ import hashlib
 import heapq
 import os
 import struct
+import subprocess
 
 import numpy as np
 
@@ -603,6 +604,15 @@ class Engine:
             f.restype = result
             f.argtypes = [{"p": C.c_void_p, "s": C.c_char_p, "z": C.c_size_t, "i": C.c_int32,
                            "l": C.c_int64, "u": C.c_uint32}[a] for a in args]
+
+
+def build_engine(folder):
+    """gemma2.c as a shared library."""
+    out = os.path.join(folder, "libgemma2.so")
+    subprocess.run([os.environ.get("CC", "cc"), "-std=c11", "-O2", "-ffp-contract=off",
+                    "-fopenmp", "-shared", "-fPIC", os.path.join(ROOT, "gemma2.c"),
+                    "-o", out, "-lm"], check=True)
+    return Engine(out)
 
 
 class Model:

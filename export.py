@@ -334,7 +334,9 @@ def pack_quantised(w, grid):
     full = padded(w, BLOCK)
     tiles, groups = full.shape[0] // TILE, full.shape[1] // GROUP
     split = (tiles, TILE, groups, GROUP)
-    regroup = lambda a: np.ascontiguousarray(a.reshape(split).transpose(3, 0, 2, 1)).reshape(GROUP, -1)
+
+    def regroup(a):
+        return np.ascontiguousarray(a.reshape(split).transpose(3, 0, 2, 1)).reshape(GROUP, -1)
     x = regroup(full)
     live = None if full is w else regroup(padded(np.ones_like(w), BLOCK))
 
@@ -469,8 +471,10 @@ def is_norm(name):
 OTHER_MODELS = {
     "gemma": "Gemma 1", "gemma3": "Gemma 3", "gemma3_text": "Gemma 3", "gemma3n": "Gemma 3n",
     "paligemma": "PaliGemma, whose text part attends in both directions to an image",
-    "recurrent_gemma": "RecurrentGemma, which is no transformer", "t5gemma": "T5Gemma, an encoder-decoder",
-    "shieldgemma2": "ShieldGemma 2, which is a Gemma 3", "vaultgemma": "VaultGemma, which lacks the post-norms",
+    "recurrent_gemma": "RecurrentGemma, which is no transformer",
+    "t5gemma": "T5Gemma, an encoder-decoder",
+    "shieldgemma2": "ShieldGemma 2, which is a Gemma 3",
+    "vaultgemma": "VaultGemma, which lacks the post-norms",
     "embeddinggemma": "EmbeddingGemma, which is a Gemma 3",
 }
 
@@ -530,14 +534,16 @@ def model_of_config(config):
         setattr(model, name, config.softcap(key, default))
     model.eps = config.number(("rms_norm_eps",), 1e-6, 0, 1)
     if model.N % model.K:
-        raise config.bad("num_key_value_heads", model.K, "a divisor of num_attention_heads, %d" % model.N)
+        raise config.bad("num_key_value_heads", model.K,
+                         "a divisor of num_attention_heads, %d" % model.N)
     if model.H % 2:
         raise config.bad("head_dim", model.H, "even")
     model.rope_theta = rope_theta(config)
     model.local = local_layers(config, model.L)
     model.window = sliding_window(config, model)
     model.query_scale = query_scale(config, model)
-    model.embedding_scale = float(bf16_value(bf16_bits(np.array([math.sqrt(model.D)], np.float32)))[0])
+    root = np.array([math.sqrt(model.D)], np.float32)
+    model.embedding_scale = float(bf16_value(bf16_bits(root))[0])  # 9B: 59.75, not 59.87
     model.stop_ids = id_list(config, "eos_token_id")
     model.tied = config.doc.get("tie_word_embeddings")
     if model.tied not in (None, True, False):
@@ -582,7 +588,8 @@ def rope_theta(config):
                               "(\"default\") only" % (config.path, json.dumps(kind)))
     thetas = {json.dumps(p.get("rope_theta", doc.get("rope_theta", 10000.0))) for p in groups}
     theta = json.loads(thetas.pop())
-    if thetas or isinstance(theta, bool) or not isinstance(theta, (int, float)) or not 0 < theta < 1e30:
+    is_number = isinstance(theta, (int, float)) and not isinstance(theta, bool)
+    if thetas or not is_number or not 0 < theta < 1e30:
         raise config.bad("rope_theta", theta, "one positive number for all layers")
     return float(theta)
 
@@ -613,7 +620,8 @@ def query_scale(config, model):
     scalar = config.number(("query_pre_attn_scalar",), 256, 1e-6, 1e9)
     if scalar == 224 and model.H != 224:
         warn("query_pre_attn_scalar is 224 and is kept; Google corrected this value of early 9B "
-             "files to 256, so if answers are poor, write 256 into %s and convert again" % config.path)
+             "files to 256, so if answers are poor, write 256 into %s and convert again"
+             % config.path)
     return float(np.float32(scalar ** -0.5))
 
 
@@ -725,7 +733,8 @@ def indexed_files(path, index):
     names = sorted({n if isinstance(n, str) else json.dumps(n) for n in weight_map.values()})
     for n in names:
         if n != os.path.basename(n) or not n.endswith(".safetensors"):
-            raise ExportError("%s names a shard %r, which is no file name: fetch it again" % (index, n))
+            raise ExportError("%s names a shard %r, which is no file name: fetch it again"
+                              % (index, n))
         if not os.path.isfile(os.path.join(path, n)):
             raise ExportError("%s names the shard %s, which is missing: fetch it" % (index, n))
     return [os.path.join(path, n) for n in names]
@@ -748,7 +757,8 @@ DROPPED = re.compile(r".*rotary_emb\.inv_freq")  # computed anyway
 REFUSED = [  # pattern of a name, what it means
     (r"(score|classifier)\..*", "a classification head: the checkpoint is a reward model or a "
      "classifier, which writes no text"),
-    (r".*(vision_tower|multi_modal_projector|vision_model).*", "part of a vision model such as PaliGemma"),
+    (r".*(vision_tower|multi_modal_projector|vision_model).*",
+     "part of a vision model such as PaliGemma"),
     (r".*(lora_|\.dora_).*", "part of a LoRA adapter: merge it into its base model first"),
     (r".*\.(qweight|qzeros|g_idx|scales|biases|absmax|quant_map|SCB|weight_scale|weight_packed)$",
      "part of a quantised checkpoint: convert the original one, in f32, bf16 or f16"),
@@ -786,8 +796,8 @@ class HuggingFace:
         self.directory = path if os.path.isdir(path) else os.path.dirname(path) or "."
         path_of_config = os.path.join(self.directory, "config.json")
         if not os.path.isfile(path_of_config):
-            raise ExportError("%s has no config.json: give the directory that holds config.json, the "
-                              "tokenizer and *.safetensors" % self.directory)
+            raise ExportError("%s has no config.json: give the directory that holds config.json, "
+                              "the tokenizer and *.safetensors" % self.directory)
         config = Config(path_of_config)
         self.model = model_of_config(config)
         self.add_generation_config()
@@ -822,9 +832,9 @@ class HuggingFace:
                 if name is None:
                     continue
                 if name in tensors:
-                    raise ExportError("the checkpoint holds %s twice (as %s in %s and as %s in %s): "
-                                      "remove the stale file" % (
-                                          name, origin[name], tensors[name].path, hf_name, path))
+                    raise ExportError(
+                        "the checkpoint holds %s twice (as %s in %s and as %s in %s): remove the "
+                        "stale file" % (name, origin[name], tensors[name].path, hf_name, path))
                 if stored.dtype not in FLOATS:
                     raise ExportError("%s: %s has dtype %s: convert the original checkpoint, in "
                                       "F32, BF16 or F16" % (path, hf_name, stored.dtype))
@@ -861,9 +871,10 @@ READERS = [HuggingFace]  # the first that suits a path reads it
 
 OTHER_FORMATS = [  # endings in a directory (or of a file), what they are
     ("adapter_config.json", "a LoRA adapter: merge it into its base model first"),
-    (".gguf", "a GGUF file"), (".ckpt", "a PyTorch checkpoint"), (".bin", "a PyTorch checkpoint"),
-    (".pth", "a PyTorch checkpoint"), (".pt", "a PyTorch checkpoint"), (".h5", "a Keras checkpoint"),
-    (".keras", "a Keras checkpoint"), (".sbs", "a gemma.cpp file"), (".msgpack", "a Flax checkpoint"),
+    (".gguf", "a GGUF file"), (".sbs", "a gemma.cpp file"), (".msgpack", "a Flax checkpoint"),
+    (".ckpt", "a PyTorch checkpoint"), (".bin", "a PyTorch checkpoint"),
+    (".pth", "a PyTorch checkpoint"), (".pt", "a PyTorch checkpoint"),
+    (".h5", "a Keras checkpoint"), (".keras", "a Keras checkpoint"),
 ]
 
 
@@ -898,10 +909,12 @@ def check_shapes(reader):
                           % (len(missing), missing[0]))
     for name in sorted(reader.names):
         if name not in table:
-            raise ExportError("the checkpoint holds %s, but config.json says %d layers" % (name, model.L))
+            raise ExportError("the checkpoint holds %s, but config.json says %d layers: the two do "
+                              "not belong together" % (name, model.L))
         if reader.shape(name) != table[name][2:]:
-            raise ExportError("%s has shape %s where config.json makes it %s: the two do not belong "
-                              "together" % (name, list(reader.shape(name)), list(table[name][2:])))
+            raise ExportError("%s has shape %s where config.json makes it %s: the two do not "
+                              "belong together" % (name, list(reader.shape(name)),
+                                                   list(table[name][2:])))
 
 
 def settle_head(reader):
@@ -938,7 +951,8 @@ NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE, MARKER = 1, 2, 3, 4, 5, 6, 7
 ABSENT = 0xFFFFFFFF
 SPACE = "\u2581"
 # USER pieces that must not come from a stranger's text
-MARKERS = re.compile(r"<mask>|<2mass>|\[@BOS@\]|<unused\d+>|<start_of_turn>|<end_of_turn>|\[toxicity=0\]")
+MARKERS = re.compile(r"<mask>|<2mass>|\[@BOS@\]|<unused\d+>|<start_of_turn>|<end_of_turn>|"
+                     r"\[toxicity=0\]")
 BYTES = ["<0x%02X>" % b for b in range(256)]
 
 
@@ -954,7 +968,8 @@ class Tokenizer:
 
     def find(self, piece):
         """Lowest id of a piece that is not merely unused, or None."""
-        return next((i for i, p in enumerate(self.pieces) if p == piece and self.kinds[i] != UNUSED), None)
+        return next((i for i, p in enumerate(self.pieces)
+                     if p == piece and self.kinds[i] != UNUSED), None)
 
     def append_unused(self, n_pieces):
         more = n_pieces - len(self)
@@ -1008,8 +1023,8 @@ def sentencepiece_tokenizer(data, path):
         for number, value in fields(data):
             if number == PIECES:
                 piece = dict(fields(value))
-                pieces.append((piece[1].decode("utf-8"), struct.unpack("<f", piece.get(2, bytes(4)))[0],
-                               piece.get(3, NORMAL)))
+                score, = struct.unpack("<f", piece.get(2, bytes(4)))
+                pieces.append((piece[1].decode("utf-8"), score, piece.get(3, NORMAL)))
             elif number == TRAINER:
                 trainer = dict(fields(value))
             elif number == NORMALIZER:
@@ -1028,14 +1043,16 @@ def sentencepiece_tokenizer(data, path):
     texts, scores, kinds = map(list, zip(*pieces))
     has_bytes = BYTE in kinds
     if bool(trainer.get(BYTE_FALLBACK, 0)) != has_bytes:
-        raise ExportError("%s: byte_fallback does not agree with its byte pieces: fetch it again" % path)
+        raise ExportError("%s: byte_fallback does not agree with its byte pieces: fetch it again"
+                          % path)
     return Tokenizer(texts, scores, kinds, ids)
 
 
 def check_sentencepiece(path, trainer, normalizer):
     if trainer.get(MODEL_TYPE, 1) != 2:
         kind = {1: "unigram", 3: "word", 4: "char"}.get(trainer.get(MODEL_TYPE, 1), "unknown")
-        raise ExportError("%s is a %s model; Gemma's are BPE: is this the right tokenizer?" % (path, kind))
+        raise ExportError("%s is a %s model; Gemma's are BPE: is this the right tokenizer?"
+                          % (path, kind))
     wrong = [
         ("a normaliser (precompiled_charsmap)", len(normalizer.get(CHARSMAP, b"")) > 0),
         ("add_dummy_prefix", normalizer.get(DUMMY_PREFIX, 1) != 0),
@@ -1060,8 +1077,8 @@ def json_tokenizer(doc, path):
         texts.setdefault(i, content)
     n = max(texts) + 1 if texts else 0
     if not 0 < n <= 1 << 22 or min(texts) < 0 or len(texts) < len(bpe["vocab"]):
-        raise ExportError("%s has ids that are negative, too large or shared by two pieces: fetch it "
-                          "again" % path)
+        raise ExportError("%s has ids that are negative, too large or shared by two pieces: fetch "
+                          "it again" % path)
     pieces = [texts.get(i, "") for i in range(n)]
     spell_tab_as_byte(pieces)
     unk = bpe.get("unk_token") or "<unk>"
@@ -1071,23 +1088,32 @@ def json_tokenizer(doc, path):
     return Tokenizer(pieces, json_scores(bpe, pieces, kinds, path), kinds, ids)
 
 
+# Steps that Gemma 2's tokenizer.json does not have and that would change the text
+OTHER_STEPS = re.compile(r'"(Prepend|NFK?[CD]|Lowercase|Strip|Precompiled|ByteLevel|Whitespace|'
+                         r'Digits|Regex)"')
+DUMMY = re.compile(r'"prepend_scheme": "(always|first)"|"add_prefix_space": true')
+
+
 def check_json_tokenizer(doc, path):
     bpe = doc.get("model")
-    if not isinstance(bpe, dict) or bpe.get("type", "BPE") != "BPE" or not isinstance(bpe.get("vocab"), dict) \
-            or not isinstance(bpe.get("merges"), list) or not all(isinstance(i, int) for i in bpe["vocab"].values()):
+    if not (isinstance(bpe, dict) and bpe.get("type", "BPE") == "BPE"
+            and isinstance(bpe.get("vocab"), dict) and isinstance(bpe.get("merges"), list)
+            and all(isinstance(i, int) for i in bpe["vocab"].values())
+            and isinstance(doc.get("added_tokens", []), list)):
         raise ExportError("%s holds no BPE vocabulary: is this the right tokenizer?" % path)
-    text = json.dumps([doc.get("normalizer"), doc.get("pre_tokenizer")])
+    affixes = bpe.get("continuing_subword_prefix"), bpe.get("end_of_word_suffix")
+    steps = json.dumps([doc.get("normalizer"), doc.get("pre_tokenizer")])
     wrong = [
         ("no byte_fallback", not bpe.get("byte_fallback")),
         ("ignore_merges", bpe.get("ignore_merges")),
-        ("a prefix or suffix of words", bpe.get("continuing_subword_prefix") or bpe.get("end_of_word_suffix")),
-        ("a normaliser or pre-tokeniser of its own", re.search(
-            r'"(Prepend|NFK?[CD]|Lowercase|Strip|Precompiled|ByteLevel|Whitespace|Digits|Regex)"', text)),
-        ("a dummy prefix", re.search(r'"prepend_scheme": "(always|first)"|"add_prefix_space": true', text)),
+        ("a prefix or suffix of words", any(affixes)),
+        ("a normaliser or pre-tokeniser of its own", OTHER_STEPS.search(steps)),
+        ("a dummy prefix", DUMMY.search(steps)),
     ]
     for what, found in wrong:
         if found:
-            raise ExportError("%s has %s, unlike Gemma 2's: is this the right tokenizer?" % (path, what))
+            raise ExportError("%s has %s, unlike Gemma 2's: is this the right tokenizer?"
+                              % (path, what))
     return bpe
 
 
@@ -1210,7 +1236,8 @@ def tokenizer_of_file(path):
 
 def tokenizer_of_directory(directory):
     """tokenizer.model with the pieces that only the other files know; None without any."""
-    at = {n: os.path.join(directory, n) for n in ("tokenizer.model", "tokenizer.json", "tokenizer.json.xz")}
+    names = "tokenizer.model", "tokenizer.json", "tokenizer.json.xz"
+    at = {n: os.path.join(directory, n) for n in names}
     at = {n: p for n, p in at.items() if os.path.isfile(p)}
     json_path = at.get("tokenizer.json") or at.get("tokenizer.json.xz")
     doc = parse_json(read_maybe_xz(json_path), json_path) if json_path else {}
@@ -1218,10 +1245,13 @@ def tokenizer_of_directory(directory):
     if "tokenizer.model" in at:
         path = at["tokenizer.model"]
         tokenizer = tokenizer_of_file(path)
-        vocab = doc.get("model", {}).get("vocab", {}) if isinstance(doc.get("model"), dict) else {}
-        learnt = [i for i in vocab.values() if isinstance(i, int) and i >= len(tokenizer) and i not in added]
+        bpe = doc.get("model") if isinstance(doc.get("model"), dict) else {}
+        vocab = bpe.get("vocab") if isinstance(bpe.get("vocab"), dict) else {}
+        learnt = [i for i in vocab.values()
+                  if is_size(i) and i >= len(tokenizer) and i not in added]
         if learnt:  # new merges, which only tokenizer.json knows
-            warn("tokenizer.json knows %d pieces more than tokenizer.model and is used instead" % len(learnt))
+            warn("tokenizer.json knows %d pieces more than tokenizer.model and is used instead"
+                 % len(learnt))
             path, tokenizer = json_path, json_tokenizer(doc, json_path)
     elif json_path:
         path, tokenizer = json_path, json_tokenizer(doc, json_path)
@@ -1244,8 +1274,8 @@ def find_tokenizer(given, directory, n_vocab):
             tokenizer = tokenizer_of_file(path)
             warn("the checkpoint brings no tokenizer; Gemma 2's own (tokenizer.bin) is used")
     if tokenizer is None:
-        raise ExportError("%s holds no tokenizer.model or tokenizer.json: fetch one, or give it with "
-                          "--tokenizer FILE" % (given or directory))
+        raise ExportError("%s holds no tokenizer.model or tokenizer.json: fetch one, or give it "
+                          "with --tokenizer FILE" % (given or directory))
     return path, tokenizer
 
 
@@ -1264,7 +1294,8 @@ def finish_tokenizer(tokenizer, n_vocab, path):
         warn("the embedding has %d rows and the tokenizer %d pieces; the rest become unused pieces"
              % (n_vocab, len(t)))
         t.append_unused(n_vocab)
-    t.ids["start_of_turn"], t.ids["end_of_turn"] = t.find("<start_of_turn>"), t.find("<end_of_turn>")
+    for name in ("start_of_turn", "end_of_turn"):
+        t.ids[name] = t.find("<%s>" % name)
     check_tokenizer(t, path)
 
 
@@ -1333,7 +1364,8 @@ def chat_template(directory):
     for name in ("chat_template.json", "tokenizer_config.json"):
         found = optional_json(directory, name).get("chat_template")
         if isinstance(found, list):  # several, by name
-            found = {t.get("name"): t.get("template") for t in found if isinstance(t, dict)}.get("default")
+            found = next((t.get("template") for t in found
+                          if isinstance(t, dict) and t.get("name") == "default"), None)
         if isinstance(found, str):
             return found
     return None
@@ -1360,6 +1392,7 @@ class Container:
 
     def __init__(self, path, sections, align, inputs):
         self.path = os.path.realpath(path)
+        self.directory = os.path.dirname(self.path)
         self.check_target(inputs)
         self.sections, self.align = sections, align
         self.offsets, at = [], HEADER_BYTES + ENTRY.size * len(sections)
@@ -1369,7 +1402,7 @@ class Container:
             at += section.size
         self.size = at
         self.digests = []
-        self.temporary = os.path.join(os.path.dirname(self.path), ".%s.%d.tmp" % (
+        self.temporary = os.path.join(self.directory, ".%s.%d.tmp" % (
             os.path.basename(self.path), os.getpid()))
 
     def check_target(self, inputs):
@@ -1379,14 +1412,14 @@ class Container:
             if any(os.path.samefile(self.path, i) for i in inputs if os.path.exists(i)):
                 raise ExportError("%s is an input of this conversion: choose another name for the "
                                   "output" % self.path)
-        elif not os.path.isdir(os.path.dirname(self.path)):
-            raise ExportError("the directory %s does not exist: make it first" % os.path.dirname(self.path))
+        elif not os.path.isdir(self.directory):
+            raise ExportError("the directory %s does not exist: make it first" % self.directory)
 
     def __enter__(self):
-        free = shutil.disk_usage(os.path.dirname(self.path)).free
+        free = shutil.disk_usage(self.directory).free
         if free < self.size:
             raise ExportError("%s has %s left and the output needs %s: make room, or choose a "
-                              "smaller --type" % (os.path.dirname(self.path), human(free), human(self.size)))
+                              "smaller --type" % (self.directory, human(free), human(self.size)))
         self.file = open(self.temporary, "xb")
         return self
 
@@ -1421,13 +1454,14 @@ class Container:
         self.file.close()
         os.replace(self.temporary, self.path)
         if os.name == "posix":  # the new name is on disk too
-            directory_fd = os.open(os.path.dirname(self.path), os.O_RDONLY)
+            directory_fd = os.open(self.directory, os.O_RDONLY)
             os.fsync(directory_fd)
             os.close(directory_fd)
 
 
 def pack_header(m, file_bytes, n_entries, align):
-    local = np.packbits(np.array(m.local + (False,) * (1024 - m.L), bool), bitorder="little").tobytes()
+    flags = np.array(m.local + (False,) * (1024 - m.L), bool)
+    local = np.packbits(flags, bitorder="little").tobytes()
     stops = list(m.stop_ids) + [0] * (15 - len(m.stop_ids))
     return HEADER.pack(
         MAGIC, 1, HEADER_BYTES, 0, 0, file_bytes, HEADER_BYTES, n_entries, ENTRY.size, align, 0,
@@ -1535,7 +1569,8 @@ def check_values(name, type_name, w, first_row):
         raise ExportError("%s holds NaN or infinity (row %d): the checkpoint is damaged, or its "
                           "training diverged" % (name, first_row + row))
     if top > HUGE and type_name not in ("f32", "bf16"):
-        raise ExportError("%s holds %g, too large to quantise: add --tensor %s=bf16" % (name, top, name))
+        raise ExportError("%s holds %g, too large to quantise: add --tensor %s=bf16"
+                          % (name, top, name))
 
 
 def tasks_of(section, source):
@@ -1586,7 +1621,8 @@ class Progress:
             self.bar.update(n)
         elif self.wanted and self.done * 100 // self.total != self.shown:
             self.shown = self.done * 100 // self.total
-            print("\r[%-50s] %3d %%" % ("#" * (self.shown // 2), self.shown), end="", file=sys.stderr, flush=True)
+            print("\r[%-50s] %3d %%" % ("#" * (self.shown // 2), self.shown), end="",
+                  file=sys.stderr, flush=True)
 
     def close(self):
         if self.bar is not None:
@@ -1629,8 +1665,8 @@ def stop_ids(model, tokenizer):
         raise ExportError("eos_token_id %d is outside the vocabulary of %d: correct config.json or "
                           "generation_config.json" % (wrong[0], len(tokenizer)))
     if len(ids) > 15:
-        raise ExportError("there are %d ids that end a text, and 15 can be: shorten eos_token_id in "
-                          "config.json" % len(ids))
+        raise ExportError("there are %d ids that end a text, and 15 can be: shorten eos_token_id "
+                          "in config.json" % len(ids))
     return tuple(ids)
 
 
@@ -1674,7 +1710,8 @@ def convert(options):
             out.write_section([section.data])
         errors = write_tensors(out, reader, plan, options)
         out.finish(model)
-    return report(options.output, out.size, [s for s, _ in plan], errors, time.monotonic() - started)
+    seconds = time.monotonic() - started
+    return report(options.output, out.size, [s for s, _ in plan], errors, seconds)
 
 
 def report(path, file_bytes, sections, errors, seconds):
@@ -1745,7 +1782,8 @@ Exit codes: 0 done, 1 failed (no output is left behind), 2 wrong usage, 130 inte
 def tensor_option(text):
     pattern, equals, type_name = text.rpartition("=")
     if not equals or not pattern or type_name not in TYPES:
-        raise argparse.ArgumentTypeError("%r is not PATTERN=TYPE with a type of %s" % (text, ", ".join(TYPES)))
+        raise argparse.ArgumentTypeError("%r is not PATTERN=TYPE with a type of %s"
+                                         % (text, ", ".join(TYPES)))
     return pattern, type_name
 
 
@@ -1766,29 +1804,35 @@ def parse_options(arguments):
         prog="export.py", description="Convert a Gemma 2 checkpoint (a Hugging Face directory with "
         "config.json, *.safetensors and tokenizer) into one file that gemma2.c runs.",
         epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    p.add_argument("input", metavar="CHECKPOINT", help="directory of the checkpoint, or one .safetensors file in it")
-    p.add_argument("output", metavar="OUT.bin", help="file to write; an older one is replaced once all is well")
+    p.add_argument("input", metavar="CHECKPOINT",
+                   help="directory of the checkpoint, or one .safetensors file in it")
+    p.add_argument("output", metavar="OUT.bin",
+                   help="file to write; an older one is replaced once all is well")
     p.add_argument("--type", choices=TYPES, default="q8", help="type of the matrices (default: q8)")
-    p.add_argument("--head", choices=TYPES, metavar="TYPE", help="type of the output head, see below")
-    p.add_argument("--tensor", type=tensor_option, action="append", default=[], metavar="PATTERN=TYPE",
+    p.add_argument("--head", choices=TYPES, metavar="TYPE",
+                   help="type of the output head, see below")
+    p.add_argument("--tensor", type=tensor_option, action="append", default=[],
+                   metavar="PATTERN=TYPE",
                    help="type of the matrices whose names match; may be repeated")
-    p.add_argument("--tokenizer", metavar="FILE", help="tokenizer.model, tokenizer.json (maybe .xz), a file of "
-                   "this program, or a directory (default: the checkpoint's)")
+    p.add_argument("--tokenizer", metavar="FILE",
+                   help="tokenizer.model, tokenizer.json (maybe .xz), a file made by export.py, or "
+                   "a directory (default: the checkpoint's)")
     p.add_argument("--tokenizer-only", action="store_true",
                    help="CHECKPOINT is such a FILE; write only its tokenizer")
     p.add_argument("--name", help="name to note in the file (default: the directory's)")
     p.add_argument("--source", help="origin to note in the file")
-    p.add_argument("--license", metavar="TEXT", help="licence to note in the file (default: the Gemma terms "
-                   "for models with Gemma's vocabulary)")
-    p.add_argument("--align", type=align_option, metavar="N", help="start sections at multiples of N bytes "
-                   "(default: 4096; 64 for less than 1 MiB of weights)")
-    p.add_argument("-j", "--jobs", type=jobs_option, default=min(os.cpu_count() or 1, 64), metavar="N",
-                   help="worker processes (default: one a processor)")
+    p.add_argument("--license", metavar="TEXT", help="licence to note in the file (default: the "
+                   "Gemma terms for models with Gemma's vocabulary)")
+    p.add_argument("--align", type=align_option, metavar="N", help="start sections at multiples of "
+                   "N bytes (default: 4096; 64 for less than 1 MiB of weights)")
+    p.add_argument("-j", "--jobs", type=jobs_option, default=min(os.cpu_count() or 1, 64),
+                   metavar="N", help="worker processes (default: one a processor)")
     p.add_argument("-q", "--quiet", action="store_true", help="no progress bar and no report")
     p.add_argument("--version", action="version", version="export.py " + VERSION)
     options = p.parse_args(arguments)
     if options.tokenizer_only and (options.tokenizer or options.head or options.tensor):
-        p.error("--tokenizer-only writes no weights: --tokenizer, --head and --tensor do not go with it")
+        p.error("--tokenizer-only writes no weights: --tokenizer, --head and --tensor do not go "
+                "with it")
     return options
 
 
@@ -1821,7 +1865,8 @@ def main(arguments):
         print("export.py: %s" % e, file=sys.stderr)
         return 2
     except (ExportError, OSError, MemoryError) as e:
-        print("export.py: " + (str(e) if isinstance(e, ExportError) else complaint(e)), file=sys.stderr)
+        sentence = str(e) if isinstance(e, ExportError) else complaint(e)
+        print("export.py: " + sentence, file=sys.stderr)
         return 1
     except Stopped as e:
         print("export.py: interrupted", file=sys.stderr)

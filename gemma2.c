@@ -78,6 +78,11 @@
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
+#ifdef __clang__
+#define UNROLL _Pragma("unroll")
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
 
 /* ===================================================================================
  * 1. Ground
@@ -925,6 +930,7 @@ static void read_row(const struct matrix *w, uint32_t r, float *y)
 
 enum {
     MAX_PRODUCT_ROWS = 8, /* tokens that one kernel call multiplies a tile with */
+    MAX_PANEL_ROWS = 256, /* tokens that one kernel call multiplies two tiles with */
     MAX_QUERIES = 8,      /* query vectors that share a pass over a block of keys */
     KEY_BLOCK = 256,      /* positions in an absolute block of attention */
     HEAD_BLOCK = 2048     /* logits in a block of a log-sum-exp */
@@ -946,11 +952,17 @@ struct input {
 typedef void product_fn(const uint8_t *tile, uint32_t cols, const struct input *in, size_t t,
                         int n, float y[][TILE]);
 
-/* One instruction set.  A NULL in product stands for no such type. */
+/* The same for two tiles of one type and n <= 256 tokens: y[token][tile][row].  Optional:
+ * it exists to unpack weights once for many tokens. */
+typedef void panel_fn(const uint8_t *const tiles[2], uint32_t cols, const struct input *in,
+                      size_t t, int n, float y[][2][TILE]);
+
+/* One instruction set.  A NULL in panel: product does it. */
 struct kernels {
     const char *name;
     int (*available)(void);
     product_fn *product[N_TYPES];
+    panel_fn *panel[N_TYPES];
     void (*quantise)(const float *x, uint32_t n, int8_t *q, float *scale, int32_t *sum);
     void (*rms_norm)(const float *x, const float *w, float eps, uint32_t n, float *y);
     void (*geglu)(float *gate, const float *up, size_t n);
@@ -1291,7 +1303,7 @@ static int always(void) { return 1; }
 
 static const struct kernels scalar_kernels = {
     "scalar", always,
-    {NULL, product_f32, product_bf16, product_q8, product_q6, product_q4},
+    {NULL, product_f32, product_bf16, product_q8, product_q6, product_q4}, {NULL},
     quantise, rms_norm, geglu, soft_cap, exp_sum, to_half,
     {scores_f32, scores_f16}, {mix_f32, mix_f16}};
 
@@ -1662,15 +1674,13 @@ struct product_job {
     size_t n_tiles, tiles_a_task;
 };
 
-/* y goes to the rows' outputs, which start at the job's first tile; padding does not. */
+/* y goes to row t's output, which starts at the job's first tile; padding does not. */
 static void store_tile(const struct product_job *job, const struct product *p, uint32_t tile,
-                       size_t t, int n, float (*y)[TILE])
+                       size_t t, const float y[TILE])
 {
     uint32_t row = tile * TILE, n_rows = p->w->rows - row < TILE ? p->w->rows - row : TILE;
-    for (int i = 0; i < n; i++) {
-        float *to = p->y ? p->y + (t + (size_t)i) * p->ldy : p->rows[t + (size_t)i];
-        memcpy(to + (tile - job->first_tile) * TILE, y[i], n_rows * sizeof(float));
-    }
+    float *to = p->y ? p->y + t * p->ldy : p->rows[t];
+    memcpy(to + (tile - job->first_tile) * TILE, y, n_rows * sizeof *y);
 }
 
 static void multiply_tile(const struct product_job *job, const struct product *p, uint32_t tile,
@@ -1691,7 +1701,35 @@ static void product_tile(const struct product_job *job, const struct product *p,
             multiply_tile(job, p + 1, tile, t, n, up);
             job->isa->geglu(y[0], up[0], (size_t)n * TILE);
         }
-        store_tile(job, p, tile, t, n, y);
+        for (int i = 0; i < n; i++)
+            store_tile(job, p, tile, t + (size_t)i, y[i]);
+    }
+}
+
+/* Whether many rows can take two tiles at once: neighbours, or a gated pair's. */
+static int has_panel(const struct product_job *job, const struct product *p, uint32_t tile)
+{
+    if (job->n <= MAX_PRODUCT_ROWS || !job->isa->panel[p->w->type])
+        return 0;
+    return job->gated ? p[1].w->type == p->w->type : (tile + 1) * TILE < p->w->rows;
+}
+
+static void product_panel(const struct product_job *job, const struct product *p, uint32_t tile)
+{
+    float y[MAX_PANEL_ROWS][2][TILE];
+    const uint8_t *first = p->w->data + tile * p->w->tile_bytes;
+    const uint8_t *tiles[2] = {first, job->gated ? p[1].w->data + tile * p[1].w->tile_bytes
+                                                 : first + p->w->tile_bytes};
+    for (size_t t = 0; t < job->n; t += MAX_PANEL_ROWS) {
+        int n = job->n - t < MAX_PANEL_ROWS ? (int)(job->n - t) : MAX_PANEL_ROWS;
+        job->isa->panel[p->w->type](tiles, p->w->cols, &job->in, t, n, y);
+        for (int i = 0; i < n; i++) {
+            if (job->gated)
+                job->isa->geglu(y[i][0], y[i][1], TILE);
+            store_tile(job, p, tile, t + (size_t)i, y[i][0]);
+            if (!job->gated)
+                store_tile(job, p, tile + 1, t + (size_t)i, y[i][1]);
+        }
     }
 }
 
@@ -1699,14 +1737,19 @@ static void product_task(void *context, size_t task)
 {
     const struct product_job *job = context;
     size_t first = task * job->tiles_a_task, last = first + job->tiles_a_task;
-    for (size_t i = first; i < last && i < job->n_tiles; i++) {
+    last = last < job->n_tiles ? last : job->n_tiles;
+    for (size_t i = first; i < last; i++) {
         size_t tile = i + job->first_tile;
         const struct product *p = job->products;
         while (!job->gated && tile >= (p->w->rows + TILE - 1) / TILE) {
             tile -= (p->w->rows + TILE - 1) / TILE;
             p++;
         }
-        product_tile(job, p, (uint32_t)tile);
+        if (has_panel(job, p, (uint32_t)tile) && (job->gated || i + 1 < last)) {
+            product_panel(job, p, (uint32_t)tile);
+            i += !job->gated;
+        } else
+            product_tile(job, p, (uint32_t)tile);
     }
 }
 
@@ -1716,8 +1759,9 @@ static void run_products(const gemma2_session *lead, struct product_job *job)
     size_t bytes = job->products[0].w->tile_bytes * (job->gated ? 2 : 1);
     size_t tiles = (128 << 10) / bytes, fair = job->n_tiles / ((size_t)lead->n_threads * 4);
     job->tiles_a_task = tiles > fair ? fair : tiles;
+    job->tiles_a_task += job->tiles_a_task % 2; /* panels take two */
     if (!job->tiles_a_task)
-        job->tiles_a_task = 1;
+        job->tiles_a_task = 1 + (job->n > MAX_PRODUCT_ROWS);
     share(lead->n_threads, (job->n_tiles + job->tiles_a_task - 1) / job->tiles_a_task,
           product_task, job);
 }
@@ -4018,6 +4062,108 @@ AVX512 static void product_q4_avx512(const uint8_t *tile, uint32_t cols, const s
     quantised_avx512(TYPE_Q4, tile, cols, in, t, n, y);
 }
 
+/* Two tiles' 256 inputs, unpacked once for many tokens. */
+struct panel_block {
+    uint8_t operands[8][8][2][64]; /* [group][step][tile] */
+    float scales[8][2][TILE];
+    int32_t offsets[8][2][TILE];
+};
+
+AVX512 INLINE void unpack_panel_avx512(uint32_t type, const uint8_t *const tiles[2], size_t block,
+                                       struct panel_block *b)
+{
+    for (int g = 0; g < 8; g++)
+        for (int i = 0; i < 2; i++) {
+            const uint8_t *scale_bytes;
+            const uint8_t *group = group_at(type, tiles[i], block * 8 + (size_t)g, &scale_bytes);
+            __m128i raw = _mm_loadu_si128((const __m128i *)scale_bytes);
+            __m512i w[8];
+            operands_avx512(type, group, w);
+            for (int step = 0; step < 8; step++)
+                _mm512_storeu_si512(b->operands[g][step][i], w[step]);
+            _mm512_storeu_ps(b->scales[g][i], scales_avx512(type, raw));
+            _mm512_storeu_si512(b->offsets[g][i], offset_avx512(type, raw));
+        }
+}
+
+/* n tokens (a constant) against a block: y += scale * s * sum, groups ascending. */
+AVX512 INLINE void panel_tokens_avx512(const int n, const struct panel_block *b,
+                                       const struct input *in, size_t t, size_t block,
+                                       float (*y)[2][TILE])
+{
+    size_t ld = in->ldq / GROUP;
+    for (size_t g = 0; g < 8; g++) {
+        size_t at = t * ld + block * 8 + g;
+        const int8_t *q = in->q + at * GROUP;
+        __m512i sum[8][2];
+        for (int j = 0; j < n; j++)
+            for (int i = 0; i < 2; i++)
+                sum[j][i] = _mm512_dpwssd_epi32(_mm512_setzero_si512(),
+                                                _mm512_loadu_si512(b->offsets[g][i]),
+                                                _mm512_set1_epi32(in->sum[at + (size_t)j * ld]));
+        UNROLL
+        for (int step = 0; step < 8; step++) {
+            __m512i w0 = _mm512_loadu_si512(b->operands[g][step][0]);
+            __m512i w1 = _mm512_loadu_si512(b->operands[g][step][1]);
+            for (int j = 0; j < n; j++) {
+                int32_t four;
+                memcpy(&four, q + (size_t)j * in->ldq + 4 * step, 4);
+                __m512i x = _mm512_set1_epi32(four);
+                sum[j][0] = _mm512_dpbusd_epi32(sum[j][0], w0, x);
+                sum[j][1] = _mm512_dpbusd_epi32(sum[j][1], w1, x);
+            }
+        }
+        for (int j = 0; j < n; j++)
+            for (int i = 0; i < 2; i++) {
+                __m512 product = _mm512_mul_ps(_mm512_loadu_ps(b->scales[g][i]),
+                                               _mm512_cvtepi32_ps(sum[j][i]));
+                __m512 scale = _mm512_set1_ps(in->scale[at + (size_t)j * ld]);
+                _mm512_storeu_ps(y[j][i], _mm512_add_ps(_mm512_loadu_ps(y[j][i]),
+                                                        _mm512_mul_ps(scale, product)));
+            }
+    }
+}
+
+AVX512 INLINE void panel_avx512(uint32_t type, const uint8_t *const tiles[2], uint32_t cols,
+                                const struct input *in, size_t t, int n_tokens,
+                                float y[][2][TILE])
+{
+    struct panel_block b;
+    memset(y, 0, (size_t)n_tokens * sizeof *y);
+    for (size_t block = 0; block < (cols + 255) / 256; block++) {
+        unpack_panel_avx512(type, tiles, block, &b);
+        for (int from = 0, n; from < n_tokens; from += n) {
+            n = n_tokens - from < 8 ? n_tokens - from : 8;
+#define PIECE(count, offset)                                                       \
+    panel_tokens_avx512(count, &b, in, t + (size_t)(from + (offset)), block, y + from + (offset))
+            FOR_EACH_PIECE_OF_8(PIECE);
+#undef PIECE
+        }
+    }
+    for (int j = 0; j < n_tokens; j++)
+        for (int i = 0; i < 2; i++)
+            _mm512_storeu_ps(y[j][i], _mm512_mul_ps(_mm512_loadu_ps(y[j][i]),
+                                                    _mm512_loadu_ps((const float *)tiles[i])));
+}
+
+AVX512 static void panel_q8_avx512(const uint8_t *const tiles[2], uint32_t cols,
+                                   const struct input *in, size_t t, int n, float y[][2][TILE])
+{
+    panel_avx512(TYPE_Q8, tiles, cols, in, t, n, y);
+}
+
+AVX512 static void panel_q6_avx512(const uint8_t *const tiles[2], uint32_t cols,
+                                   const struct input *in, size_t t, int n, float y[][2][TILE])
+{
+    panel_avx512(TYPE_Q6, tiles, cols, in, t, n, y);
+}
+
+AVX512 static void panel_q4_avx512(const uint8_t *const tiles[2], uint32_t cols,
+                                   const struct input *in, size_t t, int n, float y[][2][TILE])
+{
+    panel_avx512(TYPE_Q4, tiles, cols, in, t, n, y);
+}
+
 AVX512 INLINE __m512 cached_avx512(int half, const void *p, size_t i)
 {
     if (half)
@@ -4169,6 +4315,7 @@ static const struct kernels avx512_kernels = {
     "avx512", has_avx512,
     {NULL, product_f32_avx512, product_bf16_avx512, product_q8_avx512, product_q6_avx512,
      product_q4_avx512},
+    {NULL, NULL, NULL, panel_q8_avx512, panel_q6_avx512, panel_q4_avx512},
     quantise_avx512, rms_norm_avx512, geglu_avx512, soft_cap_avx512, exp_sum_avx512,
     to_half_avx512, {scores_f32_avx512, scores_f16_avx512}, {mix_f32_avx512, mix_f16_avx512}};
 
@@ -4176,7 +4323,7 @@ static const struct kernels avx512_kernels = {
 static const struct kernels avxvnni_kernels = {
     "avxvnni", has_avxvnni,
     {NULL, product_f32_avx2, product_bf16_avx2, product_q8_avxvnni, product_q6_avxvnni,
-     product_q4_avxvnni},
+     product_q4_avxvnni}, {NULL},
     quantise_avx2, rms_norm_avx2, geglu_avx2, soft_cap_avx2, exp_sum_avx2, to_half_avx2,
     {scores_f32_avx2, scores_f16_avx2}, {mix_f32_avx2, mix_f16_avx2}};
 
@@ -4184,7 +4331,7 @@ static const struct kernels avxvnni_kernels = {
 static const struct kernels avx2_kernels = {
     "avx2", has_avx2,
     {NULL, product_f32_avx2, product_bf16_avx2, product_q8_avx2, product_q6_avx2,
-     product_q4_avx2},
+     product_q4_avx2}, {NULL},
     quantise_avx2, rms_norm_avx2, geglu_avx2, soft_cap_avx2, exp_sum_avx2, to_half_avx2,
     {scores_f32_avx2, scores_f16_avx2}, {mix_f32_avx2, mix_f16_avx2}};
 

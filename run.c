@@ -621,7 +621,7 @@ static uint32_t next_char(const char *text, size_t n, size_t *length)
 {
     static const uint32_t least[] = {0, 0, 0x80, 0x800, 0x10000};
     const unsigned char *byte = (const unsigned char *)text;
-    size_t len = byte[0] < 0x80        ? 1
+    size_t len = byte[0] < 0x80         ? 1
                  : byte[0] >> 5 == 0x06 ? 2
                  : byte[0] >> 4 == 0x0E ? 3
                  : byte[0] >> 3 == 0x1E ? 4
@@ -725,9 +725,12 @@ static void format_bytes(char text[32], uint64_t bytes)
  * =================================================================================== */
 
 /* Why a reply ended. */
-typedef enum { RUNNING, AT_STOP, AT_STOP_STRING, AT_LENGTH, AT_CONTEXT, AT_INTERRUPT } finish;
-static const char *const FINISH[] = {"",       "stop",    "stop_string",
-                                     "length", "context", "interrupted"};
+typedef enum {
+    RUNNING, AT_STOP, AT_STOP_STRING, AT_LENGTH, AT_CONTEXT, AT_INTERRUPT
+} finish_reason;
+static const char *const FINISH_REASONS[] = {
+    "", "stop", "stop_string", "length", "context", "interrupted"
+};
 
 typedef struct {
     array text;       /* char: all of it, up to a stop string */
@@ -735,7 +738,7 @@ typedef struct {
     size_t shown;     /* bytes of text that no stop string can take back */
     gemma2_utf8 hold; /* bytes of a character still incomplete */
     size_t n_ids;     /* the last n_ids of program.ids are the reply */
-    finish finish;
+    finish_reason finish;
     double prefill_s, decode_s;
     size_t prefill_tokens;
     size_t decode_passes; /* n_ids less one, most times: the prompt's logits give the first */
@@ -754,6 +757,7 @@ typedef struct {
     uint64_t seed;
     double load_s;
     array prompt; /* char: its bytes */
+    array echo;   /* char: what --echo puts before the reply */
     array ids;    /* int32_t: all said so far; the session holds the first of them */
     reply reply;
     int shows_progress, progress_shown;
@@ -873,8 +877,8 @@ static int push_list(program *p, const char *list)
 /* Appends a user's turn and the opening of the model's:
  *
  *   <bos><start_of_turn>user
- *   SYSTEM
- *                               (with an empty line between, in the first turn only)
+ *   SYSTEM                           (in the first turn, where there is one,
+ *                                     and an empty line after it)
  *   TEXT<end_of_turn>
  *   <start_of_turn>model
  *
@@ -1092,8 +1096,8 @@ static int make_reply(program *p)
     *r = (reply){.text = text, .logprobs = logprobs};
     interrupt_state = STOP_SOFTLY;
     int status = prefill(p);
-    if (status == DONE && p->opts->echo && !p->opts->json)
-        put_text(&p->out, p->prompt.items, p->prompt.n);
+    if (status == DONE && !p->opts->json)
+        put_text(&p->out, p->echo.items, p->echo.n);
     if (status == DONE && !r->finish)
         status = decode(p);
     interrupt_state = EXIT_AT_ONCE;
@@ -1111,7 +1115,7 @@ static double rate(size_t tokens, double time)
 static void print_speed(const program *p)
 {
     const reply *r = &p->reply;
-    fprintf(stderr, "prompt %zu tokens, %.1f tok/s; reply %zu tokens, %.1f tok/s", 
+    fprintf(stderr, "prompt %zu tokens, %.1f tok/s; reply %zu tokens, %.1f tok/s",
             r->prefill_tokens, rate(r->prefill_tokens, r->prefill_s), r->n_ids,
             rate(r->decode_passes, r->decode_s));
     if (p->sampler.temperature > 0)
@@ -1137,8 +1141,7 @@ static void print_json(program *p)
     size_t n_prompt = p->ids.n - r->n_ids;
     output *out = &p->out;
     put_format(out, "{\"text\": \"");
-    if (p->opts->echo)
-        put_json(out, p->prompt.items, p->prompt.n);
+    put_json(out, p->echo.items, p->echo.n);
     put_json(out, r->text.items, r->text.n);
     put_format(out, "\", \"prompt_ids\": [");
     put_ids(out, ids, n_prompt, ", ");
@@ -1147,8 +1150,8 @@ static void print_json(program *p)
     put_format(out, "], \"logprobs\": [");
     for (size_t i = 0; i < r->logprobs.n; i++)
         put_format(out, "%s%.9g", i ? ", " : "", (double)logprobs[i]);
-    put_format(out, "], \"finish_reason\": \"%s\", \"seed\": %" PRIu64, FINISH[r->finish],
-               p->seed);
+    put_format(out, "], \"finish_reason\": \"%s\", \"seed\": %" PRIu64,
+               FINISH_REASONS[r->finish], p->seed);
     put_format(out, ", \"timings\": {\"load_s\": %.6f, \"prefill_s\": %.6f", p->load_s,
                r->prefill_s);
     put_format(out, ", \"prefill_tokens\": %zu, \"prefill_tps\": %.3f", r->prefill_tokens,
@@ -1157,7 +1160,7 @@ static void print_json(program *p)
                r->decode_s, r->n_ids, rate(r->decode_passes, r->decode_s));
 }
 
-/* The text of ids, which --ids --echo prints for want of the prompt's own bytes. */
+/* Appends the text of all ids. */
 static int decode_ids(program *p, array *text)
 {
     const int32_t *ids = p->ids.items;
@@ -1175,9 +1178,25 @@ static int decode_ids(program *p, array *text)
     return DONE;
 }
 
+/* The prompt as it came, or the text of its ids; in a chat on lines of its own. */
+static int load_echo(program *p)
+{
+    if (p->opts->ids)
+        return decode_ids(p, &p->echo);
+    size_t n = p->prompt.n;
+    char *copy = extend(&p->echo, n + 1, 1);
+    if (!copy)
+        return out_of_memory();
+    if (n)
+        memcpy(copy, p->prompt.items, n);
+    copy[n] = '\n';
+    p->echo.n = p->opts->chat ? n + 1 : n;
+    return DONE;
+}
+
 static int generate(program *p)
 {
-    int status = p->opts->ids && p->opts->echo ? decode_ids(p, &p->prompt) : DONE;
+    int status = p->opts->echo ? load_echo(p) : DONE;
     if (status == DONE)
         status = make_reply(p);
     if (status != DONE || p->out.error)
@@ -1315,12 +1334,14 @@ static int best_logits(program *p)
     candidate *ranked = malloc(sizeof *ranked * (size_t)n_vocab);
     if (!ranked)
         return out_of_memory();
+    int finite = 1;
     for (int32_t id = 0; id < n_vocab; id++) {
         ranked[id] = (candidate){p->logits[id], id};
-        if (!isfinite(p->logits[id])) {
-            free(ranked);
-            return engine_failed(p, "reading the prompt", GEMMA2_ERR_NONFINITE);
-        }
+        finite &= isfinite(p->logits[id]) != 0;
+    }
+    if (!finite) {
+        free(ranked);
+        return engine_failed(p, "reading the prompt", GEMMA2_ERR_NONFINITE);
     }
     qsort(ranked, (size_t)n_vocab, sizeof *ranked, by_logit);
     for (int32_t i = 0; i < p->opts->logits && i < n_vocab; i++) {
@@ -1680,8 +1701,8 @@ int main(int argc, char **argv)
     platform_init();
     if (argc < 2) {
         fputs("usage: run MODEL [options] [PROMPT]\n"
-              "   as: run story.bin \"Once upon a time\"\n"
-              "run --help explains the rest.\n", stderr);
+              "example: run story.bin \"Once upon a time\"\n"
+              "run --help shows the rest\n", stderr);
         return USAGE;
     }
     opts.stops = malloc(sizeof *opts.stops * (size_t)argc);
@@ -1702,6 +1723,7 @@ int main(int argc, char **argv)
     gemma2_close(p.model);
     free(p.logits);
     free(p.prompt.items);
+    free(p.echo.items);
     free(p.ids.items);
     free(p.reply.text.items);
     free(p.reply.logprobs.items);

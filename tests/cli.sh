@@ -131,6 +131,9 @@ refuses "tokenizer" "tokenizer cannot generate" 3 "$VOCAB" x
 refuses "tokenizer" "tokenizer cannot score" 3 "$VOCAB" --score x
 run "info" 0 "$STORY" --info;            err_empty
 out_has "^identity: [0-9a-f]\{64\}$"; out_has "^layers: 6"; out_has "^memory: .*mapped"; out_has "q8"
+name="unknown instruction set"
+GEMMA2_ISA=pentium "$RUN" "$STORY" x </dev/null >"$TMP/out" 2>"$TMP/err"
+claim $? -eq 3 "exit status"; out_empty; err_has "pentium"
 run "info of a tokenizer" 0 "$VOCAB" --info; out_has "256000"
 refuses "window" "window above the model's" 2 "$STORY" --window 129 x
 
@@ -207,7 +210,8 @@ run "verbose" 0 "$STORY" -v -n 1 "$P"; err_has "mapped"
 run "long context" 0 "$STORY" -n 1 -C 2000 "$P"; err_has "warning.*1024"
 refuses "1201*1024" "prompt above the context" 2 "$STORY" --ids "2 $(awk 'BEGIN { for (i = 0; i < 1200; i++) printf "6 " }')"
 refuses "5 tokens*4" "prompt above -C" 2 "$STORY" -C 4 "$P"
-run "chat" 0 "$STORY" -c -q -n 5 "Hello"
+run "cuts and cache" 0 "$STORY" -q -n 5 -k 0 -P 1 --min-p 0.05 --kv f32 --window 8 --ignore-eos -C 64 "$P"
+run "chat" 0 "$STORY" -c -q -n 0 --echo "Hello";     out_is "Hello\n\n"
 printf 'Hello' >"$TMP/in"; run "chat from standard input" 0 "$STORY" -c -q -n 5
 
 # What comes before the earliest stop string, wherever tokens end.

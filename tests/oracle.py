@@ -2,7 +2,7 @@
 live: transformers in float32 with eager attention, SentencePiece, and formats read by
 numpy straight from the byte tables.  Ends with one line "N passed, N failed".
 
-  python3 tests/oracle.py [models] [formats] [tokens] [export] [traps] [story] [cli]
+  python3 tests/oracle.py [models] [sessions] [formats] [tokens] [story] [export] [traps]
 
 Without names all of it runs, in about five minutes on two cores.  CC names the compiler,
 ORACLE_SEED another seed for what is random."""
@@ -17,6 +17,7 @@ warnings.filterwarnings("ignore")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
 
@@ -95,6 +96,106 @@ def test_models(engine, folder, count=12):
         check(off <= F32_LOGITS, f"random model {number}: prefill off by {off:.2g}")
         session.close(), model.close()
     print(f"models: {count} random f32 models, logits off by {worst:.2g}, allowed {F32_LOGITS}")
+    test_far(engine, folder)
+
+
+def test_far(engine, folder):
+    """Positions far out: angles, many blocks of keys, a window that has long wrapped."""
+    config = ref.hf_config(layers="LGL", sliding_window=100, max_position_embeddings=4096,
+                           head_dim=16, query_pre_attn_scalar=16)
+    hf, rng = ref.hf_model(config, seed=SEED), random.Random(SEED)
+    ids = [2] + [rng.randrange(config.vocab_size) for _ in range(1999)]
+    path = os.path.join(folder, "far")
+    ref.save_checkpoint(hf, path, make_golden.tiny_tokenizer())
+    make_golden.export(path, path + ".bin", "--type", "f32")
+    model = ref.Model(engine, path + ".bin")
+    off = abs(engine_logits(model, ids, rng, 256) - ref.hf_logits(hf, ids)).max(1)
+    check(off.max() <= F32_LOGITS, f"2000 tokens: logits off by {off.max():.2g}")
+    print(f"models: 2000 tokens, logits off by {off.max():.2g}")
+    model.close()
+
+
+# ---- sessions -------------------------------------------------------------------------
+
+
+class Shadow:
+    """A session and what it should hold."""
+
+    def __init__(self, model, rng):
+        self.params = dict(window=rng.choice((0, 3, 8)), cache_type=rng.choice((1, 2)))
+        self.n_batch = rng.choice((1, 4, 16, 33))
+        self.session = ref.Session(model, n_batch=self.n_batch, n_context=200,
+                                   n_threads=rng.choice((1, 2, 3)), **self.params)
+        self.ids, self.high = [], 0  # high: how far it ever got
+
+    def expected(self, model, known):
+        """Logits after ids, from a fresh session in single steps; kept in known."""
+        key = (*self.params.values(), *self.ids)
+        if key not in known:
+            s = ref.Session(model, n_batch=1, n_context=200, **self.params)
+            for i in range(len(self.ids)):
+                out = s.append(self.ids[i:i + 1])
+                known[(*self.params.values(), *self.ids[:i + 1])] = out
+            s.close()
+        return known[key]
+
+
+def test_sessions(engine, folder, steps=150):
+    """Sessions of all kinds, appended to in turns and together, rewound and continued,
+    give the bits of single steps."""
+    path, wrong = os.path.join(ref.GOLDEN, "mixed.bin"), []
+    model, rng, known = ref.Model(engine, path), random.Random(SEED), {}
+    shadows = [Shadow(model, rng) for _ in range(6)]
+    for _ in range(steps):
+        s = rng.choice(shadows)
+        room = 199 - len(s.ids)
+        if room < 40 or rng.randrange(4) == 0:
+            wrong += rewind(s, rng)
+        elif rng.randrange(2):
+            ids = [rng.randrange(337) for _ in range(rng.randrange(1, 40))]
+            s.ids += ids
+            got = s.session.append(ids, rng.choice(("eval", "prefill")))
+            wrong += [] if np.array_equal(got, s.expected(model, known)) else ["append"]
+        else:
+            wrong += share_pass(model, s, rng.choice(shadows), known, rng)
+    check(not wrong, f"sessions: {len(wrong)} of {steps} steps went wrong: {wrong[:3]}")
+    for s in shadows:
+        s.session.close()
+    model.close()
+    print(f"sessions: {steps} random steps of {len(shadows)} sessions")
+
+
+def rewind(s, rng):
+    """Goes back, mostly a little; past n_batch from where the session ever was, the window
+    may have been overwritten and refusing is right."""
+    s.high = max(s.high, len(s.ids))
+    back = min(len(s.ids), rng.choice((1, 2, s.n_batch, 20, 200)))
+    status = s.session.lib.gemma2_rewind(s.session.handle, len(s.ids) - back)
+    if status >= 0:
+        s.ids = s.ids[:len(s.ids) - back]
+        s.high = s.high if s.ids else 0
+    elif s.high - (len(s.ids) - back) <= s.n_batch or back == len(s.ids):
+        return [f"rewind by {back} of {len(s.ids)}"]
+    return []
+
+
+def share_pass(model, a, b, known, rng):
+    """Rows of two sessions, or of one, in one pass; the logits of each last row."""
+    rows = [(a, rng.randrange(337)) for _ in range(rng.randrange(1, a.n_batch + 1))]
+    if b is not a and len(b.ids) < 190:
+        n = min(a.n_batch - len(rows), b.n_batch, 9)
+        rows += [(b, rng.randrange(337)) for _ in range(n)]
+    out = np.empty((len(rows), model.config.n_vocab), np.float32)
+    packed = (ref.Row * len(rows))(*[ref.Row(s.session.handle, t, out[i].ctypes.data)
+                                     for i, (s, t) in enumerate(rows)])
+    if model.lib.gemma2_eval_rows(ref.C.addressof(packed), len(rows)) < 0:
+        return ["eval_rows"]
+    wrong = []
+    for i, (s, t) in enumerate(rows):
+        s.ids.append(t)
+        if not np.array_equal(out[i], s.expected(model, known)):
+            wrong.append(f"row {i} of {len(rows)} in a shared pass")
+    return wrong
 
 
 def check_header(path, config, what):
@@ -257,7 +358,7 @@ def test_story(engine, folder):
 
 # ---------------------------------------------------------------------------------------
 
-SECTIONS = {"models": test_models, "formats": test_formats, "tokens": test_tokens,
+SECTIONS = {"models": test_models, "sessions": test_sessions, "formats": test_formats, "tokens": test_tokens,
             "story": test_story, "export": oracle_export.test_export,
             "traps": oracle_traps.test_traps}
 

@@ -654,7 +654,7 @@ class Session:
         self.lib, self.V = model.lib, model.config.n_vocab
         p = SessionParams()
         self.lib.gemma2_session_params_init(C.addressof(p))
-        for name, value in params.items():
+        for name, value in {"n_threads": 1, **params}.items():
             setattr(p, name, value)
         err = C.create_string_buffer(512)
         self.handle = self.lib.gemma2_session_new(model.handle, C.addressof(p), err, 512)

@@ -367,10 +367,13 @@ static void fill_tensor(uint8_t *p, uint32_t type, uint32_t rows, uint32_t cols)
             p[i] = (uint8_t)rnd();
 }
 
+static const char FACTS[] = "\3\0\0\0" "\4\0\0\0" "\4\0\0\0" "nametest"
+                            "\5\0\0\0" "\0\0\0\0" "empty" "\1\0\0\0" "\1\0\0\0" "kv";
+
 static int list_sections(const struct shape *s, const struct pieces *p, uint64_t e[][6])
 {
     uint32_t q = s->n * s->h, k = s->k * s->h, n = 2, i;
-    uint64_t start[2][6] = {{1, 0, 0, 0, 0, 50}, {2, 0, 0, 0, 0, pieces_bytes(p)}};
+    uint64_t start[2][6] = {{1, 0, 0, 0, 0, sizeof FACTS - 1}, {2, 0, 0, 0, 0, pieces_bytes(p)}};
     const uint32_t layer[][3] = {{32, s->d, 1}, {33, q, s->d}, {34, k, s->d}, {35, k, s->d},
                                  {36, s->d, q}, {37, s->d, 1}, {40, s->d, 1}, {41, s->f, s->d},
                                  {42, s->f, s->d}, {43, s->d, s->f}, {44, s->d, 1}};
@@ -434,20 +437,11 @@ static void seal_section(const struct image *m, int i)
     seal(m);
 }
 
-static void write_facts(uint8_t *p) /* 50 bytes */
-{
-    static const char facts[] = "\3\0\0\0" "\4\0\0\0" "\4\0\0\0" "nametest"
-                                "\5\0\0\0" "\0\0\0\0" "empty" "\1\0\0\0" "\0\0\0\0" "k";
-    memcpy(p, facts, sizeof facts - 1);
-}
-_Static_assert(4 + 8 + 8 + 8 + 5 + 8 + 1 == 42, "facts: 42 bytes, 8 more in write_facts");
-
 static struct image build_with(const struct shape *s, const struct pieces *p)
 {
     uint64_t e[64][6], offset[64], n, end;
     struct image m;
     n = (uint64_t)list_sections(s, p, e), end = 512 + 96 * n;
-    e[0][5] = 42;
     for (uint64_t i = 0; i < n; i++) {
         offset[i] = (end + s->align - 1) / s->align * s->align;
         end = offset[i] + e[i][5];
@@ -462,7 +456,7 @@ static struct image build_with(const struct shape *s, const struct pieces *p)
         put_u64(to + 16, e[i][3]), put_u64(to + 24, e[i][4]);
         put_u64(to + 32, offset[i]), put_u64(to + 40, e[i][5]);
         if (i == 0)
-            write_facts(data);
+            memcpy(data, FACTS, sizeof FACTS - 1);
         else if (i == 1)
             write_pieces(p, data);
         else
@@ -536,4 +530,1604 @@ static void random_ids(const gemma2_model *m, int32_t *ids, size_t n)
 {
     for (size_t i = 0; i < n; i++)
         ids[i] = (int32_t)below((uint32_t)vocab(m));
+}
+
+/* ===================================================================================
+ * 2. The weight file
+ * =================================================================================== */
+
+/* Uses a model in every way, with whatever its file says: nothing may crash or hang. */
+static void exercise(const gemma2_model *m)
+{
+    const gemma2_config *c = gemma2_get_config(m);
+    struct gemma2_session *s;
+    gemma2_session_params p;
+    gemma2_plan plan;
+    gemma2_section section;
+    gemma2_utf8 hold = {{0}, 0};
+    int32_t ids[16];
+    size_t size, scratch_bytes = gemma2_encode_scratch(16), room = (size_t)c->max_piece_bytes + 12;
+    char *scratch = fresh(scratch_bytes), *text = fresh(room);
+    gemma2_encode(m, "a <eot>\xc3\xa9\xff<sot>bc", 16, 0, ids, 16, scratch, scratch_bytes);
+    for (int32_t id = 0; id < min_i32(c->n_vocab, 300); id++)
+        gemma2_decode(m, &hold, id, text, room);
+    for (size_t i = 0; gemma2_get_section(m, i, &section); i++)
+        gemma2_check(m, i, NULL, 0);
+    gemma2_fact(m, "license", &size);
+    gemma2_session_params_init(&p);
+    p.n_context = 12, p.n_batch = 3, p.n_threads = 1;
+    if (gemma2_session_plan(m, &p, &plan) == GEMMA2_OK && plan.total < 1 << 26 &&
+        (s = gemma2_session_new(m, &p, NULL, 0)) != NULL) {
+        float *logits = fresh((size_t)c->n_vocab * 4), logprobs[4];
+        gemma2_sampler sampler;
+        gemma2_sampler_init(&sampler, 1);
+        for (int i = 0; i < 4; i++)
+            ids[i] = (int32_t)below((uint32_t)c->n_vocab);
+        gemma2_prefill(s, ids, 4, logits);
+        gemma2_score(s, ids, 4, 0, logprobs);
+        gemma2_sample(s, &sampler, logits);
+        gemma2_session_free(s);
+        free(logits);
+    }
+    free(scratch), free(text);
+}
+
+/* Opens; uses what opens.  Returns whether it opened. */
+static int opens(const struct image *m)
+{
+    char err[256] = "";
+    gemma2_model *model = gemma2_open_memory(m->data, m->size, err, sizeof err);
+    if (!model) {
+        if (!err[0])
+            check(0, "a refusal without a sentence");
+        return 0;
+    }
+    exercise(model);
+    gemma2_close(model);
+    return 1;
+}
+
+static void test_models_open(void)
+{
+    for (int i = 0; i < N_SHAPES; i++) {
+        struct model x = make(&shapes[i]);
+        const gemma2_config *c = gemma2_get_config(x.m);
+        const struct shape *s = &shapes[i];
+        check(c->n_layers == (int)s->layers && c->d_model == (int)s->d && c->n_heads == (int)s->n &&
+                  c->n_kv_heads == (int)s->k && c->head_dim == (int)s->h &&
+                  c->d_ffn == (int)s->f && c->n_vocab == (int)s->v && c->window == 8,
+              "%s: config", s->name);
+        for (uint32_t l = 0; l < s->layers; l++) /* a bit a layer, not even and odd ones */
+            check(c->is_local[l] == (s->local >> l & 1), "%s: layer %u local", s->name, l);
+        check(c->n_stop == 2 && gemma2_is_stop(x.m, 5) && !gemma2_is_stop(x.m, 2), "stops");
+        check(c->file_bytes == x.image.size && !memcmp(c->identity, x.image.data + 480, 32),
+              "%s: identity", s->name);
+        for (size_t k = 0; k < x.m->n_sections; k++)
+            check(gemma2_check(x.m, k, NULL, 0) == 1, "%s: section %zu", s->name, k);
+        check(gemma2_check(x.m, x.m->n_sections, NULL, 0) == 0, "check past the end");
+        exercise(x.m);
+        unmake(&x);
+    }
+}
+
+/* Every prefix, and the file with a byte more; then the same with a header that agrees. */
+static void test_truncated(void)
+{
+    struct image m = build(&tiny_shape), cut;
+    int opened = 0, opened_sealed = 0;
+    for (size_t n = 1; n <= m.size + 1; n++) {
+        if (n == m.size)
+            continue;
+        cut.size = n, cut.data = fresh(n);
+        memcpy(cut.data, m.data, n < m.size ? n : m.size);
+        opened += opens(&cut);
+        if (n >= 512 + 96) {
+            put_u64(cut.data + 32, n);
+            seal(&cut);
+            opened_sealed += opens(&cut);
+        }
+        free(cut.data);
+    }
+    check(!opened, "%d truncated files open", opened);
+    check(!opened_sealed, "%d truncated files with a new checksum open", opened_sealed);
+    free(m.data);
+}
+
+/* Every bit of header and directory counts. */
+static void test_flipped(void)
+{
+    struct image m = build(&tiny_shape);
+    int opened = 0;
+    size_t end = 512 + 96 * get_u32(m.data + 48);
+    for (size_t i = 0; i < end; i++)
+        for (int bit = 0; bit < 8; bit += 1 + (i > 512)) {
+            m.data[i] ^= (uint8_t)(1 << bit);
+            opened += opens(&m);
+            m.data[i] ^= (uint8_t)(1 << bit);
+        }
+    check(!opened, "%d files with a flipped bit open", opened);
+    free(m.data);
+}
+
+/* A value in a sealed header: legal or not, by the byte table. */
+static void test_header_limits(void)
+{
+    static const struct {
+        uint32_t at, value;
+        int legal;
+    } cases[] = {
+        {8, 0, 0}, {8, 2, 0}, {12, 511, 0}, {16, 1, 0}, {20, 1u << 31, 0}, {24, ~0u, 1},
+        {40, 511, 0}, {44, 1, 0}, {48, 0, 0}, {48, 65537, 0}, {48, ~0u, 0}, {52, 95, 0},
+        {56, 0, 0}, {56, 32, 0}, {56, 96, 0}, {56, 1u << 22, 0}, {60, 1, 0}, {64, 0, 0},
+        {64, 2, 0}, {64, 1025, 0}, {68, 0, 0}, {68, 3, 0}, {72, 0, 0}, {72, 3, 0}, {76, 0, 0},
+        {76, 3, 0}, {80, 0, 0}, {80, 1, 0}, {80, 3, 0}, {84, 0, 0}, {88, 0, 0}, {88, 6, 0},
+        {92, 0, 0}, {92, 1, 1}, {92, 1u << 30, 1}, {92, (1u << 30) + 1, 0}, {92, 1u << 31, 0},
+        {96, 0, 0}, {96, 1, 1}, {96, 1u << 30, 1}, {96, ~0u, 0},
+        {100, 0, 1}, {100, 0x80000001, 0}, {100, 0x7fc00000, 0}, {100, 0x7f800000, 0},
+        {108, 0, 0}, {108, 0x7ff80000, 0}, {108, 0x7ff00000, 0}, {108, 0xc0c38800, 0},
+        {112, 0, 1}, {112, 0x42480000, 1}, {112, 0xc2480000, 0}, {112, 0x7fc00000, 0},
+        {112, 0x7f800000, 0}, {112, 1, 0}, {116, 0x461c4000, 1}, {116, 0x461c4001, 0},
+        {116, 0x7fc00000, 0}, {120, 0, 0}, {120, 0xbf800000, 0}, {120, 0x7f800000, 0},
+        {124, 0, 0}, {124, 0x7fc00000, 0}, {124, 0xff800000, 0}, {128, 2, 0}, {252, 1, 0},
+        {256, 0, 0}, {256, 3, 1}, {256, 16, 0}, {256, ~0u, 0}, {260, 7, 0}, {260, 6, 1},
+        {268, 1, 0}, {320, 1, 0}, {476, 1, 0},
+    };
+    struct image m = build(&tiny_shape);
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        uint32_t was = get_u32(m.data + cases[i].at);
+        put_u32(m.data + cases[i].at, cases[i].value);
+        seal(&m);
+        check(opens(&m) == cases[i].legal, "header value %#x at %u is %s", cases[i].value,
+              cases[i].at, cases[i].legal ? "refused" : "accepted");
+        put_u32(m.data + cases[i].at, was);
+    }
+    free(m.data);
+}
+
+static const uint32_t HOSTILE[] = {0, 1, 2, 3, 15, 16, 17, 64, 255, 256, 1024, 4096, 1u << 20,
+                                   1u << 22, 1u << 30, 0x7fffffff, 0x80000000, 0xfffffff0, ~0u,
+                                   0x7fc00000, 0x7f800000, 0xbf800000, 0x3f800000, 0x00000001};
+enum { N_HOSTILE = sizeof HOSTILE / sizeof *HOSTILE };
+
+/* Every word of header, directory, facts and tokenizer, set to every hostile value under
+ * a right checksum, then several at once: refused, or harmless. */
+static void test_hostile_words(void)
+{
+    struct image m = build(&tiny_shape), copy = {fresh(m.size), m.size};
+    size_t end = (size_t)(section_of(&m, 2) - m.data);
+    for (size_t at = 8; at + 4 <= end; at += 4)
+        for (int i = 0; i < N_HOSTILE; i++) {
+            memcpy(copy.data, m.data, m.size);
+            put_u32(copy.data + at, HOSTILE[i]);
+            seal(&copy);
+            opens(&copy);
+        }
+    for (int i = 0; i < 4000; i++) {
+        memcpy(copy.data, m.data, m.size);
+        for (uint32_t k = 0; k <= below(3); k++)
+            if (below(2))
+                put_u32(copy.data + 8 + below((uint32_t)end / 4 - 2) * 4, HOSTILE[below(N_HOSTILE)]);
+            else
+                copy.data[8 + below((uint32_t)end - 8)] = (uint8_t)rnd();
+        seal(&copy);
+        opens(&copy);
+    }
+    free(m.data), free(copy.data);
+}
+
+/* Directory entries that lie.  Entry 0 is facts, 1 the tokenizer, 2 attn_norm, 3 q. */
+static void test_directory(void)
+{
+    static const struct {
+        int entry;
+        uint32_t at, value;
+        int legal;
+    } cases[] = {
+        {0, 0, 2, 0}, {0, 0, 300, 0}, {1, 0, 300, 0}, {0, 4, 1, 0}, {0, 8, 1, 0}, {0, 12, 1, 1},
+        {0, 12, 2, 0}, {0, 16, 1, 0}, {0, 24, 1, 0}, {0, 80, 1, 0}, {0, 92, 1, 0}, {1, 40, 1, 0},
+        {3, 0, 34, 0}, {3, 0, 36, 0}, {3, 4, 1, 0}, {3, 4, ~0u, 0}, {3, 8, 0, 0}, {3, 8, 6, 0},
+        {3, 8, ~0u, 0}, {3, 16, 5, 0}, {3, 20, 1, 0}, {3, 24, 3, 0}, {3, 28, 1, 0}, {3, 32, 0, 0},
+        {3, 36, 1, 0}, {3, 36, ~0u, 0}, {3, 40, 0, 0}, {3, 44, 1, 0}, {3, 44, ~0u, 0},
+        {2, 8, 2, 0}, {13, 4, 1, 0}, {14, 4, 1, 0},
+    };
+    struct image m = build(&tiny_shape);
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        uint8_t *p = entry_of(&m, cases[i].entry) + cases[i].at;
+        uint32_t was = get_u32(p);
+        put_u32(p, cases[i].value);
+        seal(&m);
+        check(opens(&m) == cases[i].legal, "entry %d with %#x at %u is %s", cases[i].entry,
+              cases[i].value, cases[i].at, cases[i].legal ? "refused" : "accepted");
+        put_u32(p, was);
+    }
+    free(m.data);
+}
+
+/* A missing tensor: its entry becomes a kind unknown but optional.  Only facts can go. */
+static void test_missing(void)
+{
+    struct image m = build(&tiny_shape);
+    for (int i = 0; i < (int)get_u32(m.data + 48); i++) {
+        uint32_t was = get_u32(entry_of(&m, i));
+        put_u32(entry_of(&m, i), 300);
+        put_u32(entry_of(&m, i) + 12, 1);
+        seal(&m);
+        check(opens(&m) == (i == 0), "without section %d (role %u)", i, was);
+        put_u32(entry_of(&m, i), was);
+        put_u32(entry_of(&m, i) + 12, 0);
+    }
+    free(m.data);
+}
+
+/* A word in the tokenizer section of a sealed file. */
+static void tokenizer_word(struct image *m, size_t at, uint32_t value, int legal, const char *what)
+{
+    uint8_t *p = section_of(m, 1) + at;
+    uint32_t was = get_u32(p);
+    put_u32(p, value);
+    seal_section(m, 1);
+    check(opens(m) == legal, "tokenizer: %s", what);
+    put_u32(p, was);
+}
+
+static void test_tokenizer_section(void)
+{
+    static struct pieces p;
+    plain_pieces(&p, 20);
+    add_bytes_pieces(&p);
+    struct image m = build_tokenizer_file(&p);
+    size_t scores = 64, ends = 64 + 4 * p.n, kinds = 64 + 8 * p.n, blob = 64 + 9 * p.n;
+    tokenizer_word(&m, 0, p.n - 1, 0, "another count than the header's");
+    tokenizer_word(&m, 0, ~0u, 0, "a huge count");
+    tokenizer_word(&m, 4, p.n, 0, "bos outside the vocabulary");
+    tokenizer_word(&m, 4, ~0u, 1, "no bos");
+    tokenizer_word(&m, 16, ~0u, 1, "no unk, but all bytes");
+    tokenizer_word(&m, 20, 0xfffffffe, 0, "a negative turn marker");
+    tokenizer_word(&m, 28, p.blob_bytes + 1, 0, "too large a blob");
+    tokenizer_word(&m, 32, 1, 0, "reserved bytes");
+    tokenizer_word(&m, 60, 1, 0, "reserved bytes");
+    tokenizer_word(&m, scores, 0x7fc00000, 0, "a NaN score");
+    tokenizer_word(&m, scores + 4, 0xff800000, 0, "an infinite score");
+    tokenizer_word(&m, ends + 4, p.ends[2] + 1, 0, "ends that do not ascend");
+    tokenizer_word(&m, ends + 4, ~0u, 0, "an end far away");
+    tokenizer_word(&m, ends + 4, p.ends[0], 0, "an empty piece");
+    tokenizer_word(&m, ends + 4 * (p.n - 1), p.ends[p.n - 1] - 1, 0, "bytes left over");
+    tokenizer_word(&m, kinds, 0, 0, "kind 0");
+    tokenizer_word(&m, kinds, 0x03030308, 0, "kind 8");
+    tokenizer_word(&m, kinds + 8, 0x01010106, 0, "a letter that calls itself a byte");
+    tokenizer_word(&m, blob, 0xff, 0, "a piece that is no UTF-8");
+    tokenizer_word(&m, blob, 0x80c1, 0, "an overlong piece");
+    free(m.data);
+    static const char *const bad[] = {"<0x-1>", "<0xZZ>", "<0x1>", "<0x0a>", "<0x001>", "<0xGG>"};
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
+        plain_pieces(&p, 8);
+        add_piece(&p, bad[i], GEMMA2_PIECE_BYTE, 0);
+        m = build_tokenizer_file(&p);
+        check(!opens(&m), "the byte piece %s is accepted", bad[i]);
+        free(m.data);
+    }
+    plain_pieces(&p, 8);
+    p.special[3] = -1;
+    m = build_tokenizer_file(&p);
+    check(!opens(&m), "neither unk nor bytes");
+    free(m.data);
+}
+
+static void test_facts(void)
+{
+    struct model x = make(&tiny_shape);
+    size_t size = 9;
+    const char *value = gemma2_fact(x.m, "name", &size);
+    check(value && size == 4 && !memcmp(value, "test", 4), "fact: name");
+    check(gemma2_fact(x.m, "empty", &size) && size == 0, "fact: an empty one");
+    check(!gemma2_fact(x.m, "nam", &size) && !gemma2_fact(x.m, "", &size), "facts not there");
+    static const struct {
+        uint32_t at, value;
+    } lies[] = {{0, 2}, {0, 4}, {0, ~0u}, {4, 5}, {4, ~0u}, {8, 3}, {8, ~0u}, {20, 1u << 31}};
+    for (size_t i = 0; i < sizeof lies / sizeof *lies; i++) {
+        uint8_t *p = section_of(&x.image, 0) + lies[i].at;
+        uint32_t was = get_u32(p);
+        put_u32(p, lies[i].value);
+        seal_section(&x.image, 0);
+        check(!opens(&x.image), "facts with %#x at %u", lies[i].value, lies[i].at);
+        put_u32(p, was);
+    }
+    unmake(&x);
+}
+
+/* gemma2_check finds every changed byte behind the directory, padding included. */
+static int sections_fail(const gemma2_model *m)
+{
+    int n = 0;
+    for (size_t i = 0; i < m->n_sections; i++)
+        n += gemma2_check(m, i, NULL, 0) == GEMMA2_ERR_CORRUPT;
+    return n;
+}
+
+static void test_check(void)
+{
+    struct model x = make(&tiny_shape);
+    char err[128] = "";
+    int missed = 0;
+    check(sections_fail(x.m) == 0, "a sound file has faults");
+    for (size_t i = 512 + 96 * x.m->n_sections; i < x.image.size; i++) {
+        x.image.data[i] ^= (uint8_t)(1 << i % 8);
+        missed += sections_fail(x.m) != 1;
+        x.image.data[i] ^= (uint8_t)(1 << i % 8);
+    }
+    check(!missed, "--check misses %d changed bytes", missed);
+    x.image.data[section_of(&x.image, 3) - x.image.data] ^= 1;
+    check(gemma2_check(x.m, 3, err, sizeof err) == GEMMA2_ERR_CORRUPT && err[0], "and says so");
+    unmake(&x);
+}
+
+/* Values that are not finite, under a right digest: in each type, first row and last. */
+static void test_check_values(void)
+{
+    for (int i = 0; i < N_SHAPES; i++) {
+        struct image m = build(&shapes[i]);
+        for (int at_end = 0; at_end < 2; at_end++) {
+            uint8_t *e = entry_of(&m, 3), *data = section_of(&m, 3);
+            uint32_t type = get_u32(e + 8), rows = (uint32_t)get_u64(e + 16);
+            uint64_t tile = tensor_bytes(type, 1, get_u64(e + 24));
+            uint32_t lane = at_end ? (rows - 1) % 16 : 0, row = at_end ? rows - 1 : 0;
+            uint8_t *p = data + row / 16 * tile + lane * 4; /* input 0, or S */
+            uint32_t was = get_u32(p);
+            put_u32(p, type == BF16 ? 0x7f80 : at_end ? 0x7fc00000 : 0xff800000);
+            seal_section(&m, 3);
+            gemma2_model *model = open_image(&m);
+            check(gemma2_check(model, 3, NULL, 0) == GEMMA2_ERR_CORRUPT, "%s: bad values pass",
+                  shapes[i].name);
+            exercise(model);
+            gemma2_close(model);
+            put_u32(p, was);
+        }
+        free(m.data);
+    }
+}
+
+/* ---- files on disk ---- */
+
+static char scratch_dir[64];
+
+static const char *in_dir(const char *name)
+{
+    static char path[128];
+    snprintf(path, sizeof path, "%s/%s", scratch_dir, name);
+    return path;
+}
+
+static const char *write_file(const char *name, const void *p, size_t n)
+{
+    const char *path = in_dir(name);
+    FILE *f = fopen(path, "wb");
+    if (!f || fwrite(p, 1, n, f) != n || fclose(f))
+        printf("cannot write %s\n", path), exit(1);
+    return path;
+}
+
+static void refused(const char *path, const char *needle)
+{
+    char err[256] = "";
+    gemma2_model *m = gemma2_open(path, NULL, err, sizeof err);
+    check(!m && strstr(err, needle), "%s: \"%s\" does not say \"%s\"", path, err, needle);
+    gemma2_close(m);
+}
+
+static void test_foreign(void)
+{
+    static const struct {
+        const char *bytes;
+        size_t n;
+        const char *needle;
+    } cases[] = {
+        {"", 0, "is empty"}, {"<!DOCTYPE html>", 15, "web page"}, {"<", 1, "web page"},
+        {"\x1f\x8b\x08\0\0\0\0\0", 8, "gzip"}, {"GGUF\3\0\0\0\0\0\0\0", 12, "GGUF"},
+        {"\xfd" "7zXZ\0\0\0", 8, "xz"}, {"PK\3\4\0\0\0\0", 8, "zip"},
+        {"\x10\0\0\0\0\0\0\0{\"a\":1}       ", 22, "safetensors"},
+        {"version https://git-lfs.github.com/spec/v1\n", 43, "LFS"},
+        {"\x89GEMMA2\n", 8, "cut short"}, {"\x89GEMMA2\n\1\0\0\0", 12, "cut short"},
+        {"\x89GEMMA", 6, "not a gemma2.c model"}, {"hello", 5, "not a gemma2.c model"},
+        {"x", 1, "not a gemma2.c model"},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
+        refused(write_file("foreign", cases[i].bytes, cases[i].n), cases[i].needle);
+    refused(in_dir("nothing"), "cannot open");
+    refused(scratch_dir, "is a directory");
+    check(mkfifo(in_dir("fifo"), 0600) == 0, "mkfifo");
+    refused(in_dir("fifo"), "pipe");
+    refused("/dev/zero", "device");
+    remove(in_dir("fifo"));
+    remove(in_dir("foreign"));
+}
+
+/* By path, mapped and read, and from memory: the same model; sizes are named when wrong. */
+static void test_open_ways(void)
+{
+    struct image m = build(&tiny_shape);
+    char needle[64];
+    gemma2_open_params p;
+    gemma2_open_params_init(&p);
+    for (p.read_into_memory = 0; p.read_into_memory < 2; p.read_into_memory++) {
+        const char *path = write_file("model", m.data, m.size);
+        gemma2_model *x = gemma2_open(path, &p, NULL, 0);
+        check(x && sections_fail(x) == 0, "open, read_into_memory %u", p.read_into_memory);
+        if (x)
+            exercise(x);
+        gemma2_close(x);
+    }
+    snprintf(needle, sizeof needle, "has %zu bytes, but should have %zu", m.size - 1, m.size);
+    refused(write_file("model", m.data, m.size - 1), needle);
+    check(!gemma2_open_memory(m.data + 32, m.size, NULL, 0), "memory not aligned to 64");
+    check(!gemma2_open_memory(NULL, 100, NULL, 0) && !gemma2_open(NULL, NULL, NULL, 0), "NULLs");
+    p.struct_size = 4;
+    check(!gemma2_open(in_dir("model"), &p, NULL, 0), "open params of a wrong size");
+    remove(in_dir("model"));
+    gemma2_close(NULL);
+    free(m.data);
+}
+
+static void test_weight_file(void)
+{
+    test_models_open();
+    test_truncated();
+    test_flipped();
+    test_header_limits();
+    test_hostile_words();
+    test_directory();
+    test_missing();
+    test_tokenizer_section();
+    test_facts();
+    test_check();
+    test_check_values();
+    test_foreign();
+    test_open_ways();
+}
+
+/* ===================================================================================
+ * 3. Number formats, read bit by bit as the table in section 3 has them
+ * =================================================================================== */
+
+static void test_bf16(void)
+{
+    int bad = 0;
+    for (uint32_t h = 0; h < 1 << 16; h++) {
+        int e = h >> 7 & 255, m = h & 127;
+        double x = e == 0 ? ldexp(m, -133) : ldexp(128 + m, e - 134);
+        float y = from_bf16((uint16_t)h);
+        if (e == 255)
+            bad += m ? !isnan(y) : !isinf(y);
+        else
+            bad += (double)y != (h >> 15 ? -x : x) || !!signbit(y) != (int)(h >> 15);
+    }
+    check_none(bad, "bf16 values");
+}
+
+/* Weight [row][col] of a quantised tensor, exactly: S and s * v. */
+static int32_t weight_at(uint32_t type, const uint8_t *data, uint32_t cols, uint32_t row,
+                         uint32_t col, float *scale)
+{
+    static const int code[16] = {-31, -25, -20, -16, -12, -9, -6, -3, 0, 3, 6, 9, 13, 17, 22, 28};
+    uint32_t group_bytes = type == Q8 ? 512 : type == Q6 ? 384 : 256, lane = row % 16;
+    const uint8_t *tile = data + row / 16 * tensor_bytes(type, 1, cols);
+    const uint8_t *block = tile + 64 + col / 256 * (128 + 8 * group_bytes);
+    const uint8_t *group = block + 128 + col % 256 / 32 * group_bytes;
+    int s = block[col % 256 / 32 * 16 + lane], step = col % 32 / 4, input = lane * 4 + col % 4;
+    *scale = float_of(get_u32(tile + lane * 4));
+    if (type == Q8)
+        return s * (group[step * 64 + input] ^ 128) - s * 128;
+    int byte = group[step / 2 * 64 + input], low = step % 2 ? byte / 16 : byte % 16;
+    int sign = s > 127 ? s - 256 : s;
+    if (type == Q6)
+        return sign * ((group[256 + step / 4 * 64 + input] >> 2 * (step % 4) & 3) * 16 + low - 32);
+    return (sign - (s & 1)) / 2 * (code[low] + 4 * (s & 1));
+}
+
+static struct matrix random_matrix(uint32_t type, uint32_t rows, uint32_t cols)
+{
+    uint8_t *data = fresh(tensor_bytes(type, rows, cols));
+    struct matrix w = {data, type, rows, cols, (size_t)tensor_bytes(type, 1, cols)};
+    memset(data, 0, tensor_bytes(type, rows, cols));
+    fill_tensor(data, type, rows, cols);
+    return w;
+}
+
+static void test_unpack(void)
+{
+    static const uint32_t cols[] = {1, 31, 256, 257, 300};
+    for (uint32_t type = Q8; type <= Q4; type++)
+        for (int i = 0; i < 5; i++) {
+            struct matrix w = random_matrix(type, 19, cols[i]);
+            float *y = fresh(cols[i] * sizeof *y), scale;
+            int bad = 0;
+            for (uint32_t r = 0; r < 19; r++) {
+                read_row(&w, r, y);
+                for (uint32_t k = 0; k < cols[i]; k++) {
+                    int32_t v = weight_at(type, w.data, cols[i], r, k, &scale);
+                    bad += y[k] != scale * (float)v;
+                }
+            }
+            check(!bad, "%s, %u columns: %d weights wrong", types[type].name, cols[i], bad);
+            free(y), free((void *)(uintptr_t)w.data);
+        }
+}
+
+static struct input random_input(size_t rows, uint32_t cols)
+{
+    size_t ldq = round_up(cols, 256);
+    struct input in = {fresh(rows * cols * 4), cols, fresh(rows * ldq), fresh(rows * ldq / 8),
+                       fresh(rows * ldq / 8), ldq};
+    return in;
+}
+
+static void quantise_input(const struct input *in, size_t rows, uint32_t cols)
+{
+    for (size_t t = 0; t < rows; t++)
+        quantise(in->x + t * in->ldx, cols, in->q + t * in->ldq, in->scale + t * in->ldq / 32,
+                 in->sum + t * in->ldq / 32);
+}
+
+static void free_input(const struct input *in)
+{
+    free(in->x), free(in->q), free(in->scale), free(in->sum);
+}
+
+/* A product with a unit vector is a column: the same weights that read_row sees. */
+static void test_rows_are_columns(void)
+{
+    for (uint32_t type = F32; type < N_TYPES; type++) {
+        uint32_t cols = 67;
+        struct matrix w = random_matrix(type, 16, cols);
+        struct input in = random_input(1, cols);
+        float row[67], y[1][TILE];
+        int bad = 0;
+        for (uint32_t k = 0; k < cols; k++) {
+            memset(in.x, 0, cols * sizeof *in.x);
+            in.x[k] = 1;
+            quantise_input(&in, 1, cols);
+            scalar_kernels.product[type](w.data, cols, &in, 0, 1, y);
+            for (uint32_t r = 0; r < 16; r++) {
+                read_row(&w, r, row);
+                bad += fabsf(y[0][r] - row[k]) > (type >= Q8 ? 1e-6f : 0) * fabsf(row[k]);
+            }
+        }
+        check(!bad, "%s: %d products with a unit vector", types[type].name, bad);
+        free_input(&in), free((void *)(uintptr_t)w.data);
+    }
+}
+
+static void test_formats(void)
+{
+    test_bf16();
+    test_unpack();
+    test_rows_are_columns();
+}
+
+/* ===================================================================================
+ * 4. Kernels: the specification against libm, then every row against the specification
+ * =================================================================================== */
+
+/* |y - x| in units of the last place of a float near x. */
+static double ulps(float y, double x)
+{
+    int e;
+    frexp(x, &e);
+    return fabs((double)y - x) / ldexp(1, (e < -125 ? -125 : e) - 24);
+}
+
+/* Largest error over the floats from `low` to `high` (bits), every step-th. */
+static double sweep(float (*f)(float), double (*truth)(double), uint32_t low, uint32_t high,
+                    uint32_t step)
+{
+    double worst = 0;
+#ifdef _OPENMP
+#pragma omp parallel for reduction(max : worst)
+#endif
+    for (uint32_t bits = low; bits <= high - step; bits += step) {
+        float x = float_of(bits);
+        double error = ulps(f(x), truth((double)x));
+        worst = error > worst ? error : worst;
+    }
+    return worst;
+}
+
+static float call_exp(float x) { return exp_f32(x); }
+static float call_tanh(float x) { return tanh_f32(x); }
+
+static void test_exp_tanh_error(void)
+{
+    int full = getenv("GEMMA2_TEST_FULL") != NULL;
+    uint32_t step = full ? 1 : 499;
+    double up = sweep(call_exp, exp, bits_of(1e-30f), bits_of(88.4f), step);
+    double down = sweep(call_exp, exp, bits_of(-1e-30f), bits_of(-87.3f), step);
+    double near = sweep(call_tanh, tanh, 1, bits_of(0.625f), step);
+    double far = sweep(call_tanh, tanh, bits_of(0.625f) - step, bits_of(20.0f), step);
+    check(up < 1.5 && down < 1.5, "exp is off by %.3f and %.3f ulp", up, down);
+    check(near < 3 && far < 3, "tanh is off by %.3f and %.3f ulp", near, far);
+    if (full)
+        printf("largest errors in ulp: exp %.4f above 0, %.4f below; tanh %.4f below 0.625, %.4f "
+               "above\n", up, down, near, far);
+}
+
+static void test_exp_tanh_ends(void)
+{
+    check(exp_f32(0.0f) == 1 && exp_f32(-0.0f) == 1 && exp_f32(1e-45f) == 1, "exp near 0");
+    check(exp_f32(-INFINITY) == 0 && exp_f32(-87.4f) == 0 && exp_f32(-3e38f) == 0, "exp far below");
+    check(exp_f32(-87.3f) >= 0x1p-126f, "exp(-87.3) is no denormal");
+    check(exp_f32(88.5f) >= 2.4e38f && exp_f32(INFINITY) >= 2.4e38f, "exp far above");
+    check(isfinite(exp_f32(INFINITY)), "exp of infinity is finite");
+    check(isnan(exp_f32(NAN)) && isnan(exp_f32(-NAN)), "exp of NaN");
+    check(tanh_f32(INFINITY) == 1 && tanh_f32(-INFINITY) == -1 && tanh_f32(-3e38f) == -1, "tanh ends");
+    check(tanh_f32(0.0f) == 0 && tanh_f32(-0.0f) == 0, "tanh of zeros");
+    check(tanh_f32(1e-45f) == 1e-45f && tanh_f32(-1e-40f) == -1e-40f, "tanh of denormals");
+    check(isnan(tanh_f32(NAN)) && isnan(tanh_f32(-NAN)), "tanh of NaN");
+    int bad = 0;
+    for (uint32_t i = 0; i < 200000; i++) {
+        float x = uniform(-25, 25);
+        bad += tanh_f32(-x) != -tanh_f32(x) || fabsf(tanh_f32(x)) > 1;
+    }
+    check_none(bad, "tanh is odd and within 1");
+}
+
+/* A half's value, in double. */
+static double half_value(uint32_t h)
+{
+    int e = h >> 10 & 31, m = h & 1023;
+    double x = e ? ldexp(1024 + m, e - 25) : ldexp(m, -24);
+    return h >> 15 ? -x : x;
+}
+
+static void test_halves(void)
+{
+    int bad = 0, bad_ties = 0;
+    for (uint32_t h = 0; h < 1 << 16; h++) {
+        float x = from_half((uint16_t)h);
+        if ((h & 0x7c00) == 0x7c00) {
+            bad += h & 1023 ? !isnan(x) : !isinf(x);
+            continue;
+        }
+        bad += (double)x != half_value(h) || half_of(x) != h;
+        if ((h & 0x7fff) == 0x7bff)
+            continue;
+        float middle = (float)((half_value(h) + half_value(h + 1)) / 2); /* exact in float */
+        float out = float_of(bits_of(middle) + 1), in = float_of(bits_of(middle) - 1);
+        bad_ties += half_of(middle) != h + (h & 1) || half_of(out) != h + 1 || half_of(in) != h;
+    }
+    check_none(bad, "halves to float and back");
+    check_none(bad_ties, "halves at their rounding boundaries");
+    check(half_of(65519.9f) == 0x7bff && half_of(65520) == 0x7bff && half_of(1e30f) == 0x7bff &&
+              half_of(-INFINITY) == 0xfbff, "halves saturate");
+    check(isnan(from_half(half_of(NAN))), "half of NaN");
+    check(half_of(0x1p-25f) == 0 && half_of(0x1.000002p-25f) == 1 && half_of(-1e-40f) == 0x8000,
+          "halves near zero");
+}
+
+static void test_log_and_angles(void)
+{
+    int bad = 0;
+    for (int i = 0; i < 100000; i++) {
+        double x = ldexp(1 + (double)rnd() / 0x1p32, (int)below(1200) - 600);
+        bad += fabs(log_f64(x) - log(x)) > 1e-15 + 4e-16 * fabs(log(x));
+    }
+    check(log_f64(1) == 0 && bad == 0, "log: %d wrong", bad);
+    bad = 0;
+    for (int i = 0; i < 200000; i++) {
+        double x = i < 1000 ? i : ldexp((double)rnd(), (int)below(30) - 41);
+        float c, s;
+        cos_sin(x, &c, &s);
+        bad += fabs(c - cos(x)) > 1e-14 + 0x1p-24 * 0.51 * fabs(cos(x)) * 2;
+        bad += fabs(s - sin(x)) > 1e-14 + 0x1p-24 * 0.51 * fabs(sin(x)) * 2;
+    }
+    check_none(bad, "cos and sin");
+}
+
+/* Gemma scales by 1 + w: with w = 0 the row has mean square 1, with w = -1 it is zero. */
+static void test_norm_and_gelu(void)
+{
+    float x[50], w[50], y[50], gate[3] = {1, -1, 0.5f}, up[3] = {1, 2, -3};
+    double mean = 0;
+    for (int i = 0; i < 50; i++)
+        x[i] = uniform(-3, 3), w[i] = 0;
+    rms_norm(x, w, 0, 50, y);
+    for (int i = 0; i < 50; i++)
+        mean += (double)y[i] * y[i] / 50, w[i] = -1;
+    check(fabs(mean - 1) < 1e-6, "norm with w = 0");
+    rms_norm(x, w, 0, 50, y);
+    check(y[0] == 0 && y[49] == 0, "norm with w = -1");
+    geglu(gate, up, 3); /* the tanh form: 0.841192, not the exact gelu's 0.841345 */
+    check(fabsf(gate[0] - 0.8411920f) < 1e-6f && fabsf(gate[1] + 2 * 0.1588080f) < 1e-6f,
+          "gelu, tanh form");
+    float capped[2] = {5, -100};
+    soft_cap(capped, 2, 30);
+    check(fabs(capped[0] - 30 * tanh(5 / 30.0)) < 1e-6 && fabs(capped[1] + 29.9238) < 1e-3, "cap");
+}
+
+/* The soft-cap acts on scores before the mask: masked places weigh exactly nothing. */
+static void test_weigh(void)
+{
+    struct kv_head kv = {.cap = 2};
+    float s[32];
+    for (int i = 0; i < 32; i++)
+        s[i] = i == 5 ? NAN : (float)i;
+    struct partial p = weigh(&scalar_kernels, &kv, s, 32, 7, 9);
+    check(s[5] == 0 && s[6] == 0 && s[10] == 0 && s[9] == 1, "masked places weigh 0");
+    check(p.max <= 2 && fabsf(s[7] - expf(2 * tanhf(3.5f) - 2 * tanhf(4.5f))) < 1e-6f, "capped");
+    p = weigh(&scalar_kernels, &kv, s, 32, 20, 3);
+    check(p.max == -INFINITY && p.sum == 0 && s[25] == 0, "a query that sees nothing here");
+}
+
+/* The specification's quantisation, in exact arithmetic. */
+static int quantise_is_off(const float *x, uint32_t n, const int8_t *q, const float *scale,
+                           const int32_t *sum)
+{
+    int bad = 0;
+    for (size_t g = 0; g < round_up(n, 256) / 32; g++) {
+        float max = 0, v;
+        int total = 0;
+        for (size_t i = g * 32; i < g * 32 + 32 && i < n; i++)
+            max = fabsf(x[i]) > max ? fabsf(x[i]) : max;
+        for (size_t i = g * 32; i < g * 32 + 32; i++) {
+            v = i < n && max >= 1e-30f ? x[i] * (127.0f / max) : 0;
+            v = v > 127 ? 127 : v < -127 ? -127 : v;
+            bad += q[i] != (int)nearbyint((double)v);
+            total += q[i];
+        }
+        bad += scale[g] != (max >= 1e-30f ? max / 127.0f : 0) || sum[g] != total;
+    }
+    return bad;
+}
+
+static void test_quantise(void)
+{
+    int bad = 0;
+    for (uint32_t n = 1; n < 600; n += 1 + n / 7)
+        for (int kind = 0; kind < 4; kind++) {
+            struct input in = random_input(1, n);
+            for (uint32_t i = 0; i < n; i++)
+                in.x[i] = kind == 0 ? uniform(-1, 1) : kind == 1 ? (float)below(255) - 127.0f
+                        : kind == 2 ? (float)below(510) * 0.5f - 127 : uniform(-3e-30f, 3e-30f);
+            if (kind == 2) /* ties: with a maximum of 127 halves stay halves */
+                in.x[n / 2] = 127;
+            quantise_input(&in, 1, n);
+            bad += quantise_is_off(in.x, n, in.q, in.scale, in.sum);
+            free_input(&in);
+        }
+    check_none(bad, "quantised inputs");
+}
+
+/* ---- rows of the table against scalar, every bit ---- */
+
+enum { N_EXTREMES = 9 };
+
+/* Bytes of a quantised tile, and S, driven to their limits. */
+static void extreme_tile(uint8_t *tile, size_t bytes, int kind)
+{
+    static const float scales[] = {1, -1, 1e30f, -1e-38f, 1e-45f, 3e38f, -0.0f, 1e-3f, 0};
+    static const uint8_t fill[] = {0x7f, 0x81, 0xff, 0x80, 0, 1, 0xf0, 0x0f, 0xfe};
+    memset(tile, fill[kind], bytes);
+    for (int lane = 0; lane < 16; lane++)
+        put_u32(tile + 4 * lane, bits_of(scales[(kind + lane / 4) % 9]));
+    for (size_t i = 64; i < bytes && kind % 2; i++)
+        if (below(3) == 0)
+            tile[i] = fill[below(9)];
+}
+
+static void extreme_input(const struct input *in, size_t rows, uint32_t cols, int kind)
+{
+    for (size_t t = 0; t < rows; t++)
+        for (uint32_t i = 0; i < cols; i++)
+            in->x[t * in->ldx + i] = kind < 3 ? (t % 2 ? -127.0f : 127.0f)
+                                   : kind == 3 ? 1e30f * (float)(i % 3)
+                                   : kind == 4 ? 1e-38f : uniform(-200, 200);
+}
+
+static int product_differs(const struct kernels *row, uint32_t type, uint32_t cols, int kind)
+{
+    struct matrix w = random_matrix(type, 16, cols);
+    struct input in = random_input(9, cols);
+    int bad = 0;
+    if (type >= Q8 && kind)
+        extreme_tile((uint8_t *)(uintptr_t)w.data, w.tile_bytes, kind - 1);
+    extreme_input(&in, 9, cols, kind ? kind - 1 : 9);
+    quantise_input(&in, 9, cols);
+    for (int n = 1; n <= 8; n++) {
+        float (*y)[TILE] = fresh(sizeof *y * (size_t)n), (*z)[TILE] = fresh(sizeof *z * (size_t)n);
+        row->product[type](w.data, cols, &in, 1, n, y);
+        scalar_kernels.product[type](w.data, cols, &in, 1, n, z);
+        bad += !!memcmp(y, z, sizeof *y * (size_t)n);
+        free(y), free(z);
+    }
+    free_input(&in), free((void *)(uintptr_t)w.data);
+    return bad;
+}
+
+static void row_products(const struct kernels *row)
+{
+    static const uint32_t cols[] = {1, 2, 3, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 127, 129,
+                                    255, 256, 257, 287, 289, 300, 511, 512, 513, 599, 600};
+    for (uint32_t type = F32; type < N_TYPES; type++) {
+        int bad = 0;
+        for (size_t i = 0; i < sizeof cols / sizeof *cols; i++)
+            for (int kind = 0; kind < (type >= Q8 && i % 5 == 0 ? N_EXTREMES + 1 : 1); kind++)
+                bad += product_differs(row, type, cols[i], kind);
+        check(!bad, "%s: %d products of %s differ from scalar", row->name, bad, types[type].name);
+    }
+}
+
+static int quantise_differs(const struct kernels *row, uint32_t n, int special)
+{
+    struct input a = random_input(1, n), b = random_input(1, n);
+    for (uint32_t i = 0; i < n; i++)
+        a.x[i] = uniform(-8, 8);
+    if (special)
+        mix_in_special(a.x, n, special == 1);
+    memset(a.q, 99, a.ldq), memset(b.q, 77, b.ldq);
+    quantise(a.x, n, a.q, a.scale, a.sum);
+    row->quantise(a.x, n, b.q, b.scale, b.sum);
+    int bad = memcmp(a.q, b.q, a.ldq) || memcmp(a.scale, b.scale, a.ldq / 8) ||
+              memcmp(a.sum, b.sum, a.ldq / 8);
+    free_input(&a), free_input(&b);
+    return bad;
+}
+
+static int same_floats(float *a, float *b, size_t n)
+{
+    int same = !memcmp(a, b, n * sizeof *a);
+    free(a), free(b);
+    return same;
+}
+
+static float *copy_floats(const float *x, size_t n)
+{
+    float *y = fresh(n * sizeof *y);
+    memcpy(y, x, n * sizeof *y);
+    return y;
+}
+
+/* The element-wise kernels and sums on n elements; special: 1 finite ones, 2 all. */
+static int vectors_differ(const struct kernels *row, uint32_t n, int special)
+{
+    float *x = random_floats(n, 12), *w = random_floats(n, 2), *y = copy_floats(x, n), *z;
+    int bad = 0;
+    if (special)
+        mix_in_special(y, n, special == 1);
+    z = copy_floats(y, n);
+    row->soft_cap(y, n, 30), soft_cap(z, n, 30);
+    bad += !same_floats(y, z, n);
+    y = copy_floats(x, n), z = copy_floats(x, n);
+    if (special)
+        mix_in_special(y, n, special == 1), memcpy(z, y, n * 4);
+    row->geglu(y, w, n), geglu(z, w, n);
+    bad += !same_floats(y, z, n);
+    y = copy_floats(x, n), z = copy_floats(x, n);
+    if (special)
+        y[n / 2] = z[n / 2] = -INFINITY, y[n / 3] = z[n / 3] = special == 1 ? -90.0f : NAN;
+    float a = row->exp_sum(y, n, 11.5f), b = exp_sum(z, n, 11.5f);
+    bad += bits_of(a) != bits_of(b) || !same_floats(y, z, n);
+    y = copy_floats(x, n), z = copy_floats(x, n); /* the norm in place, the other apart */
+    row->rms_norm(y, w, 1e-6f, n, y), rms_norm(x, w, 1e-6f, n, z);
+    bad += !same_floats(y, z, n);
+    free(x), free(w);
+    return bad;
+}
+
+static int halves_differ(const struct kernels *row, uint32_t n)
+{
+    float *x = random_floats(n, 70000);
+    uint16_t *y = fresh(n * 2), *z = fresh(n * 2);
+    for (uint32_t i = 0; i < n; i++)
+        if (below(2))
+            x[i] = float_of(rnd());
+    mix_in_special(x, n, 0);
+    row->to_half(x, n, y), to_half(x, n, z);
+    int bad = memcmp(y, z, n * 2) != 0;
+    free(x), free(y), free(z);
+    return bad;
+}
+
+static void row_vectors(const struct kernels *row)
+{
+    int bad[3] = {0, 0, 0};
+    for (uint32_t n = 1; n <= 600; n += 1 + n / 20)
+        for (int special = 0; special < 3; special++) {
+            bad[0] += quantise_differs(row, n, special);
+            bad[1] += vectors_differ(row, n, special);
+            bad[2] += halves_differ(row, n);
+        }
+    check(!bad[0], "%s: %d quantised rows differ from scalar", row->name, bad[0]);
+    check(!bad[1], "%s: %d vectors differ from scalar", row->name, bad[1]);
+    check(!bad[2], "%s: %d rows of halves differ from scalar", row->name, bad[2]);
+}
+
+/* n_groups x 16 cached vectors, each group in memory of its own. */
+static void random_cache(void **groups, int n_groups, size_t floats, int half)
+{
+    for (int g = 0; g < n_groups; g++) {
+        float *x = random_floats(floats, 2);
+        groups[g] = x;
+        if (half) {
+            groups[g] = fresh(floats * 2);
+            to_half(x, floats, groups[g]);
+            free(x);
+        }
+    }
+}
+
+static int attention_differs(const struct kernels *row, int half, int n, int head_dim, int groups)
+{
+    static float s[2][MAX_QUERIES][KEY_BLOCK];
+    size_t width = round_up((size_t)head_dim, 16), used = (size_t)n * width;
+    void *keys[16], *values[16];
+    float *q[8], *o[2] = {fresh(used * 4), fresh(used * 4)};
+    int last = groups * 16 - 1 - (int)below(16), first = (int)below((uint32_t)last + 1), bad = 0;
+    random_cache(keys, groups, (size_t)head_dim * 16, half);
+    random_cache(values, groups, width * 16, half);
+    for (int j = 0; j < n; j++)
+        q[j] = random_floats((size_t)head_dim, 1);
+    memset(s, 0x55, sizeof s);
+    scalar_kernels.scores[half]((const float *const *)q, n, head_dim, (const void *const *)keys,
+                                groups, s[0]);
+    row->scores[half]((const float *const *)q, n, head_dim, (const void *const *)keys, groups, s[1]);
+    bad += !!memcmp(s[0], s[1], sizeof s[0]);
+    scalar_kernels.mix[half]((const float (*)[KEY_BLOCK])s[0], n, (int)width,
+                             (const void *const *)values, first, last, o[0]);
+    row->mix[half]((const float (*)[KEY_BLOCK])s[0], n, (int)width, (const void *const *)values,
+                   first, last, o[1]);
+    bad += !same_floats(o[0], o[1], used);
+    for (int j = 0; j < n; j++)
+        free(q[j]);
+    for (int g = 0; g < groups; g++)
+        free(keys[g]), free(values[g]);
+    return bad;
+}
+
+static void row_attention(const struct kernels *row)
+{
+    static const int head_dims[] = {2, 4, 6, 10, 16, 18, 34, 64, 80, 128, 144, 256};
+    for (int half = 0; half < 2; half++) {
+        int bad = 0;
+        for (size_t i = 0; i < sizeof head_dims / sizeof *head_dims; i++)
+            for (int n = 1; n <= 8; n++)
+                bad += attention_differs(row, half, n, head_dims[i], 1 + (int)below(16)) +
+                       attention_differs(row, half, n, head_dims[i], 1 + n % 4);
+        check(!bad, "%s: attention over an %s cache: %d differ from scalar", row->name,
+              half ? "f16" : "f32", bad);
+    }
+}
+
+/* a * b + c = 0 when the product is rounded first, 2^-24 when it is fused with the sum. */
+static void row_rounds_products(const struct kernels *row)
+{
+    float a = 1 + 0x1p-7f, b = 1 + 0x1p-17f, c = -(1 + 0x1p-7f + 0x1p-17f), y[1][TILE];
+    float x[2] = {c, b}, tile[32], s[1][KEY_BLOCK], p[1][KEY_BLOCK] = {{c, b}}, o[16];
+    uint16_t half[32];
+    struct input in = {.x = x, .ldx = 2};
+    const void *group[1] = {tile};
+    const float *q[1] = {x};
+    for (int i = 0; i < 32; i++) {
+        tile[i] = i < 16 ? 1 : a;
+        half[i] = i % 2 ? (uint16_t)(bits_of(a) >> 16) : 0x3f80;
+    }
+    row->product[F32]((uint8_t *)tile, 2, &in, 0, 1, y);
+    check(y[0][3] == 0, "%s: f32 products are fused with sums", row->name);
+    row->product[BF16]((uint8_t *)half, 2, &in, 0, 1, y);
+    check(y[0][3] == 0, "%s: bf16 products are fused with sums", row->name);
+    row->scores[0](q, 1, 2, group, 1, s);
+    check(s[0][3] == 0, "%s: scores are fused", row->name);
+    row->mix[0]((const float (*)[KEY_BLOCK])p, 1, 16, group, 0, 1, o);
+    check(o[3] == 0, "%s: the mix is fused", row->name);
+}
+
+static void test_kernels(void)
+{
+    test_exp_tanh_error();
+    test_exp_tanh_ends();
+    test_halves();
+    test_log_and_angles();
+    test_norm_and_gelu();
+    test_weigh();
+    test_quantise();
+    for (int i = 0; i < N_KERNELS; i++) {
+        if (!all_kernels[i]->available()) {
+            printf("not run: the %s kernels, this CPU lacks them\n", all_kernels[i]->name);
+            continue;
+        }
+        row_rounds_products(all_kernels[i]);
+        if (all_kernels[i] == &scalar_kernels)
+            continue;
+        row_products(all_kernels[i]);
+        row_vectors(all_kernels[i]);
+        row_attention(all_kernels[i]);
+    }
+}
+
+/* ===================================================================================
+ * 5. Work sharing, and the floating-point environment
+ * =================================================================================== */
+
+/* Logits after every one of n tokens, fed one by one: [n][V].  What all else must equal. */
+static float *step_by_step(const gemma2_model *m, struct setup o, const int32_t *ids, size_t n)
+{
+    float *logits = fresh(n * vocab(m) * sizeof *logits);
+    gemma2_session *s = start(m, o);
+    for (size_t i = 0; i < n; i++)
+        if (gemma2_eval(s, ids + i, 1, logits + i * vocab(m)) != GEMMA2_OK)
+            check(0, "step %zu", i);
+    gemma2_session_free(s);
+    return logits;
+}
+
+static int logits_differ(const gemma2_model *m, const float *logits, const float *truth, size_t i)
+{
+    return !!memcmp(logits, truth + i * vocab(m), vocab(m) * sizeof *logits);
+}
+
+/* Feeds ids in chunks; how many chunks end in other logits than steps did. */
+static int chunks_differ(const gemma2_model *m, struct setup o, const int32_t *ids, size_t n,
+                         size_t chunk, const float *truth)
+{
+    gemma2_session *s = start(m, o);
+    float *logits = fresh(vocab(m) * sizeof *logits);
+    int bad = 0;
+    for (size_t at = 0; at < n;) {
+        size_t size = n - at < chunk ? n - at : chunk;
+        bad += gemma2_eval(s, ids + at, size, logits) != GEMMA2_OK;
+        at += size;
+        bad += logits_differ(m, logits, truth, at - 1);
+    }
+    bad += gemma2_position(s) != (int32_t)n || !!memcmp(gemma2_history(s), ids, n * sizeof *ids);
+    gemma2_session_free(s);
+    free(logits);
+    return bad;
+}
+
+static void test_threads(void)
+{
+    static const int threads[] = {2, 3, 5, 16};
+    int32_t ids[30];
+    for (int i = 0; i < N_SHAPES; i++) {
+        struct model x = make(&shapes[i]);
+        random_ids(x.m, ids, 30);
+        float *truth = step_by_step(x.m, (struct setup){30, 7, 1, 0, 0}, ids, 30);
+        for (int k = 0; k < 4; k++)
+            for (size_t chunk = 1; chunk < 30; chunk += 12)
+                check(!chunks_differ(x.m, (struct setup){30, 7, threads[k], 0, 0}, ids, 30, chunk,
+                                     truth),
+                      "%s: %d threads, chunks of %zu", shapes[i].name, threads[k], chunk);
+        free(truth);
+        unmake(&x);
+    }
+}
+
+#ifdef HAVE_X86
+/* Everything with numbers in it, as a host would call it: logits, two scores, an id. */
+struct numbers {
+    float logits[3][128], score[3], logprob;
+    int32_t id;
+};
+
+static void compute_numbers(const gemma2_model *m, int threads, struct numbers *out)
+{
+    int32_t ids[20];
+    gemma2_sampler sampler;
+    gemma2_session *s = start(m, (struct setup){32, 8, threads, 0, 0});
+    for (int i = 0; i < 20; i++)
+        ids[i] = i * 7 % (int)vocab(m);
+    memset(out, 0, sizeof *out);
+    gemma2_sampler_init(&sampler, 7);
+    gemma2_prefill(s, ids, 10, out->logits[0]);
+    gemma2_eval(s, ids + 10, 5, out->logits[1]);
+    gemma2_eval_rows(&(gemma2_row){s, ids[15], out->logits[2]}, 1);
+    gemma2_score(s, ids + 16, 3, 5, out->score);
+    gemma2_logprob(out->logits[0], vocab(m), 3, &out->logprob);
+    out->id = gemma2_sample(s, &sampler, out->logits[2]);
+    gemma2_session_free(s);
+}
+
+/* A host that flushes denormals or rounds upward gets the same bits, and its setting back.
+ * 0x8040: FTZ and DAZ; 0x4000 rounds up, 0x6000 to zero; 0x1f80: no traps. */
+static void test_float_environment(void)
+{
+    static const unsigned host[] = {0x1f80 | 0x8040, 0x1f80 | 0x4000, 0x1f80 | 0x8040 | 0x6000};
+    for (int i = 0; i < N_SHAPES; i++) {
+        struct model x = make(&shapes[i]);
+        struct numbers truth, other;
+        compute_numbers(x.m, 1, &truth);
+        for (int k = 0; k < 6; k++) {
+            unsigned old = _mm_getcsr(), after;
+            _mm_setcsr(host[k % 3]);
+            compute_numbers(x.m, k < 3 ? 1 : 3, &other);
+            after = _mm_getcsr();
+            _mm_setcsr(old);
+            check((after & ~0x3fu) == host[k % 3], "%s: environment %#x lost", shapes[i].name,
+                  host[k % 3]);
+            check(!memcmp(&truth, &other, sizeof truth), "%s: environment %#x changes results",
+                  shapes[i].name, host[k % 3]);
+        }
+        unmake(&x);
+    }
+}
+#else
+static void test_float_environment(void) { printf("not run: floating-point environments\n"); }
+#endif
+
+static void test_work_sharing(void)
+{
+    test_threads();
+    test_float_environment();
+}
+
+/* ===================================================================================
+ * 6. The model and its sessions
+ * =================================================================================== */
+
+/* Chunks of every kind, with rings of window 8 + n_batch slots, to the context's last place. */
+static void test_chunks(void)
+{
+    static const size_t chunks[] = {2, 3, 5, 7, 8, 9, 10, 13, 16, 17, 40};
+    int32_t ids[40];
+    for (int i = 0; i < N_SHAPES; i++) {
+        struct model x = make(&shapes[i]);
+        random_ids(x.m, ids, 40);
+        float *truth = step_by_step(x.m, (struct setup){40, 1, 1, 0, 0}, ids, 40);
+        for (int batch = 1; batch <= 9; batch++)
+            for (size_t k = (size_t)batch % 2; k < 11; k += 2)
+                check(!chunks_differ(x.m, (struct setup){40, batch, 1, 0, 0}, ids, 40, chunks[k],
+                                     truth),
+                      "%s: n_batch %d, chunks of %zu", shapes[i].name, batch, chunks[k]);
+        check(!chunks_differ(x.m, (struct setup){0, 0, 1, 0, 0}, ids, 40, 40, truth),
+              "%s: default context and batch", shapes[i].name);
+        free(truth);
+        unmake(&x);
+    }
+}
+
+/* Whole models on every row of kernels. */
+static void test_models_on_rows(void)
+{
+    int32_t ids[30];
+    for (int i = 0; i < N_SHAPES; i++) {
+        struct model x = make(&shapes[i]);
+        random_ids(x.m, ids, 30);
+        x.m->isa = &scalar_kernels;
+        float *truth = step_by_step(x.m, (struct setup){30, 1, 1, 0, 0}, ids, 30);
+        for (int k = 0; k < N_KERNELS; k++) {
+            x.m->isa = all_kernels[k];
+            if (all_kernels[k]->available())
+                check(!chunks_differ(x.m, (struct setup){30, 11, 1, 0, 0}, ids, 30, 12, truth) &&
+                          !chunks_differ(x.m, (struct setup){30, 4, 2, 0, 0}, ids, 30, 1, truth),
+                      "%s on %s differs from scalar", shapes[i].name, all_kernels[k]->name);
+        }
+        free(truth);
+        unmake(&x);
+    }
+}
+
+/* Rows of several unlike sessions in shared passes, against each one alone. */
+enum { N_SHARING = 5 };
+
+static void share_passes(const gemma2_model *m, gemma2_session **s, int32_t (*ids)[30],
+                         float **truth, int *bad)
+{
+    gemma2_row rows[8];
+    float *logits = fresh(8 * vocab(m) * sizeof *logits);
+    int32_t position[8], owner[8];
+    for (int pass = 0; pass < 25; pass++) {
+        size_t n = 0;
+        for (int i = 0; i < N_SHARING; i++) {
+            int k = (i + pass) % N_SHARING; /* each leads in turn */
+            for (uint32_t r = below(4); r > 0 && n < 8; r--) {
+                int32_t at = gemma2_position(s[k]), before = 0;
+                for (size_t j = 0; j < n; j++)
+                    before += owner[j] == k;
+                if (at + before >= 30)
+                    break;
+                rows[n] = (gemma2_row){s[k], ids[k][at + before], logits + n * vocab(m)};
+                position[n] = at + before, owner[n++] = k;
+            }
+        }
+        if (!n)
+            continue;
+        *bad += gemma2_eval_rows(rows, n) != GEMMA2_OK;
+        for (size_t j = 0; j < n; j++)
+            *bad += logits_differ(m, rows[j].logits, truth[owner[j]], (size_t)position[j]);
+    }
+    free(logits);
+}
+
+static void test_shared_passes(void)
+{
+    static const struct setup setups[N_SHARING] = {{30, 8, 1, 8, 0}, {64, 9, 3, 3, 0},
+                                                   {30, 8, 1, 8, 1}, {50, 16, 2, 5, 2},
+                                                   {30, 8, 1, 1, 0}};
+    for (int i = 0; i < N_SHAPES; i++) {
+        struct model x = make(&shapes[i]);
+        gemma2_session *s[N_SHARING];
+        int32_t ids[N_SHARING][30];
+        float *truth[N_SHARING];
+        int bad = 0;
+        for (int k = 0; k < N_SHARING; k++) {
+            random_ids(x.m, ids[k], 30);
+            s[k] = start(x.m, setups[k]);
+            truth[k] = step_by_step(x.m, setups[k], ids[k], 30);
+        }
+        share_passes(x.m, s, ids, truth, &bad);
+        check(!bad, "%s: %d rows differ in shared passes", shapes[i].name, bad);
+        for (int k = 0; k < N_SHARING; k++)
+            gemma2_session_free(s[k]), free(truth[k]);
+        unmake(&x);
+    }
+}
+
+/* Far into a context: attention split over blocks of 256 keys for 1 to 4 rows, windows that
+ * cross the blocks' edges.  `at` are chunks that end at or around those edges. */
+static int far_differs(const gemma2_model *m, struct setup o, const int32_t *ids,
+                       const float *truth, const int *sizes)
+{
+    gemma2_session *s = start(m, o);
+    float *logits = fresh(vocab(m) * sizeof *logits);
+    size_t at = 0;
+    int bad = 0;
+    for (int i = 0; sizes[i]; i++) {
+        bad += gemma2_eval(s, ids + at, (size_t)sizes[i], logits) != GEMMA2_OK;
+        at += (size_t)sizes[i];
+        bad += logits_differ(m, logits, truth, at - 1);
+    }
+    gemma2_session_free(s);
+    free(logits);
+    return bad;
+}
+
+static void test_far(void)
+{
+    static const int sizes[] = {253, 1, 1, 1, 1, 1, 1, 2, 3, 4, 3, 240, 1, 1, 1, 2, 1, 4, 100, 1, 0};
+    static const int32_t windows[] = {1, 8, 100, 255, 256, 257, 300};
+    int32_t ids[640];
+    struct model x = make(&long_shape);
+    random_ids(x.m, ids, 640);
+    for (int cache = 1; cache <= 2; cache++)
+        for (int k = cache - 1; k < 7; k += 2) {
+            struct setup o = {640, 1, 1, windows[k], cache};
+            float *truth = step_by_step(x.m, o, ids, 640);
+            for (o.batch = 4; o.batch <= 64; o.batch += 60)
+                for (o.threads = 1; o.threads <= 16; o.threads += 15)
+                    check(!far_differs(x.m, o, ids, truth, sizes),
+                          "window %d, n_batch %d, %d threads, cache %d: far logits differ",
+                          o.window, o.batch, o.threads, cache);
+            free(truth);
+        }
+    unmake(&x);
+}
+
+/* Two long sessions of unlike contexts share a pass that the shorter or longer one leads. */
+static void test_far_shared(void)
+{
+    int32_t ids[500];
+    struct model x = make(&long_shape);
+    float *logits = fresh(4 * vocab(x.m) * sizeof *logits);
+    random_ids(x.m, ids, 500);
+    float *truth = step_by_step(x.m, (struct setup){500, 1, 1, 0, 0}, ids, 500);
+    for (int lead = 0; lead < 2; lead++) {
+        gemma2_session *s[2] = {start(x.m, (struct setup){300, 16, 16, 0, 0}),
+                                start(x.m, (struct setup){500, 16, 16, 0, 0})};
+        gemma2_eval(s[0], ids, 280, NULL);
+        gemma2_eval(s[1], ids, 480, NULL);
+        gemma2_row rows[4];
+        for (int i = 0; i < 4; i++)
+            rows[i] = (gemma2_row){s[(i / 2 + lead) % 2], 0, logits + (size_t)i * vocab(x.m)};
+        for (int i = 0; i < 4; i++)
+            rows[i].id = ids[(rows[i].session == s[0] ? 280 : 480) + i % 2];
+        check(gemma2_eval_rows(rows, 4) == GEMMA2_OK, "far rows");
+        for (int i = 0; i < 4; i++)
+            check(!logits_differ(x.m, rows[i].logits, truth,
+                                 (rows[i].session == s[0] ? 280u : 480u) + (unsigned)i % 2),
+                  "far rows, lead %d, row %d", lead, i);
+        gemma2_session_free(s[0]), gemma2_session_free(s[1]);
+    }
+    free(logits), free(truth);
+    unmake(&x);
+}
+
+/* ---- traps of Gemma 2, where a direct test is cheap (the others: test_golden.c) ---- */
+
+/* In one local layer of window 8, position p sees p - 7 and not p - 8; a global one sees all. */
+static void test_window_edge(void)
+{
+    for (uint32_t local = 0; local < 2; local++) {
+        struct shape shape = shapes[0];
+        int32_t ids[12], other[12];
+        shape.layers = 1, shape.local = local;
+        struct model x = make(&shape);
+        random_ids(x.m, ids, 12);
+        float *truth = step_by_step(x.m, (struct setup){12, 1, 1, 0, 0}, ids, 12);
+        for (int changed = 0; changed < 3; changed++) {
+            memcpy(other, ids, sizeof ids);
+            other[changed] = (other[changed] + 1) % (int)vocab(x.m);
+            float *logits = step_by_step(x.m, (struct setup){12, 1, 1, 0, 0}, other, 12);
+            for (int p = 7; p <= 10; p++)
+                check(logits_differ(x.m, logits + (size_t)p * vocab(x.m), truth, (size_t)p) ==
+                          (!local || p - changed < 8),
+                      "local %u: position %d, change at %d", local, p, changed);
+            free(logits);
+        }
+        free(truth);
+        unmake(&x);
+    }
+}
+
+static void scale_f32(const struct image *m, int section, float factor)
+{
+    uint8_t *p = section_of(m, section);
+    for (uint64_t i = 0; i < get_u64(entry_of(m, section) + 40); i += 4)
+        put_u32(p + i, bits_of(get_f32(p + i) * factor));
+}
+
+/* Twice the query scale undoes half the q weights, twice the embedding scale half the
+ * embedding, to the bit: both scales are applied, once, and to nothing else. */
+static void test_scales(void)
+{
+    struct shape shape = shapes[0];
+    int32_t ids[20];
+    shape.untied = 1;
+    struct model x = make(&shape);
+    random_ids(x.m, ids, 20);
+    float *truth = step_by_step(x.m, (struct setup){20, 1, 1, 0, 0}, ids, 20);
+    for (int which = 0; which < 2; which++) {
+        size_t at = which ? 124 : 120;
+        uint32_t was = get_u32(x.image.data + at);
+        for (int step = 0; step < 2; step++) {
+            if (step == 0)
+                put_u32(x.image.data + at, bits_of(float_of(was) * 2));
+            for (int l = 0; l < 3 && step; l++)
+                if (which == 0)
+                    scale_f32(&x.image, 3 + 11 * l, 0.5f);
+            if (which && step)
+                scale_f32(&x.image, 2 + 33 + 1, 0.5f);
+            seal(&x.image);
+            gemma2_model *m = open_image(&x.image);
+            check(chunks_differ(m, (struct setup){20, 4, 1, 0, 0}, ids, 20, 20, truth) == !step,
+                  "%s scale, step %d", which ? "embedding" : "query", step);
+            gemma2_close(m);
+        }
+    }
+    free(truth);
+    unmake(&x);
+}
+
+/* Each layer's own bit decides: a global one holds the context, a local one its window. */
+static void test_layer_kinds(void)
+{
+    struct model x = make(&shapes[5]);
+    gemma2_session *s = start(x.m, (struct setup){64, 4, 1, 0, 0});
+    for (uint32_t l = 0; l < shapes[5].layers; l++)
+        check(s->cache[l].slots == (shapes[5].local >> l & 1 ? 16 : 64), "layer %u: slots", l);
+    gemma2_session_free(s);
+    unmake(&x);
+}
+
+/* ---- rewinding ---- */
+
+/* A random walk of steps and rewinds, against sessions that never rewound. */
+static void rewind_walk(const gemma2_model *m, struct setup o, int *n_refused, int *bad)
+{
+    gemma2_session *s = start(m, o);
+    float *logits = fresh(vocab(m) * sizeof *logits);
+    int32_t ids[40], position = 0, high = 0;
+    for (int step = 0; step < 60; step++) {
+        int32_t back = (int32_t)below(8), to = max_i32(0, position - (step % 9 ? back : 40));
+        int status = gemma2_rewind(s, to);
+        *bad += status != GEMMA2_OK && status != GEMMA2_ERR_REWIND;
+        *bad += status == GEMMA2_ERR_REWIND && (!to || high <= o.window || high - to <= o.batch);
+        *n_refused += status == GEMMA2_ERR_REWIND;
+        position = status == GEMMA2_OK ? to : position;
+        high = position ? high : 0;
+        int32_t n = 1 + (int32_t)below(6);
+        if (position + n > o.context)
+            continue;
+        random_ids(m, ids + position, (size_t)n);
+        *bad += gemma2_eval(s, ids + position, (size_t)n, logits) != GEMMA2_OK;
+        position += n, high = max_i32(high, position);
+        *bad += gemma2_position(s) != position || memcmp(gemma2_history(s), ids, (size_t)position * 4);
+        gemma2_session *clean = start(m, o);
+        float *truth = fresh(vocab(m) * sizeof *truth);
+        gemma2_eval(clean, ids, (size_t)position, truth);
+        *bad += logits_differ(m, logits, truth, 0);
+        gemma2_session_free(clean), free(truth);
+    }
+    gemma2_session_free(s), free(logits);
+}
+
+static void test_rewind(void)
+{
+    for (int i = 0; i < N_SHAPES; i += 3)
+        for (int32_t batch = 1; batch <= 9; batch += 2) {
+            struct model x = make(&shapes[i]);
+            int refused = 0, bad = 0;
+            rewind_walk(x.m, (struct setup){40, batch, 1, 8, 0}, &refused, &bad);
+            check(!bad, "%s, n_batch %d: %d wrong after rewinds", shapes[i].name, batch, bad);
+            check(refused > 0, "%s: no rewind was too deep", shapes[i].name);
+            unmake(&x);
+        }
+}
+
+static void test_rewind_edges(void)
+{
+    struct model x = make(&shapes[0]);
+    int32_t ids[40], before;
+    random_ids(x.m, ids, 40);
+    float *truth = step_by_step(x.m, (struct setup){40, 4, 1, 0, 0}, ids, 40);
+    float *logits = fresh(vocab(x.m) * sizeof *logits);
+    gemma2_session *s = start(x.m, (struct setup){40, 4, 1, 0, 0});
+    gemma2_eval(s, ids, 39, NULL);
+    check(gemma2_rewind(s, 40) == GEMMA2_ERR_ARGUMENT && gemma2_rewind(s, -1) == GEMMA2_ERR_ARGUMENT,
+          "rewind outside what is held");
+    check(gemma2_rewind(s, 5) == GEMMA2_ERR_REWIND, "a rewind too deep");
+    before = gemma2_position(s);
+    check(before == 39 && gemma2_eval(s, ids + 39, 1, logits) == GEMMA2_OK &&
+              !logits_differ(x.m, logits, truth, 39), "a refused rewind changes nothing");
+    check(gemma2_rewind(s, 36) == GEMMA2_OK && gemma2_eval(s, ids + 36, 4, logits) == GEMMA2_OK &&
+              !logits_differ(x.m, logits, truth, 39), "n_batch back");
+    check(gemma2_rewind(s, 0) == GEMMA2_OK && gemma2_eval(s, ids, 14, logits) == GEMMA2_OK &&
+              !logits_differ(x.m, logits, truth, 13), "back to 0");
+    check(gemma2_rewind(s, 14) == GEMMA2_OK && gemma2_rewind(s, 1) == GEMMA2_OK, "before the wrap");
+    gemma2_session_free(s);
+    free(truth), free(logits);
+    unmake(&x);
+}
+
+/* ---- refusals leave the session as it was ---- */
+
+static void test_refused_calls(void)
+{
+    struct model x = make(&shapes[0]), y = make(&shapes[1]);
+    int32_t v = (int32_t)vocab(x.m), ids[12], bad_ids[3] = {1, 2, 0};
+    float *logits = fresh(vocab(x.m) * sizeof *logits), logprobs[12];
+    random_ids(x.m, ids, 12);
+    float *truth = step_by_step(x.m, (struct setup){12, 3, 1, 0, 0}, ids, 12);
+    gemma2_session *s = start(x.m, (struct setup){12, 3, 1, 0, 0});
+    gemma2_session *t = start(x.m, (struct setup){12, 2, 1, 0, 0});
+    gemma2_session *u = start(y.m, (struct setup){12, 3, 1, 0, 0});
+    gemma2_row rows[4] = {{s, 1, NULL}, {s, 1, NULL}, {s, 1, NULL}, {s, 1, NULL}};
+    gemma2_eval(s, ids, 11, NULL);
+    check(gemma2_eval(s, ids, 2, logits) == GEMMA2_ERR_CONTEXT, "two tokens for one place");
+    check(gemma2_prefill(s, ids, SIZE_MAX, logits) == GEMMA2_ERR_CONTEXT, "SIZE_MAX tokens");
+    check(gemma2_score(s, ids, 2, -1, logprobs) == GEMMA2_ERR_CONTEXT, "score: context");
+    check(gemma2_eval_rows(rows, 2) == GEMMA2_ERR_CONTEXT, "rows: context");
+    check(gemma2_eval(s, ids, 0, logits) == GEMMA2_ERR_ARGUMENT, "no tokens");
+    check(gemma2_eval(s, NULL, 1, logits) == GEMMA2_ERR_ARGUMENT, "no ids");
+    for (int i = 0; i < 3; i++) {
+        bad_ids[2] = i == 0 ? -1 : i == 1 ? v : INT32_MAX;
+        check(gemma2_eval(t, bad_ids, 3, logits) == GEMMA2_ERR_TOKEN, "id %d", bad_ids[2]);
+        check(gemma2_score(t, bad_ids, 3, 1, logprobs) == GEMMA2_ERR_TOKEN, "score: id");
+        check(gemma2_eval_rows(&(gemma2_row){t, bad_ids[2], NULL}, 1) == GEMMA2_ERR_TOKEN, "row id");
+    }
+    check(gemma2_score(s, ids, 1, v, logprobs) == GEMMA2_ERR_TOKEN, "score: next");
+    check(gemma2_score(s, ids, 1, -2, logprobs) == GEMMA2_ERR_ARGUMENT, "score: next -2");
+    check(gemma2_score(s, ids, 1, 1, NULL) == GEMMA2_ERR_ARGUMENT, "score: no room");
+    check(gemma2_eval_rows(rows, 0) == GEMMA2_ERR_ARGUMENT, "no rows");
+    check(gemma2_eval_rows(NULL, 1) == GEMMA2_ERR_ARGUMENT, "NULL rows");
+    check(gemma2_eval_rows(rows, 4) == GEMMA2_ERR_ARGUMENT, "more rows than n_batch");
+    rows[1].session = u;
+    check(gemma2_eval_rows(rows, 2) == GEMMA2_ERR_ARGUMENT, "rows of two models");
+    rows[1].session = NULL;
+    check(gemma2_eval_rows(rows, 2) == GEMMA2_ERR_ARGUMENT, "a row of no session");
+    gemma2_session *wide = start(x.m, (struct setup){12, 8, 1, 0, 0});
+    gemma2_row many[4] = {{wide, 1, NULL}, {t, 1, NULL}, {t, 1, NULL}, {t, 1, NULL}};
+    check(gemma2_eval_rows(many, 4) == GEMMA2_ERR_ARGUMENT, "3 rows of a session of n_batch 2");
+    check(gemma2_position(t) == 0 && gemma2_position(wide) == 0, "refused rows count");
+    check(gemma2_position(s) == 11 && gemma2_context(s) == 12, "position after refusals");
+    check(gemma2_eval(s, ids + 11, 1, logits) == GEMMA2_OK && !logits_differ(x.m, logits, truth, 11),
+          "logits after refusals");
+    check(gemma2_eval(s, ids, 1, logits) == GEMMA2_ERR_CONTEXT, "the context is full");
+    gemma2_session_free(s), gemma2_session_free(t), gemma2_session_free(u), gemma2_session_free(wide);
+    free(truth), free(logits);
+    unmake(&x), unmake(&y);
+}
+
+static void test_session_params(void)
+{
+    static const struct {
+        gemma2_session_params p;
+        int legal;
+    } cases[] = {
+        {{28, -1, 0, 0, 0, 0}, 0}, {{28, (1 << 30) + 1, 1, 0, 0, 0}, 0}, {{28, 1, 0, 0, 0, 0}, 1},
+        {{28, 8, -1, 0, 0, 0}, 0}, {{28, 8, 4097, 0, 0, 0}, 0}, {{28, 8, 4096, 0, 0, 0}, 1},
+        {{28, 8, 0, -1, 0, 0}, 0}, {{28, 8, 0, 1025, 0, 0}, 0}, {{28, 8, 0, 1024, 0, 0}, 1},
+        {{28, 8, 0, 0, -1, 0}, 0}, {{28, 8, 0, 0, 9, 0}, 0}, {{28, 8, 0, 0, 8, 0}, 1},
+        {{28, 8, 0, 0, 0, 3}, 0}, {{28, 8, 0, 0, 0, -1}, 0}, {{28, 8, 0, 0, 0, 2}, 1},
+        {{0, 8, 0, 0, 0, 0}, 0}, {{~0u, 8, 0, 0, 0, 0}, 0}, {{8, 8, -1, -1, -1, -1}, 1},
+        {{28, 0, 0, 0, 0, 0}, 1}, {{28, 100, 0, 0, 0, 0}, 1},
+    };
+    struct model x = make(&shapes[0]);
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        char err[256] = "";
+        gemma2_plan plan;
+        int status = gemma2_session_plan(x.m, &cases[i].p, &plan);
+        gemma2_session *s = gemma2_session_new(x.m, &cases[i].p, err, sizeof err);
+        check(status == (cases[i].legal ? GEMMA2_OK : GEMMA2_ERR_ARGUMENT), "params %zu: plan", i);
+        check(!!s == cases[i].legal && !!err[0] == !s, "params %zu: session", i);
+        if (s)
+            check(gemma2_context(s) == (cases[i].p.n_context ? cases[i].p.n_context : 64) &&
+                      plan.total == plan.cache + plan.scratch && plan.weights == x.image.size,
+                  "params %zu: context and plan", i);
+        gemma2_session_free(s);
+    }
+    unmake(&x);
+}
+
+/* In memory of the caller: exactly plan.total bytes, whatever they held before. */
+static void test_placed(void)
+{
+    int32_t ids[20];
+    for (int i = 0; i < N_SHAPES; i++) {
+        struct model x = make(&shapes[i]);
+        gemma2_session_params p;
+        gemma2_plan plan;
+        gemma2_session_params_init(&p);
+        p.n_context = 20, p.n_batch = 5, p.n_threads = 3;
+        random_ids(x.m, ids, 20);
+        float *truth = step_by_step(x.m, (struct setup){20, 1, 1, 0, 0}, ids, 20);
+        float *logits = fresh(vocab(x.m) * sizeof *logits);
+        check(gemma2_session_plan(x.m, &p, &plan) == GEMMA2_OK, "plan");
+        char *memory = fresh(plan.total);
+        memset(memory, 0xff, plan.total); /* NaN, in both cache types */
+        check(!gemma2_session_place(x.m, &p, memory, plan.total - 1, NULL, 0), "a byte too few");
+        check(!gemma2_session_place(x.m, &p, memory + 32, plan.total, NULL, 0), "misaligned");
+        check(!gemma2_session_place(x.m, &p, NULL, plan.total, NULL, 0), "placed at NULL");
+        gemma2_session *s = gemma2_session_place(x.m, &p, memory, plan.total, NULL, 0);
+        if (check(s != NULL, "%s: place", shapes[i].name)) {
+            gemma2_eval(s, ids, 13, NULL);
+            gemma2_eval(s, ids + 13, 7, logits);
+            check(!logits_differ(x.m, logits, truth, 19), "%s: a placed session", shapes[i].name);
+            gemma2_session_free(s);
+        }
+        free(memory), free(truth), free(logits);
+        unmake(&x);
+    }
+}
+
+/* gemma2_score says what logits and gemma2_logprob say, however it is cut. */
+static void test_score(void)
+{
+    int32_t ids[20];
+    for (int i = 0; i < N_SHAPES; i++) {
+        struct model x = make(&shapes[i]);
+        float truth[20], scores[20];
+        random_ids(x.m, ids, 20);
+        float *logits = step_by_step(x.m, (struct setup){20, 1, 1, 0, 0}, ids, 20);
+        for (size_t k = 0; k < 20; k++)
+            gemma2_logprob(logits + k * vocab(x.m), vocab(x.m), k < 19 ? ids[k + 1] : 3, truth + k);
+        for (size_t cut = 1; cut <= 20; cut += 3)
+            for (int32_t batch = 1; batch < 8; batch += 3) {
+                gemma2_session *s = start(x.m, (struct setup){20, batch, 2, 0, 0});
+                scores[19] = 77;
+                int status = gemma2_score(s, ids, cut, cut < 20 ? ids[cut] : 3, scores);
+                if (cut < 20)
+                    status |= gemma2_score(s, ids + cut, 20 - cut, batch == 1 ? -1 : 3, scores + cut);
+                check(status == GEMMA2_OK && !memcmp(scores, truth, 19 * sizeof *truth),
+                      "%s: score, %zu first, n_batch %d", shapes[i].name, cut, batch);
+                check(scores[19] == (cut < 20 && batch == 1 ? 77 : truth[19]), "score of next");
+                gemma2_session_free(s);
+            }
+        free(logits);
+        unmake(&x);
+    }
+}
+
+static void test_model(void)
+{
+    test_chunks();
+    test_models_on_rows();
+    test_shared_passes();
+    test_far();
+    test_far_shared();
+    test_window_edge();
+    test_scales();
+    test_layer_kinds();
+    test_rewind();
+    test_rewind_edges();
+    test_refused_calls();
+    test_session_params();
+    test_placed();
+    test_score();
 }

@@ -41,6 +41,10 @@ test-oracle: run
 check-model: build/check_model
 	build/check_model $(MODEL) $(ARGS)
 
+# Speed: make bench MODEL=file, or SHAPE=2b|9b|27b with TYPE=q8 (random weights, in memory).
+bench: build/bench
+	build/bench $(if $(MODEL),$(MODEL),--shape $(or $(SHAPE),2b) --type $(or $(TYPE),q8)) $(ARGS)
+
 # The C tests again under AddressSanitizer and UndefinedBehaviorSanitizer.
 test-sanitize:
 	@mkdir -p build/sanitize
@@ -49,10 +53,12 @@ test-sanitize:
 		-fno-sanitize-recover=all tests/$$t.c -lm -o build/sanitize/$$t || exit 1; done
 	@sh tests/all.sh build/sanitize/test build/sanitize/test_golden
 
+# Removes what was built.
 clean:
 	rm -rf run build
 
+# This list.
 help:
 	@sed -n '/^# /h; /^[a-z][a-z-]*:/{G; s/:[^\n]*\n#/  -/p}' Makefile
 
-.PHONY: demo test test-oracle check-model test-sanitize clean help
+.PHONY: demo test test-oracle check-model bench test-sanitize clean help

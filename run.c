@@ -42,10 +42,11 @@
 
 enum { DONE = 0, FAILED = 1, USAGE = 2, BAD_MODEL = 3, INTERRUPTED = 130 };
 
-/* What the next Ctrl-C does.  While a reply is made it asks for a stop, and a second one
- * ends the program; at all other times the first one does. */
-enum { EXIT_AT_ONCE, STOP_SOFTLY, STOP_ASKED };
-static volatile sig_atomic_t interrupt_state = EXIT_AT_ONCE;
+/* What Ctrl-C does.  While a reply is made it asks for a stop and uses up some patience
+ * (a second one may just be what timeout(1) sends along); without patience it ends the
+ * program at once. */
+enum { PATIENCE = 2 };
+static volatile sig_atomic_t patience, stop_asked;
 
 /* Calls nothing but what a signal handler may. */
 static void on_interrupt(int signal_number)
@@ -55,8 +56,9 @@ static void on_interrupt(int signal_number)
 #else
     (void)signal_number;
 #endif
-    if (interrupt_state == STOP_SOFTLY) {
-        interrupt_state = STOP_ASKED;
+    if (patience > 0) {
+        patience--;
+        stop_asked = 1;
         return;
     }
 #ifndef _WIN32
@@ -961,7 +963,7 @@ static int prefill(program *p)
     const int32_t *ids = p->ids.items;
     size_t start = (size_t)gemma2_position(p->session), end = p->ids.n, at = start;
     double began = seconds();
-    while (at < end && interrupt_state != STOP_ASKED) {
+    while (at < end && !stop_asked) {
         size_t n = end - at < PREFILL_PIECE ? end - at : PREFILL_PIECE;
         int code = gemma2_prefill(p->session, ids + at, n, at + n == end ? p->logits : NULL);
         if (code < 0)
@@ -1070,7 +1072,7 @@ static int decode(program *p)
     double began = seconds();
     int status = DONE;
     while (!status && !r->finish && !p->out.error) {
-        if (interrupt_state == STOP_ASKED)
+        if (stop_asked)
             r->finish = AT_INTERRUPT;
         else if (p->opts->max_tokens >= 0 && r->n_ids >= (size_t)p->opts->max_tokens)
             r->finish = AT_LENGTH;
@@ -1094,13 +1096,13 @@ static int make_reply(program *p)
     array text = r->text, logprobs = r->logprobs;
     text.n = logprobs.n = 0;
     *r = (reply){.text = text, .logprobs = logprobs};
-    interrupt_state = STOP_SOFTLY;
+    stop_asked = 0;
+    patience = PATIENCE;
     int status = prefill(p);
     if (status == DONE && !p->opts->json)
         put_text(&p->out, p->echo.items, p->echo.n);
     if (status == DONE && !r->finish)
         status = decode(p);
-    interrupt_state = EXIT_AT_ONCE;
     if (!p->opts->json)
         put_bytes(&p->out, "\n", 1);
     put_flush(&p->out);
@@ -1269,6 +1271,7 @@ static int converse(program *p)
         fprintf(stderr, "seed %" PRIu64 "\n", p->seed);
     int status = DONE;
     while (status == DONE && !p->out.error) {
+        patience = 0;
         fprintf(stderr, "> ");
         fflush(stderr);
         int got = read_line(&p->prompt);

@@ -309,7 +309,7 @@ static const struct work works[] = {
 };
 
 static void run_work(gemma2_session *s, const struct work *w, const struct options *o,
-                     double bandwidth, FILE *json)
+                     double bandwidth, FILE *json, int first)
 {
     float *logits = malloc(sizeof *logits * (size_t)s->model->config.n_vocab);
     double speed[64];
@@ -329,7 +329,7 @@ static void run_work(gemma2_session *s, const struct work *w, const struct optio
     printf("\n");
     if (json)
         fprintf(json, "%s{\"work\":\"%s\",\"median\":%.3f,\"low\":%.3f,\"high\":%.3f}",
-                w == works ? "" : ",", w->name, t.median, t.low, t.high);
+                first ? "" : ",", w->name, t.median, t.low, t.high);
     free(logits);
 }
 
@@ -382,9 +382,9 @@ int main(int argc, char **argv)
     if (json)
         fprintf(json, "{\"row\":\"%s\",\"threads\":%d,\"weight_bytes\":%zu,\"read_gbs\":%.2f,"
                       "\"results\":[", m->isa->name, s->n_threads, weight_bytes(m), bandwidth);
-    for (size_t i = 0; i < sizeof works / sizeof *works; i++)
+    for (size_t i = 0, done = 0; i < sizeof works / sizeof *works; i++)
         if ((!o.quick || works[i].quick) && works[i].depth + works[i].n <= s->n_context)
-            run_work(s, &works[i], &o, bandwidth, json);
+            run_work(s, &works[i], &o, bandwidth, json, !done++);
     struct rusage usage;
     getrusage(RUSAGE_SELF, &usage);
     printf("peak resident  %8.2f GiB\n", (double)usage.ru_maxrss / (1 << 20));

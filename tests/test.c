@@ -1914,7 +1914,9 @@ static void rewind_walk(const gemma2_model *m, struct setup o, int *n_refused, i
     float *logits = fresh(vocab(m) * sizeof *logits);
     int32_t ids[40], position = 0, high = 0;
     for (int step = 0; step < 60; step++) {
-        int32_t back = (int32_t)below(8), to = max_i32(0, position - (step % 9 ? back : 40));
+        int32_t back = (int32_t)below(8), to = max_i32(0, position - back);
+        if (step % 5 == 0)
+            to = min_i32(position, step % 2);
         int status = gemma2_rewind(s, to);
         *bad += status != GEMMA2_OK && status != GEMMA2_ERR_REWIND;
         *bad += status == GEMMA2_ERR_REWIND && (!to || high <= o.window || high - to <= o.batch);

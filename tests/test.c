@@ -4,7 +4,7 @@
  *   cc -O2 -ffp-contract=off -fopenmp tests/test.c -lm && ./a.out
  *
  * From the repository's root; a few seconds.  GEMMA2_TEST_FULL=1 sweeps exp and tanh over
- * every float (a minute) and prints their largest errors. */
+ * every float and prints their largest errors, and tries more hostile files: a minute. */
 #define _DEFAULT_SOURCE
 #include <errno.h>
 #include <stdlib.h>
@@ -85,6 +85,8 @@ static int check(int ok, const char *format, ...)
 
 /* Loops count what goes wrong and report once. */
 static void check_none(int bad, const char *what) { check(bad == 0, "%s: %d wrong", what, bad); }
+
+static int full_test(void) { return getenv("GEMMA2_TEST_FULL") != NULL; }
 
 static uint64_t rnd_state = 1;
 
@@ -689,20 +691,21 @@ static const uint32_t HOSTILE[] = {0, 1, 2, 3, 15, 16, 17, 64, 255, 256, 1024, 4
                                    0x7fc00000, 0x7f800000, 0xbf800000, 0x3f800000, 0x00000001};
 enum { N_HOSTILE = sizeof HOSTILE / sizeof *HOSTILE };
 
-/* Every word of header, directory, facts and tokenizer, set to every hostile value under
+/* Every word of header, directory, facts and tokenizer, set to hostile values under
  * a right checksum, then several at once: refused, or harmless. */
 static void test_hostile_words(void)
 {
     struct image m = build(&tiny_shape), copy = {fresh(m.size), m.size};
     size_t end = (size_t)(section_of(&m, 2) - m.data);
+    int full = full_test();
     for (size_t at = 8; at + 4 <= end; at += 4)
-        for (int i = 0; i < N_HOSTILE; i++) {
+        for (int i = full ? 0 : (int)(at / 4 % 3); i < N_HOSTILE; i += full ? 1 : 3) {
             memcpy(copy.data, m.data, m.size);
             put_u32(copy.data + at, HOSTILE[i]);
             seal(&copy);
             opens(&copy);
         }
-    for (int i = 0; i < 4000; i++) {
+    for (int i = 0; i < (full ? 100000 : 2000); i++) {
         memcpy(copy.data, m.data, m.size);
         for (uint32_t k = 0; k <= below(3); k++)
             if (below(2))
@@ -1136,15 +1139,14 @@ static float call_tanh(float x) { return tanh_f32(x); }
 
 static void test_exp_tanh_error(void)
 {
-    int full = getenv("GEMMA2_TEST_FULL") != NULL;
-    uint32_t step = full ? 1 : 499;
+    uint32_t step = full_test() ? 1 : 499;
     double up = sweep(call_exp, exp, bits_of(1e-30f), bits_of(88.4f), step);
     double down = sweep(call_exp, exp, bits_of(-1e-30f), bits_of(-87.3f), step);
     double near = sweep(call_tanh, tanh, 1, bits_of(0.625f), step);
     double far = sweep(call_tanh, tanh, bits_of(0.625f) - step, bits_of(20.0f), step);
     check(up < 1.5 && down < 1.5, "exp is off by %.3f and %.3f ulp", up, down);
     check(near < 3 && far < 3, "tanh is off by %.3f and %.3f ulp", near, far);
-    if (full)
+    if (full_test())
         printf("largest errors in ulp: exp %.4f above 0, %.4f below; tanh %.4f below 0.625, %.4f "
                "above\n", up, down, near, far);
 }
@@ -1581,22 +1583,32 @@ static int chunks_differ(const gemma2_model *m, struct setup o, const int32_t *i
     return bad;
 }
 
+/* Few passes: where a team has more threads than the machine, each costs milliseconds. */
 static void test_threads(void)
 {
     static const int threads[] = {2, 3, 5, 16};
-    int32_t ids[30];
+    int32_t ids[20];
     for (int i = 0; i < N_SHAPES; i++) {
         struct model x = make(&shapes[i]);
-        random_ids(x.m, ids, 30);
-        float *truth = step_by_step(x.m, (struct setup){30, 7, 1, 0, 0}, ids, 30);
-        for (int k = 0; k < 4; k++)
-            for (size_t chunk = 1; chunk < 30; chunk += 12)
-                check(!chunks_differ(x.m, (struct setup){30, 7, threads[k], 0, 0}, ids, 30, chunk,
-                                     truth),
-                      "%s: %d threads, chunks of %zu", shapes[i].name, threads[k], chunk);
+        random_ids(x.m, ids, 20);
+        float *truth = step_by_step(x.m, (struct setup){20, 1, 1, 0, 0}, ids, 20);
+        for (int k = i % 4; k < 4; k += 4)
+            check(!chunks_differ(x.m, (struct setup){20, 17, threads[k], 0, 0}, ids, 20, 17, truth),
+                  "%s: %d threads", shapes[i].name, threads[k]);
         free(truth);
         unmake(&x);
     }
+}
+
+/* OpenMP grants one thread where more are asked for: n_threads still chooses the path that
+ * results take (attention split over blocks), without the cost of a team. */
+static void grant_threads(int granted)
+{
+#ifdef _OPENMP
+    omp_set_max_active_levels(granted);
+#else
+    (void)granted;
+#endif
 }
 
 #ifdef HAVE_X86
@@ -1633,10 +1645,10 @@ static void test_float_environment(void)
         struct model x = make(&shapes[i]);
         struct numbers truth, other;
         compute_numbers(x.m, 1, &truth);
-        for (int k = 0; k < 6; k++) {
+        for (int k = 0; k < (i % 3 ? 3 : 4); k++) {
             unsigned old = _mm_getcsr(), after;
             _mm_setcsr(host[k % 3]);
-            compute_numbers(x.m, k < 3 ? 1 : 3, &other);
+            compute_numbers(x.m, k < 3 ? 1 : 2, &other);
             after = _mm_getcsr();
             _mm_setcsr(old);
             check((after & ~0x3fu) == host[k % 3], "%s: environment %#x lost", shapes[i].name,
@@ -1695,7 +1707,7 @@ static void test_models_on_rows(void)
             x.m->isa = all_kernels[k];
             if (all_kernels[k]->available())
                 check(!chunks_differ(x.m, (struct setup){30, 11, 1, 0, 0}, ids, 30, 12, truth) &&
-                          !chunks_differ(x.m, (struct setup){30, 4, 2, 0, 0}, ids, 30, 1, truth),
+                          !chunks_differ(x.m, (struct setup){30, 4, 1, 0, 0}, ids, 30, 1, truth),
                       "%s on %s differs from scalar", shapes[i].name, all_kernels[k]->name);
         }
         free(truth);
@@ -1737,8 +1749,8 @@ static void share_passes(const gemma2_model *m, gemma2_session **s, int32_t (*id
 
 static void test_shared_passes(void)
 {
-    static const struct setup setups[N_SHARING] = {{30, 8, 1, 8, 0}, {64, 9, 3, 3, 0},
-                                                   {30, 8, 1, 8, 1}, {50, 16, 2, 5, 2},
+    static const struct setup setups[N_SHARING] = {{30, 8, 1, 8, 0}, {64, 9, 1, 3, 0},
+                                                   {30, 8, 1, 8, 1}, {50, 16, 1, 5, 2},
                                                    {30, 8, 1, 1, 0}};
     for (int i = 0; i < N_SHAPES; i++) {
         struct model x = make(&shapes[i]);
@@ -1785,6 +1797,7 @@ static void test_far(void)
     int32_t ids[640];
     struct model x = make(&long_shape);
     random_ids(x.m, ids, 640);
+    grant_threads(0);
     for (int cache = 1; cache <= 2; cache++)
         for (int k = cache - 1; k < 7; k += 2) {
             struct setup o = {640, 1, 1, windows[k], cache};
@@ -1796,6 +1809,7 @@ static void test_far(void)
                           o.window, o.batch, o.threads, cache);
             free(truth);
         }
+    grant_threads(1);
     unmake(&x);
 }
 
@@ -1803,6 +1817,7 @@ static void test_far(void)
 static void test_far_shared(void)
 {
     int32_t ids[500];
+    grant_threads(0);
     struct model x = make(&long_shape);
     float *logits = fresh(4 * vocab(x.m) * sizeof *logits);
     random_ids(x.m, ids, 500);
@@ -1823,6 +1838,7 @@ static void test_far_shared(void)
                                  (rows[i].session == s[0] ? 280u : 480u) + (unsigned)i % 2),
                   "far rows, lead %d, row %d", lead, i);
         gemma2_session_free(s[0]), gemma2_session_free(s[1]);
+        grant_threads(1); /* the second time with a real team */
     }
     free(logits), free(truth);
     unmake(&x);
@@ -1914,16 +1930,16 @@ static void rewind_walk(const gemma2_model *m, struct setup o, int *n_refused, i
     float *logits = fresh(vocab(m) * sizeof *logits);
     int32_t ids[40], position = 0, high = 0;
     for (int step = 0; step < 60; step++) {
-        int32_t back = (int32_t)below(8), to = max_i32(0, position - back);
-        if (step % 5 == 0)
-            to = min_i32(position, step % 2);
+        int32_t back = (int32_t)below(step % 3 ? 4 : 12), to = max_i32(0, position - back);
+        if (step % 8 == 7)
+            to = min_i32(position, step / 8 % 3);
         int status = gemma2_rewind(s, to);
         *bad += status != GEMMA2_OK && status != GEMMA2_ERR_REWIND;
         *bad += status == GEMMA2_ERR_REWIND && (!to || high <= o.window || high - to <= o.batch);
         *n_refused += status == GEMMA2_ERR_REWIND;
         position = status == GEMMA2_OK ? to : position;
         high = position ? high : 0;
-        int32_t n = 1 + (int32_t)below(6);
+        int32_t n = 1 + (int32_t)below(9);
         if (position + n > o.context)
             continue;
         random_ids(m, ids + position, (size_t)n);
@@ -1941,15 +1957,15 @@ static void rewind_walk(const gemma2_model *m, struct setup o, int *n_refused, i
 
 static void test_rewind(void)
 {
-    for (int i = 0; i < N_SHAPES; i += 3)
-        for (int32_t batch = 1; batch <= 9; batch += 2) {
-            struct model x = make(&shapes[i]);
-            int refused = 0, bad = 0;
+    for (int i = 0; i < N_SHAPES; i += 3) {
+        struct model x = make(&shapes[i]);
+        int refused = 0, bad = 0;
+        for (int32_t batch = 1; batch <= 9; batch += 2)
             rewind_walk(x.m, (struct setup){40, batch, 1, 8, 0}, &refused, &bad);
-            check(!bad, "%s, n_batch %d: %d wrong after rewinds", shapes[i].name, batch, bad);
-            check(refused > 0, "%s: no rewind was too deep", shapes[i].name);
-            unmake(&x);
-        }
+        check(!bad, "%s: %d wrong after rewinds", shapes[i].name, bad);
+        check(refused > 0, "%s: no rewind was too deep", shapes[i].name);
+        unmake(&x);
+    }
 }
 
 static void test_rewind_edges(void)
@@ -2066,7 +2082,7 @@ static void test_placed(void)
         gemma2_session_params p;
         gemma2_plan plan;
         gemma2_session_params_init(&p);
-        p.n_context = 20, p.n_batch = 5, p.n_threads = 3;
+        p.n_context = 20, p.n_batch = 5, p.n_threads = 1;
         random_ids(x.m, ids, 20);
         float *truth = step_by_step(x.m, (struct setup){20, 1, 1, 0, 0}, ids, 20);
         float *logits = fresh(vocab(x.m) * sizeof *logits);
@@ -2101,7 +2117,7 @@ static void test_score(void)
             gemma2_logprob(logits + k * vocab(x.m), vocab(x.m), k < 19 ? ids[k + 1] : 3, truth + k);
         for (size_t cut = 1; cut <= 20; cut += 3)
             for (int32_t batch = 1; batch < 8; batch += 3) {
-                gemma2_session *s = start(x.m, (struct setup){20, batch, 2, 0, 0});
+                gemma2_session *s = start(x.m, (struct setup){20, batch, 1, 0, 0});
                 scores[19] = 77;
                 int status = gemma2_score(s, ids, cut, cut < 20 ? ids[cut] : 3, scores);
                 if (cut < 20)
@@ -2132,4 +2148,863 @@ static void test_model(void)
     test_session_params();
     test_placed();
     test_score();
+}
+
+/* ===================================================================================
+ * 7. Tokenizer
+ * =================================================================================== */
+
+static int64_t encode(const gemma2_model *m, const char *text, int64_t size, unsigned flags,
+                      int32_t *ids, size_t max_ids)
+{
+    size_t n = gemma2_encode_scratch(size < 0 ? strlen(text) : (size_t)size);
+    void *scratch = fresh(n); /* exactly what was asked for */
+    int64_t count = gemma2_encode(m, text, size, flags, ids, max_ids, scratch, n);
+    free(scratch);
+    return count;
+}
+
+/* Ids 4 .. 20 of a vocabulary where every rule shows. */
+static void rule_pieces(struct pieces *p, int with_bytes)
+{
+    static const struct {
+        const char *text;
+        int kind;
+        float score;
+    } list[] = {
+        {"<s>", GEMMA2_PIECE_MARKER, 0},  {"<s", GEMMA2_PIECE_USER, 0},
+        {"\n\n", GEMMA2_PIECE_USER, 0},   {"\n\n\n", GEMMA2_PIECE_USER, 0},
+        {"a", GEMMA2_PIECE_NORMAL, -1},   {"b", GEMMA2_PIECE_NORMAL, -2},
+        {"ab", GEMMA2_PIECE_NORMAL, -3},  {"ba", GEMMA2_PIECE_NORMAL, -3},
+        {"aa", GEMMA2_PIECE_NORMAL, -4},  {"aaaa", GEMMA2_PIECE_NORMAL, -5},
+        {"ab", GEMMA2_PIECE_NORMAL, -1},  {"\xe2\x96\x81", GEMMA2_PIECE_NORMAL, -6},
+        {"\xe2\x96\x81" "a", GEMMA2_PIECE_NORMAL, -2.5f}, {"<", GEMMA2_PIECE_NORMAL, -7},
+        {"s", GEMMA2_PIECE_NORMAL, -7},   {">", GEMMA2_PIECE_NORMAL, -7},
+        {"c", GEMMA2_PIECE_CONTROL, 0}};
+    start_pieces(p);
+    for (size_t i = 0; i < sizeof list / sizeof *list; i++)
+        add_piece(p, list[i].text, list[i].kind, list[i].score);
+    if (with_bytes)
+        add_bytes_pieces(p);
+}
+
+static const struct {
+    const char *text;
+    int size;
+    unsigned flags;
+    int32_t ids[8]; /* ends with 0; 1000 + b: byte b, or unk without bytes */
+    const char *why;
+} encodings[] = {
+    {"", 0, 0, {0}, "nothing"},
+    {"ab", 2, 0, {10}, "of equal pieces the lowest id, with its score"},
+    {"aba", 3, 0, {10, 8}, "a tie goes to the left"},
+    {"bab", 3, 0, {11, 9}, "a tie goes to the left"},
+    {"aab", 3, 0, {8, 10}, "the better score first"},
+    {"aaa", 3, 0, {12, 8}, "leftmost of aa"},
+    {"aaaa", 4, 0, {13}, "merges of merges"},
+    {"aaaaaaa", 7, 0, {13, 12, 8}, "merges of merges"},
+    {" a", 2, 0, {16}, "a space is U+2581"},
+    {"  a", 3, 0, {15, 16}, "no prefix, no stripping"},
+    {"a ", 2, 0, {8, 15}, "no stripping at the end"},
+    {"<s>", 3, 0, {4}, "longest user-defined piece"},
+    {"<s>", 3, GEMMA2_ENCODE_PLAIN, {5, 19}, "under PLAIN a marker's shorter prefix"},
+    {"<sb", 3, 0, {5, 9}, "user-defined pieces never merge"},
+    {"\n\n\n\n\n", 5, 0, {7, 6}, "longest first"},
+    {"\n\n\n\n\n", 5, GEMMA2_ENCODE_PLAIN, {7, 6}, "PLAIN is about markers only"},
+    {"\n", 1, 0, {1010}, "a byte"},
+    {"xax", 3, 0, {1000 + 'x', 8, 1000 + 'x'}, "unknown letters"},
+    {"\xc3\xa9", 2, 0, {1195, 1169}, "a character's bytes"},
+    {"\xff", 1, 0, {1239, 1191, 1189}, "no UTF-8: U+FFFD"},
+    {"\xe2\x82", 2, 0, {1239, 1191, 1189, 1239, 1191, 1189}, "each bad byte one U+FFFD"},
+    {"a\0b", 3, 0, {8, 1000, 9}, "NUL is a character"},
+    {"a\0b", -1, 0, {8}, "size -1 ends at NUL"},
+    {"c", 1, 0, {1000 + 'c'}, "a control piece never comes from text"},
+    {"ab", 2, GEMMA2_ENCODE_BOS, {2, 10}, "BOS once"},
+    {"", 0, GEMMA2_ENCODE_BOS | GEMMA2_ENCODE_PLAIN, {2}, "BOS alone"},
+};
+
+static void test_encodings(int with_bytes)
+{
+    static struct pieces p;
+    rule_pieces(&p, with_bytes);
+    struct image image = build_tokenizer_file(&p);
+    gemma2_model *m = open_image(&image);
+    for (size_t i = 0; i < sizeof encodings / sizeof *encodings; i++) {
+        int32_t want[8], got[8] = {0};
+        int64_t n = 0, count;
+        for (const int32_t *id = encodings[i].ids; *id; id++)
+            if (*id < 1000 || with_bytes)
+                want[n++] = *id < 1000 ? *id : 21 + *id - 1000;
+            else if (!n || want[n - 1] != 3) /* a run of unknown text is one unk */
+                want[n++] = 3;
+        count = encode(m, encodings[i].text, encodings[i].size, encodings[i].flags, got, 8);
+        check(count == n && !memcmp(got, want, (size_t)n * sizeof *got), "encode \"%s\", %s: %s",
+              encodings[i].text, with_bytes ? "bytes" : "unk", encodings[i].why);
+    }
+    gemma2_close(m);
+    free(image.data);
+}
+
+static void test_encode_arguments(void)
+{
+    static struct pieces p;
+    rule_pieces(&p, 1);
+    struct image image = build_tokenizer_file(&p);
+    gemma2_model *m = open_image(&image);
+    int32_t ids[4] = {77, 77, 77, 77};
+    size_t n = gemma2_encode_scratch(6);
+    char *scratch = fresh(n);
+    check(gemma2_encode(m, "abbaab", 6, 0, ids, 2, scratch, n) == 3 && ids[1] != 77 && ids[2] == 77,
+          "encode counts like snprintf");
+    check(gemma2_encode(m, "abbaab", 6, 0, NULL, 0, scratch, n) == 3, "encode only counts");
+    check(gemma2_encode(m, "abbaab", 6, 0, ids, 4, scratch, n - 1) == GEMMA2_ERR_SPACE, "scratch");
+    check(gemma2_encode(m, "abbaab", 6, 0, ids, 4, NULL, n) == GEMMA2_ERR_SPACE, "no scratch");
+    check(gemma2_encode(m, NULL, 6, 0, ids, 4, scratch, n) == GEMMA2_ERR_ARGUMENT, "NULL text");
+    check(gemma2_encode(m, NULL, 0, 0, ids, 4, scratch, n) == 0, "no text");
+    check(gemma2_encode(m, "a", -2, 0, ids, 4, scratch, n) == GEMMA2_ERR_ARGUMENT, "size -2");
+    check(gemma2_encode(m, "a", 1, 4, ids, 4, scratch, n) == GEMMA2_ERR_ARGUMENT, "flag 4");
+    check(gemma2_encode(m, "a", 1, 0, NULL, 4, scratch, n) == GEMMA2_ERR_ARGUMENT, "NULL ids");
+    check(gemma2_encode(m, "a", INT64_MAX, 0, ids, 4, scratch, n) == GEMMA2_ERR_ARGUMENT, "too long");
+    check(!gemma2_encode_scratch(SIZE_MAX) && !gemma2_encode_scratch((1u << 28) + 1) &&
+              gemma2_encode_scratch(1u << 28), "limits of encode_scratch");
+    char *odd = fresh(n + 3); /* scratch of any alignment */
+    check(gemma2_encode(m, "abbaab", 6, 0, ids, 4, odd + 3, n) == 3, "scratch at an odd address");
+    gemma2_close(m);
+    p.special[0] = -1;
+    free(image.data);
+    image = build_tokenizer_file(&p);
+    m = open_image(&image);
+    check(gemma2_encode(m, "a", 1, GEMMA2_ENCODE_BOS, ids, 4, scratch, n) == GEMMA2_ERR_ARGUMENT,
+          "BOS where there is none");
+    gemma2_close(m);
+    free(image.data), free(scratch), free(odd);
+}
+
+/* BPE by its definition: again and again the best pair of neighbours, in quadratic time. */
+struct naive {
+    char text[40][48];
+    int n;
+};
+
+static int piece_of(const struct pieces *p, const char *text)
+{
+    for (uint32_t i = 4; i < p->n; i++) {
+        uint32_t from = p->ends[i - 1];
+        if (p->ends[i] - from == strlen(text) && !memcmp(p->blob + from, text, strlen(text)))
+            return (int)i;
+    }
+    return -1;
+}
+
+static void naive_merge(const struct pieces *p, struct naive *s)
+{
+    for (;;) {
+        int best = -1, best_piece = -1;
+        for (int i = 0; i + 1 < s->n; i++) {
+            char both[100];
+            snprintf(both, sizeof both, "%s%s", s->text[i], s->text[i + 1]);
+            int id = piece_of(p, both);
+            if (id >= 0 && (best < 0 || p->scores[id] > p->scores[best_piece]))
+                best = i, best_piece = id;
+        }
+        if (best < 0)
+            return;
+        strncat(s->text[best], s->text[best + 1], 40 - strlen(s->text[best]));
+        memmove(s->text[best + 1], s->text[best + 2], sizeof *s->text * (size_t)(s->n - best - 2));
+        s->n--;
+    }
+}
+
+/* Random vocabularies over three letters, scores with ties, against the definition. */
+static void test_merges(void)
+{
+    static struct pieces p;
+    for (int round = 0; round < 60; round++) {
+        char text[33];
+        int bad = 0;
+        start_pieces(&p);
+        for (int i = 0; i < 3; i++)
+            add_piece(&p, (char[]){(char)('a' + i), 0}, GEMMA2_PIECE_NORMAL, 0);
+        for (int i = 0; i < 40; i++) {
+            uint32_t length = 2 + below(5), k = 0;
+            for (; k < length; k++)
+                text[k] = (char)('a' + below(3));
+            text[k] = 0;
+            add_piece(&p, text, GEMMA2_PIECE_NORMAL, -(float)below(round % 2 ? 5 : 1000));
+        }
+        struct image image = build_tokenizer_file(&p);
+        gemma2_model *m = open_image(&image);
+        for (int i = 0; i < 50; i++) {
+            struct naive s = {.n = (int)below(33)};
+            int32_t ids[40];
+            for (int k = 0; k < s.n; k++) {
+                text[k] = (char)('a' + below(3));
+                s.text[k][0] = text[k], s.text[k][1] = 0;
+            }
+            int64_t n = encode(m, text, s.n, 0, ids, 40);
+            naive_merge(&p, &s);
+            bad += n != s.n;
+            for (int k = 0; k < s.n && n == s.n; k++)
+                bad += ids[k] != piece_of(&p, s.text[k]);
+        }
+        check(!bad, "%d texts are merged otherwise than defined", bad);
+        gemma2_close(m);
+        free(image.data);
+    }
+}
+
+/* A megabyte of one letter, of spaces, of line ends: quadratic time would not end. */
+static void test_long_runs(void)
+{
+    static struct pieces p;
+    rule_pieces(&p, 1);
+    struct image image = build_tokenizer_file(&p);
+    gemma2_model *m = open_image(&image);
+    size_t n = 1 << 20;
+    char *text = fresh(n);
+    memset(text, 'a', n);
+    check(encode(m, text, (int64_t)n, 0, NULL, 0) == (int64_t)n / 4, "a megabyte of a");
+    memset(text, ' ', n);
+    check(encode(m, text, (int64_t)n, 0, NULL, 0) == (int64_t)n, "a megabyte of spaces");
+    memset(text, '\n', n);
+    check(encode(m, text, (int64_t)n, 0, NULL, 0) == (int64_t)(n + 2) / 3, "a megabyte of lines");
+    memset(text, 0xff, n);
+    check(encode(m, text, (int64_t)n, 0, NULL, 0) == (int64_t)n * 3, "a megabyte of 0xff");
+    free(text);
+    gemma2_close(m);
+    free(image.data);
+}
+
+/* Random valid UTF-8 without U+2581, which would come back as a space. */
+static size_t random_text(char *text, size_t max)
+{
+    size_t n = 0, length = below((uint32_t)max - 4);
+    while (n < length) {
+        uint32_t kind = below(8), c = kind < 5 ? 32 + below(95) : kind == 5 ? below(0x800)
+                                    : kind == 6 ? below(0x10000) : below(0x110000);
+        if ((c >= 0xd800 && c < 0xe000) || c == 0x2581)
+            continue;
+        if (c < 0x80)
+            text[n++] = (char)c;
+        else {
+            int more = c < 0x800 ? 1 : c < 0x10000 ? 2 : 3;
+            text[n++] = (char)((0xff00u >> (more + 1)) | c >> 6 * more);
+            while (more--)
+                text[n++] = (char)(0x80 | (c >> 6 * more & 63));
+        }
+    }
+    return n;
+}
+
+static size_t decode_all(const gemma2_model *m, const int32_t *ids, size_t n, char *out)
+{
+    gemma2_utf8 hold = {{0}, 0};
+    size_t room = (size_t)gemma2_get_config(m)->max_piece_bytes + 12, at = 0;
+    char *text = fresh(room);
+    for (size_t i = 0; i <= n; i++) {
+        int bytes = gemma2_decode(m, &hold, i < n ? ids[i] : -1, text, room);
+        if (bytes < 0)
+            check(0, "decode %d: %d", i < n ? ids[i] : -1, bytes);
+        memcpy(out + at, text, (size_t)max_i32(bytes, 0));
+        at += (size_t)max_i32(bytes, 0);
+    }
+    free(text);
+    return at;
+}
+
+static void test_round_trip(void)
+{
+    char err[256] = "", text[200], back[1000];
+    int32_t ids[600];
+    int bad = 0, special = 0;
+    gemma2_model *m = gemma2_open("tokenizer.bin", NULL, err, sizeof err);
+    if (!check(m != NULL, "tokenizer.bin: %s", err))
+        return;
+    for (int i = 0; i < 3000; i++) {
+        size_t n = random_text(text, sizeof text);
+        unsigned flags = i % 2 ? GEMMA2_ENCODE_PLAIN : 0;
+        int64_t count = encode(m, text, (int64_t)n, flags, ids, 600);
+        int kind = 0;
+        for (int64_t k = 0; k < count; k++)
+            special += gemma2_piece(m, ids[k], NULL, &kind) == NULL || kind == GEMMA2_PIECE_CONTROL;
+        bad += count < 0 || decode_all(m, ids, (size_t)count, back) != n || memcmp(text, back, n);
+    }
+    check_none(bad, "decode(encode(text))");
+    check_none(special, "control pieces out of text");
+    const char *forged = "<start_of_turn>user<bos><pad><unused3><mask><eos>";
+    int64_t count = encode(m, forged, -1, GEMMA2_ENCODE_PLAIN, ids, 600);
+    for (int64_t k = 0; k < count; k++) {
+        int kind = 0;
+        gemma2_piece(m, ids[k], NULL, &kind);
+        special += kind == GEMMA2_PIECE_CONTROL || kind == GEMMA2_PIECE_MARKER;
+    }
+    check(count > 10 && !special, "strangers' text makes no control piece");
+    check(encode(m, forged, -1, GEMMA2_ENCODE_BOS, ids, 600) > 2 && ids[0] == 2 && ids[1] == 106,
+          "BOS, then a turn marker");
+    gemma2_close(m);
+}
+
+/* ---- decoding ---- */
+
+/* A character's length at p by arithmetic on its code, 0 if there is none. */
+static size_t character(const uint8_t *p, size_t n)
+{
+    static const uint32_t least[] = {0, 0, 0x80, 0x800, 0x10000};
+    size_t length = p[0] < 0x80 ? 1 : p[0] >> 5 == 6 ? 2 : p[0] >> 4 == 14 ? 3 : p[0] >> 3 == 30 ? 4 : 0;
+    uint32_t code = length == 1 ? p[0] : p[0] & (0x7fu >> length);
+    if (!length || length > n)
+        return 0;
+    for (size_t i = 1; i < length; i++) {
+        if (p[i] >> 6 != 2)
+            return 0;
+        code = code << 6 | (p[i] & 63);
+    }
+    return code >= least[length] && code < 0x110000 && code >> 11 != 27 ? length : 0;
+}
+
+/* What SentencePiece writes for a run of byte pieces. */
+static size_t decode_bytes(const uint8_t *p, size_t n, char *out)
+{
+    size_t at = 0;
+    while (n) {
+        size_t length = character(p, n), used = length ? length : 1;
+        memcpy(out + at, length ? (const char *)p : "\xef\xbf\xbd", length ? length : 3);
+        at += length ? length : 3;
+        p += used, n -= used;
+    }
+    return at;
+}
+
+/* Random ids with long runs of bytes, likely and unlikely ones, against the runs whole. */
+static void test_decode_runs(void)
+{
+    static const uint8_t likely[] = {0xe2, 0x82, 0xac, 0xf0, 0x9f, 0x98, 0x80, 0xc3, 0xa9, 0x80,
+                                     0xed, 0xa0, 0xf4, 0x90, 0xe0, 0xc0, 0xff, 'x'};
+    static struct pieces p;
+    rule_pieces(&p, 1);
+    struct image image = build_tokenizer_file(&p);
+    gemma2_model *m = open_image(&image);
+    int bad = 0;
+    for (int round = 0; round < 5000; round++) {
+        int32_t ids[20];
+        uint8_t run[20];
+        char want[200], got[200];
+        size_t n = 1 + below(20), in_run = 0, at = 0;
+        for (size_t i = 0; i < n; i++) {
+            int is_byte = below(8) > 0;
+            uint8_t byte = below(3) ? likely[below(sizeof likely)] : (uint8_t)rnd();
+            ids[i] = is_byte ? 21 + byte : below(2) ? 16 : 2; /* " a", or BOS: nothing */
+            if (is_byte) {
+                run[in_run++] = byte;
+                continue;
+            }
+            at += decode_bytes(run, in_run, want + at), in_run = 0;
+            memcpy(want + at, " a", 2);
+            at += ids[i] == 16 ? 2 : 0;
+        }
+        at += decode_bytes(run, in_run, want + at);
+        bad += decode_all(m, ids, n, got) != at || memcmp(got, want, at);
+    }
+    check_none(bad, "decoded runs of bytes");
+    gemma2_close(m);
+    free(image.data);
+}
+
+static void test_decode_calls(void)
+{
+    static struct pieces p;
+    rule_pieces(&p, 1);
+    struct image image = build_tokenizer_file(&p);
+    gemma2_model *m = open_image(&image);
+    gemma2_utf8 hold = {{0}, 0}, broken = {{0}, 4};
+    size_t room = (size_t)gemma2_get_config(m)->max_piece_bytes + 12, size;
+    char text[64];
+    int kind = 0;
+    check(gemma2_decode(m, &hold, 21 + 0xe2, text, room) == 0 && hold.n == 1, "one byte is held");
+    check(gemma2_decode(m, &hold, 21 + 0x82, text, room - 1) == GEMMA2_ERR_SPACE && hold.n == 1,
+          "too small a buffer changes nothing");
+    check(gemma2_decode(m, &hold, 21 + 0x82, text, room) == 0 && hold.n == 2, "two are held");
+    check(gemma2_decode(m, &hold, 21 + 0xac, text, room) == 3 && !memcmp(text, "\xe2\x82\xac", 3),
+          "three make a character");
+    gemma2_decode(m, &hold, 21 + 0xf0, text, room);
+    check(gemma2_decode(m, &hold, -1, text, room) == 3 && hold.n == 0, "flush");
+    check(gemma2_decode(m, &hold, -1, text, room) == 0, "flush of nothing");
+    check(gemma2_decode(m, &hold, 3, text, room) == 5 && !memcmp(text, " \xe2\x81\x87 ", 5), "unk");
+    check(gemma2_decode(m, &hold, 2, text, room) == 0, "a control piece has no text");
+    check(gemma2_decode(m, &hold, 4, text, room) == 3 && !memcmp(text, "<s>", 3), "a marker has");
+    check(gemma2_decode(m, &hold, (int32_t)p.n, text, room) == GEMMA2_ERR_TOKEN, "id V");
+    check(gemma2_decode(m, &hold, -2, text, room) < 0, "id -2");
+    check(gemma2_decode(m, NULL, 8, text, room) == GEMMA2_ERR_ARGUMENT &&
+              gemma2_decode(m, &hold, 8, NULL, room) == GEMMA2_ERR_ARGUMENT &&
+              gemma2_decode(m, &broken, 8, text, room) == GEMMA2_ERR_ARGUMENT, "decode arguments");
+    const char *piece = gemma2_piece(m, 16, &size, &kind);
+    check(piece && size == 4 && !memcmp(piece, "\xe2\x96\x81" "a", 4) && kind == GEMMA2_PIECE_NORMAL,
+          "a piece as stored");
+    check(gemma2_piece(m, 16, NULL, NULL) && !gemma2_piece(m, -1, &size, &kind) &&
+              !gemma2_piece(m, (int32_t)p.n, NULL, NULL), "pieces outside");
+    gemma2_close(m);
+    free(image.data);
+}
+
+static void test_text(void)
+{
+    test_encodings(0);
+    test_encodings(1);
+    test_encode_arguments();
+    test_merges();
+    test_long_runs();
+    test_round_trip();
+    test_decode_runs();
+    test_decode_calls();
+}
+
+/* ===================================================================================
+ * 8. Sampler
+ * =================================================================================== */
+
+/* PCG32 as its author publishes it (pcg-random.org, pcg_basic.c), any stream. */
+static uint32_t pcg_next(uint64_t *state, uint64_t increment)
+{
+    uint64_t old = *state;
+    *state = old * 6364136223846793005u + increment;
+    uint32_t shifted = (uint32_t)(((old >> 18) ^ old) >> 27), rot = (uint32_t)(old >> 59);
+    return (shifted >> rot) | (shifted << ((32 - rot) & 31));
+}
+
+static uint64_t pcg_seed(uint64_t seed, uint64_t increment)
+{
+    uint64_t state = 0;
+    pcg_next(&state, increment);
+    state += seed;
+    pcg_next(&state, increment);
+    return state;
+}
+
+static void test_pcg(void)
+{
+    static const uint32_t demo[] = {0xa15c02b7, 0x7b47f409, 0xba1d3330, 0x83d2f293, 0xbfa4784b,
+                                    0xcbed606e}; /* pcg32-demo, seeded with 42, 54 */
+    static const uint64_t seeds[] = {0, 1, 42, UINT64_MAX};
+    uint64_t state = pcg_seed(42, 54 << 1 | 1);
+    for (int i = 0; i < 6; i++)
+        check(pcg_next(&state, 54 << 1 | 1) == demo[i], "the test's own PCG32, draw %d", i);
+    for (int i = 0; i < 4; i++) {
+        gemma2_sampler sampler;
+        gemma2_sampler_init(&sampler, seeds[i]);
+        state = pcg_seed(seeds[i], 1442695040888963407u);
+        for (int k = 0; k < 100; k++)
+            if (pcg32(&sampler.rng) != pcg_next(&state, 1442695040888963407u))
+                check(0, "PCG32, seed %d, draw %d", i, k);
+        check(sampler.rng == state, "PCG32 state");
+    }
+}
+
+/* What the header says, by sorting.  *unsure: rounding alone decides this draw. */
+static int by_rank(const void *a, const void *b)
+{
+    const struct candidate *x = a, *y = b;
+    return x->logit != y->logit ? (x->logit < y->logit) - (x->logit > y->logit) : x->id - y->id;
+}
+
+static int32_t sample_naively(const gemma2_sampler *p, const float *logits, int n, int *unsure)
+{
+    struct candidate list[256];
+    double weight[256], total = 0, kept = 0, edge = 0;
+    int n_kept = 0;
+    for (int i = 0; i < n; i++)
+        list[i] = (struct candidate){logits[i], i};
+    qsort(list, (size_t)n, sizeof *list, by_rank);
+    while (n > 1 && list[n - 1].logit == -INFINITY)
+        n--;
+    if (p->top_k && p->top_k < n)
+        n = p->top_k;
+    for (int i = 0; i < n; i++)
+        total += weight[i] = exp_f32((list[i].logit - list[0].logit) * (1.0f / p->temperature));
+    for (; n_kept < n && (!n_kept || kept < (double)p->top_p * total); n_kept++) {
+        if (n_kept && weight[n_kept] < p->min_p)
+            break;
+        kept += weight[n_kept];
+        *unsure |= n_kept + 1 < n && fabs(kept - (double)p->top_p * total) < 1e-12 * total &&
+                   weight[n_kept + 1] > 1e-12 * total;
+    }
+    uint64_t state = p->rng;
+    double u = pcg_next(&state, 1442695040888963407u) * 0x1p-32 * kept;
+    for (int i = 0; i < n_kept; i++) {
+        edge += weight[i];
+        *unsure |= fabs(u - edge) < 1e-12 * total;
+        if (u < edge)
+            return list[i].id;
+    }
+    return list[n_kept - 1].id;
+}
+
+static gemma2_sampler random_sampler(void)
+{
+    static const int32_t top_k[] = {0, 1, 2, 5, 40, 83, 1000, INT32_MAX};
+    static const float top_p[] = {1, 0.95f, 0.5f, 0.1f, 1e-6f}, min_p[] = {0, 0.05f, 0.5f, 1};
+    static const float temperature[] = {1, 0.7f, 0.05f, 3, 1e-30f, 1e6f};
+    gemma2_sampler p;
+    gemma2_sampler_init(&p, rnd());
+    p.top_k = top_k[below(8)];
+    p.top_p = below(2) ? top_p[below(5)] : uniform(0.01f, 1);
+    p.min_p = below(2) ? min_p[below(4)] : 0;
+    p.temperature = below(2) ? temperature[below(6)] : uniform(0.2f, 2);
+    return p;
+}
+
+/* Logits with ties, floors and bans, all parameters: the same id from the same draw. */
+static void test_cuts(gemma2_session *s, int v)
+{
+    float logits[256];
+    int bad = 0, unsure = 0, drawn = 0, rounds = 20000;
+    for (int round = 0; round < rounds; round++) {
+        gemma2_sampler p = random_sampler();
+        gemma2_bias ban[3] = {{0, -INFINITY}, {7, -INFINITY}, {v - 1, -INFINITY}};
+        for (int i = 0; i < v; i++)
+            logits[i] = round % 3 == 0 ? (float)below(6) : uniform(-8, 8);
+        if (round % 4 == 0)
+            p.bias = ban, p.n_bias = 3;
+        float *adjusted = copy_floats(logits, (size_t)v), *before = copy_floats(logits, (size_t)v);
+        for (uint32_t i = 0; i < p.n_bias; i++)
+            adjusted[ban[i].id] = -INFINITY;
+        int this_unsure = 0;
+        int32_t want = sample_naively(&p, adjusted, v, &this_unsure);
+        uint64_t state = p.rng;
+        pcg_next(&state, 1442695040888963407u);
+        int32_t id = gemma2_sample(s, &p, logits);
+        unsure += this_unsure;
+        bad += id != want && !this_unsure;
+        drawn += p.rng == state;
+        bad += !!memcmp(logits, before, (size_t)v * 4);
+        free(adjusted), free(before);
+    }
+    check(!bad, "%d draws differ from the definition", bad);
+    check(drawn == rounds, "%d of %d draws took one number", drawn, rounds);
+    check(unsure < rounds / 50, "%d draws hang on rounding", unsure);
+}
+
+static void test_greedy(gemma2_session *s, int v)
+{
+    float logits[256];
+    gemma2_sampler p;
+    int bad = 0;
+    for (int round = 0; round < 500; round++) {
+        int best = 0;
+        gemma2_sampler_init(&p, rnd());
+        p.temperature = 0;
+        for (int i = 0; i < v; i++) {
+            logits[i] = (float)below(round % 2 ? 4 : 1000) - 2;
+            best = logits[i] > logits[best] ? i : best;
+        }
+        bad += gemma2_sample(s, &p, logits) != best;
+    }
+    check_none(bad, "greedy choices, ties by lower id");
+}
+
+/* 30,000 draws of five ids: each within five standard deviations of its share. */
+static void test_distribution(gemma2_session *s, int v)
+{
+    static const double share[5] = {0.5, 0.25, 0.15, 0.07, 0.03};
+    float logits[256];
+    int count[256] = {0}, n = 30000;
+    gemma2_sampler p;
+    gemma2_sampler_init(&p, 1234);
+    p.top_p = 1, p.top_k = 0;
+    for (int i = 0; i < v; i++)
+        logits[i] = i < 5 ? (float)log(share[i]) : -100;
+    for (int i = 0; i < n; i++)
+        count[gemma2_sample(s, &p, logits)]++;
+    for (int i = 0; i < 5; i++)
+        check(fabs(count[i] - n * share[i]) < 5 * sqrt(n * share[i] * (1 - share[i])),
+              "id %d drawn %d times of %d", i, count[i], n);
+}
+
+/* Greedy over logits of 10 for ids 10, 11, 12 after the history 9 .. 9, 10, 10, 11. */
+static void test_penalties(const gemma2_model *m)
+{
+    static const struct {
+        int32_t last;
+        float repetition, presence, frequency, logits[3];
+        int32_t want;
+        const char *what;
+    } cases[] = {
+        {64, 1, 0, 0, {10, 10, 10}, 10, "no penalty"},
+        {64, 2, 0, 0, {10, 10, 6}, 12, "repetition divides"},
+        {64, 2, 0, 0, {11, 10, 5.4f}, 10, "repetition divides once"},
+        {64, 2, 0, 0, {-1, -1, -1.5f}, 12, "and multiplies negatives"},
+        {64, 1, 3, 0, {10, 10, 8}, 12, "presence is taken off"},
+        {64, 1, 3, 0, {10, 9.9f, 6}, 10, "presence is taken off once"},
+        {64, 1, 0, 3, {10, 9, 4.5f}, 11, "frequency for each time"},
+        {1, 1, 5, 0, {10, 11, 4}, 10, "only the last token"},
+        {1, 1, 5, 0, {5, 11, 4}, 11, "only the last token"},
+        {0, 9, 9, 9, {10, 11, 4}, 11, "a window of 0"},
+        {64, 1, 0, -2, {10, 11, 10}, 10, "negative: a reward"},
+        {INT32_MAX, 2, 0, 0, {10, 10, 6}, 12, "a window longer than history"},
+    };
+    static const int32_t ids[] = {9, 9, 9, 9, 9, 9, 9, 10, 10, 11};
+    gemma2_session *s = start(m, (struct setup){20, 10, 1, 0, 0});
+    gemma2_eval(s, ids, 10, NULL);
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        float logits[256];
+        gemma2_sampler p;
+        gemma2_sampler_init(&p, 1);
+        p.temperature = 0, p.penalty_last = cases[i].last;
+        p.repetition_penalty = cases[i].repetition, p.presence_penalty = cases[i].presence;
+        p.frequency_penalty = cases[i].frequency;
+        for (size_t k = 0; k < vocab(m); k++)
+            logits[k] = k >= 10 && k < 13 ? cases[i].logits[k - 10] : -50;
+        int32_t id = gemma2_sample(s, &p, logits);
+        check(id == cases[i].want, "penalties, %s: %d, not %d", cases[i].what, id, cases[i].want);
+    }
+    gemma2_session_free(s);
+}
+
+static void test_sampler_refuses(gemma2_session *s, int v)
+{
+    static const struct {
+        size_t member;
+        float value;
+    } bad[] = {
+        {offsetof(gemma2_sampler, temperature), -1}, {offsetof(gemma2_sampler, temperature), NAN},
+        {offsetof(gemma2_sampler, temperature), INFINITY}, {offsetof(gemma2_sampler, top_p), 0},
+        {offsetof(gemma2_sampler, top_p), 1.01f}, {offsetof(gemma2_sampler, top_p), NAN},
+        {offsetof(gemma2_sampler, min_p), -0.1f}, {offsetof(gemma2_sampler, min_p), NAN},
+        {offsetof(gemma2_sampler, repetition_penalty), 0},
+        {offsetof(gemma2_sampler, repetition_penalty), NAN},
+        {offsetof(gemma2_sampler, presence_penalty), INFINITY},
+        {offsetof(gemma2_sampler, frequency_penalty), NAN}};
+    float logits[256] = {0};
+    gemma2_sampler p, ok;
+    gemma2_sampler_init(&ok, 1);
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
+        p = ok;
+        memcpy((char *)&p + bad[i].member, &bad[i].value, sizeof(float));
+        check(gemma2_sample(s, &p, logits) == GEMMA2_ERR_ARGUMENT, "sampler value %zu", i);
+    }
+    p = ok, p.top_k = -1;
+    check(gemma2_sample(s, &p, logits) == GEMMA2_ERR_ARGUMENT, "top_k -1");
+    p = ok, p.penalty_last = -1;
+    check(gemma2_sample(s, &p, logits) == GEMMA2_ERR_ARGUMENT, "penalty_last -1");
+    p = ok, p.struct_size = 8;
+    check(gemma2_sample(s, &p, logits) == GEMMA2_ERR_ARGUMENT, "sampler struct_size");
+    p = ok, p.n_bias = 1;
+    check(gemma2_sample(s, &p, logits) == GEMMA2_ERR_ARGUMENT, "bias NULL");
+    check(gemma2_sample(NULL, &ok, logits) == GEMMA2_ERR_ARGUMENT &&
+              gemma2_sample(s, NULL, logits) == GEMMA2_ERR_ARGUMENT &&
+              gemma2_sample(s, &ok, NULL) == GEMMA2_ERR_ARGUMENT, "sample NULLs");
+    for (int i = 0; i < 3; i++) {
+        float value[] = {NAN, INFINITY, -INFINITY}, logprob;
+        logits[i * (v - 1) / 2] = value[i];
+        check(gemma2_sample(s, &ok, logits) == GEMMA2_ERR_NONFINITE, "logits with %g", value[i]);
+        check(gemma2_logprob(logits, (size_t)v, 0, &logprob) == GEMMA2_ERR_NONFINITE, "logprob");
+        logits[i * (v - 1) / 2] = 0;
+    }
+}
+
+/* A bias that is no number, or sums that overflow, must be an error and never a token. */
+static void test_bias(gemma2_session *s, int v)
+{
+    float logits[256] = {0};
+    gemma2_bias bias[256];
+    gemma2_sampler p;
+    for (int greedy = 0; greedy < 2; greedy++) {
+        gemma2_sampler_init(&p, 1);
+        p.bias = bias, p.n_bias = 2, p.temperature = greedy ? 0 : 1;
+        bias[1] = bias[0] = (gemma2_bias){5, 20};
+        check(gemma2_sample(s, &p, logits) == 5, "a bias of 20, twice");
+        bias[1].id = v;
+        check(gemma2_sample(s, &p, logits) == GEMMA2_ERR_TOKEN, "a bias outside the vocabulary");
+        bias[1] = (gemma2_bias){5, -INFINITY};
+        bias[0] = (gemma2_bias){6, 20};
+        check(gemma2_sample(s, &p, logits) == 6, "a banned token");
+        bias[1] = (gemma2_bias){6, NAN};
+        check(gemma2_sample(s, &p, logits) < 0, "greedy %d: a bias of NaN", greedy);
+        bias[1] = (gemma2_bias){6, INFINITY};
+        check(gemma2_sample(s, &p, logits) < 0, "greedy %d: a bias of infinity", greedy);
+        bias[0] = bias[1] = (gemma2_bias){6, 3e38f};
+        check(gemma2_sample(s, &p, logits) < 0, "greedy %d: a bias that overflows", greedy);
+        for (int i = 0; i < v; i++)
+            bias[i] = (gemma2_bias){i, -INFINITY};
+        p.n_bias = (uint32_t)v;
+        check(gemma2_sample(s, &p, logits) < 0, "all tokens banned");
+        p.n_bias = (uint32_t)v - 1;
+        check(gemma2_sample(s, &p, logits) == v - 1, "all tokens but one banned");
+    }
+}
+
+static void test_logprob(void)
+{
+    float logits[5000], logprob = 0;
+    for (size_t n = 1; n <= 5000; n += 1 + n / 2) {
+        double total = 0;
+        for (size_t i = 0; i < n; i++)
+            logits[i] = uniform(-30, 30);
+        for (size_t i = 0; i < n; i++)
+            total += exp((double)logits[i]);
+        int32_t id = (int32_t)below((uint32_t)n);
+        check(gemma2_logprob(logits, n, id, &logprob) == GEMMA2_OK, "logprob");
+        check(fabs(logprob - ((double)logits[id] - log(total))) < 3e-6, "logprob of %zu: %g", n,
+              logprob);
+    }
+    check(gemma2_logprob(logits, 5, 5, &logprob) == GEMMA2_ERR_TOKEN &&
+              gemma2_logprob(logits, 5, -1, &logprob) == GEMMA2_ERR_TOKEN, "logprob ids");
+    check(gemma2_logprob(NULL, 5, 1, &logprob) == GEMMA2_ERR_ARGUMENT &&
+              gemma2_logprob(logits, 0, 0, &logprob) == GEMMA2_ERR_ARGUMENT &&
+              gemma2_logprob(logits, 5, 1, NULL) == GEMMA2_ERR_ARGUMENT, "logprob arguments");
+}
+
+static void test_sampler(void)
+{
+    struct model x = make(&shapes[0]);
+    gemma2_session *s = start(x.m, (struct setup){8, 1, 1, 0, 0});
+    int v = (int)vocab(x.m);
+    test_pcg();
+    test_cuts(s, v);
+    test_greedy(s, v);
+    test_distribution(s, v);
+    test_penalties(x.m);
+    test_sampler_refuses(s, v);
+    test_bias(s, v);
+    test_logprob();
+    gemma2_session_free(s);
+    unmake(&x);
+}
+
+/* ===================================================================================
+ * 9. Public API
+ * =================================================================================== */
+
+static void test_strings(void)
+{
+    static const int codes[] = {1, -9, 1000, -1000, INT32_MAX, INT32_MIN, INT32_MIN + 1};
+    char version[32];
+    snprintf(version, sizeof version, "%d.%d.%d", GEMMA2_VERSION_MAJOR, GEMMA2_VERSION_MINOR,
+             GEMMA2_VERSION_PATCH);
+    check(!strcmp(gemma2_version(), version) && !strcmp(version, GEMMA2_VERSION_STRING), "version");
+    for (int i = GEMMA2_ERR_CORRUPT; i <= 0; i++)
+        for (int k = i + 1; k <= 0; k++)
+            check(strcmp(gemma2_error_string(i), gemma2_error_string(k)) != 0, "codes %d, %d", i, k);
+    for (size_t i = 0; i < sizeof codes / sizeof *codes; i++)
+        check(!strcmp(gemma2_error_string(codes[i]), "unknown error"), "code %d", codes[i]);
+}
+
+static void test_sections(void)
+{
+    struct model x = make(&shapes[3]);
+    gemma2_section s;
+    size_t n = 0;
+    for (; gemma2_get_section(x.m, n, &s); n++) {
+        check(s.bytes == get_u64(entry_of(&x.image, (int)n) + 40), "section %zu: bytes", n);
+        check((s.layer == -1) == (n < 2 || n > 23), "section %zu: layer %d", n, s.layer);
+    }
+    check(n == 26, "%zu sections", n);
+    check(gemma2_get_section(x.m, 3, &s) && !strcmp(s.role, "q") && !strcmp(s.type, "q6") &&
+              s.layer == 0 && s.rows == 64 && s.cols == 264, "section 3 is q");
+    check(gemma2_get_section(x.m, 1, &s) && !strcmp(s.role, "tokenizer") && !strcmp(s.type, "bytes"),
+          "section 1 is the tokenizer");
+    check(!gemma2_get_section(x.m, SIZE_MAX, &s), "a section far away");
+    unmake(&x);
+}
+
+/* GEMMA2_ISA forces a row; a name unknown or not there fails the call. */
+static void test_isa_choice(void)
+{
+    struct image m = build(&tiny_shape);
+    char err[256];
+    for (int i = 0; i < N_KERNELS + 2; i++) {
+        const char *name = i < N_KERNELS ? all_kernels[i]->name : i == N_KERNELS ? "sse9" : "";
+        int there = i < N_KERNELS ? all_kernels[i]->available() : i > N_KERNELS;
+        setenv("GEMMA2_ISA", name, 1);
+        gemma2_model *x = gemma2_open_memory(m.data, m.size, err, sizeof err);
+        check(!!x == there, "GEMMA2_ISA=%s", name);
+        if (x && i < N_KERNELS)
+            check(!strcmp(gemma2_get_config(x)->isa, name), "GEMMA2_ISA=%s is heeded", name);
+        if (!x)
+            check(strstr(err, name) != NULL, "GEMMA2_ISA=%s is named in \"%s\"", name, err);
+        gemma2_close(x);
+    }
+    unsetenv("GEMMA2_ISA");
+    free(m.data);
+}
+
+static void test_tokenizer_only(void)
+{
+    static struct pieces p;
+    char err[256] = "";
+    plain_pieces(&p, 30);
+    struct image image = build_tokenizer_file(&p);
+    gemma2_model *m = open_image(&image);
+    gemma2_plan plan;
+    check(gemma2_get_config(m)->n_layers == 0 && gemma2_get_config(m)->start_of_turn == 4, "config");
+    check(gemma2_session_plan(m, NULL, &plan) == GEMMA2_ERR_ARGUMENT, "a plan without a model");
+    check(!gemma2_session_new(m, NULL, err, sizeof err) && strstr(err, "tokenizer"), "no session");
+    gemma2_close(m);
+    free(image.data);
+}
+
+/* Memory fails at the 1st, 2nd, 3rd ... place: an error each time, and nothing leaks. */
+static int open_and_start(const char *path, int read_in)
+{
+    char err[256] = "";
+    gemma2_open_params p;
+    gemma2_open_params_init(&p);
+    p.read_into_memory = (uint32_t)read_in;
+    gemma2_model *m = gemma2_open(path, &p, err, sizeof err);
+    gemma2_session *s = m ? gemma2_session_new(m, NULL, err, sizeof err) : NULL;
+    if (!s)
+        check(err[0] != 0, "no memory, and no sentence");
+    gemma2_session_free(s);
+    gemma2_close(m);
+    return s != NULL;
+}
+
+static void test_allocation_failures(void)
+{
+    struct image m = build(&tiny_shape);
+    for (int read_in = 0; read_in < 2; read_in++) {
+        const char *path = write_file("model", m.data, m.size);
+        int live = alloc_live, ok = 0, at = 0;
+        while (!ok && at < 100) {
+            alloc_calls = 0, alloc_fails_at = ++at;
+            ok = open_and_start(path, read_in);
+            check(alloc_live == live, "failing at %d: %d not freed", at, alloc_live - live);
+        }
+        check(at == 4, "a model takes 2 allocations, a session 1; failed at %d places", at - 1);
+        alloc_fails_at = 0;
+    }
+    remove(in_dir("model"));
+    free(m.data);
+}
+
+/* Models and sessions that were closed above left nothing behind. */
+static void test_no_leaks(void) { check(alloc_live == 0, "%d allocations live on", alloc_live); }
+
+static void test_api(void)
+{
+    test_strings();
+    test_sections();
+    test_isa_choice();
+    test_tokenizer_only();
+    test_allocation_failures();
+    test_no_leaks();
+}
+
+int main(void)
+{
+    snprintf(scratch_dir, sizeof scratch_dir, "/tmp/gemma2-test-XXXXXX");
+    if (!mkdtemp(scratch_dir))
+        return printf("cannot make %s\n", scratch_dir), 1;
+    unsetenv("GEMMA2_ISA"); /* the tests choose */
+    test_ground();
+    test_weight_file();
+    test_formats();
+    test_kernels();
+    test_work_sharing();
+    test_model();
+    test_text();
+    test_sampler();
+    test_api();
+    remove(scratch_dir);
+    printf("%d passed, %d failed\n", n_passed, n_failed);
+    return n_failed > 0;
 }

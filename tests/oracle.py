@@ -4,7 +4,7 @@ numpy straight from the byte tables.  Ends with one line "N passed, N failed".
 
   python3 tests/oracle.py [models] [sessions] [formats] [tokens] [story] [export] [traps]
 
-Without names all of it runs, in about five minutes on two cores.  CC names the compiler,
+Without names all of it runs, in about two minutes on two cores.  CC names the compiler,
 ORACLE_SEED another seed for what is random."""
 import os
 import random

@@ -160,7 +160,8 @@ static const published_greedy GREEDY[] = {
     {0, "bf16 flex", 0.5f, 0, "", "Hi today", 3, 20, GREEDY_5,
      " I'm going to be talking about the 10 most powerful characters in the Naruto ser"
      "ies."},
-    {0, "fp16 eager/sdpa/flex/FA2", 0.25f, 800, "This is a nice place. ", "I really enjoy the scenery,", 4807, 20, GREEDY_6,
+    {0, "fp16 eager/sdpa/flex/FA2", 0.25f, 800, "This is a nice place. ",
+     "I really enjoy the scenery,", 4807, 20, GREEDY_6,
      " the people, the food, the culture, the history, the music, the art, the archite"
      "cture"},
     {0, "fp16 eager/sdpa/flex/FA2", 0.25f, 0, "", "A list of colors: red, blue", 9, 20, GREEDY_7,

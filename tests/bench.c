@@ -240,7 +240,7 @@ static double read_bandwidth(const gemma2_model *m, int threads, int runs)
     job.p = m->file.data, job.size = m->file.size, job.chunk = 1 << 20;
     for (int i = 0; i < runs && i < 64; i++) {
         double start = now();
-        share(threads, (job.size + job.chunk - 1) / job.chunk, read_task, &job);
+        share(threads, (job.size + job.chunk - 1) / job.chunk, job.size, read_task, &job);
         best[i] = (double)job.size / (now() - start) / 1e9;
     }
     return summarise(best, runs).median;

@@ -358,8 +358,8 @@ def test_story(engine, folder):
 
 # ---------------------------------------------------------------------------------------
 
-SECTIONS = {"models": test_models, "sessions": test_sessions, "formats": test_formats, "tokens": test_tokens,
-            "story": test_story, "export": oracle_export.test_export,
+SECTIONS = {"models": test_models, "sessions": test_sessions, "formats": test_formats,
+            "tokens": test_tokens, "story": test_story, "export": oracle_export.test_export,
             "traps": oracle_traps.test_traps}
 
 

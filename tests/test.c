@@ -1356,6 +1356,41 @@ static void row_products(const struct kernels *row)
     }
 }
 
+/* Two tiles for many tokens: the same sums as a tile for few. */
+static int panel_differs(const struct kernels *row, uint32_t type, uint32_t cols, int n, int kind)
+{
+    struct matrix w = random_matrix(type, 32, cols);
+    const uint8_t *tiles[2] = {w.data, w.data + w.tile_bytes};
+    struct input in = random_input((size_t)n + 1, cols);
+    float (*y)[2][TILE] = fresh(sizeof *y * (size_t)n), z[1][TILE];
+    int bad = 0;
+    for (int i = 0; i < 2 && kind; i++)
+        extreme_tile((uint8_t *)(uintptr_t)tiles[i], w.tile_bytes, kind - 1);
+    extreme_input(&in, (size_t)n + 1, cols, kind ? kind - 1 : 9);
+    quantise_input(&in, (size_t)n + 1, cols);
+    row->panel[type](tiles, cols, &in, 1, n, y);
+    for (int t = 0; t < n; t++)
+        for (int i = 0; i < 2; i++) {
+            scalar_kernels.product[type](tiles[i], cols, &in, 1 + (size_t)t, 1, z);
+            bad += !!memcmp(y[t][i], z[0], sizeof z[0]);
+        }
+    free(y), free_input(&in), free((void *)(uintptr_t)w.data);
+    return bad;
+}
+
+static void row_panels(const struct kernels *row)
+{
+    static const int sizes[] = {1, 2, 3, 7, 8, 9, 15, 22, 256};
+    static const uint32_t cols[] = {1, 33, 256, 257, 600};
+    for (uint32_t type = F32; type < N_TYPES; type++) {
+        int bad = 0;
+        for (int i = 0; i < 9 && row->panel[type]; i++)
+            for (int kind = 0; kind <= (i == 7 ? N_EXTREMES : 0); kind++)
+                bad += panel_differs(row, type, cols[i % 5], sizes[i], kind);
+        check(!bad, "%s: %d panels of %s differ from scalar", row->name, bad, types[type].name);
+    }
+}
+
 static int quantise_differs(const struct kernels *row, uint32_t n, int special)
 {
     struct input a = random_input(1, n), b = random_input(1, n);
@@ -1538,6 +1573,7 @@ static void test_kernels(void)
         if (all_kernels[i] == &scalar_kernels)
             continue;
         row_products(all_kernels[i]);
+        row_panels(all_kernels[i]);
         row_vectors(all_kernels[i]);
         row_attention(all_kernels[i]);
     }
@@ -1583,32 +1619,60 @@ static int chunks_differ(const gemma2_model *m, struct setup o, const int32_t *i
     return bad;
 }
 
-/* Few passes: where a team has more threads than the machine, each costs milliseconds. */
+/* Every task once, in the environment of the specification, whatever the host has. */
+struct shared_tasks {
+    int runs[1000], wrong_environment;
+};
+
+static void count_task(void *context, size_t task)
+{
+    struct shared_tasks *tasks = context;
+    volatile float tiny = 1e-38f;
+    tasks->runs[task]++;
+    if (tiny * 0.5f * 2 != tiny) /* flushed, or rounded otherwise */
+        tasks->wrong_environment = 1;
+}
+
+static void test_share(void)
+{
+    static const int threads[] = {1, 2, 3, 5, 16, 1024};
+    static struct shared_tasks tasks;
+    for (int i = 0; i < 6; i++)
+        for (size_t n = 0; n <= 1000; n += 1 + n * 3) {
+            int bad = 0;
+            memset(&tasks, 0, sizeof tasks);
+            share(threads[i] < 1024 || n < 20 ? threads[i] : 20, n, SIZE_MAX / 2, count_task, &tasks);
+            for (size_t k = 0; k < 1000; k++)
+                bad += tasks.runs[k] != (k < n);
+            check(!bad && !tasks.wrong_environment, "%zu tasks on %d threads", n, threads[i]);
+        }
+}
+
+/* A model large enough for teams, in two passes: where a team has more threads than the
+ * machine, each hand-over costs milliseconds. */
 static void test_threads(void)
 {
     static const int threads[] = {2, 3, 5, 16};
-    int32_t ids[20];
-    for (int i = 0; i < N_SHAPES; i++) {
-        struct model x = make(&shapes[i]);
-        random_ids(x.m, ids, 20);
-        float *truth = step_by_step(x.m, (struct setup){20, 1, 1, 0, 0}, ids, 20);
-        for (int k = i % 4; k < 4; k += 4)
-            check(!chunks_differ(x.m, (struct setup){20, 17, threads[k], 0, 0}, ids, 20, 17, truth),
-                  "%s: %d threads", shapes[i].name, threads[k]);
-        free(truth);
-        unmake(&x);
+    struct shape shape = {"wide", 2, 264, 8, 4, 32, 600, 700, 100, 300, 50, 30, 1, 0,
+                          {Q8, F32, Q4, BF16, Q6}, 64};
+    int32_t ids[270];
+    struct model x = make(&shape);
+    float scores[2][270], *logits = fresh(2 * vocab(x.m) * sizeof *logits);
+    random_ids(x.m, ids, 270);
+    for (int i = 0; i < 5; i++) {
+        gemma2_session *s = start(x.m, (struct setup){270, 200, i ? threads[i - 1] : 1, 0, 0});
+        float *to = logits + (i > 0) * vocab(x.m);
+        int status = gemma2_prefill(s, ids, 200, NULL);
+        status |= gemma2_score(s, ids + 200, 60, 1, scores[i > 0]);
+        for (size_t k = 260; k < 265; k++)
+            status |= gemma2_eval(s, ids + k, 1, to);
+        check(status == GEMMA2_OK, "%d threads: %d", s->n_threads, status);
+        check(!i || (!logits_differ(x.m, to, logits, 0) && !memcmp(scores[0], scores[1], 60 * 4)),
+              "%d threads change results", s->n_threads);
+        gemma2_session_free(s);
     }
-}
-
-/* OpenMP grants one thread where more are asked for: n_threads still chooses the path that
- * results take (attention split over blocks), without the cost of a team. */
-static void grant_threads(int granted)
-{
-#ifdef _OPENMP
-    omp_set_max_active_levels(granted);
-#else
-    (void)granted;
-#endif
+    free(logits);
+    unmake(&x);
 }
 
 #ifdef HAVE_X86
@@ -1665,6 +1729,7 @@ static void test_float_environment(void) { printf("not run: floating-point envir
 
 static void test_work_sharing(void)
 {
+    test_share();
     test_threads();
     test_float_environment();
 }
@@ -1797,7 +1862,6 @@ static void test_far(void)
     int32_t ids[640];
     struct model x = make(&long_shape);
     random_ids(x.m, ids, 640);
-    grant_threads(0);
     for (int cache = 1; cache <= 2; cache++)
         for (int k = cache - 1; k < 7; k += 2) {
             struct setup o = {640, 1, 1, windows[k], cache};
@@ -1809,7 +1873,6 @@ static void test_far(void)
                           o.window, o.batch, o.threads, cache);
             free(truth);
         }
-    grant_threads(1);
     unmake(&x);
 }
 
@@ -1817,7 +1880,6 @@ static void test_far(void)
 static void test_far_shared(void)
 {
     int32_t ids[500];
-    grant_threads(0);
     struct model x = make(&long_shape);
     float *logits = fresh(4 * vocab(x.m) * sizeof *logits);
     random_ids(x.m, ids, 500);
@@ -1838,7 +1900,6 @@ static void test_far_shared(void)
                                  (rows[i].session == s[0] ? 280u : 480u) + (unsigned)i % 2),
                   "far rows, lead %d, row %d", lead, i);
         gemma2_session_free(s[0]), gemma2_session_free(s[1]);
-        grant_threads(1); /* the second time with a real team */
     }
     free(logits), free(truth);
     unmake(&x);
@@ -2309,7 +2370,8 @@ static void naive_merge(const struct pieces *p, struct naive *s)
         }
         if (best < 0)
             return;
-        strncat(s->text[best], s->text[best + 1], 40 - strlen(s->text[best]));
+        size_t at = strlen(s->text[best]);
+        memmove(s->text[best] + at, s->text[best + 1], strlen(s->text[best + 1]) + 1);
         memmove(s->text[best + 1], s->text[best + 2], sizeof *s->text * (size_t)(s->n - best - 2));
         s->n--;
     }

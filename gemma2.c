@@ -4229,6 +4229,9 @@ AVX512 INLINE void scores_tile_avx512(int half, const int n, const int n_groups,
     for (int h = 0; h < head_dim; h++)
         for (int g = 0; g < n_groups; g++) {
             __m512 key = cached_avx512(half, keys[g], (size_t)h * TILE);
+            if (n <= 2 && h % 2 == 0) /* the same place four groups on */
+                _mm_prefetch((const char *)keys[g] + (half ? 2 : 4) * TILE * (h + 4 * head_dim),
+                             _MM_HINT_T0);
             for (int j = 0; j < n; j++)
                 acc[j][g] = _mm512_add_ps(acc[j][g],
                                           _mm512_mul_ps(_mm512_set1_ps(q[j][h]), key));
@@ -4265,8 +4268,11 @@ AVX512 INLINE void mix_tile_avx512(int half, const int n, const int n_parts,
             acc[j][part] = _mm512_setzero_ps();
     for (int i = first; i <= last; i++)
         for (int part = 0; part < n_parts; part++) {
-            __m512 value = cached_avx512(half, values[i / TILE],
-                                         (size_t)(i % TILE * width + h + part * TILE));
+            size_t at = (size_t)(i % TILE * width + h + part * TILE);
+            __m512 value = cached_avx512(half, values[i / TILE], at);
+            if (n <= 2 && part % 2 == 0) /* sixteen positions on */
+                _mm_prefetch((const char *)values[i / TILE] +
+                                 (half ? 2 : 4) * (at + TILE * (size_t)width), _MM_HINT_T0);
             for (int j = 0; j < n; j++)
                 acc[j][part] = _mm512_add_ps(acc[j][part],
                                              _mm512_mul_ps(_mm512_set1_ps(p[j][i]), value));
@@ -4286,6 +4292,11 @@ AVX512 INLINE void mix_avx512(int half, const float (*p)[KEY_BLOCK], int n, int 
 #define PIECE_1(count, from)                                                              \
     mix_tile_avx512(half, count, 1, p + (from), width, values, first, last, h,            \
                     o + (from) * width)
+    for (; n <= 2 && width - h >= 8 * TILE; h += 8 * TILE) /* decoding: long streams */
+        if (n == 2)
+            mix_tile_avx512(half, 2, 8, p, width, values, first, last, h, o);
+        else
+            mix_tile_avx512(half, 1, 8, p, width, values, first, last, h, o);
     for (; width - h >= 4 * TILE; h += 4 * TILE)
         FOR_EACH_PIECE(PIECE_4);
     for (; h < width; h += TILE)

@@ -2915,6 +2915,9 @@ static int adjust_logits(const gemma2_session *s, const gemma2_sampler *p, float
             x[id] = x[id] > 0 ? x[id] / p->repetition_penalty : x[id] * p->repetition_penalty;
         x[id] -= p->frequency_penalty + (seen ? 0 : p->presence_penalty);
     }
+    for (int32_t i = 0; i < n_vocab; i++)
+        if (!(x[i] < INFINITY)) /* a bias of NaN or infinity, or one that overflows */
+            return GEMMA2_ERR_ARGUMENT;
     return GEMMA2_OK;
 }
 
@@ -3280,8 +3283,10 @@ gemma2_session *gemma2_session_place(const gemma2_model *m, const gemma2_session
     else if (!memory || (uintptr_t)memory % 64 || size < plan.total)
         fail(&err, "a session needs %llu bytes aligned to 64", (unsigned long long)plan.total);
     else {
+        uint64_t env = float_env_enter();
         place_session(&s, memory, &plan);
         start_session(&s);
+        float_env_leave(env);
         memcpy(memory, &s, sizeof s);
         return memory;
     }

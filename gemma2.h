@@ -295,7 +295,7 @@ GEMMA2_API const char *gemma2_piece(const gemma2_model *model, int32_t id, size_
 
 typedef struct {
     int32_t id;
-    float bias; /* added to the logit; -INFINITY bans the token */
+    float bias; /* added to the logit; -INFINITY bans the token, NaN and +INFINITY are errors */
 } gemma2_bias;
 
 /* In the order they are applied.  gemma2_sampler_init fills in gemma_pytorch's defaults. */

@@ -485,7 +485,7 @@ SIZES = [
     ("D", ("hidden_size",), None, 1, 1 << 20),
     ("N", ("num_attention_heads",), None, 1, 4096),
     ("K", ("num_key_value_heads",), None, 1, 4096),
-    ("H", ("head_dim",), 256, 2, 4096),  # never D / N
+    ("H", ("head_dim",), 256, 2, 1024),  # never D / N
     ("F", ("intermediate_size",), None, 1, 1 << 22),
     ("context", ("max_position_embeddings",), 8192, 1, 1 << 30),
 ]
@@ -900,8 +900,8 @@ def check_shapes(reader):
         raise ExportError("the checkpoint lacks the embedding (model.embed_tokens.weight): fetch "
                           "all of its files")
     model.V = reader.shape("embedding")[0]
-    if not 1 <= model.V <= 1 << 22:
-        raise ExportError("the embedding has %d rows; 1 to %d can be" % (model.V, 1 << 22))
+    if not 1 <= model.V < 1 << 22:
+        raise ExportError("the embedding has %d rows; 1 to %d can be" % (model.V, (1 << 22) - 1))
     table = tensor_table(model)
     missing = [n for n in table if n not in reader.names and n != "head"]
     if missing:
@@ -1186,7 +1186,7 @@ def added_tokens(directory, doc):
 def add_tokens(tokenizer, added):
     """Appends added tokens, renames reused ones and marks the special ones."""
     n = max(added, default=-1) + 1
-    if n > 1 << 22:
+    if n >= 1 << 22:
         raise ExportError("an added token has the id %d: fetch the tokenizer again" % (n - 1))
     tokenizer.append_unused(n)
     renamed = []

@@ -367,17 +367,17 @@ static int file_open(struct file *f, const char *path, int read_in, struct errbu
  *     68   u32   D, model width                         1 .. 2^20; D, N, K, H, F are 0
  *     72   u32   N, query heads                         1 .. 4096          when L is 0
  *     76   u32   K, key/value heads                     divides N
- *     80   u32   H, head_dim                            even, 2 .. 4096
+ *     80   u32   H, head_dim                            even, 2 .. 1024
  *     84   u32   F, feed-forward width of one branch    1 .. 2^22
- *     88   u32   V, vocabulary                          1 .. 2^22
+ *     88   u32   V, vocabulary                          1 .. 2^22 - 1
  *     92   u32   W, window of local layers              1 .. 2^30 (0 when L is 0)
  *     96   u32   trained context                        1 .. 2^30 (0 when L is 0)
- *    100   f32   rms_norm_eps                           finite, >= 0
- *    104   f64   rope_theta                             finite, > 0 (0 when L is 0)
+ *    100   f32   rms_norm_eps                           0 .. 1
+ *    104   f64   rope_theta                             1e-3 .. 1e12 (0 when L is 0)
  *    112   f32   soft-cap of attention scores           0 (off), or 0.01 .. 10000
  *    116   f32   soft-cap of logits                     the same
- *    120   f32   query scale (query_pre_attn_scalar^-0.5)  finite, > 0 (0 when L is 0)
- *    124   f32   embedding scale (sqrt(D) in bf16)      finite, > 0 (0 when L is 0)
+ *    120   f32   query scale (query_pre_attn_scalar^-0.5)  1e-9 .. 1e9 (0 when L is 0)
+ *    124   f32   embedding scale (sqrt(D) in bf16)      1e-9 .. 1e9 (0 when L is 0)
  *    128   u8[128] bit l%8 of byte l/8: layer l is local (sliding window)
  *    256   u32   number of stop ids                     0 .. 15
  *    260   u32[15] stop ids                             < V; unused ones 0
@@ -417,7 +417,7 @@ static int file_open(struct file *f, const char *path, int read_in, struct errbu
  *          u32[V] end of each piece in the blob; a piece starts where the last one ended
  *          u8[V]  kind, GEMMA2_PIECE_*; a BYTE piece is spelled "<0xHH>", upper case
  *          u8[]   the blob; a space is U+2581; only UNUSED pieces may be empty; a piece
- *                 has at most 4096 bytes; of equal pieces the lowest id is found
+ *                 is UTF-8 of at most 4096 bytes; of equal pieces the lowest id is found
  * =================================================================================== */
 
 enum { /* roles */
@@ -613,7 +613,8 @@ static int read_lists(const uint8_t *header, gemma2_config *c, struct errbuf *er
     for (uint32_t i = 0; i < 15; i++) {
         uint32_t id = get_u32(header + 260 + 4 * i);
         if (id >= (i < n ? (uint32_t)c->n_vocab : 1u))
-            return fail(err, "the model file is corrupted: stop id %u is not in the vocabulary", id);
+            return fail(err, "the model file is corrupted: stop id %u is not in the vocabulary",
+                        id);
         c->stop[i] = (int32_t)id;
     }
     if (!is_zero(header + 60, 4) || !is_zero(header + 320, IDENTITY_AT - 320))
@@ -635,7 +636,7 @@ static int fail_foreign(const uint8_t *p, size_t size, struct errbuf *err)
         {"PK\x03\x04", 0, 4, "a zip archive or PyTorch checkpoint; convert it with export.py"},
         {"{\"", 8, 2, "a safetensors checkpoint; convert its directory with export.py"},
         {"<", 0, 1, "a web page, not a model; the download went wrong"},
-        {"version https://git-lfs", 0, 23, "a Git LFS pointer, not the file itself; run git lfs pull"},
+        {"version https://git-lfs", 0, 23, "a Git LFS pointer, not the file; run git lfs pull"},
     };
     for (size_t i = 0; i < sizeof known / sizeof *known; i++)
         if (size >= known[i].at + known[i].n &&
@@ -751,11 +752,11 @@ static int read_directory(struct gemma2_model *m, struct errbuf *err)
         const struct role *r = find_role(e.role);
         uint64_t start = (end + align - 1) & ~(align - 1);
         if (e.offset != start || start > size || e.bytes > size - start)
-            return fail(err, "the model file is corrupted: section %u is not where it should be", i);
+            return fail(err, "the model file is corrupted: section %u is out of its place", i);
         end = start + e.bytes;
         if (e.flags > 1 || !is_zero(e.reserved, 16) || (!r && !e.flags))
-            return fail(err, "the model file has a section of unknown kind %u; use a newer gemma2.c",
-                        e.role);
+            return fail(err, "the model file has a section of unknown kind %u; use a newer "
+                             "gemma2.c", e.role);
         if (!r)
             continue;
         if (r->id == ROLE_FACTS ? !place_bytes(&m->facts, &m->facts_bytes, m, r, &e, err)
@@ -780,8 +781,8 @@ static int check_complete(struct gemma2_model *m, struct errbuf *err)
         for (int l = 0; l < (in_layer ? m->config.n_layers : 1); l++) {
             char *base = in_layer ? (char *)&m->layers[l] : (char *)m;
             if (!((struct matrix *)(base + r->member))->data)
-                return fail(err, "the model file lacks %s of layer %d; convert the checkpoint again",
-                            r->name, l);
+                return fail(err, "the model file lacks %s of layer %d; convert the checkpoint "
+                                 "again", r->name, l);
         }
     }
     if (!m->head.data)
@@ -833,7 +834,9 @@ static int check_facts(const struct gemma2_model *m, struct errbuf *err)
  *        the value is CODEBOOK[nibble] + 4 * (group scale byte & 1)
  *     group scale s: q8 the byte, 0 .. 255; q6 the byte as signed, -127 .. 127; q4 the
  *        byte as signed >> 1, -64 .. 63
- *     weight = S * (s * value): s * value is an exact integer, its product with S rounds
+ *     weight = S * (s * value): s * value is an exact integer, its product with S rounds.
+ *        Exporters choose S and s first, then the nearest value, ties to the even one (in
+ *        q4 to the even nibble)
  *   type 0 bytes  no tensor
  *
  * S is finite.  Padded rows have S = 0; padded inputs hold any value, they meet zero
@@ -1062,7 +1065,8 @@ static void product_q4(const uint8_t *tile, uint32_t cols, const struct input *i
 }
 
 /* The 32 inputs of a group: scale = max|x| / 127, q = x * (127 / max|x|) rounded to
- * nearest even (adding 1.5 * 2^23 leaves the integer in the low bits).  Groups below 1e-30 count as zero; NaN and infinity go into the scale. */
+ * nearest even (adding 1.5 * 2^23 leaves the integer in the low bits).  Groups below 1e-30
+ * count as zero; NaN and infinity go into the scale. */
 INLINE void quantise_group(const float *x, int8_t *q, float *scale, int32_t *sum)
 {
     uint32_t max = 0;
@@ -2582,7 +2586,8 @@ static int check_pieces(struct tokenizer *t, uint32_t blob_bytes, gemma2_config 
     for (int i = 0; i < 256; i++)
         n_bytes += t->byte_id[i] >= 0;
     if (n_bytes < 256 && c->unk < 0)
-        return fail(err, "the model file is corrupted: its tokenizer has neither unk nor all bytes");
+        return fail(err, "the model file is corrupted: its tokenizer has neither unk nor all "
+                         "bytes");
     return start == blob_bytes
                ? 1
                : fail(err, "the model file is corrupted: its tokenizer's bytes do not add up");
@@ -3708,7 +3713,8 @@ AVX2 INLINE __m256i group_sum_avx2(int vnni, uint32_t type, const __m256i w[8], 
         memcpy(&four, q + 4 * i, 4);
         __m256i x = _mm256_set1_epi32(four);
         if (type == TYPE_Q8)
-            sum[i % 2] = dot_avx2(vnni, sum[i % 2], _mm256_abs_epi8(w[i]), _mm256_sign_epi8(x, w[i]));
+            sum[i % 2] = dot_avx2(vnni, sum[i % 2], _mm256_abs_epi8(w[i]),
+                                  _mm256_sign_epi8(x, w[i]));
         else
             sum[i % 2] = dot_avx2(vnni, sum[i % 2], w[i], x);
     }

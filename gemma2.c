@@ -3580,6 +3580,13 @@ int gemma2_logprob(const float *logits, size_t n, int32_t id, float *logprob)
 
 #ifdef HAVE_X86
 
+/* Two tiles' 256 inputs, unpacked once for many tokens. */
+struct panel_block {
+    uint8_t operands[8][8][2][64]; /* [group][step][tile] */
+    float scales[8][2][TILE];
+    int32_t offsets[8][2][TILE];
+};
+
 /* ---- AVX2 and AVX-VNNI ---- */
 
 #define AVX2 __attribute__((target("avx2,f16c")))
@@ -3605,8 +3612,10 @@ AVX2 static void to_half_avx2(const float *x, size_t n, uint16_t *y) { to_half_b
         int done_ = 0;                                                              \
         for (; n - done_ >= 4; done_ += 4)                                          \
             call(4, done_);                                                         \
-        if (n - done_ >= 2)                                                         \
-            call(2, done_), done_ += 2;                                             \
+        if (n - done_ >= 2) {                                                       \
+            call(2, done_);                                                         \
+            done_ += 2;                                                             \
+        }                                                                           \
         if (n - done_)                                                              \
             call(1, done_);                                                         \
     } while (0)
@@ -3662,17 +3671,20 @@ AVX2 static void product_bf16_avx2(const uint8_t *tile, uint32_t cols, const str
     float_product_avx2(1, tile, cols, in, t, n, y);
 }
 
-/* Rows 8 half .. 8 half + 7 of a group as 8 registers of [8 rows][4 inputs].  q8: signed;
- * q6, q4: unsigned, value + 32 and codebook + 31. */
-AVX2 INLINE void operands_avx2(uint32_t type, const uint8_t *group, int half, __m256i w[8])
+/* Rows 8 half .. 8 half + 7 of a group as 8 registers of [8 rows][4 inputs], unsigned: q6
+ * value + 32, q4 codebook + 31, q8 value + 128 for VNNI but signed without it. */
+AVX2 INLINE void operands_avx2(int vnni, uint32_t type, const uint8_t *group, int half,
+                               __m256i w[8])
 {
     const __m128i code = _mm_add_epi8(_mm_loadu_si128((const __m128i *)CODEBOOK),
                                       _mm_set1_epi8(31));
     const __m256i codebook = _mm256_broadcastsi128_si256(code), low = _mm256_set1_epi8(15);
     const __m256i high_bits = _mm256_set1_epi8(0x30);
     if (type == TYPE_Q8) {
+        const __m256i flip = _mm256_set1_epi8(vnni ? -128 : 0);
         for (int i = 0; i < 8; i++)
-            w[i] = _mm256_loadu_si256((const __m256i *)(group + i * 64 + half * 32));
+            w[i] = _mm256_xor_si256(
+                _mm256_loadu_si256((const __m256i *)(group + i * 64 + half * 32)), flip);
         return;
     }
     for (int o = 0; o < 4; o++) {
@@ -3691,16 +3703,34 @@ AVX2 INLINE void operands_avx2(uint32_t type, const uint8_t *group, int half, __
         w[i] = _mm256_shuffle_epi8(codebook, w[i]);
 }
 
-/* acc + four products of unsigned u and signed x in each 32-bit lane.  AVX-VNNI has an
- * instruction for it; without it the pairs must fit 16 bits: u <= 127 or |x| small. */
-AVX2 INLINE __m256i dot_avx2(int vnni, __m256i acc, __m256i u, __m256i x)
+AVX2 INLINE __m256i broadcast_avx2(const int8_t *four_inputs)
 {
-    if (vnni)
-        __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(acc) : "x"(u), "x"(x));
-    else
-        acc = _mm256_add_epi32(
-            acc, _mm256_madd_epi16(_mm256_maddubs_epi16(u, x), _mm256_set1_epi16(1)));
-    return acc;
+    int32_t four;
+    memcpy(&four, four_inputs, 4);
+    return _mm256_set1_epi32(four);
+}
+
+/* acc + the products of two steps, w[0] with inputs q[0..3], w[1] with q[4..7].  AVX-VNNI
+ * adds four products at a time.  Without it pairs go through 16 bits: two pairs of q6 or q4
+ * fit (4 * 63 * 127), but only one of q8, and that with the sign moved to the input. */
+AVX2 INLINE __m256i dot_avx2(int vnni, uint32_t type, __m256i acc, __m256i w0, __m256i w1,
+                             __m256i x0, __m256i x1)
+{
+    const __m256i ones = _mm256_set1_epi16(1);
+    if (vnni) {
+        __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(acc) : "x"(w0), "x"(x0));
+        __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(acc) : "x"(w1), "x"(x1));
+        return acc;
+    }
+    if (type != TYPE_Q8) {
+        __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16(w0, x0),
+                                         _mm256_maddubs_epi16(w1, x1));
+        return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, ones));
+    }
+    __m256i p0 = _mm256_maddubs_epi16(_mm256_abs_epi8(w0), _mm256_sign_epi8(x0, w0));
+    __m256i p1 = _mm256_maddubs_epi16(_mm256_abs_epi8(w1), _mm256_sign_epi8(x1, w1));
+    return _mm256_add_epi32(acc, _mm256_add_epi32(_mm256_madd_epi16(p0, ones),
+                                                  _mm256_madd_epi16(p1, ones)));
 }
 
 /* sum over a group of v * q for 8 rows. */
@@ -3708,33 +3738,32 @@ AVX2 INLINE __m256i group_sum_avx2(int vnni, uint32_t type, const __m256i w[8], 
                                    __m256i start)
 {
     __m256i sum[2] = {start, _mm256_setzero_si256()};
-    for (int i = 0; i < 8; i++) {
-        int32_t four;
-        memcpy(&four, q + 4 * i, 4);
-        __m256i x = _mm256_set1_epi32(four);
-        if (type == TYPE_Q8)
-            sum[i % 2] = dot_avx2(vnni, sum[i % 2], _mm256_abs_epi8(w[i]),
-                                  _mm256_sign_epi8(x, w[i]));
-        else
-            sum[i % 2] = dot_avx2(vnni, sum[i % 2], w[i], x);
-    }
+    for (int i = 0; i < 8; i += 2)
+        sum[i / 2 % 2] = dot_avx2(vnni, type, sum[i / 2 % 2], w[i], w[i + 1],
+                                  broadcast_avx2(q + 4 * i), broadcast_avx2(q + 4 * i + 4));
     return _mm256_add_epi32(sum[0], sum[1]);
 }
 
-/* Group scales of 8 rows as floats (both factors of s * sum are exact floats, so their
- * rounded product is the rounded integer product), and what the unsigned operands are off
- * by, times -1, in the low 16 bits of each lane. */
-AVX2 INLINE __m256 scales_avx2(uint32_t type, const uint8_t *bytes, __m256i *offset)
+/* What the unsigned operands of 8 rows are off by, times -1, in the low 16 bits of each
+ * lane; q4's values are 4 higher in rows whose scale byte is odd. */
+AVX2 INLINE __m256i offset_avx2(int vnni, uint32_t type, const uint8_t *bytes)
+{
+    if (type == TYPE_Q8)
+        return _mm256_set1_epi32(vnni ? -128 & 0xffff : 0);
+    if (type == TYPE_Q6)
+        return _mm256_set1_epi32(-32 & 0xffff);
+    __m256i odd = _mm256_and_si256(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)bytes)),
+                                   _mm256_set1_epi32(1));
+    return _mm256_add_epi32(_mm256_set1_epi32(-31 & 0xffff), _mm256_slli_epi32(odd, 2));
+}
+
+/* Group scales of 8 rows as floats.  Both factors of s * sum are exact floats, so the
+ * rounded float product is the rounded integer product. */
+AVX2 INLINE __m256 scales_avx2(uint32_t type, const uint8_t *bytes)
 {
     __m128i raw = _mm_loadl_epi64((const __m128i *)bytes);
     __m256i s = type == TYPE_Q8 ? _mm256_cvtepu8_epi32(raw) : _mm256_cvtepi8_epi32(raw);
-    *offset = _mm256_set1_epi32(type == TYPE_Q8 ? 0 : type == TYPE_Q6 ? -32 & 0xffff
-                                                                      : -31 & 0xffff);
-    if (type != TYPE_Q4)
-        return _mm256_cvtepi32_ps(s);
-    __m256i four = _mm256_slli_epi32(_mm256_and_si256(s, _mm256_set1_epi32(1)), 2);
-    *offset = _mm256_add_epi32(*offset, four);
-    return _mm256_cvtepi32_ps(_mm256_srai_epi32(s, 1));
+    return _mm256_cvtepi32_ps(type == TYPE_Q4 ? _mm256_srai_epi32(s, 1) : s);
 }
 
 AVX2 INLINE void quantised_tile_avx2(int vnni, uint32_t type, const int n, const uint8_t *tile,
@@ -3750,13 +3779,12 @@ AVX2 INLINE void quantised_tile_avx2(int vnni, uint32_t type, const int n, const
         for (uint32_t line = 0; n == 1 && line < types[type].group_bytes; line += 64)
             _mm_prefetch((const char *)group + line + PREFETCH_AHEAD, _MM_HINT_T0);
         for (int half = 0; half < 2; half++) {
-            __m256i w[8], offset;
-            __m256 s = scales_avx2(type, scale_bytes + 8 * half, &offset);
-            operands_avx2(type, group, half, w);
+            __m256i w[8], offset = offset_avx2(vnni, type, scale_bytes + 8 * half);
+            __m256 s = scales_avx2(type, scale_bytes + 8 * half);
+            operands_avx2(vnni, type, group, half, w);
             for (int i = 0; i < n; i++) {
                 size_t at = (t + (size_t)i) * ld + g;
-                __m256i start = type == TYPE_Q8 ? offset
-                    : _mm256_madd_epi16(offset, _mm256_set1_epi32(in->sum[at]));
+                __m256i start = _mm256_madd_epi16(offset, _mm256_set1_epi32(in->sum[at]));
                 __m256i sum = group_sum_avx2(vnni, type, w, in->q + at * GROUP, start);
                 __m256 product = _mm256_mul_ps(s, _mm256_cvtepi32_ps(sum));
                 acc[i][half] = _mm256_add_ps(
@@ -3778,6 +3806,84 @@ AVX2 INLINE void quantised_avx2(int vnni, uint32_t type, const uint8_t *tile, ui
     quantised_tile_avx2(vnni, type, count, tile, cols, in, t + (size_t)(from), y + (from))
     FOR_EACH_PIECE(PIECE);
 #undef PIECE
+}
+
+AVX2 INLINE void unpack_panel_avx2(int vnni, uint32_t type, const uint8_t *const tiles[2],
+                                   size_t block, struct panel_block *b)
+{
+    for (int g = 0; g < 8; g++)
+        for (int i = 0; i < 4; i++) { /* tile i / 2, half i % 2 */
+            const uint8_t *scale_bytes, *group;
+            __m256i w[8];
+            group = group_at(type, tiles[i / 2], block * 8 + (size_t)g, &scale_bytes);
+            scale_bytes += i % 2 * 8;
+            operands_avx2(vnni, type, group, i % 2, w);
+            for (int step = 0; step < 8; step++)
+                _mm256_storeu_si256((__m256i *)(b->operands[g][step][i / 2] + i % 2 * 32), w[step]);
+            _mm256_storeu_ps(b->scales[g][i / 2] + i % 2 * 8, scales_avx2(type, scale_bytes));
+            _mm256_storeu_si256((__m256i *)(b->offsets[g][i / 2] + i % 2 * 8),
+                                offset_avx2(vnni, type, scale_bytes));
+        }
+}
+
+/* n tokens (a constant) against one group of one tile of a block. */
+AVX2 INLINE void panel_group_avx2(int vnni, uint32_t type, const int n,
+                                  const struct panel_block *b, size_t g, int tile,
+                                  const struct input *in, size_t at, float (*y)[2][TILE])
+{
+    size_t ld = in->ldq / GROUP;
+    __m256i sum[4][2];
+    for (int j = 0; j < n; j++)
+        for (int half = 0; half < 2; half++)
+            sum[j][half] = _mm256_madd_epi16(
+                _mm256_loadu_si256((const __m256i *)(b->offsets[g][tile] + half * 8)),
+                _mm256_set1_epi32(in->sum[at + (size_t)j * ld]));
+    UNROLL
+    for (int step = 0; step < 8; step += 2)
+        for (int j = 0; j < n; j++) {
+            const int8_t *q = in->q + (at + (size_t)j * ld) * GROUP + 4 * step;
+            __m256i x0 = broadcast_avx2(q), x1 = broadcast_avx2(q + 4);
+            for (int half = 0; half < 2; half++) {
+                const uint8_t *w = b->operands[g][step][tile] + half * 32;
+                sum[j][half] = dot_avx2(vnni, type, sum[j][half],
+                                        _mm256_loadu_si256((const __m256i *)w),
+                                        _mm256_loadu_si256((const __m256i *)(w + 128)), x0, x1);
+            }
+        }
+    for (int j = 0; j < n; j++)
+        for (int half = 0; half < 2; half++) {
+            float *to = y[j][tile] + half * 8;
+            __m256 product = _mm256_mul_ps(_mm256_loadu_ps(b->scales[g][tile] + half * 8),
+                                           _mm256_cvtepi32_ps(sum[j][half]));
+            __m256 scale = _mm256_set1_ps(in->scale[at + (size_t)j * ld]);
+            _mm256_storeu_ps(to, _mm256_add_ps(_mm256_loadu_ps(to),
+                                               _mm256_mul_ps(scale, product)));
+        }
+}
+
+AVX2 INLINE void panel_avx2(int vnni, uint32_t type, const uint8_t *const tiles[2], uint32_t cols,
+                            const struct input *in, size_t t, int n, float y[][2][TILE])
+{
+    struct panel_block b;
+    memset(y, 0, (size_t)n * sizeof *y);
+    for (size_t block = 0; block < (cols + 255) / 256; block++) {
+        unpack_panel_avx2(vnni, type, tiles, block, &b);
+        for (size_t g = 0; g < 8; g++) {
+            size_t ld = in->ldq / GROUP, at = t * ld + block * 8 + g;
+#define PIECE(count, from)                                                                   \
+    for (int tile = 0; tile < 2; tile++)                                                     \
+        panel_group_avx2(vnni, type, count, &b, g, tile, in, at + (size_t)(from) * ld, y + (from))
+            FOR_EACH_PIECE(PIECE);
+#undef PIECE
+        }
+    }
+    for (int j = 0; j < n; j++)
+        for (int i = 0; i < 4; i++) {
+            float *to = y[j][i / 2] + i % 2 * 8;
+            _mm256_storeu_ps(to, _mm256_mul_ps(_mm256_loadu_ps(to),
+                                               _mm256_loadu_ps((const float *)tiles[i / 2] +
+                                                               i % 2 * 8)));
+        }
 }
 
 AVX2 static void product_q8_avx2(const uint8_t *tile, uint32_t cols, const struct input *in,
@@ -3814,6 +3920,42 @@ AVX2 static void product_q4_avxvnni(const uint8_t *tile, uint32_t cols, const st
                                     size_t t, int n, float y[][TILE])
 {
     quantised_avx2(1, TYPE_Q4, tile, cols, in, t, n, y);
+}
+
+AVX2 static void panel_q8_avx2(const uint8_t *const tiles[2], uint32_t cols,
+                              const struct input *in, size_t t, int n, float y[][2][TILE])
+{
+    panel_avx2(0, TYPE_Q8, tiles, cols, in, t, n, y);
+}
+
+AVX2 static void panel_q6_avx2(const uint8_t *const tiles[2], uint32_t cols,
+                              const struct input *in, size_t t, int n, float y[][2][TILE])
+{
+    panel_avx2(0, TYPE_Q6, tiles, cols, in, t, n, y);
+}
+
+AVX2 static void panel_q4_avx2(const uint8_t *const tiles[2], uint32_t cols,
+                              const struct input *in, size_t t, int n, float y[][2][TILE])
+{
+    panel_avx2(0, TYPE_Q4, tiles, cols, in, t, n, y);
+}
+
+AVX2 static void panel_q8_avxvnni(const uint8_t *const tiles[2], uint32_t cols,
+                              const struct input *in, size_t t, int n, float y[][2][TILE])
+{
+    panel_avx2(1, TYPE_Q8, tiles, cols, in, t, n, y);
+}
+
+AVX2 static void panel_q6_avxvnni(const uint8_t *const tiles[2], uint32_t cols,
+                              const struct input *in, size_t t, int n, float y[][2][TILE])
+{
+    panel_avx2(1, TYPE_Q6, tiles, cols, in, t, n, y);
+}
+
+AVX2 static void panel_q4_avxvnni(const uint8_t *const tiles[2], uint32_t cols,
+                              const struct input *in, size_t t, int n, float y[][2][TILE])
+{
+    panel_avx2(1, TYPE_Q4, tiles, cols, in, t, n, y);
 }
 
 AVX2 INLINE __m256 cached_avx2(int half, const void *p, size_t i)
@@ -4119,13 +4261,6 @@ AVX512 static void product_q4_avx512(const uint8_t *tile, uint32_t cols, const s
     quantised_avx512(TYPE_Q4, tile, cols, in, t, n, y);
 }
 
-/* Two tiles' 256 inputs, unpacked once for many tokens. */
-struct panel_block {
-    uint8_t operands[8][8][2][64]; /* [group][step][tile] */
-    float scales[8][2][TILE];
-    int32_t offsets[8][2][TILE];
-};
-
 AVX512 INLINE void unpack_panel_avx512(uint32_t type, const uint8_t *const tiles[2], size_t block,
                                        struct panel_block *b)
 {
@@ -4391,7 +4526,8 @@ static const struct kernels avx512_kernels = {
 static const struct kernels avxvnni_kernels = {
     "avxvnni", has_avxvnni,
     {NULL, product_f32_avx2, product_bf16_avx2, product_q8_avxvnni, product_q6_avxvnni,
-     product_q4_avxvnni}, {NULL},
+     product_q4_avxvnni},
+    {NULL, NULL, NULL, panel_q8_avxvnni, panel_q6_avxvnni, panel_q4_avxvnni},
     quantise_avx2, rms_norm_avx2, geglu_avx2, soft_cap_avx2, exp_sum_avx2, to_half_avx2,
     {scores_f32_avx2, scores_f16_avx2}, {mix_f32_avx2, mix_f16_avx2}};
 
@@ -4399,7 +4535,8 @@ static const struct kernels avxvnni_kernels = {
 static const struct kernels avx2_kernels = {
     "avx2", has_avx2,
     {NULL, product_f32_avx2, product_bf16_avx2, product_q8_avx2, product_q6_avx2,
-     product_q4_avx2}, {NULL},
+     product_q4_avx2},
+    {NULL, NULL, NULL, panel_q8_avx2, panel_q6_avx2, panel_q4_avx2},
     quantise_avx2, rms_norm_avx2, geglu_avx2, soft_cap_avx2, exp_sum_avx2, to_half_avx2,
     {scores_f32_avx2, scores_f16_avx2}, {mix_f32_avx2, mix_f16_avx2}};
 

@@ -1105,7 +1105,7 @@ INLINE void quantise_body(const float *x, uint32_t n, int8_t *q, float *scale, i
 
 /* ---- exp and tanh: the engine's own, because libraries differ ---- */
 
-/* exp(x) within 1.5 units in the last place; 0 below -87.3, at least 2.4e38 above 88.4;
+/* exp(x) within 1.1 units in the last place; 0 below -87.3, at least 2.4e38 above 88.4;
  * exp(0) = 1; NaN stays NaN.  exp(x) = 2^n exp(r) with r = x - n ln 2, |r| <= 0.3466. */
 INLINE float exp_f32(float x)
 {
@@ -1126,7 +1126,7 @@ INLINE float exp_f32(float x)
     return x < -87.3f ? 0.0f : y;
 }
 
-/* tanh(x) within 3 units in the last place: an odd polynomial below 0.625, above that
+/* tanh(x) within 1.5 units in the last place: an odd polynomial below 0.625, above that
  * 1 - 2 / (exp(2|x|) + 1), with the sign of x; NaN stays NaN. */
 INLINE float tanh_f32(float x)
 {
@@ -1500,7 +1500,7 @@ struct gemma2_session {
     float *partial;           /* attention split over blocks, see attend_split */
     struct candidate *candidates; /* [V]; log_sum blocks [B][HEAD_BLOCK] share it */
     float *adjusted;              /* [V] */
-    size_t ldh, ldq, partial_rows;
+    size_t ldh, ldq, partial_rows, partial_blocks;
 };
 
 /* ---- laying out a session: one function counts and places ---- */
@@ -1526,13 +1526,11 @@ static void *take(struct arena *a, size_t n, size_t bytes)
 
 enum { SPLIT_ROWS = 4 }; /* rows whose attention may be split over blocks of positions */
 
-/* The floats of one row's split attention: per query head and block max, sum, o[H']. */
+/* The floats of one block of one row's split attention: per query head max, sum, o[H']. */
 static size_t partial_floats(const gemma2_session *s)
 {
-    size_t blocks = ((size_t)s->n_context + KEY_BLOCK - 1) / KEY_BLOCK + 1;
-    return blocks * (size_t)s->model->config.n_heads * ((size_t)s->width + TILE);
+    return (size_t)s->model->config.n_heads * ((size_t)s->width + TILE);
 }
-
 static void place_scratch(gemma2_session *s, struct arena *a)
 {
     const gemma2_config *c = &s->model->config;
@@ -1542,23 +1540,24 @@ static void place_scratch(gemma2_session *s, struct arena *a)
     s->ldq = round_up(s->ldh > f ? s->ldh : f, BLOCK_INPUTS);
     s->partial_rows = (size_t)min_i32(s->n_batch, SPLIT_ROWS);
     s->rows = take(a, b, sizeof *s->rows);
-    s->x = take(a, b * d, sizeof(float));
-    s->h = take(a, b * s->ldh, sizeof(float));
-    s->q = take(a, b * heads, sizeof(float));
-    s->k = take(a, b * kv, sizeof(float));
-    s->v = take(a, b * kv, sizeof(float));
-    s->o = take(a, b * d, sizeof(float));
-    s->ffn = take(a, b * f, sizeof(float));
+    s->x = take(a, b, d * sizeof(float));
+    s->h = take(a, b, s->ldh * sizeof(float));
+    s->q = take(a, b, heads * sizeof(float));
+    s->k = take(a, b, kv * sizeof(float));
+    s->v = take(a, b, kv * sizeof(float));
+    s->o = take(a, b, d * sizeof(float));
+    s->ffn = take(a, b, f * sizeof(float));
     s->cosine = take(a, b * (size_t)c->head_dim / 2, sizeof(float));
     s->sine = take(a, b * (size_t)c->head_dim / 2, sizeof(float));
     s->inverse_frequency = take(a, (size_t)c->head_dim / 2, sizeof(float));
-    s->q8 = take(a, b * s->ldq, 1);
-    s->q8_scale = take(a, b * s->ldq / GROUP, sizeof(float));
-    s->q8_sum = take(a, b * s->ldq / GROUP, sizeof(int32_t));
+    s->q8 = take(a, b, s->ldq);
+    s->q8_scale = take(a, b, s->ldq / GROUP * sizeof(float));
+    s->q8_sum = take(a, b, s->ldq / GROUP * sizeof(int32_t));
     s->outputs = take(a, b, sizeof *s->outputs);
     s->sums = take(a, b, sizeof *s->sums);
     s->targets = take(a, b, sizeof *s->targets);
-    s->partial = take(a, s->partial_rows * partial_floats(s), sizeof(float));
+    s->partial_blocks = ((size_t)s->n_context + KEY_BLOCK - 1) / KEY_BLOCK + 1;
+    s->partial = take(a, s->partial_blocks, s->partial_rows * partial_floats(s) * sizeof(float));
     size_t log_sums = b * HEAD_BLOCK * sizeof(float), sampling = v * sizeof(struct candidate);
     s->candidates = take(a, log_sums > sampling ? log_sums : sampling, 1);
     s->adjusted = take(a, v, sizeof(float));
@@ -1581,8 +1580,9 @@ static size_t place_cache(gemma2_session *s, struct arena *a)
         if (c->is_local[l] && (int64_t)s->window + s->n_batch < slots)
             slots = (int64_t)s->window + s->n_batch;
         layer.slots = (int32_t)round_up((size_t)slots, TILE);
-        layer.keys = take(a, (size_t)c->n_kv_heads, head_bytes(s, &layer, 0));
-        layer.values = take(a, (size_t)c->n_kv_heads, head_bytes(s, &layer, 1));
+        size_t a_slot = (size_t)c->n_kv_heads * (s->half ? 2 : 4);
+        layer.keys = take(a, (size_t)layer.slots, a_slot * (size_t)c->head_dim);
+        layer.values = take(a, (size_t)layer.slots, a_slot * (size_t)s->width);
         if (a->base)
             s->cache[l] = layer;
     }
@@ -1606,9 +1606,11 @@ static int place_session(gemma2_session *s, uint8_t *base, gemma2_plan *plan)
 
 static int all_weights_f32(const gemma2_model *m)
 {
-    for (uint32_t i = 0; i < m->n_sections; i++)
-        if (get_entry(m->directory, i).type > TYPE_F32)
+    for (uint32_t i = 0; i < m->n_sections; i++) {
+        struct entry e = get_entry(m->directory, i);
+        if (find_role(e.role) && e.type > TYPE_F32)
             return 0;
+    }
     return 1;
 }
 
@@ -2074,8 +2076,8 @@ static void attend_task(void *context, size_t task)
 static float *partial_of(const struct pass *p, size_t t, int32_t block, int head)
 {
     const gemma2_session *s = p->lead;
-    size_t at = (size_t)block * (size_t)p->model->config.n_heads + (size_t)head;
-    return s->partial + t * partial_floats(s) + at * ((size_t)s->width + TILE);
+    size_t at = (t * s->partial_blocks + (size_t)block) * partial_floats(s);
+    return s->partial + at + (size_t)head * ((size_t)s->width + TILE);
 }
 
 /* Blocks that row t sees; the count of all rows' blocks is the number of tasks. */
@@ -3051,7 +3053,7 @@ const char *gemma2_error_string(int code)
         "the sliding window no longer holds that position; evaluate the tokens again",
         "the model gave logits that are not finite; its weights are damaged",
         "the buffer is too small", "the model file is corrupted"};
-    return code <= 0 && -code < (int)(sizeof text / sizeof *text) ? text[-code] : "unknown error";
+    return code <= 0 && code > -(int)(sizeof text / sizeof *text) ? text[-code] : "unknown error";
 }
 
 /* ---- model ---- */

@@ -61,7 +61,8 @@
  *
  * Errors.  Opening returns NULL and writes one sentence to err (always terminated; err
  * may be NULL).  Everything else returns a negative GEMMA2_ERR_ code.  A call that fails
- * leaves the session as it was, unless its comment says otherwise.  The library never
+ * leaves the session as it was, unless its comment says otherwise.  Handles and pointers
+ * must not be NULL where the comment does not allow it.  The library never
  * exits, aborts, prints, installs signal handlers or keeps global state.  The one
  * environment variable it reads is GEMMA2_ISA, at open (see gemma2_open).
  *
@@ -96,7 +97,7 @@ GEMMA2_API const char *gemma2_version(void);
 
 enum {
     GEMMA2_OK = 0,
-    GEMMA2_ERR_ARGUMENT = -1,  /* a NULL, a negative count, a value out of its range */
+    GEMMA2_ERR_ARGUMENT = -1,  /* a missing buffer, a count or value out of its range */
     GEMMA2_ERR_MEMORY = -2,    /* memory could not be had */
     GEMMA2_ERR_CONTEXT = -3,   /* more tokens than the context has room for */
     GEMMA2_ERR_TOKEN = -4,     /* a token id outside the vocabulary */
@@ -307,7 +308,7 @@ typedef struct {
     float repetition_penalty;  /* divides positive, multiplies negative logits; 1 is off */
     float presence_penalty;    /* taken off once; 0 is off */
     float frequency_penalty;   /* taken off per occurrence; 0 is off */
-    float temperature;         /* 1; 0: greedy, the rest is not looked at */
+    float temperature;         /* 1; 0: greedy */
     int32_t top_k;             /* 64; 0: all */
     float top_p;               /* 0.95; 1: all */
     float min_p;               /* relative to the best token; 0 is off */

@@ -1531,6 +1531,7 @@ static size_t partial_floats(const gemma2_session *s)
 {
     return (size_t)s->model->config.n_heads * ((size_t)s->width + TILE);
 }
+
 static void place_scratch(gemma2_session *s, struct arena *a)
 {
     const gemma2_config *c = &s->model->config;

@@ -16,17 +16,23 @@
  * NOTATION (the Gemma 2 report, arXiv 2408.00118, and google-deepmind/gemma)
  *   T tokens of a pass   D model width   N query heads   K key/value heads   H head_dim
  *   F ffn width   V vocabulary   L layers   W window   G = N/K query heads a kv head
+ *   B most tokens of a pass (n_batch)   R slots of a layer's cache   H' H rounded up to 16
  *   Arrays are written with their shape, last index fastest: x[T][D].
  *
  * ONE LAYER (google/gemma_pytorch, gemma/model.py, Gemma2DecoderLayer)
  *
- *   x[T][D] --+--> attn_norm --> q,k,v --> RoPE --> attention --> o --> post_attn_norm --(+)--+
- *             |                  N,K,K heads        local: W newest keys                  ^   |
- *             |                                     global: all keys                      |   |
- *             +---------------------------------------------------------------------------+   |
- *   x[T][D] <-+--(+)<-- post_ffn_norm <-- down <-- gelu(gate) * up <-- ffn_norm <--+----------+
- *                 ^                                                                |
- *                 +----------------------------------------------------------------+
+ *   x[T][D] ---+--> attn_norm --+--> q[T][N*H] --> RoPE --+--> attention --> o --> post_attn_norm
+ *              |                +--> k[T][K*H] --> RoPE --+    [T][N*H]                  |
+ *              |                +--> v[T][K*H] -----------+    local: W newest keys      |
+ *              |                                               global: all keys          |
+ *              +---------------------------(+)-------------------------------------------+
+ *                                           |
+ *              +----------------------------+
+ *              +--> ffn_norm --+--> gate[T][F] --> gelu --(*)--> down[T][D] --> post_ffn_norm
+ *              |               +--> up[T][F] --------------+                           |
+ *              +---------------------------(+)----------------------------------------+
+ *                                           |
+ *                                        x[T][D]
  *
  *   x starts as embedding[id] * sqrt(D); after L layers final_norm, then the embedding
  *   again as output head, then logits = 30 tanh(logits / 30).
@@ -34,7 +40,9 @@
  * SAME BITS.  Every sum below has one stated order, every product is rounded before it is
  * added, exp and tanh are this file's own.  The appendix repeats the same roundings, so
  * all instruction sets, thread counts and batch sizes give the same bits.  That needs a
- * compiler that does not contract a*b+c (-ffp-contract=off) nor reorders (no -ffast-math). */
+ * compiler that does not contract a*b+c (-ffp-contract=off; the pragmas below stand in for
+ * a missing flag, not for a contrary one), does not reorder (no -ffast-math) and computes
+ * floats as floats (no x87). */
 
 #ifdef __FAST_MATH__
 #error "gemma2.c promises equal bits everywhere: build it without -ffast-math"
@@ -50,6 +58,7 @@
 #include "gemma2.h"
 
 #include <errno.h>
+#include <float.h>
 #include <math.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -71,10 +80,20 @@
 #include <immintrin.h>
 #endif
 
+#if FLT_EVAL_METHOD != 0
+#error "gemma2.c needs floats computed as floats: on 32-bit x86 add -msse2 -mfpmath=sse"
+#endif
+
 /* The tracing seam: define it before including this file to be handed every named
  * activation, data[rows][cols] with stride floats from row to row. */
 #ifndef GEMMA2_TRACE
 #define GEMMA2_TRACE(name, layer, data, rows, cols, stride) ((void)0)
+#endif
+
+/* AVX-VNNI came to assemblers with these compilers. */
+#if defined(HAVE_X86) && ((defined(__clang__) && __clang_major__ >= 12) || \
+                          (!defined(__clang__) && __GNUC__ >= 11))
+#define HAVE_AVXVNNI 1
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
@@ -88,12 +107,12 @@
  * 1. Ground
  * =================================================================================== */
 
-/* Writes a sentence to err; returns 0, so that checks can `return fail(...)`. */
 struct errbuf {
-    char *text;
+    char *text; /* may be NULL */
     size_t size;
 };
 
+/* Writes a sentence to err; returns 0, so that checks can `return fail(...)`. */
 __attribute__((format(printf, 2, 3)))
 static int fail(struct errbuf *err, const char *format, ...)
 {
@@ -149,6 +168,16 @@ static int is_zero(const uint8_t *p, size_t n)
 }
 
 static size_t round_up(size_t n, size_t step) { return (n + step - 1) / step * step; }
+
+/* Copies a caller's parameters over the defaults in to; the caller's struct may be of an
+ * older version (shorter) or a newer one (longer).  Returns 0 for no plausible size. */
+static int copy_params(void *to, size_t size, const void *from, uint32_t struct_size)
+{
+    if (struct_size < 8 || struct_size > 4096)
+        return 0;
+    memcpy(to, from, struct_size < size ? struct_size : size);
+    return 1;
+}
 
 static int32_t min_i32(int32_t a, int32_t b) { return a < b ? a : b; }
 static int32_t max_i32(int32_t a, int32_t b) { return a > b ? a : b; }
@@ -299,12 +328,13 @@ static int file_open(struct file *f, const char *path, int read_in, struct errbu
     struct stat st;
     int fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
     if (fd < 0)
-        return fail(err, "cannot open: %s", strerror(errno));
+        return fail(err, "cannot open: %s; give the path of a file made by export.py",
+                    strerror(errno));
     int ok = 0;
     if (fstat(fd, &st) < 0)
         fail(err, "cannot read: %s", strerror(errno));
     else if (!S_ISREG(st.st_mode))
-        fail(err, "is %s, not a model file",
+        fail(err, "is %s, not a model file; convert a checkpoint with export.py first",
              S_ISDIR(st.st_mode) ? "a directory" : "a device or pipe");
     else if (st.st_size == 0)
         fail(err, "is empty; convert a checkpoint with export.py");
@@ -364,20 +394,20 @@ static int file_open(struct file *f, const char *path, int read_in, struct errbu
  *     56   u32   alignment A of sections                power of two, 64 .. 2 MiB
  *     60   u32   zero
  *     64   u32   L, layers                              0 .. 1024 (0: tokenizer only)
- *     68   u32   D, model width                         1 .. 2^20; D, N, K, H, F are 0
- *     72   u32   N, query heads                         1 .. 4096          when L is 0
- *     76   u32   K, key/value heads                     divides N
- *     80   u32   H, head_dim                            even, 2 .. 1024
- *     84   u32   F, feed-forward width of one branch    1 .. 2^22
+ *     68   u32   D, model width                         1 .. 2^20     0 when L is 0
+ *     72   u32   N, query heads                         1 .. 4096     0 when L is 0
+ *     76   u32   K, key/value heads                     divides N     0 when L is 0
+ *     80   u32   H, head_dim                            even, 2 .. 1024  0 when L is 0
+ *     84   u32   F, feed-forward width of one branch    1 .. 2^22     0 when L is 0
  *     88   u32   V, vocabulary                          1 .. 2^22 - 1
- *     92   u32   W, window of local layers              1 .. 2^30 (0 when L is 0)
- *     96   u32   trained context                        1 .. 2^30 (0 when L is 0)
- *    100   f32   rms_norm_eps                           0 .. 1
- *    104   f64   rope_theta                             1e-3 .. 1e12 (0 when L is 0)
+ *     92   u32   W, window of local layers              1 .. 2^30     0 when L is 0
+ *     96   u32   trained context                        1 .. 2^30     0 when L is 0
+ *    100   f32   rms_norm_eps                           0 .. 1        0 when L is 0
+ *    104   f64   rope_theta                             1e-3 .. 1e12  0 when L is 0
  *    112   f32   soft-cap of attention scores           0 (off), or 0.01 .. 10000
  *    116   f32   soft-cap of logits                     the same
- *    120   f32   query scale (query_pre_attn_scalar^-0.5)  1e-9 .. 1e9 (0 when L is 0)
- *    124   f32   embedding scale (sqrt(D) in bf16)      1e-9 .. 1e9 (0 when L is 0)
+ *    120   f32   query scale (query_pre_attn_scalar^-0.5)  1e-9 .. 1e9   0 when L is 0
+ *    124   f32   embedding scale (sqrt(D) in bf16)      1e-9 .. 1e9   0 when L is 0
  *    128   u8[128] bit l%8 of byte l/8: layer l is local (sliding window)
  *    256   u32   number of stop ids                     0 .. 15
  *    260   u32[15] stop ids                             < V; unused ones 0
@@ -469,7 +499,7 @@ struct gemma2_model {
     struct layer layers[];
 };
 
-/* The roles a file can have.  Dimensions: V, D, F, Q = N*H, K = K*H, 1; '-' no matrix. */
+/* The roles a file can have.  Dimensions: V, D, F, 1, q = N*H, k = K*H; '-' no matrix. */
 struct role {
     uint32_t id;
     const char *name;
@@ -484,10 +514,10 @@ static const struct role roles[] = {
     {ROLE_HEAD, "head", 'V', 'D', offsetof(gemma2_model, head)},
     {ROLE_FINAL_NORM, "final_norm", 'D', '1', offsetof(gemma2_model, final_norm)},
     {32, "attn_norm", 'D', '1', offsetof(struct layer, attn_norm)},
-    {33, "q", 'Q', 'D', offsetof(struct layer, q)},
-    {34, "k", 'K', 'D', offsetof(struct layer, k)},
-    {35, "v", 'K', 'D', offsetof(struct layer, v)},
-    {36, "o", 'D', 'Q', offsetof(struct layer, o)},
+    {33, "q", 'q', 'D', offsetof(struct layer, q)},
+    {34, "k", 'k', 'D', offsetof(struct layer, k)},
+    {35, "v", 'k', 'D', offsetof(struct layer, v)},
+    {36, "o", 'D', 'q', offsetof(struct layer, o)},
     {37, "post_attn_norm", 'D', '1', offsetof(struct layer, post_attn_norm)},
     {40, "ffn_norm", 'D', '1', offsetof(struct layer, ffn_norm)},
     {41, "gate", 'F', 'D', offsetof(struct layer, gate)},
@@ -581,7 +611,8 @@ static int read_field(const uint8_t *header, const struct header_field *f, gemma
     int zero = f->zero && c->n_layers == 0;
     int ok = zero || (f->kind == 'c' && x == 0) ? x == 0 : x >= f->low && x <= f->high;
     if (!ok)
-        return fail(err, "the model file is corrupted: its %s is %g, not %s%g to %g", f->name, x,
+        return fail(err, "the model file is corrupted: its %s is %.10g, not %s%.10g to %.10g",
+                    f->name, x,
                     f->kind == 'c' ? "0 or " : "", zero ? 0 : f->low, zero ? 0 : f->high);
     void *to = (char *)c + f->member;
     if (f->kind == 'i')
@@ -593,14 +624,19 @@ static int read_field(const uint8_t *header, const struct header_field *f, gemma
     return 1;
 }
 
-/* The last part of the header: which layers are local, which ids stop. */
-static int read_lists(const uint8_t *header, gemma2_config *c, struct errbuf *err)
+static int check_heads(const gemma2_config *c, struct errbuf *err)
 {
     if (c->n_layers && c->n_heads % c->n_kv_heads)
         return fail(err, "the model file is corrupted: %d query heads cannot share %d key/value "
                          "heads", c->n_heads, c->n_kv_heads);
     if (c->head_dim % 2)
         return fail(err, "the model file is corrupted: head_dim %d is odd", c->head_dim);
+    return 1;
+}
+
+/* The last part of the header: which layers are local, which ids stop, zeros. */
+static int read_lists(const uint8_t *header, gemma2_config *c, struct errbuf *err)
+{
     for (int l = 0; l < MAX_LAYERS; l++) {
         c->is_local[l] = header[128 + l / 8] >> l % 8 & 1;
         if (l >= c->n_layers && c->is_local[l])
@@ -696,8 +732,8 @@ static uint64_t dimension(const gemma2_config *c, char letter)
     case 'V': return (uint64_t)c->n_vocab;
     case 'D': return (uint64_t)c->d_model;
     case 'F': return (uint64_t)c->d_ffn;
-    case 'Q': return (uint64_t)c->n_heads * (uint64_t)c->head_dim;
-    case 'K': return (uint64_t)c->n_kv_heads * (uint64_t)c->head_dim;
+    case 'q': return (uint64_t)c->n_heads * (uint64_t)c->head_dim;
+    case 'k': return (uint64_t)c->n_kv_heads * (uint64_t)c->head_dim;
     default: return 1;
     }
 }
@@ -781,8 +817,10 @@ static int check_complete(struct gemma2_model *m, struct errbuf *err)
         for (int l = 0; l < (in_layer ? m->config.n_layers : 1); l++) {
             char *base = in_layer ? (char *)&m->layers[l] : (char *)m;
             if (!((struct matrix *)(base + r->member))->data)
-                return fail(err, "the model file lacks %s of layer %d; convert the checkpoint "
-                                 "again", r->name, l);
+                return in_layer ? fail(err, "the model file lacks %s of layer %d; convert the "
+                                            "checkpoint again", r->name, l)
+                                : fail(err, "the model file lacks %s; convert the checkpoint "
+                                            "again", r->name);
         }
     }
     if (!m->head.data)
@@ -839,8 +877,9 @@ static int check_facts(const struct gemma2_model *m, struct errbuf *err)
  *        q4 to the even nibble)
  *   type 0 bytes  no tensor
  *
- * S is finite.  Padded rows have S = 0; padded inputs hold any value, they meet zero
- * activations.  (Exporters write zero bytes in both; --check asks for S and finite values.)
+ * S is finite.  Padded rows are never returned and padded inputs meet zero activations, so
+ * neither matters; exporters write zero bytes there, and never the byte -128 in q8 values or
+ * q6 scales (readers compute with it like with any other).
  * =================================================================================== */
 
 /* 16 values for a nibble: nearly the optimum for a normal distribution, and every
@@ -1491,9 +1530,9 @@ struct gemma2_session {
     float *ffn;               /* [B][F] */
     float *cosine, *sine;     /* [B][H/2] */
     float *inverse_frequency; /* [H/2] */
-    int8_t *q8;               /* [B][ldq] quantised inputs */
-    float *q8_scale;          /* [B][ldq/32] */
-    int32_t *q8_sum;
+    int8_t *in_q;             /* [B][ldq] quantised inputs of products */
+    float *in_scale;          /* [B][ldq/32] */
+    int32_t *in_sum;
     float **outputs;          /* [B] rows of logits */
     struct log_sum *sums;     /* [B] */
     int32_t *targets;         /* [B] */
@@ -1535,8 +1574,8 @@ static size_t partial_floats(const gemma2_session *s)
 static void place_scratch(gemma2_session *s, struct arena *a)
 {
     const gemma2_config *c = &s->model->config;
-    size_t b = (size_t)s->n_batch, d = (size_t)c->d_model, heads = (size_t)dimension(c, 'Q');
-    size_t f = (size_t)c->d_ffn, kv = (size_t)dimension(c, 'K'), v = (size_t)c->n_vocab;
+    size_t b = (size_t)s->n_batch, d = (size_t)c->d_model, heads = (size_t)dimension(c, 'q');
+    size_t f = (size_t)c->d_ffn, kv = (size_t)dimension(c, 'k'), v = (size_t)c->n_vocab;
     s->ldh = d > heads ? d : heads;
     s->ldq = round_up(s->ldh > f ? s->ldh : f, BLOCK_INPUTS);
     s->partial_rows = (size_t)min_i32(s->n_batch, SPLIT_ROWS);
@@ -1551,9 +1590,9 @@ static void place_scratch(gemma2_session *s, struct arena *a)
     s->cosine = take(a, b * (size_t)c->head_dim / 2, sizeof(float));
     s->sine = take(a, b * (size_t)c->head_dim / 2, sizeof(float));
     s->inverse_frequency = take(a, (size_t)c->head_dim / 2, sizeof(float));
-    s->q8 = take(a, b, s->ldq);
-    s->q8_scale = take(a, b, s->ldq / GROUP * sizeof(float));
-    s->q8_sum = take(a, b, s->ldq / GROUP * sizeof(int32_t));
+    s->in_q = take(a, b, s->ldq);
+    s->in_scale = take(a, b, s->ldq / GROUP * sizeof(float));
+    s->in_sum = take(a, b, s->ldq / GROUP * sizeof(int32_t));
     s->outputs = take(a, b, sizeof *s->outputs);
     s->sums = take(a, b, sizeof *s->sums);
     s->targets = take(a, b, sizeof *s->targets);
@@ -1621,12 +1660,8 @@ static int read_session_params(gemma2_session *s, const gemma2_model *m,
 {
     gemma2_session_params p;
     gemma2_session_params_init(&p);
-    if (given) {
-        if (given->struct_size < 8 || given->struct_size > 4096)
-            return GEMMA2_ERR_ARGUMENT;
-        size_t known = given->struct_size < sizeof p ? given->struct_size : sizeof p;
-        memcpy(&p, given, known);
-    }
+    if (given && !copy_params(&p, sizeof p, given, given->struct_size))
+        return GEMMA2_ERR_ARGUMENT;
     const gemma2_config *c = &m->config;
     memset(s, 0, sizeof *s);
     s->model = m;
@@ -1655,7 +1690,7 @@ struct pass {
 static struct input pass_input(const struct pass *p, float *x, size_t ldx)
 {
     const gemma2_session *s = p->lead;
-    struct input in = {x, ldx, s->q8, s->q8_scale, s->q8_sum, s->ldq};
+    struct input in = {x, ldx, s->in_q, s->in_scale, s->in_sum, s->ldq};
     return in;
 }
 
@@ -1822,7 +1857,7 @@ static void embed_task(void *context, size_t t)
     }
 }
 
-static int layer_reads_q8(const struct layer *w)
+static int qkv_reads_quantised(const struct layer *w)
 {
     return is_quantised(w->q.type) || is_quantised(w->k.type) || is_quantised(w->v.type);
 }
@@ -1834,7 +1869,7 @@ static void attention_enter_task(void *context, size_t t)
     const struct layer *w = &p->model->layers[p->layer];
     struct input in = pass_input(p, s->h, s->ldh);
     norm(p, &w->attn_norm, s->x + t * w->q.cols, in.x + t * in.ldx);
-    prepare_row(p, &in, t, w->q.cols, layer_reads_q8(w));
+    prepare_row(p, &in, t, w->q.cols, qkv_reads_quantised(w));
 }
 
 /* RoPE on one head: pairs (i, i + H/2) turn by the row's angles (half-split, as in
@@ -2365,7 +2400,8 @@ static struct text piece_text(const struct tokenizer *t, uint32_t id)
     return piece;
 }
 
-/* Kinds that text can become: the pieces that SentencePiece finds by their bytes. */
+/* Kinds that text can become: the pieces that SentencePiece finds by their bytes, but for
+ * UNUSED ones, which it would merge and take apart again and Gemma's vocabularies lack. */
 static int is_matchable(int kind)
 {
     return kind == GEMMA2_PIECE_NORMAL || kind == GEMMA2_PIECE_USER || kind == GEMMA2_PIECE_MARKER;
@@ -3012,7 +3048,7 @@ static int32_t draw(gemma2_sampler *p, struct candidate *heap, size_t n)
 
 static int sampler_is_sound(const gemma2_sampler *p)
 {
-    return p->struct_size >= sizeof *p && p->temperature >= 0 && p->temperature <= 1e6f &&
+    return p->struct_size >= offsetof(gemma2_sampler, rng) + sizeof p->rng && p->temperature >= 0 && p->temperature <= 1e6f &&
            p->top_k >= 0 && p->top_p > 0 && p->top_p <= 1 && p->min_p >= 0 && p->min_p <= 1 &&
            p->penalty_last >= 0 && p->repetition_penalty > 0 &&
            p->repetition_penalty <= 1e6f && fabsf(p->presence_penalty) <= 1e6f &&
@@ -3071,12 +3107,12 @@ static int measure_model(struct gemma2_model *m, const struct file *f, struct er
     const uint32_t one = 1;
     if (*(const uint8_t *)&one != 1)
         return fail(err, "gemma2.c needs a little-endian CPU");
-    if (!read_header(m, f, err))
+    if (!read_header(m, f, err) || !check_identity(m, err))
         return 0;
     for (int i = 0; i < N_HEADER_FIELDS; i++)
         if (!read_field(f->data, &header_fields[i], &m->config, err))
             return 0;
-    if (!read_lists(f->data, &m->config, err) || !check_identity(m, err))
+    if (!check_heads(&m->config, err) || !read_lists(f->data, &m->config, err))
         return 0;
     m->isa = select_kernels(err);
     return m->isa != NULL;
@@ -3127,12 +3163,14 @@ gemma2_model *gemma2_open(const char *path, const gemma2_open_params *params, ch
     char reason[256] = "";
     struct errbuf err = {err_text, err_size}, inner = {reason, sizeof reason};
     struct file f = {0};
-    if (!path || (params && params->struct_size < sizeof *params)) {
+    gemma2_open_params p;
+    gemma2_open_params_init(&p);
+    if (!path || (params && !copy_params(&p, sizeof p, params, params->struct_size))) {
         fail(&err, "gemma2_open: no path, or params not from gemma2_open_params_init");
         return NULL;
     }
     gemma2_model *m = NULL;
-    if (file_open(&f, path, params && params->read_into_memory, &inner))
+    if (file_open(&f, path, p.read_into_memory != 0, &inner))
         m = make_model(&f, &inner);
     if (!m) {
         fail(&err, "%s: %s", path, reason);
@@ -3200,8 +3238,8 @@ int gemma2_get_section(const gemma2_model *m, size_t i, gemma2_section *out)
     return 1;
 }
 
-/* The first value that is not finite in a tensor, or its size in values.  Quantised
- * types can only go wrong in S, the first 64 bytes of a tile. */
+/* Whether every value of a tensor is finite.  Quantised types can only go wrong in S, the
+ * first 64 bytes of a tile. */
 static int values_are_finite(const struct gemma2_model *m, const struct entry *e)
 {
     const uint8_t *p = m->file.data + e->offset;
@@ -3224,7 +3262,11 @@ int gemma2_check(const gemma2_model *m, size_t i, char *err_text, size_t err_siz
         return 0;
     struct entry e = get_entry(m->directory, i);
     const struct role *r = find_role(e.role);
-    const char *name = r ? r->name : "optional section";
+    char name[64];
+    if (r && r->id >= ROLE_LAYER_FIRST)
+        snprintf(name, sizeof name, "%s of layer %u", r->name, e.layer);
+    else
+        snprintf(name, sizeof name, "%s", r ? r->name : "an optional section");
     uint64_t gap = HEADER_BYTES + (uint64_t)m->n_sections * ENTRY_BYTES;
     if (i) {
         struct entry before = get_entry(m->directory, i - 1);
@@ -3236,13 +3278,11 @@ int gemma2_check(const gemma2_model *m, size_t i, char *err_text, size_t err_siz
     sha256_add(&sha, m->file.data + e.offset, (size_t)e.bytes);
     sha256_end(&sha, digest);
     if (memcmp(digest, e.digest, 32))
-        fail(&err, "%s of layer %u does not match its checksum; copy or convert the file again",
-             name, e.layer);
+        fail(&err, "%s does not match its checksum; copy or convert the file again", name);
     else if (!is_zero(m->file.data + gap, (size_t)(e.offset - gap)))
-        fail(&err, "the padding before %s of layer %u is not zero", name, e.layer);
+        fail(&err, "the padding before %s is not zero; convert the checkpoint again", name);
     else if (r && e.type != TYPE_BYTES && !values_are_finite(m, &e))
-        fail(&err, "%s of layer %u holds values that are not finite; the checkpoint is damaged",
-             name, e.layer);
+        fail(&err, "%s holds values that are not finite; the checkpoint is damaged", name);
     else
         return 1;
     return GEMMA2_ERR_CORRUPT;
@@ -3720,11 +3760,14 @@ AVX2 INLINE __m256i dot_avx2(int vnni, uint32_t type, __m256i acc, __m256i w0, _
                              __m256i x0, __m256i x1)
 {
     const __m256i ones = _mm256_set1_epi16(1);
+#ifdef HAVE_AVXVNNI
     if (vnni) {
         __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(acc) : "x"(w0), "x"(x0));
         __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(acc) : "x"(w1), "x"(x1));
         return acc;
     }
+#endif
+    (void)vnni;
     if (type != TYPE_Q8) {
         __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16(w0, x0),
                                          _mm256_maddubs_epi16(w1, x1));
@@ -4508,7 +4551,14 @@ static int has_avx2(void)
            has_leaf7('b', 1u << 5);
 }
 
-static int has_avxvnni(void) { return has_avx2() && has_leaf7('a', 1u << 4); }
+static int has_avxvnni(void)
+{
+#ifdef HAVE_AVXVNNI
+    return has_avx2() && has_leaf7('a', 1u << 4);
+#else
+    return 0;
+#endif
+}
 
 static int has_avx512(void) /* F, DQ, BW, VL; VNNI */
 {

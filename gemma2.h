@@ -11,7 +11,7 @@
  *   {
  *       char err[256], text[1024];
  *       if (argc < 3)
- *           return 2;
+ *           return fprintf(stderr, "usage: prog MODEL TEXT\n"), 2;
  *       gemma2_model *model = gemma2_open(argv[1], NULL, err, sizeof err);
  *       if (!model)
  *           return fprintf(stderr, "%s\n", err), 3;
@@ -27,7 +27,8 @@
  *
  *       int64_t n = gemma2_encode(model, argv[2], -1, GEMMA2_ENCODE_BOS, ids, 4096,
  *                                 scratch, scratch_bytes);
- *       int status = n > 0 && n <= 4096 ? gemma2_prefill(session, ids, n, logits) : -1;
+ *       int status = n < 0 ? (int)n : n > 4096 ? GEMMA2_ERR_CONTEXT
+ *                    : gemma2_prefill(session, ids, n, logits);
  *       gemma2_sampler sampler;
  *       gemma2_sampler_init(&sampler, 42);
  *       gemma2_utf8 hold = {{0}, 0};
@@ -41,6 +42,8 @@
  *           status = gemma2_eval(session, &id, 1, logits);
  *       }
  *       printf("\n");
+ *       if (status < 0)
+ *           fprintf(stderr, "%s\n", gemma2_error_string(status));
  *       free(scratch), free(logits);
  *       gemma2_session_free(session), gemma2_close(model);
  *       return status < 0;
@@ -52,7 +55,9 @@
  * gives a session that gemma2_session_free frees.  Buffers you pass in stay yours and
  * are not kept, except the bytes of gemma2_open_memory and of gemma2_session_place,
  * which must outlive the model and the session.  Pointers you get back live as long as
- * the model.  A model must outlive its sessions.
+ * the model or session they came from.  A model must outlive its sessions.  Structs with
+ * struct_size, and gemma2_config, may grow at their ends; the others never change within
+ * a major version.
  *
  * Threads.  A model never changes after it is opened: any number of threads may use it.
  * A session belongs to one thread at a time.  With n_threads = 1 the OpenMP runtime is
@@ -123,7 +128,8 @@ typedef struct {
 GEMMA2_API void gemma2_open_params_init(gemma2_open_params *params);
 
 /* Opens a file made by export.py.  Checks header, directory, identity and tokenizer, and
- * reads no weights.  params may be NULL.  The instruction set is the best this CPU has;
+ * reads no weights.  A mapped file must not be changed or cut short while it is open (the
+ * system would signal the process); read_into_memory is proof against that.  params may be NULL.  The instruction set is the best this CPU has;
  * GEMMA2_ISA=scalar|avx2|avxvnni|avx512 in the environment forces one, and a name that
  * is unknown or that the CPU lacks fails the call. */
 GEMMA2_API gemma2_model *gemma2_open(const char *path, const gemma2_open_params *params,
@@ -221,8 +227,8 @@ GEMMA2_API int32_t gemma2_context(const gemma2_session *session);   /* room in a
 GEMMA2_API const int32_t *gemma2_history(const gemma2_session *session); /* their ids */
 
 /* Appends n >= 1 tokens; logits, V floats or NULL, receives those after the last one.
- * Prompts go through here: matrix units may be used, within the tolerance that README
- * states.  Long prompts may be fed in pieces, to show progress or to be cancelled.
+ * Prompts go through here: today it is gemma2_eval, but a later version may use matrix
+ * units in it, whose results differ in the last bits.  Long prompts may be fed in pieces, to show progress or to be cancelled.
  * GEMMA2_ERR_CONTEXT when they do not fit, before any is evaluated. */
 GEMMA2_API int gemma2_prefill(gemma2_session *session, const int32_t *ids, size_t n,
                               float *logits);
@@ -231,8 +237,8 @@ GEMMA2_API int gemma2_eval(gemma2_session *session, const int32_t *ids, size_t n
                            float *logits);
 
 /* One token of one session in a shared pass.  Rows of the same session follow one
- * another in order.  Sessions must be of one model; rows at most the n_batch of the
- * first row's session, whose scratch and threads are used. */
+ * another in order.  Sessions must be of one model; at most n_batch rows of each session,
+ * and in all at most the n_batch of the first row's, whose scratch and threads are used. */
 typedef struct {
     gemma2_session *session;
     int32_t id;
@@ -242,13 +248,15 @@ GEMMA2_API int gemma2_eval_rows(const gemma2_row *rows, size_t n_rows);
 
 /* Appends n >= 1 tokens and writes the natural log-probability of each as predicted by
  * those before it: logprobs[i] belongs to ids[i + 1] for i < n - 1, and logprobs[n - 1]
- * to next, or is left alone when next is -1.  Exact arithmetic, no logits buffer. */
+ * to next, or is left alone when next is -1.  Exact arithmetic, no logits buffer.  On
+ * GEMMA2_ERR_NONFINITE the tokens have been appended. */
 GEMMA2_API int gemma2_score(gemma2_session *session, const int32_t *ids, size_t n,
                             int32_t next, float *logprobs);
 
-/* Goes back to the first n tokens.  Always possible to 0, and while the context is no
- * longer than what the local layers hold; past that, exact within their slack of at
- * least n_batch positions and GEMMA2_ERR_REWIND beyond (evaluate the ids again). */
+/* Goes back to the first n tokens, exactly.  Possible to 0 always; to anywhere while at most
+ * window + n_batch tokens were ever held since position 0; after that at most n_batch
+ * tokens back from the most ever held, and GEMMA2_ERR_REWIND beyond (then rewind to 0 and
+ * evaluate the ids again). */
 GEMMA2_API int gemma2_rewind(gemma2_session *session, int32_t n);
 
 /* ---- Text ----------------------------------------------------------------------- */
@@ -260,7 +268,8 @@ enum {
 };
 /* Scratch that encoding text of that many bytes needs; 0 where it is too long. */
 GEMMA2_API size_t gemma2_encode_scratch(size_t text_bytes);
-/* Text to ids, exactly as SentencePiece does (bad UTF-8 becomes U+FFFD).  size -1: the
+/* Text to ids, exactly as SentencePiece does for vocabularies without UNUSED pieces, as
+ * Gemma's are (bad UTF-8 becomes U+FFFD).  size -1: the
  * text ends at its first NUL.  Returns how many ids the text has and writes the first
  * max_ids of them (ids may be NULL when max_ids is 0). */
 GEMMA2_API int64_t gemma2_encode(const gemma2_model *model, const char *text, int64_t size,

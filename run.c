@@ -1508,8 +1508,9 @@ static int memory_plan(const program *p, const gemma2_session_params *params, ch
     char weights[32], cache[32], scratch[32];
     int code = gemma2_session_plan(p->model, params, &plan);
     if (code < 0)
-        return fail(USAGE, "a context of %" PRId32 " with %" PRId32 " threads cannot be had: %s",
-                    params->n_context, params->n_threads, gemma2_error_string(code));
+        return fail(USAGE, "a context of %" PRId32 " tokens cannot be had: at most 1073741824 "
+                    "and what memory can hold (%s)", params->n_context,
+                    gemma2_error_string(code));
     format_bytes(weights, plan.weights);
     format_bytes(cache, plan.cache);
     format_bytes(scratch, plan.scratch);

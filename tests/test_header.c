@@ -16,7 +16,7 @@ int main(int argc, char **argv)
 {
     char err[256], text[1024];
     if (argc < 3)
-        return 2;
+        return fprintf(stderr, "usage: prog MODEL TEXT\n"), 2;
     gemma2_model *model = gemma2_open(argv[1], NULL, err, sizeof err);
     if (!model)
         return fprintf(stderr, "%s\n", err), 3;
@@ -32,7 +32,8 @@ int main(int argc, char **argv)
 
     int64_t n = gemma2_encode(model, argv[2], -1, GEMMA2_ENCODE_BOS, ids, 4096,
                               scratch, scratch_bytes);
-    int status = n > 0 && n <= 4096 ? gemma2_prefill(session, ids, n, logits) : -1;
+    int status = n < 0 ? (int)n : n > 4096 ? GEMMA2_ERR_CONTEXT
+                 : gemma2_prefill(session, ids, n, logits);
     gemma2_sampler sampler;
     gemma2_sampler_init(&sampler, 42);
     gemma2_utf8 hold = {{0}, 0};
@@ -46,6 +47,8 @@ int main(int argc, char **argv)
         status = gemma2_eval(session, &id, 1, logits);
     }
     printf("\n");
+    if (status < 0)
+        fprintf(stderr, "%s\n", gemma2_error_string(status));
     free(scratch), free(logits);
     gemma2_session_free(session), gemma2_close(model);
     return status < 0;

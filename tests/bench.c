@@ -159,9 +159,18 @@ static uint64_t build_image(uint8_t *base, size_t shape, uint32_t type, uint32_t
     return end;
 }
 
+/* What can be had without swapping: Linux knows, elsewhere free pages must do. */
 static uint64_t free_memory(void)
 {
-    return (uint64_t)sysconf(_SC_AVPHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE);
+    unsigned long long kib = 0;
+    char line[128];
+    FILE *f = fopen("/proc/meminfo", "r");
+    while (f && fgets(line, sizeof line, f) && !sscanf(line, "MemAvailable: %llu", &kib))
+        ;
+    if (f)
+        fclose(f);
+    return kib ? kib << 10
+               : (uint64_t)sysconf(_SC_AVPHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE);
 }
 
 static gemma2_model *make_shape(const struct options *o)

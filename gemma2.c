@@ -3049,7 +3049,8 @@ static int32_t draw(gemma2_sampler *p, struct candidate *heap, size_t n)
 static int sampler_is_sound(const gemma2_sampler *p)
 {
     return p->struct_size >= offsetof(gemma2_sampler, rng) + sizeof p->rng &&
-           p->temperature >= 0 && p->temperature <= 1e6f && p->top_k >= 0 && p->top_p > 0 && p->top_p <= 1 && p->min_p >= 0 && p->min_p <= 1 &&
+           p->temperature >= 0 && p->temperature <= 1e6f && p->top_k >= 0 &&
+           p->top_p > 0 && p->top_p <= 1 && p->min_p >= 0 && p->min_p <= 1 &&
            p->penalty_last >= 0 && p->repetition_penalty > 0 &&
            p->repetition_penalty <= 1e6f && fabsf(p->presence_penalty) <= 1e6f &&
            fabsf(p->frequency_penalty) <= 1e6f && (p->bias || !p->n_bias);

@@ -128,10 +128,11 @@ typedef struct {
 GEMMA2_API void gemma2_open_params_init(gemma2_open_params *params);
 
 /* Opens a file made by export.py.  Checks header, directory, identity and tokenizer, and
- * reads no weights.  A mapped file must not be changed or cut short while it is open (the
- * system would signal the process); read_into_memory is proof against that.  params may be NULL.  The instruction set is the best this CPU has;
- * GEMMA2_ISA=scalar|avx2|avxvnni|avx512 in the environment forces one, and a name that
- * is unknown or that the CPU lacks fails the call. */
+ * reads no weights.  params may be NULL.  A mapped file must not be changed or cut short
+ * while it is open (the system would signal the process); read_into_memory is proof
+ * against that.  The instruction set is the best this CPU has; in the environment
+ * GEMMA2_ISA=scalar|avx2|avxvnni|avx512 forces one, and a name that is unknown or that the
+ * CPU lacks fails the call. */
 GEMMA2_API gemma2_model *gemma2_open(const char *path, const gemma2_open_params *params,
                                      char *err, size_t err_size);
 /* The same for a file image of size bytes at data, aligned to 64, which the caller keeps
@@ -228,8 +229,9 @@ GEMMA2_API const int32_t *gemma2_history(const gemma2_session *session); /* thei
 
 /* Appends n >= 1 tokens; logits, V floats or NULL, receives those after the last one.
  * Prompts go through here: today it is gemma2_eval, but a later version may use matrix
- * units in it, whose results differ in the last bits.  Long prompts may be fed in pieces, to show progress or to be cancelled.
- * GEMMA2_ERR_CONTEXT when they do not fit, before any is evaluated. */
+ * units in it, whose results differ in the last bits.  Long prompts may be fed in pieces,
+ * to show progress or to be cancelled.  GEMMA2_ERR_CONTEXT when they do not fit, before
+ * any is evaluated. */
 GEMMA2_API int gemma2_prefill(gemma2_session *session, const int32_t *ids, size_t n,
                               float *logits);
 /* The same with the exact arithmetic of single steps, whatever n is. */

@@ -1718,7 +1718,7 @@ struct product_job {
     struct input in;
     size_t n; /* T */
     struct product products[3];
-    int n_products, gated; /* gated: two products, gelu(first) * second, stored as the first */
+    int gated;           /* two products, gelu(first) * second, stored as the first */
     uint32_t first_tile; /* of a single product that covers only some tiles */
     size_t n_tiles, tiles_a_task;
 };
@@ -1819,7 +1819,7 @@ static void run_products(const gemma2_session *lead, struct product_job *job)
 static void multiply(const struct pass *p, struct input in, const struct product *products,
                      int n_products, int gated)
 {
-    struct product_job job = {p->model->isa, in, p->n, {{0}}, n_products, gated, 0, 0, 0};
+    struct product_job job = {p->model->isa, in, p->n, {{0}}, gated, 0, 0, 0};
     memcpy(job.products, products, (size_t)n_products * sizeof *products);
     for (int i = 0; i < (gated ? 1 : n_products); i++)
         job.n_tiles += (products[i].w->rows + TILE - 1) / TILE;
@@ -2366,7 +2366,7 @@ static void score_rows(struct pass *p, const int32_t *targets, float *logprobs)
     const struct matrix *w = &p->model->head;
     struct score_job score = {p, 0, 0, (float *)s->candidates, targets};
     struct product_job job = {p->model->isa, pass_input(p, s->h, s->ldh), p->n,
-                              {{w, score.buf, HEAD_BLOCK, NULL}}, 1, 0, 0, 0, 0};
+                              {{w, score.buf, HEAD_BLOCK, NULL}}, 0, 0, 0, 0};
     share_rows(p, score_enter_task);
     for (size_t t = 0; t < p->n; t++)
         s->sums[t] = (struct log_sum){-INFINITY, 0, 0};

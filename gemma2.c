@@ -3626,10 +3626,22 @@ int gemma2_logprob(const float *logits, size_t n, int32_t id, float *logprob)
 
 /* Two tiles' 256 inputs, unpacked once for many tokens. */
 struct panel_block {
-    uint8_t operands[8][8][2][64]; /* [group][step][tile] */
+    _Alignas(64) uint8_t operands[8][8][2][64]; /* [group][step][tile] */
     float scales[8][2][TILE];
-    int32_t offsets[8][2][TILE];
+    int32_t starts[MAX_PANEL_ROWS][8]; /* [token][group] what sums of products start at */
 };
+
+/* Unsigned operands are too large by an offset; a sum over a group is right when it starts
+ * at -offset * (the sum of the group's inputs). */
+INLINE void start_sums(const struct input *in, size_t t, int n, size_t block, int32_t offset,
+                       struct panel_block *b)
+{
+    for (int j = 0; j < n; j++) {
+        const int32_t *sums = in->sum + (t + (size_t)j) * (in->ldq / GROUP) + block * 8;
+        for (int g = 0; g < 8; g++)
+            b->starts[j][g] = -offset * sums[g];
+    }
+}
 
 /* ---- AVX2 and AVX-VNNI ---- */
 
@@ -3791,17 +3803,23 @@ AVX2 INLINE __m256i group_sum_avx2(int vnni, uint32_t type, const __m256i w[8], 
     return _mm256_add_epi32(sum[0], sum[1]);
 }
 
+/* q4's values are 4 higher in rows whose scale byte is odd: 1 for those of 8 rows. */
+AVX2 INLINE __m256i odd_rows_avx2(const uint8_t *bytes)
+{
+    return _mm256_and_si256(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)bytes)),
+                            _mm256_set1_epi32(1));
+}
+
 /* What the unsigned operands of 8 rows are off by, times -1, in the low 16 bits of each
- * lane; q4's values are 4 higher in rows whose scale byte is odd. */
+ * lane. */
 AVX2 INLINE __m256i offset_avx2(int vnni, uint32_t type, const uint8_t *bytes)
 {
     if (type == TYPE_Q8)
         return _mm256_set1_epi32(vnni ? -128 & 0xffff : 0);
     if (type == TYPE_Q6)
         return _mm256_set1_epi32(-32 & 0xffff);
-    __m256i odd = _mm256_and_si256(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)bytes)),
-                                   _mm256_set1_epi32(1));
-    return _mm256_add_epi32(_mm256_set1_epi32(-31 & 0xffff), _mm256_slli_epi32(odd, 2));
+    return _mm256_add_epi32(_mm256_set1_epi32(-31 & 0xffff),
+                            _mm256_slli_epi32(odd_rows_avx2(bytes), 2));
 }
 
 /* Group scales of 8 rows as floats.  Both factors of s * sum are exact floats, so the
@@ -3861,30 +3879,28 @@ AVX2 INLINE void unpack_panel_avx2(int vnni, uint32_t type, const uint8_t *const
     for (int g = 0; g < 8; g++)
         for (int i = 0; i < 4; i++) { /* tile i / 2, half i % 2 */
             const uint8_t *scale_bytes, *group;
-            __m256i w[8];
+            __m256i w[8], odd = _mm256_setzero_si256();
             group = group_at(type, tiles[i / 2], block * 8 + (size_t)g, &scale_bytes);
             scale_bytes += i % 2 * 8;
+            if (type == TYPE_Q4)
+                odd = _mm256_mullo_epi32(odd_rows_avx2(scale_bytes), _mm256_set1_epi32(0x04040404));
             operands_avx2(vnni, type, group, i % 2, w);
             for (int step = 0; step < 8; step++)
-                _mm256_storeu_si256((__m256i *)(b->operands[g][step][i / 2] + i % 2 * 32), w[step]);
+                _mm256_storeu_si256((__m256i *)(b->operands[g][step][i / 2] + i % 2 * 32),
+                                    _mm256_add_epi8(w[step], odd));
             _mm256_storeu_ps(b->scales[g][i / 2] + i % 2 * 8, scales_avx2(type, scale_bytes));
-            _mm256_storeu_si256((__m256i *)(b->offsets[g][i / 2] + i % 2 * 8),
-                                offset_avx2(vnni, type, scale_bytes));
         }
 }
 
 /* n tokens (a constant) against one group of one tile of a block. */
 AVX2 INLINE void panel_group_avx2(int vnni, uint32_t type, const int n,
-                                  const struct panel_block *b, size_t g, int tile,
+                                  const struct panel_block *b, size_t g, int tile, int from,
                                   const struct input *in, size_t at, float (*y)[2][TILE])
 {
     size_t ld = in->ldq / GROUP;
     __m256i sum[4][2];
     for (int j = 0; j < n; j++)
-        for (int half = 0; half < 2; half++)
-            sum[j][half] = _mm256_madd_epi16(
-                _mm256_loadu_si256((const __m256i *)(b->offsets[g][tile] + half * 8)),
-                _mm256_set1_epi32(in->sum[at + (size_t)j * ld]));
+        sum[j][0] = sum[j][1] = _mm256_set1_epi32(b->starts[from + j][g]);
     UNROLL
     for (int step = 0; step < 8; step += 2)
         for (int j = 0; j < n; j++) {
@@ -3911,15 +3927,18 @@ AVX2 INLINE void panel_group_avx2(int vnni, uint32_t type, const int n,
 AVX2 INLINE void panel_avx2(int vnni, uint32_t type, const uint8_t *const tiles[2], uint32_t cols,
                             const struct input *in, size_t t, int n, float y[][2][TILE])
 {
+    const int32_t offset = type == TYPE_Q8 ? (vnni ? 128 : 0) : type == TYPE_Q6 ? 32 : 31;
     struct panel_block b;
     memset(y, 0, (size_t)n * sizeof *y);
     for (size_t block = 0; block < (cols + 255) / 256; block++) {
         unpack_panel_avx2(vnni, type, tiles, block, &b);
+        start_sums(in, t, n, block, offset, &b);
         for (size_t g = 0; g < 8; g++) {
             size_t ld = in->ldq / GROUP, at = t * ld + block * 8 + g;
 #define PIECE(count, from)                                                                   \
     for (int tile = 0; tile < 2; tile++)                                                     \
-        panel_group_avx2(vnni, type, count, &b, g, tile, in, at + (size_t)(from) * ld, y + (from))
+        panel_group_avx2(vnni, type, count, &b, g, tile, from, in, at + (size_t)(from) * ld,     \
+                     y + (from))
             FOR_EACH_PIECE(PIECE);
 #undef PIECE
         }
@@ -4218,17 +4237,21 @@ AVX512 INLINE void operands_avx512(uint32_t type, const uint8_t *group, __m512i 
     }
 }
 
-/* What the unsigned operands are off by, times -1, in the low 16 bits of each lane; q4's
- * values are 4 higher in rows whose scale byte is odd. */
+/* q4's values are 4 higher in rows whose scale byte is odd. */
+AVX512 INLINE __mmask16 odd_rows_avx512(__m128i scale_bytes)
+{
+    return _mm_test_epi8_mask(scale_bytes, _mm_set1_epi8(1));
+}
+
+/* What the unsigned operands are off by, times -1, in the low 16 bits of each lane. */
 AVX512 INLINE __m512i offset_avx512(uint32_t type, __m128i scale_bytes)
 {
     if (type == TYPE_Q8)
         return _mm512_set1_epi32(-128 & 0xffff);
     if (type == TYPE_Q6)
         return _mm512_set1_epi32(-32 & 0xffff);
-    __mmask16 odd = _mm512_test_epi32_mask(_mm512_cvtepi8_epi32(scale_bytes),
-                                           _mm512_set1_epi32(1));
-    return _mm512_mask_set1_epi32(_mm512_set1_epi32(-31 & 0xffff), odd, -27 & 0xffff);
+    return _mm512_mask_set1_epi32(_mm512_set1_epi32(-31 & 0xffff), odd_rows_avx512(scale_bytes),
+                                  -27 & 0xffff);
 }
 
 /* Group scales as floats.  Both factors of s * sum are exact floats, so the rounded float
@@ -4316,30 +4339,31 @@ AVX512 INLINE void unpack_panel_avx512(uint32_t type, const uint8_t *const tiles
             const uint8_t *scale_bytes;
             const uint8_t *group = group_at(type, tiles[i], block * 8 + (size_t)g, &scale_bytes);
             __m128i raw = _mm_loadu_si128((const __m128i *)scale_bytes);
-            __m512i w[8];
+            __m512i w[8], odd = _mm512_setzero_si512();
+            if (type == TYPE_Q4)
+                odd = _mm512_maskz_set1_epi32(odd_rows_avx512(raw), 0x04040404);
             operands_avx512(type, group, w);
             for (int step = 0; step < 8; step++)
-                _mm512_storeu_si512(b->operands[g][step][i], w[step]);
+                _mm512_storeu_si512(b->operands[g][step][i], _mm512_add_epi8(w[step], odd));
             _mm512_storeu_ps(b->scales[g][i], scales_avx512(type, raw));
-            _mm512_storeu_si512(b->offsets[g][i], offset_avx512(type, raw));
         }
 }
 
-/* n tokens (a constant) against a block: y += scale * s * sum, groups ascending. */
+/* n <= 6 tokens (a constant) against a block: y += scale * s * sum, groups ascending. */
 AVX512 INLINE void panel_tokens_avx512(const int n, const struct panel_block *b,
-                                       const struct input *in, size_t t, size_t block,
+                                       const struct input *in, size_t t, size_t block, int from,
                                        float (*y)[2][TILE])
 {
-    size_t ld = in->ldq / GROUP;
+    size_t ld = in->ldq / GROUP, at = t * ld + block * 8;
+    __m512 acc[6][2];
+    for (int j = 0; j < n; j++)
+        for (int i = 0; i < 2; i++)
+            acc[j][i] = _mm512_loadu_ps(y[j][i]);
     for (size_t g = 0; g < 8; g++) {
-        size_t at = t * ld + block * 8 + g;
-        const int8_t *q = in->q + at * GROUP;
-        __m512i sum[8][2];
+        const int8_t *q = in->q + (at + g) * GROUP;
+        __m512i sum[6][2];
         for (int j = 0; j < n; j++)
-            for (int i = 0; i < 2; i++)
-                sum[j][i] = _mm512_dpwssd_epi32(_mm512_setzero_si512(),
-                                                _mm512_loadu_si512(b->offsets[g][i]),
-                                                _mm512_set1_epi32(in->sum[at + (size_t)j * ld]));
+            sum[j][0] = sum[j][1] = _mm512_set1_epi32(b->starts[from + j][g]);
         UNROLL
         for (int step = 0; step < 8; step++) {
             __m512i w0 = _mm512_loadu_si512(b->operands[g][step][0]);
@@ -4356,26 +4380,34 @@ AVX512 INLINE void panel_tokens_avx512(const int n, const struct panel_block *b,
             for (int i = 0; i < 2; i++) {
                 __m512 product = _mm512_mul_ps(_mm512_loadu_ps(b->scales[g][i]),
                                                _mm512_cvtepi32_ps(sum[j][i]));
-                __m512 scale = _mm512_set1_ps(in->scale[at + (size_t)j * ld]);
-                _mm512_storeu_ps(y[j][i], _mm512_add_ps(_mm512_loadu_ps(y[j][i]),
-                                                        _mm512_mul_ps(scale, product)));
+                __m512 scale = _mm512_set1_ps(in->scale[at + g + (size_t)j * ld]);
+                acc[j][i] = _mm512_add_ps(acc[j][i], _mm512_mul_ps(scale, product));
             }
     }
+    for (int j = 0; j < n; j++)
+        for (int i = 0; i < 2; i++)
+            _mm512_storeu_ps(y[j][i], acc[j][i]);
 }
 
 AVX512 INLINE void panel_avx512(uint32_t type, const uint8_t *const tiles[2], uint32_t cols,
                                 const struct input *in, size_t t, int n_tokens,
                                 float y[][2][TILE])
 {
+    const int32_t offset = type == TYPE_Q8 ? 128 : type == TYPE_Q6 ? 32 : 31;
     struct panel_block b;
     memset(y, 0, (size_t)n_tokens * sizeof *y);
     for (size_t block = 0; block < (cols + 255) / 256; block++) {
         unpack_panel_avx512(type, tiles, block, &b);
+        start_sums(in, t, n_tokens, block, offset, &b);
         for (int from = 0, n; from < n_tokens; from += n) {
-            n = n_tokens - from < 8 ? n_tokens - from : 8;
-#define PIECE(count, offset)                                                       \
-    panel_tokens_avx512(count, &b, in, t + (size_t)(from + (offset)), block, y + from + (offset))
-            FOR_EACH_PIECE_OF_8(PIECE);
+            n = n_tokens - from < 6 ? n_tokens - from : 6;
+#define PIECE(count, offset)                                                                \
+    panel_tokens_avx512(count, &b, in, t + (size_t)(from + (offset)), block, from + (offset), \
+                        y + from + (offset))
+            if (n == 6)
+                PIECE(6, 0);
+            else
+                FOR_EACH_PIECE(PIECE);
 #undef PIECE
         }
     }

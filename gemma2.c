@@ -94,6 +94,7 @@
 #if defined(HAVE_X86) && ((defined(__clang__) && __clang_major__ >= 12) || \
                           (!defined(__clang__) && __GNUC__ >= 11))
 #define HAVE_AVXVNNI 1
+#define HAVE_AVX512BF16 1
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
@@ -488,6 +489,7 @@ struct gemma2_model {
     gemma2_config config;
     struct file file;
     const struct kernels *isa;
+    const struct matrix_kernels *matrix; /* what prefill uses; NULL: the exact class */
     const uint8_t *directory;
     uint32_t n_sections;
     const uint8_t *facts;
@@ -978,7 +980,9 @@ enum {
     MAX_QUERIES = 8,      /* query vectors that share a pass over a block of keys */
     KEY_BLOCK = 256,      /* positions in an absolute block of attention */
     HEAD_BLOCK = 2048,    /* logits in a block of a log-sum-exp */
-    PREFETCH_AHEAD = 8192 /* bytes of weights; measured: 2048 reads 20 % less a second */
+    PREFETCH_AHEAD = 8192, /* bytes of weights; measured: 2048 reads 20 % less a second */
+    PAIRS_STRIDE = TILE * GROUP, /* of in->pairs: from 32 inputs of a row to its next 32 */
+    CACHE_PANEL = 32 << 10 /* bytes of keys, and of values, that prefill packs at a time */
 };
 
 /* What products read: T rows as floats and, for quantised weights, the same rows as
@@ -989,8 +993,15 @@ struct input {
     int8_t *q;      /* [T][ldq], ldq a multiple of 256, zeros past the row's end */
     float *scale;   /* [T][ldq / 32] */
     int32_t *sum;   /* [T][ldq / 32] sums of 32 q */
+    uint16_t *pairs; /* the matrix class: bf16, [T / 16][ldq / 32][16 rows][32 inputs] */
     size_t ldq;
 };
+
+/* Row t of in->pairs: its first 32 inputs; the next 32 follow at PAIRS_STRIDE. */
+INLINE uint16_t *pairs_row(const struct input *in, size_t t)
+{
+    return in->pairs + t / TILE * TILE * in->ldq + t % TILE * GROUP;
+}
 
 /* y[i][r] = sum over inputs of w[r][input] * x[t + i][input], for n <= 8 tokens from t on
  * and the 16 rows r of a tile. */
@@ -1001,6 +1012,34 @@ typedef void product_fn(const uint8_t *tile, uint32_t cols, const struct input *
  * it exists to unpack weights once for many tokens. */
 typedef void panel_fn(const uint8_t *const tiles[2], uint32_t cols, const struct input *in,
                       size_t t, int n, float y[][2][TILE]);
+
+/* The matrix class: what gemma2_prefill may use.  Inputs of products, attention weights and
+ * what attention reads from the cache may be rounded to bf16, and products and sums fused,
+ * so results differ from the exact class, and from one instruction set to another; but not
+ * with the number of threads or with the way tokens are cut into batches.  f32 weights and
+ * f32 caches never use it. */
+struct matrix_kernels {
+    panel_fn *panel[N_TYPES]; /* for any number of rows; NULL: the exact class does it */
+    void (*pack_row)(const float *x, uint32_t n, uint16_t *pairs); /* NULL: panels read x */
+    size_t cached_bytes; /* of a number of the cache once packed: bf16 2, f32 4 */
+    /* 16 keys [H][16] to `to`, 16 values [16][H] to positions at, at + 1 .. of `to`; values
+     * from n_valid on become 0 */
+    void (*pack_keys)(const uint16_t *keys, int head_dim, uint8_t *to);
+    void (*pack_values)(const uint16_t *values, int head_dim, int n_valid, int at, uint8_t *to);
+    /* s[j][16 g + lane] = q[j] . key, for n_q <= 8 */
+    void (*scores)(const float *const *q, int n_q, int head_dim, const uint8_t *keys,
+                   int n_groups, float (*s)[KEY_BLOCK]);
+    /* o[j][h] += sum of p[j][i] * value i, for the n_keys from position `first` on */
+    void (*mix)(const float (*p)[KEY_BLOCK], int n_q, int head_dim, const uint8_t *values,
+                int first, int n_keys, float *const *o);
+};
+
+/* Positions that CACHE_PANEL bytes of packed keys or values hold. */
+INLINE int panel_positions(int head_dim, size_t cached_bytes)
+{
+    int n = CACHE_PANEL / (head_dim * TILE * (int)cached_bytes) * TILE;
+    return n < KEY_BLOCK ? n : KEY_BLOCK;
+}
 
 /* One instruction set.  A NULL in panel: product does it. */
 struct kernels {
@@ -1020,6 +1059,7 @@ struct kernels {
     /* o[j][h] = sum over i in first..last of p[j][i] * values[i / 16][i % 16][h] */
     void (*mix[2])(const float (*p)[KEY_BLOCK], int n_q, int width, const void *const *values,
                    int first, int last, float *o);
+    const struct matrix_kernels *matrix; /* or NULL */
 };
 
 /* ---- products ---- */
@@ -1165,17 +1205,22 @@ INLINE float exp_f32(float x)
     return x < -87.3f ? 0.0f : y;
 }
 
-/* tanh(x) within 1.5 units in the last place: an odd polynomial below 0.625, above that
- * 1 - 2 / (exp(2|x|) + 1), with the sign of x; NaN stays NaN. */
-INLINE float tanh_f32(float x)
+/* tanh(x) for |x| < 0.625. */
+INLINE float tanh_small(float x)
 {
-    float a = float_of(bits_of(x) & 0x7fffffff), z = x * x;
-    float p = -6.09671417e-3f;
+    float z = x * x, p = -6.09671417e-3f;
     p = p * z + 2.09971790e-2f;
     p = p * z + -5.38509096e-2f;
     p = p * z + 1.33327697e-1f;
     p = p * z + -3.33333289e-1f;
-    p = (p * z) * x + x;
+    return (p * z) * x + x;
+}
+
+/* tanh(x) within 1.5 units in the last place: an odd polynomial below 0.625, above that
+ * 1 - 2 / (exp(2|x|) + 1), with the sign of x; NaN stays NaN. */
+INLINE float tanh_f32(float x)
+{
+    float a = float_of(bits_of(x) & 0x7fffffff), p = tanh_small(x);
     float capped = a < 20.0f ? a : 20.0f;
     float big = 1.0f - 2.0f / (exp_f32(capped + capped) + 1.0f);
     big = float_of(bits_of(big) | (bits_of(x) & 0x80000000));
@@ -1194,11 +1239,27 @@ INLINE void geglu_body(float *gate, const float *up, size_t n)
     }
 }
 
-/* x = cap * tanh(x / cap); the division is a product with the rounded 1 / cap. */
+/* x = cap * tanh(x / cap); the division is a product with the rounded 1 / cap.  Few scores
+ * and logits are large, so 16 small ones in a row are spared the other half of tanh. */
 INLINE void soft_cap_body(float *x, size_t n, float cap)
 {
     float inverse = 1.0f / cap;
-    for (size_t i = 0; i < n; i++)
+    size_t i = 0;
+    for (; i + TILE <= n; i += TILE) {
+        float y[TILE];
+        int n_large = 0;
+        for (int r = 0; r < TILE; r++) {
+            y[r] = x[i + (size_t)r] * inverse;
+            n_large += !(y[r] < 0.625f) | !(y[r] > -0.625f);
+        }
+        if (n_large)
+            for (int r = 0; r < TILE; r++)
+                x[i + (size_t)r] = cap * tanh_f32(y[r]);
+        else
+            for (int r = 0; r < TILE; r++)
+                x[i + (size_t)r] = cap * tanh_small(y[r]);
+    }
+    for (; i < n; i++)
         x[i] = cap * tanh_f32(x[i] * inverse);
 }
 
@@ -1351,7 +1412,7 @@ static const struct kernels scalar_kernels = {
     "scalar", always,
     {NULL, product_f32, product_bf16, product_q8, product_q6, product_q4}, {NULL},
     quantise, rms_norm, geglu, soft_cap, exp_sum, to_half,
-    {scores_f32, scores_f16}, {mix_f32, mix_f16}};
+    {scores_f32, scores_f16}, {mix_f32, mix_f16}, NULL};
 
 static const struct kernels *select_kernels(struct errbuf *err); /* appendix */
 
@@ -1530,6 +1591,7 @@ struct gemma2_session {
     float *ffn;               /* [B][F] */
     float *cosine, *sine;     /* [B][H/2] */
     float *inverse_frequency; /* [H/2] */
+    uint16_t *in_pairs;       /* [B rounded up to 16][ldq] bf16 inputs of products */
     int8_t *in_q;             /* [B][ldq] quantised inputs of products */
     float *in_scale;          /* [B][ldq/32] */
     int32_t *in_sum;
@@ -1590,6 +1652,8 @@ static void place_scratch(gemma2_session *s, struct arena *a)
     s->cosine = take(a, b * (size_t)c->head_dim / 2, sizeof(float));
     s->sine = take(a, b * (size_t)c->head_dim / 2, sizeof(float));
     s->inverse_frequency = take(a, (size_t)c->head_dim / 2, sizeof(float));
+    if (s->model->matrix && s->model->matrix->pack_row)
+        s->in_pairs = take(a, round_up(b, TILE), s->ldq * sizeof *s->in_pairs);
     s->in_q = take(a, b, s->ldq);
     s->in_scale = take(a, b, s->ldq / GROUP * sizeof(float));
     s->in_sum = take(a, b, s->ldq / GROUP * sizeof(int32_t));
@@ -1685,23 +1749,34 @@ struct pass {
     gemma2_session *lead; /* whose scratch and threads serve the pass */
     size_t n;
     int layer;
+    const struct matrix_kernels *matrix; /* NULL: the exact class */
 };
 
 static struct input pass_input(const struct pass *p, float *x, size_t ldx)
 {
     const gemma2_session *s = p->lead;
-    struct input in = {x, ldx, s->in_q, s->in_scale, s->in_sum, s->ldq};
+    struct input in = {x, ldx, s->in_q, s->in_scale, s->in_sum, s->in_pairs, s->ldq};
     return in;
 }
 
-/* Quantises row t of the input if the weights that read it are quantised. */
-static void prepare_row(const struct pass *p, const struct input *in, size_t t, uint32_t n,
-                        int quantised)
+/* Rounds row t of the input for the n weights that read it: to int8 for quantised ones, to
+ * bf16 for those that the matrix class multiplies. */
+static void prepare_row(const struct pass *p, const struct input *in, size_t t,
+                        const struct matrix *const *weights, int n)
 {
-    if (quantised)
-        p->model->isa->quantise(in->x + t * in->ldx, n, in->q + t * in->ldq,
-                                in->scale + t * (in->ldq / GROUP),
-                                in->sum + t * (in->ldq / GROUP));
+    int as_int8 = 0, as_bf16 = 0;
+    for (int i = 0; i < n; i++)
+        if (p->matrix && p->matrix->panel[weights[i]->type])
+            as_bf16 |= p->matrix->pack_row != NULL;
+        else
+            as_int8 |= is_quantised(weights[i]->type);
+    const float *x = in->x + t * in->ldx;
+    size_t groups = in->ldq / GROUP;
+    if (as_int8)
+        p->model->isa->quantise(x, weights[0]->cols, in->q + t * in->ldq, in->scale + t * groups,
+                                in->sum + t * groups);
+    if (as_bf16)
+        p->matrix->pack_row(x, weights[0]->cols, pairs_row(in, t));
 }
 
 /* ---- products: y = W x for all rows of the pass, several W over the same input ---- */
@@ -1715,6 +1790,7 @@ struct product {
 
 struct product_job {
     const struct kernels *isa;
+    const struct matrix_kernels *matrix;
     struct input in;
     size_t n; /* T */
     struct product products[3];
@@ -1732,11 +1808,21 @@ static void store_tile(const struct product_job *job, const struct product *p, u
     memcpy(to + (tile - job->first_tile) * TILE, y, n_rows * sizeof *y);
 }
 
+/* One tile, n <= 8 rows of the pass. */
 static void multiply_tile(const struct product_job *job, const struct product *p, uint32_t tile,
                           size_t t, int n, float (*y)[TILE])
 {
-    job->isa->product[p->w->type](p->w->data + tile * p->w->tile_bytes, p->w->cols, &job->in, t,
-                                  n, y);
+    const uint8_t *w = p->w->data + tile * p->w->tile_bytes;
+    panel_fn *matrix = job->matrix ? job->matrix->panel[p->w->type] : NULL;
+    if (!matrix) {
+        job->isa->product[p->w->type](w, p->w->cols, &job->in, t, n, y);
+        return;
+    }
+    const uint8_t *const tiles[2] = {w, w};
+    _Alignas(64) float twice[MAX_PRODUCT_ROWS][2][TILE];
+    matrix(tiles, p->w->cols, &job->in, t, n, twice);
+    for (int i = 0; i < n; i++)
+        memcpy(y[i], twice[i][0], sizeof y[i]);
 }
 
 /* One tile of one product (or of both of a gated pair), all rows of the pass. */
@@ -1755,23 +1841,26 @@ static void product_tile(const struct product_job *job, const struct product *p,
     }
 }
 
-/* Whether many rows can take two tiles at once: neighbours, or a gated pair's. */
-static int has_panel(const struct product_job *job, const struct product *p, uint32_t tile)
+/* What can take two tiles at once, neighbours or a gated pair's, or NULL. */
+static panel_fn *panel_of(const struct product_job *job, const struct product *p, uint32_t tile)
 {
-    if (job->n <= MAX_PRODUCT_ROWS || !job->isa->panel[p->w->type])
-        return 0;
-    return job->gated ? p[1].w->type == p->w->type : (tile + 1) * TILE < p->w->rows;
+    if (job->gated ? p[1].w->type != p->w->type : (tile + 1) * TILE >= p->w->rows)
+        return NULL;
+    if (job->matrix && job->matrix->panel[p->w->type])
+        return job->matrix->panel[p->w->type];
+    return job->n > MAX_PRODUCT_ROWS ? job->isa->panel[p->w->type] : NULL;
 }
 
-static void product_panel(const struct product_job *job, const struct product *p, uint32_t tile)
+static void product_panel(const struct product_job *job, panel_fn *panel,
+                          const struct product *p, uint32_t tile)
 {
-    float y[MAX_PANEL_ROWS][2][TILE];
+    _Alignas(64) float y[MAX_PANEL_ROWS][2][TILE];
     const uint8_t *first = p->w->data + tile * p->w->tile_bytes;
     const uint8_t *tiles[2] = {first, job->gated ? p[1].w->data + tile * p[1].w->tile_bytes
                                                  : first + p->w->tile_bytes};
     for (size_t t = 0; t < job->n; t += MAX_PANEL_ROWS) {
         int n = job->n - t < MAX_PANEL_ROWS ? (int)(job->n - t) : MAX_PANEL_ROWS;
-        job->isa->panel[p->w->type](tiles, p->w->cols, &job->in, t, n, y);
+        panel(tiles, p->w->cols, &job->in, t, n, y);
         for (int i = 0; i < n; i++) {
             if (job->gated)
                 job->isa->geglu(y[i][0], y[i][1], TILE);
@@ -1794,8 +1883,9 @@ static void product_task(void *context, size_t task)
             tile -= (p->w->rows + TILE - 1) / TILE;
             p++;
         }
-        if (has_panel(job, p, (uint32_t)tile) && (job->gated || i + 1 < last)) {
-            product_panel(job, p, (uint32_t)tile);
+        panel_fn *panel = panel_of(job, p, (uint32_t)tile);
+        if (panel && (job->gated || i + 1 < last)) {
+            product_panel(job, panel, p, (uint32_t)tile);
             i += !job->gated;
         } else
             product_tile(job, p, (uint32_t)tile);
@@ -1819,7 +1909,7 @@ static void run_products(const gemma2_session *lead, struct product_job *job)
 static void multiply(const struct pass *p, struct input in, const struct product *products,
                      int n_products, int gated)
 {
-    struct product_job job = {p->model->isa, in, p->n, {{0}}, gated, 0, 0, 0};
+    struct product_job job = {p->model->isa, p->matrix, in, p->n, {{0}}, gated, 0, 0, 0};
     memcpy(job.products, products, (size_t)n_products * sizeof *products);
     for (int i = 0; i < (gated ? 1 : n_products); i++)
         job.n_tiles += (products[i].w->rows + TILE - 1) / TILE;
@@ -1857,11 +1947,6 @@ static void embed_task(void *context, size_t t)
     }
 }
 
-static int qkv_reads_quantised(const struct layer *w)
-{
-    return is_quantised(w->q.type) || is_quantised(w->k.type) || is_quantised(w->v.type);
-}
-
 static void attention_enter_task(void *context, size_t t)
 {
     const struct pass *p = context;
@@ -1869,7 +1954,7 @@ static void attention_enter_task(void *context, size_t t)
     const struct layer *w = &p->model->layers[p->layer];
     struct input in = pass_input(p, s->h, s->ldh);
     norm(p, &w->attn_norm, s->x + t * w->q.cols, in.x + t * in.ldx);
-    prepare_row(p, &in, t, w->q.cols, qkv_reads_quantised(w));
+    prepare_row(p, &in, t, (const struct matrix *[]){&w->q, &w->k, &w->v}, 3);
 }
 
 /* RoPE on one head: pairs (i, i + H/2) turn by the row's angles (half-split, as in
@@ -2168,6 +2253,120 @@ static void merge_split(const struct pass *p, size_t t)
     }
 }
 
+/* ---- attention of the matrix class: many queries of one session ----
+ * A task takes one kv head and up to 128 of its queries.  Keys and values are packed once
+ * for all of them, CACHE_PANEL bytes at a time.  Capped scores need no maximum: exp of
+ * them, and the sums, are floats. */
+
+enum { MANY_QUERIES = 128 };
+
+struct many_queries {
+    struct query query[MANY_QUERIES];
+    float sum[MANY_QUERIES];
+    int n;
+};
+
+static int can_attend_many(const struct pass *p)
+{
+    const gemma2_config *c = &p->model->config;
+    return p->matrix && p->lead->half && c->attn_softcap > 0 && c->attn_softcap <= 60 &&
+           c->head_dim % GROUP == 0 && c->head_dim <= CACHE_PANEL / (4 * TILE) &&
+           c->n_heads / c->n_kv_heads <= MANY_QUERIES;
+}
+
+/* exp(cap * tanh(s / cap)) of what the query sees, 0 elsewhere; returns the sum. */
+static float weigh_capped(const struct kernels *isa, const struct kv_head *kv, float *s, int n,
+                          int first, int last)
+{
+    isa->soft_cap(s, (size_t)n, kv->cap);
+    for (int i = 0; i < first && i < n; i++)
+        s[i] = -INFINITY;
+    for (int i = max_i32(0, last + 1); i < n; i++)
+        s[i] = -INFINITY;
+    return isa->exp_sum(s, (size_t)n, 0);
+}
+
+/* Queries j .. j + n - 1 and the packed positions base .. base + 16 n_groups - 1. */
+static void attend_packed(const struct pass *p, const struct kv_head *kv, struct many_queries *m,
+                          int j, int n, int32_t base, int n_groups, const uint8_t *keys,
+                          const uint8_t *values)
+{
+    _Alignas(64) float s[MAX_QUERIES][KEY_BLOCK];
+    const float *q[MAX_QUERIES];
+    float *o[MAX_QUERIES];
+    int32_t first = m->query[j].first - base, last = m->query[j].last - base;
+    for (int i = 0; i < n; i++) {
+        q[i] = m->query[j + i].q;
+        o[i] = m->query[j + i].out;
+        first = min_i32(first, m->query[j + i].first - base);
+        last = max_i32(last, m->query[j + i].last - base);
+    }
+    first = max_i32(first, 0) / TILE * TILE;
+    int seen = min_i32(n_groups * TILE, (last + TILE) / TILE * TILE) - first;
+    if (last < 0 || seen <= 0)
+        return;
+    size_t skipped = (size_t)first * (size_t)kv->head_dim * p->matrix->cached_bytes;
+    p->matrix->scores(q, n, kv->head_dim, keys + skipped, seen / TILE, s);
+    for (int i = 0; i < n; i++)
+        m->sum[j + i] += weigh_capped(p->model->isa, kv, s[i], seen,
+                                      m->query[j + i].first - base - first,
+                                      m->query[j + i].last - base - first);
+    p->matrix->mix((const float (*)[KEY_BLOCK])s, n, kv->head_dim, values, first, seen, o);
+}
+
+static void attend_many(const struct pass *p, const struct kv_head *kv, struct many_queries *m)
+{
+    _Alignas(64) uint8_t keys[CACHE_PANEL], values[CACHE_PANEL];
+    size_t group_bytes = (size_t)kv->head_dim * TILE * p->matrix->cached_bytes;
+    int32_t width = panel_positions(kv->head_dim, p->matrix->cached_bytes);
+    int32_t first = m->query[0].first, last = m->query[m->n - 1].last; /* rows ascend */
+    for (int32_t base = first / width * width; base <= last; base += width) {
+        int n_groups = (min_i32(last - base + 1, width) + TILE - 1) / TILE;
+        for (int g = max_i32(0, first - base) / TILE; g < n_groups; g++) {
+            size_t slots = (size_t)((base / TILE + g) % kv->groups);
+            p->matrix->pack_keys((const uint16_t *)(kv->keys + slots * kv->key_group),
+                                 kv->head_dim, keys + (size_t)g * group_bytes);
+            p->matrix->pack_values((const uint16_t *)(kv->values + slots * kv->value_group),
+                                   kv->head_dim, min_i32(last + 1 - base - g * TILE, TILE),
+                                   g * TILE, values);
+        }
+        for (int j = 0; j < m->n; j += MAX_QUERIES)
+            attend_packed(p, kv, m, j, min_i32(m->n - j, MAX_QUERIES), base, n_groups, keys,
+                          values);
+    }
+}
+
+static int rows_of_many(const struct pass *p)
+{
+    const gemma2_config *c = &p->model->config;
+    int wanted = (int)(p->n * (size_t)c->n_kv_heads / (4 * (size_t)p->lead->n_threads));
+    int most = MANY_QUERIES / (c->n_heads / c->n_kv_heads);
+    return max_i32(1, min_i32(max_i32(wanted, MAX_QUERIES), most));
+}
+
+static void attend_many_task(void *context, size_t task)
+{
+    const struct pass *p = context;
+    const gemma2_config *c = &p->model->config;
+    int rows = rows_of_many(p), group = c->n_heads / c->n_kv_heads;
+    int head = (int)(task % (size_t)c->n_kv_heads);
+    size_t first = task / (size_t)c->n_kv_heads * (size_t)rows;
+    struct kv_head kv = kv_head_of(p->lead, p->layer, head);
+    struct many_queries m;
+    m.n = 0;
+    for (size_t t = first; t < first + (size_t)rows && t < p->n; t++)
+        for (int g = 0; g < group; g++) {
+            m.sum[m.n] = 0;
+            m.query[m.n] = query_of(p, t, head * group + g);
+            memset(m.query[m.n++].out, 0, (size_t)c->head_dim * sizeof(float));
+        }
+    attend_many(p, &kv, &m);
+    for (int j = 0; j < m.n; j++) {
+        struct partial total = {0, m.sum[j]};
+        finish_attention(&total, m.query[j].out, c->head_dim);
+    }
+}
+
 static void attend_rows(struct pass *p)
 {
     const gemma2_config *c = &p->model->config;
@@ -2180,6 +2379,11 @@ static void attend_rows(struct pass *p)
         blocks += (size_t)count_blocks(p, t);
     }
     work = blocks * KEY_BLOCK * kv_heads * (size_t)p->lead->width * 2 * sizeof(uint16_t);
+    if (can_attend_many(p)) {
+        tasks = (p->n + (size_t)rows_of_many(p) - 1) / (size_t)rows_of_many(p) * kv_heads;
+        share(p->lead->n_threads, tasks, work, attend_many_task, p);
+        return;
+    }
     if (!few || blocks <= p->n) {
         share(p->lead->n_threads, tasks, work, attend_task, p);
         return;
@@ -2196,7 +2400,7 @@ static void prepare_attention_task(void *context, size_t t)
     const struct pass *p = context;
     const struct matrix *w = &p->model->layers[p->layer].o;
     struct input in = pass_input(p, p->lead->h, p->lead->ldh);
-    prepare_row(p, &in, t, w->cols, is_quantised(w->type));
+    prepare_row(p, &in, t, &w, 1);
 }
 
 static void attention(struct pass *p)
@@ -2238,7 +2442,7 @@ static void ffn_enter_task(void *context, size_t t)
     struct input in = pass_input(p, s->h, s->ldh);
     add_normed(p, &w->post_attn_norm, t);
     norm(p, &w->ffn_norm, s->x + t * w->gate.cols, in.x + t * in.ldx);
-    prepare_row(p, &in, t, w->gate.cols, is_quantised(w->gate.type) || is_quantised(w->up.type));
+    prepare_row(p, &in, t, (const struct matrix *[]){&w->gate, &w->up}, 2);
 }
 
 static void prepare_down_task(void *context, size_t t)
@@ -2246,7 +2450,7 @@ static void prepare_down_task(void *context, size_t t)
     const struct pass *p = context;
     const struct matrix *w = &p->model->layers[p->layer].down;
     struct input in = pass_input(p, p->lead->ffn, w->cols);
-    prepare_row(p, &in, t, w->cols, is_quantised(w->type));
+    prepare_row(p, &in, t, &w, 1);
 }
 
 static void ffn_leave_task(void *context, size_t t)
@@ -2297,7 +2501,7 @@ static void head_enter(const struct pass *p, size_t t, size_t to)
     const struct matrix *head = &p->model->head;
     struct input in = pass_input(p, s->h, s->ldh);
     norm(p, &p->model->final_norm, s->x + t * head->cols, in.x + to * in.ldx);
-    prepare_row(p, &in, to, head->cols, is_quantised(head->type));
+    prepare_row(p, &in, to, &head, 1);
 }
 
 enum { CAP_CHUNK = 16384 };
@@ -2324,7 +2528,7 @@ static void head(struct pass *p)
         }
     if (!n)
         return;
-    struct pass wanted = {p->model, s, n, p->layer};
+    struct pass wanted = {p->model, s, n, p->layer, p->matrix};
     struct product logits = {&p->model->head, NULL, 0, s->outputs};
     GEMMA2_TRACE("final_norm", 0, s->h, n, p->model->head.cols, s->ldh);
     multiply(&wanted, pass_input(p, s->h, s->ldh), &logits, 1, 0);
@@ -2365,7 +2569,7 @@ static void score_rows(struct pass *p, const int32_t *targets, float *logprobs)
     gemma2_session *s = p->lead;
     const struct matrix *w = &p->model->head;
     struct score_job score = {p, 0, 0, (float *)s->candidates, targets};
-    struct product_job job = {p->model->isa, pass_input(p, s->h, s->ldh), p->n,
+    struct product_job job = {p->model->isa, p->matrix, pass_input(p, s->h, s->ldh), p->n,
                               {{w, score.buf, HEAD_BLOCK, NULL}}, 0, 0, 0, 0};
     share_rows(p, score_enter_task);
     for (size_t t = 0; t < p->n; t++)
@@ -3125,8 +3329,10 @@ static int read_model(struct gemma2_model *m, struct errbuf *err)
     gemma2_config *c = &m->config;
     memcpy(c->identity, m->file.data + IDENTITY_AT, 32);
     c->isa = m->isa->name;
-    return read_directory(m, err) && check_complete(m, err) && check_facts(m, err) &&
-           read_tokenizer(&m->tokenizer, m->tokenizer_bytes, m->tokenizer_size, c, err);
+    if (!read_directory(m, err) || !check_complete(m, err) || !check_facts(m, err))
+        return 0;
+    m->matrix = all_weights_f32(m) ? NULL : m->isa->matrix;
+    return read_tokenizer(&m->tokenizer, m->tokenizer_bytes, m->tokenizer_size, c, err);
 }
 
 /* One allocation: the struct, its layers, the tokenizer's two indexes.  The indexes' size
@@ -3176,7 +3382,8 @@ gemma2_model *gemma2_open(const char *path, const gemma2_open_params *params, ch
     if (!m) {
         fail(&err, "%s: %s", path, reason);
         file_close(&f);
-    }
+    } else if (p.exact_prefill)
+        m->matrix = NULL;
     return m;
 }
 
@@ -3399,13 +3606,14 @@ static void add_row(gemma2_session *lead, size_t t, gemma2_session *s, int32_t i
 
 /* Evaluates ids of one session in passes of n_batch rows.  With logprobs, targets are the
  * ids that follow, and `next` for the last. */
-static void run_ids(gemma2_session *s, const int32_t *ids, size_t n, float *logits, int32_t next,
+static void run_ids(gemma2_session *s, const int32_t *ids, size_t n,
+                    const struct matrix_kernels *matrix, float *logits, int32_t next,
                     float *logprobs)
 {
     uint64_t env = float_env_enter();
     for (size_t done = 0; done < n;) {
         size_t rows = n - done < (size_t)s->n_batch ? n - done : (size_t)s->n_batch;
-        struct pass p = {s->model, s, rows, 0};
+        struct pass p = {s->model, s, rows, 0, matrix};
         for (size_t t = 0; t < rows; t++)
             add_row(s, t, s, ids[done + t], done + t + 1 == n ? logits : NULL);
         forward(&p);
@@ -3425,14 +3633,17 @@ static void run_ids(gemma2_session *s, const int32_t *ids, size_t n, float *logi
 
 int gemma2_prefill(gemma2_session *s, const int32_t *ids, size_t n, float *logits)
 {
-    return gemma2_eval(s, ids, n, logits);
+    int status = check_ids(s, ids, n);
+    if (status == GEMMA2_OK)
+        run_ids(s, ids, n, s->model->matrix, logits, -1, NULL);
+    return status;
 }
 
 int gemma2_eval(gemma2_session *s, const int32_t *ids, size_t n, float *logits)
 {
     int status = check_ids(s, ids, n);
     if (status == GEMMA2_OK)
-        run_ids(s, ids, n, logits, -1, NULL);
+        run_ids(s, ids, n, NULL, logits, -1, NULL);
     return status;
 }
 
@@ -3464,7 +3675,7 @@ int gemma2_eval_rows(const gemma2_row *rows, size_t n)
     if (status < 0)
         return status;
     gemma2_session *lead = rows[0].session;
-    struct pass p = {lead->model, lead, n, 0};
+    struct pass p = {lead->model, lead, n, 0, NULL};
     uint64_t env = float_env_enter();
     for (size_t t = 0; t < n; t++)
         add_row(lead, t, rows[t].session, rows[t].id, rows[t].logits);
@@ -3481,7 +3692,7 @@ int gemma2_score(gemma2_session *s, const int32_t *ids, size_t n, int32_t next, 
         return status;
     if (!logprobs || next < -1 || next >= s->model->config.n_vocab)
         return next >= s->model->config.n_vocab ? GEMMA2_ERR_TOKEN : GEMMA2_ERR_ARGUMENT;
-    run_ids(s, ids, n, NULL, next, logprobs);
+    run_ids(s, ids, n, NULL, NULL, next, logprobs);
     return all_finite(logprobs, next < 0 ? n - 1 : n) ? GEMMA2_OK : GEMMA2_ERR_NONFINITE;
 }
 
@@ -4118,6 +4329,155 @@ AVX2 static void mix_f16_avx2(const float (*p)[KEY_BLOCK], int n, int width,
     mix_avx2(1, p, n, width, values, first, last, o);
 }
 
+/* ---- the matrix class with AVX2: fused multiply-adds of floats ---- */
+
+#define AVX2_FMA __attribute__((target("avx2,f16c,fma")))
+
+enum { FLOAT_BLOCK = 128 }; /* inputs that a panel of bf16 weights widens at a time */
+
+/* Up to FLOAT_BLOCK inputs from `from` on of two bf16 tiles: w[tile][input][row]. */
+AVX2_FMA INLINE void widen_avx2(const uint8_t *const tiles[2], uint32_t from, int n,
+                                float (*w)[FLOAT_BLOCK][TILE])
+{
+    for (int i = 0; i < 2; i++)
+        for (int k = 0; k < n; k++)
+            for (int half = 0; half < 2; half++)
+                _mm256_store_ps(w[i][k] + half * 8,
+                                weights_avx2(1, tiles[i], from + (uint32_t)k, half));
+}
+
+/* n <= 6 tokens (a constant), one tile. */
+AVX2_FMA INLINE void float_block_avx2(const int n, float (*w)[TILE], int n_inputs,
+                                      const float *x, size_t ldx, float (*y)[2][TILE])
+{
+    __m256 acc[6][2];
+    for (int j = 0; j < n; j++)
+        for (int half = 0; half < 2; half++)
+            acc[j][half] = _mm256_loadu_ps(y[j][0] + half * 8);
+    for (int k = 0; k < n_inputs; k++) {
+        __m256 w0 = _mm256_load_ps(w[k]), w1 = _mm256_load_ps(w[k] + 8);
+        for (int j = 0; j < n; j++) {
+            __m256 v = _mm256_broadcast_ss(x + (size_t)j * ldx + k);
+            acc[j][0] = _mm256_fmadd_ps(w0, v, acc[j][0]);
+            acc[j][1] = _mm256_fmadd_ps(w1, v, acc[j][1]);
+        }
+    }
+    for (int j = 0; j < n; j++)
+        for (int half = 0; half < 2; half++)
+            _mm256_storeu_ps(y[j][0] + half * 8, acc[j][half]);
+}
+
+AVX2_FMA static void matrix_bf16_avx2(const uint8_t *const tiles[2], uint32_t cols,
+                                      const struct input *in, size_t t, int n_tokens,
+                                      float y[][2][TILE])
+{
+    _Alignas(64) float w[2][FLOAT_BLOCK][TILE];
+    memset(y, 0, (size_t)n_tokens * sizeof *y);
+    for (uint32_t k = 0; k < cols; k += FLOAT_BLOCK) {
+        int n_inputs = cols - k < FLOAT_BLOCK ? (int)(cols - k) : FLOAT_BLOCK;
+        widen_avx2(tiles, k, n_inputs, w);
+        for (int from = 0, n; from < n_tokens; from += n) {
+            n = n_tokens - from < 6 ? n_tokens - from : 6;
+            const float *x = in->x + (t + (size_t)from) * in->ldx + k;
+#define PIECE(count, offset)                                                             \
+    for (int i = 0; i < 2; i++)                                                          \
+        float_block_avx2(count, w[i], n_inputs, x + (size_t)(offset) * in->ldx, in->ldx, \
+                         (float (*)[2][TILE])y[from + (offset)][i])
+            if (n == 6)
+                PIECE(6, 0);
+            else
+                FOR_EACH_PIECE(PIECE);
+#undef PIECE
+        }
+    }
+}
+
+AVX2_FMA static void pack_keys_avx2(const uint16_t *keys, int head_dim, uint8_t *to)
+{
+    for (int i = 0; i < head_dim * TILE; i += 8)
+        _mm256_store_ps((float *)to + i, cached_avx2(1, keys, (size_t)i));
+}
+
+/* Packed values: [H / 16][positions of a panel][16] floats. */
+AVX2_FMA static void pack_values_avx2(const uint16_t *values, int head_dim, int n_valid, int at,
+                                      uint8_t *to)
+{
+    int width = panel_positions(head_dim, sizeof(float));
+    for (int i = 0; i < TILE; i++)
+        for (int h = 0; h < head_dim; h += 8) {
+            __m256 v = i < n_valid ? cached_avx2(1, values, (size_t)(i * head_dim + h))
+                                   : _mm256_setzero_ps();
+            _mm256_store_ps((float *)to + (h / TILE * width + at + i) * TILE + h % TILE, v);
+        }
+}
+
+/* n <= 4 queries against 16 keys. */
+AVX2_FMA INLINE void scores_block_avx2(const int n, const float *const *q, int head_dim,
+                                       const float *keys, float (*s)[KEY_BLOCK], int at)
+{
+    __m256 acc[4][2];
+    for (int j = 0; j < n; j++)
+        acc[j][0] = acc[j][1] = _mm256_setzero_ps();
+    for (int h = 0; h < head_dim; h++) {
+        __m256 k0 = _mm256_load_ps(keys + h * TILE), k1 = _mm256_load_ps(keys + h * TILE + 8);
+        for (int j = 0; j < n; j++) {
+            __m256 v = _mm256_broadcast_ss(q[j] + h);
+            acc[j][0] = _mm256_fmadd_ps(k0, v, acc[j][0]);
+            acc[j][1] = _mm256_fmadd_ps(k1, v, acc[j][1]);
+        }
+    }
+    for (int j = 0; j < n; j++) {
+        _mm256_storeu_ps(s[j] + at, acc[j][0]);
+        _mm256_storeu_ps(s[j] + at + 8, acc[j][1]);
+    }
+}
+
+AVX2_FMA static void scores_packed_avx2(const float *const *q, int n, int head_dim,
+                                        const uint8_t *keys, int n_groups, float (*s)[KEY_BLOCK])
+{
+    for (int g = 0; g < n_groups; g++) {
+        const float *group = (const float *)keys + g * head_dim * TILE;
+#define PIECE(count, from) \
+    scores_block_avx2(count, q + (from), head_dim, group, s + (from), g * TILE)
+        FOR_EACH_PIECE(PIECE);
+#undef PIECE
+    }
+}
+
+/* n <= 4 queries, 16 dimensions. */
+AVX2_FMA INLINE void mix_block_avx2(const int n, const float (*p)[KEY_BLOCK],
+                                    const float *values, int n_keys, float *const *o, int h)
+{
+    __m256 acc[4][2];
+    for (int j = 0; j < n; j++)
+        for (int half = 0; half < 2; half++)
+            acc[j][half] = _mm256_loadu_ps(o[j] + h + half * 8);
+    for (int i = 0; i < n_keys; i++) {
+        __m256 v0 = _mm256_load_ps(values + i * TILE), v1 = _mm256_load_ps(values + i * TILE + 8);
+        for (int j = 0; j < n; j++) {
+            __m256 w = _mm256_broadcast_ss(p[j] + i);
+            acc[j][0] = _mm256_fmadd_ps(v0, w, acc[j][0]);
+            acc[j][1] = _mm256_fmadd_ps(v1, w, acc[j][1]);
+        }
+    }
+    for (int j = 0; j < n; j++)
+        for (int half = 0; half < 2; half++)
+            _mm256_storeu_ps(o[j] + h + half * 8, acc[j][half]);
+}
+
+AVX2_FMA static void mix_packed_avx2(const float (*p)[KEY_BLOCK], int n, int head_dim,
+                                     const uint8_t *values, int first, int n_keys,
+                                     float *const *o)
+{
+    int width = panel_positions(head_dim, sizeof(float));
+    for (int h = 0; h < head_dim; h += TILE) {
+        const float *part = (const float *)values + (h / TILE * width + first) * TILE;
+#define PIECE(count, from) mix_block_avx2(count, p + (from), part, n_keys, o + (from), h)
+        FOR_EACH_PIECE(PIECE);
+#undef PIECE
+    }
+}
+
 /* ---- AVX-512 with VNNI ---- */
 
 #define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")))
@@ -4556,6 +4916,304 @@ AVX512 static void mix_f16_avx512(const float (*p)[KEY_BLOCK], int n, int width,
     mix_avx512(1, p, n, width, values, first, last, o);
 }
 
+/* ---- the matrix class with AVX-512: floats, fused, or dot products of bf16 pairs ---- */
+
+/* acc + w * x, or with bf16 pairs acc + w.low * x.low + w.high * x.high. */
+AVX512 INLINE __m512 fused_avx512(int bf16, __m512 acc, __m512 w, __m512 x)
+{
+#ifdef HAVE_AVX512BF16
+    if (bf16) {
+        __asm__("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x));
+        return acc;
+    }
+#endif
+    (void)bf16;
+    return _mm512_fmadd_ps(w, x, acc);
+}
+
+/* Rounded to bf16, to nearest even, in the high halves of the lanes; NaN stays NaN. */
+AVX512 INLINE __m512i round_bf16_avx512(__m512 x)
+{
+    __m512i bits = _mm512_castps_si512(x), one = _mm512_set1_epi32(1);
+    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), one);
+    __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+    __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    return _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
+}
+
+/* Lanes of a low, of b high. */
+AVX512 INLINE __m512i pair_bf16_avx512(__m512 a, __m512 b)
+{
+    __m512i high = _mm512_and_si512(round_bf16_avx512(b), _mm512_set1_epi32((int)0xffff0000));
+    return _mm512_or_si512(_mm512_srli_epi32(round_bf16_avx512(a), 16), high);
+}
+
+AVX512 static void pack_row_avx512(const float *x, uint32_t n, uint16_t *pairs)
+{
+    for (uint32_t k = 0; k < n; k += GROUP, pairs += PAIRS_STRIDE)
+        for (uint32_t half = 0; half < GROUP; half += TILE) {
+            uint32_t rest = k + half < n ? n - k - half : 0;
+            __mmask16 valid = rest >= TILE ? 0xffff : (__mmask16)((1u << rest) - 1);
+            __m512i y = round_bf16_avx512(_mm512_maskz_loadu_ps(valid, x + k + half));
+            _mm256_storeu_si256((__m256i *)(pairs + half),
+                                _mm512_cvtepi32_epi16(_mm512_srli_epi32(y, 16)));
+        }
+}
+
+/* n tokens (a constant), two tiles.  An operand is a line of 16 rows x one dword of an
+ * input: a float, or a pair of bf16.  Sixteen steps' dwords are contiguous in x. */
+AVX512 INLINE void steps_avx512(int bf16, const int n, const uint8_t *const w[2], int n_steps,
+                                const uint8_t *x, size_t token_stride, size_t run_stride,
+                                float (*y)[2][TILE])
+{
+    __m512 acc[8][2];
+    for (int j = 0; j < n; j++)
+        for (int i = 0; i < 2; i++)
+            acc[j][i] = _mm512_loadu_ps(y[j][i]);
+    for (int step = 0; step < n_steps; step++) {
+        __m512 w0 = _mm512_loadu_ps(w[0] + step * 64), w1 = _mm512_loadu_ps(w[1] + step * 64);
+        const uint8_t *from = x + (size_t)(step / 16) * run_stride + step % 16 * 4;
+        for (int j = 0; j < n; j++) {
+            float dword;
+            memcpy(&dword, from + (size_t)j * token_stride, 4);
+            __m512 v = _mm512_set1_ps(dword);
+            acc[j][0] = fused_avx512(bf16, acc[j][0], w0, v);
+            acc[j][1] = fused_avx512(bf16, acc[j][1], w1, v);
+        }
+    }
+    for (int j = 0; j < n; j++)
+        for (int i = 0; i < 2; i++)
+            _mm512_storeu_ps(y[j][i], acc[j][i]);
+}
+
+AVX512 static void matrix_bf16_avx512(const uint8_t *const tiles[2], uint32_t cols,
+                                      const struct input *in, size_t t, int n_tokens,
+                                      float y[][2][TILE])
+{
+    _Alignas(64) float w[2][FLOAT_BLOCK][TILE];
+    const uint8_t *const operands[2] = {(const uint8_t *)w[0], (const uint8_t *)w[1]};
+    memset(y, 0, (size_t)n_tokens * sizeof *y);
+    for (uint32_t k = 0; k < cols; k += FLOAT_BLOCK) {
+        int n_inputs = cols - k < FLOAT_BLOCK ? (int)(cols - k) : FLOAT_BLOCK;
+        for (int i = 0; i < 2; i++)
+            for (int j = 0; j < n_inputs; j++)
+                _mm512_store_ps(w[i][j], weights_avx512(1, tiles[i], k + (uint32_t)j));
+        for (int from = 0, n; from < n_tokens; from += n) {
+            n = n_tokens - from < 8 ? n_tokens - from : 8;
+            const float *x = in->x + (t + (size_t)from) * in->ldx + k;
+#define PIECE(count, offset)                                                               \
+    steps_avx512(0, count, operands, n_inputs, (const uint8_t *)(x + (offset) * in->ldx),  \
+                 in->ldx * sizeof(float), 64, y + from + (offset))
+            FOR_EACH_PIECE_OF_8(PIECE);
+#undef PIECE
+        }
+    }
+}
+
+/* 256 inputs of the tiles, as they are, at a time. */
+AVX512 static void matrix_bf16_avx512bf16(const uint8_t *const tiles[2], uint32_t cols,
+                                          const struct input *in, size_t t, int n_tokens,
+                                          float y[][2][TILE])
+{
+    memset(y, 0, (size_t)n_tokens * sizeof *y);
+    for (uint32_t k = 0; k < cols; k += BLOCK_INPUTS) {
+        uint32_t inputs = cols - k < BLOCK_INPUTS ? cols - k : BLOCK_INPUTS;
+        const uint8_t *const w[2] = {tiles[0] + k / 2 * 64, tiles[1] + k / 2 * 64};
+        int n_steps = (int)(inputs + 1) / 2;
+        for (int from = 0, n; from < n_tokens; from += n) {
+            n = n_tokens - from < 8 ? n_tokens - from : 8;
+            const uint16_t *x = pairs_row(in, t + (size_t)from) + k / GROUP * PAIRS_STRIDE;
+#define PIECE(count, offset)                                                            \
+    steps_avx512(1, count, w, n_steps, (const uint8_t *)(x + (offset) * GROUP),         \
+                 GROUP * sizeof *x, PAIRS_STRIDE * sizeof *x, y + from + (offset))
+            FOR_EACH_PIECE_OF_8(PIECE);
+#undef PIECE
+        }
+    }
+}
+
+/* Packed keys: [H][16] floats, or [H / 2][16][2] bf16; a line is 16 lanes of a dword. */
+AVX512 INLINE void pack_keys_avx512(int bf16, const uint16_t *keys, int head_dim, uint8_t *to)
+{
+    for (int h = 0; h < head_dim; h += 1 + bf16, to += 64) {
+        __m512 a = cached_avx512(1, keys, (size_t)(h * TILE));
+        if (bf16)
+            _mm512_store_si512(to, pair_bf16_avx512(a, cached_avx512(1, keys,
+                                                                     (size_t)(h * TILE + TILE))));
+        else
+            _mm512_store_ps(to, a);
+    }
+}
+
+AVX512 INLINE __m512 value_avx512(const uint16_t *values, int head_dim, int n_valid, int i, int h)
+{
+    return i < n_valid ? cached_avx512(1, values, (size_t)(i * head_dim + h))
+                       : _mm512_setzero_ps();
+}
+
+/* Packed values: [H / 16][positions of a panel][16] floats, or pairs of positions. */
+AVX512 INLINE void pack_values_avx512(int bf16, const uint16_t *values, int head_dim, int n_valid,
+                                      int at, uint8_t *to)
+{
+    int lines = panel_positions(head_dim, bf16 ? 2 : 4) / (1 + bf16);
+    to += at / (1 + bf16) * 64;
+    for (int i = 0; i < TILE; i += 1 + bf16, to += 64)
+        for (int h = 0; h < head_dim; h += TILE) {
+            __m512 a = value_avx512(values, head_dim, n_valid, i, h);
+            __m512 b = value_avx512(values, head_dim, n_valid, i + 1, h);
+            _mm512_store_si512(to + (size_t)(h / TILE * lines) * 64,
+                               bf16 ? pair_bf16_avx512(a, b) : _mm512_castps_si512(a));
+        }
+}
+
+/* n queries, n_groups x 16 keys (constants); q: dwords. */
+AVX512 INLINE void scores_block_avx512(int bf16, const int n, const int n_groups,
+                                       const uint32_t *const *q, int n_steps,
+                                       const uint8_t *keys, float (*s)[KEY_BLOCK], int at)
+{
+    __m512 acc[8][2];
+    for (int j = 0; j < n; j++)
+        for (int g = 0; g < n_groups; g++)
+            acc[j][g] = _mm512_setzero_ps();
+    for (int step = 0; step < n_steps; step++)
+        for (int g = 0; g < n_groups; g++) {
+            __m512 key = _mm512_load_ps(keys + (g * n_steps + step) * 64);
+            for (int j = 0; j < n; j++) {
+                __m512 v = _mm512_castsi512_ps(_mm512_set1_epi32((int)q[j][step]));
+                acc[j][g] = fused_avx512(bf16, acc[j][g], key, v);
+            }
+        }
+    for (int j = 0; j < n; j++)
+        for (int g = 0; g < n_groups; g++)
+            _mm512_storeu_ps(s[j] + at + g * TILE, acc[j][g]);
+}
+
+/* Floats as the dwords that a step multiplies: themselves, or pairs rounded to bf16. */
+AVX512 INLINE void dwords_avx512(int bf16, const float *x, int n, uint32_t *to)
+{
+    if (!bf16)
+        memcpy(to, x, (size_t)n * sizeof *x);
+    for (int i = 0; bf16 && i < n; i += TILE) {
+        __m512i y = _mm512_srli_epi32(round_bf16_avx512(_mm512_loadu_ps(x + i)), 16);
+        _mm256_storeu_si256((__m256i *)(to + i / 2), _mm512_cvtepi32_epi16(y));
+    }
+}
+
+AVX512 INLINE void scores_packed_avx512(int bf16, const float *const *q, int n, int head_dim,
+                                        const uint8_t *keys, int n_groups,
+                                        float (*s)[KEY_BLOCK])
+{
+    uint32_t dwords[MAX_QUERIES][CACHE_PANEL / (4 * TILE)];
+    const uint32_t *p[MAX_QUERIES];
+    int g = 0, n_steps = head_dim / (1 + bf16);
+    for (int j = 0; j < n; j++) {
+        dwords_avx512(bf16, q[j], head_dim, dwords[j]);
+        p[j] = dwords[j];
+    }
+#define PIECE_2(count, from) \
+    scores_block_avx512(bf16, count, 2, p + (from), n_steps, keys, s + (from), g * TILE)
+#define PIECE_1(count, from) \
+    scores_block_avx512(bf16, count, 1, p + (from), n_steps, keys, s + (from), g * TILE)
+    for (; n_groups - g >= 2; g += 2, keys += n_steps * 128)
+        FOR_EACH_PIECE_OF_8(PIECE_2);
+    if (g < n_groups)
+        FOR_EACH_PIECE_OF_8(PIECE_1);
+#undef PIECE_2
+#undef PIECE_1
+}
+
+/* n queries (a constant), 32 dimensions; p: dwords. */
+AVX512 INLINE void mix_block_avx512(int bf16, const int n, uint32_t (*p)[KEY_BLOCK],
+                                    const uint8_t *const values[2], int n_steps, float *const *o,
+                                    int h)
+{
+    __m512 acc[8][2];
+    for (int j = 0; j < n; j++)
+        for (int i = 0; i < 2; i++)
+            acc[j][i] = _mm512_loadu_ps(o[j] + h + i * TILE);
+    for (int step = 0; step < n_steps; step++) {
+        __m512 v0 = _mm512_load_ps(values[0] + step * 64);
+        __m512 v1 = _mm512_load_ps(values[1] + step * 64);
+        for (int j = 0; j < n; j++) {
+            __m512 w = _mm512_castsi512_ps(_mm512_set1_epi32((int)p[j][step]));
+            acc[j][0] = fused_avx512(bf16, acc[j][0], v0, w);
+            acc[j][1] = fused_avx512(bf16, acc[j][1], v1, w);
+        }
+    }
+    for (int j = 0; j < n; j++)
+        for (int i = 0; i < 2; i++)
+            _mm512_storeu_ps(o[j] + h + i * TILE, acc[j][i]);
+}
+
+AVX512 INLINE void mix_packed_avx512(int bf16, const float (*p)[KEY_BLOCK], int n, int head_dim,
+                                     const uint8_t *values, int first, int n_keys,
+                                     float *const *o)
+{
+    uint32_t dwords[MAX_QUERIES][KEY_BLOCK];
+    int lines = panel_positions(head_dim, bf16 ? 2 : 4) / (1 + bf16);
+    int n_steps = n_keys / (1 + bf16);
+    for (int j = 0; j < n; j++)
+        dwords_avx512(bf16, p[j], n_keys, dwords[j]);
+    for (int h = 0; h < head_dim; h += 2 * TILE) {
+        const uint8_t *part = values + (size_t)(h / TILE * lines + first / (1 + bf16)) * 64;
+        const uint8_t *const parts[2] = {part, part + (size_t)lines * 64};
+#define PIECE(count, from) \
+    mix_block_avx512(bf16, count, dwords + (from), parts, n_steps, o + (from), h)
+        FOR_EACH_PIECE_OF_8(PIECE);
+#undef PIECE
+    }
+}
+
+AVX512 static void pack_keys_f32_avx512(const uint16_t *keys, int head_dim, uint8_t *to)
+{
+    pack_keys_avx512(0, keys, head_dim, to);
+}
+
+AVX512 static void pack_keys_bf16_avx512(const uint16_t *keys, int head_dim, uint8_t *to)
+{
+    pack_keys_avx512(1, keys, head_dim, to);
+}
+
+AVX512 static void pack_values_f32_avx512(const uint16_t *values, int head_dim, int n_valid,
+                                          int at, uint8_t *to)
+{
+    pack_values_avx512(0, values, head_dim, n_valid, at, to);
+}
+
+AVX512 static void pack_values_bf16_avx512(const uint16_t *values, int head_dim, int n_valid,
+                                           int at, uint8_t *to)
+{
+    pack_values_avx512(1, values, head_dim, n_valid, at, to);
+}
+
+AVX512 static void scores_packed_f32_avx512(const float *const *q, int n, int head_dim,
+                                            const uint8_t *keys, int n_groups,
+                                            float (*s)[KEY_BLOCK])
+{
+    scores_packed_avx512(0, q, n, head_dim, keys, n_groups, s);
+}
+
+AVX512 static void scores_packed_bf16_avx512(const float *const *q, int n, int head_dim,
+                                             const uint8_t *keys, int n_groups,
+                                             float (*s)[KEY_BLOCK])
+{
+    scores_packed_avx512(1, q, n, head_dim, keys, n_groups, s);
+}
+
+AVX512 static void mix_packed_f32_avx512(const float (*p)[KEY_BLOCK], int n, int head_dim,
+                                         const uint8_t *values, int first, int n_keys,
+                                         float *const *o)
+{
+    mix_packed_avx512(0, p, n, head_dim, values, first, n_keys, o);
+}
+
+AVX512 static void mix_packed_bf16_avx512(const float (*p)[KEY_BLOCK], int n, int head_dim,
+                                          const uint8_t *values, int first, int n_keys,
+                                          float *const *o)
+{
+    mix_packed_avx512(1, p, n, head_dim, values, first, n_keys, o);
+}
+
 /* ---- which CPU is this ---- */
 
 /* Register states that the operating system saves (XCR0), 0 without XSAVE. */
@@ -4577,11 +5235,11 @@ static int has_leaf7(char reg, uint32_t bits)
     return ((reg == 'a' ? a : reg == 'b' ? b : c) & bits) == bits;
 }
 
-static int has_avx2(void)
+static int has_avx2(void) /* every CPU with AVX2 has F16C and FMA, but a hypervisor may not */
 {
     unsigned a, b, c, d;
-    return (saved_states() & 6) == 6 && __get_cpuid(1, &a, &b, &c, &d) && c >> 29 & 1 /* F16C */ &&
-           has_leaf7('b', 1u << 5);
+    return (saved_states() & 6) == 6 && __get_cpuid(1, &a, &b, &c, &d) && c >> 29 & 1 &&
+           c >> 12 & 1 && has_leaf7('b', 1u << 5);
 }
 
 static int has_avxvnni(void)
@@ -4599,14 +5257,48 @@ static int has_avx512(void) /* F, DQ, BW, VL; VNNI */
            has_leaf7('b', 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31) && has_leaf7('c', 1u << 11);
 }
 
-/* Ice Lake and newer servers, Zen 4 and newer. */
+static int has_avx512bf16(void)
+{
+#ifdef HAVE_AVX512BF16
+    return has_avx512() && has_leaf7('a', 1u << 5);
+#else
+    return 0;
+#endif
+}
+
+static const struct matrix_kernels avx512bf16_matrix = {
+    {NULL, NULL, matrix_bf16_avx512bf16, NULL, NULL, NULL}, pack_row_avx512, sizeof(uint16_t),
+    pack_keys_bf16_avx512, pack_values_bf16_avx512, scores_packed_bf16_avx512,
+    mix_packed_bf16_avx512};
+
+static const struct matrix_kernels avx512_matrix = {
+    {NULL, NULL, matrix_bf16_avx512, NULL, NULL, NULL}, NULL, sizeof(float),
+    pack_keys_f32_avx512, pack_values_f32_avx512, scores_packed_f32_avx512,
+    mix_packed_f32_avx512};
+
+static const struct matrix_kernels avx2_matrix = {
+    {NULL, NULL, matrix_bf16_avx2, NULL, NULL, NULL}, NULL, sizeof(float),
+    pack_keys_avx2, pack_values_avx2, scores_packed_avx2, mix_packed_avx2};
+
+/* Zen 4 and newer: bf16 dot products at twice the rate of floats. */
+static const struct kernels avx512bf16_kernels = {
+    "avx512bf16", has_avx512bf16,
+    {NULL, product_f32_avx512, product_bf16_avx512, product_q8_avx512, product_q6_avx512,
+     product_q4_avx512},
+    {NULL, NULL, NULL, panel_q8_avx512, panel_q6_avx512, panel_q4_avx512},
+    quantise_avx512, rms_norm_avx512, geglu_avx512, soft_cap_avx512, exp_sum_avx512,
+    to_half_avx512, {scores_f32_avx512, scores_f16_avx512}, {mix_f32_avx512, mix_f16_avx512},
+    &avx512bf16_matrix};
+
+/* Ice Lake and newer servers. */
 static const struct kernels avx512_kernels = {
     "avx512", has_avx512,
     {NULL, product_f32_avx512, product_bf16_avx512, product_q8_avx512, product_q6_avx512,
      product_q4_avx512},
     {NULL, NULL, NULL, panel_q8_avx512, panel_q6_avx512, panel_q4_avx512},
     quantise_avx512, rms_norm_avx512, geglu_avx512, soft_cap_avx512, exp_sum_avx512,
-    to_half_avx512, {scores_f32_avx512, scores_f16_avx512}, {mix_f32_avx512, mix_f16_avx512}};
+    to_half_avx512, {scores_f32_avx512, scores_f16_avx512}, {mix_f32_avx512, mix_f16_avx512},
+    &avx512_matrix};
 
 /* Client CPUs since Alder Lake, which lack AVX-512. */
 static const struct kernels avxvnni_kernels = {
@@ -4615,7 +5307,7 @@ static const struct kernels avxvnni_kernels = {
      product_q4_avxvnni},
     {NULL, NULL, NULL, panel_q8_avxvnni, panel_q6_avxvnni, panel_q4_avxvnni},
     quantise_avx2, rms_norm_avx2, geglu_avx2, soft_cap_avx2, exp_sum_avx2, to_half_avx2,
-    {scores_f32_avx2, scores_f16_avx2}, {mix_f32_avx2, mix_f16_avx2}};
+    {scores_f32_avx2, scores_f16_avx2}, {mix_f32_avx2, mix_f16_avx2}, &avx2_matrix};
 
 /* Haswell to Comet Lake, Zen 1 to Zen 3. */
 static const struct kernels avx2_kernels = {
@@ -4624,14 +5316,14 @@ static const struct kernels avx2_kernels = {
      product_q4_avx2},
     {NULL, NULL, NULL, panel_q8_avx2, panel_q6_avx2, panel_q4_avx2},
     quantise_avx2, rms_norm_avx2, geglu_avx2, soft_cap_avx2, exp_sum_avx2, to_half_avx2,
-    {scores_f32_avx2, scores_f16_avx2}, {mix_f32_avx2, mix_f16_avx2}};
+    {scores_f32_avx2, scores_f16_avx2}, {mix_f32_avx2, mix_f16_avx2}, &avx2_matrix};
 
 #endif /* HAVE_X86 */
 
 /* Best row first. */
 static const struct kernels *const all_kernels[] = {
 #ifdef HAVE_X86
-    &avx512_kernels, &avxvnni_kernels, &avx2_kernels,
+    &avx512bf16_kernels, &avx512_kernels, &avxvnni_kernels, &avx2_kernels,
 #endif
     &scalar_kernels,
 };

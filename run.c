@@ -231,6 +231,7 @@ typedef struct {
     const char *system;
     int32_t max_tokens; /* -1: no limit */
     gemma2_sampler sampler;
+    gemma2_open_params open;
     gemma2_session_params session;
     uint64_t seed;
     int seed_given;
@@ -278,7 +279,8 @@ static const option OPTIONS[] = {
      "model stops or the context is full)", FROM_0(max_tokens)},
     {'t', "temperature", "F", "randomness; 0 is greedy (default 1.0)",
      IN(REAL, sampler.temperature, "a number, 0 or more", 0, FLT_MAX)},
-    {'s', "seed", "N", "same seed, same text (default: random, shown)",
+    {'s', "seed", "N", "same seed, same text, on CPUs of one kind or with\n"
+     "--exact on all (default: random, shown)",
      IN(SEED, seed, "a whole number from 0 to 18446744073709551615", 0, 0)},
     {'q', "quiet", NULL, "nothing on standard error but errors", IS(FLAG, quiet)},
     {'v', "verbose", NULL, "also show model, memory and instruction set", IS(FLAG, verbose)},
@@ -312,6 +314,10 @@ static const option OPTIONS[] = {
      FROM_1(session.window)},
     {0, "kv", "TYPE", "keep keys and values in f32 or f16 (default:\n"
      "f32 for f32 weights, else f16)", IN(CACHE, session.cache_type, "f32 or f16", 0, 0)},
+    {0, "exact", NULL, "read prompts in the arithmetic of decoding: slower,\n"
+     "the same result on every CPU", IS(FLAG, open.exact_prefill)},
+    {0, "in-memory", NULL, "read the weights into memory, huge pages asked for:\n"
+     "slower to start, the last tenth of speed", IS(FLAG, open.read_into_memory)},
 
     HEAD("Instead of plain text"),
     {0, "json", NULL, "one JSON object: text, prompt_ids, ids,\n"
@@ -349,8 +355,8 @@ static const char HELP_TAIL[] =
     "\n"
     "Text goes to standard output, speed, seed and warnings to standard error.  On a\n"
     "terminal control characters of the text are shown as U+FFFD.  --json's seed may\n"
-    "exceed 2^53 when you chose it so.  GEMMA2_ISA=scalar|avx2|avxvnni|avx512 forces an\n"
-    "instruction set.\n"
+    "exceed 2^53 when you chose it so.\n"
+    "GEMMA2_ISA=scalar|avx2|avxvnni|avx512|avx512bf16 forces an instruction set.\n"
     "\n"
     "Exit codes: 0 done (also when the reader of a pipe left), 1 failed while running,\n"
     "2 wrong usage, 3 bad, missing or unreadable model file, 130 interrupted.\n";
@@ -1658,7 +1664,7 @@ static int run(program *p, mode_kind mode)
     char err[256];
     const options *opts = p->opts;
     double began = seconds();
-    p->model = gemma2_open(opts->model, NULL, err, sizeof err);
+    p->model = gemma2_open(opts->model, &opts->open, err, sizeof err);
     p->load_s = seconds() - began;
     if (!p->model)
         return fail(BAD_MODEL, "%s", err);
@@ -1693,6 +1699,7 @@ static void init_options(options *opts)
 {
     *opts = (options){.max_tokens = -1};
     gemma2_sampler_init(&opts->sampler, 0);
+    gemma2_open_params_init(&opts->open);
     gemma2_session_params_init(&opts->session);
 }
 

@@ -1083,7 +1083,7 @@ static struct input random_input(size_t rows, uint32_t cols)
 {
     size_t ldq = round_up(cols, 256);
     struct input in = {fresh(rows * cols * 4), cols, fresh(rows * ldq), fresh(rows * ldq / 8),
-                       fresh(rows * ldq / 8), ldq};
+                       fresh(rows * ldq / 8), fresh(round_up(rows, 16) * ldq * 2), ldq};
     return in;
 }
 
@@ -1096,7 +1096,7 @@ static void quantise_input(const struct input *in, size_t rows, uint32_t cols)
 
 static void free_input(const struct input *in)
 {
-    free(in->x), free(in->q), free(in->scale), free(in->sum);
+    free(in->x), free(in->q), free(in->scale), free(in->sum), free(in->pairs);
 }
 
 /* A product with a unit vector is a column: the same weights that read_row sees. */
@@ -1581,6 +1581,151 @@ static void row_rounds_products(const struct kernels *row)
     check(o[3] == 0, "%s: the mix is fused", row->name);
 }
 
+/* ---- the matrix class of a row against the exact class, within its rounding ---- */
+
+/* Relative error of one product of a sum: both factors rounded to bf16, or fused floats. */
+static double matrix_epsilon(const struct matrix_kernels *m)
+{
+    return m->cached_bytes == 2 ? 0x1.02p-8 : 0x1p-20;
+}
+
+/* Largest deviation from sums in double, as a multiple of what rounding may cause. */
+static double matrix_panel_error(const struct matrix_kernels *m, uint32_t type, uint32_t cols,
+                                 int n)
+{
+    struct matrix w = random_matrix(type, 32, cols);
+    const uint8_t *tiles[2] = {w.data, w.data + w.tile_bytes};
+    struct input in = random_input((size_t)n, cols);
+    float (*y)[2][TILE] = fresh(sizeof *y * (size_t)n), *row = fresh(cols * 4);
+    double worst = 0;
+    extreme_input(&in, (size_t)n, cols, 9);
+    memset(in.pairs, 0xff, round_up((size_t)n, 16) * in.ldq * 2); /* NaN */
+    for (int t = 0; t < n && m->pack_row; t++)
+        m->pack_row(in.x + (size_t)t * in.ldx, cols, pairs_row(&in, (size_t)t));
+    m->panel[type](tiles, cols, &in, 0, n, y);
+    for (uint32_t r = 0; r < 32; r++) {
+        read_row(&w, r, row);
+        for (int t = 0; t < n; t++) {
+            double sum = 0, size = 0, got = y[t][r / 16][r % 16];
+            for (uint32_t k = 0; k < cols; k++) {
+                double product = (double)row[k] * in.x[(size_t)t * in.ldx + k];
+                sum += product, size += fabs(product);
+            }
+            double error = fabs(got - sum) / (size * matrix_epsilon(m) + 1e-30);
+            worst = error <= worst ? worst : error; /* NaN counts */
+        }
+    }
+    free(y), free(row), free_input(&in), free((void *)(uintptr_t)w.data);
+    return worst;
+}
+
+/* Tokens in one call, and each alone: the same bits. */
+static int matrix_panel_depends(const struct matrix_kernels *m, uint32_t type, uint32_t cols,
+                                int n)
+{
+    struct matrix w = random_matrix(type, 32, cols);
+    const uint8_t *tiles[2] = {w.data, w.data + w.tile_bytes}, *twice[2] = {w.data, w.data};
+    struct input in = random_input((size_t)n, cols);
+    float (*y)[2][TILE] = fresh(sizeof *y * (size_t)n), (*z)[2][TILE] = fresh(sizeof *z * 8);
+    int bad = 0;
+    extreme_input(&in, (size_t)n, cols, 9);
+    for (int t = 0; t < n && m->pack_row; t++)
+        m->pack_row(in.x + (size_t)t * in.ldx, cols, pairs_row(&in, (size_t)t));
+    m->panel[type](tiles, cols, &in, 0, n, y);
+    for (int t = 0; t < n; t += 8) {
+        int some = n - t < 8 ? 1 + (int)below((uint32_t)(n - t)) : 8;
+        m->panel[type](t % 16 ? tiles : twice, cols, &in, (size_t)t, some, z);
+        for (int i = 0; i < some; i++)
+            bad += !!memcmp(y[t + i][0], z[i][0], sizeof z[i][0]);
+    }
+    free(y), free(z), free_input(&in), free((void *)(uintptr_t)w.data);
+    return bad;
+}
+
+static void row_matrix_panels(const struct kernels *row)
+{
+    static const uint32_t cols[] = {1, 2, 3, 16, 31, 32, 33, 100, 128, 129, 255, 256, 257, 600};
+    static const int sizes[] = {1, 2, 3, 5, 6, 7, 8, 9, 13, 16, 17, 31, 33, 50};
+    for (uint32_t type = F32; type < N_TYPES; type++)
+        for (int i = 0; i < 14 && row->matrix->panel[type]; i++) {
+            int n = sizes[(i * 5 + 3) % 14];
+            double error = matrix_panel_error(row->matrix, type, cols[i], n);
+            check(error < 1, "%s: matrix products of %s, %u x %d: %.2f of the allowed error",
+                  row->name, types[type].name, cols[i], n, error);
+            check(!matrix_panel_depends(row->matrix, type, cols[i], n),
+                  "%s: matrix products of %s depend on their batch", row->name,
+                  types[type].name);
+        }
+}
+
+/* Scores of n queries with 16 * groups keys, and the mix of their values from `first` on,
+ * both against sums in double. */
+static double matrix_attention_error(const struct matrix_kernels *m, int n, int h, int groups)
+{
+    _Alignas(64) static uint8_t keys[CACHE_PANEL], values[CACHE_PANEL];
+    static float s[MAX_QUERIES][KEY_BLOCK];
+    void *key[16], *value[16];
+    float *q[8], *o[8];
+    double worst = 0;
+    int n_keys = groups * 16, first = (int)below((uint32_t)groups) * 16, n_valid = n_keys - 5;
+    random_cache(key, groups, (size_t)h * 16, 1);
+    random_cache(value, groups, (size_t)h * 16, 1);
+    ((uint16_t *)value[groups - 1])[15 * h] = 0x7e00; /* NaN where nothing was stored yet */
+    for (int g = 0; g < groups; g++) {
+        m->pack_keys(key[g], h, keys + (size_t)g * 16 * (size_t)h * m->cached_bytes);
+        m->pack_values(value[g], h, n_valid - g * 16 < 16 ? n_valid - g * 16 : 16, g * 16, values);
+    }
+    for (int j = 0; j < n; j++)
+        q[j] = random_floats((size_t)h, 1), o[j] = random_floats((size_t)h, 1);
+    m->scores((const float *const *)q, n, h, keys, groups, s);
+    for (int j = 0; j < n; j++)
+        for (int i = 0; i < n_keys; i++) {
+            double sum = 0, size = 0;
+            for (int d = 0; d < h; d++) {
+                double x = q[j][d] * half_value(((uint16_t *)key[i / 16])[d * 16 + i % 16]);
+                sum += x, size += fabs(x);
+            }
+            double error = fabs(s[j][i] - sum) / (size * matrix_epsilon(m));
+            worst = error <= worst ? worst : error;
+        }
+    for (int j = 0; j < n; j++) /* weights, in the places from `first` on */
+        for (int i = 0; i < n_keys - first; i++)
+            s[j][i] = first + i < n_valid ? uniform(0, 1) : 0;
+    float *before[8];
+    for (int j = 0; j < n; j++)
+        before[j] = copy_floats(o[j], (size_t)h);
+    m->mix((const float (*)[KEY_BLOCK])s, n, h, values, first, n_keys - first, o);
+    for (int j = 0; j < n; j++)
+        for (int d = 0; d < h; d++) {
+            double sum = before[j][d], size = fabs(sum);
+            for (int i = first; i < n_valid; i++) {
+                double x = s[j][i - first] * half_value(((uint16_t *)value[i / 16])[i % 16 * h + d]);
+                sum += x, size += fabs(x);
+            }
+            double error = fabs(o[j][d] - sum) / (size * matrix_epsilon(m));
+            worst = error <= worst ? worst : error;
+        }
+    for (int j = 0; j < n; j++)
+        free(q[j]), free(o[j]), free(before[j]);
+    for (int g = 0; g < groups; g++)
+        free(key[g]), free(value[g]);
+    return worst;
+}
+
+static void row_matrix_attention(const struct kernels *row)
+{
+    static const int head_dims[] = {32, 64, 96, 128, 256, 512};
+    for (int i = 0; i < 6; i++) {
+        int most = panel_positions(head_dims[i], row->matrix->cached_bytes) / 16;
+        for (int n = 1; n <= 8; n++) {
+            int groups = n == 8 ? most : 1 + (int)below((uint32_t)most);
+            double error = matrix_attention_error(row->matrix, n, head_dims[i], groups);
+            check(error < 1, "%s: matrix attention, %d queries, %d dimensions: %.2f of the "
+                  "allowed error", row->name, n, head_dims[i], error);
+        }
+    }
+}
+
 static void test_kernels(void)
 {
     test_exp_tanh_error();
@@ -1602,6 +1747,10 @@ static void test_kernels(void)
         row_panels(all_kernels[i]);
         row_vectors(all_kernels[i]);
         row_attention(all_kernels[i]);
+        if (all_kernels[i]->matrix) {
+            row_matrix_panels(all_kernels[i]);
+            row_matrix_attention(all_kernels[i]);
+        }
     }
 }
 
@@ -1805,6 +1954,108 @@ static void test_models_on_rows(void)
         free(truth);
         unmake(&x);
     }
+}
+
+/* ---- gemma2_prefill in the matrix class ---- */
+
+/* Feeds ids in chunks: logits after every multiple of 10 tokens that ends a chunk. */
+static void prefill_chunks(const gemma2_model *m, struct setup o, const int32_t *ids, size_t n,
+                           size_t chunk, float *logits)
+{
+    gemma2_session *s = start(m, o);
+    for (size_t at = 0; at < n; at += chunk)
+        check(gemma2_prefill(s, ids + at, n - at < chunk ? n - at : chunk,
+                             logits + at / chunk * vocab(m)) == GEMMA2_OK, "prefill at %zu", at);
+    gemma2_session_free(s);
+}
+
+static double largest_difference(const float *a, const float *b, size_t n)
+{
+    double worst = 0;
+    for (size_t i = 0; i < n; i++) {
+        double d = fabs((double)a[i] - b[i]);
+        worst = d <= worst ? worst : d;
+    }
+    return worst;
+}
+
+/* One model on one row: near the exact class, but not equal to it (it has been used); and
+ * equal to itself however tokens are cut and shared. */
+static void matrix_model(const struct model *x, const struct shape *shape, const int32_t *ids)
+{
+    static const struct setup setups[] = {{170, 1, 1, 0, 0}, {170, 7, 1, 0, 0},
+                                          {170, 16, 3, 0, 0}, {170, 170, 2, 0, 0},
+                                          {170, 100, 3, 0, 0}};
+    size_t floats = 17 * vocab(x->m);
+    float *truth = step_by_step(x->m, (struct setup){170, 1, 1, 0, 0}, ids, 170);
+    float *first = fresh(floats * 4), *logits = fresh(floats * 4);
+    double worst = 0;
+    for (size_t i = 0; i < 5; i++) {
+        prefill_chunks(x->m, setups[i], ids, 170, 10, i ? logits : first);
+        check(!i || !memcmp(first, logits, floats * 4), "%s on %s: prefill in batches of %d, "
+              "%d threads, differs", shape->name, x->m->isa->name, setups[i].batch,
+              setups[i].threads);
+    }
+    prefill_chunks(x->m, setups[3], ids, 170, 170, logits);
+    check(!logits_differ(x->m, logits, first, 16), "%s on %s: prefill at once differs",
+          shape->name, x->m->isa->name);
+    for (size_t k = 0; k < 17; k++) {
+        double d = largest_difference(first + k * vocab(x->m),
+                                      truth + (k * 10 + 9) * vocab(x->m), vocab(x->m));
+        worst = d <= worst ? worst : d;
+    }
+    check(worst > 0, "%s on %s: prefill is the exact class", shape->name, x->m->isa->name);
+    /* four times the largest seen: bf16 rounding, or halves of the cache rounded otherwise */
+    check(worst < (x->m->matrix->cached_bytes == 2 ? 0.25 : 1e-3), "%s on %s: prefill is off by %g",
+          shape->name, x->m->isa->name, worst);
+    free(truth), free(first), free(logits);
+}
+
+static void test_matrix_models(void)
+{
+    static const struct shape shape[] = {
+        {"bf16 heads of 32", 3, 64, 4, 2, 32, 96, 70, 37, 300, 50, 30, 5, 0,
+         {BF16, BF16, BF16, BF16, BF16}, 64},
+        {"bf16 heads of 64", 2, 50, 3, 1, 64, 70, 71, 100, 300, 20, 0, 1, 1,
+         {BF16, BF16, BF16, BF16, BF16}, 64}};
+    int32_t ids[170];
+    for (int i = 0; i < 2; i++) {
+        struct model x = make(&shape[i]);
+        random_ids(x.m, ids, 170);
+        for (int k = 0; k < N_KERNELS; k++)
+            if (all_kernels[k]->available() && all_kernels[k]->matrix) {
+                x.m->isa = all_kernels[k], x.m->matrix = all_kernels[k]->matrix;
+                matrix_model(&x, &shape[i], ids);
+            }
+        unmake(&x);
+    }
+}
+
+/* f32 weights never meet the matrix class, nor do the sessions of a model opened so. */
+static void test_matrix_declined(void)
+{
+    struct shape shape = {"exact", 2, 64, 4, 2, 32, 96, 70, 37, 64, 50, 30, 1, 0,
+                          {F32, F32, F32, F32, F32}, 64};
+    int32_t ids[40];
+    float *logits = fresh(100 * 4);
+    for (int i = 0; i < 2; i++) {
+        struct model x = {build(&shape), NULL};
+        gemma2_open_params params;
+        gemma2_open_params_init(&params);
+        params.exact_prefill = (uint32_t)i;
+        x.m = gemma2_open(write_file("exact", x.image.data, x.image.size), &params, NULL, 0);
+        check(x.m && !x.m->matrix, "%s: the matrix class is in use", i ? "declined" : "f32");
+        random_ids(x.m, ids, 40);
+        float *truth = step_by_step(x.m, (struct setup){40, 1, 1, 0, 2}, ids, 40);
+        prefill_chunks(x.m, (struct setup){40, 40, 2, 0, 2}, ids, 40, 40, logits);
+        check(!logits_differ(x.m, logits, truth, 39), "%s: prefill is not exact",
+              i ? "declined" : "f32");
+        free(truth);
+        unmake(&x);
+        for (int k = 0; k < 5; k++)
+            shape.types[k] = BF16;
+    }
+    free(logits);
 }
 
 /* Rows of several unlike sessions in shared passes, against each one alone. */
@@ -2227,6 +2478,8 @@ static void test_score(void)
 
 static void test_model(void)
 {
+    test_matrix_models();
+    test_matrix_declined();
     test_chunks();
     test_models_on_rows();
     test_shared_passes();

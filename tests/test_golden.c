@@ -202,13 +202,23 @@ static void end_watch(int all_logits)
 
 /* ---- Models, whichever way their prompt is evaluated ---------------------------------- */
 
-static gemma2_model *open_golden(const char *model)
+/* With prefill in the exact class, so that the same bits come out on every CPU. */
+static gemma2_model *open_exact(const char *path)
 {
-    char path[1024], err[256];
-    snprintf(path, sizeof path, "%s/%s.bin", golden_dir, model);
-    gemma2_model *m = gemma2_open(path, NULL, err, sizeof err);
+    char err[256];
+    gemma2_open_params params;
+    gemma2_open_params_init(&params);
+    params.exact_prefill = 1;
+    gemma2_model *m = gemma2_open(path, &params, err, sizeof err);
     check(m != NULL, "%s: %s", path, m ? "" : err);
     return m;
+}
+
+static gemma2_model *open_golden(const char *model)
+{
+    char path[1024];
+    snprintf(path, sizeof path, "%s/%s.bin", golden_dir, model);
+    return open_exact(path);
 }
 
 static gemma2_session *new_session(const gemma2_model *m, int n_batch, int n_threads)
@@ -497,9 +507,7 @@ static void follow_story(const gemma2_model *m, const vector *v, const vector *s
 
 static void test_story(const char *path)
 {
-    char err[256];
-    gemma2_model *m = gemma2_open(path, NULL, err, sizeof err);
-    check(m != NULL, "%s: %s", path, m ? "" : err);
+    gemma2_model *m = open_exact(path);
     if (!m)
         return;
     size_t size;
@@ -513,6 +521,138 @@ static void test_story(const char *path)
     }
     free(file);
     gemma2_close(m);
+}
+
+/* ---- The matrix class loses no more than the exact class ---------------------------------- */
+
+enum { TALE_STEP = 8, TALE_PLACES = 100 };
+
+/* The weights of a matrix as another type that holds them better: f32, or rounded to bf16. */
+static void retype(struct matrix *w, uint32_t type)
+{
+    size_t tile = tile_bytes(type, w->cols), tiles = (w->rows + TILE - 1) / TILE;
+    uint8_t *data = calloc(tiles, tile);
+    float *row = malloc(w->cols * sizeof *row);
+    if (!data || !row)
+        printf("out of memory\n"), exit(1);
+    for (uint32_t r = 0; r < w->rows; r++) {
+        uint8_t *to = data + r / TILE * tile;
+        read_row(w, r, row);
+        for (uint32_t i = 0; i < w->cols; i++)
+            if (type == TYPE_F32)
+                ((float *)to)[i * TILE + r % TILE] = row[i];
+            else
+                ((uint16_t *)to)[i / 2 * 32 + r % TILE * 2 + i % 2] =
+                    (uint16_t)((bits_of(row[i]) + 0x8000) >> 16);
+    }
+    free(row);
+    w->data = data, w->type = type, w->tile_bytes = tile;
+}
+
+/* The matrices of a tied model that a pass multiplies with: embedding first. */
+static size_t list_matrices(gemma2_model *m, struct matrix **list)
+{
+    size_t n = 0;
+    list[n++] = &m->embedding;
+    for (int l = 0; l < m->config.n_layers; l++) {
+        struct layer *w = &m->layers[l];
+        struct matrix *all[] = {&w->q, &w->k, &w->v, &w->o, &w->gate, &w->up, &w->down};
+        for (size_t i = 0; i < sizeof all / sizeof *all; i++)
+            list[n++] = all[i];
+    }
+    return n;
+}
+
+/* The demo model with every matrix retyped; all else it shares with m. */
+static gemma2_model *retyped(const gemma2_model *m, uint32_t type)
+{
+    struct matrix *list[64];
+    size_t bytes = sizeof *m + sizeof(struct layer) * (size_t)m->config.n_layers;
+    gemma2_model *copy = malloc(bytes);
+    if (!copy)
+        printf("out of memory\n"), exit(1);
+    memcpy(copy, m, bytes);
+    for (size_t i = list_matrices(copy, list); i-- > 0;)
+        retype(list[i], type);
+    copy->head = copy->embedding;
+    return copy;
+}
+
+static void free_retyped(gemma2_model *copy)
+{
+    struct matrix *list[64];
+    for (size_t i = list_matrices(copy, list); i-- > 0;)
+        free((void *)(uintptr_t)list[i]->data);
+    free(copy);
+}
+
+/* Logits after every 8th token of the tale, in the matrix class or the exact one. */
+static float *read_tale(gemma2_model *m, const struct matrix_kernels *matrix, const int32_t *ids)
+{
+    size_t V = (size_t)gemma2_get_config(m)->n_vocab;
+    float *logits = malloc(TALE_PLACES * V * sizeof *logits);
+    gemma2_session_params params;
+    gemma2_session_params_init(&params);
+    params.n_threads = 1, params.cache_type = GEMMA2_CACHE_F16;
+    m->matrix = matrix;
+    gemma2_session *s = gemma2_session_new(m, &params, NULL, 0);
+    for (size_t i = 0; i < TALE_PLACES; i++)
+        check(s && gemma2_prefill(s, ids + i * TALE_STEP, TALE_STEP, logits + i * V) >= 0, "tale");
+    gemma2_session_free(s);
+    return logits;
+}
+
+/* Mean divergence of the predictions in y from those in x, in nats; frees y. */
+static double divergence(const float *x, float *y, size_t V)
+{
+    double total = 0;
+    for (size_t i = 0; i < TALE_PLACES; i++, x += V) {
+        double sums[2] = {0, 0}, kl = 0;
+        for (size_t v = 0; v < V; v++)
+            sums[0] += exp((double)x[v]), sums[1] += exp((double)y[i * V + v]);
+        for (size_t v = 0; v < V; v++)
+            kl += exp((double)x[v]) / sums[0] *
+                  ((double)x[v] - y[i * V + v] - log(sums[0] / sums[1]));
+        total += kl / TALE_PLACES;
+    }
+    free(y);
+    return total;
+}
+
+/* Divergence from f32 weights and exact arithmetic: the matrix class may add 5 % to what
+ * int8 inputs cost with q8 weights, and with bf16 weights costs a fifth of that. */
+static void test_tale(const char *path)
+{
+    size_t size;
+    char *text = read_file("tale.txt", &size);
+    gemma2_model *q8 = open_exact(path);
+    if (!q8)
+        return;
+    size_t scratch_size = gemma2_encode_scratch(size), V = (size_t)q8->config.n_vocab;
+    char *scratch = malloc(scratch_size);
+    int32_t ids[TALE_STEP * TALE_PLACES];
+    int64_t n = gemma2_encode(q8, text, (int64_t)size, GEMMA2_ENCODE_BOS, ids,
+                              TALE_STEP * TALE_PLACES, scratch, scratch_size);
+    check(n >= TALE_STEP * TALE_PLACES, "the tale has %d tokens", (int)n);
+    gemma2_model *bf16 = retyped(q8, TYPE_BF16), *f32 = retyped(q8, TYPE_F32);
+    float *truth = read_tale(f32, NULL, ids), *rounded = read_tale(bf16, NULL, ids);
+    double exact = divergence(truth, read_tale(q8, NULL, ids), V);
+    check(exact > 1e-6 && exact < 1e-3, "tale: q8 diverges by %g", exact);
+    for (int i = 0; i < N_KERNELS; i++)
+        if (all_kernels[i]->available() && all_kernels[i]->matrix) {
+            q8->isa = bf16->isa = all_kernels[i];
+            double d8 = divergence(truth, read_tale(q8, q8->isa->matrix, ids), V);
+            double d16 = divergence(rounded, read_tale(bf16, bf16->isa->matrix, ids), V);
+            if (verbose)
+                printf("tale, %s: q8 %.3g, in the matrix class %.3g; bf16 %.3g\n",
+                       all_kernels[i]->name, exact, d8, d16);
+            check(d8 <= 1.05 * exact, "tale, %s: q8 diverges by %g, exact by %g",
+                  all_kernels[i]->name, d8, exact);
+            check(d16 <= 0.2 * exact, "tale, %s: bf16 diverges by %g", all_kernels[i]->name, d16);
+        }
+    free(truth), free(rounded), free(scratch), free(text);
+    free_retyped(bf16), free_retyped(f32);
+    gemma2_close(q8);
 }
 
 /* ------------------------------------------------------------------------------------------ */
@@ -535,6 +675,7 @@ int main(int argc, char **argv)
         test_model(&MODELS[i]);
     test_tokens("tokenizer.bin");
     test_story("tests/demo/story-q8.bin");
+    test_tale("tests/demo/story-q8.bin");
     printf("%d passed, %d failed\n", n_passed, n_failed);
     return n_failed != 0;
 }

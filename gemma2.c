@@ -980,7 +980,9 @@ enum {
     MAX_QUERIES = 8,      /* query vectors that share a pass over a block of keys */
     KEY_BLOCK = 256,      /* positions in an absolute block of attention */
     HEAD_BLOCK = 2048,    /* logits in a block of a log-sum-exp */
-    PREFETCH_AHEAD = 8192, /* bytes of weights; measured: 2048 reads 20 % less a second */
+    PREFETCH_AHEAD = 8192, /* bytes of weights: far enough that page walks are done in time */
+    PREFETCH_EVERY = 256,  /* and few enough lines, into L2, that the hardware's own prefetch
+                            * goes on: asking for every line reads up to 15 % less a second */
     PAIRS_STRIDE = TILE * GROUP, /* of in->pairs: from 32 inputs of a row to its next 32 */
     CACHE_PANEL = 32 << 10 /* bytes of keys, and of values, that prefill packs at a time */
 };
@@ -1892,11 +1894,11 @@ static void product_task(void *context, size_t task)
     }
 }
 
-/* Tasks of about 128 KB of weights: long streams, yet enough of them to share evenly. */
+/* Tasks of up to 512 KB of weights: long streams, yet enough of them to share evenly. */
 static void run_products(const gemma2_session *lead, struct product_job *job)
 {
     size_t bytes = job->products[0].w->tile_bytes * (job->gated ? 2 : 1);
-    size_t tiles = (128 << 10) / bytes, fair = job->n_tiles / ((size_t)lead->n_threads * 4);
+    size_t tiles = (512 << 10) / bytes, fair = job->n_tiles / ((size_t)lead->n_threads * 4);
     job->tiles_a_task = tiles > fair ? fair : tiles;
     job->tiles_a_task += job->tiles_a_task % 2; /* panels take two */
     if (!job->tiles_a_task)
@@ -3900,16 +3902,20 @@ AVX2 INLINE __m256 weights_avx2(int is_bf16, const uint8_t *tile, size_t k, int 
 AVX2 INLINE void float_tile_avx2(int is_bf16, const int n, const uint8_t *tile, uint32_t cols,
                                  const float *x, size_t ldx, float (*y)[TILE])
 {
+    const size_t line = is_bf16 ? 32 : 64; /* bytes of an input */
     __m256 acc[4][2];
     for (int i = 0; i < n; i++)
         acc[i][0] = acc[i][1] = _mm256_setzero_ps();
-    for (size_t k = 0; k < cols; k++)
+    for (size_t k = 0; k < cols; k++) {
+        if (k * line % PREFETCH_EVERY == 0)
+            _mm_prefetch((const char *)tile + k * line + PREFETCH_AHEAD, _MM_HINT_T1);
         for (int half = 0; half < 2; half++) {
             __m256 w = weights_avx2(is_bf16, tile, k, half);
             for (int i = 0; i < n; i++)
                 acc[i][half] = _mm256_add_ps(
                     acc[i][half], _mm256_mul_ps(w, _mm256_set1_ps(x[(size_t)i * ldx + k])));
         }
+    }
     for (int i = 0; i < n; i++) {
         _mm256_storeu_ps(y[i], acc[i][0]);
         _mm256_storeu_ps(y[i] + 8, acc[i][1]);
@@ -4052,8 +4058,8 @@ AVX2 INLINE void quantised_tile_avx2(int vnni, uint32_t type, const int n, const
         acc[i][0] = acc[i][1] = _mm256_setzero_ps();
     for (size_t g = 0; g < n_groups; g++) {
         const uint8_t *scale_bytes, *group = group_at(type, tile, g, &scale_bytes);
-        for (uint32_t line = 0; n == 1 && line < types[type].group_bytes; line += 64)
-            _mm_prefetch((const char *)group + line + PREFETCH_AHEAD, _MM_HINT_T0);
+        for (uint32_t at = 0; at < types[type].group_bytes; at += PREFETCH_EVERY)
+            _mm_prefetch((const char *)group + at + PREFETCH_AHEAD, _MM_HINT_T1);
         for (int half = 0; half < 2; half++) {
             __m256i w[8], offset = offset_avx2(vnni, type, scale_bytes + 8 * half);
             __m256 s = scales_avx2(type, scale_bytes + 8 * half);
@@ -4519,14 +4525,14 @@ AVX512 INLINE __m512 weights_avx512(int is_bf16, const uint8_t *tile, size_t k)
 AVX512 INLINE void float_tile_avx512(int is_bf16, const int n, const uint8_t *tile, uint32_t cols,
                                      const float *x, size_t ldx, float (*y)[TILE])
 {
+    const size_t line = is_bf16 ? 32 : 64; /* bytes of an input */
     __m512 acc[8];
     for (int i = 0; i < n; i++)
         acc[i] = _mm512_setzero_ps();
     for (size_t k = 0; k < cols; k++) {
         __m512 w = weights_avx512(is_bf16, tile, k);
-        if (n == 1 && (!is_bf16 || k % 2))
-            _mm_prefetch((const char *)tile + (is_bf16 ? k / 2 : k) * 64 + PREFETCH_AHEAD,
-                         _MM_HINT_T0);
+        if (k * line % PREFETCH_EVERY == 0)
+            _mm_prefetch((const char *)tile + k * line + PREFETCH_AHEAD, _MM_HINT_T1);
         for (int i = 0; i < n; i++)
             acc[i] = _mm512_add_ps(acc[i],
                                    _mm512_mul_ps(w, _mm512_set1_ps(x[(size_t)i * ldx + k])));
@@ -4645,8 +4651,8 @@ AVX512 INLINE void quantised_tile_avx512(uint32_t type, const int n, const uint8
         acc[i] = _mm512_setzero_ps();
     for (size_t g = 0; g < n_groups; g++) {
         const uint8_t *scale_bytes, *group = group_at(type, tile, g, &scale_bytes);
-        for (uint32_t line = 0; n == 1 && line < types[type].group_bytes; line += 64)
-            _mm_prefetch((const char *)group + line + PREFETCH_AHEAD, _MM_HINT_T0);
+        for (uint32_t at = 0; at < types[type].group_bytes; at += PREFETCH_EVERY)
+            _mm_prefetch((const char *)group + at + PREFETCH_AHEAD, _MM_HINT_T1);
         __m128i raw = _mm_loadu_si128((const __m128i *)scale_bytes);
         __m512i w[8], offset = offset_avx512(type, raw);
         __m512 s = scales_avx512(type, raw);

@@ -10,7 +10,7 @@
  *   7 Tokenizer       SentencePiece BPE, both ways
  *   8 Sampler         penalties, temperature, top-k, top-p, min-p, PCG32
  *   9 Public API      in the order of gemma2.h
- *   A Appendix        the kernels of section 4 again, faster: AVX2, AVX-VNNI, AVX-512
+ *   A Appendix        the kernels of section 4 again, faster: AVX2, AVX-VNNI, AVX-512, NEON
  * Whoever stops reading at the appendix has understood everything.
  *
  * NOTATION (the Gemma 2 report, arXiv 2408.00118, and google-deepmind/gemma)
@@ -78,6 +78,16 @@
 #define HAVE_X86 1
 #include <cpuid.h>
 #include <immintrin.h>
+#endif
+#if defined(__aarch64__) && defined(__ARM_NEON) && defined(__GNUC__) && \
+    __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+#define HAVE_NEON 1
+#include <arm_neon.h>
+#if defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
 #endif
 
 #if FLT_EVAL_METHOD != 0
@@ -3835,6 +3845,20 @@ int gemma2_logprob(const float *logits, size_t n, int32_t id, float *logprob)
  * a line in all_kernels; the tests find it there and hold it against the scalar row.
  * =================================================================================== */
 
+/* Kernels are written for n tokens, n a constant; this cuts a call into such pieces. */
+#define FOR_EACH_PIECE(call)                                                        \
+    do {                                                                            \
+        int done_ = 0;                                                              \
+        for (; n - done_ >= 4; done_ += 4)                                          \
+            call(4, done_);                                                         \
+        if (n - done_ >= 2) {                                                       \
+            call(2, done_);                                                         \
+            done_ += 2;                                                             \
+        }                                                                           \
+        if (n - done_)                                                              \
+            call(1, done_);                                                         \
+    } while (0)
+
 #ifdef HAVE_X86
 
 /* Two tiles' 256 inputs, unpacked once for many tokens. */
@@ -3874,20 +3898,6 @@ AVX2 static void geglu_avx2(float *gate, const float *up, size_t n) { geglu_body
 AVX2 static void soft_cap_avx2(float *x, size_t n, float cap) { soft_cap_body(x, n, cap); }
 AVX2 static float exp_sum_avx2(float *x, size_t n, float max) { return exp_sum_body(x, n, max); }
 AVX2 static void to_half_avx2(const float *x, size_t n, uint16_t *y) { to_half_body(x, n, y); }
-
-/* Kernels are written for n tokens, n a constant; this cuts a call into such pieces. */
-#define FOR_EACH_PIECE(call)                                                        \
-    do {                                                                            \
-        int done_ = 0;                                                              \
-        for (; n - done_ >= 4; done_ += 4)                                          \
-            call(4, done_);                                                         \
-        if (n - done_ >= 2) {                                                       \
-            call(2, done_);                                                         \
-            done_ += 2;                                                             \
-        }                                                                           \
-        if (n - done_)                                                              \
-            call(1, done_);                                                         \
-    } while (0)
 
 /* Inputs k and, for bf16, k + 1 of 8 rows; half selects rows 0-7 or 8-15. */
 AVX2 INLINE __m256 weights_avx2(int is_bf16, const uint8_t *tile, size_t k, int half)
@@ -5326,10 +5336,627 @@ static const struct kernels avx2_kernels = {
 
 #endif /* HAVE_X86 */
 
+#ifdef HAVE_NEON
+
+/* ---- NEON: every 64-bit ARM, then with SDOT, then with SMMLA ----
+ *
+ * NEON belongs to the base of the architecture, so the functions of section 4 already come
+ * out of the compiler in vectors of four; the element-wise kernels are taken from there.
+ * A register holds [4 rows][4 inputs] of a step, so a group is 8 registers for each quarter
+ * of a tile.  The rows of the table differ in how they sum a group: */
+enum { WIDENING, SDOT, SMMLA };
+
+/* Input k (is it odd?) of a tile against n tokens, n a constant. */
+INLINE void float_step_neon(int is_bf16, int odd, const int n, const uint8_t *tile, size_t k,
+                            const float *x, size_t ldx, float32x4_t acc[4][4])
+{
+    float32x4_t w[4];
+    for (int i = 0; i < 4; i++) {
+        uint32x4_t pair = vld1q_u32((const uint32_t *)tile + (is_bf16 ? k / 2 : k) * TILE + i * 4);
+        pair = !is_bf16 ? pair : odd ? vandq_u32(pair, vdupq_n_u32(0xffff0000))
+                                     : vshlq_n_u32(pair, 16);
+        w[i] = vreinterpretq_f32_u32(pair);
+    }
+    for (int j = 0; j < n; j++)
+        for (int i = 0; i < 4; i++)
+            acc[j][i] = vaddq_f32(acc[j][i], vmulq_n_f32(w[i], x[(size_t)j * ldx + k]));
+}
+
+INLINE void float_tile_neon(int is_bf16, const int n, const uint8_t *tile, uint32_t cols,
+                            const float *x, size_t ldx, float (*y)[TILE])
+{
+    float32x4_t acc[4][4];
+    size_t k = 0;
+    for (int j = 0; j < n; j++)
+        for (int i = 0; i < 4; i++)
+            acc[j][i] = vdupq_n_f32(0);
+    for (; k + 1 < cols; k += 2) {
+        for (int line = 0; n == 1 && line < (is_bf16 ? 1 : 2); line++)
+            __builtin_prefetch(tile + (is_bf16 ? k / 2 : k + line) * 64 + PREFETCH_AHEAD);
+        float_step_neon(is_bf16, 0, n, tile, k, x, ldx, acc);
+        float_step_neon(is_bf16, 1, n, tile, k + 1, x, ldx, acc);
+    }
+    if (k < cols)
+        float_step_neon(is_bf16, 0, n, tile, k, x, ldx, acc);
+    for (int j = 0; j < n; j++)
+        for (int i = 0; i < 4; i++)
+            vst1q_f32(y[j] + i * 4, acc[j][i]);
+}
+
+INLINE void float_product_neon(int is_bf16, const uint8_t *tile, uint32_t cols,
+                               const struct input *in, size_t t, int n, float y[][TILE])
+{
+    const float *x = in->x + t * in->ldx;
+#define PIECE(count, from) \
+    float_tile_neon(is_bf16, count, tile, cols, x + (size_t)(from) * in->ldx, in->ldx, y + (from))
+    FOR_EACH_PIECE(PIECE);
+#undef PIECE
+}
+
+static void product_f32_neon(const uint8_t *tile, uint32_t cols, const struct input *in, size_t t,
+                             int n, float y[][TILE])
+{
+    float_product_neon(0, tile, cols, in, t, n, y);
+}
+
+static void product_bf16_neon(const uint8_t *tile, uint32_t cols, const struct input *in, size_t t,
+                              int n, float y[][TILE])
+{
+    float_product_neon(1, tile, cols, in, t, n, y);
+}
+
+/* Rows 4 quarter .. 4 quarter + 3 of a group as 8 registers of [4 rows][4 inputs], signed;
+ * q4 without its 4 * odd bit. */
+INLINE void operands_neon(uint32_t type, const uint8_t *group, int quarter, int8x16_t w[8])
+{
+    const int8x16_t codebook = vld1q_s8(CODEBOOK);
+    group += quarter * 16;
+    for (int i = 0; i < 8 && type == TYPE_Q8; i++)
+        w[i] = vreinterpretq_s8_u8(vld1q_u8(group + i * 64));
+    for (int o = 0; o < 4 && type == TYPE_Q4; o++) {
+        uint8x16_t raw = vld1q_u8(group + o * 64);
+        w[2 * o] = vqtbl1q_s8(codebook, vandq_u8(raw, vdupq_n_u8(15)));
+        w[2 * o + 1] = vqtbl1q_s8(codebook, vshrq_n_u8(raw, 4));
+    }
+    /* A q6 value less 32 is its 6 bits with the highest flipped, read as signed: they are
+     * put together at the top of a byte, which an arithmetic shift then brings down. */
+    for (int o = 0; o < 2 && type == TYPE_Q6; o++) {
+        uint8x16_t high = veorq_u8(vld1q_u8(group + 256 + o * 64), vdupq_n_u8(0xaa));
+        uint8x16_t moved[4] = {vshlq_n_u8(high, 6), vshlq_n_u8(high, 4), vshlq_n_u8(high, 2), high};
+        for (int j = 0; j < 4; j++) {
+            uint8x16_t low = vld1q_u8(group + (2 * o + j / 2) * 64);
+            low = vsriq_n_u8(moved[j], j % 2 ? low : vshlq_n_u8(low, 4), 2);
+            w[4 * o + j] = vshrq_n_s8(vreinterpretq_s8_u8(low), 2);
+        }
+    }
+}
+
+/* 16 bytes as integers, a register for each quarter. */
+INLINE void widen_neon(int is_signed, uint8x16_t bytes, int32x4_t y[4])
+{
+    for (int i = 0; i < 2; i++) {
+        uint8x8_t half = i ? vget_high_u8(bytes) : vget_low_u8(bytes);
+        int16x8_t wide = is_signed ? vmovl_s8(vreinterpret_s8_u8(half))
+                                   : vreinterpretq_s16_u16(vmovl_u8(half));
+        y[2 * i] = vmovl_s16(vget_low_s16(wide));
+        y[2 * i + 1] = vmovl_s16(vget_high_s16(wide));
+    }
+}
+
+/* Group scales of 16 rows as floats, and what q4 adds to the values of each row. */
+INLINE void scales_neon(uint32_t type, const uint8_t *bytes, float32x4_t s[4], int32x4_t odd[4])
+{
+    uint8x16_t raw = vld1q_u8(bytes);
+    int32x4_t whole[4];
+    widen_neon(0, vandq_u8(vshlq_n_u8(raw, 2), vdupq_n_u8(type == TYPE_Q4 ? 4 : 0)), odd);
+    if (type == TYPE_Q4)
+        raw = vreinterpretq_u8_s8(vshrq_n_s8(vreinterpretq_s8_u8(raw), 1));
+    widen_neon(type != TYPE_Q8, raw, whole);
+    for (int i = 0; i < 4; i++)
+        s[i] = vcvtq_f32_s32(whole[i]);
+}
+
+/* Sums without SDOT go through 16 bits: a whole group of q6 or q4 fits (8 * 32 * 127), but
+ * only two steps of q8 (2 * 128 * 127). */
+INLINE int32x4_t widening_sum(uint32_t type, const int8x16_t w[8], const int8x16_t x[2])
+{
+    int32x4_t sum[2] = {vdupq_n_s32(0), vdupq_n_s32(0)};
+    int16x8_t part[2] = {vdupq_n_s16(0), vdupq_n_s16(0)};
+    UNROLL
+    for (int step = 0; step < 8; step++) {
+        int32x4_t four = vreinterpretq_s32_s8(x[step / 4]);
+        int8x16_t q = vreinterpretq_s8_s32(vdupq_n_s32(four[step % 4]));
+        part[0] = vmlal_s8(part[0], vget_low_s8(w[step]), vget_low_s8(q));
+        part[1] = vmlal_high_s8(part[1], w[step], q);
+        for (int i = 0; i < 2 && (type == TYPE_Q8 ? step % 2 : step == 7); i++) {
+            sum[i] = vpadalq_s16(sum[i], part[i]);
+            part[i] = vdupq_n_s16(0);
+        }
+    }
+    return vpaddq_s32(sum[0], sum[1]);
+}
+
+/* An instruction by its number, because assemblers take SDOT and SMMLA by name only in
+ * functions whose -march has them, and such functions cannot inline the others under every
+ * -march a user may choose.  The symbols turn "v7", as a register is printed, into 7. */
+#define DOT_INSTRUCTION(number, acc, a, b)                                                     \
+    __asm__(".irp n,0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20,21,22,23,24,25,26,27," \
+            "28,29,30,31\n.equ number_v\\n,\\n\n.endr\n"                                       \
+            ".inst " #number " | number_%2 << 16 | number_%1 << 5 | number_%0"                 \
+            : "+w"(acc) : "w"(a), "w"(b))
+
+/* acc + the products of a step: 4 rows with the 4 inputs from x[4 lane] on. */
+INLINE int32x4_t sdot(int32x4_t acc, int8x16_t w, int8x16_t x, int lane)
+{
+    switch (lane) {
+    case 0: DOT_INSTRUCTION(0x4f80e000, acc, w, x); break;
+    case 1: DOT_INSTRUCTION(0x4fa0e000, acc, w, x); break;
+    case 2: DOT_INSTRUCTION(0x4f80e800, acc, w, x); break;
+    default: DOT_INSTRUCTION(0x4fa0e800, acc, w, x); break;
+    }
+    return acc;
+}
+
+/* acc[token][row] + the products of 8 inputs: x[2 tokens][8] with w[2 rows][8]. */
+INLINE int32x4_t smmla(int32x4_t acc, int8x16_t x, int8x16_t w)
+{
+    DOT_INSTRUCTION(0x4e80a400, acc, x, w);
+    return acc;
+}
+
+/* The halves of a and b that are `high` or not, joined. */
+INLINE int8x16_t join_neon(int high, int8x16_t a, int8x16_t b)
+{
+    int64x2_t a2 = vreinterpretq_s64_s8(a), b2 = vreinterpretq_s64_s8(b);
+    return vreinterpretq_s8_s64(high ? vzip2q_s64(a2, b2) : vzip1q_s64(a2, b2));
+}
+
+/* The inputs of a group for n <= 4 tokens (a constant): two registers a token, in SMMLA's
+ * case four for a pair of tokens, each [2 tokens][8 inputs]. */
+INLINE void inputs_neon(const int sums, const int n, const int8_t *q, size_t ldq, int8x16_t x[8])
+{
+    for (int j = 0; j < n; j++)
+        for (int i = 0; i < 2; i++)
+            x[2 * j + i] = vld1q_s8(q + (size_t)j * ldq + i * 16);
+    for (int j = 0; j < n && sums == SMMLA; j += 2) {
+        int8x16_t *pair = x + 2 * j;
+        int8x16_t other[2] = {pair[n > 1 ? 2 : 0], pair[n > 1 ? 3 : 1]};
+        pair[3] = join_neon(1, pair[1], other[1]);
+        pair[2] = join_neon(0, pair[1], other[1]);
+        pair[1] = join_neon(1, pair[0], other[0]);
+        pair[0] = join_neon(0, pair[0], other[0]);
+    }
+}
+
+/* sum[token][row] over a group of v * q, for n tokens (a constant) and 4 rows.  SMMLA takes
+ * w as 4 pairs of registers: [2 rows][8 inputs] of rows 0 and 1, then of rows 2 and 3. */
+INLINE void group_sums_neon(const int sums, uint32_t type, const int n, const int8x16_t w[8],
+                            const int8x16_t x[8], int32x4_t sum[4])
+{
+    for (int j = 0; j < n && sums == WIDENING; j++)
+        sum[j] = widening_sum(type, w, x + 2 * j);
+    for (int j = 0; j < n && sums == SDOT; j++) {
+        sum[j] = vdupq_n_s32(0);
+        UNROLL
+        for (int step = 0; step < 8; step++)
+            sum[j] = sdot(sum[j], w[step], x[2 * j + step / 4], step % 4);
+    }
+    for (int j = 0; j < n && sums == SMMLA; j += 2) {
+        int32x4_t low = vdupq_n_s32(0), high = low;
+        UNROLL
+        for (int i = 0; i < 4; i++) {
+            low = smmla(low, x[2 * j + i], w[2 * i]);
+            high = smmla(high, x[2 * j + i], w[2 * i + 1]);
+        }
+        int8x16_t low8 = vreinterpretq_s8_s32(low), high8 = vreinterpretq_s8_s32(high);
+        sum[j] = vreinterpretq_s32_s8(join_neon(0, low8, high8));
+        sum[j + 1] = vreinterpretq_s32_s8(join_neon(1, low8, high8));
+    }
+}
+
+/* acc + x_scale * float(s * sum).  Both factors of s * sum are exact floats, so the rounded
+ * float product is the rounded integer product. */
+INLINE float32x4_t add_group_neon(float32x4_t acc, float32x4_t s, int32x4_t sum, float x_scale)
+{
+    return vaddq_f32(acc, vmulq_n_f32(vmulq_f32(s, vcvtq_f32_s32(sum)), x_scale));
+}
+
+/* A group of a tile, and what n tokens hold against it. */
+struct neon_group {
+    const uint8_t *weights;
+    float32x4_t s[4];
+    int32x4_t odd[4];
+    int8x16_t x[8];
+};
+
+/* A quarter of the group into acc[token][quarter]; at is its index in the first token. */
+INLINE void add_quarter_neon(const int sums, uint32_t type, const int n,
+                             const struct neon_group *g, int quarter, const struct input *in,
+                             size_t at, float32x4_t acc[4][4])
+{
+    int8x16_t w[8];
+    int32x4_t sum[4];
+    operands_neon(type, g->weights, quarter, w);
+    group_sums_neon(sums, type, n, w, g->x, sum);
+    for (int j = 0; j < n; j++, at += in->ldq / GROUP) {
+        if (type == TYPE_Q4)
+            sum[j] = vmlaq_n_s32(sum[j], g->odd[quarter], in->sum[at]);
+        acc[j][quarter] = add_group_neon(acc[j][quarter], g->s[quarter], sum[j], in->scale[at]);
+    }
+}
+
+INLINE void quantised_tile_neon(const int sums, uint32_t type, const int n, const uint8_t *tile,
+                                uint32_t cols, const struct input *in, size_t t,
+                                float (*y)[TILE])
+{
+    size_t n_groups = round_up(cols, BLOCK_INPUTS) / GROUP, at = t * (in->ldq / GROUP);
+    float32x4_t acc[4][4];
+    for (int j = 0; j < n; j++)
+        for (int i = 0; i < 4; i++)
+            acc[j][i] = vdupq_n_f32(0);
+    for (size_t i = 0; i < n_groups; i++, at++) {
+        const uint8_t *scale_bytes;
+        struct neon_group g;
+        g.weights = group_at(type, tile, i, &scale_bytes);
+        for (uint32_t line = 0; n == 1 && line < types[type].group_bytes; line += 64)
+            __builtin_prefetch(g.weights + line + PREFETCH_AHEAD);
+        scales_neon(type, scale_bytes, g.s, g.odd);
+        inputs_neon(sums, n, in->q + at * GROUP, in->ldq, g.x);
+        if (n == 1) { /* all in registers; more tokens would not fit */
+            UNROLL
+            for (int quarter = 0; quarter < 4; quarter++)
+                add_quarter_neon(sums, type, n, &g, quarter, in, at, acc);
+        } else
+            for (int quarter = 0; quarter < 4; quarter++)
+                add_quarter_neon(sums, type, n, &g, quarter, in, at, acc);
+    }
+    for (int j = 0; j < n; j++)
+        for (int i = 0; i < 4; i++)
+            vst1q_f32(y[j] + i * 4, vmulq_f32(acc[j][i], vld1q_f32((const float *)tile + i * 4)));
+}
+
+INLINE void quantised_neon(const int sums, uint32_t type, const uint8_t *tile, uint32_t cols,
+                           const struct input *in, size_t t, int n, float y[][TILE])
+{
+#define PIECE(count, from) \
+    quantised_tile_neon(sums, type, count, tile, cols, in, t + (size_t)(from), y + (from))
+    FOR_EACH_PIECE(PIECE);
+#undef PIECE
+}
+
+/* Two tiles' 256 inputs, unpacked once for many tokens. */
+struct panel_block {
+    int8_t operands[8][8][8][16]; /* [group][tile, quarter][step][4 rows][4 inputs] */
+    float scales[8][8][4];
+};
+
+INLINE void unpack_panel_neon(const int sums, uint32_t type, const uint8_t *const tiles[2],
+                              size_t block, struct panel_block *b)
+{
+    for (int g = 0; g < 8; g++)
+        for (int i = 0; i < 8; i++) { /* tile i / 4, quarter i % 4 */
+            const uint8_t *scale_bytes, *group;
+            float32x4_t s[4];
+            int32x4_t odd[4];
+            int8x16_t w[8];
+            group = group_at(type, tiles[i / 4], block * 8 + (size_t)g, &scale_bytes);
+            scales_neon(type, scale_bytes, s, odd);
+            operands_neon(type, group, i % 4, w);
+            for (int step = 0; step < 8 && type == TYPE_Q4; step++)
+                w[step] = vaddq_s8(w[step], vreinterpretq_s8_s32(vmulq_n_s32(odd[i % 4],
+                                                                             0x01010101)));
+            for (int step = 0; step < 8 && sums == SMMLA; step += 2) {
+                int32x4_t first = vreinterpretq_s32_s8(w[step]);
+                int32x4_t second = vreinterpretq_s32_s8(w[step + 1]);
+                w[step] = vreinterpretq_s8_s32(vzip1q_s32(first, second));
+                w[step + 1] = vreinterpretq_s8_s32(vzip2q_s32(first, second));
+            }
+            for (int step = 0; step < 8; step++)
+                vst1q_s8(b->operands[g][i][step], w[step]);
+            vst1q_f32(b->scales[g][i], s[i % 4]);
+        }
+}
+
+/* n tokens (a constant) against a block: y += scale * s * sum, groups ascending.  Four
+ * tokens' inputs and a quarter's operands fill half the registers and are used four times
+ * (SMMLA: twice, for twice the products) a load. */
+INLINE void panel_tokens_neon(const int sums, uint32_t type, const int n,
+                              const struct panel_block *b, const struct input *in, size_t at,
+                              float (*y)[2][TILE])
+{
+    size_t ld = in->ldq / GROUP;
+    for (size_t g = 0; g < 8; g++, at++) {
+        int8x16_t x[8], w[8];
+        int32x4_t sum[4];
+        inputs_neon(sums, n, in->q + at * GROUP, in->ldq, x);
+        for (int i = 0; i < 8; i++) {
+            UNROLL
+            for (int step = 0; step < 8; step++)
+                w[step] = vld1q_s8(b->operands[g][i][step]);
+            group_sums_neon(sums, type, n, w, x, sum);
+            for (int j = 0; j < n; j++) {
+                float *to = y[j][i / 4] + i % 4 * 4;
+                vst1q_f32(to, add_group_neon(vld1q_f32(to), vld1q_f32(b->scales[g][i]), sum[j],
+                                             in->scale[at + (size_t)j * ld]));
+            }
+        }
+    }
+}
+
+INLINE void panel_neon(const int sums, uint32_t type, const uint8_t *const tiles[2], uint32_t cols,
+                       const struct input *in, size_t t, int n, float y[][2][TILE])
+{
+    struct panel_block b;
+    size_t ld = in->ldq / GROUP;
+    memset(y, 0, (size_t)n * sizeof *y);
+    for (size_t block = 0; block < round_up(cols, BLOCK_INPUTS) / BLOCK_INPUTS; block++) {
+        unpack_panel_neon(sums, type, tiles, block, &b);
+#define PIECE(count, from)                                                                 \
+    panel_tokens_neon(sums, type, count, &b, in, (t + (size_t)(from)) * ld + block * 8, y + (from))
+        FOR_EACH_PIECE(PIECE);
+#undef PIECE
+    }
+    for (int j = 0; j < n; j++)
+        for (int i = 0; i < 8; i++) {
+            float *to = y[j][i / 4] + i % 4 * 4;
+            const float *scales = (const float *)tiles[i / 4] + i % 4 * 4;
+            vst1q_f32(to, vmulq_f32(vld1q_f32(to), vld1q_f32(scales)));
+        }
+}
+
+static void product_q8_neon(const uint8_t *tile, uint32_t cols, const struct input *in, size_t t,
+                            int n, float y[][TILE])
+{
+    quantised_neon(WIDENING, TYPE_Q8, tile, cols, in, t, n, y);
+}
+
+static void product_q6_neon(const uint8_t *tile, uint32_t cols, const struct input *in, size_t t,
+                            int n, float y[][TILE])
+{
+    quantised_neon(WIDENING, TYPE_Q6, tile, cols, in, t, n, y);
+}
+
+static void product_q4_neon(const uint8_t *tile, uint32_t cols, const struct input *in, size_t t,
+                            int n, float y[][TILE])
+{
+    quantised_neon(WIDENING, TYPE_Q4, tile, cols, in, t, n, y);
+}
+
+static void product_q8_dotprod(const uint8_t *tile, uint32_t cols, const struct input *in, size_t t,
+                               int n, float y[][TILE])
+{
+    quantised_neon(SDOT, TYPE_Q8, tile, cols, in, t, n, y);
+}
+
+static void product_q6_dotprod(const uint8_t *tile, uint32_t cols, const struct input *in, size_t t,
+                               int n, float y[][TILE])
+{
+    quantised_neon(SDOT, TYPE_Q6, tile, cols, in, t, n, y);
+}
+
+static void product_q4_dotprod(const uint8_t *tile, uint32_t cols, const struct input *in, size_t t,
+                               int n, float y[][TILE])
+{
+    quantised_neon(SDOT, TYPE_Q4, tile, cols, in, t, n, y);
+}
+
+static void panel_q8_neon(const uint8_t *const tiles[2], uint32_t cols, const struct input *in,
+                          size_t t, int n, float y[][2][TILE])
+{
+    panel_neon(WIDENING, TYPE_Q8, tiles, cols, in, t, n, y);
+}
+
+static void panel_q6_neon(const uint8_t *const tiles[2], uint32_t cols, const struct input *in,
+                          size_t t, int n, float y[][2][TILE])
+{
+    panel_neon(WIDENING, TYPE_Q6, tiles, cols, in, t, n, y);
+}
+
+static void panel_q4_neon(const uint8_t *const tiles[2], uint32_t cols, const struct input *in,
+                          size_t t, int n, float y[][2][TILE])
+{
+    panel_neon(WIDENING, TYPE_Q4, tiles, cols, in, t, n, y);
+}
+
+static void panel_q8_dotprod(const uint8_t *const tiles[2], uint32_t cols, const struct input *in,
+                             size_t t, int n, float y[][2][TILE])
+{
+    panel_neon(SDOT, TYPE_Q8, tiles, cols, in, t, n, y);
+}
+
+static void panel_q6_dotprod(const uint8_t *const tiles[2], uint32_t cols, const struct input *in,
+                             size_t t, int n, float y[][2][TILE])
+{
+    panel_neon(SDOT, TYPE_Q6, tiles, cols, in, t, n, y);
+}
+
+static void panel_q4_dotprod(const uint8_t *const tiles[2], uint32_t cols, const struct input *in,
+                             size_t t, int n, float y[][2][TILE])
+{
+    panel_neon(SDOT, TYPE_Q4, tiles, cols, in, t, n, y);
+}
+
+static void panel_q8_i8mm(const uint8_t *const tiles[2], uint32_t cols, const struct input *in,
+                          size_t t, int n, float y[][2][TILE])
+{
+    panel_neon(SMMLA, TYPE_Q8, tiles, cols, in, t, n, y);
+}
+
+static void panel_q6_i8mm(const uint8_t *const tiles[2], uint32_t cols, const struct input *in,
+                          size_t t, int n, float y[][2][TILE])
+{
+    panel_neon(SMMLA, TYPE_Q6, tiles, cols, in, t, n, y);
+}
+
+static void panel_q4_i8mm(const uint8_t *const tiles[2], uint32_t cols, const struct input *in,
+                          size_t t, int n, float y[][2][TILE])
+{
+    panel_neon(SMMLA, TYPE_Q4, tiles, cols, in, t, n, y);
+}
+
+INLINE float32x4_t cached_neon(int half, const void *p, size_t i)
+{
+    if (half)
+        return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16((const uint16_t *)p + i)));
+    return vld1q_f32((const float *)p + i);
+}
+
+/* n queries against 16 keys. */
+INLINE void scores_tile_neon(int half, const int n, const float *const *q, int head_dim,
+                             const void *keys, float (*s)[KEY_BLOCK], int at)
+{
+    float32x4_t acc[4][4];
+    for (int j = 0; j < n; j++)
+        for (int i = 0; i < 4; i++)
+            acc[j][i] = vdupq_n_f32(0);
+    for (int h = 0; h < head_dim; h++)
+        for (int i = 0; i < 4; i++) {
+            float32x4_t key = cached_neon(half, keys, (size_t)(h * TILE + i * 4));
+            for (int j = 0; j < n; j++)
+                acc[j][i] = vaddq_f32(acc[j][i], vmulq_n_f32(key, q[j][h]));
+        }
+    for (int j = 0; j < n; j++)
+        for (int i = 0; i < 4; i++)
+            vst1q_f32(s[j] + at + i * 4, acc[j][i]);
+}
+
+INLINE void scores_neon(int half, const float *const *q, int n, int head_dim,
+                        const void *const *keys, int n_groups, float (*s)[KEY_BLOCK])
+{
+    for (int g = 0; g < n_groups; g++) {
+#define PIECE(count, from) \
+    scores_tile_neon(half, count, q + (from), head_dim, keys[g], s + (from), g * TILE)
+        FOR_EACH_PIECE(PIECE);
+#undef PIECE
+    }
+}
+
+/* n queries, dimensions h .. h + 15. */
+INLINE void mix_tile_neon(int half, const int n, const float (*p)[KEY_BLOCK], int width,
+                          const void *const *values, int first, int last, int h, float *o)
+{
+    float32x4_t acc[4][4];
+    for (int j = 0; j < n; j++)
+        for (int part = 0; part < 4; part++)
+            acc[j][part] = vdupq_n_f32(0);
+    for (size_t i = (size_t)first; i <= (size_t)last; i++)
+        for (int part = 0; part < 4; part++) {
+            size_t at = i % TILE * (size_t)width + (size_t)(h + part * 4);
+            float32x4_t value = cached_neon(half, values[i / TILE], at);
+            for (int j = 0; j < n; j++)
+                acc[j][part] = vaddq_f32(acc[j][part], vmulq_n_f32(value, p[j][i]));
+        }
+    for (int j = 0; j < n; j++)
+        for (int part = 0; part < 4; part++)
+            vst1q_f32(o + j * width + h + part * 4, acc[j][part]);
+}
+
+INLINE void mix_neon(int half, const float (*p)[KEY_BLOCK], int n, int width,
+                     const void *const *values, int first, int last, float *o)
+{
+    for (int h = 0; h < width; h += TILE) {
+#define PIECE(count, from) \
+    mix_tile_neon(half, count, p + (from), width, values, first, last, h, o + (from) * width)
+        FOR_EACH_PIECE(PIECE);
+#undef PIECE
+    }
+}
+
+static void scores_f32_neon(const float *const *q, int n, int head_dim, const void *const *keys,
+                            int n_groups, float (*s)[KEY_BLOCK])
+{
+    scores_neon(0, q, n, head_dim, keys, n_groups, s);
+}
+
+static void scores_f16_neon(const float *const *q, int n, int head_dim, const void *const *keys,
+                            int n_groups, float (*s)[KEY_BLOCK])
+{
+    scores_neon(1, q, n, head_dim, keys, n_groups, s);
+}
+
+static void mix_f32_neon(const float (*p)[KEY_BLOCK], int n, int width, const void *const *values,
+                         int first, int last, float *o)
+{
+    mix_neon(0, p, n, width, values, first, last, o);
+}
+
+static void mix_f16_neon(const float (*p)[KEY_BLOCK], int n, int width, const void *const *values,
+                         int first, int last, float *o)
+{
+    mix_neon(1, p, n, width, values, first, last, o);
+}
+
+/* ---- which ARM is this ---- */
+
+/* A feature of this CPU: its bit of Linux' AT_HWCAP or AT_HWCAP2, its name in macOS. */
+static int has_feature(int second, int bit, const char *name)
+{
+    (void)second, (void)bit, (void)name;
+#if defined(__linux__)
+    return getauxval(second ? AT_HWCAP2 : AT_HWCAP) >> bit & 1;
+#elif defined(__APPLE__)
+    int has = 0;
+    size_t size = sizeof has;
+    return !sysctlbyname(name, &has, &size, NULL, 0) && has;
+#else
+    return 0;
+#endif
+}
+
+static int has_dotprod(void)
+{
+    int told = 0; /* the compiler, by -march: then it may use it anywhere */
+#ifdef __ARM_FEATURE_DOTPROD
+    told = 1;
+#endif
+    return told || has_feature(0, 20, "hw.optional.arm.FEAT_DotProd");
+}
+
+static int has_i8mm(void)
+{
+    int told = 0;
+#ifdef __ARM_FEATURE_MATMUL_INT8
+    told = 1;
+#endif
+    return has_dotprod() && (told || has_feature(1, 13, "hw.optional.arm.FEAT_I8MM"));
+}
+
+/* Neoverse V1 and N2, Graviton 3, Apple M2 and newer. */
+static const struct kernels i8mm_kernels = {
+    "i8mm", has_i8mm,
+    {NULL, product_f32_neon, product_bf16_neon, product_q8_dotprod, product_q6_dotprod,
+     product_q4_dotprod},
+    {NULL, NULL, NULL, panel_q8_i8mm, panel_q6_i8mm, panel_q4_i8mm},
+    quantise, rms_norm, geglu, soft_cap, exp_sum, to_half,
+    {scores_f32_neon, scores_f16_neon}, {mix_f32_neon, mix_f16_neon}, NULL};
+
+/* Cortex-A55, A75, A76 and Neoverse N1 (Raspberry Pi 5, Graviton 2), Apple M1. */
+static const struct kernels dotprod_kernels = {
+    "dotprod", has_dotprod,
+    {NULL, product_f32_neon, product_bf16_neon, product_q8_dotprod, product_q6_dotprod,
+     product_q4_dotprod},
+    {NULL, NULL, NULL, panel_q8_dotprod, panel_q6_dotprod, panel_q4_dotprod},
+    quantise, rms_norm, geglu, soft_cap, exp_sum, to_half,
+    {scores_f32_neon, scores_f16_neon}, {mix_f32_neon, mix_f16_neon}, NULL};
+
+/* Cortex-A53 and A72 (Raspberry Pi 3 and 4). */
+static const struct kernels neon_kernels = {
+    "neon", always,
+    {NULL, product_f32_neon, product_bf16_neon, product_q8_neon, product_q6_neon,
+     product_q4_neon},
+    {NULL, NULL, NULL, panel_q8_neon, panel_q6_neon, panel_q4_neon},
+    quantise, rms_norm, geglu, soft_cap, exp_sum, to_half,
+    {scores_f32_neon, scores_f16_neon}, {mix_f32_neon, mix_f16_neon}, NULL};
+
+#endif /* HAVE_NEON */
+
 /* Best row first. */
 static const struct kernels *const all_kernels[] = {
 #ifdef HAVE_X86
     &avx512bf16_kernels, &avx512_kernels, &avxvnni_kernels, &avx2_kernels,
+#endif
+#ifdef HAVE_NEON
+    &i8mm_kernels, &dotprod_kernels, &neon_kernels,
 #endif
     &scalar_kernels,
 };

@@ -133,8 +133,8 @@ GEMMA2_API void gemma2_open_params_init(gemma2_open_params *params);
  * reads no weights.  params may be NULL.  A mapped file must not be changed or cut short
  * while it is open (the system would signal the process); read_into_memory is proof
  * against that.  The instruction set is the best this CPU has; in the environment
- * GEMMA2_ISA=scalar|avx2|avxvnni|avx512|avx512bf16 forces one, and a name that is unknown
- * or that the CPU lacks fails the call. */
+ * GEMMA2_ISA=scalar|avx2|avxvnni|avx512|avx512bf16|neon|dotprod|i8mm forces one, and a name
+ * that is unknown or that the CPU lacks fails the call. */
 GEMMA2_API gemma2_model *gemma2_open(const char *path, const gemma2_open_params *params,
                                      char *err, size_t err_size);
 /* The same for a file image of size bytes at data, aligned to 64, which the caller keeps

@@ -53,6 +53,22 @@ test-sanitize:
 		-fno-sanitize-recover=all tests/$$t.c -lm -o build/sanitize/$$t || exit 1; done
 	@sh tests/all.sh build/sanitize/test build/sanitize/test_golden
 
+ARM_CC = aarch64-linux-gnu-gcc
+QEMU = qemu-aarch64
+ARM_BUILD = $(ARM_CC) -static -std=c11 -ffp-contract=off $(CFLAGS) $(WARNINGS)
+
+# The ARM kernels under qemu: needs gcc-aarch64-linux-gnu, libc6-dev-arm64-cross, qemu-user.
+test-arm: run
+	@for tool in $(firstword $(ARM_CC)) $(QEMU); do command -v $$tool >/dev/null || \
+		{ echo "test-arm: there is no $$tool; it needs gcc-aarch64-linux-gnu," \
+		"libc6-dev-arm64-cross and qemu-user" >&2; exit 1; }; done
+	@mkdir -p build/arm
+	@for t in test test_golden; do \
+		$(ARM_BUILD) tests/$$t.c -lm -o build/arm/$$t || exit 1; done
+	@$(ARM_BUILD) run.c gemma2.c -lm -o build/arm/run
+	@sh tests/all.sh "$(QEMU) -cpu max build/arm/test" "$(QEMU) -cpu max build/arm/test_golden" \
+		"sh tests/arm.sh $(QEMU) ./run build/arm/run"
+
 # Removes what was built.
 clean:
 	rm -rf run build
@@ -61,4 +77,4 @@ clean:
 help:
 	@sed -n '/^# /h; /^[a-z][a-z-]*:/{G; s/:[^\n]*\n#/  -/p}' Makefile
 
-.PHONY: demo test test-oracle check-model bench test-sanitize clean help
+.PHONY: demo test test-oracle check-model bench test-sanitize test-arm clean help

@@ -51,6 +51,7 @@
 #pragma STDC FP_CONTRACT OFF
 #elif defined(__GNUC__)
 #pragma GCC optimize("fp-contract=off") /* for builds that forget the flag */
+#pragma GCC optimize("no-trapping-math") /* no value changes; comparisons become vectors */
 #endif
 #ifndef _DEFAULT_SOURCE
 #define _DEFAULT_SOURCE /* madvise, MAP_ANONYMOUS */
@@ -3993,6 +3994,13 @@ AVX2 INLINE __m256i broadcast_avx2(const int8_t *four_inputs)
     return _mm256_set1_epi32(four);
 }
 
+/* gcc would compute all terms of a sum first, spilling them, and add them up as a tree. */
+#ifdef __clang__
+#define IN_THIS_ORDER(sum) ((void)0)
+#else
+#define IN_THIS_ORDER(sum) __asm__("" : "+x"(sum))
+#endif
+
 /* acc + the products of two steps, w[0] with inputs q[0..3], w[1] with q[4..7].  AVX-VNNI
  * adds four products at a time.  Without it pairs go through 16 bits: two pairs of q6 or q4
  * fit (4 * 63 * 127), but only one of q8, and that with the sign moved to the input. */
@@ -4011,12 +4019,17 @@ AVX2 INLINE __m256i dot_avx2(int vnni, uint32_t type, __m256i acc, __m256i w0, _
     if (type != TYPE_Q8) {
         __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16(w0, x0),
                                          _mm256_maddubs_epi16(w1, x1));
-        return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, ones));
+        acc = _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, ones));
+        IN_THIS_ORDER(acc);
+        return acc;
     }
     __m256i p0 = _mm256_maddubs_epi16(_mm256_abs_epi8(w0), _mm256_sign_epi8(x0, w0));
+    acc = _mm256_add_epi32(acc, _mm256_madd_epi16(p0, ones));
+    IN_THIS_ORDER(acc);
     __m256i p1 = _mm256_maddubs_epi16(_mm256_abs_epi8(w1), _mm256_sign_epi8(x1, w1));
-    return _mm256_add_epi32(acc, _mm256_add_epi32(_mm256_madd_epi16(p0, ones),
-                                                  _mm256_madd_epi16(p1, ones)));
+    acc = _mm256_add_epi32(acc, _mm256_madd_epi16(p1, ones));
+    IN_THIS_ORDER(acc);
+    return acc;
 }
 
 /* sum over a group of v * q for 8 rows. */

@@ -33,6 +33,15 @@ build/%: tests/%.c gemma2.c gemma2.h $(wildcard tests/*.h)
 	@mkdir -p build
 	$(BUILD) $< $(if $(filter test_header check_model,$*),gemma2.c) -lm -o $@
 
+# The matrix class of the "amx" row, with its six tile instructions in C: for CPUs that have
+# AVX-512 but not AMX.
+test-amx: build/test_amx build/test_golden_amx
+	@sh tests/all.sh build/test_amx build/test_golden_amx
+
+build/%_amx: tests/%.c gemma2.c gemma2.h $(wildcard tests/*.h)
+	@mkdir -p build
+	$(BUILD) -DGEMMA2_EMULATE_AMX $< -lm -o $@
+
 # Against transformers, sentencepiece and export.py; see tests/requirements.txt.
 test-oracle: run
 	$(PYTHON) tests/oracle.py
@@ -51,7 +60,9 @@ test-sanitize:
 	@for t in test test_golden; do \
 		$(CC) -std=c11 -ffp-contract=off -O1 -g -fsanitize=address,undefined \
 		-fno-sanitize-recover=all tests/$$t.c -lm -o build/sanitize/$$t || exit 1; done
-	@sh tests/all.sh build/sanitize/test build/sanitize/test_golden
+	@$(CC) -std=c11 -ffp-contract=off -O1 -g -fsanitize=address,undefined \
+		-fno-sanitize-recover=all -DGEMMA2_EMULATE_AMX tests/test.c -lm -o build/sanitize/test_amx
+	@sh tests/all.sh build/sanitize/test build/sanitize/test_golden build/sanitize/test_amx
 
 ARM_CC = aarch64-linux-gnu-gcc
 QEMU = qemu-aarch64
@@ -77,4 +88,4 @@ clean:
 help:
 	@sed -n '/^# /h; /^[a-z][a-z-]*:/{G; s/:[^\n]*\n#/  -/p}' Makefile
 
-.PHONY: demo test test-oracle check-model bench test-sanitize test-arm clean help
+.PHONY: demo test test-amx test-oracle check-model bench test-sanitize test-arm clean help

@@ -10,7 +10,7 @@
  *   7 Tokenizer       SentencePiece BPE, both ways
  *   8 Sampler         penalties, temperature, top-k, top-p, min-p, PCG32
  *   9 Public API      in the order of gemma2.h
- *   A Appendix        the kernels of section 4 again, faster: AVX2, AVX-VNNI, AVX-512, NEON
+ *   A Appendix        the kernels of section 4 again, faster: AVX2, AVX-512, AMX, NEON ..
  * Whoever stops reading at the appendix has understood everything.
  *
  * NOTATION (the Gemma 2 report, arXiv 2408.00118, and google-deepmind/gemma)
@@ -101,11 +101,15 @@
 #define GEMMA2_TRACE(name, layer, data, rows, cols, stride) ((void)0)
 #endif
 
-/* AVX-VNNI came to assemblers with these compilers. */
+/* AVX-VNNI came to assemblers with these compilers.  AMX needs Linux's permission. */
 #if defined(HAVE_X86) && ((defined(__clang__) && __clang_major__ >= 12) || \
                           (!defined(__clang__) && __GNUC__ >= 11))
 #define HAVE_AVXVNNI 1
 #define HAVE_AVX512BF16 1
+#ifdef __linux__
+#define HAVE_AMX 1
+#include <sys/syscall.h>
+#endif
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
@@ -1428,6 +1432,10 @@ static const struct kernels scalar_kernels = {
     {scores_f32, scores_f16}, {mix_f32, mix_f16}, NULL};
 
 static const struct kernels *select_kernels(struct errbuf *err); /* appendix */
+
+/* A row's matrix class, or what stands in for it where the system refuses its registers;
+ * what it asks for the process keeps.  In the appendix. */
+static const struct matrix_kernels *permitted_matrix(const struct matrix_kernels *wanted);
 
 /* A running log-sum-exp over blocks of logits. */
 struct log_sum {
@@ -3344,8 +3352,14 @@ static int read_model(struct gemma2_model *m, struct errbuf *err)
     c->isa = m->isa->name;
     if (!read_directory(m, err) || !check_complete(m, err) || !check_facts(m, err))
         return 0;
-    m->matrix = all_weights_f32(m) ? NULL : m->isa->matrix;
     return read_tokenizer(&m->tokenizer, m->tokenizer_bytes, m->tokenizer_size, c, err);
+}
+
+/* Only now, that the caller has not declined it: it may cost the process a permission. */
+static void choose_matrix(gemma2_model *m)
+{
+    if (m->isa->matrix && !all_weights_f32(m))
+        m->matrix = permitted_matrix(m->isa->matrix);
 }
 
 /* One allocation: the struct, its layers, the tokenizer's two indexes.  The indexes' size
@@ -3395,8 +3409,8 @@ gemma2_model *gemma2_open(const char *path, const gemma2_open_params *params, ch
     if (!m) {
         fail(&err, "%s: %s", path, reason);
         file_close(&f);
-    } else if (p.exact_prefill)
-        m->matrix = NULL;
+    } else if (!p.exact_prefill)
+        choose_matrix(m);
     return m;
 }
 
@@ -3408,7 +3422,10 @@ gemma2_model *gemma2_open_memory(const void *data, size_t size, char *err_text, 
         fail(&err, "gemma2_open_memory: the data must be aligned to 64 bytes");
         return NULL;
     }
-    return make_model(&f, &err);
+    gemma2_model *m = make_model(&f, &err);
+    if (m)
+        choose_matrix(m);
+    return m;
 }
 
 void gemma2_close(gemma2_model *m)
@@ -5243,6 +5260,345 @@ AVX512 static void mix_packed_bf16_avx512(const float (*p)[KEY_BLOCK], int n, in
     mix_packed_avx512(1, p, n, head_dim, values, first, n_keys, o);
 }
 
+/* ---- the matrix class with AMX: tiles of 16 x 32 bf16 ---- */
+
+#ifdef HAVE_AMX
+
+/* A tile register holds up to 16 rows of 64 bytes.  C += A B takes an A tile of n tokens x 32
+ * inputs, which is how in->pairs lies, and a B tile [16 input pairs][16 rows][2], which is how
+ * bf16 weights and packed keys and values lie. */
+enum { TILE_WORDS = TILE * GROUP, TILE_BYTES = 2 * TILE_WORDS };
+
+struct tile_shapes { /* what LDTILECFG reads */
+    uint8_t palette, start_row, reserved[14];
+    uint16_t row_bytes[16];
+    uint8_t rows[16];
+};
+
+/* Tile numbers are part of the instructions, hence macros; assembly, because compilers
+ * declare too little of the memory that their own intrinsics read.  The tests bring these
+ * six in C for CPUs without them (tests/amx.h). */
+#ifndef GEMMA2_EMULATE_AMX
+#define tile_config(shapes) __asm__ volatile("ldtilecfg %0" : : "m"(*(shapes)))
+#define tile_release() __asm__ volatile("tilerelease")
+#define tile_zero(c) __asm__ volatile("tilezero %%tmm" #c : :)
+#define tile_load(a, from, stride)                                                          \
+    __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #a : : "r"(from), "r"((size_t)(stride))   \
+                     : "memory")
+#define tile_store(c, to, stride)                                                           \
+    __asm__ volatile("tilestored %%tmm" #c ", (%0,%1,1)" : : "r"(to), "r"((size_t)(stride)) \
+                     : "memory")
+#define tile_dot_bf16(c, a, b)                                                              \
+    __asm__ volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #c : :)
+#endif
+
+/* Tiles 0 to 3 are sums, 4 and 5 A tiles: n rows each.  6 and 7 are B tiles.  Every kernel
+ * configures on entry and releases before it returns: no thread of the host keeps tiles. */
+static void config_amx(uint32_t n)
+{
+    struct tile_shapes shapes = {1, 0, {0}, {0}, {0}};
+    for (int i = 0; i < 8; i++) {
+        shapes.row_bytes[i] = 64;
+        shapes.rows[i] = (uint8_t)(i < 6 ? n : TILE);
+    }
+    tile_config(&shapes);
+}
+
+/* B tiles in a ring: while tiles multiply 8 groups of 32 inputs, vectors unpack the next 8. */
+struct panel_amx {
+    _Alignas(64) uint16_t b[16][2][TILE_WORDS];                     /* [group % 16][tile] */
+    float c[MAX_PANEL_ROWS / TILE + 1][2][TILE][TILE]; /* [16 tokens][tile][token][row] */
+    const uint8_t *tiles[2];
+    uint32_t cols, n_groups;
+    uint32_t n_unpacked, owed; /* B tiles, and shares of the next one */
+};
+
+AVX512 INLINE void copy_pairs_amx(const uint8_t *tile, uint32_t cols, size_t g, uint16_t *to)
+{
+    size_t n = (cols + 1) / 2 - g * TILE; /* the last group may be shorter */
+    const uint8_t *from = tile + g * TILE_BYTES;
+    for (size_t i = 0; i < TILE; i++, from += 64) {
+        _mm_prefetch((const char *)from + PREFETCH_AHEAD, _MM_HINT_T0);
+        _mm512_store_si512(to + i * GROUP, i < n ? _mm512_loadu_si512(from)
+                                                 : _mm512_setzero_si512());
+    }
+}
+
+/* A group of a quantised tile as a B tile of s * value; S follows in the end.  The product of
+ * an operand's four inputs with a scale in one of the four bytes is s * value of that input,
+ * an exact integer.  As a float it is rounded to nearest by half of bf16's last place, and by
+ * a little less in odd inputs: so ties, frequent among integers, go up as often as down. */
+AVX512 INLINE void unpack_group_amx(uint32_t type, const uint8_t *tile, size_t g, uint16_t *to)
+{
+    const uint8_t *scale_bytes, *group = group_at(type, tile, g, &scale_bytes);
+    for (uint32_t line = 0; line < types[type].group_bytes; line += 64)
+        _mm_prefetch((const char *)group + line + PREFETCH_AHEAD, _MM_HINT_T0);
+    __m128i raw = _mm_loadu_si128((const __m128i *)scale_bytes);
+    __m512i w[8], zero = _mm512_setzero_si512(), s = _mm512_cvtepi8_epi32(raw);
+    s = type == TYPE_Q4 ? _mm512_srai_epi32(s, 1) : s;
+    __m512i start = type == TYPE_Q8 ? zero : _mm512_madd_epi16(offset_avx512(type, raw), s);
+    s = _mm512_and_si512(s, _mm512_set1_epi32(0xff));
+    const __m512i scale[4] = {s, _mm512_slli_epi32(s, 8), _mm512_slli_epi32(s, 16),
+                              _mm512_slli_epi32(s, 24)};
+    const __m512i half[2] = {_mm512_set1_epi32(0x8000), _mm512_set1_epi32(0x7fff)};
+    const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const __m512i high_words = _mm512_add_epi32( /* 1 of one operand, 1 of the other, 3, 3 .. */
+        _mm512_set1_epi32(33 << 16 | 1), _mm512_slli_epi16(_mm512_or_si512(
+            lanes, _mm512_slli_epi32(lanes, 16)), 1));
+    operands_avx512(type, group, w);
+    UNROLL
+    for (int step = 0; step < 8; step++) {
+        __m512i x[4];
+        for (int k = 0; k < 4; k++) {
+            __m512i product = type == TYPE_Q8 /* unsigned scale, signed values */
+                ? _mm512_dpbusd_epi32(zero, scale[k], _mm512_loadu_si512(group + step * 64))
+                : _mm512_dpbusd_epi32(start, w[step], scale[k]);
+            x[k] = _mm512_add_epi32(_mm512_castps_si512(_mm512_cvtepi32_ps(product)), half[k % 2]);
+        }
+        for (int pair = 0; pair < 2; pair++)
+            _mm512_store_si512(to + (2 * step + pair) * GROUP,
+                               _mm512_permutex2var_epi16(x[2 * pair], high_words,
+                                                         x[2 * pair + 1]));
+    }
+}
+
+AVX512 INLINE void unpack_next_amx(uint32_t type, struct panel_amx *p)
+{
+    uint32_t g = p->n_unpacked / 2, i = p->n_unpacked % 2;
+    if (g == p->n_groups)
+        return;
+    if (type == TYPE_BF16)
+        copy_pairs_amx(p->tiles[i], p->cols, g, p->b[g % 16][i]);
+    else
+        unpack_group_amx(type, p->tiles[i], g, p->b[g % 16][i]);
+    p->n_unpacked++;
+}
+
+/* Sums of n (2 or 1, a constant) times 16 tokens with groups first .. first + 7.  The ring
+ * runs 16 B tiles ahead: 2 for each of the 8 steps of each of n_turns calls. */
+AVX512 INLINE void multiply_amx(uint32_t type, const int n, struct panel_amx *p,
+                                const uint16_t *x, size_t next_tokens, uint32_t first,
+                                uint32_t n_turns, float (*c)[2][TILE][TILE])
+{
+    uint32_t last = first + 8 < p->n_groups ? first + 8 : p->n_groups;
+    if (first) {
+        tile_load(0, c[0][0], 64);
+        tile_load(1, c[0][1], 64);
+    } else {
+        tile_zero(0);
+        tile_zero(1);
+    }
+    if (n == 2 && first) {
+        tile_load(2, c[1][0], 64);
+        tile_load(3, c[1][1], 64);
+    } else if (n == 2) {
+        tile_zero(2);
+        tile_zero(3);
+    }
+    for (uint32_t g = first; g < last; g++) {
+        const uint16_t *a = x + (size_t)g * PAIRS_STRIDE;
+        tile_load(4, a, 64);
+        tile_load(6, p->b[g % 16][0], 64);
+        tile_dot_bf16(0, 4, 6);
+        tile_load(7, p->b[g % 16][1], 64);
+        tile_dot_bf16(1, 4, 7);
+        if (n == 2) {
+            tile_load(5, a + next_tokens, 64);
+            tile_dot_bf16(2, 5, 6);
+            tile_dot_bf16(3, 5, 7);
+        }
+        for (p->owed += 2; p->owed >= n_turns; p->owed -= n_turns)
+            unpack_next_amx(type, p);
+    }
+    tile_store(0, c[0][0], 64);
+    tile_store(1, c[0][1], 64);
+    if (n == 2) {
+        tile_store(2, c[1][0], 64);
+        tile_store(3, c[1][1], 64);
+    }
+}
+
+/* Whole tiles of tokens are multiplied, from the one that holds token t on; of their sums
+ * only those asked for are handed on. */
+AVX512 INLINE void panel_amx(uint32_t type, const uint8_t *const tiles[2], uint32_t cols,
+                             const struct input *in, size_t t, int n, float y[][2][TILE])
+{
+    struct panel_amx p;
+    uint32_t skip = t % TILE, rows = skip + (uint32_t)n, n_tiles = (rows + TILE - 1) / TILE;
+    const uint16_t *x = pairs_row(in, t - skip);
+    size_t next_tokens = TILE * in->ldq;
+    p.tiles[0] = tiles[0], p.tiles[1] = tiles[1], p.cols = cols;
+    p.n_groups = (cols + GROUP - 1) / GROUP, p.n_unpacked = p.owed = 0;
+    config_amx(rows < TILE ? rows : TILE);
+    for (int i = 0; i < 16; i++)
+        unpack_next_amx(type, &p);
+    for (uint32_t first = 0; first < p.n_groups; first += 8) {
+        uint32_t i = 0, n_turns = (n_tiles + 1) / 2;
+        for (; i + 1 < n_tiles; i += 2)
+            multiply_amx(type, 2, &p, x + i * next_tokens, next_tokens, first, n_turns, p.c + i);
+        if (i < n_tiles)
+            multiply_amx(type, 1, &p, x + i * next_tokens, 0, first, n_turns, p.c + i);
+    }
+    tile_release();
+    for (int i = 0; i < 2; i++) {
+        __m512 scale = _mm512_set1_ps(1);
+        if (type != TYPE_BF16)
+            scale = _mm512_loadu_ps((const float *)tiles[i]);
+        for (uint32_t at = skip; at < rows; at++)
+            _mm512_storeu_ps(y[at - skip][i],
+                             _mm512_mul_ps(scale, _mm512_loadu_ps(p.c[at / TILE][i][at % TILE])));
+    }
+}
+
+AVX512 static void matrix_bf16_amx(const uint8_t *const tiles[2], uint32_t cols,
+                                   const struct input *in, size_t t, int n, float y[][2][TILE])
+{
+    panel_amx(TYPE_BF16, tiles, cols, in, t, n, y);
+}
+
+AVX512 static void matrix_q8_amx(const uint8_t *const tiles[2], uint32_t cols,
+                                 const struct input *in, size_t t, int n, float y[][2][TILE])
+{
+    panel_amx(TYPE_Q8, tiles, cols, in, t, n, y);
+}
+
+AVX512 static void matrix_q6_amx(const uint8_t *const tiles[2], uint32_t cols,
+                                 const struct input *in, size_t t, int n, float y[][2][TILE])
+{
+    panel_amx(TYPE_Q6, tiles, cols, in, t, n, y);
+}
+
+AVX512 static void matrix_q4_amx(const uint8_t *const tiles[2], uint32_t cols,
+                                 const struct input *in, size_t t, int n, float y[][2][TILE])
+{
+    panel_amx(TYPE_Q4, tiles, cols, in, t, n, y);
+}
+
+/* Attention multiplies n queries' A tile with up to four B tiles (n_b: 4 or 1, a constant),
+ * each for a sum of its own: four, because a dot takes as long as three others. */
+INLINE void zero_sums_amx(const int n_b)
+{
+    tile_zero(0);
+    if (n_b == 4) {
+        tile_zero(1);
+        tile_zero(2);
+        tile_zero(3);
+    }
+}
+
+INLINE void add_dots_amx(const int n_b, const uint16_t *a, const uint8_t *b, size_t next_b)
+{
+    tile_load(4, a, 64);
+    tile_load(6, b, 64);
+    tile_dot_bf16(0, 4, 6);
+    if (n_b == 4) {
+        tile_load(7, b + next_b, 64);
+        tile_dot_bf16(1, 4, 7);
+        tile_load(6, b + 2 * next_b, 64);
+        tile_dot_bf16(2, 4, 6);
+        tile_load(7, b + 3 * next_b, 64);
+        tile_dot_bf16(3, 4, 7);
+    }
+}
+
+INLINE void store_sums_amx(const int n_b, float *to, size_t stride)
+{
+    tile_store(0, to, stride);
+    if (n_b == 4) {
+        tile_store(1, to + TILE, stride);
+        tile_store(2, to + 2 * TILE, stride);
+        tile_store(3, to + 3 * TILE, stride);
+    }
+}
+
+INLINE void scores_block_amx(const int n_b, const uint16_t *q, int head_dim,
+                             const uint8_t *keys, float *s)
+{
+    zero_sums_amx(n_b);
+    for (int h = 0; h < head_dim; h += GROUP)
+        add_dots_amx(n_b, q + h / GROUP * TILE_WORDS, keys + h / GROUP * TILE_BYTES,
+                     (size_t)head_dim * TILE * sizeof *q);
+    store_sums_amx(n_b, s, KEY_BLOCK * sizeof *s);
+}
+
+AVX512 static void scores_packed_amx(const float *const *q, int n, int head_dim,
+                                     const uint8_t *keys, int n_groups, float (*s)[KEY_BLOCK])
+{
+    _Alignas(64) uint16_t a[CACHE_PANEL / (4 * TILE) / GROUP][TILE][GROUP];
+    size_t group_bytes = (size_t)head_dim * TILE * sizeof(uint16_t);
+    int g = 0;
+    for (int j = 0; j < n; j++)
+        pack_row_avx512(q[j], (uint32_t)head_dim, a[0][j]);
+    config_amx((uint32_t)n);
+    for (; n_groups - g >= 4; g += 4)
+        scores_block_amx(4, a[0][0], head_dim, keys + (size_t)g * group_bytes, s[0] + g * TILE);
+    for (; g < n_groups; g++)
+        scores_block_amx(1, a[0][0], head_dim, keys + (size_t)g * group_bytes, s[0] + g * TILE);
+    tile_release();
+}
+
+AVX512 INLINE __m256i bf16_avx512(__m512 x)
+{
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(round_bf16_avx512(x), 16));
+}
+
+/* B tiles of 32 positions of which only first .. end - 1 are seen: zeros for the others, for
+ * nothing may have been packed there. */
+AVX512 INLINE void copy_seen_amx(const int n_b, const uint8_t *b, size_t next_b, int first,
+                                 int end, uint8_t (*to)[TILE_BYTES])
+{
+    for (int i = 0; i < n_b; i++)
+        for (int at = 0; at < GROUP; at += 2)
+            _mm512_store_si512(to[i] + at / 2 * 64,
+                               at >= first && at < end
+                                   ? _mm512_load_si512(b + (size_t)i * next_b + at / 2 * 64)
+                                   : _mm512_setzero_si512());
+}
+
+/* n_b times 16 dimensions.  Positions are added 32 by 32 as they lie in the panel: where a
+ * query's window begins must not show in how they are grouped. */
+AVX512 INLINE void mix_block_amx(const int n_b, const uint16_t *weights, const uint8_t *values,
+                                 size_t next_b, int first, int end, float *to, size_t stride)
+{
+    _Alignas(64) uint8_t seen[4][TILE_BYTES];
+    zero_sums_amx(n_b);
+    for (int from = first / GROUP * GROUP; from < end; from += GROUP, weights += TILE_WORDS) {
+        const uint8_t *b = values + from / 2 * 64;
+        int whole = from >= first && from + GROUP <= end;
+        if (!whole)
+            copy_seen_amx(n_b, b, next_b, first - from, end - from, seen);
+        add_dots_amx(n_b, weights, whole ? b : seen[0], whole ? next_b : TILE_BYTES);
+    }
+    store_sums_amx(n_b, to, stride);
+}
+
+AVX512 static void mix_packed_amx(const float (*p)[KEY_BLOCK], int n, int head_dim,
+                                  const uint8_t *values, int first, int n_keys, float *const *o)
+{
+    _Alignas(64) uint16_t a[KEY_BLOCK / GROUP][TILE][GROUP];
+    _Alignas(64) float sums[MAX_QUERIES][CACHE_PANEL / (4 * TILE)];
+    size_t next_b = (size_t)panel_positions(head_dim, sizeof(uint16_t)) / 2 * 64;
+    int h = 0, end = first + n_keys;
+    if (first % GROUP || end % GROUP)
+        memset(a, 0, sizeof a);
+    for (int j = 0; j < n; j++)
+        for (int i = 0, at = first % GROUP; i < n_keys; i += TILE, at += TILE)
+            _mm256_storeu_si256((__m256i *)(a[at / GROUP][j] + at % GROUP),
+                                bf16_avx512(_mm512_loadu_ps(p[j] + i)));
+    config_amx((uint32_t)n);
+    for (; head_dim - h >= 4 * TILE; h += 4 * TILE, values += 4 * next_b)
+        mix_block_amx(4, a[0][0], values, next_b, first, end, sums[0] + h, sizeof *sums);
+    for (; h < head_dim; h += TILE, values += next_b)
+        mix_block_amx(1, a[0][0], values, next_b, first, end, sums[0] + h, sizeof *sums);
+    tile_release();
+    for (int j = 0; j < n; j++)
+        for (h = 0; h < head_dim; h += TILE)
+            _mm512_storeu_ps(o[j] + h, _mm512_add_ps(_mm512_loadu_ps(o[j] + h),
+                                                     _mm512_load_ps(sums[j] + h)));
+}
+
+#endif /* HAVE_AMX */
+
 /* ---- which CPU is this ---- */
 
 /* Register states that the operating system saves (XCR0), 0 without XSAVE. */
@@ -5255,13 +5611,13 @@ static uint64_t saved_states(void)
     return a | (uint64_t)d << 32;
 }
 
-/* Bits of CPUID leaf 7: register 'b' or 'c' of subleaf 0, 'a' of subleaf 1. */
+/* Bits of CPUID leaf 7: register 'b', 'c' or 'd' of subleaf 0, 'a' of subleaf 1. */
 static int has_leaf7(char reg, uint32_t bits)
 {
     unsigned a, b, c, d;
     if (!__get_cpuid_count(7, reg == 'a', &a, &b, &c, &d))
         return 0;
-    return ((reg == 'a' ? a : reg == 'b' ? b : c) & bits) == bits;
+    return ((reg == 'a' ? a : reg == 'b' ? b : reg == 'c' ? c : d) & bits) == bits;
 }
 
 static int has_avx2(void) /* every CPU with AVX2 has F16C and FMA, but a hypervisor may not */
@@ -5295,6 +5651,35 @@ static int has_avx512bf16(void)
 #endif
 }
 
+/* Tiles need a permission of Linux for the whole process, kept until exec: it costs 8 KB of
+ * state for each thread that uses them, larger signal frames, and the right to alternate
+ * signal stacks too small for those.  So looking at the table only asks whether the kernel
+ * knows of tiles at all; the permission is asked for when a model is opened that may use
+ * them, again at each, which is harmless.  Where it is refused (some thread's alternate stack
+ * is too small already, or a sandbox says no) the row keeps its other kernels. */
+#ifdef HAVE_AMX
+enum { GET_XCOMP_SUPP = 0x1021, REQ_XCOMP_PERM = 0x1023, XTILECFG = 17, XTILEDATA = 18 };
+
+static int has_amx(void) /* AMX-BF16 and AMX-TILE */
+{
+#ifdef GEMMA2_EMULATE_AMX
+    return has_avx512();
+#else
+    uint64_t known = 0, states = 1ull << XTILECFG | 1ull << XTILEDATA;
+    return has_avx512() && has_leaf7('d', 1u << 22 | 1u << 24) &&
+           (saved_states() & states) == states &&
+           !syscall(SYS_arch_prctl, GET_XCOMP_SUPP, &known) && known >> XTILEDATA & 1;
+#endif
+}
+
+static int may_use_tiles(void) { return !syscall(SYS_arch_prctl, REQ_XCOMP_PERM, XTILEDATA); }
+
+static const struct matrix_kernels amx_matrix = {
+    {NULL, NULL, matrix_bf16_amx, matrix_q8_amx, matrix_q6_amx, matrix_q4_amx},
+    pack_row_avx512, sizeof(uint16_t), pack_keys_bf16_avx512, pack_values_bf16_avx512,
+    scores_packed_amx, mix_packed_amx};
+#endif
+
 static const struct matrix_kernels avx512bf16_matrix = {
     {NULL, NULL, matrix_bf16_avx512bf16, NULL, NULL, NULL}, pack_row_avx512, sizeof(uint16_t),
     pack_keys_bf16_avx512, pack_values_bf16_avx512, scores_packed_bf16_avx512,
@@ -5308,6 +5693,18 @@ static const struct matrix_kernels avx512_matrix = {
 static const struct matrix_kernels avx2_matrix = {
     {NULL, NULL, matrix_bf16_avx2, NULL, NULL, NULL}, NULL, sizeof(float),
     pack_keys_avx2, pack_values_avx2, scores_packed_avx2, mix_packed_avx2};
+
+#ifdef HAVE_AMX
+/* Sapphire Rapids and newer Xeons. */
+static const struct kernels amx_kernels = {
+    "amx", has_amx,
+    {NULL, product_f32_avx512, product_bf16_avx512, product_q8_avx512, product_q6_avx512,
+     product_q4_avx512},
+    {NULL, NULL, NULL, panel_q8_avx512, panel_q6_avx512, panel_q4_avx512},
+    quantise_avx512, rms_norm_avx512, geglu_avx512, soft_cap_avx512, exp_sum_avx512,
+    to_half_avx512, {scores_f32_avx512, scores_f16_avx512}, {mix_f32_avx512, mix_f16_avx512},
+    &amx_matrix};
+#endif
 
 /* Zen 4 and newer: bf16 dot products at twice the rate of floats. */
 static const struct kernels avx512bf16_kernels = {
@@ -5965,6 +6362,9 @@ static const struct kernels neon_kernels = {
 
 /* Best row first. */
 static const struct kernels *const all_kernels[] = {
+#ifdef HAVE_AMX
+    &amx_kernels,
+#endif
 #ifdef HAVE_X86
     &avx512bf16_kernels, &avx512_kernels, &avxvnni_kernels, &avx2_kernels,
 #endif
@@ -5989,4 +6389,13 @@ static const struct kernels *select_kernels(struct errbuf *err)
         }
     fail(err, "GEMMA2_ISA=%s: this build knows no such instruction set", name);
     return NULL;
+}
+
+static const struct matrix_kernels *permitted_matrix(const struct matrix_kernels *wanted)
+{
+#ifdef HAVE_AMX /* on CPUs with AMX floats are faster than bf16 dot products without it */
+    if (wanted == &amx_matrix && !may_use_tiles())
+        return &avx512_matrix;
+#endif
+    return wanted;
 }

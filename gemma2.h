@@ -133,8 +133,12 @@ GEMMA2_API void gemma2_open_params_init(gemma2_open_params *params);
  * reads no weights.  params may be NULL.  A mapped file must not be changed or cut short
  * while it is open (the system would signal the process); read_into_memory is proof
  * against that.  The instruction set is the best this CPU has; in the environment
- * GEMMA2_ISA=scalar|avx2|avxvnni|avx512|avx512bf16|neon|dotprod|i8mm forces one, and a name
- * that is unknown or that the CPU lacks fails the call. */
+ * GEMMA2_ISA=scalar|avx2|avxvnni|avx512|avx512bf16|amx|neon|dotprod|i8mm forces one, and a
+ * name that is unknown or that the CPU lacks fails the call.
+ * On Linux and a CPU with AMX the process asks the kernel for the use of its tile registers,
+ * unless exact_prefill is set or all weights are f32; it keeps that permission, which makes
+ * the signal frames of threads that use them 8 KB larger and sigaltstack refuse stacks too
+ * small for that.  If the kernel declines, prefill does without. */
 GEMMA2_API gemma2_model *gemma2_open(const char *path, const gemma2_open_params *params,
                                      char *err, size_t err_size);
 /* The same for a file image of size bytes at data, aligned to 64, which the caller keeps

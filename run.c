@@ -356,7 +356,7 @@ static const char HELP_TAIL[] =
     "Text goes to standard output, speed, seed and warnings to standard error.  On a\n"
     "terminal control characters of the text are shown as U+FFFD.  --json's seed may\n"
     "exceed 2^53 when you chose it so.\n"
-    "GEMMA2_ISA=scalar|avx2|avxvnni|avx512|avx512bf16, on ARM scalar|neon|dotprod|i8mm,\n"
+    "GEMMA2_ISA=scalar|avx2|avxvnni|avx512|avx512bf16|amx, on ARM scalar|neon|dotprod|i8mm,\n"
     "forces an instruction set.\n"
     "\n"
     "Exit codes: 0 done (also when the reader of a pipe left), 1 failed while running,\n"

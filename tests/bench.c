@@ -1,20 +1,48 @@
 /* How fast, and how close to what the machine can do: bench MODEL | --shape 2b|9b|27b
  *
- *   bench model.bin [--threads N] [--runs N] [--quick] [--read] [--json FILE]
- *   bench --shape 2b --type q8 [--head q6] ...     random weights, made in memory
+ *   bench model.bin [options]
+ *   bench --shape 2b --type q8 [--head q6] [options]     random weights, made in memory
  *
- * Per line: tokens a second as median over the runs (lowest .. highest), and for decoding
- * the bytes of weights and cache read a second, beside the plain read bandwidth of the same
- * bytes measured in the same process.  Depth is set by declaring positions of the cache
- * filled with noise: speed does not depend on the values. */
+ *   --threads N[,N]    default: one a processor; of several counts a scaling line compares
+ *                      the last with the first
+ *   --prefill N[,N]    lengths of prompts, or none          (default 32,512,2048,8000)
+ *   --decode N[,N]     tokens already there, or none        (default 0,4096,8000)
+ *   --quick            --prefill 512 --decode 0,4096
+ *   --batch N          rows of one pass                     (default: the session's)
+ *   --kv auto|f32|f16  numbers of the cache
+ *   --runs N           1..64, default 5; long prompts get a third
+ *   --read             read the file into memory, huge pages where the system has them
+ *   --no-limits        do not measure what the machine could do
+ *   --json FILE        the same figures and more
+ *
+ * Per work: tokens a second as median over the runs (lowest .. highest), and its share of
+ * what the machine could at best do, measured in the same process with as many threads:
+ *
+ *   prefill   2 FLOP x weights of the layers x tokens against the fastest product
+ *             instruction of the row on registers alone.  The output head (one token of a
+ *             prompt needs it) and attention are not counted, though they take time.
+ *   decode    bytes of weights and cache read a second against the best of several ways to
+ *             stream through the same mapping.
+ *
+ * Depth is set by declaring positions of the cache filled with noise: speed does not depend
+ * on the values. */
 #include "../gemma2.c"
 
+#include <stddef.h>
 #include <sys/resource.h>
+#include <sys/utsname.h>
 #include <time.h>
 
+enum { MAX_LIST = 16, MAX_RUNS = 64, DECODED = 16, MAX_IDS = 8192 };
+
+struct list {
+    int n, v[MAX_LIST];
+};
+
 struct options {
-    const char *model, *shape, *type, *head, *json;
-    int threads, runs, quick, read;
+    const char *model, *shape, *type, *head, *json, *kv;
+    int batch, runs, quick, read, no_limits;
+    struct list threads, prefill, decode;
 };
 
 static double now(void)
@@ -201,7 +229,7 @@ static gemma2_model *make_shape(const struct options *o)
     return m;
 }
 
-/* ---- measuring ---- */
+/* ---- medians ---- */
 
 struct sample {
     double low, median, high;
@@ -220,64 +248,250 @@ static struct sample summarise(double *x, int n)
     return s;
 }
 
-/* Plain streaming reads of the weights by all threads: what decoding could at best do. */
+/* ---- what decoding could do: streaming through the weights ---- */
+
+enum { READ_CHUNK = 1 << 20, READ_RUNS = 3 };
+
 struct read_job {
     const uint8_t *p;
-    size_t chunk, size;
-    uint64_t sums[1024];
+    size_t size;
+    size_t ahead, streams; /* bytes to prefetch ahead, 0 for none; places read in turn */
+    uint64_t sums[64];
 };
+
+static const struct read_way {
+    const char *name;
+    size_t ahead, streams;
+} read_ways[] = {{"plain loads", 0, 1},
+                 {"prefetch 1 KB ahead", 1 << 10, 1},
+                 {"prefetch 2 KB ahead", 2 << 10, 1},
+                 {"two streams", 0, 2},
+                 {"two streams, prefetch", 1 << 10, 2}};
+enum { N_READ_WAYS = sizeof read_ways / sizeof *read_ways };
+
+typedef uint64_t pair __attribute__((vector_size(16)));
+
+/* sum += the 64 bytes at p */
+INLINE void add_line(pair *sum, const uint8_t *p, size_t ahead)
+{
+    pair v;
+    UNROLL for (int k = 0; k < 4; k++)
+    {
+        memcpy(&v, p + 16 * k, 16);
+        sum[k] += v;
+    }
+    if (ahead)
+        __builtin_prefetch(p + ahead);
+}
+
+/* Adds up n bytes at p, a multiple of 64, and as many at q unless it is NULL. */
+INLINE uint64_t add_up(const uint8_t *p, const uint8_t *q, size_t n, size_t ahead)
+{
+    pair sum[4] = {{0}}, sum_q[4] = {{0}};
+    for (size_t at = 0; at < n; at += 64) {
+        add_line(sum, p + at, ahead);
+        if (q)
+            add_line(sum_q, q + at, ahead);
+    }
+    pair all = sum[0] + sum[1] + sum[2] + sum[3] + sum_q[0] + sum_q[1] + sum_q[2] + sum_q[3];
+    return all[0] ^ all[1];
+}
 
 static void read_task(void *context, size_t i)
 {
     struct read_job *job = context;
-    size_t from = i * job->chunk, to = from + job->chunk < job->size ? from + job->chunk : job->size;
-    uint64_t s[8] = {0};
-    for (size_t at = from; at + 64 <= to; at += 64) {
-        uint64_t v[8];
-        memcpy(v, job->p + at, 64);
-        __builtin_prefetch(job->p + at + 2048);
-        for (int k = 0; k < 8; k++)
-            s[k] += v[k];
-    }
-    job->sums[i % 1024] += s[0] ^ s[1] ^ s[2] ^ s[3] ^ s[4] ^ s[5] ^ s[6] ^ s[7];
+    const uint8_t *p = job->p + i * READ_CHUNK;
+    size_t half = READ_CHUNK / 2, ahead = job->ahead;
+    uint64_t sum = job->streams == 2 ? ahead ? add_up(p, p + half, half, ahead)
+                                             : add_up(p, p + half, half, 0)
+                   : ahead           ? add_up(p, NULL, READ_CHUNK, ahead)
+                                     : add_up(p, NULL, READ_CHUNK, 0);
+    job->sums[i % 64] ^= sum; /* so that it is computed; nobody reads it */
 }
 
-static double read_bandwidth(const gemma2_model *m, int threads, int runs)
+/* GB/s of one way, the median of a few runs. */
+static double read_bandwidth(const gemma2_model *m, int threads, const struct read_way *way)
 {
     static struct read_job job;
-    double best[64];
-    job.p = m->file.data, job.size = m->file.size, job.chunk = 1 << 20;
-    for (int i = 0; i < runs && i < 64; i++) {
+    double speed[READ_RUNS];
+    size_t chunks = m->file.size / READ_CHUNK;
+    job.p = m->file.data, job.size = m->file.size;
+    job.ahead = way->ahead, job.streams = way->streams;
+    for (int i = 0; i < READ_RUNS; i++) {
         double start = now();
-        share(threads, (job.size + job.chunk - 1) / job.chunk, job.size, read_task, &job);
-        best[i] = (double)job.size / (now() - start) / 1e9;
+        share(threads, chunks, job.size, read_task, &job);
+        speed[i] = (double)(chunks * READ_CHUNK) / (now() - start) / 1e9;
     }
-    return summarise(best, runs).median;
+    return summarise(speed, READ_RUNS).median;
 }
 
-/* Noise in the cache, and a position as if depth tokens had been evaluated. */
-static void set_depth(gemma2_session *s, int depth)
+/* ---- what prefill could do: product instructions on registers ---- */
+
+#ifdef HAVE_X86
+
+/* n steps, each adding a product to every one of 16 sums, so that none waits for another.
+ * The empty assembly keeps the operands from being known to the compiler. */
+#define PEAK_LOOP(name, features, vector, step)                                           \
+    __attribute__((target(features))) static void name(size_t n)                          \
+    {                                                                                     \
+        vector sum[PEAK_SUMS], a, b;                                                      \
+        memset(&a, 1, sizeof a), memset(&b, 1, sizeof b);                                 \
+        UNROLL for (int i = 0; i < PEAK_SUMS; i++)                                        \
+            sum[i] = (vector){0};                                                         \
+        for (; n; n--)                                                                    \
+            UNROLL for (int i = 0; i < PEAK_SUMS; i++)                                    \
+            {                                                                             \
+                __asm__("" : "+x"(a), "+x"(b));                                           \
+                sum[i] = step;                                                            \
+            }                                                                             \
+        UNROLL for (int i = 0; i < PEAK_SUMS; i++)                                        \
+            __asm__ volatile("" : : "x"(sum[i]));                                         \
+    }
+enum { PEAK_SUMS = 12 };
+
+PEAK_LOOP(peak_vpdpbusd_512, "avx512f,avx512vnni", __m512i, _mm512_dpbusd_epi32(sum[i], a, b))
+PEAK_LOOP(peak_vdpbf16ps_512, "avx512f,avx512bf16", __m512,
+          _mm512_dpbf16_ps(sum[i], (__m512bh)a, (__m512bh)b))
+PEAK_LOOP(peak_fma_512, "avx512f", __m512, _mm512_fmadd_ps(a, b, sum[i]))
+PEAK_LOOP(peak_fma_256, "avx2,fma", __m256, _mm256_fmadd_ps(a, b, sum[i]))
+PEAK_LOOP(peak_maddubs_256, "avx2", __m256i,
+          _mm256_add_epi32(sum[i], _mm256_madd_epi16(_mm256_maddubs_epi16(a, b), b)))
+#ifdef HAVE_AVXVNNI
+PEAK_LOOP(peak_vpdpbusd_256, "avx2,avxvnni", __m256i, _mm256_dpbusd_avx_epi32(sum[i], a, b))
+#endif
+
+static int has_fma(void)
 {
-    const gemma2_config *c = &s->model->config;
-    for (int l = 0; l < c->n_layers && depth; l++)
-        for (int values = 0; values < 2; values++) {
-            uint8_t *p = values ? s->cache[l].values : s->cache[l].keys;
-            size_t bytes = head_bytes(s, &s->cache[l], values) * (size_t)c->n_kv_heads;
-            for (size_t i = 0; i < bytes; i += 2)
-                p[i] = (uint8_t)(i * 7), p[i + 1] = (uint8_t)((i * 31 & 0x83) | 0x30);
-        }
-    s->position = s->high = depth;
+    unsigned a, b, c, d;
+    return has_avx2() && __get_cpuid(1, &a, &b, &c, &d) && c >> 12 & 1;
 }
 
+static int has_avx512_bf16(void) { return has_avx512() && has_leaf7('a', 1u << 5); }
+
+#else
+enum { PEAK_SUMS = 1 };
+#endif
+
+/* What a row can multiply with.  A row that has no entry gets no limit for prefill. */
+struct peak {
+    const char *row, *name;
+    enum { INTEGERS = 1, FLOATS = 2, BF16S = 4 } kinds; /* of weights that it can serve */
+    int (*available)(void);
+    int ops; /* of one instruction, or group of them; a product and a sum are two */
+    void (*loop)(size_t n);
+};
+
+static const struct peak peaks[] = {
+#ifdef HAVE_X86
+    {"avx512", "vpdpbusd", INTEGERS, has_avx512, 128, peak_vpdpbusd_512},
+    {"avx512", "FMA", FLOATS | BF16S, has_avx512, 32, peak_fma_512},
+    {"avx512", "vdpbf16ps", BF16S, has_avx512_bf16, 64, peak_vdpbf16ps_512},
+#ifdef HAVE_AVXVNNI
+    {"avxvnni", "vpdpbusd", INTEGERS, has_avxvnni, 64, peak_vpdpbusd_256},
+#endif
+    {"avxvnni", "FMA", FLOATS | BF16S, has_fma, 16, peak_fma_256},
+    {"avx2", "maddubs+madd+add", INTEGERS, has_avx2, 64, peak_maddubs_256},
+    {"avx2", "FMA", FLOATS | BF16S, has_fma, 16, peak_fma_256},
+#endif
+    {"", "", 0, NULL, 0, NULL},
+};
+enum { N_PEAKS = sizeof peaks / sizeof *peaks - 1, PEAK_STEPS = 1 << 24, PEAK_RUNS = 4 };
+
+static void peak_task(void *context, size_t i)
+{
+    (void)i;
+    ((const struct peak *)context)->loop(PEAK_STEPS);
+}
+
+/* Operations a second of all threads, in units of 1e9; the best of a few runs. */
+static double measure_peak(const struct peak *k, int threads)
+{
+    double best = 0;
+    for (int i = 0; i < PEAK_RUNS; i++) {
+        double start = now(), ops = (double)k->ops * PEAK_SUMS * PEAK_STEPS * threads;
+        share(threads, (size_t)threads, SIZE_MAX, peak_task, (void *)(uintptr_t)k);
+        double speed = ops / (now() - start) / 1e9;
+        best = speed > best ? speed : best;
+    }
+    return best;
+}
+
+/* ---- the limits of one number of threads ---- */
+
+struct limits {
+    int threads;
+    double read[N_READ_WAYS], best_read;         /* GB/s */
+    double peak[N_PEAKS + 1], peak_1[N_PEAKS + 1]; /* GOP/s, 0 where not of the row */
+};
+
+static void measure_limits(const gemma2_model *m, struct limits *l)
+{
+    for (int i = 0; i < N_READ_WAYS; i++) {
+        l->read[i] = read_bandwidth(m, l->threads, &read_ways[i]);
+        l->best_read = l->read[i] > l->best_read ? l->read[i] : l->best_read;
+    }
+    for (int i = 0; i < N_PEAKS; i++)
+        if (!strcmp(peaks[i].row, m->isa->name) && peaks[i].available()) {
+            l->peak_1[i] = measure_peak(&peaks[i], 1);
+            l->peak[i] = l->threads == 1 ? l->peak_1[i] : measure_peak(&peaks[i], l->threads);
+        }
+}
+
+static void print_limits(const struct limits *l)
+{
+    printf("%d thread%s\n", l->threads, l->threads == 1 ? "" : "s");
+    if (l->best_read > 0) {
+        printf("  read %9.1f GB/s  (", l->best_read);
+        for (int i = 0; i < N_READ_WAYS; i++)
+            printf("%s%s %.1f", i ? ", " : "", read_ways[i].name, l->read[i]);
+        printf(")\n");
+    }
+    for (int i = 0; i < N_PEAKS; i++)
+        if (l->peak[i] > 0)
+            printf("  peak %9.1f GOP/s  (%s, %.1f with one thread)\n", l->peak[i],
+                   peaks[i].name, l->peak_1[i]);
+}
+
+/* The fastest product for weights of this type, 0 if none is known. */
+static double peak_for(const struct limits *l, const char *type)
+{
+    int kind = !strcmp(type, "f32") ? FLOATS : !strcmp(type, "bf16") ? BF16S : INTEGERS;
+    double best = 0;
+    for (int i = 0; i < N_PEAKS; i++)
+        if (peaks[i].kinds & kind && l->peak[i] > best)
+            best = l->peak[i];
+    return best;
+}
+
+/* Tokens a second at which a prompt would keep the product instructions busy. */
+static double prefill_limit(const gemma2_model *m, const struct limits *l)
+{
+    double seconds = 0;
+    gemma2_section e;
+    for (size_t i = 0; gemma2_get_section(m, i, &e); i++)
+        if (e.layer >= 0 && e.cols > 1) {
+            double peak = peak_for(l, e.type);
+            if (peak <= 0)
+                return 0;
+            seconds += 2 * (double)(e.rows * e.cols) / peak / 1e9;
+        }
+    return 1 / seconds;
+}
+
+/* Bytes of weights read for a token: all but an embedding that is not the head as well. */
 static size_t weight_bytes(const gemma2_model *m)
 {
-    size_t n = 0;
-    for (uint32_t i = 0; i < m->n_sections; i++) {
-        struct entry e = get_entry(m->directory, i);
-        if (e.type != TYPE_BYTES)
-            n += (size_t)e.bytes;
+    size_t all = 0, embedding = 0;
+    int untied = 0;
+    gemma2_section e;
+    for (size_t i = 0; gemma2_get_section(m, i, &e); i++) {
+        untied |= !strcmp(e.role, "head");
+        if (!strcmp(e.role, "embedding"))
+            embedding = (size_t)e.bytes;
+        if (strcmp(e.type, "bytes"))
+            all += (size_t)e.bytes;
     }
-    return n;
+    return untied ? all - embedding : all;
 }
 
 static size_t cache_bytes_read(const gemma2_session *s, int depth)
@@ -291,84 +505,335 @@ static size_t cache_bytes_read(const gemma2_session *s, int depth)
     return n;
 }
 
+/* ---- works ---- */
+
+struct result {
+    const char *kind; /* "prefill", "decode at" */
+    int n, threads;
+    struct sample speed;  /* tokens a second */
+    double done, limit;   /* GFLOP/s or GB/s; tokens a second, 0 if not measured */
+};
+
+struct report {
+    const struct options *o;
+    const gemma2_model *m;
+    int batch, half, n_limits, n_results;
+    struct limits limits[MAX_LIST];
+    struct result results[2 * MAX_LIST * MAX_LIST];
+};
+
+/* Noise in the cache, as if tokens had been evaluated. */
+static void fill_cache(gemma2_session *s)
+{
+    const gemma2_config *c = &s->model->config;
+    for (int l = 0; l < c->n_layers; l++)
+        for (int values = 0; values < 2; values++) {
+            uint8_t *p = values ? s->cache[l].values : s->cache[l].keys;
+            size_t bytes = head_bytes(s, &s->cache[l], values) * (size_t)c->n_kv_heads;
+            for (size_t i = 0; i < bytes; i += 2)
+                p[i] = (uint8_t)(i * 7), p[i + 1] = (uint8_t)((i * 31 & 0x83) | 0x30);
+        }
+}
+
+/* Tokens a second of n tokens after depth others: in one call, or one by one. */
 static double time_tokens(gemma2_session *s, int depth, int n, int decode, float *logits)
 {
-    static int32_t ids[8192];
+    static int32_t ids[MAX_IDS];
     for (int i = 0; i < n; i++)
         ids[i] = (int32_t)((uint32_t)i * 7919u % (uint32_t)s->model->config.n_vocab);
     s->position = s->high = depth;
     double start = now();
-    if (!decode)
-        gemma2_prefill(s, ids, (size_t)n, logits);
+    if (!decode && gemma2_prefill(s, ids, (size_t)n, logits) < 0)
+        die("a prompt failed");
     for (int i = 0; decode && i < n; i++)
-        gemma2_eval(s, ids + i, 1, logits);
+        if (gemma2_eval(s, ids + i, 1, logits) < 0)
+            die("a step failed");
     return n / (now() - start);
 }
 
-struct work {
-    const char *name;
-    int depth, n, decode, quick;
-};
+/* GFLOP a prompt's token takes in the layers' products. */
+static double gflop_a_token(const gemma2_model *m)
+{
+    double n = 0;
+    gemma2_section e;
+    for (size_t i = 0; gemma2_get_section(m, i, &e); i++)
+        if (e.layer >= 0 && e.cols > 1)
+            n += 2e-9 * (double)(e.rows * e.cols);
+    return n;
+}
 
-static const struct work works[] = {
-    {"prefill 32", 0, 32, 0, 0},        {"prefill 512", 0, 512, 0, 1},
-    {"prefill 2048", 0, 2048, 0, 0},    {"prefill 8000", 0, 8000, 0, 0},
-    {"decode at 0", 0, 16, 1, 1},       {"decode at 4096", 4096, 16, 1, 1},
-    {"decode at 8000", 8000, 16, 1, 0},
-};
+static void print_result(const struct result *r)
+{
+    int decode = *r->kind == 'd';
+    printf("  %-10s%5d %9.2f tok/s  (%.2f .. %.2f) %7.1f %s", r->kind, r->n, r->speed.median,
+           r->speed.low, r->speed.high, r->done, decode ? "GB/s" : "GFLOP/s");
+    if (r->limit > 0)
+        printf(", %.0f %% of %s", 100 * r->speed.median / r->limit,
+               decode ? "read bandwidth" : "the matrix peak");
+    printf("\n");
+    fflush(stdout);
+}
 
-static void run_work(gemma2_session *s, const struct work *w, const struct options *o,
-                     double bandwidth, FILE *json, int first)
+static void run_work(struct report *report, gemma2_session *s, const struct limits *l, int decode,
+                     int n)
 {
     float *logits = malloc(sizeof *logits * (size_t)s->model->config.n_vocab);
-    double speed[64];
-    int runs = w->n > 2000 ? 1 + o->runs / 3 : o->runs;
+    double speed[MAX_RUNS];
+    int runs = !decode && n > 2000 ? 1 + report->o->runs / 3 : report->o->runs;
+    int depth = decode ? n : 0, tokens = decode ? DECODED : n;
     if (!logits)
         die("out of memory");
-    if (w->decode)
-        set_depth(s, w->depth);
-    time_tokens(s, w->depth, w->decode ? 2 : 32, w->decode, logits);
+    time_tokens(s, depth, decode ? 2 : n < 32 ? n : 32, decode, logits);
     for (int i = 0; i < runs; i++)
-        speed[i] = time_tokens(s, w->depth, w->n, w->decode, logits);
-    struct sample t = summarise(speed, runs);
-    printf("%-15s %8.2f tok/s  (%.2f .. %.2f)", w->name, t.median, t.low, t.high);
-    double gbs = t.median * (double)(weight_bytes(s->model) + cache_bytes_read(s, w->depth)) / 1e9;
-    if (w->decode)
-        printf("  %6.1f GB/s  %3.0f %% of read bandwidth", gbs, 100 * gbs / bandwidth);
-    printf("\n");
-    if (json)
-        fprintf(json, "%s{\"work\":\"%s\",\"median\":%.3f,\"low\":%.3f,\"high\":%.3f}",
-                first ? "" : ",", w->name, t.median, t.low, t.high);
+        speed[i] = time_tokens(s, depth, tokens, decode, logits);
     free(logits);
+    struct result *r = &report->results[report->n_results++];
+    *r = (struct result){.kind = decode ? "decode at" : "prefill", .n = n,
+                         .threads = s->n_threads, .speed = summarise(speed, runs)};
+    double gb = 1e-9 * (double)(weight_bytes(s->model) + cache_bytes_read(s, depth));
+    r->done = r->speed.median * (decode ? gb : gflop_a_token(s->model));
+    r->limit = decode ? l->best_read / gb : prefill_limit(s->model, l);
+    print_result(r);
+}
+
+/* All works with one number of threads. */
+static void run_threads(struct report *report, int threads)
+{
+    const struct options *o = report->o;
+    char err[256];
+    gemma2_session_params params;
+    gemma2_session_params_init(&params);
+    params.n_threads = threads, params.n_batch = o->batch;
+    params.cache_type = !strcmp(o->kv, "f32")   ? GEMMA2_CACHE_F32
+                        : !strcmp(o->kv, "f16") ? GEMMA2_CACHE_F16
+                                                : GEMMA2_CACHE_AUTO;
+    gemma2_session *s = gemma2_session_new(report->m, &params, err, sizeof err);
+    if (!s)
+        die(err);
+    report->batch = s->n_batch, report->half = s->half;
+    struct limits *l = &report->limits[report->n_limits++];
+    l->threads = s->n_threads;
+    if (!o->no_limits)
+        measure_limits(report->m, l);
+    print_limits(l);
+    for (int i = 0; i < o->prefill.n; i++)
+        if (o->prefill.v[i] <= gemma2_context(s))
+            run_work(report, s, l, 0, o->prefill.v[i]);
+    if (o->decode.n)
+        fill_cache(s);
+    for (int i = 0; i < o->decode.n; i++)
+        if (o->decode.v[i] + DECODED <= gemma2_context(s))
+            run_work(report, s, l, 1, o->decode.v[i]);
+    gemma2_session_free(s);
+}
+
+/* ---- reports ---- */
+
+/* The CPU's name for itself, or the kind of machine. */
+static const char *cpu_name(void)
+{
+    static char line[256];
+    static struct utsname machine;
+    FILE *f = fopen("/proc/cpuinfo", "r");
+    char *name = NULL;
+    while (f && !name && fgets(line, sizeof line, f))
+        if (!strncmp(line, "model name", 10) && (name = strchr(line, ':')) != NULL)
+            name += 2, name[strcspn(name, "\n")] = 0;
+    if (f)
+        fclose(f);
+    return name ? name : uname(&machine) < 0 ? "unknown CPU" : machine.machine;
+}
+
+/* Peak resident memory in GiB. */
+static double peak_resident(void)
+{
+    struct rusage usage;
+    getrusage(RUSAGE_SELF, &usage);
+#ifdef __APPLE__
+    return (double)usage.ru_maxrss / (1 << 30); /* bytes there */
+#else
+    return (double)usage.ru_maxrss / (1 << 20);
+#endif
+}
+
+/* How much the last number of threads gains over the first, work by work. */
+static void print_scaling(const struct report *report)
+{
+    int first = report->limits[0].threads, last = report->limits[report->n_limits - 1].threads;
+    if (report->n_limits < 2)
+        return;
+    printf("scaling, %d threads to %d", last, first);
+    int n = report->n_results / report->n_limits, base = report->n_results - n;
+    for (int i = 0; i < n; i++)
+        printf("%s %s %d %.2f", i ? "," : ":", report->results[i].kind, report->results[i].n,
+               report->results[base + i].speed.median / report->results[i].speed.median);
+    printf("\n");
+}
+
+static void write_limits(FILE *f, const struct limits *l)
+{
+    fprintf(f, "{\"threads\":%d,\"read_gbs\":%.2f,\"reads\":{", l->threads, l->best_read);
+    for (int i = 0; i < N_READ_WAYS; i++)
+        fprintf(f, "%s\"%s\":%.2f", i ? "," : "", read_ways[i].name, l->read[i]);
+    fprintf(f, "},\"peaks\":[");
+    for (int i = 0, n = 0; i < N_PEAKS; i++)
+        if (l->peak[i] > 0)
+            fprintf(f, "%s{\"name\":\"%s\",\"gops\":%.1f,\"gops_one_thread\":%.1f}",
+                    n++ ? "," : "", peaks[i].name, l->peak[i], l->peak_1[i]);
+    fprintf(f, "]}");
+}
+
+static void write_result(FILE *f, const struct result *r)
+{
+    fprintf(f, "\n{\"work\":\"%s %d\",\"threads\":%d,\"median\":%.3f,\"low\":%.3f,\"high\":%.3f,"
+               "\"%s\":%.2f", r->kind, r->n, r->threads, r->speed.median, r->speed.low,
+            r->speed.high, *r->kind == 'd' ? "gbs" : "gflops", r->done);
+    if (r->limit > 0)
+        fprintf(f, ",\"percent_of_limit\":%.1f", 100 * r->speed.median / r->limit);
+    fprintf(f, "}");
+}
+
+/* A string in JSON's quotes. */
+static void write_string(FILE *f, const char *s)
+{
+    fputc('"', f);
+    for (; *s; s++)
+        if (*s == '"' || *s == '\\')
+            fprintf(f, "\\%c", *s);
+        else if ((unsigned char)*s >= ' ')
+            fputc(*s, f);
+    fputc('"', f);
+}
+
+static void write_json(const struct report *report)
+{
+    const struct options *o = report->o;
+    FILE *f = fopen(o->json, "w");
+    if (!f)
+        die("cannot write the JSON file");
+    fprintf(f, "{\"cpu\":");
+    write_string(f, cpu_name());
+    fprintf(f, ",\"model\":");
+    write_string(f, o->shape ? o->shape : o->model);
+    fprintf(f, ",\"row\":\"%s\",\"weight_bytes\":%zu,\"batch\":%d,\"cache\":\"%s\","
+               "\"huge_pages\":%s,\"runs\":%d,\"peak_resident_gib\":%.3f,\n\"limits\":[",
+            report->m->isa->name, weight_bytes(report->m), report->batch,
+            report->half ? "f16" : "f32", o->read ? "true" : "false", o->runs, peak_resident());
+    for (int i = 0; i < report->n_limits && !o->no_limits; i++)
+        fprintf(f, "%s", i ? ",\n" : ""), write_limits(f, &report->limits[i]);
+    fprintf(f, "],\n\"results\":[");
+    for (int i = 0; i < report->n_results; i++)
+        fprintf(f, "%s", i ? "," : ""), write_result(f, &report->results[i]);
+    fprintf(f, "]}\n");
+    if (fclose(f))
+        die("cannot write the JSON file");
+}
+
+/* ---- the command line ---- */
+
+static const struct option {
+    const char *name;
+    enum { TEXT, FLAG, NUMBER, LIST } kind;
+    size_t at;
+    int low, high;
+} option_table[] = {
+    {"--shape", TEXT, offsetof(struct options, shape), 0, 0},
+    {"--type", TEXT, offsetof(struct options, type), 0, 0},
+    {"--head", TEXT, offsetof(struct options, head), 0, 0},
+    {"--json", TEXT, offsetof(struct options, json), 0, 0},
+    {"--kv", TEXT, offsetof(struct options, kv), 0, 0},
+    {"--threads", LIST, offsetof(struct options, threads), 1, 1024},
+    {"--prefill", LIST, offsetof(struct options, prefill), 1, MAX_IDS},
+    {"--decode", LIST, offsetof(struct options, decode), 0, 1 << 30},
+    {"--batch", NUMBER, offsetof(struct options, batch), 1, 4096},
+    {"--runs", NUMBER, offsetof(struct options, runs), 1, MAX_RUNS},
+    {"--quick", FLAG, offsetof(struct options, quick), 0, 0},
+    {"--read", FLAG, offsetof(struct options, read), 0, 0},
+    {"--no-limits", FLAG, offsetof(struct options, no_limits), 0, 0},
+};
+
+static void usage(const char *what, const char *which)
+{
+    fprintf(stderr, "bench: %s%s\n"
+            "usage: bench MODEL | --shape 2b|9b|27b [--type TYPE] [--head TYPE]\n"
+            "       [--threads N,N] [--prefill N,N|none] [--decode N,N|none] [--quick]\n"
+            "       [--batch N] [--kv auto|f32|f16] [--runs N] [--read] [--no-limits]\n"
+            "       [--json FILE]\n", which, what);
+    exit(2);
+}
+
+/* One number from *text, which moves past it. */
+static int read_number(const struct option *option, const char **text)
+{
+    char *end;
+    errno = 0;
+    long v = strtol(*text, &end, 10);
+    if (end == *text || **text == ' ' || errno || v < option->low || v > option->high)
+        usage(": not a number that it takes", option->name);
+    *text = end;
+    return (int)v;
+}
+
+static void set_option(struct options *o, const struct option *option, const char *text)
+{
+    void *at = (char *)o + option->at;
+    if (option->kind == TEXT) {
+        *(const char **)at = text;
+        return;
+    }
+    struct list list = {0, {0}};
+    int more = option->kind == NUMBER || strcmp(text, "none") != 0;
+    while (more) {
+        if (list.n == MAX_LIST)
+            usage(" takes at most 16 numbers", option->name);
+        list.v[list.n++] = read_number(option, &text);
+        more = *text == ',' && option->kind == LIST;
+        if (*text && !more)
+            usage(": not a number that it takes", option->name);
+        text += more;
+    }
+    if (option->kind == NUMBER)
+        *(int *)at = list.v[0];
+    else
+        *(struct list *)at = list;
 }
 
 static void parse(int argc, char **argv, struct options *o)
 {
     for (int i = 1; i < argc; i++) {
-        const char *a = argv[i], *v = i + 1 < argc ? argv[i + 1] : NULL;
-        int takes = !strcmp(a, "--shape") || !strcmp(a, "--type") || !strcmp(a, "--head") ||
-                    !strcmp(a, "--json") || !strcmp(a, "--threads") || !strcmp(a, "--runs");
-        if (takes && !v)
-            die("an option lacks its value");
-        if (!strcmp(a, "--shape")) o->shape = v;
-        else if (!strcmp(a, "--type")) o->type = v;
-        else if (!strcmp(a, "--head")) o->head = v;
-        else if (!strcmp(a, "--json")) o->json = v;
-        else if (!strcmp(a, "--threads")) o->threads = atoi(v);
-        else if (!strcmp(a, "--runs")) o->runs = atoi(v);
-        else if (!strcmp(a, "--quick")) o->quick = 1;
-        else if (!strcmp(a, "--read")) o->read = 1;
-        else o->model = a;
-        i += takes;
+        const struct option *option = option_table;
+        const struct option *end = option + sizeof option_table / sizeof *option_table;
+        while (option < end && strcmp(argv[i], option->name))
+            option++;
+        if (option == end && argv[i][0] == '-')
+            usage(": no such option", argv[i]);
+        else if (option == end && o->model)
+            usage(": a second model", argv[i]);
+        else if (option == end)
+            o->model = argv[i];
+        else if (option->kind == FLAG)
+            *(int *)((char *)o + option->at) = 1;
+        else if (i + 1 == argc)
+            usage(" lacks its value", option->name);
+        else
+            set_option(o, option, argv[++i]);
     }
-    if (o->runs < 1 || o->runs > 64 || (!o->model && !o->shape))
-        die("usage: bench MODEL | --shape 2b|9b|27b [--type T] [--head T] [--threads N] "
-            "[--runs 1..64] [--quick] [--read] [--json FILE]");
+    if (!o->model == !o->shape)
+        usage("one model or --shape is needed", "");
+    if (strcmp(o->kv, "auto") && strcmp(o->kv, "f32") && strcmp(o->kv, "f16"))
+        usage(" is auto, f32 or f16", "--kv");
+    if (!o->threads.n)
+        o->threads = (struct list){1, {0}};
+    if (o->quick)
+        o->prefill = (struct list){1, {512}}, o->decode = (struct list){2, {0, 4096}};
 }
 
 int main(int argc, char **argv)
 {
-    struct options o = {.type = "q8", .runs = 5};
+    static struct options o = {.type = "q8", .kv = "auto", .runs = 5,
+                               .prefill = {4, {32, 512, 2048, 8000}},
+                               .decode = {3, {0, 4096, 8000}}};
+    static struct report report;
     char err[256];
     parse(argc, argv, &o);
     gemma2_open_params params;
@@ -377,29 +842,17 @@ int main(int argc, char **argv)
     gemma2_model *m = o.shape ? make_shape(&o) : gemma2_open(o.model, &params, err, sizeof err);
     if (!m)
         die(err);
-    gemma2_session_params sp;
-    gemma2_session_params_init(&sp);
-    sp.n_threads = o.threads;
-    gemma2_session *s = gemma2_session_new(m, &sp, err, sizeof err);
-    if (!s)
-        die(err);
-    double bandwidth = read_bandwidth(m, s->n_threads, 4);
-    FILE *json = o.json ? fopen(o.json, "w") : NULL;
-    printf("%s, %s row, %d threads, weights %.2f GB, read bandwidth %.1f GB/s%s\n",
-           o.shape ? o.shape : o.model, m->isa->name, s->n_threads, (double)weight_bytes(m) / 1e9,
-           bandwidth, o.read ? " (huge pages)" : "");
-    if (json)
-        fprintf(json, "{\"row\":\"%s\",\"threads\":%d,\"weight_bytes\":%zu,\"read_gbs\":%.2f,"
-                      "\"results\":[", m->isa->name, s->n_threads, weight_bytes(m), bandwidth);
-    for (size_t i = 0, done = 0; i < sizeof works / sizeof *works; i++)
-        if ((!o.quick || works[i].quick) && works[i].depth + works[i].n <= s->n_context)
-            run_work(s, &works[i], &o, bandwidth, json, !done++);
-    struct rusage usage;
-    getrusage(RUSAGE_SELF, &usage);
-    printf("peak resident  %8.2f GiB\n", (double)usage.ru_maxrss / (1 << 20));
-    if (json)
-        fprintf(json, "],\"peak_rss_kib\":%ld}\n", usage.ru_maxrss), fclose(json);
-    gemma2_session_free(s);
+    report.o = &o, report.m = m;
+    printf("%s, %s row\n%s, weights %.2f GB%s\n", cpu_name(), m->isa->name,
+           o.shape ? o.shape : o.model, (double)weight_bytes(m) / 1e9,
+           o.read ? ", huge pages" : "");
+    for (int i = 0; i < o.threads.n; i++)
+        run_threads(&report, o.threads.v[i]);
+    print_scaling(&report);
+    printf("batch %d, %s cache, peak resident memory %.2f GiB\n", report.batch,
+           report.half ? "f16" : "f32", peak_resident());
+    if (o.json)
+        write_json(&report);
     gemma2_close(m);
     return 0;
 }

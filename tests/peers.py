@@ -1,20 +1,40 @@
 #!/usr/bin/env python3
-"""The same work through gemma2.c and llama.cpp, side by side.
+"""The same work through gemma2.c and other engines, side by side.
 
     python3 tests/peers.py gguf CHECKPOINT OUT.gguf [--type q8_0|q4_0|bf16]
-    python3 tests/peers.py compare MODEL.bin PEER.gguf [--runs 3] [--threads 2]
-                                   [--llama-bench PROGRAM]
+    python3 tests/peers.py compare MODEL.bin --peer NAME=PROGRAM:GGUF[:ARGUMENTS] ...
+                                   [--works WORK,WORK] [--long] [--runs 3] [--threads 2]
+                                   [--json FILE] [--under COMMAND]
 
 `gguf` writes a Hugging Face directory as GGUF (pip install gguf; q4_0 is requantised by
-llama.cpp itself).  `compare` alternates short runs of build/bench and of the peer, so that a
-machine whose speed drifts treats both alike, and prints medians and the median of the
-ratios.  The peer is llama-cpp-python (pip, best built with CC=clang and
-CMAKE_ARGS=-DGGML_NATIVE=ON) or a llama-bench program, of llama.cpp or a fork, that you name.
+llama.cpp itself, other formats by its llama-quantize from bf16).
+
+`compare` sets build/bench and run beside any number of peers.  PROGRAM is a llama-bench, of
+llama.cpp or of ik_llama.cpp (best built natively with clang), or the word llama-cpp-python
+for that library; ARGUMENTS go to llama-bench as they are:
+
+    --peer ik=ik/build/bin/llama-bench:2b-iq4_ks.gguf:'-fa 1 -rtr 1'
+    --peer lib=llama-cpp-python:2b-q4_0.gguf
+
+The works, of which --works selects some by name and --long adds those of 8000 tokens:
+
+    prefill 512, 2048, 8000      tokens a second of a prompt of that length, one call
+    decode at 0, 4096, 8000      tokens a second of 16 tokens after so many others
+    first token                  seconds from starting a process to the first token after a
+                                 prompt of 20, the file in the page cache
+    memory                       GiB that the process of "prefill 512" held at its peak
+
+Each number comes from a process of its own.  For every work all engines take turns, --runs
+times, so that a machine whose speed drifts treats all alike.  The table shows medians, and
+beside the best peer of each work the median ratio to it of the runs made in the same turn:
+above 1, gemma2.c is ahead.  --under puts a command before each process, as in
+--under 'taskset -c 0,1'.
 """
 import argparse
 import ctypes
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -63,7 +83,8 @@ def add_tokenizer(writer, model_file):
     import sentencepiece
     sp = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
     ids = range(sp.vocab_size())
-    kind = lambda i: 3 if sp.is_control(i) else 2 if sp.is_unknown(i) else 6 if sp.is_byte(i) else 1
+    kind = lambda i: (3 if sp.is_control(i) else 2 if sp.is_unknown(i) else
+                      6 if sp.is_byte(i) else 1)
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
     writer.add_token_list([sp.id_to_piece(i).encode() for i in ids])
@@ -86,12 +107,14 @@ def add_tensors(writer, checkpoint, kind):
                 if x.ndim == 1:  # GGUF stores 1 + w
                     writer.add_tensor(gguf_name(name), x + 1)
                 else:
-                    writer.add_tensor(gguf_name(name), gguf.quants.quantize(x, kind), raw_dtype=kind)
+                    writer.add_tensor(gguf_name(name), gguf.quants.quantize(x, kind),
+                                      raw_dtype=kind)
 
 
 def make_gguf(args):
     import gguf
-    base = gguf.GGMLQuantizationType.BF16 if args.type == "bf16" else gguf.GGMLQuantizationType.Q8_0
+    types = gguf.GGMLQuantizationType
+    base = types.BF16 if args.type == "bf16" else types.Q8_0
     out = args.out if args.type != "q4_0" else args.out + ".q8_0"
     writer = gguf.GGUFWriter(out, "gemma2")
     add_config(writer, json.loads((args.checkpoint / "config.json").read_text()))
@@ -111,93 +134,240 @@ def make_gguf(args):
 
 # ---- compare --------------------------------------------------------------------------
 
-WORKS = ("prefill 512", "decode at 0")
+DECODED = 16
+WORKS = ("prefill 512", "prefill 2048", "decode at 0", "decode at 4096", "first token", "memory")
+LONG = ("prefill 8000", "decode at 8000")
+LESS_IS_BETTER = ("first token", "memory")
+PROMPT = "Far out in the ocean, where the water is as blue as the prettiest cornflower, it"
 
 
-def run_ours(args):
-    with tempfile.NamedTemporaryFile(suffix=".json") as out:
-        subprocess.run([ROOT / "build/bench", args.model, "--quick", "--runs", "1", "--threads",
-                        str(args.threads), "--json", out.name], check=True, stdout=subprocess.DEVNULL)
-        results = json.load(open(out.name))["results"]
-    return {r["work"]: r["median"] for r in results}
+def run_process(args, command):
+    """Its standard output, seconds from start to end, peak resident memory in GiB."""
+    start = time.perf_counter()
+    child = subprocess.Popen([*shlex.split(args.under), *map(str, command)],
+                             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    out = child.stdout.read()
+    _, status, usage = os.wait4(child.pid, 0)
+    seconds = time.perf_counter() - start
+    child.returncode = os.waitstatus_to_exitcode(status)
+    if child.returncode:
+        sys.exit(f"exit code {child.returncode}: {shlex.join(map(str, command))}")
+    return out, seconds, usage.ru_maxrss / 2**20
 
 
-def run_llama_bench(args):
-    out = subprocess.run([args.llama_bench, "-m", args.peer, "-p", "512", "-n", "16", "-r", "1", "-t",
-                          str(args.threads), "-o", "json", *args.bench_args.split()],
-                         check=True, capture_output=True, text=True).stdout
-    rows = json.loads(out)
-    return {"prefill 512": next(r["avg_ts"] for r in rows if r["n_prompt"]),
-            "decode at 0": next(r["avg_ts"] for r in rows if r["n_gen"])}
+class Ours:
+    """build/bench, and run for the first token."""
+
+    name = "gemma2.c"
+
+    def __init__(self, args):
+        self.args, self.model = args, args.model
+
+    def speed(self, kind, n):
+        with tempfile.NamedTemporaryFile(suffix=".json") as out:
+            _, _, memory = run_process(self.args, [
+                ROOT / "build/bench", self.model, "--no-limits", "--runs", 1,
+                "--threads", self.args.threads, "--json", out.name,
+                "--prefill", n if kind == "prefill" else "none",
+                "--decode", n if kind == "decode" else "none"])
+            results = json.load(out)["results"]
+        if not results:
+            sys.exit(f"{self.model}: its context is too short for {kind} {n}")
+        return results[0]["median"], memory
+
+    def first_token(self):
+        return run_process(self.args, [ROOT / "run", self.model, "-q", "-n", 1, "-t", 0, "-j",
+                                       self.args.threads, PROMPT])[1]
+
+
+class LlamaBench:
+    """llama-bench.  Depth is -d N in llama.cpp, -gp N,16 in ik_llama.cpp; a prompt of 32
+    before the one that counts touches the weights, as build/bench does."""
+
+    def __init__(self, args, name, program, model, more):
+        self.args, self.name = args, name
+        self.command = [program, "-m", model, "-t", args.threads, "-r", 1, "-o", "json",
+                        *shlex.split(more)]
+        try:
+            usage = subprocess.run([program, "--help"], capture_output=True, text=True).stdout
+        except OSError as e:
+            sys.exit(f"{program}: {e.strerror}")
+        self.has_depth = "--n-depth" in usage
+        self.unwarmed = ["--no-warmup"] if "--no-warmup" in usage else ["-w", 0]
+
+    def rows(self, *options):
+        out, seconds, memory = run_process(self.args, [*self.command, *options])
+        return json.loads(out), seconds, memory
+
+    def speed(self, kind, n):
+        if kind == "prefill":
+            rows, _, memory = self.rows("-p", f"32,{n}", "-n", 0, *self.unwarmed)
+        elif self.has_depth:
+            rows, _, memory = self.rows("-p", 0, "-n", DECODED, "-d", n)
+        elif n:
+            rows, _, memory = self.rows("-p", 0, "-n", 0, "-gp", f"{n},{DECODED}")
+        else:
+            rows, _, memory = self.rows("-p", 0, "-n", DECODED)
+        return rows[-1]["avg_ts"], memory
+
+    def first_token(self):
+        return self.rows("-p", 20, "-n", 0, *self.unwarmed)[1]
 
 
 class LlamaCpp:
-    """llama-cpp-python's low-level interface, the model loaded once."""
+    """llama-cpp-python's low-level interface, in a process of its own: library_work."""
 
-    def __init__(self, args):
-        import llama_cpp as lib
-        self.lib, self.n = lib, 512
-        self.quiet = lib.llama_log_callback(lambda *_: None)
-        lib.llama_log_set(self.quiet, ctypes.c_void_p(0))
-        lib.llama_backend_init()
-        model = lib.llama_model_load_from_file(args.peer.encode(), lib.llama_model_default_params())
-        params = lib.llama_context_default_params()
-        params.n_ctx, params.n_batch, params.n_ubatch = 1024, 512, 512
-        params.n_threads = params.n_threads_batch = args.threads
-        self.context = lib.llama_init_from_model(model, params)
-        self.ids = (lib.llama_token * self.n)(*[2] + [i * 7919 % 256000 for i in range(1, self.n)])
-        self.one = (lib.llama_token * 1)(651)
+    def __init__(self, args, name, model):
+        self.args, self.name, self.model = args, name, model
 
-    def seconds(self, ids, n):
+    def process(self, kind, n):
+        return run_process(self.args, [sys.executable, __file__, "library", self.model, kind, n,
+                                       self.args.threads])
+
+    def speed(self, kind, n):
+        out, _, memory = self.process(kind, n)
+        return float(out.split()[-1]), memory
+
+    def first_token(self):
+        return self.process("first", 20)[1]
+
+
+def library_context(lib, args):
+    quiet = lib.llama_log_callback(lambda *_: None)
+    lib.llama_log_set(quiet, ctypes.c_void_p(0))
+    lib.llama_backend_init()
+    model = lib.llama_model_load_from_file(args.model.encode(), lib.llama_model_default_params())
+    params = lib.llama_context_default_params()
+    params.n_ctx, params.n_batch, params.n_ubatch = args.n + 64, 512, 512
+    params.n_threads = params.n_threads_batch = args.threads
+    return lib.llama_init_from_model(model, params), quiet  # quiet must outlive the context
+
+
+def library_work(args):
+    """Prints tokens a second of one work."""
+    import llama_cpp as lib
+    context, _quiet = library_context(lib, args)
+
+    def seconds(n):
         start = time.perf_counter()
-        self.lib.llama_decode(self.context, self.lib.llama_batch_get_one(ids, n))
-        self.lib.llama_get_logits_ith(self.context, -1)
+        for at in range(0, n, 512):
+            part = [(at + i) * 7919 % 256000 for i in range(min(512, n - at))]
+            ids = (lib.llama_token * len(part))(*part)
+            lib.llama_decode(context, lib.llama_batch_get_one(ids, len(part)))
+        lib.llama_get_logits_ith(context, -1)
         return time.perf_counter() - start
 
-    def run(self):
-        lib = self.lib
-        lib.llama_memory_clear(lib.llama_get_memory(self.context), True)
-        prefill = self.n / self.seconds(self.ids, self.n)
-        lib.llama_memory_clear(lib.llama_get_memory(self.context), True)
-        decode = statistics.median(self.seconds(self.one, 1) for _ in range(17))
-        return {"prefill 512": prefill, "decode at 0": 1 / decode}
+    if args.kind == "first":
+        seconds(args.n)
+    elif args.kind == "prefill":
+        seconds(32)
+        lib.llama_memory_clear(lib.llama_get_memory(context), True)
+        print(args.n / seconds(args.n))
+    else:
+        seconds(max(args.n, 1))
+        print(1 / statistics.median(seconds(1) for _ in range(DECODED)))
+
+
+def make_peer(args, text):
+    name, _, rest = text.partition("=")
+    program, _, rest = rest.partition(":")
+    model, _, more = rest.partition(":")
+    if not model:
+        sys.exit(f"--peer is NAME=PROGRAM:GGUF[:ARGUMENTS], not {text}")
+    if program == "llama-cpp-python":
+        return LlamaCpp(args, name, model)
+    return LlamaBench(args, name, program, model, more)
+
+
+def measure(engine, work):
+    if work == "first token":
+        return engine.first_token()
+    if work == "memory":
+        return engine.speed("prefill", 512)[1]
+    return engine.speed(work.split()[0], int(work.split()[-1]))[0]
+
+
+def take_turns(args, engines, work):
+    """{name: [a value a run]}; one more run before them warms the page cache."""
+    if work == "first token":
+        for engine in engines:
+            measure(engine, work)
+    values = {engine.name: [] for engine in engines}
+    for _ in range(1 if work == "memory" else args.runs):
+        for engine in engines:
+            values[engine.name].append(measure(engine, work))
+    return values
+
+
+def best_peer(work, values):
+    """Its name and the median ratio of gemma2.c to it."""
+    ours = values[Ours.name]
+    choose, sign = (min, -1) if work in LESS_IS_BETTER else (max, 1)
+    name = choose((n for n in values if n != Ours.name),
+                  key=lambda n: statistics.median(values[n]))
+    return name, statistics.median((x / y) ** sign for x, y in zip(ours, values[name]))
+
+
+def selected_works(args):
+    known = WORKS + LONG
+    if args.works:
+        works = [w.strip() for w in args.works.split(",")]
+        for w in works:
+            if w not in known:
+                sys.exit(f"no work is named {w}; there are: {', '.join(known)}")
+        return works
+    return [*WORKS, *(LONG if args.long else ())]
 
 
 def compare(args):
-    if args.llama_bench:
-        peer = lambda: run_llama_bench(args)
-    else:
-        library = LlamaCpp(args)
-        peer = library.run
-    peer()  # warm the page cache and the peer's own tables
-    ours, theirs = [], []
-    for _ in range(args.runs):
-        ours.append(run_ours(args))
-        theirs.append(peer())
-    print(f"{'':14}{'gemma2.c':>12}{'peer':>12}{'ratio':>8}   {args.threads} threads, "
-          f"medians of {args.runs} alternating runs")
-    for work in WORKS:
-        a, b = [r[work] for r in ours], [r[work] for r in theirs]
-        ratio = statistics.median(x / y for x, y in zip(a, b))
-        print(f"{work:14}{statistics.median(a):12.2f}{statistics.median(b):12.2f}{ratio:8.2f}")
+    works = selected_works(args)
+    engines = [Ours(args), *(make_peer(args, text) for text in args.peer)]
+    if len({e.name for e in engines}) != len(engines):
+        sys.exit("the names of the peers must differ, from each other and from gemma2.c")
+    print(f"{args.threads} threads, medians of {args.runs} alternating runs")
+    print(f"{'':16}" + "".join(f"{e.name:>14}" for e in engines) + "   ratio to the best peer")
+    results = {}
+    for work in works:
+        values = take_turns(args, engines, work)
+        medians = "".join(f"{statistics.median(v):14.2f}" for v in values.values())
+        name, ratio = best_peer(work, values)
+        results[work] = {"values": values, "best_peer": name, "ratio": ratio}
+        print(f"{work:16}{medians}   {ratio:.2f}  {name}", flush=True)
+    if args.json:
+        with open(args.json, "w") as f:
+            json.dump({"model": args.model, "peers": args.peer, "threads": args.threads,
+                       "works": results}, f, indent=1)
+
+
+def add_compare(commands):
+    p = commands.add_parser("compare")
+    p.add_argument("model")
+    p.add_argument("--peer", action="append", required=True, metavar="NAME=PROGRAM:GGUF[:ARGS]")
+    p.add_argument("--works", metavar="WORK,WORK")
+    p.add_argument("--long", action="store_true", help="also with 8000 tokens")
+    p.add_argument("--runs", type=int, default=3)
+    p.add_argument("--threads", type=int, default=os.cpu_count())
+    p.add_argument("--json", metavar="FILE")
+    p.add_argument("--under", default="", metavar="COMMAND", help="put before each process")
+    p.set_defaults(run=compare)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawTextHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="gguf|compare")
     p = commands.add_parser("gguf")
     p.add_argument("checkpoint", type=Path)
     p.add_argument("out")
     p.add_argument("--type", default="q8_0", choices=("q8_0", "q4_0", "bf16"))
     p.set_defaults(run=make_gguf)
-    p = commands.add_parser("compare")
+    add_compare(commands)
+    p = commands.add_parser("library")
     p.add_argument("model")
-    p.add_argument("peer")
-    p.add_argument("--runs", type=int, default=3)
-    p.add_argument("--threads", type=int, default=os.cpu_count())
-    p.add_argument("--llama-bench", metavar="PROGRAM")
-    p.add_argument("--bench-args", default="", help="further arguments of llama-bench, as one string")
-    p.set_defaults(run=compare)
+    p.add_argument("kind", choices=("prefill", "decode", "first"))
+    p.add_argument("n", type=int)
+    p.add_argument("threads", type=int)
+    p.set_defaults(run=library_work)
     args = parser.parse_args()
     args.run(args)
 

@@ -212,6 +212,11 @@ refuses "1201*1024" "prompt above the context" 2 "$STORY" --ids "2 $(awk 'BEGIN 
 refuses "5 tokens*4" "prompt above -C" 2 "$STORY" -C 4 "$P"
 run "cuts and cache" 0 "$STORY" -q -n 5 -k 0 -P 1 --min-p 0.05 --kv f32 --window 8 --ignore-eos -C 64 "$P"
 run "chat" 0 "$STORY" -c -q -n 0 --echo "Hello";     out_is "Hello\n\n"
+run "exact" 0 "$STORY" -q --exact --logits 20 "$P"; keep exact
+GEMMA2_ISA=scalar "$RUN" "$STORY" -q --logits 20 "$P" >"$TMP/out" 2>"$TMP/err"
+same "$TMP/out" "$TMP/exact" "--exact differs from the scalar kernels"
+run "in memory" 0 "$STORY" -q --exact --in-memory --logits 20 "$P"
+same "$TMP/out" "$TMP/exact" "--in-memory changes results"
 printf 'Hello' >"$TMP/in"; run "chat from standard input" 0 "$STORY" -c -q -n 5
 
 # What comes before the earliest stop string, wherever tokens end.

@@ -1709,7 +1709,8 @@ static double matrix_attention_error(const struct matrix_kernels *m, int n, int 
         for (int d = 0; d < h; d++) {
             double sum = before[j][d], size = fabs(sum);
             for (int i = first; i < n_valid; i++) {
-                double x = s[j][i - first] * half_value(((uint16_t *)value[i / 16])[i % 16 * h + d]);
+                uint16_t v = ((uint16_t *)value[i / 16])[i % 16 * h + d];
+                double x = s[j][i - first] * half_value(v);
                 sum += x, size += fabs(x);
             }
             double error = fabs(o[j][d] - sum) / (size * matrix_epsilon(m, BF16));

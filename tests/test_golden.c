@@ -27,7 +27,7 @@ enum { EMULATED = 0 };
 
 /* ---- Checks and files --------------------------------------------------------------- */
 
-static int n_passed, n_failed, verbose;
+static int n_passed, n_failed, verbose, tale = 1;
 static const char *golden_dir = "tests/golden";
 
 static void check(int ok, const char *format, ...)
@@ -728,6 +728,8 @@ int main(int argc, char **argv)
     for (int i = 1; i < argc; i++)
         if (!strcmp(argv[i], "-v"))
             verbose = 1;
+        else if (!strcmp(argv[i], "--no-tale"))
+            tale = 0;
         else
             golden_dir = argv[i];
     for (size_t i = 0; i < sizeof MODELS / sizeof *MODELS && !EMULATED; i++)
@@ -736,7 +738,8 @@ int main(int argc, char **argv)
         test_tokens("tokenizer.bin");
         test_story("tests/demo/story-q8.bin");
     }
-    test_tale("tests/demo/story-q8.bin");
+    if (tale)
+        test_tale("tests/demo/story-q8.bin");
     printf("%d passed, %d failed\n", n_passed, n_failed);
     return n_failed != 0;
 }

@@ -327,54 +327,92 @@ static double read_bandwidth(const gemma2_model *m, int threads, const struct re
 
 /* ---- what prefill could do: product instructions on registers ---- */
 
-#ifdef HAVE_X86
+enum { PEAK_SUMS = 12, PEAK_RUNS = 4 };
 
-/* n steps, each adding a product to every one of 16 sums, so that none waits for another.
- * The empty assembly keeps the operands from being known to the compiler. */
-#define PEAK_LOOP(name, features, vector, step)                                           \
-    __attribute__((target(features))) static void name(size_t n)                          \
+#if defined(HAVE_X86) || defined(HAVE_NEON)
+
+#ifdef HAVE_X86
+#define PEAK_REGISTER "+x"
+#define PEAK_TARGET(features) __attribute__((target(features)))
+#else
+#define PEAK_REGISTER "+w"
+#define PEAK_TARGET(features)
+#endif
+
+/* n steps, each adding a product of a and b to every one of 12 sums, so that none waits for
+ * another.  The empty assembly keeps the compiler from knowing the operands. */
+#define PEAK_LOOP(name, features, sums, operands, step)                                   \
+    PEAK_TARGET(features) static void name(size_t n)                                      \
     {                                                                                     \
-        vector sum[PEAK_SUMS], a, b;                                                      \
+        sums sum[PEAK_SUMS];                                                              \
+        operands a, b;                                                                    \
         memset(&a, 1, sizeof a), memset(&b, 1, sizeof b);                                 \
         UNROLL for (int i = 0; i < PEAK_SUMS; i++)                                        \
-            sum[i] = (vector){0};                                                         \
+            sum[i] = (sums){0};                                                           \
         for (; n; n--)                                                                    \
             UNROLL for (int i = 0; i < PEAK_SUMS; i++)                                    \
             {                                                                             \
-                __asm__("" : "+x"(a), "+x"(b));                                           \
+                __asm__("" : PEAK_REGISTER(a), PEAK_REGISTER(b));                         \
                 sum[i] = step;                                                            \
             }                                                                             \
         UNROLL for (int i = 0; i < PEAK_SUMS; i++)                                        \
-            __asm__ volatile("" : : "x"(sum[i]));                                         \
+            __asm__ volatile("" : PEAK_REGISTER(sum[i]));                                 \
     }
-enum { PEAK_SUMS = 12 };
+#endif
 
-PEAK_LOOP(peak_vpdpbusd_512, "avx512f,avx512vnni", __m512i, _mm512_dpbusd_epi32(sum[i], a, b))
-PEAK_LOOP(peak_vdpbf16ps_512, "avx512f,avx512bf16", __m512,
-          _mm512_dpbf16_ps(sum[i], (__m512bh)a, (__m512bh)b))
-PEAK_LOOP(peak_fma_512, "avx512f", __m512, _mm512_fmadd_ps(a, b, sum[i]))
-PEAK_LOOP(peak_fma_256, "avx2,fma", __m256, _mm256_fmadd_ps(a, b, sum[i]))
-PEAK_LOOP(peak_maddubs_256, "avx2", __m256i,
+#ifdef HAVE_X86
+PEAK_LOOP(peak_vpdpbusd_512, "avx512f,avx512vnni", __m512i, __m512i,
+          _mm512_dpbusd_epi32(sum[i], a, b))
+PEAK_LOOP(peak_fma_512, "avx512f", __m512, __m512, _mm512_fmadd_ps(a, b, sum[i]))
+PEAK_LOOP(peak_fma_256, "avx2,fma", __m256, __m256, _mm256_fmadd_ps(a, b, sum[i]))
+PEAK_LOOP(peak_maddubs_256, "avx2", __m256i, __m256i,
           _mm256_add_epi32(sum[i], _mm256_madd_epi16(_mm256_maddubs_epi16(a, b), b)))
+#endif
 #ifdef HAVE_AVXVNNI
-PEAK_LOOP(peak_vpdpbusd_256, "avx2,avxvnni", __m256i, _mm256_dpbusd_avx_epi32(sum[i], a, b))
+PEAK_LOOP(peak_vpdpbusd_256, "avx2,avxvnni", __m256i, __m256i,
+          _mm256_dpbusd_avx_epi32(sum[i], a, b))
+#endif
+#ifdef HAVE_AVX512BF16
+PEAK_LOOP(peak_vdpbf16ps_512, "avx512f,avx512bf16", __m512, __m512i,
+          _mm512_dpbf16_ps(sum[i], (__m512bh)a, (__m512bh)b))
+#endif
+#ifdef HAVE_NEON
+PEAK_LOOP(peak_fmla, "", float32x4_t, float32x4_t, vfmaq_f32(sum[i], a, b))
+PEAK_LOOP(peak_smlal, "", int16x8_t, int8x16_t,
+          vmlal_s8(sum[i], vget_low_s8(a), vget_low_s8(b)))
+PEAK_LOOP(peak_sdot, "", int32x4_t, int8x16_t, sdot(sum[i], a, b, 0))
+PEAK_LOOP(peak_smmla, "", int32x4_t, int8x16_t, smmla(sum[i], a, b))
 #endif
 
-static int has_fma(void)
+#ifdef HAVE_AMX
+static int has_tiles(void) { return has_amx() && may_use_tiles(); }
+
+static void peak_tdpbf16ps(size_t n)
 {
-    unsigned a, b, c, d;
-    return has_avx2() && __get_cpuid(1, &a, &b, &c, &d) && c >> 12 & 1;
+    config_amx(TILE);
+    tile_zero(0);
+    tile_zero(1);
+    tile_zero(2);
+    tile_zero(3);
+    tile_zero(4);
+    tile_zero(5);
+    tile_zero(6);
+    tile_zero(7);
+    for (; n; n--)
+        UNROLL for (int i = 0; i < PEAK_SUMS; i += 4)
+        {
+            tile_dot_bf16(0, 4, 6);
+            tile_dot_bf16(1, 4, 7);
+            tile_dot_bf16(2, 5, 6);
+            tile_dot_bf16(3, 5, 7);
+        }
+    tile_release();
 }
-
-static int has_avx512_bf16(void) { return has_avx512() && has_leaf7('a', 1u << 5); }
-
-#else
-enum { PEAK_SUMS = 1 };
 #endif
 
-/* What a row can multiply with.  A row that has no entry gets no limit for prefill. */
+/* What rows can multiply with.  A row that is not here gets no limit for prefill. */
 struct peak {
-    const char *row, *name;
+    const char *rows, *name;
     enum { INTEGERS = 1, FLOATS = 2, BF16S = 4 } kinds; /* of weights that it can serve */
     int (*available)(void);
     int ops; /* of one instruction, or group of them; a product and a sum are two */
@@ -382,34 +420,66 @@ struct peak {
 };
 
 static const struct peak peaks[] = {
+#ifdef HAVE_AMX
+    {"amx", "tdpbf16ps", INTEGERS | BF16S, has_tiles, 16384, peak_tdpbf16ps},
+#endif
+#ifdef HAVE_AVX512BF16
+    {"avx512bf16", "vdpbf16ps", BF16S, has_avx512bf16, 64, peak_vdpbf16ps_512},
+#endif
 #ifdef HAVE_X86
-    {"avx512", "vpdpbusd", INTEGERS, has_avx512, 128, peak_vpdpbusd_512},
-    {"avx512", "FMA", FLOATS | BF16S, has_avx512, 32, peak_fma_512},
-    {"avx512", "vdpbf16ps", BF16S, has_avx512_bf16, 64, peak_vdpbf16ps_512},
+    {"amx avx512bf16 avx512", "vpdpbusd", INTEGERS, has_avx512, 128, peak_vpdpbusd_512},
+    {"amx avx512bf16 avx512", "FMA", FLOATS | BF16S, has_avx512, 32, peak_fma_512},
+    {"avxvnni avx2", "FMA", FLOATS | BF16S, has_avx2, 16, peak_fma_256},
+    {"avx2", "maddubs+madd+add", INTEGERS, has_avx2, 64, peak_maddubs_256},
+#endif
 #ifdef HAVE_AVXVNNI
     {"avxvnni", "vpdpbusd", INTEGERS, has_avxvnni, 64, peak_vpdpbusd_256},
 #endif
-    {"avxvnni", "FMA", FLOATS | BF16S, has_fma, 16, peak_fma_256},
-    {"avx2", "maddubs+madd+add", INTEGERS, has_avx2, 64, peak_maddubs_256},
-    {"avx2", "FMA", FLOATS | BF16S, has_fma, 16, peak_fma_256},
+#ifdef HAVE_NEON
+    {"i8mm", "smmla", INTEGERS, has_i8mm, 64, peak_smmla},
+    {"dotprod", "sdot", INTEGERS, has_dotprod, 32, peak_sdot},
+    {"neon", "smlal", INTEGERS, always, 16, peak_smlal},
+    {"i8mm dotprod neon", "fmla", FLOATS | BF16S, always, 8, peak_fmla},
 #endif
     {"", "", 0, NULL, 0, NULL},
 };
-enum { N_PEAKS = sizeof peaks / sizeof *peaks - 1, PEAK_STEPS = 1 << 24, PEAK_RUNS = 4 };
+enum { N_PEAKS = sizeof peaks / sizeof *peaks - 1 };
+
+static int is_of_row(const struct peak *k, const char *row)
+{
+    size_t n = strlen(row);
+    for (const char *p = k->rows; (p = strstr(p, row)) != NULL; p += n)
+        if ((p == k->rows || p[-1] == ' ') && (p[n] == ' ' || !p[n]))
+            return 1;
+    return 0;
+}
+
+struct peak_job {
+    const struct peak *peak;
+    size_t steps;
+};
 
 static void peak_task(void *context, size_t i)
 {
+    struct peak_job *job = context;
     (void)i;
-    ((const struct peak *)context)->loop(PEAK_STEPS);
+    job->peak->loop(job->steps);
 }
 
-/* Operations a second of all threads, in units of 1e9; the best of a few runs. */
+/* Operations a second of all threads, in units of 1e9; the best of a few runs, each long
+ * enough for the threads to wake up and find a core. */
 static double measure_peak(const struct peak *k, int threads)
 {
-    double best = 0;
+    struct peak_job job = {k, 1 << 12};
+    double best = 0, seconds = 0;
+    for (; seconds < 0.02; job.steps *= 2) {
+        double start = now();
+        k->loop(job.steps);
+        seconds = now() - start;
+    }
     for (int i = 0; i < PEAK_RUNS; i++) {
-        double start = now(), ops = (double)k->ops * PEAK_SUMS * PEAK_STEPS * threads;
-        share(threads, (size_t)threads, SIZE_MAX, peak_task, (void *)(uintptr_t)k);
+        double start = now(), ops = (double)k->ops * PEAK_SUMS * (double)job.steps * threads;
+        share(threads, (size_t)threads, SIZE_MAX, peak_task, &job);
         double speed = ops / (now() - start) / 1e9;
         best = speed > best ? speed : best;
     }
@@ -431,7 +501,7 @@ static void measure_limits(const gemma2_model *m, struct limits *l)
         l->best_read = l->read[i] > l->best_read ? l->read[i] : l->best_read;
     }
     for (int i = 0; i < N_PEAKS; i++)
-        if (!strcmp(peaks[i].row, m->isa->name) && peaks[i].available()) {
+        if (is_of_row(&peaks[i], m->isa->name) && peaks[i].available()) {
             l->peak_1[i] = measure_peak(&peaks[i], 1);
             l->peak[i] = l->threads == 1 ? l->peak_1[i] : measure_peak(&peaks[i], l->threads);
         }

@@ -616,10 +616,12 @@ def build_engine(folder):
 
 
 class Model:
-    def __init__(self, engine, path):
+    def __init__(self, engine, path, exact=False):
+        """exact: prefill in the exact class, so that it returns the bits of eval."""
         self.lib = engine.lib
         err = C.create_string_buffer(512)
-        self.handle = self.lib.gemma2_open(os.fsencode(path), None, err, 512)
+        params = (C.c_uint32 * 3)(12, 0, exact)  # gemma2_open_params
+        self.handle = self.lib.gemma2_open(os.fsencode(path), C.addressof(params), err, 512)
         if not self.handle:
             raise EngineError(err.value.decode())
         self.config = self.lib.gemma2_get_config(self.handle).contents

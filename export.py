@@ -23,6 +23,7 @@ import contextlib
 import errno
 import fnmatch
 import hashlib
+import importlib
 import json
 import lzma
 import math
@@ -453,18 +454,110 @@ def is_norm(name):
 # =====================================================================================
 # 4. Checkpoints
 #
-# A reader of a format is a class with
-#   suits(path)      whether path looks like this format
-#   files            paths of all it reads, so that the output never overwrites them
-#   directory        where tokenizer and chat template lie
-#   source           one line for the file's facts
-#   model            a Model with everything but V
-#   names            set of canonical names present ("head" only where it is a real one)
-#   shape(name)      (rows, cols); a norm is (D, 1)
-#   rows(name, start, stop)  f32 [stop - start, cols], norms as trained (x is scaled by 1 + w)
-# It crosses to the worker processes by pickling, so it holds paths and offsets but no
-# open files.
+# A reader of a format is a class derived from Checkpoint, with a static suits(path) that
+# says whether path looks like this format.  Its tensors have
+#   shape              (rows, cols); a norm is (D, 1)
+#   rows(start, stop)  f32 [stop - start, cols], norms as trained (x is scaled by 1 + w)
+# Both cross to the worker processes by pickling, so they hold paths and offsets but no
+# open files and no closures.
 # =====================================================================================
+
+
+class Checkpoint:
+    """What a conversion needs to know of its input."""
+    directory = ""   # where tokenizer and chat template lie
+    files = ()       # paths of all that is read, so that the output never overwrites them
+    source = ""      # one line for the file's facts
+    model = None     # a Model with everything but V
+    tensors = {}     # canonical name to tensor ("head" only where there is one)
+
+    def name(self):
+        """The directory's name; in Hugging Face's cache, the repository's."""
+        path = os.path.abspath(self.directory)
+        cached = re.search(r"models--(.+?)--(.+?)[/\\]snapshots[/\\]", path)
+        return "/".join(cached.groups()) if cached else os.path.basename(path)
+
+    def tokenizer(self):
+        """(path, Tokenizer) that the checkpoint itself brings, (None, None) for none."""
+        return tokenizer_of_directory(self.directory)
+
+    def chat_template(self):
+        return chat_template(self.directory)
+
+
+handles = {}  # open files of this process, by process and path
+
+
+def read_at(path, offset, size):
+    """Bytes of a file as a writable array of u8; fails where there are not as many."""
+    f = handles.get((os.getpid(), path))
+    if f is None:
+        f = handles[os.getpid(), path] = open(path, "rb", buffering=0)
+    f.seek(offset)
+    raw = np.empty(size, np.uint8)
+    view, got = memoryview(raw), 0
+    while got < size:
+        n = f.readinto(view[got:])
+        if not n:
+            raise ExportError("%s became shorter while it was read: is it still being fetched?"
+                              % path)
+        got += n
+    return raw
+
+
+class Slice:
+    """Rows start .. stop of another tensor, as in fused projections."""
+
+    def __init__(self, tensor, start, stop):
+        self.tensor, self.start = tensor, start
+        self.shape = stop - start, tensor.shape[1]
+
+    def rows(self, start, stop):
+        return self.tensor.rows(self.start + start, self.start + stop)
+
+
+class Whole:
+    """A tensor whose layout must be read as one: a subclass has shape, key (unlike any
+    other's) and load() to an array [rows, cols] and what makes its values f32.  Each
+    process keeps the last one it loaded, as tasks come tensor by tensor."""
+    kept = None, None, None
+
+    def rows(self, start, stop):
+        if Whole.kept[0] != self.key:
+            Whole.kept = None, None, None  # not two at once
+            Whole.kept = self.key, *self.load()
+        _, array, to_f32 = Whole.kept
+        return to_f32(np.ascontiguousarray(array[start:stop]))
+
+
+def library(name, package, what):
+    """Imports a library that only some formats need."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise ExportError("%s needs %s: python3 -m pip install %s" % (what, package, package)
+                          ) from None
+
+
+def model_of_shapes(L, D, N, K, H, F):
+    """The Model of a format that stores no facts: what all released ones have in common.
+    27B alone scales queries by D / N instead of H."""
+    model = Model()
+    model.L, model.D, model.N, model.K, model.H, model.F = L, D, N, K, H, F
+    model.window, model.context, model.eps, model.rope_theta = 4096, 8192, 1e-6, 10000.0
+    model.attn_softcap, model.final_softcap = 50.0, 30.0
+    model.local = tuple(i % 2 == 0 for i in range(L))
+    scalar = D // N if (D, N, H) == (4608, 32, 128) else H
+    model.query_scale = float(np.float32(scalar ** -0.5))
+    model.embedding_scale = embedding_scale(D)
+    return model
+
+
+def embedding_scale(D):
+    """sqrt(D) rounded to bf16, as the models were trained (9B: 59.75, not 59.87)."""
+    root = np.array([math.sqrt(D)], np.float32)
+    return float(bf16_value(bf16_bits(root))[0])
+
 
 # ---- config.json ----------------------------------------------------------------------
 
@@ -542,8 +635,7 @@ def model_of_config(config):
     model.local = local_layers(config, model.L)
     model.window = sliding_window(config, model)
     model.query_scale = query_scale(config, model)
-    root = np.array([math.sqrt(model.D)], np.float32)
-    model.embedding_scale = float(bf16_value(bf16_bits(root))[0])  # 9B: 59.75, not 59.87
+    model.embedding_scale = embedding_scale(model.D)
     model.stop_ids = id_list(config, "eos_token_id")
     model.tied = config.doc.get("tie_word_embeddings")
     if model.tied not in (None, True, False):
@@ -645,7 +737,24 @@ FLOATS = {
 WIDTHS = {"F64": 8, "I64": 8, "U64": 8, "C64": 8, "F32": 4, "I32": 4, "U32": 4, "BF16": 2, "F16": 2,
           "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1}
 
-Stored = collections.namedtuple("Stored", "path dtype shape offset")  # one tensor in a file
+
+class Stored:
+    """One tensor of a plain type, row by row in a file; more than two axes count as rows."""
+
+    def __init__(self, path, dtype, dims, offset):
+        self.path, self.dtype, self.dims, self.offset = path, dtype, dims, offset
+
+    @property
+    def shape(self):
+        if len(self.dims) < 2:
+            return math.prod(self.dims), 1
+        return math.prod(self.dims[:-1]), self.dims[-1]
+
+    def rows(self, start, stop):
+        cols = self.shape[1]
+        width, (numpy_type, to_f32) = WIDTHS[self.dtype], FLOATS[self.dtype]
+        raw = read_at(self.path, self.offset + start * cols * width, (stop - start) * cols * width)
+        return to_f32(raw.view(numpy_type)).reshape(stop - start, cols)
 
 
 def read_safetensors_header(path):
@@ -696,7 +805,7 @@ def check_layout(path, tensors, base, size):
         if t.offset != at:
             raise ExportError("%s: tensor %s %s: fetch the file again" % (
                 path, name, "overlaps another" if t.offset < at else "leaves a gap before it"))
-        at += math.prod(t.shape) * WIDTHS[t.dtype]
+        at += math.prod(t.dims) * WIDTHS[t.dtype]
     if at != size:
         raise ExportError("%s is %s: its header speaks of %d bytes and the file has %d: fetch it "
                           "again" % (path, "truncated" if at > size else "too long", at, size))
@@ -783,7 +892,7 @@ def canonical_name(hf_name):
                       "checkpoint?" % hf_name)
 
 
-class HuggingFace:
+class HuggingFace(Checkpoint):
     """A directory with config.json and safetensors files, or one such file in it."""
 
     @staticmethod
@@ -804,19 +913,13 @@ class HuggingFace:
         shards = safetensors_files(path)
         self.files = shards + [config.path]
         self.tensors = self.collect(shards)
-        self.names = set(self.tensors)
         self.source = "%s, Hugging Face safetensors" % self.name()
-        self.handles = {}
         stored_vocab = config.doc.get("vocab_size")
-        if "embedding" in self.tensors and stored_vocab not in (None, self.shape("embedding")[0]):
-            warn("config.json says vocab_size %s, the embedding has %d rows; the rows count"
-                 % (json.dumps(stored_vocab), self.shape("embedding")[0]))
-
-    def name(self):
-        """The directory's name; in Hugging Face's cache, the repository's."""
-        path = os.path.abspath(self.directory)
-        cached = re.search(r"models--(.+?)--(.+?)[/\\]snapshots[/\\]", path)
-        return "/".join(cached.groups()) if cached else os.path.basename(path)
+        if "embedding" in self.tensors:
+            rows = self.tensors["embedding"].shape[0]
+            if stored_vocab not in (None, rows):
+                warn("config.json says vocab_size %s, the embedding has %d rows; the rows count"
+                     % (json.dumps(stored_vocab), rows))
 
     def add_generation_config(self):
         path = os.path.join(self.directory, "generation_config.json")
@@ -840,31 +943,6 @@ class HuggingFace:
                                       "F32, BF16 or F16" % (path, hf_name, stored.dtype))
                 tensors[name], origin[name] = stored, hf_name
         return tensors
-
-    def shape(self, name):
-        shape = self.tensors[name].shape
-        return shape + (1,) if len(shape) == 1 else shape
-
-    def rows(self, name, start, stop):
-        stored = self.tensors[name]
-        cols = self.shape(name)[1]
-        width, (numpy_type, to_f32) = WIDTHS[stored.dtype], FLOATS[stored.dtype]
-        raw = np.empty((stop - start) * cols * width, np.uint8)
-        f = self.handles.get(stored.path)
-        if f is None:
-            f = self.handles[stored.path] = open(stored.path, "rb", buffering=0)
-        f.seek(stored.offset + start * cols * width)
-        view, got = memoryview(raw), 0
-        while got < len(raw):
-            n = f.readinto(view[got:])
-            if not n:
-                raise ExportError("%s became shorter while it was read: is it still being "
-                                  "fetched?" % stored.path)
-            got += n
-        return to_f32(raw.view(numpy_type)).reshape(stop - start, cols)
-
-    def __getstate__(self):
-        return dict(self.__dict__, handles={})
 
 
 READERS = [HuggingFace]  # the first that suits a path reads it
@@ -896,40 +974,40 @@ def open_checkpoint(path):
 def check_shapes(reader):
     """Sets V from the embedding; refuses missing, surplus and wrongly shaped tensors."""
     model = reader.model
-    if "embedding" not in reader.names:
+    if "embedding" not in reader.tensors:
         raise ExportError("the checkpoint lacks the embedding (model.embed_tokens.weight): fetch "
                           "all of its files")
-    model.V = reader.shape("embedding")[0]
+    model.V = reader.tensors["embedding"].shape[0]
     if not 1 <= model.V < 1 << 22:
         raise ExportError("the embedding has %d rows; 1 to %d can be" % (model.V, (1 << 22) - 1))
     table = tensor_table(model)
-    missing = [n for n in table if n not in reader.names and n != "head"]
+    missing = [n for n in table if n not in reader.tensors and n != "head"]
     if missing:
         raise ExportError("the checkpoint lacks %d tensors, the first is %s: fetch all of its files"
                           % (len(missing), missing[0]))
-    for name in sorted(reader.names):
+    for name, tensor in sorted(reader.tensors.items()):
         if name not in table:
             raise ExportError("the checkpoint holds %s, but config.json says %d layers: the two do "
                               "not belong together" % (name, model.L))
-        if reader.shape(name) != table[name][2:]:
+        if tensor.shape != table[name][2:]:
             raise ExportError("%s has shape %s where config.json makes it %s: the two do not "
-                              "belong together" % (name, list(reader.shape(name)),
+                              "belong together" % (name, list(tensor.shape),
                                                    list(table[name][2:])))
 
 
 def settle_head(reader):
-    """Drops a head that repeats the embedding; a head of its own stays in reader.names."""
-    tied = reader.model.tied
-    if "head" not in reader.names:
+    """Drops a head that repeats the embedding; a head of its own stays."""
+    tied, tensors = reader.model.tied, reader.tensors
+    if "head" not in tensors:
         if tied is False:
             raise ExportError("config.json says tie_word_embeddings is false, but there is no "
                               "lm_head.weight: fetch all files, or set it to true if the head is "
                               "the embedding")
         return
-    same = all(np.array_equal(reader.rows("embedding", i, j), reader.rows("head", i, j))
+    same = all(np.array_equal(tensors["embedding"].rows(i, j), tensors["head"].rows(i, j))
                for i, j in row_blocks(reader.model.V, reader.model.D))
     if same or tied:
-        reader.names.discard("head")
+        del tensors["head"]
         if not same:
             warn("lm_head.weight differs from the embedding, but config.json ties the two; it is "
                  "dropped, as transformers does (set tie_word_embeddings to false to keep it)")
@@ -1261,13 +1339,13 @@ def tokenizer_of_directory(directory):
     return path, tokenizer
 
 
-def find_tokenizer(given, directory, n_vocab):
+def find_tokenizer(given, reader, n_vocab):
     """The tokenizer of --tokenizer, else of the checkpoint, else Gemma 2's own."""
     if given:
         path, tokenizer = (tokenizer_of_directory(given) if os.path.isdir(given)
                            else (given, tokenizer_of_file(given)))
     else:
-        path, tokenizer = tokenizer_of_directory(directory)
+        path, tokenizer = reader.tokenizer()
     if tokenizer is None and not given and n_vocab in (256000, 256128):
         path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tokenizer.bin")
         if os.path.isfile(path):
@@ -1275,7 +1353,7 @@ def find_tokenizer(given, directory, n_vocab):
             warn("the checkpoint brings no tokenizer; Gemma 2's own (tokenizer.bin) is used")
     if tokenizer is None:
         raise ExportError("%s holds no tokenizer.model or tokenizer.json: fetch one, or give it "
-                          "with --tokenizer FILE" % (given or directory))
+                          "with --tokenizer FILE" % (given or reader.directory))
     return path, tokenizer
 
 
@@ -1511,7 +1589,7 @@ def choose_type(name, tied, options):
 
 def plan_tensors(reader, options):
     """(Section, name in the reader) of every tensor to write, in order of use."""
-    tied = "head" not in reader.names
+    tied = "head" not in reader.tensors
     second_head = tied and any(pattern == "head" for pattern, _ in options.tensor)
     plan = []
     for name, (role, layer, rows, cols) in tensor_table(reader.model).items():
@@ -1553,7 +1631,7 @@ def pack_rows(task, reader=None):
     reader = reader or worker_reader
     packed, power, error = [], 0.0, 0.0
     for i, j in row_blocks(stop - start, cols):
-        w = reader.rows(name, start + i, start + j)
+        w = reader.tensors[name].rows(start + i, start + j)
         check_values(name, type_name, w, start + i)
         data, lost = TYPES[type_name].pack(w)
         packed.append(data)
@@ -1694,18 +1772,18 @@ def convert(options):
     check_shapes(reader)
     settle_head(reader)
     model = reader.model
-    tokenizer_path, tokenizer = find_tokenizer(options.tokenizer, reader.directory, model.V)
+    tokenizer_path, tokenizer = find_tokenizer(options.tokenizer, reader, model.V)
     finish_tokenizer(tokenizer, model.V, tokenizer_path)
     model.stop_ids = stop_ids(model, tokenizer)
     plan = plan_tensors(reader, options)
     facts = gather_facts(options, reader.name(), reader.source, model.V >= 256000,
-                         chat_template(reader.directory), options_text(options))
+                         reader.chat_template(), options_text(options))
     sections = [bytes_section("facts", FACTS, facts_section(facts)),
                 bytes_section("tokenizer", TOKENIZER, tokenizer_section(tokenizer))]
     sections += [s for s, _ in plan]
     tiny = sum(s.size for s, _ in plan) < 1 << 20
     align = options.align or (64 if tiny else 4096)
-    with Container(options.output, sections, align, reader.files + [tokenizer_path]) as out:
+    with Container(options.output, sections, align, [*reader.files, tokenizer_path]) as out:
         for section in sections[:2]:
             out.write_section([section.data])
         errors = write_tensors(out, reader, plan, options)

@@ -151,6 +151,15 @@ static uint64_t get_u64(const uint8_t *p)
     return get_u32(p) | (uint64_t)get_u32(p + 4) << 32;
 }
 
+static void set_u16(uint8_t *p, uint32_t x) { p[0] = (uint8_t)x, p[1] = (uint8_t)(x >> 8); }
+static void set_u32(uint8_t *p, uint32_t x) { set_u16(p, x), set_u16(p + 2, x >> 16); }
+
+static void set_u64(uint8_t *p, uint64_t x)
+{
+    set_u32(p, (uint32_t)x);
+    set_u32(p + 4, (uint32_t)(x >> 32));
+}
+
 INLINE float float_of(uint32_t bits)
 {
     float x;
@@ -186,10 +195,15 @@ static int is_zero(const uint8_t *p, size_t n)
 static size_t round_up(size_t n, size_t step) { return (n + step - 1) / step * step; }
 
 /* Copies a caller's parameters over the defaults in to; the caller's struct may be of an
- * older version (shorter) or a newer one (longer).  Returns 0 for no plausible size. */
+ * older version (shorter) or a newer one (longer, asking for nothing that is new).
+ * Returns 0 for no plausible size, or for a request that this version does not know.  Not
+ * inlined, or gcc warns of tails that callers' structs do not have. */
+__attribute__((noinline))
 static int copy_params(void *to, size_t size, const void *from, uint32_t struct_size)
 {
     if (struct_size < 8 || struct_size > 4096)
+        return 0;
+    if (struct_size > size && !is_zero((const uint8_t *)from + size, struct_size - size))
         return 0;
     memcpy(to, from, struct_size < size ? struct_size : size);
     return 1;
@@ -1599,8 +1613,10 @@ struct gemma2_session {
     int32_t n_context, n_batch, n_threads, window;
     int half;      /* cache type: 1 f16, 0 f32 */
     int32_t width; /* H' */
-    int32_t position, high; /* tokens held; most tokens held since position 0 */
-    int32_t pending;        /* rows of the pass being set up */
+    int32_t position;      /* tokens held */
+    int32_t ring, oldest;  /* slots of a local layer; the first position they still hold */
+    int32_t pending;       /* rows of the pass being set up */
+    _Atomic int cancelled; /* see gemma2_cancel */
     int32_t *ids;           /* [n_context] */
     struct layer_cache *cache; /* [L] */
     /* scratch for a pass of n_batch rows */
@@ -1705,6 +1721,8 @@ static size_t place_cache(gemma2_session *s, struct arena *a)
         if (c->is_local[l] && (int64_t)s->window + s->n_batch < slots)
             slots = (int64_t)s->window + s->n_batch;
         layer.slots = (int32_t)round_up((size_t)slots, TILE);
+        if (c->is_local[l])
+            s->ring = layer.slots;
         size_t a_slot = (size_t)c->n_kv_heads * (s->half ? 2 : 4);
         layer.keys = take(a, (size_t)layer.slots, a_slot * (size_t)c->head_dim);
         layer.values = take(a, (size_t)layer.slots, a_slot * (size_t)s->width);
@@ -1756,6 +1774,7 @@ static int read_session_params(gemma2_session *s, const gemma2_model *m,
     s->window = p.window ? p.window : c->window;
     s->half = p.cache_type ? p.cache_type == GEMMA2_CACHE_F16 : !all_weights_f32(m);
     s->width = (int32_t)round_up((size_t)c->head_dim, TILE);
+    s->ring = INT32_MAX; /* no layer is local */
     if (!c->n_layers || s->n_context < 1 || s->n_context > 1 << 30 || s->n_batch < 1 ||
         s->n_batch > 4096 || s->n_threads < 1 || s->n_threads > 1024 || s->window < 1 ||
         s->window > c->window || p.cache_type < 0 || p.cache_type > GEMMA2_CACHE_F16)
@@ -2501,16 +2520,28 @@ static void feed_forward(struct pass *p)
     GEMMA2_TRACE("residual", p->layer, s->x, p->n, d, d);
 }
 
+/* GEMMA2_ERR_CANCELLED once the owner of any row asked for that. */
+static int ask_rows(const struct pass *p)
+{
+    for (size_t t = 0; t < p->n; t++)
+        if (p->lead->rows[t].session->cancelled)
+            return GEMMA2_ERR_CANCELLED;
+    return GEMMA2_OK;
+}
+
 /* The residual stream of all rows, from embedding to last layer, in lead->x. */
-static void forward(struct pass *p)
+static int forward(struct pass *p)
 {
     share_rows(p, embed_task);
     GEMMA2_TRACE("embedding", 0, p->lead->x, p->n, (size_t)p->model->config.d_model,
                  (size_t)p->model->config.d_model);
     for (p->layer = 0; p->layer < p->model->config.n_layers; p->layer++) {
+        if (ask_rows(p) < 0)
+            return GEMMA2_ERR_CANCELLED;
         attention(p);
         feed_forward(p);
     }
+    return ask_rows(p);
 }
 
 /* ---- the output head ---- */
@@ -2585,7 +2616,7 @@ static void score_block_task(void *context, size_t t)
     log_sum_add(sum, x, job->n, m->isa->exp_sum);
 }
 
-static void score_rows(struct pass *p, const int32_t *targets, float *logprobs)
+static int score_rows(struct pass *p, const int32_t *targets, float *logprobs)
 {
     gemma2_session *s = p->lead;
     const struct matrix *w = &p->model->head;
@@ -2596,6 +2627,8 @@ static void score_rows(struct pass *p, const int32_t *targets, float *logprobs)
     for (size_t t = 0; t < p->n; t++)
         s->sums[t] = (struct log_sum){-INFINITY, 0, 0};
     for (; score.first < w->rows; score.first += HEAD_BLOCK) {
+        if (ask_rows(p) < 0)
+            return GEMMA2_ERR_CANCELLED;
         score.n = w->rows - score.first < HEAD_BLOCK ? w->rows - score.first : HEAD_BLOCK;
         job.first_tile = (uint32_t)(score.first / TILE);
         job.n_tiles = (score.n + TILE - 1) / TILE;
@@ -2604,6 +2637,176 @@ static void score_rows(struct pass *p, const int32_t *targets, float *logprobs)
     }
     for (size_t t = 0; t < p->n; t++)
         logprobs[t] = log_sum_end(&s->sums[t]);
+    return GEMMA2_OK;
+}
+
+/* ---- sessions that move: to another one, to bytes and back ----
+ * A saved session says what was computed, not how it lay in memory.  Little-endian:
+ *      0   u8[8] magic 89 47 45 4D 53 45 53 0A "\x89GEMSES\n"
+ *      8   u32   version, 1              32  u32   n, tokens held
+ *     12   u32   header bytes, 128       36  u32   first position of local layers, f
+ *     16   u64   bytes in all            40  u32   cache type, GEMMA2_CACHE_*
+ *     24   u64   zero                    44  u32   window
+ *     48   u8[16] zero
+ *     64   u8[32] identity of the model
+ *     96   u8[32] SHA-256 of the bytes before this and of those after it
+ *    128   u32[n] ids; then for each layer keys [K][n - first][H] and values, the same, in
+ *          f32 or f16, first being f in local layers, 0 in global ones */
+enum { SAVED_BYTES = 128, SAVED_DIGEST_AT = 96 };
+static const uint8_t saved_magic[8] = {0x89, 'G', 'E', 'M', 'S', 'E', 'S', '\n'};
+
+/* One key or value in the cache. */
+struct place {
+    int layer, values, head;
+    int32_t position;
+};
+static const struct place before_first = {0, 0, -1, INT32_MAX - 1};
+
+/* Steps through the places of a saved session in its order; returns 0 at their end. */
+static int next_place(const gemma2_session *s, struct place *at)
+{
+    const gemma2_config *c = &s->model->config;
+    at->position++;
+    while (at->position >= s->position) {
+        if (++at->head == c->n_kv_heads)
+            at->head = 0, at->values++;
+        if (at->values == 2)
+            at->values = 0, at->layer++;
+        if (at->layer == c->n_layers)
+            return 0;
+        at->position = c->is_local[at->layer] ? s->oldest : 0;
+    }
+    return 1;
+}
+
+/* Where number i of a place is, with number i + 1 *step bytes behind it. */
+static uint8_t *slot_of(const gemma2_session *s, const struct place *at, size_t *step)
+{
+    const struct layer_cache *c = &s->cache[at->layer];
+    size_t slot = (size_t)(at->position % c->slots), number = s->half ? 2 : 4;
+    size_t h = (size_t)s->model->config.head_dim;
+    uint8_t *base = (at->values ? c->values : c->keys) +
+                    (size_t)at->head * head_bytes(s, c, at->values);
+    *step = at->values ? number : TILE * number;
+    return base + (at->values ? slot * (size_t)s->width * number
+                              : (slot / TILE * h * TILE + slot % TILE) * number);
+}
+
+static size_t place_bytes_saved(const gemma2_session *s)
+{
+    return (size_t)s->model->config.head_dim * (s->half ? 2 : 4);
+}
+
+static void save_place(const gemma2_session *s, const struct place *at, uint8_t *to)
+{
+    size_t step, n = (size_t)s->model->config.head_dim;
+    const uint8_t *from = slot_of(s, at, &step);
+    for (size_t i = 0; i < n; i++, from += step)
+        if (s->half)
+            set_u16(to + 2 * i, *(const uint16_t *)from);
+        else
+            set_u32(to + 4 * i, bits_of(*(const float *)from));
+}
+
+static void restore_place(const gemma2_session *s, const struct place *at, const uint8_t *from)
+{
+    size_t step, n = (size_t)s->model->config.head_dim;
+    uint8_t *to = slot_of(s, at, &step);
+    for (size_t i = 0; i < n; i++, to += step)
+        if (s->half)
+            *(uint16_t *)to = (uint16_t)(from[2 * i] | from[2 * i + 1] << 8);
+        else
+            *(float *)to = get_f32(from + 4 * i);
+}
+
+/* Bytes of a saved session of n tokens; at most what the cache of such a session takes. */
+static uint64_t saved_bytes(const gemma2_session *s, int32_t n, int32_t first)
+{
+    const gemma2_config *c = &s->model->config;
+    uint64_t bytes = SAVED_BYTES + 4 * (uint64_t)n, a_slot = 2 * place_bytes_saved(s);
+    for (int l = 0; l < c->n_layers; l++)
+        bytes += (uint64_t)(n - (c->is_local[l] ? first : 0)) * (uint64_t)c->n_kv_heads * a_slot;
+    return bytes;
+}
+
+static void saved_digest(const uint8_t *p, size_t size, uint8_t digest[32])
+{
+    struct sha256 s;
+    sha256_init(&s);
+    sha256_add(&s, p, SAVED_DIGEST_AT);
+    sha256_add(&s, p + SAVED_BYTES, size - SAVED_BYTES);
+    sha256_end(&s, digest);
+}
+
+static void save_session(const gemma2_session *s, uint8_t *p, size_t size)
+{
+    uint8_t *to = p + SAVED_BYTES;
+    memset(p, 0, SAVED_BYTES);
+    memcpy(p, saved_magic, sizeof saved_magic);
+    set_u32(p + 8, 1), set_u32(p + 12, SAVED_BYTES);
+    set_u64(p + 16, size);
+    set_u32(p + 32, (uint32_t)s->position), set_u32(p + 36, (uint32_t)s->oldest);
+    set_u32(p + 40, s->half ? GEMMA2_CACHE_F16 : GEMMA2_CACHE_F32);
+    set_u32(p + 44, (uint32_t)s->window);
+    memcpy(p + 64, s->model->config.identity, 32);
+    for (int32_t i = 0; i < s->position; i++, to += 4)
+        set_u32(to, (uint32_t)s->ids[i]);
+    for (struct place at = before_first; next_place(s, &at); to += place_bytes_saved(s))
+        save_place(s, &at, to);
+    saved_digest(p, size, p + SAVED_DIGEST_AT);
+}
+
+/* Whether the bytes are a saved session, of this model and these parameters, that fits. */
+static int check_saved(const gemma2_session *s, const uint8_t *p, size_t size)
+{
+    uint8_t digest[32];
+    if (size < SAVED_BYTES || memcmp(p, saved_magic, sizeof saved_magic))
+        return GEMMA2_ERR_CORRUPT;
+    if (get_u32(p + 8) != 1)
+        return GEMMA2_ERR_MISMATCH;
+    saved_digest(p, size, digest);
+    if (get_u32(p + 12) != SAVED_BYTES || get_u64(p + 16) != size || !is_zero(p + 24, 8) ||
+        !is_zero(p + 48, 16) || memcmp(digest, p + SAVED_DIGEST_AT, 32))
+        return GEMMA2_ERR_CORRUPT;
+    if (memcmp(p + 64, s->model->config.identity, 32) || get_u32(p + 44) != (uint32_t)s->window ||
+        get_u32(p + 40) != (s->half ? GEMMA2_CACHE_F16 : GEMMA2_CACHE_F32))
+        return GEMMA2_ERR_MISMATCH;
+    uint32_t n = get_u32(p + 32), first = get_u32(p + 36);
+    if (n > (uint32_t)s->n_context)
+        return GEMMA2_ERR_CONTEXT;
+    /* the next token sees from n - window + 1 on */
+    if (first > (uint32_t)max_i32(0, (int32_t)n - s->window + 1) ||
+        size != saved_bytes(s, (int32_t)n, (int32_t)first))
+        return GEMMA2_ERR_CORRUPT;
+    for (uint32_t i = 0; i < n; i++)
+        if (get_u32(p + SAVED_BYTES + 4 * (size_t)i) >= (uint32_t)s->model->config.n_vocab)
+            return GEMMA2_ERR_CORRUPT;
+    return GEMMA2_OK;
+}
+
+/* A ring too small for all positions ends up with the last ones: places ascend. */
+static void restore_session(gemma2_session *s, const uint8_t *p)
+{
+    const uint8_t *from = p + SAVED_BYTES;
+    s->position = (int32_t)get_u32(p + 32);
+    s->oldest = (int32_t)get_u32(p + 36);
+    for (int32_t i = 0; i < s->position; i++, from += 4)
+        s->ids[i] = (int32_t)get_u32(from);
+    for (struct place at = before_first; next_place(s, &at); from += place_bytes_saved(s))
+        restore_place(s, &at, from);
+    s->oldest = max_i32(s->oldest, s->position - s->ring);
+}
+
+static void copy_session(gemma2_session *to, const gemma2_session *from)
+{
+    uint8_t numbers[MAX_HEAD_DIM * 4];
+    to->position = from->position;
+    memcpy(to->ids, from->ids, (size_t)from->position * sizeof *to->ids);
+    for (struct place at = before_first; next_place(from, &at);) {
+        save_place(from, &at, numbers);
+        restore_place(to, &at, numbers);
+    }
+    to->oldest = max_i32(from->oldest, to->position - to->ring);
 }
 
 /* ===================================================================================
@@ -3271,9 +3474,11 @@ static int32_t draw(gemma2_sampler *p, struct candidate *heap, size_t n)
     return heap[n - n_kept].id; /* rounding: the last */
 }
 
-static int sampler_is_sound(const gemma2_sampler *p)
+static int sampler_is_sound(const gemma2_sampler *given)
 {
-    return p->struct_size >= offsetof(gemma2_sampler, rng) + sizeof p->rng &&
+    gemma2_sampler copy, *p = &copy;
+    return given->struct_size >= offsetof(gemma2_sampler, rng) + sizeof p->rng &&
+           copy_params(p, sizeof *p, given, given->struct_size) &&
            p->temperature >= 0 && p->temperature <= 1e6f && p->top_k >= 0 &&
            p->top_p > 0 && p->top_p <= 1 && p->min_p >= 0 && p->min_p <= 1 &&
            p->penalty_last >= 0 && p->repetition_penalty > 0 &&
@@ -3307,6 +3512,7 @@ static int32_t sample(gemma2_session *s, gemma2_sampler *p, const float *logits)
  * =================================================================================== */
 
 const char *gemma2_version(void) { return GEMMA2_VERSION_STRING; }
+int gemma2_version_number(void) { return GEMMA2_VERSION_NUMBER; }
 
 const char *gemma2_error_string(int code)
 {
@@ -3315,7 +3521,8 @@ const char *gemma2_error_string(int code)
         "the context has no room for that many tokens", "a token id is outside the vocabulary",
         "the sliding window no longer holds that position; evaluate the tokens again",
         "the model gave logits that are not finite; its weights are damaged",
-        "the buffer is too small", "the model file is corrupted"};
+        "the buffer is too small", "the file is damaged; copy or make it again", "cancelled",
+        "the saved session is of another model, window, cache type or version"};
     return code <= 0 && code > -(int)(sizeof text / sizeof *text) ? text[-code] : "unknown error";
 }
 
@@ -3323,6 +3530,8 @@ const char *gemma2_error_string(int code)
 
 void gemma2_open_params_init(gemma2_open_params *params)
 {
+    if (!params)
+        return;
     memset(params, 0, sizeof *params);
     params->struct_size = sizeof *params;
 }
@@ -3436,11 +3645,11 @@ void gemma2_close(gemma2_model *m)
     free(m);
 }
 
-const gemma2_config *gemma2_get_config(const gemma2_model *m) { return &m->config; }
+const gemma2_config *gemma2_get_config(const gemma2_model *m) { return m ? &m->config : NULL; }
 
 int gemma2_is_stop(const gemma2_model *m, int32_t id)
 {
-    for (int32_t i = 0; i < m->config.n_stop; i++)
+    for (int32_t i = 0; m && i < m->config.n_stop; i++)
         if (m->config.stop[i] == id)
             return 1;
     return 0;
@@ -3448,8 +3657,8 @@ int gemma2_is_stop(const gemma2_model *m, int32_t id)
 
 const char *gemma2_fact(const gemma2_model *m, const char *key, size_t *size)
 {
-    size_t at = 4, key_size = strlen(key);
-    uint32_t n = m->facts ? get_u32(m->facts) : 0;
+    size_t at = 4, key_size = key ? strlen(key) : 0;
+    uint32_t n = m && key && size && m->facts ? get_u32(m->facts) : 0;
     for (uint32_t i = 0; i < n; i++) {
         uint32_t key_bytes = get_u32(m->facts + at), value_bytes = get_u32(m->facts + at + 4);
         const uint8_t *found = m->facts + at + 8;
@@ -3459,13 +3668,14 @@ const char *gemma2_fact(const gemma2_model *m, const char *key, size_t *size)
         }
         at += 8 + (size_t)key_bytes + value_bytes;
     }
-    *size = 0;
+    if (size)
+        *size = 0;
     return NULL;
 }
 
 int gemma2_get_section(const gemma2_model *m, size_t i, gemma2_section *out)
 {
-    if (i >= m->n_sections)
+    if (!m || !out || i >= m->n_sections)
         return 0;
     struct entry e = get_entry(m->directory, i);
     const struct role *r = find_role(e.role);
@@ -3496,6 +3706,8 @@ static int values_are_finite(const struct gemma2_model *m, const struct entry *e
 int gemma2_check(const gemma2_model *m, size_t i, char *err_text, size_t err_size)
 {
     struct errbuf err = {err_text, err_size};
+    if (!m)
+        return GEMMA2_ERR_ARGUMENT;
     if (i >= m->n_sections)
         return 0;
     struct entry e = get_entry(m->directory, i);
@@ -3530,6 +3742,8 @@ int gemma2_check(const gemma2_model *m, size_t i, char *err_text, size_t err_siz
 
 void gemma2_session_params_init(gemma2_session_params *params)
 {
+    if (!params)
+        return;
     memset(params, 0, sizeof *params);
     params->struct_size = sizeof *params;
 }
@@ -3538,6 +3752,8 @@ int gemma2_session_plan(const gemma2_model *m, const gemma2_session_params *para
                         gemma2_plan *plan)
 {
     gemma2_session s;
+    if (!m || !plan)
+        return GEMMA2_ERR_ARGUMENT;
     int status = read_session_params(&s, m, params);
     return status < 0 ? status : place_session(&s, NULL, plan);
 }
@@ -3559,8 +3775,10 @@ gemma2_session *gemma2_session_place(const gemma2_model *m, const gemma2_session
     struct errbuf err = {err_text, err_size};
     gemma2_session s;
     gemma2_plan plan;
-    int status = read_session_params(&s, m, params);
-    if (!m->config.n_layers)
+    int status = m ? read_session_params(&s, m, params) : GEMMA2_ERR_ARGUMENT;
+    if (!m)
+        fail(&err, "there is no model to make a session of");
+    else if (!m->config.n_layers)
         fail(&err, "this file holds a tokenizer only, it cannot generate");
     else if (status < 0)
         fail(&err, "session parameters are out of range");
@@ -3609,13 +3827,13 @@ void gemma2_session_free(gemma2_session *s)
         free(s->owned);
 }
 
-int32_t gemma2_position(const gemma2_session *s) { return s->position; }
-int32_t gemma2_context(const gemma2_session *s) { return s->n_context; }
-const int32_t *gemma2_history(const gemma2_session *s) { return s->ids; }
+int32_t gemma2_position(const gemma2_session *s) { return s ? s->position : GEMMA2_ERR_ARGUMENT; }
+int32_t gemma2_context(const gemma2_session *s) { return s ? s->n_context : GEMMA2_ERR_ARGUMENT; }
+const int32_t *gemma2_history(const gemma2_session *s) { return s ? s->ids : NULL; }
 
 static int check_ids(const gemma2_session *s, const int32_t *ids, size_t n)
 {
-    if (!ids || !n)
+    if (!s || !ids || !n)
         return GEMMA2_ERR_ARGUMENT;
     if (n > (size_t)(s->n_context - s->position))
         return GEMMA2_ERR_CONTEXT;
@@ -3630,51 +3848,64 @@ static void add_row(gemma2_session *lead, size_t t, gemma2_session *s, int32_t i
 {
     struct row row = {s, logits, id, s->position++};
     s->ids[row.position] = id;
-    s->high = max_i32(s->high, s->position);
+    s->oldest = max_i32(s->oldest, s->position - s->ring);
     lead->rows[t] = row;
 }
 
-/* Evaluates ids of one session in passes of n_batch rows.  With logprobs, targets are the
- * ids that follow, and `next` for the last. */
-static void run_ids(gemma2_session *s, const int32_t *ids, size_t n,
-                    const struct matrix_kernels *matrix, float *logits, int32_t next,
-                    float *logprobs)
+/* Ends a pass.  Of one that was cancelled the sessions forget the rows; what these wrote to
+ * the rings lies outside all windows. */
+static int end_pass(const struct pass *p, size_t n_rows, int status)
+{
+    for (size_t t = 0; t < n_rows && status < 0; t++)
+        p->lead->rows[t].session->position--;
+    return status;
+}
+
+/* What follows ids[at], or `next` behind the last. */
+static int score_pass(struct pass *p, const int32_t *ids, size_t at, size_t n, int32_t next,
+                      float *logprobs)
+{
+    int32_t *targets = p->lead->targets;
+    for (size_t t = 0; t < p->n; t++)
+        targets[t] = at + t + 1 < n ? ids[at + t + 1] : next;
+    p->n -= targets[p->n - 1] < 0;
+    return score_rows(p, targets, logprobs + at);
+}
+
+/* Evaluates ids of one session in passes of n_batch rows, until one is cancelled.  With
+ * logprobs, targets are the ids that follow, and `next` for the last. */
+static int run_ids(gemma2_session *s, const int32_t *ids, size_t n,
+                   const struct matrix_kernels *matrix, float *logits, int32_t next,
+                   float *logprobs)
 {
     uint64_t env = float_env_enter();
-    for (size_t done = 0; done < n;) {
-        size_t rows = n - done < (size_t)s->n_batch ? n - done : (size_t)s->n_batch;
+    int status = GEMMA2_OK;
+    for (size_t done = 0, rows; done < n && status == GEMMA2_OK; done += rows) {
+        rows = n - done < (size_t)s->n_batch ? n - done : (size_t)s->n_batch;
         struct pass p = {s->model, s, rows, 0, matrix};
         for (size_t t = 0; t < rows; t++)
             add_row(s, t, s, ids[done + t], done + t + 1 == n ? logits : NULL);
-        forward(&p);
-        head(&p);
-        if (logprobs) {
-            int known = done + rows < n || next >= 0; /* the last row's target */
-            for (size_t t = 0; t + 1 < rows; t++)
-                s->targets[t] = ids[done + t + 1];
-            s->targets[rows - 1] = done + rows < n ? ids[done + rows] : next;
-            p.n = known ? rows : rows - 1;
-            score_rows(&p, s->targets, logprobs + done);
-        }
-        done += rows;
+        status = forward(&p);
+        if (status == GEMMA2_OK)
+            head(&p);
+        if (status == GEMMA2_OK && logprobs)
+            status = score_pass(&p, ids, done, n, next, logprobs);
+        status = end_pass(&p, rows, status);
     }
     float_env_leave(env);
+    return status;
 }
 
 int gemma2_prefill(gemma2_session *s, const int32_t *ids, size_t n, float *logits)
 {
     int status = check_ids(s, ids, n);
-    if (status == GEMMA2_OK)
-        run_ids(s, ids, n, s->model->matrix, logits, -1, NULL);
-    return status;
+    return status < 0 ? status : run_ids(s, ids, n, s->model->matrix, logits, -1, NULL);
 }
 
 int gemma2_eval(gemma2_session *s, const int32_t *ids, size_t n, float *logits)
 {
     int status = check_ids(s, ids, n);
-    if (status == GEMMA2_OK)
-        run_ids(s, ids, n, NULL, logits, -1, NULL);
-    return status;
+    return status < 0 ? status : run_ids(s, ids, n, NULL, logits, -1, NULL);
 }
 
 /* Every row fits: ids known, sessions of one model with room in context and ring. */
@@ -3709,10 +3940,11 @@ int gemma2_eval_rows(const gemma2_row *rows, size_t n)
     uint64_t env = float_env_enter();
     for (size_t t = 0; t < n; t++)
         add_row(lead, t, rows[t].session, rows[t].id, rows[t].logits);
-    forward(&p);
-    head(&p);
+    status = end_pass(&p, n, forward(&p));
+    if (status == GEMMA2_OK)
+        head(&p);
     float_env_leave(env);
-    return GEMMA2_OK;
+    return status;
 }
 
 int gemma2_score(gemma2_session *s, const int32_t *ids, size_t n, int32_t next, float *logprobs)
@@ -3722,24 +3954,65 @@ int gemma2_score(gemma2_session *s, const int32_t *ids, size_t n, int32_t next, 
         return status;
     if (!logprobs || next < -1 || next >= s->model->config.n_vocab)
         return next >= s->model->config.n_vocab ? GEMMA2_ERR_TOKEN : GEMMA2_ERR_ARGUMENT;
-    run_ids(s, ids, n, NULL, NULL, next, logprobs);
-    return all_finite(logprobs, next < 0 ? n - 1 : n) ? GEMMA2_OK : GEMMA2_ERR_NONFINITE;
+    status = run_ids(s, ids, n, NULL, NULL, next, logprobs);
+    if (status == GEMMA2_OK && !all_finite(logprobs, next < 0 ? n - 1 : n))
+        status = GEMMA2_ERR_NONFINITE;
+    return status;
+}
+
+int gemma2_cancel(gemma2_session *s, int on)
+{
+    if (!s)
+        return GEMMA2_ERR_ARGUMENT;
+    s->cancelled = on != 0;
+    return GEMMA2_OK;
 }
 
 int gemma2_rewind(gemma2_session *s, int32_t n)
 {
-    if (n < 0 || n > s->position)
+    if (!s || n < 0 || n > s->position)
         return GEMMA2_ERR_ARGUMENT;
-    for (int l = 0; l < s->model->config.n_layers && n; l++) {
-        int32_t window = s->model->config.is_local[l] ? s->window : s->n_context;
-        /* the next token sees from n - window + 1; slots hold high - R .. high - 1 */
-        if (max_i32(0, n - window + 1) < s->high - s->cache[l].slots)
-            return GEMMA2_ERR_REWIND;
-    }
+    /* the next token sees from n - window + 1 on */
+    if (n && max_i32(0, n - s->window + 1) < s->oldest)
+        return GEMMA2_ERR_REWIND;
     s->position = n;
     if (!n)
-        s->high = 0;
+        s->oldest = 0;
     return GEMMA2_OK;
+}
+
+int gemma2_session_copy(gemma2_session *to, const gemma2_session *from)
+{
+    if (!to || !from)
+        return GEMMA2_ERR_ARGUMENT;
+    if (memcmp(to->model->config.identity, from->model->config.identity, 32) ||
+        to->window != from->window || to->half != from->half)
+        return GEMMA2_ERR_MISMATCH;
+    if (to->n_context < from->position)
+        return GEMMA2_ERR_CONTEXT;
+    if (to != from)
+        copy_session(to, from);
+    return GEMMA2_OK;
+}
+
+int64_t gemma2_session_save(const gemma2_session *s, void *buffer, size_t size)
+{
+    if (!s)
+        return GEMMA2_ERR_ARGUMENT;
+    uint64_t bytes = saved_bytes(s, s->position, s->oldest);
+    if (buffer && size < bytes)
+        return GEMMA2_ERR_SPACE;
+    if (buffer)
+        save_session(s, buffer, (size_t)bytes);
+    return (int64_t)bytes;
+}
+
+int gemma2_session_restore(gemma2_session *s, const void *data, size_t size)
+{
+    int status = s && data ? check_saved(s, data, size) : GEMMA2_ERR_ARGUMENT;
+    if (status == GEMMA2_OK)
+        restore_session(s, data);
+    return status;
 }
 
 /* ---- text ---- */
@@ -3755,7 +4028,7 @@ size_t gemma2_encode_scratch(size_t text_bytes)
 int64_t gemma2_encode(const gemma2_model *m, const char *text, int64_t size, unsigned flags,
                       int32_t *ids, size_t max_ids, void *scratch, size_t scratch_bytes)
 {
-    if ((!text && size) || size < -1 || (!ids && max_ids) || (flags & ~3u))
+    if (!m || (!text && size) || size < -1 || (!ids && max_ids) || (flags & ~3u))
         return GEMMA2_ERR_ARGUMENT;
     size_t n = size < 0 ? strlen(text) : (size_t)size, needs = gemma2_encode_scratch(n);
     if (!needs || (flags & GEMMA2_ENCODE_BOS && m->config.bos < 0))
@@ -3778,7 +4051,7 @@ int64_t gemma2_encode(const gemma2_model *m, const char *text, int64_t size, uns
 int gemma2_decode(const gemma2_model *m, gemma2_utf8 *hold, int32_t id, char *text,
                   size_t text_size)
 {
-    if (!hold || hold->n > 3 || !text || id < -1)
+    if (!m || !hold || hold->n > 3 || !text || id < -1)
         return GEMMA2_ERR_ARGUMENT;
     if (id >= m->config.n_vocab)
         return GEMMA2_ERR_TOKEN;
@@ -3800,7 +4073,7 @@ int gemma2_decode(const gemma2_model *m, gemma2_utf8 *hold, int32_t id, char *te
 
 const char *gemma2_piece(const gemma2_model *m, int32_t id, size_t *size, int *kind)
 {
-    if (id < 0 || id >= m->config.n_vocab)
+    if (!m || id < 0 || id >= m->config.n_vocab)
         return NULL;
     struct text s = piece_text(&m->tokenizer, (uint32_t)id);
     if (size)
@@ -3820,7 +4093,8 @@ void gemma2_sampler_init(gemma2_sampler *p, uint64_t seed)
     pcg32(&start.rng);
     start.rng += seed;
     pcg32(&start.rng);
-    *p = start;
+    if (p)
+        *p = start;
 }
 
 int32_t gemma2_sample(gemma2_session *s, gemma2_sampler *p, const float *logits)

@@ -18,7 +18,7 @@
  *       gemma2_session *session = gemma2_session_new(model, NULL, err, sizeof err);
  *       if (!session)
  *           return fprintf(stderr, "%s\n", err), 1;
- *       float *logits = malloc(sizeof *logits * gemma2_get_config(model)->n_vocab);
+ *       float *logits = (float *)malloc(sizeof *logits * gemma2_get_config(model)->n_vocab);
  *       size_t scratch_bytes = gemma2_encode_scratch(4096);
  *       void *scratch = malloc(scratch_bytes);
  *       int32_t ids[4096];
@@ -55,21 +55,41 @@
  * gives a session that gemma2_session_free frees.  Buffers you pass in stay yours and
  * are not kept, except the bytes of gemma2_open_memory and of gemma2_session_place,
  * which must outlive the model and the session.  Pointers you get back live as long as
- * the model or session they came from.  A model must outlive its sessions.  Structs with
- * struct_size, and gemma2_config, may grow at their ends; the others never change within
- * a major version.
- *
- * Threads.  A model never changes after it is opened: any number of threads may use it.
- * A session belongs to one thread at a time.  With n_threads = 1 the OpenMP runtime is
- * never entered.  Inside a host's own parallel region OpenMP may grant fewer threads
- * than asked for; results do not depend on the number.
+ * the model or session they came from.  A model must outlive its sessions.
  *
  * Errors.  Opening returns NULL and writes one sentence to err (always terminated; err
  * may be NULL).  Everything else returns a negative GEMMA2_ERR_ code.  A call that fails
- * leaves the session as it was, unless its comment says otherwise.  Handles and pointers
- * must not be NULL where the comment does not allow it.  The library never
- * exits, aborts, prints, installs signal handlers or keeps global state.  The one
- * environment variable it reads is GEMMA2_ISA, at open (see gemma2_open).
+ * leaves the session as it was, unless its comment says otherwise.  A handle or pointer
+ * that is NULL where the comment does not allow it is GEMMA2_ERR_ARGUMENT, or NULL or 0
+ * from functions that return pointers, answers of yes and no, or sizes.  The library never
+ * exits, aborts, prints, installs signal handlers, calls back or keeps global state; what
+ * the OpenMP runtime does is its own affair.  The one environment variable it reads is
+ * GEMMA2_ISA, at open (see gemma2_open).  A call takes up to 200 KB of stack, also in
+ * OpenMP's threads (their default, or OMP_STACKSIZE, is more).
+ *
+ * Threads.  A model never changes after it is opened: any number of threads may use it.
+ * A session belongs to one thread at a time; gemma2_cancel alone may be called from any
+ * thread, and from a signal handler.  With n_threads = 1 the OpenMP runtime is never
+ * entered.  With more, OpenMP keeps a pool of threads between calls, one pool for each
+ * calling thread.  Inside a host's own parallel region OpenMP may grant fewer threads than
+ * asked for, often one; results do not depend on the number.  If the host runs more threads
+ * than there are processors, let its sessions have n_threads = 1 or set
+ * OMP_WAIT_POLICY=passive, because OpenMP's threads spin while they wait.
+ *
+ * Processes.  After fork() the child may use models and sessions, each process its own copy
+ * of the session, as long as n_threads is 1: threads do not survive a fork, and GNU's
+ * OpenMP then waits for its own forever.  A session of more threads can be moved to one of a
+ * single thread with gemma2_session_copy.
+ *
+ * Signals and floating point.  A mapped file that someone cuts short raises SIGBUS where it
+ * is read (read_into_memory is proof against that).  Rounding mode, flush-to-zero and trap
+ * masks of the calling thread are set for the length of a call and then put back.
+ *
+ * Versions.  MAJOR changes when programs must change, MINOR when something is added, PATCH
+ * when something is mended.  Structs with struct_size, and gemma2_config, may grow at their
+ * ends; the others never change within a major version.  A struct_size that is smaller than
+ * this version's leaves the rest at its defaults; one that is larger is accepted if all that
+ * lies beyond is zero, else GEMMA2_ERR_ARGUMENT: a request is never overlooked.
  *
  * Numbers.  Positions and ids start at 0.  Logits are float, after the final soft-cap.
  * The same calls give the same bits for any number of threads and, but for
@@ -88,6 +108,8 @@ extern "C" {
 #define GEMMA2_VERSION_MINOR 1
 #define GEMMA2_VERSION_PATCH 0
 #define GEMMA2_VERSION_STRING "0.1.0"
+#define GEMMA2_VERSION_NUMBER \
+    (GEMMA2_VERSION_MAJOR * 10000 + GEMMA2_VERSION_MINOR * 100 + GEMMA2_VERSION_PATCH)
 
 #ifndef GEMMA2_API
 #if defined(__GNUC__) && !defined(_WIN32)
@@ -97,8 +119,9 @@ extern "C" {
 #endif
 #endif
 
-/* Run-time version, "MAJOR.MINOR.PATCH".  Major: breaking; minor: added; patch: fixed. */
+/* Of the library at run time: "MAJOR.MINOR.PATCH", and GEMMA2_VERSION_NUMBER. */
 GEMMA2_API const char *gemma2_version(void);
+GEMMA2_API int gemma2_version_number(void);
 
 enum {
     GEMMA2_OK = 0,
@@ -109,7 +132,9 @@ enum {
     GEMMA2_ERR_REWIND = -5,    /* the window's cache no longer holds that position */
     GEMMA2_ERR_NONFINITE = -6, /* logits hold NaN or infinity */
     GEMMA2_ERR_SPACE = -7,     /* the caller's buffer is too small */
-    GEMMA2_ERR_CORRUPT = -8    /* the file's contents are not what its directory says */
+    GEMMA2_ERR_CORRUPT = -8,   /* the contents are not what header or digest says */
+    GEMMA2_ERR_CANCELLED = -9, /* gemma2_cancel */
+    GEMMA2_ERR_MISMATCH = -10  /* a session of another model, window, cache type or version */
 };
 /* One sentence for a code; never NULL. */
 GEMMA2_API const char *gemma2_error_string(int code);
@@ -174,7 +199,7 @@ GEMMA2_API const gemma2_config *gemma2_get_config(const gemma2_model *model);
 GEMMA2_API int gemma2_is_stop(const gemma2_model *model, int32_t id); /* 1 or 0 */
 
 /* The value of a key of the file's facts ("name", "source", "license", "chat_template",
- * "export"), UTF-8, not terminated, its size in *size; NULL where absent. */
+ * "export"), UTF-8, not terminated, its size in *size; NULL, size 0, where absent. */
 GEMMA2_API const char *gemma2_fact(const gemma2_model *model, const char *key, size_t *size);
 
 /* One entry of the file's directory. */
@@ -231,7 +256,7 @@ GEMMA2_API void gemma2_session_free(gemma2_session *session); /* NULL is fine */
 
 GEMMA2_API int32_t gemma2_position(const gemma2_session *session);  /* tokens held */
 GEMMA2_API int32_t gemma2_context(const gemma2_session *session);   /* room in all */
-GEMMA2_API const int32_t *gemma2_history(const gemma2_session *session); /* their ids */
+GEMMA2_API const int32_t *gemma2_history(const gemma2_session *session); /* ids of those held */
 
 /* Appends n >= 1 tokens; logits, V floats or NULL, receives those after the last one.
  * Prompts go through here: faster than gemma2_eval, because inputs of products may be
@@ -265,11 +290,35 @@ GEMMA2_API int gemma2_eval_rows(const gemma2_row *rows, size_t n_rows);
 GEMMA2_API int gemma2_score(gemma2_session *session, const int32_t *ids, size_t n,
                             int32_t next, float *logprobs);
 
+/* on = 1: what evaluates this session, now or later, returns GEMMA2_ERR_CANCELLED, at the
+ * latest after the layer it is at, or the output head; on = 0 withdraws that.  Whatever
+ * passes of n_batch rows were complete stay, and gemma2_position tells; the one that was
+ * cut is taken back as by gemma2_rewind.  A pass shared by several sessions ends for all.
+ * May be called from any thread and from a signal handler, while the session exists. */
+GEMMA2_API int gemma2_cancel(gemma2_session *session, int on);
+
 /* Goes back to the first n tokens, exactly.  Possible to 0 always; to anywhere while at most
  * window + n_batch tokens were ever held since position 0; after that at most n_batch
  * tokens back from the most ever held, and GEMMA2_ERR_REWIND beyond (then rewind to 0 and
  * evaluate the ids again). */
 GEMMA2_API int gemma2_rewind(gemma2_session *session, int32_t n);
+
+/* Makes `to` continue where `from` stands, with the same bits; what it held is gone.  So a
+ * session forks: a new one, then this.  Context, batch, threads and memory may differ.
+ * GEMMA2_ERR_MISMATCH where model, window or cache type do, GEMMA2_ERR_CONTEXT where `to`
+ * has too little room. */
+GEMMA2_API int gemma2_session_copy(gemma2_session *to, const gemma2_session *from);
+
+/* Writes the session to a buffer: ids, keys and values, the model's identity and a digest.
+ * Any instruction set, context, batch or number of threads restores it.  Returns the bytes it
+ * takes; buffer NULL only asks.  GEMMA2_ERR_SPACE when size is too small.  The buffer may be
+ * a mapped file. */
+GEMMA2_API int64_t gemma2_session_save(const gemma2_session *session, void *buffer, size_t size);
+/* Makes the session continue where the saved one stood, with the same bits; the next call
+ * evaluates a token, for logits are not saved.  Bytes that are not a saved session are
+ * GEMMA2_ERR_CORRUPT; GEMMA2_ERR_MISMATCH and GEMMA2_ERR_CONTEXT as for a copy.  After any
+ * of them the session is as it was. */
+GEMMA2_API int gemma2_session_restore(gemma2_session *session, const void *data, size_t size);
 
 /* ---- Text ----------------------------------------------------------------------- */
 

@@ -611,7 +611,7 @@ static double time_tokens(gemma2_session *s, int depth, int n, int decode, float
     static int32_t ids[MAX_IDS];
     for (int i = 0; i < n; i++)
         ids[i] = (int32_t)((uint32_t)i * 7919u % (uint32_t)s->model->config.n_vocab);
-    s->position = s->high = depth;
+    s->position = depth, s->oldest = max_i32(0, depth - s->ring);
     double start = now();
     if (!decode && gemma2_prefill(s, ids, (size_t)n, logits) < 0)
         die("a prompt failed");

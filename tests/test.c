@@ -2071,13 +2071,13 @@ static void test_session_params(void)
         gemma2_session_params p;
         int legal;
     } cases[] = {
-        {{28, -1, 0, 0, 0, 0}, 0}, {{28, (1 << 30) + 1, 1, 0, 0, 0}, 0}, {{28, 1, 0, 0, 0, 0}, 1},
-        {{28, 8, -1, 0, 0, 0}, 0}, {{28, 8, 4097, 0, 0, 0}, 0}, {{28, 8, 4096, 0, 0, 0}, 1},
-        {{28, 8, 0, -1, 0, 0}, 0}, {{28, 8, 0, 1025, 0, 0}, 0}, {{28, 8, 0, 1024, 0, 0}, 1},
-        {{28, 8, 0, 0, -1, 0}, 0}, {{28, 8, 0, 0, 9, 0}, 0}, {{28, 8, 0, 0, 8, 0}, 1},
-        {{28, 8, 0, 0, 0, 3}, 0}, {{28, 8, 0, 0, 0, -1}, 0}, {{28, 8, 0, 0, 0, 2}, 1},
+        {{24, -1, 0, 0, 0, 0}, 0}, {{24, (1 << 30) + 1, 1, 0, 0, 0}, 0}, {{24, 1, 0, 0, 0, 0}, 1},
+        {{24, 8, -1, 0, 0, 0}, 0}, {{24, 8, 4097, 0, 0, 0}, 0}, {{24, 8, 4096, 0, 0, 0}, 1},
+        {{24, 8, 0, -1, 0, 0}, 0}, {{24, 8, 0, 1025, 0, 0}, 0}, {{24, 8, 0, 1024, 0, 0}, 1},
+        {{24, 8, 0, 0, -1, 0}, 0}, {{24, 8, 0, 0, 9, 0}, 0}, {{24, 8, 0, 0, 8, 0}, 1},
+        {{24, 8, 0, 0, 0, 3}, 0}, {{24, 8, 0, 0, 0, -1}, 0}, {{24, 8, 0, 0, 0, 2}, 1},
         {{0, 8, 0, 0, 0, 0}, 0}, {{~0u, 8, 0, 0, 0, 0}, 0}, {{8, 8, -1, -1, -1, -1}, 1},
-        {{28, 0, 0, 0, 0, 0}, 1}, {{28, 100, 0, 0, 0, 0}, 1},
+        {{24, 0, 0, 0, 0, 0}, 1}, {{24, 100, 0, 0, 0, 0}, 1},
     };
     struct model x = make(&shapes[0]);
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
@@ -2905,12 +2905,16 @@ static void test_sampler(void)
 
 static void test_strings(void)
 {
-    static const int codes[] = {1, -9, 1000, -1000, INT32_MAX, INT32_MIN, INT32_MIN + 1};
+    static const int codes[] = {1, -11, 1000, -1000, INT32_MAX, INT32_MIN, INT32_MIN + 1};
     char version[32];
     snprintf(version, sizeof version, "%d.%d.%d", GEMMA2_VERSION_MAJOR, GEMMA2_VERSION_MINOR,
              GEMMA2_VERSION_PATCH);
     check(!strcmp(gemma2_version(), version) && !strcmp(version, GEMMA2_VERSION_STRING), "version");
-    for (int i = GEMMA2_ERR_CORRUPT; i <= 0; i++)
+    int major = -1, minor = -1, patch = -1;
+    sscanf(gemma2_version(), "%d.%d.%d", &major, &minor, &patch);
+    check(gemma2_version_number() == GEMMA2_VERSION_NUMBER &&
+              GEMMA2_VERSION_NUMBER == major * 10000 + minor * 100 + patch, "version number");
+    for (int i = GEMMA2_ERR_MISMATCH; i <= 0; i++)
         for (int k = i + 1; k <= 0; k++)
             check(strcmp(gemma2_error_string(i), gemma2_error_string(k)) != 0, "codes %d, %d",
                   i, k);

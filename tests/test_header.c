@@ -23,7 +23,7 @@ int main(int argc, char **argv)
     gemma2_session *session = gemma2_session_new(model, NULL, err, sizeof err);
     if (!session)
         return fprintf(stderr, "%s\n", err), 1;
-    float *logits = malloc(sizeof *logits * gemma2_get_config(model)->n_vocab);
+    float *logits = (float *)malloc(sizeof *logits * gemma2_get_config(model)->n_vocab);
     size_t scratch_bytes = gemma2_encode_scratch(4096);
     void *scratch = malloc(scratch_bytes);
     int32_t ids[4096];

@@ -47,6 +47,7 @@ enum { DONE = 0, FAILED = 1, USAGE = 2, BAD_MODEL = 3, INTERRUPTED = 130 };
  * program at once. */
 enum { PATIENCE = 2 };
 static volatile sig_atomic_t patience, stop_asked;
+static volatile sig_atomic_t mid_line; /* a terminal may show text without its newline */
 
 /* Calls nothing but what a signal handler may. */
 static void on_interrupt(int signal_number)
@@ -68,8 +69,29 @@ static void on_interrupt(int signal_number)
     _Exit(INTERRUPTED);
 }
 
+#ifndef _WIN32
+/* A page of the mapped model file that is not there any more: the file became shorter, or its
+ * disk fails.  No instruction can go on from there; what is left is to say so.  Calls nothing
+ * but what a signal handler may. */
+static void on_lost_page(int signal_number, siginfo_t *info, void *context)
+{
+    static const char sentence[] = "run: the model file can no longer be read: it became "
+                                   "shorter while in use, or its disk failed; copy it again\n";
+    (void)context;
+    if (info->si_code != BUS_ADRERR) { /* not about a file */
+        signal(signal_number, SIG_DFL);
+        raise(signal_number);
+        return;
+    }
+    ssize_t written = mid_line ? write(STDERR_FILENO, "\n", 1) : 0;
+    written += write(STDERR_FILENO, sentence, sizeof sentence - 1);
+    (void)written;
+    _Exit(BAD_MODEL);
+}
+#endif
+
 /* Standard streams byte for byte, a broken pipe as a failed write, Ctrl-C as above unless
- * whoever started us ignores it. */
+ * whoever started us ignores it, and a file that shrinks while it is mapped. */
 static void platform_init(void)
 {
 #ifdef _WIN32
@@ -83,6 +105,11 @@ static void platform_init(void)
     sigemptyset(&interrupt.sa_mask);
     if (sigaction(SIGINT, NULL, &inherited) == 0 && inherited.sa_handler != SIG_IGN)
         sigaction(SIGINT, &interrupt, NULL);
+    struct sigaction lost_page = {0};
+    lost_page.sa_sigaction = on_lost_page;
+    lost_page.sa_flags = SA_SIGINFO;
+    sigemptyset(&lost_page.sa_mask);
+    sigaction(SIGBUS, &lost_page, NULL);
     signal(SIGPIPE, SIG_IGN);
 #endif
 }
@@ -133,15 +160,19 @@ static uint64_t random_seed(void)
 #define PRINTF_LIKE(text, first)
 #endif
 
-/* One sentence on standard error; returns status. */
+static void hide_controls(char *text);
+
+/* One sentence on standard error; returns status.  Paths and arguments stand in sentences, so
+ * none keeps its control characters. */
 PRINTF_LIKE(2, 3) static int fail(int status, const char *format, ...)
 {
+    char sentence[2048];
     va_list arguments;
     va_start(arguments, format);
-    fputs("run: ", stderr);
-    vfprintf(stderr, format, arguments);
-    fputc('\n', stderr);
+    vsnprintf(sentence, sizeof sentence, format, arguments);
     va_end(arguments);
+    hide_controls(sentence);
+    fprintf(stderr, "run: %s\n", sentence);
     return status;
 }
 
@@ -652,6 +683,9 @@ static uint32_t next_char(const char *text, size_t n, size_t *length)
     return code;
 }
 
+/* No character of valid UTF-8 begins with this byte. */
+static int is_inside_char(char byte) { return ((unsigned char)byte & 0xC0) == 0x80; }
+
 static int is_control(uint32_t code)
 {
     return code < 0x20 || (code >= 0x7F && code <= 0x9F);
@@ -680,8 +714,20 @@ static const char *trim(const char *text, size_t *n)
     return text ? text + start : "";
 }
 
+/* Control characters and stray bytes of a sentence become question marks. */
+static void hide_controls(char *text)
+{
+    size_t length;
+    for (size_t left = strlen(text); left; text += length, left -= length) {
+        uint32_t code = next_char(text, left, &length);
+        if (is_control(code) || code == REPLACEMENT)
+            memset(text, '?', length);
+    }
+}
+
 /* Text as a terminal may see it: nothing but newline and tab below U+0020, no DEL, no C1,
- * no stray bytes. */
+ * no stray bytes.  Marks of writing direction are not control sequences and belong to the
+ * text: what they do ends with their line. */
 static void put_printable(output *out, const char *text, size_t n)
 {
     size_t length;
@@ -1013,7 +1059,8 @@ static void show_text(program *p, int at_end)
     size_t cut = r->shown;
     int match = 0;
     for (; cut < r->text.n; cut++) {
-        match = match_stops(p->opts, text + cut, r->text.n - cut);
+        match = is_inside_char(text[cut]) ? 0
+                                          : match_stops(p->opts, text + cut, r->text.n - cut);
         if (match == 2 || (match == 1 && !at_end))
             break;
     }
@@ -1721,6 +1768,7 @@ int main(int argc, char **argv)
     if (!opts.stops)
         return out_of_memory();
     p.out.terminal = is_terminal(stdout);
+    mid_line = p.out.terminal;
     int status = parse_options(&opts, argc, argv);
     p.shows_progress = !opts.quiet && is_terminal(stderr);
     if (status == DONE && opts.help)

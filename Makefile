@@ -26,12 +26,13 @@ demo: run
 	@echo >&2 "  ./run --help"
 
 # C only, no network, no Python, a few seconds; the last line is the sum.
-test: run build/test build/test_header build/test_golden
-	@sh tests/all.sh build/test build/test_header build/test_golden "sh tests/cli.sh ./run"
+test: run build/test build/test_session build/test_header build/test_golden
+	@sh tests/all.sh build/test build/test_session build/test_header build/test_golden \
+		"sh tests/cli.sh ./run"
 
 build/%: tests/%.c gemma2.c gemma2.h $(wildcard tests/*.h)
 	@mkdir -p build
-	$(BUILD) $< $(if $(filter test_header check_model,$*),gemma2.c) -lm -o $@
+	$(BUILD) -pthread $< $(if $(filter test_header check_model,$*),gemma2.c) -lm -o $@
 
 # The matrix class of the "amx" row, with its six tile instructions in C: for CPUs that have
 # AVX-512 but not AMX.
@@ -57,12 +58,13 @@ bench: build/bench
 # The C tests again under AddressSanitizer and UndefinedBehaviorSanitizer.
 test-sanitize:
 	@mkdir -p build/sanitize
-	@for t in test test_golden; do \
-		$(CC) -std=c11 -ffp-contract=off -O1 -g -fsanitize=address,undefined \
+	@for t in test test_session test_golden; do \
+		$(CC) -std=c11 -ffp-contract=off -O1 -g -fsanitize=address,undefined -pthread \
 		-fno-sanitize-recover=all tests/$$t.c -lm -o build/sanitize/$$t || exit 1; done
 	@$(CC) -std=c11 -ffp-contract=off -O1 -g -fsanitize=address,undefined \
 		-fno-sanitize-recover=all -DGEMMA2_EMULATE_AMX tests/test.c -lm -o build/sanitize/test_amx
-	@sh tests/all.sh build/sanitize/test build/sanitize/test_golden build/sanitize/test_amx
+	@sh tests/all.sh build/sanitize/test build/sanitize/test_session build/sanitize/test_golden \
+		build/sanitize/test_amx
 
 ARM_CC = aarch64-linux-gnu-gcc
 QEMU = qemu-aarch64

@@ -1416,23 +1416,6 @@ static void test_kernels(void)
  * 5. Work sharing, and the floating-point environment
  * =================================================================================== */
 
-/* Logits after every one of n tokens, fed one by one: [n][V].  What all else must equal. */
-static float *step_by_step(const gemma2_model *m, struct setup o, const int32_t *ids, size_t n)
-{
-    float *logits = fresh(n * vocab(m) * sizeof *logits);
-    gemma2_session *s = start(m, o);
-    for (size_t i = 0; i < n; i++)
-        if (gemma2_eval(s, ids + i, 1, logits + i * vocab(m)) != GEMMA2_OK)
-            check(0, "step %zu", i);
-    gemma2_session_free(s);
-    return logits;
-}
-
-static int logits_differ(const gemma2_model *m, const float *logits, const float *truth, size_t i)
-{
-    return !!memcmp(logits, truth + i * vocab(m), vocab(m) * sizeof *logits);
-}
-
 /* Feeds ids in chunks; how many chunks end in other logits than steps did. */
 static int chunks_differ(const gemma2_model *m, struct setup o, const int32_t *ids, size_t n,
                          size_t chunk, const float *truth)

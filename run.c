@@ -2,10 +2,10 @@
  *
  *   1 Platform     terminals, interrupts, the clock, a seed: all that is not plain C11
  *   2 Ground       exit codes, messages, growable arrays, checked output
- *   3 Options      one table that drives parsing, --help and suggestions
+ *   3 Options      one table that drives parsing, --help, man page, completion, suggestions
  *   4 Text         UTF-8, what a terminal may see, JSON strings, lists of ids
  *   5 The prompt   where it comes from, its ids, the chat template
- *   6 The reply    prefill, sampling, stop strings, streaming, timings
+ *   6 The reply    prefill, sampling, stop strings, streaming, timings, saved sessions
  *   7 Modes        generate, converse, tokenize, logits, score, perplexity, info, check
  *   8 main
  *
@@ -33,6 +33,7 @@
 #include <fcntl.h>
 #include <io.h>
 #else
+#include <sys/stat.h>
 #include <unistd.h>
 #endif
 
@@ -42,12 +43,15 @@
 
 enum { DONE = 0, FAILED = 1, USAGE = 2, BAD_MODEL = 3, INTERRUPTED = 130 };
 
+static const char *program_name = "run"; /* as it was called: installed it is gemma2 */
+
 /* What Ctrl-C does.  While a reply is made it asks for a stop and uses up some patience
  * (a second one may just be what timeout(1) sends along); without patience it ends the
  * program at once. */
 enum { PATIENCE = 2 };
 static volatile sig_atomic_t patience, stop_asked;
 static volatile sig_atomic_t mid_line; /* a terminal may show text without its newline */
+static gemma2_session *volatile interruptible; /* whose evaluation it cuts short, or NULL */
 
 /* Calls nothing but what a signal handler may. */
 static void on_interrupt(int signal_number)
@@ -60,6 +64,7 @@ static void on_interrupt(int signal_number)
     if (patience > 0) {
         patience--;
         stop_asked = 1;
+        gemma2_cancel(interruptible, 1); /* NULL is refused, and that is all */
         return;
     }
 #ifndef _WIN32
@@ -75,7 +80,7 @@ static void on_interrupt(int signal_number)
  * but what a signal handler may. */
 static void on_lost_page(int signal_number, siginfo_t *info, void *context)
 {
-    static const char sentence[] = "run: the model file can no longer be read: it became "
+    static const char sentence[] = ": the model file can no longer be read: it became "
                                    "shorter while in use, or its disk failed; copy it again\n";
     (void)context;
     if (info->si_code != BUS_ADRERR) { /* not about a file */
@@ -84,6 +89,7 @@ static void on_lost_page(int signal_number, siginfo_t *info, void *context)
         return;
     }
     ssize_t written = mid_line ? write(STDERR_FILENO, "\n", 1) : 0;
+    written += write(STDERR_FILENO, program_name, strlen(program_name));
     written += write(STDERR_FILENO, sentence, sizeof sentence - 1);
     (void)written;
     _Exit(BAD_MODEL);
@@ -150,9 +156,64 @@ static uint64_t random_seed(void)
     return (mix * 6364136223846793005u) >> 32;
 }
 
+/* Whether there is something at path that is no file: a device, a pipe, a directory. */
+static int is_special(const char *path)
+{
+#ifdef _WIN32
+    (void)path;
+    return 0;
+#else
+    struct stat st;
+    return stat(path, &st) == 0 && !S_ISREG(st.st_mode);
+#endif
+}
+
+/* Makes a new file beside path, readable by its owner only; its name goes to name. */
+static FILE *open_beside(const char *path, char *name, size_t size)
+{
+    if (snprintf(name, size, "%s.XXXXXX", path) >= (int)size) {
+        errno = ENAMETOOLONG;
+        return NULL;
+    }
+#ifdef _WIN32
+    return fopen(name, "wb");
+#else
+    int fd = mkstemp(name);
+    return fd < 0 ? NULL : fdopen(fd, "wb");
+#endif
+}
+
+/* Writes the bytes through to the disk and puts the file in the place of path; 1 or 0. */
+static int replace_file(FILE *file, const char *name, const char *path, const void *bytes, size_t n)
+{
+    int ok = fwrite(bytes, 1, n, file) == n && fflush(file) == 0;
+#ifdef _WIN32
+    ok = fclose(file) == 0 && ok;
+    if (ok)
+        remove(path); /* rename does not replace there */
+#else
+    ok = ok && fsync(fileno(file)) == 0;
+    ok = fclose(file) == 0 && ok;
+#endif
+    return ok && rename(name, path) == 0;
+}
+
 /* ===================================================================================
  * 2. Ground
  * =================================================================================== */
+
+/* The last part of argv[0], without ".exe", unless it is an odd name. */
+static void name_program(char *path)
+{
+    for (char *c = path; c && *c; c++)
+        if ((*c == '/' || *c == '\\') && c[1])
+            path = c + 1;
+    size_t n = path ? strlen(path) : 0;
+    if (n > 4 && strcmp(path + n - 4, ".exe") == 0)
+        path[n - 4] = '\0';
+    if (n && strspn(path, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._+-") == n)
+        program_name = path;
+}
 
 #ifdef __GNUC__
 #define PRINTF_LIKE(text, first) __attribute__((format(printf, text, first)))
@@ -172,7 +233,7 @@ PRINTF_LIKE(2, 3) static int fail(int status, const char *format, ...)
     vsnprintf(sentence, sizeof sentence, format, arguments);
     va_end(arguments);
     hide_controls(sentence);
-    fprintf(stderr, "run: %s\n", sentence);
+    fprintf(stderr, "%s: %s\n", program_name, sentence);
     return status;
 }
 
@@ -234,6 +295,17 @@ PRINTF_LIKE(2, 3) static void put_format(output *out, const char *format, ...)
     va_end(arguments);
 }
 
+/* A text in which @ stands for the program's name. */
+static void put_named(output *out, const char *text)
+{
+    for (size_t n; *text; text += n + (text[n] == '@')) {
+        n = strcspn(text, "@");
+        put_bytes(out, text, n);
+        if (text[n] == '@')
+            put_bytes(out, program_name, strlen(program_name));
+    }
+}
+
 static void put_flush(output *out)
 {
     if (!out->error)
@@ -268,10 +340,12 @@ typedef struct {
     int seed_given;
     const char **stops; /* room for one per argument */
     size_t n_stops;
-    int ignore_eos, echo, json, quiet, verbose, help, version;
+    int ignore_eos, echo, json, quiet, verbose, help, version, man;
     int tokenize, score, info, check;
     int32_t logits;
     const char *detokenize, *perplexity;
+    const char *kept, *loaded; /* files of sessions */
+    const char *completion;    /* the shell that it is for */
 } options;
 
 typedef enum {
@@ -283,7 +357,8 @@ typedef enum {
     WHOLE,   /* int32_t field */
     REAL,    /* float field */
     SEED,
-    CACHE
+    CACHE,
+    SHELL
 } option_kind;
 
 typedef struct {
@@ -350,6 +425,11 @@ static const option OPTIONS[] = {
     {0, "in-memory", NULL, "read the weights into memory, huge pages asked for:\n"
      "slower to start, the last tenth of speed", IS(FLAG, open.read_into_memory)},
 
+    HEAD("Going on another time"),
+    {0, "session", "FILE", "go on from FILE where it exists, and keep there what\n"
+     "was read and said; the prompt is what comes next", IS(TEXT, kept)},
+    {0, "load", "FILE", "go on from such a file, and leave it as it is", IS(TEXT, loaded)},
+
     HEAD("Instead of plain text"),
     {0, "json", NULL, "one JSON object: text, prompt_ids, ids,\n"
      "logprobs, finish_reason, seed, timings", IS(FLAG, json)},
@@ -360,42 +440,83 @@ static const option OPTIONS[] = {
     {0, "perplexity", "FILE", "perplexity of a text; the method is below", IS(TEXT, perplexity)},
     {0, "info", NULL, "facts, sections and memory plan of the model", IS(FLAG, info)},
     {0, "check", NULL, "verify every digest and value of the model file", IS(FLAG, check)},
+    {0, "man", NULL, "this text as a manual page", IS(FLAG, man)},
+    {0, "completion", "SHELL", "what makes a shell complete these options",
+     IN(SHELL, completion, "bash, zsh or fish", 0, 0)},
 };
 enum { N_OPTIONS = sizeof OPTIONS / sizeof OPTIONS[0], HELP_COLUMN = 27 };
 
-static const char HELP_HEAD[] =
-    "usage: run MODEL [options] [PROMPT]\n"
-    "\n"
-    "Runs a Gemma 2 model that export.py made.\n"
-    "\n"
-    "Examples\n"
-    "  run story.bin \"Once upon a time\"              continue a text\n"
-    "  run gemma-2-2b-it.bin -c                      hold a conversation\n"
-    "  run gemma-2-2b-it.bin -c \"Why is it dark?\"    one answer, then exit\n"
-    "  run gemma-2-2b-it.bin -c -S \"Summarise:\" < notes.txt\n"
-    "  run story.bin -t 0 -n 64 --stop \"The end\" -f start.txt\n"
-    "  run story.bin --json -s 7 \"Hello\" | jq -r .text\n";
+/* The words an option chooses from; NULL where any text will do. */
+static const char *words_of(const option *o)
+{
+    return o->kind == CACHE ? "f32 f16" : o->kind == SHELL ? "bash zsh fish" : NULL;
+}
 
-static const char HELP_TAIL[] =
-    "\n"
-    "--perplexity follows llama.cpp: the text, after one BOS, is cut into chunks of 512\n"
-    "tokens (-C N: of N; a shorter trained context: of that), a rest is dropped, BOS takes\n"
-    "the place of each chunk's first token, and the tokens after the first half of each\n"
-    "chunk are scored, in the exact arithmetic of decoding.  Printed are exp of the mean\n"
-    "negative log-probability and its standard error.\n"
-    "\n"
-    "Text goes to standard output, speed, seed and warnings to standard error.  On a\n"
-    "terminal control characters of the text are shown as U+FFFD.  --json's seed may\n"
-    "exceed 2^53 when you chose it so.\n"
-    "GEMMA2_ISA=scalar|avx2|avxvnni|avx512|avx512bf16|amx, on ARM scalar|neon|dotprod|i8mm,\n"
-    "forces an instruction set.\n"
-    "\n"
-    "Exit codes: 0 done (also when the reader of a pipe left), 1 failed while running,\n"
-    "2 wrong usage, 3 bad, missing or unreadable model file, 130 interrupted.\n";
+static int is_word_of(const option *o, const char *value)
+{
+    size_t n = strlen(value), length;
+    for (const char *word = words_of(o); *word; word += length + (word[length] == ' ')) {
+        length = strcspn(word, " ");
+        if (length == n && strncmp(word, value, n) == 0)
+            return 1;
+    }
+    return 0;
+}
+
+/* ---- --help: in these texts @ is the program's name ---- */
+
+static const char USAGE_LINE[] = "usage: @ MODEL [options] [PROMPT]\n";
+static const char SUMMARY[] = "Runs a Gemma 2 model that export.py made.\n";
+static const char EXAMPLES[] =
+    "  @ story.bin \"Once upon a time\"              continue a text\n"
+    "  @ gemma-2-2b-it.bin -c                      hold a conversation\n"
+    "  @ gemma-2-2b-it.bin -c \"Why is it dark?\"    one answer, then exit\n"
+    "  @ gemma-2-2b-it.bin -c -S \"Summarise:\" < notes.txt\n"
+    "  @ gemma-2-2b-it.bin -c --session moon.chat  a conversation to go on with\n"
+    "  @ story.bin -t 0 -n 64 --stop \"The end\" -f start.txt\n"
+    "  @ story.bin --json -s 7 \"Hello\" | jq -r .text\n";
+
+static const struct {
+    const char *title, *text; /* titles are for the manual page */
+} NOTES[] = {
+    {"PERPLEXITY",
+     "--perplexity follows llama.cpp: the text, after one BOS, is cut into chunks of 512\n"
+     "tokens (-C N: of N; a shorter trained context: of that), a rest is dropped, BOS takes\n"
+     "the place of each chunk's first token, and the tokens after the first half of each\n"
+     "chunk are scored, in the exact arithmetic of decoding.  Printed are exp of the mean\n"
+     "negative log-probability and its standard error.\n"},
+    {"SESSIONS",
+     "A session's file holds ids, keys and values (as large as the cache, see --info) and fits\n"
+     "one model, --window and --kv.  With -c it is a conversation, without a text; --system\n"
+     "counts in the first turn only.  It is replaced whole when all went well, and stays as it\n"
+     "was after an error or an interrupted answer.  Under --exact what follows is the same, to\n"
+     "the bit, as in one go.\n"},
+    {"OUTPUT",
+     "Text goes to standard output, speed, seed and warnings to standard error.  On a\n"
+     "terminal control characters of the text are shown as U+FFFD.  --json's seed may\n"
+     "exceed 2^53 when you chose it so.\n"},
+    {"ENVIRONMENT",
+     "GEMMA2_ISA=scalar|avx2|avxvnni|avx512|avx512bf16|amx, on ARM scalar|neon|dotprod|i8mm,\n"
+     "forces an instruction set.\n"},
+    {"EXIT STATUS",
+     "Exit codes: 0 done (also when the reader of a pipe left), 1 failed while running,\n"
+     "2 wrong usage, 3 bad, missing or unreadable model file, 130 interrupted.\n"},
+};
+enum { N_NOTES = sizeof NOTES / sizeof NOTES[0] };
+
+/* The lines of a text, each but the first after that many blanks. */
+static void put_indented(output *out, const char *text, int column)
+{
+    for (const char *end; (end = strchr(text, '\n')) != NULL; text = end + 1)
+        put_format(out, "%.*s\n%*s", (int)(end - text), text, column, "");
+    put_format(out, "%s\n", text);
+}
 
 static void print_help(output *out)
 {
-    put_format(out, "%s", HELP_HEAD);
+    put_named(out, USAGE_LINE);
+    put_format(out, "\n%s\nExamples\n", SUMMARY);
+    put_named(out, EXAMPLES);
     for (const option *o = OPTIONS; o < OPTIONS + N_OPTIONS; o++) {
         if (o->kind == HEADING) {
             put_format(out, "\n%s\n", o->help);
@@ -405,16 +526,181 @@ static void print_help(output *out)
         snprintf(left, sizeof left, "  %3s --%s %s", o->letter ? letter : "", o->name,
                  o->argument ? o->argument : "");
         put_format(out, "%-*s", HELP_COLUMN, left);
-        for (const char *line = o->help; line;) {
-            const char *end = strchr(line, '\n');
-            put_format(out, "%.*s\n", (int)(end ? (size_t)(end - line) : strlen(line)), line);
-            line = end ? end + 1 : NULL;
-            if (line)
-                put_format(out, "%*s", HELP_COLUMN, "");
-        }
+        put_indented(out, o->help, HELP_COLUMN);
     }
-    put_format(out, "%s", HELP_TAIL);
+    for (int i = 0; i < N_NOTES; i++)
+        put_format(out, "\n%s", NOTES[i].text);
 }
+
+/* ---- --man ---- */
+
+/* Text as roff takes it literally; @ is the program's name. */
+static void put_roff(output *out, const char *text)
+{
+    for (const char *c = text; *c; c++) {
+        if ((c == text || c[-1] == '\n') && (*c == '.' || *c == '\''))
+            put_bytes(out, "\\&", 2);
+        if (*c == '@')
+            put_roff(out, program_name);
+        else if (*c == '-' || *c == '\\')
+            put_bytes(out, *c == '-' ? "\\-" : "\\e", 2);
+        else
+            put_bytes(out, c, 1);
+    }
+}
+
+static void put_roff_option(output *out, const option *o)
+{
+    put_format(out, ".TP\n");
+    if (o->letter)
+        put_format(out, "\\fB\\-%c\\fR, ", o->letter);
+    put_format(out, "\\fB");
+    put_roff(out, "--");
+    put_roff(out, o->name);
+    put_format(out, "\\fR");
+    if (o->argument) {
+        put_format(out, " \\fI");
+        put_roff(out, o->argument);
+        put_format(out, "\\fR");
+    }
+    put_bytes(out, "\n", 1);
+    put_roff(out, o->help);
+    put_bytes(out, "\n", 1);
+}
+
+static void print_man(output *out)
+{
+    put_format(out, ".TH \"");
+    put_roff(out, program_name);
+    put_format(out, "\" 1 \"\" \"gemma2.c %s\" \"User Commands\"\n.SH NAME\n", gemma2_version());
+    put_roff(out, "@");
+    put_format(out, " \\- run Gemma 2 language models\n.SH SYNOPSIS\n\\fB");
+    put_roff(out, "@");
+    put_format(out, "\\fR \\fIMODEL\\fR [\\fIoptions\\fR] [\\fIPROMPT\\fR]\n.SH DESCRIPTION\n");
+    put_roff(out, SUMMARY);
+    put_format(out, ".SH EXAMPLES\n.nf\n");
+    put_roff(out, EXAMPLES);
+    put_format(out, ".fi\n.SH OPTIONS\n");
+    for (const option *o = OPTIONS; o < OPTIONS + N_OPTIONS; o++)
+        if (o->kind == HEADING)
+            put_format(out, ".SS \"%s\"\n", o->help);
+        else
+            put_roff_option(out, o);
+    for (int i = 0; i < N_NOTES; i++) {
+        put_format(out, ".SH \"%s\"\n", NOTES[i].title);
+        put_roff(out, NOTES[i].text);
+    }
+}
+
+/* ---- --completion ---- */
+
+/* Text inside single quotes, on one line; the characters in `escaped` get a backslash. */
+static void put_quoted(output *out, const char *text, const char *escaped)
+{
+    for (; *text; text++) {
+        if (*text == '\'')
+            put_bytes(out, "'\\'", 3);
+        else if (strchr(escaped, *text))
+            put_bytes(out, "\\", 1);
+        put_bytes(out, *text == '\n' ? " " : text, 1);
+    }
+}
+
+static int takes_file(const option *o)
+{
+    return o->argument && strcmp(o->argument, "FILE") == 0;
+}
+
+static const char BASH_FILES[] = "local IFS=$'\\n'; COMPREPLY=($(compgen -f -- \"$word\"));";
+
+/* One arm of a case statement: what follows the option. */
+static void put_bash_case(output *out, const option *o)
+{
+    put_format(out, "    --%s", o->name);
+    if (o->letter)
+        put_format(out, "|-%c", o->letter);
+    put_format(out, ") ");
+    if (words_of(o))
+        put_format(out, "COMPREPLY=($(compgen -W '%s' -- \"$word\")); ", words_of(o));
+    else if (takes_file(o))
+        put_format(out, "%s ", BASH_FILES);
+    put_format(out, "return ;;\n");
+}
+
+static void print_bash(output *out)
+{
+    put_named(out, "_@() {\n    local word=${COMP_WORDS[COMP_CWORD]}\n    COMPREPLY=()\n"
+                   "    case ${COMP_WORDS[COMP_CWORD-1]} in\n");
+    for (const option *o = OPTIONS; o < OPTIONS + N_OPTIONS; o++)
+        if (o->kind != HEADING && o->argument)
+            put_bash_case(out, o);
+    put_format(out, "    esac\n    case $word in\n    -*) COMPREPLY=($(compgen -W '");
+    for (const option *o = OPTIONS; o < OPTIONS + N_OPTIONS; o++)
+        if (o->kind != HEADING)
+            put_format(out, " --%s", o->name);
+    put_format(out, "' -- \"$word\")) ;;\n    *) %s ;;\n    esac\n}\n", BASH_FILES);
+    put_named(out, "complete -o filenames -F _@ @\n");
+}
+
+static void print_zsh(output *out)
+{
+    put_named(out, "#compdef @\n_arguments -s");
+    for (const option *o = OPTIONS; o < OPTIONS + N_OPTIONS; o++) {
+        const char *more = o->kind == STOP ? "*" : "", *value = o->argument ? "=" : "";
+        if (o->kind == HEADING)
+            continue;
+        if (o->letter)
+            put_format(out, " \\\n  '(-%c --%s)'{-%c%s,--%s%s}'[", o->letter, o->name, o->letter,
+                       o->argument ? "+" : "", o->name, value);
+        else
+            put_format(out, " \\\n  '%s--%s%s[", more, o->name, value);
+        put_quoted(out, o->help, "[]\\");
+        put_format(out, "]");
+        if (o->argument) {
+            put_format(out, ":");
+            put_quoted(out, o->argument, ":\\");
+            if (words_of(o))
+                put_format(out, ":(%s)", words_of(o));
+            else
+                put_format(out, takes_file(o) ? ":_files" : ": ");
+        }
+        put_format(out, "'");
+    }
+    put_format(out, " \\\n  '1:MODEL:_files' '2:PROMPT: '\n");
+}
+
+static void print_fish(output *out)
+{
+    for (const option *o = OPTIONS; o < OPTIONS + N_OPTIONS; o++) {
+        if (o->kind == HEADING)
+            continue;
+        put_named(out, "complete -c @");
+        if (o->letter)
+            put_format(out, " -s %c", o->letter);
+        put_format(out, " -l %s%s", o->name, !o->argument ? "" : takes_file(o) ? " -r -F" : " -x");
+        if (words_of(o))
+            put_format(out, " -a '%s'", words_of(o));
+        put_format(out, " -d '");
+        for (const char *c = o->help; *c; c++) {
+            if (*c == '\'' || *c == '\\')
+                put_bytes(out, "\\", 1);
+            put_bytes(out, *c == '\n' ? " " : c, 1);
+        }
+        put_format(out, "'\n");
+    }
+}
+
+static void print_completion(output *out, const char *shell)
+{
+    if (strcmp(shell, "bash") == 0)
+        print_bash(out);
+    else if (strcmp(shell, "zsh") == 0)
+        print_zsh(out);
+    else
+        print_fish(out);
+}
+
+/* ---- parsing ---- */
 
 /* Insertions, deletions and replacements that turn one name into another. */
 static size_t edit_distance(const char *a, const char *b)
@@ -527,7 +813,10 @@ static int set_option(options *opts, const option *o, const char *value)
         return parse_whole(value, UINT64_MAX, &opts->seed);
     case CACHE:
         opts->session.cache_type = strcmp(value, "f32") == 0 ? GEMMA2_CACHE_F32 : GEMMA2_CACHE_F16;
-        return strcmp(value, "f32") == 0 || strcmp(value, "f16") == 0;
+        return is_word_of(o, value);
+    case SHELL:
+        opts->completion = value;
+        return is_word_of(o, value);
     }
     return 0;
 }
@@ -568,11 +857,17 @@ static int take_positional(options *opts, const char *argument)
     return DONE;
 }
 
-/* --help and --version end the parsing: whatever follows them is not looked at. */
+/* What is answered without a model. */
+static int asks_about_program(const options *opts)
+{
+    return opts->help || opts->version || opts->man || opts->completion;
+}
+
+/* --help and its like end the parsing: whatever follows them is not looked at. */
 static int parse_options(options *opts, int argc, char **argv)
 {
     int options_ended = 0, status = DONE;
-    for (int i = 1; i < argc && status == DONE && !opts->help && !opts->version; i++) {
+    for (int i = 1; i < argc && status == DONE && !asks_about_program(opts); i++) {
         const char *argument = argv[i], *value;
         if (options_ended || argument[0] != '-' || argument[1] == '\0') {
             status = take_positional(opts, argument);
@@ -635,6 +930,11 @@ static int choose_mode(const options *opts, mode_kind *mode)
         return fail(USAGE, "more than one prompt: give PROMPT, -p, -f or --ids, and only once");
     if (opts->n_prompts && !needs_prompt)
         return fail(USAGE, "%s takes no prompt", name);
+    if (opts->kept && opts->loaded)
+        return fail(USAGE, "--session and --load do not go together");
+    if ((opts->kept || opts->loaded) && *mode != GENERATE)
+        return fail(USAGE, "%s and %s do not go together", opts->kept ? "--session" : "--load",
+                    name);
     if (opts->system && !opts->chat)
         return fail(USAGE, "--system belongs to a chat; add -c");
     if (opts->ids && opts->chat)
@@ -994,7 +1294,7 @@ static int load_prompt(program *p)
     }
     if (opts->chat)
         return push_turn(p, p->prompt.items, p->prompt.n);
-    int status = p->config->bos >= 0 ? push_id(p, p->config->bos) : DONE;
+    int status = p->config->bos >= 0 && !p->ids.n ? push_id(p, p->config->bos) : DONE;
     return status ? status : push_text(p, p->prompt.items, p->prompt.n, 0);
 }
 
@@ -1019,6 +1319,8 @@ static int prefill(program *p)
     while (at < end && !stop_asked) {
         size_t n = end - at < PREFILL_PIECE ? end - at : PREFILL_PIECE;
         int code = gemma2_prefill(p->session, ids + at, n, at + n == end ? p->logits : NULL);
+        if (code == GEMMA2_ERR_CANCELLED)
+            break;
         if (code < 0)
             return engine_failed(p, "reading the prompt", code);
         at += n;
@@ -1095,6 +1397,10 @@ static int step(program *p)
     const int32_t *ids = p->ids.items;
     if ((size_t)gemma2_position(p->session) < p->ids.n) {
         int code = gemma2_eval(p->session, ids + p->ids.n - 1, 1, p->logits);
+        if (code == GEMMA2_ERR_CANCELLED) {
+            r->finish = AT_INTERRUPT;
+            return DONE;
+        }
         if (code < 0)
             return engine_failed(p, "generating", code);
         r->decode_passes++;
@@ -1151,6 +1457,8 @@ static int make_reply(program *p)
     text.n = logprobs.n = 0;
     *r = (reply){.text = text, .logprobs = logprobs};
     stop_asked = 0;
+    gemma2_cancel(p->session, 0);
+    interruptible = p->session;
     patience = PATIENCE;
     int status = prefill(p);
     if (status == DONE && !p->opts->json)
@@ -1177,6 +1485,76 @@ static void print_speed(const program *p)
     if (p->sampler.temperature > 0)
         fprintf(stderr, "; seed %" PRIu64, p->seed);
     fputc('\n', stderr);
+}
+
+/* ---- sessions in files ---- */
+
+/* Puts the session where the file's stood, but for its last token: that is evaluated with
+ * what follows, to have logits. */
+static int load_session(program *p)
+{
+    const options *opts = p->opts;
+    const char *path = opts->kept ? opts->kept : opts->loaded;
+    if (!path)
+        return DONE;
+    if (is_special(path))
+        return fail(FAILED, "%s is not a file that can hold a session", path);
+    FILE *file = fopen(path, "rb");
+    if (!file && errno == ENOENT && opts->kept)
+        return DONE; /* the first time */
+    if (!file)
+        return fail(FAILED, "cannot open %s: %s", path, strerror(errno));
+    array bytes = {0};
+    int status = read_file(file, path, &bytes);
+    fclose(file);
+    int code = status ? 0 : gemma2_session_restore(p->session, bytes.items, bytes.n);
+    free(bytes.items);
+    if (code < 0)
+        return fail(FAILED, "%s: %s", path, gemma2_error_string(code));
+    int32_t n = gemma2_position(p->session);
+    for (int32_t i = 0; i < n && status == DONE; i++)
+        status = push_id(p, gemma2_history(p->session)[i]);
+    if (n)
+        gemma2_rewind(p->session, n - 1);
+    if (n && opts->system && !opts->quiet)
+        fprintf(stderr, "warning: --system is for the first turn, and %s holds some\n", path);
+    return status;
+}
+
+static int write_session(const char *path, const void *bytes, size_t n)
+{
+    char name[4096];
+    FILE *file = open_beside(path, name, sizeof name);
+    if (file && replace_file(file, name, path, bytes, n))
+        return DONE;
+    int reason = errno;
+    if (file)
+        remove(name);
+    return fail(FAILED, "cannot save the session as %s: %s", path, strerror(reason));
+}
+
+static int save_session(program *p)
+{
+    const char *path = p->opts->kept;
+    size_t held = (size_t)gemma2_position(p->session);
+    if (!path || p->ids.n == 0)
+        return DONE;
+    interruptible = NULL; /* Ctrl-C comes too late */
+    gemma2_cancel(p->session, 0);
+    if (held < p->ids.n) {
+        const int32_t *ids = p->ids.items;
+        int code = gemma2_prefill(p->session, ids + held, p->ids.n - held, NULL);
+        if (code < 0)
+            return engine_failed(p, "saving the session", code);
+    }
+    int64_t n = gemma2_session_save(p->session, NULL, 0);
+    void *bytes = n > 0 ? malloc((size_t)n) : NULL;
+    if (!bytes)
+        return out_of_memory();
+    gemma2_session_save(p->session, bytes, (size_t)n);
+    int status = write_session(path, bytes, (size_t)n);
+    free(bytes);
+    return status;
 }
 
 /* ===================================================================================
@@ -1740,7 +2118,10 @@ static int run(program *p, mode_kind mode)
     if (mode == PERPLEXITY)
         return perplexity(p, (size_t)params.n_context);
     init_sampler(p);
-    return mode == CONVERSE ? converse(p) : run_prompt(p, mode);
+    status = load_session(p);
+    if (status == DONE)
+        status = mode == CONVERSE ? converse(p) : run_prompt(p, mode);
+    return status == DONE ? save_session(p) : status;
 }
 
 static void init_options(options *opts)
@@ -1758,10 +2139,11 @@ int main(int argc, char **argv)
     init_options(&opts);
     program p = {.opts = &opts};
     platform_init();
+    name_program(argc > 0 ? argv[0] : NULL);
     if (argc < 2) {
-        fputs("usage: run MODEL [options] [PROMPT]\n"
-              "example: run story.bin \"Once upon a time\"\n"
-              "run --help shows the rest\n", stderr);
+        fprintf(stderr, "usage: %s MODEL [options] [PROMPT]\n"
+                        "example: %s story.bin \"Once upon a time\"\n"
+                        "%s --help shows the rest\n", program_name, program_name, program_name);
         return USAGE;
     }
     opts.stops = malloc(sizeof *opts.stops * (size_t)argc);
@@ -1774,11 +2156,16 @@ int main(int argc, char **argv)
     if (status == DONE && opts.help)
         print_help(&p.out);
     else if (status == DONE && opts.version)
-        put_format(&p.out, "run (gemma2.c) %s\n", gemma2_version());
+        put_format(&p.out, "%s (gemma2.c) %s\n", program_name, gemma2_version());
+    else if (status == DONE && opts.man)
+        print_man(&p.out);
+    else if (status == DONE && opts.completion)
+        print_completion(&p.out, opts.completion);
     else if (status == DONE && (status = choose_mode(&opts, &mode)) == DONE)
         status = run(&p, mode);
     status = finish_output(&p.out, status);
 
+    interruptible = NULL;
     gemma2_session_free(p.session);
     gemma2_close(p.model);
     free(p.logits);

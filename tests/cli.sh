@@ -61,6 +61,14 @@ claim "$(awk '{ if (length > n) n = length } END { print n }' "$TMP/out")" -le 8
 keep help
 run "help after others" 0 "$STORY" -n 5 -h;  same "$TMP/out" "$TMP/help" "-h is not --help"
 run "version" 0 --version;               err_empty; out_has "[0-9][.][0-9][.][0-9]"
+for shell in bash zsh fish; do
+    run "completion for $shell" 0 --completion $shell; err_empty
+    for option in $(sed -n 's/^ .* --\([a-z0-9-]*\) .*/\1/p' "$TMP/help"); do out_has "[ -]$option\b"; done
+done
+refuses "bash, zsh or fish" "completion for another shell" 2 --completion sh
+refuses "needs a value" "completion for none" 2 --completion
+run "manual page" 0 --man;               err_empty; out_has '^[.]TH "run" 1 '
+for option in max\\\\-tokens in\\\\-memory session; do out_has "\\\\-\\\\-$option"; done
 refuses "nearest is --temperature" "misspelt option" 2 "$STORY" --temprature 1 x
 refuses "nearest is --perplexity" "abbreviated option" 2 "$STORY" --perp x
 refuses "nearest is --max-tokens" "long option, one dash" 2 "$STORY" -max-tokens 5 x
@@ -219,6 +227,43 @@ run "in memory" 0 "$STORY" -q --exact --in-memory --logits 20 "$P"
 same "$TMP/out" "$TMP/exact" "--in-memory changes results"
 printf 'Hello' >"$TMP/in"; run "chat from standard input" 0 "$STORY" -c -q -n 5
 
+# ---- Sessions in files ---------------------------------------------------------------
+S=$TMP/kept
+said() { "$RUN" "$STORY" -q -t 0 --exact "$@" </dev/null 2>"$TMP/err"; }
+name="a story in two parts"
+said -n 40 "$P" >"$TMP/whole"
+{ said -n 15 --session "$S" "$P" | tr -d '\n'; cp "$S" "$TMP/half"
+  said -n 25 --session "$S" -p ""; } >"$TMP/out"
+same "$TMP/out" "$TMP/whole" "it is not the one told at once"
+said -n 25 --load "$TMP/half" --json -p "" >"$TMP/out"
+out_has '"prompt_ids": \[2, 2740, 688, 266, 538,'; cp "$TMP/half" "$TMP/same"
+same "$TMP/half" "$TMP/same" "--load writes its file"
+name="a session in a smaller batch, on the scalar kernels"
+GEMMA2_ISA=scalar said -n 25 -C 300 -j 1 --load "$TMP/half" -p "" >"$TMP/out"
+said -n 25 --load "$TMP/half" -p "" >"$TMP/want"; same "$TMP/out" "$TMP/want" "it goes on otherwise"
+name="a conversation goes on"
+said -c -n 6 --json --session "$TMP/chat" Hello >"$TMP/first"
+said -c -n 6 --json --session "$TMP/chat" "And then?" >"$TMP/out"
+first=$(sed 's/.*"prompt_ids": \[\([^]]*\)\], "ids": \[\([^]]*\)\].*/\1, \2/' "$TMP/first")
+out_has "\"prompt_ids\": \[$first, "
+claim "$(grep -o '"prompt_ids": [^]]*' "$TMP/out" | tr ',' '\n' | grep -c '\b2$')" -eq 1 "BOS"
+run "system text of a later turn" 0 "$STORY" -c -n 1 -S Rhyme. --load "$TMP/chat" x; err_has "first turn"
+cp "$S" "$TMP/same"
+refuses "another model, window" "session of another window" 1 "$STORY" --window 8 --session "$S" x
+refuses "another model, window" "session of another cache type" 1 "$STORY" --kv f32 --session "$S" x
+refuses "no room" "session above the context" 1 "$STORY" -C 20 --session "$S" x
+refuses "do not go together" "two sessions" 2 "$STORY" --session "$S" --load "$S" x
+refuses "do not go together" "session and scores" 2 "$STORY" --session "$S" --score x
+refuses "cannot open" "session to load is missing" 1 "$STORY" --load "$TMP/none" x
+refuses "not a file" "session in a device" 1 "$STORY" --session /dev/null x
+refuses "not a file" "session in a directory" 1 "$STORY" --session "$TMP" x
+head -c 5000 "$S" >"$TMP/cut"; refuses "damaged" "session cut short" 1 "$STORY" --session "$TMP/cut" x
+: >"$TMP/cut"; refuses "damaged" "empty session" 1 "$STORY" --load "$TMP/cut" x
+refuses "damaged" "a model is no session" 1 "$STORY" --load "$STORY" x
+same "$S" "$TMP/same" "a refused session was changed"
+run "session that cannot be saved" 1 "$STORY" -n 1 -q --session "$TMP/none/kept" x; err_has "cannot save"
+name="nothing else is left"; claim "$(ls "$TMP" | grep -c '^kept\.')" -eq 0 "files beside the session"
+
 # What comes before the earliest stop string, wherever tokens end.
 text=$(cat "$TMP/greedy")
 stops() {
@@ -309,6 +354,10 @@ if timeout --preserve-status 5 true 2>/dev/null; then
         [ -s "$TMP/out" ] && break
     done
     claim $status -eq 130 "exit status"; out_has '"finish_reason": "interrupted"'
+    name="an interrupted session"
+    timeout --preserve-status -s INT 0.5 "$RUN" "$STORY" -q -C 200000 --ignore-eos --session "$S" x \
+        </dev/null >"$TMP/out" 2>"$TMP/err"
+    claim $? -eq 130 "exit status"; same "$S" "$TMP/same" "its file was changed"
     name="interrupt while scoring"
     awk 'BEGIN { for (i = 0; i < 90000; i++) print "Once upon a time" }' >"$TMP/file"
     timeout --preserve-status -s INT 0.3 "$RUN" "$STORY" -q --perplexity "$TMP/file" \

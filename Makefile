@@ -7,9 +7,40 @@ NEEDED = -std=c11 -ffp-contract=off $(OPENMP)
 # OpenMP is optional: without it everything works, on one thread.  OPENMP= turns it off.
 OPENMP := $(shell echo 'int main(void) { return 0; }' | \
 	$(CC) -fopenmp -x c - -o /dev/null 2>/dev/null && echo -fopenmp)
-BUILD = $(CC) $(NEEDED) $(CFLAGS) $(WARNINGS) $(CPPFLAGS) $(LDFLAGS)
+BUILD = $(CC) $(NEEDED) $(CFLAGS) $(WARNINGS) -I. $(CPPFLAGS) $(LDFLAGS)
 PYTHON ?= python3
 DEMO = tests/demo/story-q8.bin
+EXAMPLES = build/example_minimal build/example_chat build/example_sampler
+
+# Where `make install` puts things, below DESTDIR; the names are GNU's.
+PREFIX ?= /usr/local
+prefix = $(PREFIX)
+exec_prefix = $(prefix)
+bindir = $(exec_prefix)/bin
+libdir = $(exec_prefix)/lib
+includedir = $(prefix)/include
+datarootdir = $(prefix)/share
+mandir = $(datarootdir)/man
+pkgconfigdir = $(libdir)/pkgconfig
+BASH_DIR = $(datarootdir)/bash-completion/completions
+ZSH_DIR = $(datarootdir)/zsh/site-functions
+FISH_DIR = $(datarootdir)/fish/vendor_completions.d
+INSTALL ?= install
+INSTALL_PROGRAM ?= $(INSTALL)
+INSTALL_DATA ?= $(INSTALL) -m 644
+
+# The library's names: libgemma2.so -> libgemma2.so.MAJOR -> libgemma2.so.MAJOR.MINOR.PATCH.
+number = $(shell sed -n 's/^.define GEMMA2_VERSION_$(1) //p' gemma2.h)
+MAJOR := $(call number,MAJOR)
+VERSION := $(MAJOR).$(call number,MINOR).$(call number,PATCH)
+ifeq ($(shell uname -s),Darwin)
+LIB_NAMES = libgemma2.$(VERSION).dylib libgemma2.$(MAJOR).dylib libgemma2.dylib
+SHARED = -dynamiclib -install_name $(libdir)/$(word 2,$(LIB_NAMES))
+else
+LIB_NAMES = libgemma2.so.$(VERSION) libgemma2.so.$(MAJOR) libgemma2.so
+SHARED = -shared -Wl,-soname,$(word 2,$(LIB_NAMES))
+endif
+SHARED_LIB = build/$(firstword $(LIB_NAMES))
 
 # The command line program.
 run: run.c gemma2.c gemma2.h
@@ -25,14 +56,58 @@ demo: run
 	@echo >&2 "  ./run $(DEMO) --info"
 	@echo >&2 "  ./run --help"
 
+# The static and the shared library, which show nothing but gemma2_* functions.
+lib: build/libgemma2.a $(SHARED_LIB)
+
+build/gemma2.o: gemma2.c gemma2.h
+	@mkdir -p build
+	$(CC) $(NEEDED) $(CFLAGS) $(WARNINGS) $(CPPFLAGS) -fPIC -fvisibility=hidden -c $< -o $@
+
+build/libgemma2.a: build/gemma2.o
+	$(AR) rcs $@ $<
+
+$(SHARED_LIB): build/gemma2.o
+	$(CC) $(SHARED) $(NEEDED) $(CFLAGS) $(LDFLAGS) $< -lm -o $@
+
+# run as `gemma2`, the library, header, .pc file, man page and completions: PREFIX, DESTDIR.
+install: run lib
+	@for dir in $(bindir) $(libdir) $(includedir) $(pkgconfigdir) $(mandir)/man1 \
+		$(BASH_DIR) $(ZSH_DIR) $(FISH_DIR); do $(INSTALL) -d "$(DESTDIR)$$dir" || exit 1; done
+	$(INSTALL_PROGRAM) run "$(DESTDIR)$(bindir)/gemma2"
+	$(INSTALL_DATA) gemma2.h "$(DESTDIR)$(includedir)/gemma2.h"
+	$(INSTALL_DATA) build/libgemma2.a "$(DESTDIR)$(libdir)/libgemma2.a"
+	$(INSTALL_PROGRAM) $(SHARED_LIB) "$(DESTDIR)$(libdir)/$(firstword $(LIB_NAMES))"
+	@for name in $(wordlist 2,3,$(LIB_NAMES)); do \
+		ln -sf $(firstword $(LIB_NAMES)) "$(DESTDIR)$(libdir)/$$name" || exit 1; done
+	@printf '%s\n' 'prefix=$(prefix)' 'exec_prefix=$(exec_prefix)' 'libdir=$(libdir)' \
+		'includedir=$(includedir)' '' 'Name: gemma2' 'Description: Gemma 2 inference on any CPU' \
+		'Version: $(VERSION)' 'Cflags: -I$${includedir}' 'Libs: -L$${libdir} -lgemma2' \
+		'Libs.private: $(OPENMP) -lm' > "$(DESTDIR)$(pkgconfigdir)/gemma2.pc"
+	@ln -sf ../run build/gemma2
+	@build/gemma2 --man > "$(DESTDIR)$(mandir)/man1/gemma2.1"
+	@build/gemma2 --completion bash > "$(DESTDIR)$(BASH_DIR)/gemma2"
+	@build/gemma2 --completion zsh > "$(DESTDIR)$(ZSH_DIR)/_gemma2"
+	@build/gemma2 --completion fish > "$(DESTDIR)$(FISH_DIR)/gemma2.fish"
+
+# Removes what `make install` with the same PREFIX and DESTDIR put there.
+uninstall:
+	@for file in $(bindir)/gemma2 $(includedir)/gemma2.h $(pkgconfigdir)/gemma2.pc \
+		$(addprefix $(libdir)/,libgemma2.a $(LIB_NAMES)) $(mandir)/man1/gemma2.1 \
+		$(BASH_DIR)/gemma2 $(ZSH_DIR)/_gemma2 $(FISH_DIR)/gemma2.fish; do \
+		rm -f "$(DESTDIR)$$file" || exit 1; done
+
 # C only, no network, no Python, a few seconds; the last line is the sum.
-test: run build/test build/test_session build/test_header build/test_golden
+test: run build/test build/test_session build/test_header build/test_golden $(EXAMPLES)
 	@sh tests/all.sh build/test build/test_session build/test_header build/test_golden \
-		"sh tests/cli.sh ./run"
+		"sh tests/cli.sh ./run" "sh tests/examples.sh build ./run"
 
 build/%: tests/%.c gemma2.c gemma2.h $(wildcard tests/*.h)
 	@mkdir -p build
-	$(BUILD) -pthread $< $(if $(filter test_header check_model,$*),gemma2.c) -lm -o $@
+	$(BUILD) -pthread $< $(if $(filter test_header check_model example_%,$*),gemma2.c) -lm -o $@
+
+# Installs into a folder of its own; builds and runs programs against that, in C11 and C++17.
+test-install: run lib
+	@MAKE="$(MAKE)" CC="$(CC)" CXX="$(CXX)" sh tests/install.sh
 
 # The matrix class of the "amx" row, with its six tile instructions in C: for CPUs that have
 # AVX-512 but not AMX.
@@ -90,4 +165,5 @@ clean:
 help:
 	@sed -n '/^# /h; /^[a-z][a-z-]*:/{G; s/:[^\n]*\n#/  -/p}' Makefile
 
-.PHONY: demo test test-amx test-oracle check-model bench test-sanitize test-arm clean help
+.PHONY: demo lib install uninstall test test-install test-amx test-oracle check-model bench \
+	test-sanitize test-arm clean help

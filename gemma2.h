@@ -27,8 +27,9 @@
  *
  *       int64_t n = gemma2_encode(model, argv[2], -1, GEMMA2_ENCODE_BOS, ids, 4096,
  *                                 scratch, scratch_bytes);
- *       int status = n < 0 ? (int)n : n > 4096 ? GEMMA2_ERR_CONTEXT
- *                    : gemma2_prefill(session, ids, n, logits);
+ *       int status = n > 4096 ? (int)GEMMA2_ERR_CONTEXT : (int)n;
+ *       if (n >= 0 && n <= 4096)
+ *           status = gemma2_prefill(session, ids, n, logits);
  *       gemma2_sampler sampler;
  *       gemma2_sampler_init(&sampler, 42);
  *       gemma2_utf8 hold = {{0}, 0};

@@ -32,8 +32,9 @@ int main(int argc, char **argv)
 
     int64_t n = gemma2_encode(model, argv[2], -1, GEMMA2_ENCODE_BOS, ids, 4096,
                               scratch, scratch_bytes);
-    int status = n < 0 ? (int)n : n > 4096 ? GEMMA2_ERR_CONTEXT
-                 : gemma2_prefill(session, ids, n, logits);
+    int status = n > 4096 ? (int)GEMMA2_ERR_CONTEXT : (int)n;
+    if (n >= 0 && n <= 4096)
+        status = gemma2_prefill(session, ids, n, logits);
     gemma2_sampler sampler;
     gemma2_sampler_init(&sampler, 42);
     gemma2_utf8 hold = {{0}, 0};
@@ -133,21 +134,15 @@ static void test_example(void)
     check(example(1, argv) == 2, "the example without arguments");
 }
 
-/* The header alone is warning-free C and C++; where there is no such compiler, that is said. */
+/* The header alone is warning-free C.  (C++ needs its compiler: tests/install.sh.) */
 static void test_languages(void)
 {
-    static const char *const languages[][2] = {
-        {"cc", "-x c -std=c99"}, {"cc", "-x c -std=c11"}, {"c++", "-x c++ -std=c++17"}};
+    static const char *const languages[] = {"c99", "c11"};
     for (size_t i = 0; i < sizeof languages / sizeof *languages; i++) {
         char command[256];
-        snprintf(command, sizeof command, "command -v %s >/dev/null 2>&1", languages[i][0]);
-        if (system(command)) {
-            printf("not run: gemma2.h as %s, there is no %s\n", languages[i][1], languages[i][0]);
-            continue;
-        }
-        snprintf(command, sizeof command, "echo '#include \"gemma2.h\"' | %s %s -I. -Wall -Wextra "
-                 "-Wpedantic -Wshadow -Werror -fsyntax-only -", languages[i][0], languages[i][1]);
-        check(system(command) == 0, languages[i][1]);
+        snprintf(command, sizeof command, "echo '#include \"gemma2.h\"' | cc -x c -std=%s -I. -Wall "
+                 "-Wextra -Wpedantic -Wshadow -Werror -fsyntax-only -", languages[i]);
+        check(system(command) == 0, languages[i]);
     }
 }
 

@@ -7,6 +7,7 @@
  *                      the last with the first
  *   --prefill N[,N]    lengths of prompts, or none          (default 32,512,2048,8000)
  *   --decode N[,N]     tokens already there, or none        (default 0,4096,8000)
+ *   --sessions N[,N]   sessions that decode in one pass      (default none)
  *   --quick            --prefill 512 --decode 0,4096
  *   --batch N          rows of one pass                     (default: the session's)
  *   --kv auto|f32|f16  numbers of the cache
@@ -23,6 +24,8 @@
  *             prompt needs it) and attention are not counted, though they take time.
  *   decode    bytes of weights and cache read a second against the best of several ways to
  *             stream through the same mapping.
+ *   sessions  tokens of all sessions together, and of each: short contexts, one row of each
+ *             session in every pass.
  *
  * Depth is set by declaring positions of the cache filled with noise: speed does not depend
  * on the values. */
@@ -33,7 +36,8 @@
 #include <sys/utsname.h>
 #include <time.h>
 
-enum { MAX_LIST = 16, MAX_RUNS = 64, DECODED = 16, MAX_IDS = 8192 };
+enum { MAX_LIST = 16, MAX_RUNS = 64, DECODED = 16, MAX_IDS = 8192,
+       MAX_SESSIONS = 256 };
 
 struct list {
     int n, v[MAX_LIST];
@@ -42,7 +46,7 @@ struct list {
 struct options {
     const char *model, *shape, *type, *head, *json, *kv;
     int batch, runs, quick, read, no_limits;
-    struct list threads, prefill, decode;
+    struct list threads, prefill, decode, sessions;
 };
 
 static double now(void)
@@ -589,7 +593,7 @@ struct report {
     const gemma2_model *m;
     int batch, half, n_limits, n_results;
     struct limits limits[MAX_LIST];
-    struct result results[2 * MAX_LIST * MAX_LIST];
+    struct result results[3 * MAX_LIST * MAX_LIST];
 };
 
 /* Noise in the cache, as if tokens had been evaluated. */
@@ -634,9 +638,10 @@ static double gflop_a_token(const gemma2_model *m)
 
 static void print_result(const struct result *r)
 {
-    int decode = *r->kind == 'd';
-    printf("  %-10s%5d %9.2f tok/s  (%.2f .. %.2f) %7.1f %s", r->kind, r->n, r->speed.median,
-           r->speed.low, r->speed.high, r->done, decode ? "GB/s" : "GFLOP/s");
+    int decode = *r->kind == 'd', shared = *r->kind == 's';
+    printf("  %-10s%5d %9.2f tok/s  (%.2f .. %.2f) %7.*f %s", r->kind, r->n, r->speed.median,
+           r->speed.low, r->speed.high, 1 + shared, r->done,
+           decode ? "GB/s" : shared ? "tok/s each" : "GFLOP/s");
     if (r->limit > 0)
         printf(", %.0f %% of %s", 100 * r->speed.median / r->limit,
                decode ? "read bandwidth" : "the matrix peak");
@@ -664,6 +669,49 @@ static void run_work(struct report *report, gemma2_session *s, const struct limi
     r->done = r->speed.median * (decode ? gb : gflop_a_token(s->model));
     r->limit = decode ? l->best_read / gb : prefill_limit(s->model, l);
     print_result(r);
+}
+
+/* Tokens a second of n sessions together, DECODED tokens each, a row of each in every pass. */
+static double time_sessions(gemma2_session **s, int n, float *logits)
+{
+    size_t v = (size_t)s[0]->model->config.n_vocab;
+    gemma2_row rows[MAX_SESSIONS];
+    for (int k = 0; k < n; k++)
+        gemma2_rewind(s[k], 0);
+    double start = now();
+    for (int i = 0; i < DECODED; i++) {
+        for (int k = 0; k < n; k++)
+            rows[k] = (gemma2_row){s[k], (int32_t)((size_t)(i * 7919 + k * 104729) % v),
+                                   logits + (size_t)k * v};
+        if (gemma2_eval_rows(rows, (size_t)n) < 0)
+            die("a shared pass failed");
+    }
+    return n * DECODED / (now() - start);
+}
+
+static void run_sessions(struct report *report, gemma2_session_params params, int n)
+{
+    gemma2_session *s[MAX_SESSIONS];
+    double speed[MAX_RUNS];
+    char err[256];
+    float *logits = malloc((size_t)n * sizeof *logits * (size_t)report->m->config.n_vocab);
+    params.n_context = DECODED, params.n_batch = n;
+    for (int k = 0; k < n; k++)
+        if (!(s[k] = gemma2_session_new(report->m, &params, err, sizeof err)))
+            die(err);
+    if (!logits)
+        die("out of memory");
+    time_sessions(s, n, logits);
+    for (int i = 0; i < report->o->runs; i++)
+        speed[i] = time_sessions(s, n, logits);
+    struct result *r = &report->results[report->n_results++];
+    *r = (struct result){.kind = "sessions", .n = n, .threads = s[0]->n_threads,
+                         .speed = summarise(speed, report->o->runs)};
+    r->done = r->speed.median / n;
+    print_result(r);
+    for (int k = 0; k < n; k++)
+        gemma2_session_free(s[k]);
+    free(logits);
 }
 
 /* All works with one number of threads. */
@@ -695,6 +743,8 @@ static void run_threads(struct report *report, int threads)
         if (o->decode.v[i] + DECODED <= gemma2_context(s))
             run_work(report, s, l, 1, o->decode.v[i]);
     gemma2_session_free(s);
+    for (int i = 0; i < o->sessions.n; i++)
+        run_sessions(report, params, o->sessions.v[i]);
 }
 
 /* ---- reports ---- */
@@ -757,7 +807,8 @@ static void write_result(FILE *f, const struct result *r)
 {
     fprintf(f, "\n{\"work\":\"%s %d\",\"threads\":%d,\"median\":%.3f,\"low\":%.3f,\"high\":%.3f,"
                "\"%s\":%.2f", r->kind, r->n, r->threads, r->speed.median, r->speed.low,
-            r->speed.high, *r->kind == 'd' ? "gbs" : "gflops", r->done);
+            r->speed.high, *r->kind == 'd' ? "gbs" : *r->kind == 's' ? "tps_each" : "gflops",
+            r->done);
     if (r->limit > 0)
         fprintf(f, ",\"percent_of_limit\":%.1f", 100 * r->speed.median / r->limit);
     fprintf(f, "}");
@@ -815,6 +866,7 @@ static const struct option {
     {"--threads", LIST, offsetof(struct options, threads), 1, 1024},
     {"--prefill", LIST, offsetof(struct options, prefill), 1, MAX_IDS},
     {"--decode", LIST, offsetof(struct options, decode), 0, 1 << 30},
+    {"--sessions", LIST, offsetof(struct options, sessions), 1, MAX_SESSIONS},
     {"--batch", NUMBER, offsetof(struct options, batch), 1, 4096},
     {"--runs", NUMBER, offsetof(struct options, runs), 1, MAX_RUNS},
     {"--quick", FLAG, offsetof(struct options, quick), 0, 0},
@@ -827,7 +879,7 @@ static void usage(const char *what, const char *which)
     fprintf(stderr, "bench: %s%s\n"
             "usage: bench MODEL | --shape 2b|9b|27b [--type TYPE] [--head TYPE]\n"
             "       [--threads N,N] [--prefill N,N|none] [--decode N,N|none] [--quick]\n"
-            "       [--batch N] [--kv auto|f32|f16] [--runs N] [--read] [--no-limits]\n"
+            "       [--sessions N,N] [--batch N] [--kv auto|f32|f16] [--runs N] [--read] [--no-limits]\n"
             "       [--json FILE]\n", which, what);
     exit(2);
 }

@@ -945,11 +945,935 @@ class HuggingFace(Checkpoint):
         return tensors
 
 
-READERS = [HuggingFace]  # the first that suits a path reads it
+# ---- Blocks: the formats of GGUF and gemma.cpp ----------------------------------------
+#
+# A format packs so many weights into so many bytes; its function takes bytes
+# [blocks, bytes] and returns f32 [blocks, weights].  GGUF's are ggml's, from its
+# structures block_q4_0 and so on; the last three are gemma.cpp's.
+
+
+def half(b, at):
+    """The f16 at a byte of every block: f32 [blocks, 1]."""
+    return np.ascontiguousarray(b[:, at:at + 2]).view("<f2").astype(np.float32)
+
+
+def unpack(b, width, run):
+    """Fields of width bits: of every run of bytes first all the lowest, then the next."""
+    shifts = np.arange(0, 8, width, dtype=np.uint8)[:, None]
+    parts = b.reshape(len(b), -1, 1, run) >> shifts & np.uint8((1 << width) - 1)
+    return parts.reshape(len(b), -1)
+
+
+def grouped(scale, q, minimum=None):
+    """scale * q - minimum, with one of each for every group of a block: [blocks, groups]."""
+    w = q.reshape(*scale.shape, -1) * scale[:, :, None]
+    if minimum is not None:
+        w -= minimum[:, :, None]
+    return w.reshape(len(w), -1)
+
+
+def q4_0(b):
+    return half(b, 0) * (unpack(b[:, 2:], 4, 16) - np.float32(8))
+
+
+def q4_1(b):
+    return half(b, 0) * unpack(b[:, 4:], 4, 16) + half(b, 2)
+
+
+def q5_0(b):
+    q = unpack(b[:, 6:], 4, 16) | unpack(b[:, 2:6], 1, 1) << 4
+    return half(b, 0) * (q - np.float32(16))
+
+
+def q5_1(b):
+    q = unpack(b[:, 8:], 4, 16) | unpack(b[:, 4:8], 1, 1) << 4
+    return half(b, 0) * q + half(b, 2)
+
+
+def q8_0(b):
+    return half(b, 0) * b[:, 2:].view(np.int8)
+
+
+def q2_k(b):
+    s = b[:, :16]
+    return grouped(half(b, 80) * (s & 15), unpack(b[:, 16:80], 2, 32), half(b, 82) * (s >> 4))
+
+
+def q3_k(b):
+    s = unpack(b[:, 96:104], 4, 8) | unpack(b[:, 104:108], 2, 4) << 4
+    q = unpack(b[:, 32:96], 2, 32) | unpack(b[:, :32], 1, 32) << 2
+    return grouped(half(b, 108) * (s - np.float32(32)), q - np.float32(4))
+
+
+def q45_scales(s):
+    """12 bytes: 6 bits of scale and of minimum for each of 8 groups of 32; the upper two
+    bits of groups 4 .. 7 lie above the six of groups 0 .. 3."""
+    low, low_min, rest = s[:, :4], s[:, 4:8], s[:, 8:]
+    scale = np.concatenate((low & 63, rest & 15 | low >> 2 & 48), axis=1)
+    minimum = np.concatenate((low_min & 63, rest >> 4 | low_min >> 2 & 48), axis=1)
+    return scale, minimum
+
+
+def q4_k(b):
+    s, m = q45_scales(b[:, 4:16])
+    return grouped(half(b, 0) * s, unpack(b[:, 16:], 4, 32), half(b, 2) * m)
+
+
+def q5_k(b):
+    s, m = q45_scales(b[:, 4:16])
+    q = unpack(b[:, 48:], 4, 32) | unpack(b[:, 16:48], 1, 32) << 4
+    return grouped(half(b, 0) * s, q, half(b, 2) * m)
+
+
+def q6_k(b):
+    q = unpack(b[:, :128], 4, 64) | unpack(b[:, 128:192], 2, 32) << 4
+    return grouped(half(b, 208) * b[:, 192:208].view(np.int8), q - np.float32(32))
+
+
+IQ4 = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113],
+               np.float32)
+
+
+def iq4_nl(b):
+    return half(b, 0) * IQ4[unpack(b[:, 2:], 4, 16)]
+
+
+def iq4_xs(b):
+    s = unpack(b[:, 4:8], 4, 1) | unpack(b[:, 2:4], 2, 1) << 4
+    return grouped(half(b, 0) * (s - np.float32(32)), IQ4[unpack(b[:, 8:], 4, 16)])
+
+
+def sfp_values():
+    """gemma.cpp's 8-bit floats: 1.mmm * 2^(e - 15) from 2^-7 on, 1.mm * 2^(e - 23) below,
+    where bit 6 is clear; the top bit is the sign.  (Byte 128 is never written.)"""
+    b = np.arange(128)
+    bits = np.where(b < 64, 0x3400 + (b << 5), 0x3800 + (b << 4)) * (b > 0)
+    v = bf16_value(bits.astype(np.uint16))
+    return np.concatenate((v, -v))
+
+
+SFP = sfp_values()
+
+
+def nuq(b):
+    """16 values in SFP, then an index of 4 bits for each weight."""
+    return np.take_along_axis(SFP[b[:, :16]], unpack(b[:, 16:], 4, 1).astype(np.intp), axis=1)
+
+
+def i8(b):
+    """bf16 scale and zero point, then a byte for each weight."""
+    scale, zero = np.split(bf16_value(np.ascontiguousarray(b[:, :4]).view("<u2")), 2, axis=1)
+    return scale * b[:, 4:].view(np.int8) - zero * scale
+
+
+# name: (weights, bytes, function) of a block
+BLOCKS = {
+    "F32": (1, 4, lambda b: b.view("<f4").astype(np.float32, copy=False)),
+    "F16": (1, 2, lambda b: b.view("<f2").astype(np.float32)),
+    "BF16": (1, 2, lambda b: bf16_value(b.view("<u2"))),
+    "Q4_0": (32, 18, q4_0), "Q4_1": (32, 20, q4_1), "Q5_0": (32, 22, q5_0),
+    "Q5_1": (32, 24, q5_1), "Q8_0": (32, 34, q8_0), "IQ4_NL": (32, 18, iq4_nl),
+    "Q2_K": (256, 84, q2_k), "Q3_K": (256, 110, q3_k), "Q4_K": (256, 144, q4_k),
+    "Q5_K": (256, 176, q5_k), "Q6_K": (256, 210, q6_k), "IQ4_XS": (256, 136, iq4_xs),
+    "SFP": (1, 1, lambda b: SFP[b]), "NUQ": (256, 144, nuq), "INT8": (128, 132, i8),
+}
+
+
+class Blocks:
+    """A tensor stored as a stream of blocks, which may straddle its rows.  The values are
+    weight * scale + shift."""
+
+    def __init__(self, path, kind, shape, offset, scale=1.0, shift=0.0):
+        self.path, self.kind, self.shape, self.offset = path, kind, shape, offset
+        self.scale, self.shift = scale, shift
+
+    @staticmethod
+    def size(kind, shape):
+        """Bytes of such a stream, None where the weights fill no whole number of blocks."""
+        weights, size, _ = BLOCKS[kind]
+        blocks, rest = divmod(math.prod(shape), weights)
+        return None if rest else blocks * size
+
+    def rows(self, start, stop):
+        weights, size, values = BLOCKS[self.kind]
+        start, stop, cols = start * self.shape[1], stop * self.shape[1], self.shape[1]
+        first, end = start // weights, -(-stop // weights)
+        raw = read_at(self.path, self.offset + first * size, (end - first) * size)
+        with np.errstate(invalid="ignore", over="ignore"):  # check_values finds them
+            w = values(raw.reshape(-1, size)).reshape(-1)[start - first * weights:]
+            w = w[:stop - start]
+            if (self.scale, self.shift) != (1.0, 0.0):
+                w = w * np.float32(self.scale) + np.float32(self.shift)
+        return np.ascontiguousarray(w).reshape(-1, cols)
+
+
+# ---- GGUF -----------------------------------------------------------------------------
+
+GGML_TYPES = {
+    0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 4: "Q4_2", 5: "Q4_3", 6: "Q5_0", 7: "Q5_1",
+    8: "Q8_0", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 15: "Q8_K",
+    16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S",
+    22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M",
+    30: "BF16", 31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8", 34: "TQ1_0", 35: "TQ2_0",
+    36: "IQ4_NL_4_4", 37: "IQ4_NL_4_8", 38: "IQ4_NL_8_8", 39: "MXFP4", 40: "NVFP4", 41: "Q1_0",
+}
+GGUF_NUMBERS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?",
+                10: "<u8", 11: "<i8", 12: "<f8"}  # by type of a value
+GGUF_STRING, GGUF_ARRAY = 8, 9
+GGUF_NAMES = {"token_embd": "embedding", "output_norm": "final_norm", "output": "head"}
+GGUF_LAYER_NAMES = {
+    "attn_norm": "attn_norm", "attn_q": "q", "attn_k": "k", "attn_v": "v", "attn_output": "o",
+    "post_attention_norm": "post_attn_norm", "ffn_norm": "ffn_norm", "ffn_gate": "gate",
+    "ffn_up": "up", "ffn_down": "down", "post_ffw_norm": "post_ffn_norm",
+}
+
+
+class GgufHeader:
+    """What stands before the data of one file: facts {key: number, bytes or list} and
+    tensors {name: Blocks}.  No size is used before the file is seen to be as long."""
+
+    def __init__(self, path):
+        self.path, self.at, self.size = path, 0, os.path.getsize(path)
+        with open(path, "rb") as self.file:
+            n_tensors, n_facts = self.start()
+            self.facts = self.named(n_facts, "key", self.value)
+            entries = self.named(n_tensors, "tensor", self.entry)
+        del self.file
+        self.tensors = self.place(entries)
+
+    def bad(self, what):
+        return ExportError("%s %s: fetch it again" % (self.path, what))
+
+    def take(self, n):
+        if n > self.size - self.at:
+            raise self.bad("is no GGUF file, damaged or truncated: its header goes on beyond its "
+                           "%d bytes" % self.size)
+        self.at += n
+        return self.file.read(n)
+
+    def number(self, numpy_type):
+        data = self.take(np.dtype(numpy_type).itemsize)
+        return np.frombuffer(data, numpy_type)[0].item()
+
+    def start(self):
+        if self.take(4) != b"GGUF":
+            raise self.bad("is no GGUF file (git lfs pull, if it is a pointer)")
+        version = self.number("<u4")
+        if version and version & 0xFFFF == 0:
+            raise ExportError("%s is a big-endian GGUF file: fetch the little-endian one"
+                              % self.path)
+        if version not in (2, 3):
+            raise ExportError("%s is GGUF version %d; 2 and 3 can be read: convert the original "
+                              "checkpoint" % (self.path, version))
+        return self.number("<u8"), self.number("<u8")
+
+    def named(self, count, what, read):
+        """count pairs of a name and what read makes of the bytes after it."""
+        if count > 1 << 16:
+            raise self.bad("speaks of %d %ss, too many" % (count, what))
+        found = {}
+        for _ in range(count):
+            name = self.text(1024).decode("utf-8", "replace")
+            if name in found:
+                raise self.bad("holds the %s %s twice" % (what, name))
+            found[name] = read()
+        return found
+
+    def text(self, most=1 << 26):
+        n = self.number("<u8")
+        if n > most:
+            raise self.bad("has a text of %d bytes, too long" % n)
+        return self.take(n)
+
+    def value(self):
+        kind = self.number("<u4")
+        if kind == GGUF_STRING:
+            return self.text()
+        if kind in GGUF_NUMBERS:
+            return self.number(GGUF_NUMBERS[kind])
+        if kind != GGUF_ARRAY:
+            raise self.bad("has a value of unknown type, %d" % kind)
+        kind, n = self.number("<u4"), self.number("<u8")
+        if n > 1 << 24 or kind not in GGUF_NUMBERS and kind != GGUF_STRING:
+            raise self.bad("has a list of %d values of type %d, which cannot be read" % (n, kind))
+        if kind == GGUF_STRING:
+            return [self.text() for _ in range(n)]
+        data = self.take(n * np.dtype(GGUF_NUMBERS[kind]).itemsize)
+        return np.frombuffer(data, GGUF_NUMBERS[kind]).tolist()
+
+    def entry(self):
+        """(dimensions, the row's first; number of the type; offset) of a tensor."""
+        n = self.number("<u4")
+        if n > 4:
+            raise self.bad("has a tensor of %d dimensions" % n)
+        return [self.number("<u8") for _ in range(n)], self.number("<u4"), self.number("<u8")
+
+    def place(self, entries):
+        """Entries to Blocks, once each is seen to lie in the file and apart from the others."""
+        align = self.facts.get("general.alignment", 32)
+        if not is_size(align) or not 8 <= align <= 1 << 20 or align & (align - 1):
+            raise self.bad("has the alignment %s" % str(align)[:40])
+        base, free = round_up(self.at, align), 0
+        tensors = {}
+        for name, (dims, kind, offset) in sorted(entries.items(), key=lambda e: e[1][2]):
+            shape, kind = self.shape(name, dims), self.kind(name, kind)
+            size = Blocks.size(kind, shape)
+            if size is None or shape[1] > 1 and shape[1] % BLOCKS[kind][0]:
+                raise self.bad("has the tensor %s with rows of %d weights, which %s cannot hold"
+                               % (name, shape[1], kind))
+            if offset % align or offset < free:
+                raise self.bad("has the tensor %s at offset %d, %s" % (
+                    name, offset, "off the alignment" if offset % align else "inside another"))
+            free = offset + size
+            if base + free > self.size:
+                raise self.bad("is truncated: %s ends at byte %d and the file has %d"
+                               % (name, base + free, self.size))
+            tensors[name] = Blocks(self.path, kind, shape, base + offset)
+        return tensors
+
+    def shape(self, name, dims):
+        while len(dims) > 2 and dims[-1] == 1:
+            dims = dims[:-1]
+        if len(dims) not in (1, 2) or not all(0 < n < 1 << 40 for n in dims):
+            raise self.bad("has the tensor %s with the dimensions %s" % (name, dims))
+        return (dims[0], 1) if len(dims) == 1 else (dims[1], dims[0])
+
+    def kind(self, name, number):
+        kind = GGML_TYPES.get(number, "of unknown type %d" % number)
+        if kind not in BLOCKS:
+            raise ExportError(
+                "%s: the tensor %s is %s, which export.py does not read: fetch a file in F16, "
+                "BF16, Q8_0, Q2_K to Q6_K or the like, or the original checkpoint"
+                % (self.path, name, kind))
+        return kind
+
+
+GGUF_SIZES = [  # as SIZES
+    ("L", ("gemma2.block_count",), None, 1, 1024),
+    ("D", ("gemma2.embedding_length",), None, 1, 1 << 20),
+    ("N", ("gemma2.attention.head_count",), None, 1, 4096),
+    ("K", ("gemma2.attention.head_count_kv",), None, 1, 4096),
+    ("H", ("gemma2.attention.key_length",), None, 2, 1024),
+    ("F", ("gemma2.feed_forward_length",), None, 1, 1 << 22),
+]
+
+
+class GgufConfig(Config):
+    """The facts of a GGUF file with Config's complaints."""
+
+    def __init__(self, path, facts):
+        self.path = path
+        self.doc = {k: v.decode("utf-8", "replace") if isinstance(v, bytes) else v
+                    for k, v in facts.items()}
+
+    def bad(self, key, value, want):
+        is_long = isinstance(value, (str, list)) and len(value) > 40
+        return super().bad(key, value[:40] if is_long else value, want)
+
+
+def refuse_other_ggufs(config):
+    kind, arch = (config.doc.get("general." + key) for key in ("type", "architecture"))
+    if kind in ("adapter", "mmproj", "imatrix"):
+        what = {"adapter": "a LoRA adapter", "mmproj": "the image part of a model",
+                "imatrix": "data about importance"}[kind]
+        raise ExportError("%s holds %s and no model: give the model's file" % (config.path, what))
+    if arch != "gemma2":
+        name = str(arch)[:40]
+        what = OTHER_MODELS.get(name.replace("-", "_"), "not Gemma 2")
+        raise ExportError("%s: general.architecture is %s: %s; only Gemma 2 (\"gemma2\") can be "
+                          "converted" % (config.path, json.dumps(name), what))
+
+
+def model_of_gguf(config):
+    """GGUF knows no query scale: it follows from the shapes."""
+    refuse_other_ggufs(config)
+    sizes = {name: config.number(keys, default, least, most, int)
+             for name, keys, default, least, most in GGUF_SIZES}
+    model, H, prefix = model_of_shapes(**sizes), sizes["H"], "gemma2."
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if config.doc.get(prefix + key, H) != H:
+            raise config.bad(prefix + key, config.doc[prefix + key], "key_length, %d" % H)
+    if model.N % model.K or H % 2:
+        raise ExportError("%s: %d query heads, %d key heads and a head of %d do not go together: "
+                          "fetch it again" % (config.path, model.N, model.K, H))
+    model.context = config.number((prefix + "context_length",), 8192, 1, 1 << 30, int)
+    model.window = config.number((prefix + "attention.sliding_window",), 4096, 1, 1 << 30, int)
+    model.eps = config.number((prefix + "attention.layer_norm_rms_epsilon",), 1e-6, 0, 1)
+    for name, key, default in SOFTCAPS:  # files of the first days lack them
+        setattr(model, name, config.softcap(prefix + key, default))
+    model.rope_theta = gguf_rope_theta(config)
+    model.local = gguf_local_layers(config, model.L)
+    return model
+
+
+def gguf_rope_theta(config):
+    scaling = config.doc.get("gemma2.rope.scaling.type", "none")
+    if scaling != "none":
+        raise config.bad("gemma2.rope.scaling.type", scaling, '"none"')
+    theta = config.number(("gemma2.rope.freq_base",), 10000.0, 1e-30, 1e30)
+    local = config.number(("gemma2.rope.freq_base_swa",), theta, 1e-30, 1e30)
+    if local != theta:
+        raise config.bad("gemma2.rope.freq_base_swa", local, "freq_base, %g" % theta)
+    return float(theta)
+
+
+def gguf_local_layers(config, n_layers):
+    """Every layer but each pattern-th, or a list of flags."""
+    key = "gemma2.attention.sliding_window_pattern"
+    pattern = config.doc.get(key, 2)
+    if isinstance(pattern, list) and len(pattern) == n_layers:
+        return tuple(bool(p) for p in pattern)
+    pattern = config.number((key,), 2, 1, 1024, int)
+    return tuple(i % pattern < pattern - 1 for i in range(n_layers))
+
+
+# ---- GGUF: the tokenizer
+
+# Pieces of Gemma's vocabulary by which it is known: id of the first, pieces
+GEMMA_PIECES = [
+    (0, ["<pad>", "<eos>", "<bos>", "<unk>"]), (108, ["\n" * n for n in range(1, 32)]),
+    (139, ["\u2581" * n for n in range(2, 32)]), (217, ["<0x%02X>" % b for b in range(256)]),
+    (473, ["in", "\u2581t", "er", "\u2581a"]), (235248, ["\u2581", "e", "a"]),
+    (255969, ["\t" * n for n in range(2, 32)]),
+]
+# Its user-defined pieces that a converter may call control pieces by mistake
+GEMMA_TAGS = re.compile(r"</?(table|caption|thead|tbody|tfoot|tr|th|td|h[1-6]|blockquote|strong|em|"
+                        r"b|i|u|s|sub|sup|code)>")
+
+
+def gguf_tokenizer(config, facts):
+    """The file's vocabulary, None where it has none.  llama.cpp's converter calls most of
+    Gemma's user-defined pieces normal, or control pieces, gives them scores of its own and
+    spells their spaces out; what they are is known by their ids."""
+    key = "tokenizer.ggml."
+    if key + "tokens" not in facts:
+        return None
+    if config.doc.get(key + "model") != "llama":
+        raise config.bad(key + "model", config.doc.get(key + "model"), '"llama" (SentencePiece)')
+    pieces, scores, kinds = (facts.get(key + name) for name in ("tokens", "scores", "token_type"))
+    pieces = gguf_pieces(config, pieces)
+    spell_tab_as_byte(pieces)
+    n = len(pieces)
+    is_gemma = all(pieces[i:i + len(want)] == want for i, want in GEMMA_PIECES)
+    for name, found, kind in (("scores", scores, float), ("token_type", kinds, int)):
+        if not isinstance(found, list) or len(found) != n or not isinstance(found[0], kind):
+            raise ExportError("%s: %s%s is no list of %d numbers, one for each token: fetch it "
+                              "again" % (config.path, key, name, n))
+    ids = gguf_ids(config, n)
+    if is_gemma:
+        ids = {"pad": 0, "eos": 1, "bos": 2, "unk": 3}
+        kinds = gemma_kinds(pieces, kinds)
+    elif config.doc.get(key + "add_space_prefix"):
+        raise config.bad(key + "add_space_prefix", True, "false, as in Gemma 2")
+    for i in range(n):
+        if kinds[i] == CONTROL and i not in ids.values():
+            kinds[i] = MARKER  # special in Hugging Face's sense
+        if kinds[i] == UNUSED and re.fullmatch(r"\[PAD\d+\]", pieces[i]):
+            pieces[i] = ""
+    scores = [s if k == NORMAL else 0.0 for s, k in zip(scores, kinds)]
+    return Tokenizer(pieces, scores, kinds, ids)
+
+
+def gguf_pieces(config, tokens):
+    if not isinstance(tokens, list) or not tokens or not isinstance(tokens[0], bytes):
+        raise ExportError("%s: tokenizer.ggml.tokens is no list of texts: fetch it again"
+                          % config.path)
+    try:
+        return [t.decode("utf-8").replace(" ", SPACE) for t in tokens]
+    except UnicodeDecodeError:
+        raise ExportError("%s: tokenizer.ggml.tokens holds a piece that is no UTF-8: fetch it again"
+                          % config.path) from None
+
+
+def gguf_ids(config, n):
+    keys = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
+    ids = {name: config.doc.get("tokenizer.ggml.%s_token_id" % key) for name, key in keys.items()}
+    return {name: i for name, i in ids.items() if is_size(i) and i < n}
+
+
+def gemma_kinds(pieces, kinds):
+    """The kinds of Gemma's ids; beyond, and for names that fine-tunes gave, the file's."""
+    n = len(pieces)
+    known = [CONTROL] * 3 + [UNKNOWN] + [USER] * 213 + [BYTE] * 256 + [NORMAL] * 255495
+    known += [USER] * 32 + kinds[256000:]
+    for i in range(4, min(n, 256000)):
+        if known[i] == USER and kinds[i] == CONTROL and not GEMMA_TAGS.fullmatch(pieces[i]):
+            known[i] = MARKER
+    return known[:n]
+
+
+def gguf_stop_ids(config, tokenizer):
+    """Ids of eos, eot and eom, but never Gemma's HTML tag </s>."""
+    found = []
+    for name in ("eos", "eot", "eom"):
+        key = "tokenizer.ggml.%s_token_id" % name
+        i = config.doc.get(key)
+        if i is not None and tokenizer is not None:
+            i = config.number((key,), None, 0, len(tokenizer) - 1, int)
+            found += [i] if not GEMMA_TAGS.fullmatch(tokenizer.pieces[i]) else []
+    return tuple(found)
+
+
+# ---- GGUF: the files
+
+SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
+
+
+def gguf_files(path):
+    """One file, or all parts of a split one, in order; path is any of them or a directory."""
+    if os.path.isdir(path):
+        names = sorted(n for n in os.listdir(path) if n.endswith(".gguf"))
+        series = {SPLIT.sub(r"\1 \3", n) for n in names}
+        if len(series) > 1:
+            raise ExportError("%s holds several models (%s and more): name the GGUF file to convert"
+                              % (path, ", ".join(names[:3])))
+        path = os.path.join(path, names[0])
+    part = SPLIT.fullmatch(path)
+    if not part:
+        return [path]
+    count = int(part.group(3))
+    files = ["%s-%05d-of-%05d.gguf" % (part.group(1), i + 1, count) for i in range(count)]
+    missing = [f for f in files if not os.path.isfile(f)]
+    if missing or not count:
+        raise ExportError("%s is missing, one of %d parts: fetch it"
+                          % (missing[0] if missing else path, count))
+    return files
+
+
+class Gguf(Checkpoint):
+    """A GGUF file of llama.cpp, whole or split."""
+
+    @staticmethod
+    def suits(path):
+        if os.path.isfile(path):
+            with open(path, "rb") as f:
+                return path.endswith(".gguf") or f.read(4) == b"GGUF"
+        return any(n.endswith(".gguf") for n in os.listdir(path))
+
+    def __init__(self, path):
+        self.files = gguf_files(path)
+        self.directory = os.path.dirname(self.files[0]) or "."
+        headers = [GgufHeader(f) for f in self.files]
+        facts = headers[0].facts
+        config = GgufConfig(self.files[0], facts)
+        self.model = model_of_gguf(config)
+        self.check_parts(headers)
+        self.tensors = self.collect(headers)
+        self.own_tokenizer = gguf_tokenizer(config, facts)
+        self.model.stop_ids = gguf_stop_ids(config, self.own_tokenizer)
+        self.template = config.doc.get("tokenizer.chat_template")
+        self.title = config.doc.get("general.name")
+        kinds = {t.kind for t in self.tensors.values() if t.shape[1] > 1}
+        self.source = "%s, GGUF of %s" % (os.path.basename(self.files[0]), ", ".join(sorted(kinds)))
+
+    @staticmethod
+    def check_parts(headers):
+        for i, header in enumerate(headers):
+            count, no = (header.facts.get("split." + k, d) for k, d in (("count", 0), ("no", i)))
+            if max(count, len(headers)) > 1 and (count, no) != (len(headers), i):
+                raise ExportError(
+                    "%s says it is part %s of %s: give all parts their names, NAME-00001-of-%05d"
+                    ".gguf and so on" % (header.path, no, count, len(headers)))
+
+    @staticmethod
+    def collect(headers):
+        tensors = {}
+        for header in headers:
+            for name, tensor in header.tensors.items():
+                ours = Gguf.canonical_name(name)
+                if ours in tensors:
+                    raise ExportError("%s and %s both hold %s: fetch the parts again"
+                                      % (tensors[ours].path, header.path, name))
+                if is_norm(ours):
+                    tensor.shift = -1.0  # GGUF keeps 1 + w; for every such f32, less 1 is exact
+                tensors[ours] = tensor
+        want = headers[0].facts.get("split.tensors.count", len(tensors))
+        if want != len(tensors):
+            raise ExportError("%s speaks of %s tensors and its parts hold %d: fetch them again"
+                              % (headers[0].path, want, len(tensors)))
+        return tensors
+
+    @staticmethod
+    def canonical_name(name):
+        m = re.fullmatch(r"(?:blk\.(0|[1-9]\d{0,4})\.)?(\w+)\.weight", name)
+        layer, base = m.groups() if m else (None, None)
+        names = GGUF_NAMES if layer is None else GGUF_LAYER_NAMES
+        if base not in names:
+            raise ExportError("the checkpoint holds %s, which is no tensor of Gemma 2: is this the "
+                              "right checkpoint?" % name[:100])
+        return names[base] if layer is None else "layers.%s.%s" % (layer, names[base])
+
+    def name(self):
+        return self.title or re.sub(r"(-\d{5}-of-\d{5})?\.gguf$", "",
+                                    os.path.basename(self.files[0]))
+
+    def tokenizer(self):
+        return self.files[0] if self.own_tokenizer else None, self.own_tokenizer
+
+    def chat_template(self):
+        return self.template
+
+
+# ---- gemma.cpp's .sbs -----------------------------------------------------------------
+#
+# Named blobs, back to back.  First form of the file: header, directory, blobs; second: a
+# header that counts no blobs, blobs, directory, header.  The blob "config" holds the model's
+# facts, "toc" an entry for every tensor, "tokenizer" a SentencePiece model.  Files older
+# than 2025 have none of these: the first letter of a tensor's name gives its type, and the
+# shapes follow from the width, which only released models have.
+
+SBS_MAGIC, SBS_ALIGN = 0x0A534253, 256
+SBS_TYPES = ["unknown", "F32", "BF16", "SFP", "NUQ", "F64", "U32", "U64", "INT8"]
+SBS_PREFIXES = {"F": "F32", "B": "BF16", "$": "SFP", "2": "NUQ", "I": "INT8"}
+SBS_MODELS = {3: "Gemma 2 9B", 4: "Gemma 2 27B", 7: "Gemma 2 2B"}
+SBS_OTHERS = {**dict.fromkeys((10, 11, 12, 13), "PaliGemma 2, which sees images"),
+              **dict.fromkeys((14, 15, 16, 17, 18), "Gemma 3")}
+RELEASED = {2304: (8, 4, 256), 3584: (16, 8, 256), 4608: (32, 16, 128)}  # D: N, K, H
+SBS_NAMES = {  # our name or what several of ours lie in, rows (a sum of products), cols
+    "c_embedding": ("embedding", "V", "D"), "c_final_norm": ("final_norm", "D", "1"),
+}
+SBS_LAYER_NAMES = {
+    "pre_att_ns": ("attn_norm", "D", "1"), "post_att_ns": ("post_attn_norm", "D", "1"),
+    "pre_ff_ns": ("ffn_norm", "D", "1"), "post_ff_ns": ("post_ffn_norm", "D", "1"),
+    "qkv_ein": ("qkv", "NH+KH+KH", "D"), "qkv1_w": ("q", "NH", "D"), "qkv2_w": ("kv", "KH+KH", "D"),
+    "att_ein": ("o_heads", "ND", "H"), "att_w": ("o", "D", "NH"),
+    "gating_ein": ("gating", "F+F", "D"), "gating1_w": ("gate", "F", "D"),
+    "gating2_w": ("up", "F", "D"), "linear_w": ("down", "D", "F"),
+}
+SBS_SCALED = "att_ein", "qkv_ein", "gating_ein", "linear_w"  # in the order of old files' scales
+
+
+class KvHeads:
+    """k or v of heads that lie as k v k v: H rows each, from row base on."""
+
+    def __init__(self, tensor, base, K, H):
+        self.tensor, self.base, self.H = tensor, base, H
+        self.shape = K * H, tensor.shape[1]
+
+    def rows(self, start, stop):
+        parts = []
+        while start < stop:
+            end = min(stop, start - start % self.H + self.H)
+            at = self.base + start // self.H * 2 * self.H + start % self.H
+            parts.append(self.tensor.rows(at, at + end - start))
+            start = end
+        return np.concatenate(parts)
+
+
+class HeadColumns:
+    """[D, N * H] of a tensor [N * D, H]."""
+
+    def __init__(self, tensor, N):
+        self.tensor, self.N = tensor, N
+        self.shape = tensor.shape[0] // N, tensor.shape[1] * N
+
+    def rows(self, start, stop):
+        D = self.shape[0]
+        return np.concatenate([self.tensor.rows(n * D + start, n * D + stop)
+                               for n in range(self.N)], axis=1)
+
+
+class Words:
+    """Serialised fields of gemma.cpp, each a few u32; those that an older writer did not
+    know are missing at the end and read as 0."""
+
+    def __init__(self, words, path):
+        self.words, self.at, self.path = words, 0, path
+
+    def number(self):
+        self.at += 1
+        return self.words[self.at - 1] if self.at <= len(self.words) else 0
+
+    def real(self):
+        return struct.unpack("<f", struct.pack("<I", self.number()))[0]
+
+    def span(self, n):
+        if n > len(self.words) - self.at:
+            raise ExportError("%s is damaged: a field goes on beyond its blob: fetch it again"
+                              % self.path)
+        self.at += n
+        return self.words[self.at - n:self.at]
+
+    def text(self):
+        words = self.span(self.number())
+        return struct.pack("<%dI" % len(words), *words).rstrip(b"\0").decode("ascii", "replace")
+
+    def group(self):
+        return Words(self.span(self.number()), self.path)
+
+    def list(self, read):
+        n = self.number()
+        if n > len(self.words) - self.at:  # each takes a word at least
+            self.span(n)
+        return [read() for _ in range(n)]
+
+    def numbers(self):
+        return self.list(self.number)
+
+    def layers(self):
+        return self.list(lambda: self.group().facts(SBS_LAYER_FACTS))
+
+    def facts(self, table):
+        return {name: getattr(self, how)() for how, name in map(str.split, table.split(","))}
+
+
+def read_sbs_blobs(path):
+    """Name to (offset, bytes) of every blob, which fill the file without a gap."""
+    def bad(what):
+        return ExportError("%s %s: fetch it again" % (path, what))
+    def header(at):
+        f.seek(at)
+        return struct.unpack("<IIQ", f.read(16))
+    size = os.path.getsize(path)
+    with open(path, "rb") as f:
+        if size < 48 or header(0)[0] != SBS_MAGIC:
+            raise bad("is no gemma.cpp file (git lfs pull, if it is a pointer)")
+        last = 0 if header(0)[1] else size - 16  # where the header that counts is
+        magic, n, bytes_told = header(last)
+        if magic != SBS_MAGIC:
+            raise bad("is damaged or truncated: it does not end in a header")
+        directory = last - 32 * n if last else 16
+        if not 0 < n <= 1 << 14 or directory < 16 or directory + 32 * n > size:
+            raise bad("speaks of %d blobs, which it cannot hold" % n)
+        if bytes_told != size:
+            raise bad("is truncated or too long: it has %d bytes where %d should be"
+                      % (size, bytes_told))
+        f.seek(directory)
+        keys, ranges = f.read(16 * n), struct.unpack("<%dQ" % (2 * n), f.read(16 * n))
+    first, end = (SBS_ALIGN, directory) if last else (round_up(16 + 32 * n, SBS_ALIGN), size)
+    blobs = {}
+    for i, (offset, length) in enumerate(zip(ranges[::2], ranges[1::2])):
+        name = keys[16 * i:16 * i + 16].rstrip(b"\0").decode("ascii", "replace")
+        if name in blobs:
+            raise bad("holds the blob %s twice" % name)
+        if offset != first or not length or offset + length > end:
+            raise bad("has the blob %s at offset %d, not at %d, or beyond its end"
+                      % (name, offset, first))
+        blobs[name] = offset, length
+        first = round_up(offset + length, SBS_ALIGN)
+    return blobs
+
+
+def sbs_words(path, blobs, name):
+    offset, size = blobs[name]
+    if size % 4 or size > 1 << 24:
+        raise ExportError("%s has the blob %s of %d bytes, which cannot be read: fetch it again"
+                          % (path, name, size))
+    return Words(read_at(path, offset, size).view("<u4").tolist(), path)
+
+
+# Fields of gemma.cpp's ModelConfig and LayerConfig in their order: how to read, name
+SBS_FACTS = """number family, text title, number kind, number wrapping, number weight, number L,
+    number D, number V, number context, number scales, real attn_softcap, real final_softcap,
+    number absolute, number local, number by_width, layers layers, numbers windows,
+    number groups, group images, number pool, number eos, number eos2"""
+SBS_LAYER_FACTS = """number D, number griffin, number F, number N, number K, number H,
+    number conv, number ff_biases, number attn_biases, number gating, number post_norm,
+    number type, number activation, number post_qk, number qk_norm"""
+
+
+def model_of_sbs(words):
+    facts, path = words.group().facts(SBS_FACTS), words.path
+    if facts["kind"] not in SBS_MODELS:
+        raise ExportError("%s is gemma.cpp's model %d: %s; only Gemma 2 can be converted"
+                          % (path, facts["kind"], SBS_OTHERS.get(facts["kind"], "an unknown one")))
+    layer = check_sbs_facts(facts, path)
+    model = model_of_shapes(*(layer[n] if n in layer else facts[n] for n in "LDNKHF"))
+    model.attn_softcap, model.final_softcap = facts["attn_softcap"], facts["final_softcap"]
+    model.context, model.stop_ids = facts["context"], (facts["eos"], facts["eos2"])
+    scalar = model.D // model.N if facts["by_width"] else model.H
+    model.query_scale = float(np.float32(scalar ** -0.5))
+    model.local = tuple(w != model.context for w in facts["windows"])
+    local = sorted(set(facts["windows"]) - {model.context}) or [model.context]
+    if len(local) > 1 or not 0 < local[0] < 1 << 30:
+        raise ExportError("%s has layers with the windows %s; gemma2.c runs one for all"
+                          % (path, local[:5]))
+    model.window = local[0]
+    return model
+
+
+def check_sbs_facts(facts, path):
+    """The facts that all layers share."""
+    layers = facts["layers"]
+    layer = layers[0] if layers else {}
+    sizes = [facts["context"], facts["D"], *(layer.get(n, 0) for n in "NKHF")]
+    # Where N = K, old files have k and v beside every q
+    if not (len(layers) == len(facts["windows"]) == facts["L"] <= 1024
+            and layers.count(layer) == len(layers) and layer.get("D") == facts["D"]
+            and all(0 < n < 1 << 24 for n in sizes) and layer["K"] < layer["N"]
+            and layer["N"] % layer["K"] == 0 and layer["H"] % 2 == 0
+            and all(0 <= facts[n] < 1e5 for n in ("attn_softcap", "final_softcap"))):
+        raise ExportError("%s has a config whose numbers do not go together: fetch it again" % path)
+    odd = [n for n in ("ff_biases", "attn_biases", "type", "activation", "post_qk", "qk_norm")
+           if layer[n]]
+    odd += [] if layer["post_norm"] == 1 else ["no post-norms"]
+    odd += ["image layers"] if any(facts["images"].words[:1]) else []
+    if odd:
+        raise ExportError("%s has %s, unlike Gemma 2" % (path, ", ".join(odd)))
+    return layer
+
+
+def sbs_entries(words):
+    """The blob "toc": name to (type, weights, scale)."""
+    found = {}
+    while words.at < len(words.words):
+        entry = words.group()
+        name, kind = entry.text(), entry.number()
+        entry.number(), entry.number()  # bytes of an element, elements
+        rows, cols, scale = entry.number(), entry.number(), entry.real()
+        kind = SBS_TYPES[kind] if kind < len(SBS_TYPES) else "unknown"
+        if name in found or not math.isfinite(scale):
+            raise ExportError("%s: its table of tensors holds %s twice or with the scale %g: fetch "
+                              "it again" % (words.path, name, scale))
+        found[name] = kind, rows * cols, scale
+    return found
+
+
+def old_sbs_entries(path, blobs):
+    """The same for a file from before 2025, from names and sizes of the blobs."""
+    found = {}
+    for name, (_, size) in blobs.items():
+        kind = SBS_PREFIXES.get(name[:1])
+        if kind == "NUQ":
+            raise ExportError("%s: %s is NUQ as it was before 2025, which export.py does not read: "
+                              "fetch the file in SFP or BF16" % (path, name))
+        if kind and name != "Fscales":
+            weights, bytes_, _ = BLOCKS[kind]
+            found[name] = kind, size // bytes_ * weights, 1.0
+    if "Fscales" not in blobs:
+        return found
+    offset, size = blobs["Fscales"]
+    layers = 1 + max((int(m.group(1)) for m in map(SBS_LAYER.fullmatch, found) if m), default=-1)
+    if size != 16 * layers:
+        raise ExportError("%s: it has %d layers and %d bytes of scales: fetch it again"
+                          % (path, layers, size))
+    scales = read_at(path, offset, size).view("<f4").tolist()
+    at = {name[1:]: name for name in found}
+    for i, base in ((i, b) for i in range(layers) for b in SBS_SCALED):
+        name, scale = at.get("%s_%d" % (base, i)), scales.pop(0)
+        if name:
+            found[name] = (*found[name][:2], scale)
+    return found
+
+
+SBS_LAYER = re.compile(r".+_(0|[1-9]\d{0,2})")
+
+
+def old_sbs_model(path, found):
+    """The Model of such a file."""
+    sizes = {name[1:]: entry[1] for name, entry in found.items()}
+    D = sizes.get("c_final_norm", 0)
+    if D not in RELEASED or "gating_ein_0" not in sizes:
+        raise ExportError("%s brings no config, and its width is %d, which no released Gemma 2 has"
+                          % (path, D))
+    L = sum(name.startswith("gating_ein_") for name in sizes)
+    return model_of_shapes(L, D, *RELEASED[D], sizes["gating_ein_0"] // (2 * D))
+
+
+class Sbs(Checkpoint):
+    """A file of gemma.cpp."""
+
+    @staticmethod
+    def suits(path):
+        if os.path.isfile(path):
+            return path.endswith(".sbs")
+        return any(n.endswith(".sbs") for n in os.listdir(path))
+
+    def __init__(self, path):
+        if os.path.isdir(path):
+            names = sorted(n for n in os.listdir(path) if n.endswith(".sbs"))
+            if len(names) > 1:
+                raise ExportError("%s holds several models (%s): name the .sbs file to convert"
+                                  % (path, ", ".join(names[:3])))
+            path = os.path.join(path, names[0])
+        self.files, self.directory = (path,), os.path.dirname(path) or "."
+        self.blobs = read_sbs_blobs(path)
+        if "toc" in self.blobs and "config" in self.blobs:
+            found = sbs_entries(sbs_words(path, self.blobs, "toc"))
+            self.model = model_of_sbs(sbs_words(path, self.blobs, "config"))
+        else:
+            found = old_sbs_entries(path, self.blobs)
+            self.model = old_sbs_model(path, found)
+        self.tensors = {}
+        for name, entry in found.items():
+            self.add(path, name, *entry)
+        for layer in range(self.model.L):
+            self.split("layers.%d." % layer)
+        kinds = {t.kind for t in self.tensors.values() if isinstance(t, Blocks) and t.shape[1] > 1}
+        self.source = "%s, gemma.cpp file of %s" % (os.path.basename(path),
+                                                    ", ".join(sorted(kinds)))
+
+    def add(self, path, name, kind, weights, scale):
+        """Blocks for one entry, after what it says is held against the blob's size."""
+        ours, rows, cols = self.role(name)
+        cols = self.model.dimension(cols)
+        rows = weights // cols if rows == "V" else sum(map(self.model.dimension, rows.split("+")))
+        if kind not in BLOCKS:
+            raise ExportError("%s: the tensor %s is %s, which export.py does not read: fetch the "
+                              "file in SFP, BF16 or F32" % (path, name, kind))
+        offset, size = self.blobs.get(name, (0, 0))
+        if rows * cols != weights or Blocks.size(kind, (rows, cols)) != size:
+            raise ExportError("%s: the tensor %s has %d weights of %s in %d bytes where the model "
+                              "makes it %d x %d: fetch it again"
+                              % (path, name, weights, kind, size, rows, cols))
+        if ours in self.tensors:
+            raise ExportError("%s holds %s twice: fetch it again" % (path, name))
+        self.tensors[ours] = Blocks(path, kind, (rows, cols), offset, scale)
+
+    @staticmethod
+    def role(name):
+        """Our name and the shape; a letter for the type may stand before theirs."""
+        for base in (name, name[1:] if name[:1] in SBS_PREFIXES else name):
+            m = re.fullmatch(r"(.+)_(0|[1-9]\d{0,3})", base)
+            if base in SBS_NAMES:
+                return SBS_NAMES[base]
+            if m and m.group(1) in SBS_LAYER_NAMES:
+                ours, rows, cols = SBS_LAYER_NAMES[m.group(1)]
+                return "layers.%s.%s" % (m.group(2), ours), rows, cols
+        raise ExportError("the checkpoint holds %s, which is no tensor of Gemma 2: is this the right "
+                          "checkpoint?" % name)
+
+    def split(self, layer):
+        """Puts what lies together in theirs under our names."""
+        N, K, H, F = (getattr(self.model, n) for n in "NKHF")
+        parts = {
+            "qkv": lambda t: {"q": Slice(t, 0, N * H), "k": KvHeads(t, N * H, K, H),
+                              "v": KvHeads(t, N * H + H, K, H)},
+            "kv": lambda t: {"k": KvHeads(t, 0, K, H), "v": KvHeads(t, H, K, H)},
+            "gating": lambda t: {"gate": Slice(t, 0, F), "up": Slice(t, F, 2 * F)},
+            "o_heads": lambda t: {"o": HeadColumns(t, N)},
+        }
+        for name in parts:
+            tensor = self.tensors.pop(layer + name, None)
+            for ours, part in (parts[name](tensor) if tensor else {}).items():
+                if layer + ours in self.tensors:
+                    raise ExportError("%s holds %s twice, in two forms: fetch it again"
+                                      % (self.files[0], layer + ours))
+                self.tensors[layer + ours] = part
+
+    def name(self):
+        return re.sub(r"\.sbs$", "", os.path.basename(self.files[0]))
+
+    def tokenizer(self):
+        """The blob of that name; for old files tokenizer.spm beside them."""
+        offset, size = self.blobs.get("tokenizer", (0, 0))
+        path = os.path.join(self.directory, "tokenizer.spm")
+        if 16 < size < 1 << 28:  # gemma.cpp writes a word where it has none
+            data = read_at(self.files[0], offset, size).tobytes()
+            return self.files[0], sentencepiece_tokenizer(data, self.files[0])
+        if os.path.isfile(path):
+            return path, tokenizer_of_file(path)
+        return tokenizer_of_directory(self.directory)
+
+    def chat_template(self):
+        return None
+
+
+READERS = [HuggingFace, Gguf, Sbs]  # the first that suits a path reads it
 
 OTHER_FORMATS = [  # endings in a directory (or of a file), what they are
     ("adapter_config.json", "a LoRA adapter: merge it into its base model first"),
-    (".gguf", "a GGUF file"), (".sbs", "a gemma.cpp file"), (".msgpack", "a Flax checkpoint"),
+    (".msgpack", "a Flax checkpoint"),
     (".ckpt", "a PyTorch checkpoint"), (".bin", "a PyTorch checkpoint"),
     (".pth", "a PyTorch checkpoint"), (".pt", "a PyTorch checkpoint"),
     (".h5", "a Keras checkpoint"), (".keras", "a Keras checkpoint"),

@@ -23,6 +23,7 @@ import numpy as np
 
 import make_golden
 import oracle_export
+import oracle_gguf
 import oracle_traps
 import reference as ref
 from reference import check
@@ -360,7 +361,7 @@ def test_story(engine, folder):
 
 SECTIONS = {"models": test_models, "sessions": test_sessions, "formats": test_formats,
             "tokens": test_tokens, "story": test_story, "export": oracle_export.test_export,
-            "traps": oracle_traps.test_traps}
+            "gguf": oracle_gguf.test_gguf, "traps": oracle_traps.test_traps}
 
 
 def main():

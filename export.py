@@ -7,7 +7,7 @@ and 3).  This script follows it and says here only how the numbers are chosen.
   1. Ground         errors, warnings, signals, JSON
   2. Number formats f32 and bf16 tiles; q8, q6, q4: search for scales, then packing
   3. The model      facts, roles of tensors and their shapes
-  4. Checkpoints    the reader interface; Hugging Face safetensors
+  4. Checkpoints    the reader interface; Hugging Face safetensors, GGUF, gemma.cpp
   5. Tokenizers     tokenizer.model, tokenizer.json, tokenizer.bin
   6. The file       sections, header, directory; written under a temporary name
   7. Conversion     which tensor gets which type; worker processes; the report
@@ -466,6 +466,7 @@ def is_norm(name):
 class Checkpoint:
     """What a conversion needs to know of its input."""
     directory = ""   # where tokenizer and chat template lie
+    facts_in = "config.json"  # what says the model's sizes, for messages
     files = ()       # paths of all that is read, so that the output never overwrites them
     source = ""      # one line for the file's facts
     model = None     # a Model with everything but V
@@ -957,7 +958,7 @@ def half(b, at):
     return np.ascontiguousarray(b[:, at:at + 2]).view("<f2").astype(np.float32)
 
 
-def unpack(b, width, run):
+def bit_fields(b, width, run):
     """Fields of width bits: of every run of bytes first all the lowest, then the next."""
     shifts = np.arange(0, 8, width, dtype=np.uint8)[:, None]
     parts = b.reshape(len(b), -1, 1, run) >> shifts & np.uint8((1 << width) - 1)
@@ -973,20 +974,20 @@ def grouped(scale, q, minimum=None):
 
 
 def q4_0(b):
-    return half(b, 0) * (unpack(b[:, 2:], 4, 16) - np.float32(8))
+    return half(b, 0) * (bit_fields(b[:, 2:], 4, 16) - np.float32(8))
 
 
 def q4_1(b):
-    return half(b, 0) * unpack(b[:, 4:], 4, 16) + half(b, 2)
+    return half(b, 0) * bit_fields(b[:, 4:], 4, 16) + half(b, 2)
 
 
 def q5_0(b):
-    q = unpack(b[:, 6:], 4, 16) | unpack(b[:, 2:6], 1, 1) << 4
+    q = bit_fields(b[:, 6:], 4, 16) | bit_fields(b[:, 2:6], 1, 1) << 4
     return half(b, 0) * (q - np.float32(16))
 
 
 def q5_1(b):
-    q = unpack(b[:, 8:], 4, 16) | unpack(b[:, 4:8], 1, 1) << 4
+    q = bit_fields(b[:, 8:], 4, 16) | bit_fields(b[:, 4:8], 1, 1) << 4
     return half(b, 0) * q + half(b, 2)
 
 
@@ -996,12 +997,12 @@ def q8_0(b):
 
 def q2_k(b):
     s = b[:, :16]
-    return grouped(half(b, 80) * (s & 15), unpack(b[:, 16:80], 2, 32), half(b, 82) * (s >> 4))
+    return grouped(half(b, 80) * (s & 15), bit_fields(b[:, 16:80], 2, 32), half(b, 82) * (s >> 4))
 
 
 def q3_k(b):
-    s = unpack(b[:, 96:104], 4, 8) | unpack(b[:, 104:108], 2, 4) << 4
-    q = unpack(b[:, 32:96], 2, 32) | unpack(b[:, :32], 1, 32) << 2
+    s = bit_fields(b[:, 96:104], 4, 8) | bit_fields(b[:, 104:108], 2, 4) << 4
+    q = bit_fields(b[:, 32:96], 2, 32) | bit_fields(b[:, :32], 1, 32) << 2
     return grouped(half(b, 108) * (s - np.float32(32)), q - np.float32(4))
 
 
@@ -1016,17 +1017,17 @@ def q45_scales(s):
 
 def q4_k(b):
     s, m = q45_scales(b[:, 4:16])
-    return grouped(half(b, 0) * s, unpack(b[:, 16:], 4, 32), half(b, 2) * m)
+    return grouped(half(b, 0) * s, bit_fields(b[:, 16:], 4, 32), half(b, 2) * m)
 
 
 def q5_k(b):
     s, m = q45_scales(b[:, 4:16])
-    q = unpack(b[:, 48:], 4, 32) | unpack(b[:, 16:48], 1, 32) << 4
+    q = bit_fields(b[:, 48:], 4, 32) | bit_fields(b[:, 16:48], 1, 32) << 4
     return grouped(half(b, 0) * s, q, half(b, 2) * m)
 
 
 def q6_k(b):
-    q = unpack(b[:, :128], 4, 64) | unpack(b[:, 128:192], 2, 32) << 4
+    q = bit_fields(b[:, :128], 4, 64) | bit_fields(b[:, 128:192], 2, 32) << 4
     return grouped(half(b, 208) * b[:, 192:208].view(np.int8), q - np.float32(32))
 
 
@@ -1035,12 +1036,12 @@ IQ4 = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69,
 
 
 def iq4_nl(b):
-    return half(b, 0) * IQ4[unpack(b[:, 2:], 4, 16)]
+    return half(b, 0) * IQ4[bit_fields(b[:, 2:], 4, 16)]
 
 
 def iq4_xs(b):
-    s = unpack(b[:, 4:8], 4, 1) | unpack(b[:, 2:4], 2, 1) << 4
-    return grouped(half(b, 0) * (s - np.float32(32)), IQ4[unpack(b[:, 8:], 4, 16)])
+    s = bit_fields(b[:, 4:8], 4, 1) | bit_fields(b[:, 2:4], 2, 1) << 4
+    return grouped(half(b, 0) * (s - np.float32(32)), IQ4[bit_fields(b[:, 8:], 4, 16)])
 
 
 def sfp_values():
@@ -1057,7 +1058,7 @@ SFP = sfp_values()
 
 def nuq(b):
     """16 values in SFP, then an index of 4 bits for each weight."""
-    return np.take_along_axis(SFP[b[:, :16]], unpack(b[:, 16:], 4, 1).astype(np.intp), axis=1)
+    return np.take_along_axis(SFP[b[:, :16]], bit_fields(b[:, 16:], 4, 1).astype(np.intp), axis=1)
 
 
 def i8(b):
@@ -1149,7 +1150,10 @@ class GgufHeader:
             raise self.bad("is no GGUF file, damaged or truncated: its header goes on beyond its "
                            "%d bytes" % self.size)
         self.at += n
-        return self.file.read(n)
+        data = self.file.read(n)
+        if len(data) < n:
+            raise self.bad("became shorter while it was read")
+        return data
 
     def number(self, numpy_type):
         data = self.take(np.dtype(numpy_type).itemsize)
@@ -1180,7 +1184,7 @@ class GgufHeader:
         return found
 
     def text(self, most=1 << 26):
-        n = self.number("<u8")
+        n = int.from_bytes(self.take(8), "little")
         if n > most:
             raise self.bad("has a text of %d bytes, too long" % n)
         return self.take(n)
@@ -1194,7 +1198,7 @@ class GgufHeader:
         if kind != GGUF_ARRAY:
             raise self.bad("has a value of unknown type, %d" % kind)
         kind, n = self.number("<u4"), self.number("<u8")
-        if n > 1 << 24 or kind not in GGUF_NUMBERS and kind != GGUF_STRING:
+        if n > 1 << 22 or kind not in GGUF_NUMBERS and kind != GGUF_STRING:
             raise self.bad("has a list of %d values of type %d, which cannot be read" % (n, kind))
         if kind == GGUF_STRING:
             return [self.text() for _ in range(n)]
@@ -1327,95 +1331,6 @@ def gguf_local_layers(config, n_layers):
     return tuple(i % pattern < pattern - 1 for i in range(n_layers))
 
 
-# ---- GGUF: the tokenizer
-
-# Pieces of Gemma's vocabulary by which it is known: id of the first, pieces
-GEMMA_PIECES = [
-    (0, ["<pad>", "<eos>", "<bos>", "<unk>"]), (108, ["\n" * n for n in range(1, 32)]),
-    (139, ["\u2581" * n for n in range(2, 32)]), (217, ["<0x%02X>" % b for b in range(256)]),
-    (473, ["in", "\u2581t", "er", "\u2581a"]), (235248, ["\u2581", "e", "a"]),
-    (255969, ["\t" * n for n in range(2, 32)]),
-]
-# Its user-defined pieces that a converter may call control pieces by mistake
-GEMMA_TAGS = re.compile(r"</?(table|caption|thead|tbody|tfoot|tr|th|td|h[1-6]|blockquote|strong|em|"
-                        r"b|i|u|s|sub|sup|code)>")
-
-
-def gguf_tokenizer(config, facts):
-    """The file's vocabulary, None where it has none.  llama.cpp's converter calls most of
-    Gemma's user-defined pieces normal, or control pieces, gives them scores of its own and
-    spells their spaces out; what they are is known by their ids."""
-    key = "tokenizer.ggml."
-    if key + "tokens" not in facts:
-        return None
-    if config.doc.get(key + "model") != "llama":
-        raise config.bad(key + "model", config.doc.get(key + "model"), '"llama" (SentencePiece)')
-    pieces, scores, kinds = (facts.get(key + name) for name in ("tokens", "scores", "token_type"))
-    pieces = gguf_pieces(config, pieces)
-    spell_tab_as_byte(pieces)
-    n = len(pieces)
-    is_gemma = all(pieces[i:i + len(want)] == want for i, want in GEMMA_PIECES)
-    for name, found, kind in (("scores", scores, float), ("token_type", kinds, int)):
-        if not isinstance(found, list) or len(found) != n or not isinstance(found[0], kind):
-            raise ExportError("%s: %s%s is no list of %d numbers, one for each token: fetch it "
-                              "again" % (config.path, key, name, n))
-    ids = gguf_ids(config, n)
-    if is_gemma:
-        ids = {"pad": 0, "eos": 1, "bos": 2, "unk": 3}
-        kinds = gemma_kinds(pieces, kinds)
-    elif config.doc.get(key + "add_space_prefix"):
-        raise config.bad(key + "add_space_prefix", True, "false, as in Gemma 2")
-    for i in range(n):
-        if kinds[i] == CONTROL and i not in ids.values():
-            kinds[i] = MARKER  # special in Hugging Face's sense
-        if kinds[i] == UNUSED and re.fullmatch(r"\[PAD\d+\]", pieces[i]):
-            pieces[i] = ""
-    scores = [s if k == NORMAL else 0.0 for s, k in zip(scores, kinds)]
-    return Tokenizer(pieces, scores, kinds, ids)
-
-
-def gguf_pieces(config, tokens):
-    if not isinstance(tokens, list) or not tokens or not isinstance(tokens[0], bytes):
-        raise ExportError("%s: tokenizer.ggml.tokens is no list of texts: fetch it again"
-                          % config.path)
-    try:
-        return [t.decode("utf-8").replace(" ", SPACE) for t in tokens]
-    except UnicodeDecodeError:
-        raise ExportError("%s: tokenizer.ggml.tokens holds a piece that is no UTF-8: fetch it again"
-                          % config.path) from None
-
-
-def gguf_ids(config, n):
-    keys = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
-    ids = {name: config.doc.get("tokenizer.ggml.%s_token_id" % key) for name, key in keys.items()}
-    return {name: i for name, i in ids.items() if is_size(i) and i < n}
-
-
-def gemma_kinds(pieces, kinds):
-    """The kinds of Gemma's ids; beyond, and for names that fine-tunes gave, the file's."""
-    n = len(pieces)
-    known = [CONTROL] * 3 + [UNKNOWN] + [USER] * 213 + [BYTE] * 256 + [NORMAL] * 255495
-    known += [USER] * 32 + kinds[256000:]
-    for i in range(4, min(n, 256000)):
-        if known[i] == USER and kinds[i] == CONTROL and not GEMMA_TAGS.fullmatch(pieces[i]):
-            known[i] = MARKER
-    return known[:n]
-
-
-def gguf_stop_ids(config, tokenizer):
-    """Ids of eos, eot and eom, but never Gemma's HTML tag </s>."""
-    found = []
-    for name in ("eos", "eot", "eom"):
-        key = "tokenizer.ggml.%s_token_id" % name
-        i = config.doc.get(key)
-        if i is not None and tokenizer is not None:
-            i = config.number((key,), None, 0, len(tokenizer) - 1, int)
-            found += [i] if not GEMMA_TAGS.fullmatch(tokenizer.pieces[i]) else []
-    return tuple(found)
-
-
-# ---- GGUF: the files
-
 SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 
 
@@ -1442,6 +1357,7 @@ def gguf_files(path):
 
 class Gguf(Checkpoint):
     """A GGUF file of llama.cpp, whole or split."""
+    facts_in = "its header"
 
     @staticmethod
     def suits(path):
@@ -1461,19 +1377,19 @@ class Gguf(Checkpoint):
         self.tensors = self.collect(headers)
         self.own_tokenizer = gguf_tokenizer(config, facts)
         self.model.stop_ids = gguf_stop_ids(config, self.own_tokenizer)
-        self.template = config.doc.get("tokenizer.chat_template")
-        self.title = config.doc.get("general.name")
+        texts = (config.doc.get(k) for k in ("tokenizer.chat_template", "general.name"))
+        self.template, self.title = (t if isinstance(t, str) else None for t in texts)
         kinds = {t.kind for t in self.tensors.values() if t.shape[1] > 1}
         self.source = "%s, GGUF of %s" % (os.path.basename(self.files[0]), ", ".join(sorted(kinds)))
 
     @staticmethod
     def check_parts(headers):
         for i, header in enumerate(headers):
-            count, no = (header.facts.get("split." + k, d) for k, d in (("count", 0), ("no", i)))
-            if max(count, len(headers)) > 1 and (count, no) != (len(headers), i):
+            said = [header.facts.get("split." + k, i - 1) for k in ("no", "count")]
+            if said != [i, len(headers)] and (len(headers) > 1 or said[1] not in (-1, 0)):
                 raise ExportError(
-                    "%s says it is part %s of %s: give all parts their names, NAME-00001-of-%05d"
-                    ".gguf and so on" % (header.path, no, count, len(headers)))
+                    "%s says it is part %s of %s (counted from 0): give all parts the names they "
+                    "had, NAME-00001-of-0000N.gguf" % (header.path, *(str(n)[:20] for n in said)))
 
     @staticmethod
     def collect(headers):
@@ -1490,7 +1406,7 @@ class Gguf(Checkpoint):
         want = headers[0].facts.get("split.tensors.count", len(tensors))
         if want != len(tensors):
             raise ExportError("%s speaks of %s tensors and its parts hold %d: fetch them again"
-                              % (headers[0].path, want, len(tensors)))
+                              % (headers[0].path, str(want)[:20], len(tensors)))
         return tensors
 
     @staticmethod
@@ -1526,7 +1442,8 @@ SBS_MAGIC, SBS_ALIGN = 0x0A534253, 256
 SBS_TYPES = ["unknown", "F32", "BF16", "SFP", "NUQ", "F64", "U32", "U64", "INT8"]
 SBS_PREFIXES = {"F": "F32", "B": "BF16", "$": "SFP", "2": "NUQ", "I": "INT8"}
 SBS_MODELS = {3: "Gemma 2 9B", 4: "Gemma 2 27B", 7: "Gemma 2 2B"}
-SBS_OTHERS = {**dict.fromkeys((10, 11, 12, 13), "PaliGemma 2, which sees images"),
+SBS_OTHERS = {1: "Gemma 1", 2: "Gemma 1", 5: "Griffin",
+              **dict.fromkeys((8, 9, 10, 11, 12, 13), "PaliGemma, which sees images"),
               **dict.fromkeys((14, 15, 16, 17, 18), "Gemma 3")}
 RELEASED = {2304: (8, 4, 256), 3584: (16, 8, 256), 4608: (32, 16, 128)}  # D: N, K, H
 SBS_NAMES = {  # our name or what several of ours lie in, rows (a sum of products), cols
@@ -1540,6 +1457,7 @@ SBS_LAYER_NAMES = {
     "gating_ein": ("gating", "F+F", "D"), "gating1_w": ("gate", "F", "D"),
     "gating2_w": ("up", "F", "D"), "linear_w": ("down", "D", "F"),
 }
+SBS_LAYER = re.compile(r"(.+)_(0|[1-9]\d{0,3})")
 SBS_SCALED = "att_ein", "qkv_ein", "gating_ein", "linear_w"  # in the order of old files' scales
 
 
@@ -1680,7 +1598,8 @@ def model_of_sbs(words):
     layer = check_sbs_facts(facts, path)
     model = model_of_shapes(*(layer[n] if n in layer else facts[n] for n in "LDNKHF"))
     model.attn_softcap, model.final_softcap = facts["attn_softcap"], facts["final_softcap"]
-    model.context, model.stop_ids = facts["context"], (facts["eos"], facts["eos2"])
+    model.context = facts["context"]
+    model.stop_ids = tuple(facts[n] for n in ("eos", "eos2") if facts[n])  # older files: none
     scalar = model.D // model.N if facts["by_width"] else model.H
     model.query_scale = float(np.float32(scalar ** -0.5))
     model.local = tuple(w != model.context for w in facts["windows"])
@@ -1697,7 +1616,7 @@ def check_sbs_facts(facts, path):
     layers = facts["layers"]
     layer = layers[0] if layers else {}
     sizes = [facts["context"], facts["D"], *(layer.get(n, 0) for n in "NKHF")]
-    # Where N = K, old files have k and v beside every q
+    # where N = K, q lies among k and v in old files, apart in newer ones: no Gemma 2 is so
     if not (len(layers) == len(facts["windows"]) == facts["L"] <= 1024
             and layers.count(layer) == len(layers) and layer.get("D") == facts["D"]
             and all(0 < n < 1 << 24 for n in sizes) and layer["K"] < layer["N"]
@@ -1722,9 +1641,9 @@ def sbs_entries(words):
         entry.number(), entry.number()  # bytes of an element, elements
         rows, cols, scale = entry.number(), entry.number(), entry.real()
         kind = SBS_TYPES[kind] if kind < len(SBS_TYPES) else "unknown"
-        if name in found or not math.isfinite(scale):
-            raise ExportError("%s: its table of tensors holds %s twice or with the scale %g: fetch "
-                              "it again" % (words.path, name, scale))
+        if name in found or not math.isfinite(scale) or len(name) > 16:
+            raise ExportError("%s: its table of tensors holds %s twice, with an overlong name or "
+                              "the scale %g: fetch it again" % (words.path, name[:40], scale))
         found[name] = kind, rows * cols, scale
     return found
 
@@ -1740,23 +1659,20 @@ def old_sbs_entries(path, blobs):
         if kind and name != "Fscales":
             weights, bytes_, _ = BLOCKS[kind]
             found[name] = kind, size // bytes_ * weights, 1.0
-    if "Fscales" not in blobs:
-        return found
-    offset, size = blobs["Fscales"]
-    layers = 1 + max((int(m.group(1)) for m in map(SBS_LAYER.fullmatch, found) if m), default=-1)
+    return old_sbs_scales(path, blobs["Fscales"], found) if "Fscales" in blobs else found
+
+
+def old_sbs_scales(path, blob, found):
+    """The same with scales: layer by layer one for each of SBS_SCALED."""
+    offset, size = blob
+    layers = 1 + max((int(m.group(2)) for m in map(SBS_LAYER.fullmatch, found) if m), default=-1)
     if size != 16 * layers:
         raise ExportError("%s: it has %d layers and %d bytes of scales: fetch it again"
                           % (path, layers, size))
-    scales = read_at(path, offset, size).view("<f4").tolist()
-    at = {name[1:]: name for name in found}
-    for i, base in ((i, b) for i in range(layers) for b in SBS_SCALED):
-        name, scale = at.get("%s_%d" % (base, i)), scales.pop(0)
-        if name:
-            found[name] = (*found[name][:2], scale)
-    return found
-
-
-SBS_LAYER = re.compile(r".+_(0|[1-9]\d{0,2})")
+    names = ["%s_%d" % (base, layer) for layer in range(layers) for base in SBS_SCALED]
+    scales = dict(zip(names, read_at(path, offset, size).view("<f4").tolist()))
+    return {name: (kind, weights, scales.get(name[1:], 1.0))
+            for name, (kind, weights, _) in found.items()}
 
 
 def old_sbs_model(path, found):
@@ -1772,6 +1688,7 @@ def old_sbs_model(path, found):
 
 class Sbs(Checkpoint):
     """A file of gemma.cpp."""
+    facts_in = "its config"
 
     @staticmethod
     def suits(path):
@@ -1824,14 +1741,14 @@ class Sbs(Checkpoint):
     def role(name):
         """Our name and the shape; a letter for the type may stand before theirs."""
         for base in (name, name[1:] if name[:1] in SBS_PREFIXES else name):
-            m = re.fullmatch(r"(.+)_(0|[1-9]\d{0,3})", base)
+            m = SBS_LAYER.fullmatch(base)
             if base in SBS_NAMES:
                 return SBS_NAMES[base]
             if m and m.group(1) in SBS_LAYER_NAMES:
                 ours, rows, cols = SBS_LAYER_NAMES[m.group(1)]
                 return "layers.%s.%s" % (m.group(2), ours), rows, cols
-        raise ExportError("the checkpoint holds %s, which is no tensor of Gemma 2: is this the right "
-                          "checkpoint?" % name)
+        raise ExportError("the checkpoint holds %s, which is no tensor of Gemma 2: is this the "
+                          "right checkpoint?" % name)
 
     def split(self, layer):
         """Puts what lies together in theirs under our names."""
@@ -1899,8 +1816,7 @@ def check_shapes(reader):
     """Sets V from the embedding; refuses missing, surplus and wrongly shaped tensors."""
     model = reader.model
     if "embedding" not in reader.tensors:
-        raise ExportError("the checkpoint lacks the embedding (model.embed_tokens.weight): fetch "
-                          "all of its files")
+        raise ExportError("the checkpoint lacks the embedding: fetch all of its files")
     model.V = reader.tensors["embedding"].shape[0]
     if not 1 <= model.V < 1 << 22:
         raise ExportError("the embedding has %d rows; 1 to %d can be" % (model.V, (1 << 22) - 1))
@@ -1911,12 +1827,12 @@ def check_shapes(reader):
                           % (len(missing), missing[0]))
     for name, tensor in sorted(reader.tensors.items()):
         if name not in table:
-            raise ExportError("the checkpoint holds %s, but config.json says %d layers: the two do "
-                              "not belong together" % (name, model.L))
+            raise ExportError("the checkpoint holds %s, but %s says %d layers: the two do not "
+                              "belong together" % (name, reader.facts_in, model.L))
         if tensor.shape != table[name][2:]:
-            raise ExportError("%s has shape %s where config.json makes it %s: the two do not "
-                              "belong together" % (name, list(tensor.shape),
-                                                   list(table[name][2:])))
+            raise ExportError("%s has shape %s where %s makes it %s: the two do not belong together"
+                              % (name, list(tensor.shape), reader.facts_in,
+                                 list(table[name][2:])))
 
 
 def settle_head(reader):
@@ -2206,6 +2122,92 @@ def add_tokens(tokenizer, added):
     if renamed:
         warn("added tokens rename %d pieces: %s%s" % (
             len(renamed), ", ".join(renamed[:3]), " ..." if len(renamed) > 3 else ""))
+
+
+# ---- A GGUF file's vocabulary ---------------------------------------------------------------
+
+# Pieces of Gemma's vocabulary by which it is known: id of the first, pieces
+GEMMA_PIECES = [
+    (0, ["<pad>", "<eos>", "<bos>", "<unk>"]), (108, ["\n" * n for n in range(1, 32)]),
+    (139, [SPACE * n for n in range(2, 32)]), (217, BYTES), (473, ["in", SPACE + "t", "er"]),
+    (235248, [SPACE, "e", "a"]), (255969, ["\t" * n for n in range(2, 32)]),
+]
+# Its user-defined pieces that a converter may call control pieces by mistake
+GEMMA_TAGS = re.compile(r"</?(table|caption|thead|tbody|tfoot|tr|th|td|h[1-6]|blockquote|strong|"
+                        r"em|b|i|u|s|sub|sup|code)>")
+
+
+def gguf_tokenizer(config, facts):
+    """The file's vocabulary, None where it has none.  llama.cpp's converter calls most of
+    Gemma's user-defined pieces normal, or control pieces, gives them scores of its own and
+    spells their spaces out; what they are is known by their ids."""
+    key = "tokenizer.ggml."
+    if key + "tokens" not in facts:
+        return None
+    if config.doc.get(key + "model") != "llama":
+        raise config.bad(key + "model", config.doc.get(key + "model"), '"llama" (SentencePiece)')
+    pieces, scores, kinds = (facts.get(key + name) for name in ("tokens", "scores", "token_type"))
+    pieces = gguf_pieces(config, pieces)
+    spell_tab_as_byte(pieces)
+    n = len(pieces)
+    is_gemma = all(pieces[i:i + len(want)] == want for i, want in GEMMA_PIECES)
+    for name, found, kind in (("scores", scores, float), ("token_type", kinds, int)):
+        if not isinstance(found, list) or len(found) != n or not isinstance(found[0], kind):
+            raise ExportError("%s: %s%s is no list of %d numbers, one for each token: fetch it "
+                              "again" % (config.path, key, name, n))
+    ids = gguf_ids(config, n)
+    if is_gemma:
+        ids = {"pad": 0, "eos": 1, "bos": 2, "unk": 3}
+        kinds = gemma_kinds(pieces, kinds)
+    elif config.doc.get(key + "add_space_prefix"):
+        raise config.bad(key + "add_space_prefix", True, "false, as in Gemma 2")
+    for i in range(n):
+        if kinds[i] == CONTROL and i not in ids.values():
+            kinds[i] = MARKER  # special in Hugging Face's sense
+        if kinds[i] == UNUSED and re.fullmatch(r"\[PAD\d+\]", pieces[i]):
+            pieces[i] = ""
+    scores = [s if k == NORMAL else 0.0 for s, k in zip(scores, kinds)]
+    return Tokenizer(pieces, scores, kinds, ids)
+
+
+def gguf_pieces(config, tokens):
+    if not isinstance(tokens, list) or not tokens or not isinstance(tokens[0], bytes):
+        raise ExportError("%s: tokenizer.ggml.tokens is no list of texts: fetch it again"
+                          % config.path)
+    try:
+        return [t.decode("utf-8").replace(" ", SPACE) for t in tokens]
+    except UnicodeDecodeError:
+        raise ExportError("%s: tokenizer.ggml.tokens holds a piece that is no UTF-8: fetch it again"
+                          % config.path) from None
+
+
+def gguf_ids(config, n):
+    keys = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
+    ids = {name: config.doc.get("tokenizer.ggml.%s_token_id" % key) for name, key in keys.items()}
+    return {name: i for name, i in ids.items() if is_size(i) and i < n}
+
+
+def gemma_kinds(pieces, kinds):
+    """The kinds of Gemma's ids; beyond, and for names that fine-tunes gave, the file's."""
+    n = len(pieces)
+    known = [CONTROL] * 3 + [UNKNOWN] + [USER] * 213 + [BYTE] * 256 + [NORMAL] * 255495
+    known += [USER] * 32 + kinds[256000:]
+    for i in range(4, min(n, 256000)):
+        if known[i] == USER and kinds[i] == CONTROL and not GEMMA_TAGS.fullmatch(pieces[i]):
+            known[i] = MARKER
+    return known[:n]
+
+
+def gguf_stop_ids(config, tokenizer):
+    """Ids of eos, eot and eom, but never Gemma's HTML tag </s>."""
+    found = []
+    for name in ("eos", "eot", "eom"):
+        key = "tokenizer.ggml.%s_token_id" % name
+        i = config.doc.get(key)
+        if i is not None and tokenizer is not None:
+            i = config.number((key,), None, 0, len(tokenizer) - 1, int)
+            found += [i] if not GEMMA_TAGS.fullmatch(tokenizer.pieces[i]) else []
+    return tuple(found)
 
 
 # ---- Finding, finishing, writing -------------------------------------------------------------

@@ -2,7 +2,8 @@
 live: transformers in float32 with eager attention, SentencePiece, and formats read by
 numpy straight from the byte tables.  Ends with one line "N passed, N failed".
 
-  python3 tests/oracle.py [models] [sessions] [formats] [tokens] [story] [export] [traps]
+  python3 tests/oracle.py [models] [sessions] [formats] [tokens] [story] [export] [gguf] [sbs]
+                          [traps]
 
 Without names all of it runs, in about two minutes on two cores.  CC names the compiler,
 ORACLE_SEED another seed for what is random."""
@@ -24,6 +25,7 @@ import numpy as np
 import make_golden
 import oracle_export
 import oracle_gguf
+import oracle_sbs
 import oracle_traps
 import reference as ref
 from reference import check
@@ -361,7 +363,8 @@ def test_story(engine, folder):
 
 SECTIONS = {"models": test_models, "sessions": test_sessions, "formats": test_formats,
             "tokens": test_tokens, "story": test_story, "export": oracle_export.test_export,
-            "gguf": oracle_gguf.test_gguf, "traps": oracle_traps.test_traps}
+            "gguf": oracle_gguf.test_gguf, "sbs": oracle_sbs.test_sbs,
+            "traps": oracle_traps.test_traps}
 
 
 def main():

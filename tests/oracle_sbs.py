@@ -1,0 +1,381 @@
+"""gemma.cpp's .sbs files for oracle.py.  No package writes them; the writer here follows
+gemma.cpp's io/blob_store.cc (container), io/fields.cc (config and toc), gemma/configs.h and
+util/mat.h (their fields), python/convert_from_safetensors.py (how tensors are laid out) and
+compression/{sfp,nuq,int}-inl.h (values)."""
+import os
+import random
+import struct
+
+import numpy as np
+
+import make_golden
+import oracle_gguf
+import reference as ref
+from oracle_gguf import bad, check_same, damaged, export, logits, refused
+from reference import check
+
+TYPES = {"F32": 1, "BF16": 2, "SFP": 3, "NUQ": 4, "INT8": 8}
+PREFIX = {"F32": "F", "BF16": "B", "SFP": "$", "NUQ": "2", "INT8": "I"}
+
+
+# ---- values ---------------------------------------------------------------------------
+
+
+def sfp_values():
+    """What each byte means: 1 + 3 or 2 bits of mantissa, 2^-7 the border."""
+    def magnitude(v):
+        if v >= 64:
+            return (1 + v % 8 / 8) * 2.0 ** (v // 8 - 15)
+        return (1 + v % 4 / 4) * 2.0 ** (v // 4 - 23) if v else 0.0
+    return np.array([magnitude(b & 127) * (-1 if b & 128 else 1) for b in range(256)], np.float32)
+
+
+SFP = sfp_values()
+
+
+def nearest_sfp(x):
+    """Bytes of the nearest values; never 128, which gemma.cpp reserves."""
+    order = np.delete(np.argsort(SFP, kind="stable"), np.argsort(SFP).tolist().index(128))
+    v = SFP[order]
+    i = np.searchsorted(v, x).clip(1, len(v) - 1)
+    return order[i - (x - v[i - 1] < v[i] - x)].astype(np.uint8)
+
+
+def encode(kind, w):
+    """(bytes, scale, what gemma.cpp decodes them to) of an array."""
+    scale, x = 1.0, np.ascontiguousarray(w, np.float32).reshape(-1)
+    if kind == "F32":
+        return x.tobytes(), scale, x
+    if kind == "BF16":
+        x = ref.bf16_round(x)
+        return (x.view(np.uint32) >> 16).astype("<u2").tobytes(), scale, x
+    if kind == "INT8":
+        return encode_int8(x)
+    scale = np.float32(max(1.0, abs(x).max() / 1.875))
+    if kind == "SFP":
+        b = nearest_sfp(x / scale)
+        return b.tobytes(), scale, SFP[b] * scale
+    return encode_nuq(x, scale)
+
+
+def encode_nuq(x, scale):
+    groups = (x / scale).reshape(-1, 256)
+    table = nearest_sfp(np.quantile(groups, np.arange(0.5, 16) / 16, axis=1).T)
+    i = abs(groups[:, :, None] - SFP[table][:, None, :]).argmin(axis=2)
+    raw = np.concatenate([table, (i[:, 0::2] | i[:, 1::2] << 4).astype(np.uint8)], axis=1)
+    return raw.tobytes(), scale, np.take_along_axis(SFP[table], i, 1).reshape(-1) * scale
+
+
+def encode_int8(x):
+    groups = x.reshape(-1, 128).astype(np.float64)
+    low, high = groups.min(axis=1), groups.max(axis=1)
+    step, zero = ref.bf16_round((high - low) / 255), ref.bf16_round(-low / (high - low) * 255 - 128)
+    q = np.rint(groups / step[:, None] + zero[:, None]).clip(-128, 127).astype(np.int8)
+    head = np.stack([step, zero], axis=1).view(np.uint32) >> 16
+    raw = np.concatenate([head.astype("<u2").view(np.uint8), q.view(np.uint8)], axis=1)
+    value = step[:, None].astype(np.float64) * (q - zero[:, None].astype(np.float64))
+    return raw.tobytes(), 1.0, value.astype(np.float32).reshape(-1)
+
+
+# ---- layout of the tensors --------------------------------------------------------------
+
+
+def laid_out(t, config, joined):
+    """{name: array} of a layer whose parts are t[role], as gemma.cpp's converter stacks them."""
+    D, N, K, H = (config.hidden_size, config.num_attention_heads, config.num_key_value_heads,
+                  config.head_dim)
+    kv = np.stack([t["k"].reshape(K, H, D), t["v"].reshape(K, H, D)], axis=1).reshape(-1, D)
+    norms = {"pre_att_ns": t["attn_norm"], "post_att_ns": t["post_attn_norm"],
+             "pre_ff_ns": t["ffn_norm"], "post_ff_ns": t["post_ffn_norm"]}
+    if joined:
+        o = t["o"].reshape(D, N, H).transpose(1, 0, 2).reshape(N * D, H)
+        return {"att_ein": o, "gating_ein": np.concatenate([t["gate"], t["up"]]),
+                "linear_w": t["down"], "qkv_ein": np.concatenate([t["q"], kv]), **norms}
+    return {"att_w": t["o"], "qkv1_w": t["q"], "qkv2_w": kv, "gating1_w": t["gate"],
+            "gating2_w": t["up"], "linear_w": t["down"], **norms}
+
+
+class Model:
+    """A random Hugging Face model that holds what the tensors of an .sbs file decode to:
+    .data {name: (kind, bytes, scale, rows, cols)}."""
+
+    def __init__(self, kind_of, joined=True, **facts):
+        import torch
+        self.config = ref.hf_config(**{**oracle_gguf.FACTS, **facts})
+        self.hf = ref.hf_model(self.config, seed=11)
+        state = {k: v.numpy() for k, v in self.hf.state_dict().items() if k != "lm_head.weight"}
+        where = {k: np.arange(v.size).reshape(v.shape) for k, v in state.items()}
+        self.data = {}
+        top = {"c_embedding": "model.embed_tokens.weight", "c_final_norm": "model.norm.weight"}
+        for name, hf in top.items():
+            state[hf] = self.add(name, state[hf], kind_of(name))
+        for layer in range(self.config.num_hidden_layers):
+            name_of = {r: f"model.layers.{layer}.{n}.weight" for r, n in ref.HF_NAMES.items()}
+            base, parts, at = 0, {}, {}
+            for role, hf in name_of.items():  # number every weight, to find it again
+                parts[role], at[role] = state[hf], where[hf] + base
+                base += state[hf].size
+            values, flat = laid_out(parts, self.config, joined), np.empty(base, np.float32)
+            for name, place in laid_out(at, self.config, joined).items():
+                flat[place] = self.add(f"{name}_{layer}", values[name], kind_of(name))
+            for role, hf in name_of.items():
+                state[hf] = flat[at[role]]
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+        self.original = ref.hf_model(self.config, seed=11)
+        self.hf.load_state_dict({k: torch.from_numpy(v.copy()) for k, v in state.items()})
+
+    def add(self, name, w, kind):
+        data, scale, value = encode(kind, w)
+        rows, cols = (1, w.size) if w.ndim == 1 else w.shape
+        self.data[name] = kind, data, scale, rows, cols
+        return value.reshape(w.shape)
+
+
+# ---- files ----------------------------------------------------------------------------
+
+
+def text_words(text):
+    data = text.encode()
+    data += bytes(-len(data) % 4)
+    return [len(data) // 4, *struct.unpack("<%dI" % (len(data) // 4), data)]
+
+
+def real_word(x):
+    return struct.unpack("<I", struct.pack("<f", x))[0]
+
+
+def group(words):
+    return [len(words), *words]
+
+
+def config_words(c, kind=7, **changes):
+    """ModelConfig; changes name a field of it or of the layers."""
+    def get(name, value):
+        return changes.get(name, value)
+    layer = group([c.hidden_size, 0, c.intermediate_size, c.num_attention_heads,
+                   c.num_key_value_heads, c.head_dim, 0, get("ff_biases", 0), 0, 0,
+                   get("post_norm", 1), 0, 0, 0, get("qk_norm", 0)])
+    L, context = c.num_hidden_layers, c.max_position_embeddings
+    windows = get("windows", [c.sliding_window if k == "sliding_attention" else context
+                              for k in c.layer_types])
+    vit = [get("image_width", 0), 0, 0, 14, 224, 0, 1]
+    return group([2, *text_words("Gemma2_2B"), kind, 0, 3, L, c.hidden_size, c.vocab_size, context,
+                  0, real_word(c.attn_logit_softcapping), real_word(c.final_logit_softcapping),
+                  0, 0, get("by_width", 0), L, *layer * L, len(windows), *windows, 1,
+                  *group(vit), 1, 1, 107, 1, *text_words("att_ein")])
+
+
+def toc_words(data):
+    words = []
+    for name, (kind, raw, scale, rows, cols) in data.items():
+        size = {"F32": 4, "BF16": 2}.get(kind, 1)
+        words += group([*text_words(name), TYPES.get(kind, 5), size, len(raw) // size, rows, cols,
+                        real_word(scale), cols])
+    return words
+
+
+def store(path, blobs, second=True):
+    """The container in either form."""
+    def pad(n):
+        return bytes(-n % 256)
+    n, at = len(blobs), 256 if second else -(-(16 + 32 * len(blobs)) // 256) * 256
+    keys = b"".join(name.encode().ljust(16, b"\0") for name in blobs)
+    ranges, payload = b"", b""
+    for data in blobs.values():
+        ranges += struct.pack("<QQ", at + len(payload), len(data))
+        payload += data + pad(len(data))
+    directory, size = keys + ranges, at + len(payload)
+    if second:
+        size += -(size + len(directory) + 16) % 65536 + len(directory) + 16
+        whole = struct.pack("<IIQ", 0x0A534253, 0, 65536).ljust(256, b"\0") + payload
+        end = directory + struct.pack("<IIQ", 0x0A534253, n, size)
+        whole = whole.ljust(size - len(end), b"\0") + end
+    else:
+        whole = (struct.pack("<IIQ", 0x0A534253, n, size) + directory).ljust(at, b"\0") + payload
+    with open(path, "wb") as f:
+        f.write(whole)
+
+
+def write_sbs(path, model, second=True, data=None, extra=None, kind=7, **changes):
+    data = model.data if data is None else data
+    blobs = {name: entry[1] for name, entry in data.items()}
+    blobs["config"] = np.array(config_words(model.config, kind, **changes), "<u4").tobytes()
+    blobs["tokenizer"] = make_golden.tiny_tokenizer()
+    blobs["toc"] = np.array(toc_words(data), "<u4").tobytes()
+    store(path, {**blobs, **(extra or {})}, second)
+
+
+# ---- tests ----------------------------------------------------------------------------
+
+
+def by_size(large, small="BF16"):
+    return lambda name: small if name.endswith("_ns") or name.startswith("c_") else large
+
+
+def test_values():
+    check(np.array_equal(export.SFP[np.arange(256) != 128], SFP[np.arange(256) != 128]), "SFP")
+    check(not export.SFP[128], "SFP: the reserved byte")
+
+
+def test_good(engine, folder):
+    kinds = {"NUQ": "NUQ", "linear_w": "INT8", "att_ein": "INT8"}
+    cases = [  # what, kinds, stacked tensors, second form of the container, logits' distance
+        ("bf16", by_size("BF16"), True, True, 0.2), ("f32", by_size("F32", "F32"), False, False, 0),
+        ("sfp", by_size("SFP"), True, False, 2), ("int8", by_size("INT8"), False, True, 2),
+        ("nuq and int8", lambda n: by_size(kinds.get(n, "NUQ"))(n), True, True, 6)]
+    told = []
+    for what, kind_of, joined, second, allowed in cases:
+        model = Model(kind_of, joined)
+        path = os.path.join(folder, what.replace(" ", "-") + ".sbs")
+        write_sbs(path, model, second)
+        f = check_same(path, model, folder, f"sbs {what}")
+        check(f.header["stop"] == [1, 107, 5], f"sbs: stops {f.header['stop']}")
+        ids = [2] + [random.Random(1).randrange(347) for _ in range(30)]
+        got = logits(engine, path + ".bin", ids)
+        off = abs(got - ref.hf_logits(model.hf, ids)).max()
+        lost = abs(got - ref.hf_logits(model.original, ids)).max()
+        check(off <= 1e-4, f"sbs {what}: logits off by {off:.2g}")
+        check(lost <= allowed + 1e-4, f"sbs {what}: logits off by {lost:.2g} from the original's")
+        told.append(f"{what} {lost:.2g}")
+        os.remove(path), os.remove(path + ".bin")
+    return ", ".join(told)
+
+
+def test_old(folder):
+    """A file from before 2025: types in the names, scales in order, shapes by the width."""
+    rng, path = np.random.default_rng(2), os.path.join(folder, "2b-it-sfp.sbs")
+    c = ref.hf_config("LG", hidden_size=2304, num_attention_heads=8, num_key_value_heads=4,
+                      head_dim=256, intermediate_size=16)
+    scales, blobs, want = iter(rng.uniform(1, 2, 8).astype("<f4")), {}, {}
+    held = b""
+    for layer in range(2):
+        D, F, q, kv = 2304, 16, 2048, 1024
+        shapes = {"q": (q, D), "k": (kv, D), "v": (kv, D), "o": (D, q), "gate": (F, D),
+                  "up": (F, D), "down": (D, F), **{n: (D,) for n in ref.HF_NAMES if "norm" in n}}
+        parts = {n: rng.integers(0, 128, s, dtype=np.uint8) for n, s in shapes.items()}
+        names = laid_out(parts, c, joined=True)
+        scale = {n: next(scales) for n in ("att_ein", "qkv_ein", "gating_ein", "linear_w")}
+        held += b"".join(scale.values())
+        for name, b in names.items():
+            blobs[("B" if b.ndim == 1 else "$") + f"{name}_{layer}"] = (
+                (SFP[b].view(np.uint32) >> 16).astype("<u2") if b.ndim == 1 else b).tobytes()
+        by = {"o": "att_ein", "gate": "gating_ein", "up": "gating_ein", "down": "linear_w"}
+        for n, b in parts.items():
+            s = np.float32(1) if b.ndim == 1 else scale[by.get(n, "qkv_ein")]
+            want[f"layers.{layer}.{n}"] = (SFP[b] * s).reshape(len(b), -1)
+    norm, table = SFP[rng.integers(0, 128, 2304)], SFP[rng.integers(0, 128, (347, 2304))]
+    blobs["Fc_final_norm"], want["final_norm"] = norm.tobytes(), norm[:, None]
+    blobs["Bc_embedding"] = (table.view(np.uint32) >> 16).astype("<u2").tobytes()
+    want["embedding"], blobs["Fscales"] = table, held
+    store(path, blobs, second=False)
+    with open(os.path.join(folder, "tokenizer.spm"), "wb") as f:
+        f.write(make_golden.tiny_tokenizer())
+    reader = export.Sbs(folder)
+    export.check_shapes(reader)
+    for name, w in want.items():
+        rows, tensor = len(w), reader.tensors[name]
+        have = np.concatenate([tensor.rows(i, min(i + 112, rows)) for i in range(0, rows, 112)])
+        check(np.array_equal(have, w), f"old sbs: {name} differs")
+    check((reader.model.L, reader.model.query_scale) == (2, 1 / 16), "old sbs: model")
+    check(len(reader.tokenizer()[1]) == 347, "old sbs: tokenizer.spm")
+    store(path, {**blobs, "Fscales": held[:-4]}, second=False)
+    refused(export.Sbs, path, "old sbs, scales", "scales")
+    blobs["2linear_w_0"] = blobs.pop("$linear_w_0")
+    store(path, blobs, second=False)
+    refused(export.Sbs, path, "old sbs, NUQ", "NUQ")
+    export.handles.clear()
+    os.remove(path)
+    os.remove(os.path.join(folder, "tokenizer.spm"))
+
+
+def test_facts(folder):
+    path = os.path.join(folder, "facts.sbs")
+    model = Model(by_size("BF16"), hidden_size=512, layers="GL")
+    write_sbs(path, model, by_width=1)
+    m = export.Sbs(path).model
+    check(m.query_scale == float(np.float32(128 ** -0.5)), "sbs: scale by width")
+    check(m.local == (False, True) and (m.window, m.context) == (8, 512), "sbs: windows")
+    prefixed = {PREFIX[e[0]] + name: e for name, e in model.data.items()}
+    write_sbs(path, model, data=prefixed)  # as written early in 2025
+    export.check_shapes(export.Sbs(path))
+    write_sbs(path, model, windows=[8, 9])
+    refused(export.Sbs, path, "sbs of two windows", "[8, 9]")
+
+
+def test_bad(folder):
+    path = os.path.join(folder, "bad.sbs")
+    model = Model(by_size("BF16"), layers="L", hidden_size=64, intermediate_size=16, head_dim=16)
+
+    def no(what, *words, data=None, **options):
+        data = {k: v for k, v in {**model.data, **(data or {})}.items() if v is not None}
+        write_sbs(path, model, data=data, **options)
+        refused(export.Sbs, path, "sbs " + what, *words)
+
+    kind, raw, scale, rows, cols = q = model.data["qkv_ein_0"]
+    no("PaliGemma", "PaliGemma", kind=10)
+    no("Gemma 3", "Gemma 3", kind=15)
+    no("post-norms", "post-norms", post_norm=0)
+    no("norms of queries", "qk_norm", qk_norm=1)
+    no("images", "image", image_width=1152)
+    no("windows and layers", "go together", windows=[8, 9])
+    no("missing tensor", "layers.0.q", data={"qkv_ein_0": None})
+    no("unknown tensor", "surprise", data={"surprise_0": q})
+    no("layer too many", "layers.7.q", data={"qkv_ein_7": q})
+    no("wrong shape", "qkv_ein_0", data={"qkv_ein_0": (kind, raw, scale, rows - 1, cols)})
+    no("size of a blob", "qkv_ein_0", data={"qkv_ein_0": (kind, raw[:-2], scale, rows, cols)})
+    no("two forms", "twice", data={"gating1_w_0": (kind, bytes(16 * 64 * 2), scale, 16, 64)})
+    no("type", "F64", data={"qkv_ein_0": ("F64", raw, scale, rows, cols)})
+    no("scale", "scale", data={"qkv_ein_0": (kind, raw, float("inf"), rows, cols)})
+    write_sbs(path, model, data={k: v for k, v in model.data.items() if k != "linear_w_0"} | {
+        "linear_w_0": ("F32", np.full((64, 16), np.nan, "<f4").tobytes(), 1.0, 64, 16)})
+    bad(path, "sbs NaN", "layers.0.down", "NaN")
+    for second in (False, True):
+        write_sbs(path, model, second)
+        test_damage(path, second)
+    write_sbs(path, model)
+    os.truncate(path, os.path.getsize(path) - 100)
+    bad(path, "truncated sbs", "truncated")
+
+
+def test_damage(path, second):
+    """Truncated anywhere, counts and offsets of any size, bytes of what describes changed."""
+    with open(path, "rb") as f:
+        whole = f.read()
+    size, n = len(whole), len(export.Sbs(path).blobs)
+    for cut in (0, 4, 16, 47, 48, 300, size // 2, size - 16, size - 1):
+        damaged(path, whole[:cut], f"sbs of {cut} bytes", True, export.Sbs)
+    head = size - 16 if second else 0
+    directory = head - 32 * n if second else 16
+    fields = [head + 8, directory + 16 * n, directory + 16 * n + 8, directory + 32 * n - 8]
+    for at in fields:
+        for value in (0, 1 << 63, (1 << 64) - 256, 1 << 40, size):
+            if (at, value) != (head + 8, size):
+                damaged(path, whole[:at] + struct.pack("<Q", value) + whole[at + 8:],
+                        f"sbs with {value} at {at}", True, export.Sbs)
+    for count in (n - 1, n + 1, 1 << 14, 1 << 31):
+        damaged(path, whole[:head + 4] + struct.pack("<I", count) + whole[head + 8:],
+                f"sbs of {count} blobs", True, export.Sbs)
+    rng, blobs = random.Random(6), export.read_sbs_blobs(write_back(path, whole))
+    places = [(directory, 32 * n), blobs["config"], blobs["toc"]]
+    for _ in range(200):
+        start, length = rng.choice(places)
+        i = start + rng.randrange(length)
+        damaged(path, whole[:i] + bytes([rng.randrange(256)]) + whole[i + 1:], f"sbs, byte {i}",
+                reader=export.Sbs)
+
+
+def write_back(path, data):
+    with open(path, "wb") as f:
+        f.write(data)
+    return path
+
+
+def test_sbs(engine, folder):
+    folder = os.path.join(folder, "sbs")
+    os.makedirs(folder)
+    test_values()
+    told = test_good(engine, folder)
+    test_old(folder)
+    test_facts(folder)
+    test_bad(folder)
+    print(f"sbs: logits moved by {told}")

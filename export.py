@@ -1178,8 +1178,8 @@ class GgufHeader:
         found = {}
         for _ in range(count):
             name = self.text(1024).decode("utf-8", "replace")
-            if name in found:
-                raise self.bad("holds the %s %s twice" % (what, name))
+            if name in found or not name.isprintable():
+                raise self.bad("holds the %s %r, unreadable or for the second time" % (what, name))
             found[name] = read()
         return found
 
@@ -1562,8 +1562,8 @@ def read_sbs_blobs(path):
     blobs = {}
     for i, (offset, length) in enumerate(zip(ranges[::2], ranges[1::2])):
         name = keys[16 * i:16 * i + 16].rstrip(b"\0").decode("ascii", "replace")
-        if name in blobs:
-            raise bad("holds the blob %s twice" % name)
+        if name in blobs or not name.isprintable():
+            raise bad("holds the blob %r, unreadable or for the second time" % name)
         if offset != first or not length or offset + length > end:
             raise bad("has the blob %s at offset %d, not at %d, or beyond its end"
                       % (name, offset, first))
@@ -1642,7 +1642,7 @@ def sbs_entries(words):
         rows, cols, scale = entry.number(), entry.number(), entry.real()
         kind = SBS_TYPES[kind] if kind < len(SBS_TYPES) else "unknown"
         if name in found or not math.isfinite(scale) or len(name) > 16:
-            raise ExportError("%s: its table of tensors holds %s twice, with an overlong name or "
+            raise ExportError("%s: its table of tensors holds %r twice, with an overlong name or "
                               "the scale %g: fetch it again" % (words.path, name[:40], scale))
         found[name] = kind, rows * cols, scale
     return found
@@ -1722,13 +1722,16 @@ class Sbs(Checkpoint):
 
     def add(self, path, name, kind, weights, scale):
         """Blocks for one entry, after what it says is held against the blob's size."""
+        if name not in self.blobs:
+            raise ExportError("%s: its table of tensors names %r, which is no blob: fetch it again"
+                              % (path, name))
         ours, rows, cols = self.role(name)
         cols = self.model.dimension(cols)
         rows = weights // cols if rows == "V" else sum(map(self.model.dimension, rows.split("+")))
         if kind not in BLOCKS:
             raise ExportError("%s: the tensor %s is %s, which export.py does not read: fetch the "
                               "file in SFP, BF16 or F32" % (path, name, kind))
-        offset, size = self.blobs.get(name, (0, 0))
+        offset, size = self.blobs[name]
         if rows * cols != weights or Blocks.size(kind, (rows, cols)) != size:
             raise ExportError("%s: the tensor %s has %d weights of %s in %d bytes where the model "
                               "makes it %d x %d: fetch it again"

@@ -292,6 +292,12 @@ def test_facts(folder):
     m = export.Gguf(path).model
     check((m.attn_softcap, m.final_softcap, m.window) == (50, 30, 4096), "gguf: old file's facts")
     check(m.query_scale == 0.125 and m.local == (True, False), "gguf: facts")
+    own = {"output.weight": ("F32", np.ones((347, 256), np.float32))}
+    write_gguf(path, with_data(model, **own), drop=["tokenizer.ggml.tokens"])
+    reader = export.Gguf(path)
+    export.check_shapes(reader), export.settle_head(reader)
+    check("head" in reader.tensors, "gguf: a head of its own")
+    check(reader.tokenizer() == (None, None), "gguf: no vocabulary")
     for D, N, H, L, want in ((4608, 32, 128, 2, 144), (4608, 32, 128, 46, 144),
                              (2304, 8, 256, 46, 256), (3584, 16, 256, 60, 256)):
         sizes = {"block_count": L, "embedding_length": D, "feed_forward_length": 64,
@@ -332,8 +338,8 @@ def test_real_vocabulary(folder):
         # a padded embedding, as the converter fills it
         more = [b"[PAD%d]" % i for i in range(256000, 256004)]
         vocabulary = tokens + more, scores + [-10000.0] * 4, types + [ref.UNUSED] * 4
-        write_gguf(path, model, vocabulary, lambda w: (
-            w.kv_data[0].pop("tokenizer.ggml.eot_token_id"), w.add_eot_token_id(213)))
+        write_gguf(path, model, vocabulary, lambda w: w.add_eot_token_id(213),
+                   drop=["tokenizer.ggml.eot_token_id"])
         reader = export.Gguf(path)
         _, tokenizer = reader.tokenizer()
         check(reader.model.stop_ids == (1,), f"gguf: stops {reader.model.stop_ids}")
@@ -341,6 +347,14 @@ def test_real_vocabulary(folder):
         export.finish_tokenizer(tokenizer, 256000, path)
         check(export.tokenizer_section(tokenizer) == bytes(f.bytes("tokenizer")),
               f"gguf: Gemma's vocabulary, listed {with_config}")
+    # a fine-tune that gives a reserved piece another name and adds three
+    tokens[7], types[7] = b"<|im_start|>", ref.CONTROL
+    more = [b"<tool>", b"word", b"new"], [-1000.0, -9.0, -1000.0], [ref.CONTROL, 1, ref.USER]
+    write_gguf(path, model, [a + b for a, b in zip((tokens, scores, types), more)])
+    t = export.Gguf(path).own_tokenizer
+    check([t.kinds[i] for i in (7, 256000, 256001, 256002)] == [
+        ref.MARKER, ref.MARKER, ref.NORMAL, ref.USER], "gguf: kinds of a fine-tune")
+    check(t.scores[256000:] == [0, -9, 0] and t.pieces[7] == "<|im_start|>", "gguf: its scores")
 
 
 # ---- bad files ------------------------------------------------------------------------
@@ -371,32 +385,46 @@ def refused(reader, path, what, *words):
               f"{what}: {words} not in {text[:400]!r}")
 
 
+def with_data(model, **data):
+    """The same model with some tensors replaced, or left out where None."""
+    other = Model.__new__(Model)
+    data = {k: v for k, v in {**model.data, **data}.items() if v is not None}
+    other.config, other.data = model.config, data
+    return other
+
+
 def test_bad(folder):
-    path = os.path.join(folder, "bad.gguf")
+    import gguf
+    path, q = os.path.join(folder, "bad.gguf"), "blk.0.attn_q.weight"
     good = Model(lambda role, layer: "BF16", layers="L", hidden_size=32, intermediate_size=32,
                  head_dim=8)
 
-    def no(what, *words, edit=None, data=None, **options):
-        model = Model.__new__(Model)
-        model.config, model.data = good.config, {**good.data, **(data or {})}
-        model.data = {k: v for k, v in model.data.items() if v is not None}
-        write_gguf(path, model, edit=edit, **options)
+    def no(what, *words, data=None, **options):
+        write_gguf(path, with_data(good, **(data or {})), **options)
         refused(export.Gguf, path, "gguf " + what, *words)
 
-    q, ones = "blk.0.attn_q.weight", np.ones((32, 32), np.float32)
+    ones = np.ones((32, 32), np.float32)
+    no("missing tensor", "layers.0.q", data={q: None})
+    no("unknown tensor", "surprise", data={"surprise.weight": ("F32", ones)})
+    no("wrong shape", "layers.0.q", "shape", "header", data={q: ("F32", ones[:31])})
+    no("three dimensions", "dimensions", data={q: ("F32", np.ones((2, 4, 4), np.float32))})
+    for kind in ("IQ1_S", "IQ2_XXS", "IQ3_S", "TQ1_0", "MXFP4", "Q8_1", "Q8_K", "NVFP4"):
+        weights, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+        raw = np.zeros((4, size * (256 // weights)), np.uint8)
+        no(kind, kind, q, data={q: (kind, raw)})
+    bad_facts(no)
+    nan = {q: ("F32", np.full((32, 32), np.nan, np.float32))}
+    write_gguf(path, with_data(good, **nan))
+    bad(path, "gguf NaN", "layers.0.q", "NaN")
+    write_gguf(path, good)
+    test_damage(folder, path)
+
+
+def bad_facts(no):
     no("llama", "llama", "only Gemma 2", arch="llama")
     no("gemma3", "Gemma 3", arch="gemma3")
     no("adapter", "LoRA", edit=lambda w: w.add_type("adapter"))
     no("big-endian", "big-endian", big=True)
-    no("missing tensor", "layers.0.q", data={q: None})
-    no("unknown tensor", "surprise", data={"surprise.weight": ("F32", ones)})
-    no("wrong shape", "layers.0.q", "shape", data={q: ("F32", ones[:31])})
-    no("three dimensions", "dimensions", data={q: ("F32", np.ones((2, 4, 4), np.float32))})
-    for kind in ("IQ1_S", "IQ2_XXS", "IQ3_S", "TQ1_0", "MXFP4", "Q8_1", "Q8_K", "NVFP4"):
-        import gguf
-        weights, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
-        raw = np.zeros((4, size * (256 // weights)), np.uint8)
-        no(kind, kind, q, data={q: (kind, raw)})
     no("key missing", "block_count", drop=["gemma2.block_count"])
     no("value_length", "value_length", drop=["gemma2.attention.value_length"],
        edit=lambda w: w.add_value_length(16))
@@ -408,13 +436,6 @@ def test_bad(folder):
     no("scores", "scores", drop=["tokenizer.ggml.scores"])
     no("stop id", "eot_token_id", drop=["tokenizer.ggml.eot_token_id"],
        edit=lambda w: w.add_eot_token_id(999999))
-    nan = {**good.data, q: ("F32", np.full((32, 32), np.nan, np.float32))}
-    good_data, good.data = good.data, nan
-    write_gguf(path, good)
-    bad(path, "gguf NaN", "layers.0.q", "NaN")
-    good.data = good_data
-    write_gguf(path, good)
-    test_damage(folder, path)
 
 
 def test_damage(folder, path):

@@ -241,44 +241,59 @@ def test_good(engine, folder):
     return ", ".join(told)
 
 
-def test_old(folder):
-    """A file from before 2025: types in the names, scales in order, shapes by the width."""
-    rng, path = np.random.default_rng(2), os.path.join(folder, "2b-it-sfp.sbs")
+def old_layer(rng, c, scale):
+    """Random bytes of SFP: ({name: blob}, {our name: values}) of a layer."""
+    D, F, q, kv = (c.hidden_size, c.intermediate_size, c.num_attention_heads * c.head_dim,
+                   c.num_key_value_heads * c.head_dim)
+    shapes = {"q": (q, D), "k": (kv, D), "v": (kv, D), "o": (D, q), "gate": (F, D), "up": (F, D),
+              "down": (D, F), **{n: (D,) for n in ref.HF_NAMES if "norm" in n}}
+    parts = {n: rng.integers(0, 128, s, dtype=np.uint8) for n, s in shapes.items()}
+    blobs = {("B" if b.ndim == 1 else "$") + name: as_bf16(SFP[b]) if b.ndim == 1 else b.tobytes()
+             for name, b in laid_out(parts, c, joined=True).items()}
+    stacked = {"o": "att_ein", "gate": "gating_ein", "up": "gating_ein", "down": "linear_w"}
+    return blobs, {n: (SFP[b] * (np.float32(1) if b.ndim == 1 else scale[stacked.get(n, "qkv_ein")])
+                       ).reshape(len(b), -1) for n, b in parts.items()}
+
+
+def as_bf16(x):
+    return (np.ascontiguousarray(x).view(np.uint32) >> 16).astype("<u2").tobytes()
+
+
+def old_file(path):
+    """A file from before 2025, of 2B's width: what stands in it, and its values."""
+    rng = np.random.default_rng(2)
     c = ref.hf_config("LG", hidden_size=2304, num_attention_heads=8, num_key_value_heads=4,
                       head_dim=256, intermediate_size=16)
-    scales, blobs, want = iter(rng.uniform(1, 2, 8).astype("<f4")), {}, {}
-    held = b""
+    scales, blobs, want = rng.uniform(1, 2, (2, 4)).astype("<f4"), {}, {}
     for layer in range(2):
-        D, F, q, kv = 2304, 16, 2048, 1024
-        shapes = {"q": (q, D), "k": (kv, D), "v": (kv, D), "o": (D, q), "gate": (F, D),
-                  "up": (F, D), "down": (D, F), **{n: (D,) for n in ref.HF_NAMES if "norm" in n}}
-        parts = {n: rng.integers(0, 128, s, dtype=np.uint8) for n, s in shapes.items()}
-        names = laid_out(parts, c, joined=True)
-        scale = {n: next(scales) for n in ("att_ein", "qkv_ein", "gating_ein", "linear_w")}
-        held += b"".join(scale.values())
-        for name, b in names.items():
-            blobs[("B" if b.ndim == 1 else "$") + f"{name}_{layer}"] = (
-                (SFP[b].view(np.uint32) >> 16).astype("<u2") if b.ndim == 1 else b).tobytes()
-        by = {"o": "att_ein", "gate": "gating_ein", "up": "gating_ein", "down": "linear_w"}
-        for n, b in parts.items():
-            s = np.float32(1) if b.ndim == 1 else scale[by.get(n, "qkv_ein")]
-            want[f"layers.{layer}.{n}"] = (SFP[b] * s).reshape(len(b), -1)
+        scale = dict(zip(("att_ein", "qkv_ein", "gating_ein", "linear_w"), scales[layer]))
+        theirs, ours = old_layer(rng, c, scale)
+        blobs.update({f"{name}_{layer}": b for name, b in theirs.items()})
+        want.update({f"layers.{layer}.{name}": w for name, w in ours.items()})
     norm, table = SFP[rng.integers(0, 128, 2304)], SFP[rng.integers(0, 128, (347, 2304))]
-    blobs["Fc_final_norm"], want["final_norm"] = norm.tobytes(), norm[:, None]
-    blobs["Bc_embedding"] = (table.view(np.uint32) >> 16).astype("<u2").tobytes()
-    want["embedding"], blobs["Fscales"] = table, held
+    want["final_norm"], want["embedding"] = norm[:, None], table
+    blobs.update({"Fc_final_norm": norm.tobytes(), "Bc_embedding": as_bf16(table),
+                  "Fscales": scales.tobytes()})
     store(path, blobs, second=False)
+    return blobs, want
+
+
+def test_old(folder):
+    """Types in the names, scales in order, shapes by the width."""
+    path = os.path.join(folder, "2b-it-sfp.sbs")
+    blobs, want = old_file(path)
     with open(os.path.join(folder, "tokenizer.spm"), "wb") as f:
         f.write(make_golden.tiny_tokenizer())
     reader = export.Sbs(folder)
     export.check_shapes(reader)
+    check(reader.tensors.keys() == want.keys(), "old sbs: names")
     for name, w in want.items():
         rows, tensor = len(w), reader.tensors[name]
         have = np.concatenate([tensor.rows(i, min(i + 112, rows)) for i in range(0, rows, 112)])
         check(np.array_equal(have, w), f"old sbs: {name} differs")
     check((reader.model.L, reader.model.query_scale) == (2, 1 / 16), "old sbs: model")
     check(len(reader.tokenizer()[1]) == 347, "old sbs: tokenizer.spm")
-    store(path, {**blobs, "Fscales": held[:-4]}, second=False)
+    store(path, {**blobs, "Fscales": blobs["Fscales"][:-4]}, second=False)
     refused(export.Sbs, path, "old sbs, scales", "scales")
     blobs["2linear_w_0"] = blobs.pop("$linear_w_0")
     store(path, blobs, second=False)

@@ -7,7 +7,7 @@ and 3).  This script follows it and says here only how the numbers are chosen.
   1. Ground         errors, warnings, signals, JSON
   2. Number formats f32 and bf16 tiles; q8, q6, q4: search for scales, then packing
   3. The model      facts, roles of tensors and their shapes
-  4. Checkpoints    the reader interface; Hugging Face safetensors, GGUF, gemma.cpp
+  4. Checkpoints    the reader interface; Hugging Face safetensors, GGUF, gemma.cpp; LoRA adapters
   5. Tokenizers     tokenizer.model, tokenizer.json, tokenizer.bin
   6. The file       sections, header, directory; written under a temporary name
   7. Conversion     which tensor gets which type; worker processes; the report
@@ -20,6 +20,7 @@ group's scale, v its value: w is stored as S * (s * v).
 import argparse
 import collections
 import contextlib
+import copy
 import errno
 import fnmatch
 import hashlib
@@ -473,10 +474,7 @@ class Checkpoint:
     tensors = {}     # canonical name to tensor ("head" only where there is one)
 
     def name(self):
-        """The directory's name; in Hugging Face's cache, the repository's."""
-        path = os.path.abspath(self.directory)
-        cached = re.search(r"models--(.+?)--(.+?)[/\\]snapshots[/\\]", path)
-        return "/".join(cached.groups()) if cached else os.path.basename(path)
+        return directory_name(self.directory)
 
     def tokenizer(self):
         """(path, Tokenizer) that the checkpoint itself brings, (None, None) for none."""
@@ -484,6 +482,13 @@ class Checkpoint:
 
     def chat_template(self):
         return chat_template(self.directory)
+
+
+def directory_name(path):
+    """The directory's name; in Hugging Face's cache, the repository's."""
+    path = os.path.abspath(path)
+    cached = re.search(r"models--(.+?)--(.+?)[/\\]snapshots[/\\]", path)
+    return "/".join(cached.groups()) if cached else os.path.basename(path)
 
 
 handles = {}  # open files of this process, by process and path
@@ -607,7 +612,9 @@ class Config:
         return keys[0], default
 
     def number(self, keys, default, least, most, kinds=(int, float)):
-        key, value = self.first(keys, default)
+        return self.checked(*self.first(keys, default), least, most, kinds)
+
+    def checked(self, key, value, least, most, kinds=(int, float)):
         if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value <= most:
             raise self.bad(key, value, "a %snumber from %s to %s" % (
                 "whole " if kinds is int else "", least, most))
@@ -869,14 +876,15 @@ REFUSED = [  # pattern of a name, what it means
      "classifier, which writes no text"),
     (r".*(vision_tower|multi_modal_projector|vision_model).*",
      "part of a vision model such as PaliGemma"),
-    (r".*(lora_|\.dora_).*", "part of a LoRA adapter: merge it into its base model first"),
+    (r".*(lora_|\.dora_).*", "part of a LoRA adapter: give the base model here and the adapter "
+     "with --lora"),
     (r".*\.(qweight|qzeros|g_idx|scales|biases|absmax|quant_map|SCB|weight_scale|weight_packed)$",
      "part of a quantised checkpoint: convert the original one, in f32, bf16 or f16"),
     (r".*\.bias", "a bias, which Gemma 2 does not have"),
 ]
 
 
-def canonical_name(hf_name):
+def canonical_name(hf_name, holder="the checkpoint"):
     """Our name for one of Hugging Face's; None where it is to be dropped."""
     name = hf_name[len("model."):] if hf_name.startswith("model.") else hf_name
     if name in HF_NAMES:
@@ -888,9 +896,9 @@ def canonical_name(hf_name):
         return None
     for pattern, meaning in REFUSED:
         if re.fullmatch(pattern, name):
-            raise ExportError("the checkpoint holds %s, %s" % (hf_name, meaning))
-    raise ExportError("the checkpoint holds %s, which is no tensor of Gemma 2: is this the right "
-                      "checkpoint?" % hf_name)
+            raise ExportError("%s holds %s, %s" % (holder, hf_name, meaning))
+    raise ExportError("%s holds %s, which is no tensor of Gemma 2: is this the right checkpoint?"
+                      % (holder, hf_name))
 
 
 class HuggingFace(Checkpoint):
@@ -1792,7 +1800,6 @@ class Sbs(Checkpoint):
 READERS = [HuggingFace, Gguf, Sbs]  # the first that suits a path reads it
 
 OTHER_FORMATS = [  # endings in a directory (or of a file), what they are
-    ("adapter_config.json", "a LoRA adapter: merge it into its base model first"),
     (".msgpack", "a Flax checkpoint"),
     (".ckpt", "a PyTorch checkpoint"), (".bin", "a PyTorch checkpoint"),
     (".pth", "a PyTorch checkpoint"), (".pt", "a PyTorch checkpoint"),
@@ -1800,9 +1807,17 @@ OTHER_FORMATS = [  # endings in a directory (or of a file), what they are
 ]
 
 
+def is_adapter(directory):
+    return os.path.isfile(os.path.join(directory, "adapter_config.json")) and not os.path.isfile(
+        os.path.join(directory, "config.json"))
+
+
 def open_checkpoint(path):
     if not os.path.exists(path):
         raise ExportError("%s does not exist: give the directory of a Gemma 2 checkpoint" % path)
+    if is_adapter(path):
+        raise ExportError("%s is a LoRA adapter: give the directory of its base model, and this one "
+                          "with --lora" % path)
     for reader in READERS:
         if reader.suits(path):
             return reader(path)
@@ -1847,8 +1862,7 @@ def settle_head(reader):
                               "lm_head.weight: fetch all files, or set it to true if the head is "
                               "the embedding")
         return
-    same = all(np.array_equal(tensors["embedding"].rows(i, j), tensors["head"].rows(i, j))
-               for i, j in row_blocks(reader.model.V, reader.model.D))
+    same = same_values(tensors["embedding"], tensors["head"])
     if same or tied:
         del tensors["head"]
         if not same:
@@ -1858,10 +1872,512 @@ def settle_head(reader):
         warn("lm_head.weight differs from the embedding and is kept as a head of its own")
 
 
+def same_values(a, b):
+    return a.shape == b.shape and all(np.array_equal(a.rows(i, j), b.rows(i, j))
+                                      for i, j in row_blocks(*a.shape))
+
+
 def row_blocks(rows, cols):
     """Ranges of whole tiles that hold about a slab of weights each."""
     step = max(1, SLAB // (TILE * max(cols, 1))) * TILE
     return [(i, min(i + step, rows)) for i in range(0, rows, step)]
+
+
+# ---- LoRA adapters ----------------------------------------------------------------------
+#
+# A directory of PEFT's: adapter_config.json and adapter_model.safetensors.  What it does to a
+# tensor W [rows, cols] is done whenever rows of W are asked for, in f32:
+#   LoRA     W + s B A                      B [rows, r], A [r, cols], s = alpha / r
+#   rsLoRA   the same with s = alpha / sqrt(r)
+#   DoRA     m (W + s B A) / |W + s B A|    lengths of rows; of columns in an embedding
+#   tokens   some rows of an embedding or a head are replaced
+#   whole    W is replaced ("modules_to_save")
+# "Base" tensors are copies of W that PEFT saves where the vocabulary was or may be resized.
+
+# Settings of adapter_config.json that shape nothing beyond what the tensors show
+SILENT_SETTINGS = set("""
+    auto_mapping base_model_name_or_path bias corda_config ensure_weight_tying eva_config
+    exclude_modules fan_in_fan_out inference_mode init_lora_weights layers_pattern
+    layers_to_transform loftq_config lora_alpha lora_dropout lora_ga_config megatron_core
+    modules_to_save peft_type peft_version qalora_group_size r rank_pattern alpha_pattern revision
+    runtime_config target_modules task_type trainable_token_indices use_dora use_rslora
+    """.split())
+OTHER_LORAS = {  # settings that make another model of it
+    "alora_invocation_tokens": "aLoRA, which works from an invocation in the text onwards",
+    "alora_invocation_string": "aLoRA, which works from an invocation in the text onwards",
+    "arrow_config": "Arrow, which chooses among adapters token by token",
+    "kasa_config": "KaSA, whose factors have singular values between them",
+    "layer_replication": "a model deepened by repeating layers",
+    "lora_bias": "biases, which Gemma 2 does not have",
+    "megatron_config": "a model of Megatron's",
+    "monteclora_config": "MonteCLoRA, which draws its factors at random",
+    "target_parameters": "factors of parameters instead of modules",
+    "use_bdlora": "BD-LoRA, whose factors are block-diagonal",
+    "use_qalora": "QALoRA, whose factors see sums of inputs",
+    "velora_config": "VeLoRA",
+}
+# init_lora_weights: these start from the base model itself and take out of it what they start
+# with, so that the adapter fits only what is left; those of the second line leave it alone
+TAKEN_OUT = re.compile(r"(pissa|olora|corda|loftq|lora_ga)", re.IGNORECASE)
+LEFT_ALONE = None, True, False, "gaussian", "eva", "orthogonal", "mica"
+
+ADAPTER_PARTS = {  # PEFT's name in a key, ours; "" is a module's own weight
+    "lora_A": "A", "lora_B": "B", "lora_embedding_A": "EA", "lora_embedding_B": "EB",
+    "lora_magnitude_vector": "m", "token_adapter.trainable_tokens_delta": "tokens",
+    "base_layer": "base", "token_adapter.base_layer": "base", "original_module": "base",
+    "modules_to_save": "copy", "": "whole",
+}
+ADAPTER_KEY = re.compile(  # module, part of it, the adapter's name (rarely there)
+    r"(?:base_model\.model\.)?(.+?)(?:\.(%s)(?:\.(?!weight$|bias$)[^.]+)?)?(?:\.weight)?"
+    % "|".join(re.escape(p) for p in ADAPTER_PARTS if p))
+
+
+MERGE = "merge it into its base model with PEFT's merge_and_unload()"
+
+
+class Part:
+    """A tensor of an adapter, with a complaint of its own."""
+
+    def __init__(self, path, key, stored):
+        self.path, self.key, self.stored = path, key, stored
+
+    @property
+    def shape(self):
+        return self.stored.shape
+
+    def rows(self, start, stop):
+        w = self.stored.rows(start, stop)
+        if not np.isfinite(w).all():
+            raise ExportError("%s: %s holds NaN or infinity: the adapter is damaged, or its "
+                              "training diverged" % (self.path, self.key))
+        return w
+
+    def reshaped(self, *dims):
+        stored = copy.copy(self.stored)
+        stored.dims = dims
+        return Part(self.path, self.key, stored)
+
+
+class Transposed:
+    """[n, r] of a part [r, n], of which only what is asked for is read."""
+
+    def __init__(self, part):
+        self.shape = part.shape[::-1]
+        self.part = part.reshaped(math.prod(part.shape))
+
+    def rows(self, start, stop):
+        n, r = self.shape
+        out = np.empty((stop - start, r), np.float32)
+        for i in range(r):
+            out[:, i] = self.part.rows(i * n + start, i * n + stop)[:, 0]
+        return out
+
+
+class InMemory:
+    """A tensor that had to be read with its file: f32 or bf16 bits."""
+
+    def __init__(self, array, dims):
+        self.array, self.dims = array.reshape(-1), dims
+
+    shape = Stored.shape
+
+    def rows(self, start, stop):
+        cols = self.shape[1]
+        w = self.array[start * cols:stop * cols].reshape(-1, cols)
+        return bf16_value(w) if w.dtype == np.uint16 else w
+
+
+class LowRank:
+    """W + s B A; with lengths m, of its rows or its columns, DoRA."""
+    kept = {}  # the last few A of this process, by key; the next tensor's drive them out
+
+    def __init__(self, key, W, B, A, s, m, by_column):
+        self.key, self.shape = key, W.shape
+        self.W, self.B, self.A, self.s = W, B, A, np.float32(s)
+        self.m = self.by_column = None
+        if m is not None and by_column:
+            self.by_column = self.column_factors(m.rows(0, m.shape[0])[:, 0])
+        else:
+            self.m = m
+
+    def whole_A(self):
+        kept = LowRank.kept
+        if self.key not in kept:
+            if len(kept) > 3:
+                del kept[next(iter(kept))]
+            kept[self.key] = self.A.rows(0, self.A.shape[0])
+        return kept[self.key]
+
+    def rows(self, start, stop):
+        with np.errstate(all="ignore"):  # whoever uses the sum checks it
+            w = self.B.rows(start, stop) @ self.whole_A()
+            w *= self.s
+            w += self.W.rows(start, stop)
+            if self.m is not None:
+                w *= self.m.rows(start, stop) / np.sqrt(np.einsum(
+                    "ij,ij->i", w, w, dtype=np.float64)).astype(np.float32)[:, None]
+            if self.by_column is not None:
+                w *= self.by_column
+        return w
+
+    def column_factors(self, m):
+        sums = np.zeros(self.shape[1])
+        for i, j in row_blocks(*self.shape):
+            w = self.rows(i, j)
+            sums += np.einsum("ij,ij->j", w, w, dtype=np.float64)
+        with np.errstate(all="ignore"):
+            return m / np.sqrt(sums).astype(np.float32)
+
+
+class Retrained:
+    """W with some of its rows replaced."""
+
+    def __init__(self, W, indices, part):
+        order = np.argsort(indices)
+        self.shape, self.W, self.part = W.shape, W, part
+        self.indices, self.order = np.array(indices)[order], order
+
+    def rows(self, start, stop):
+        w = self.W.rows(start, stop)
+        first, last = np.searchsorted(self.indices, (start, stop))
+        if first < last:
+            w = w.copy()  # it may be another's
+        for i in range(first, last):
+            at = int(self.order[i])
+            w[self.indices[i] - start] = self.part.rows(at, at + 1)[0]
+        return w
+
+
+def torch_tensors(path):
+    """Name to tensor of a PyTorch file that holds a plain dictionary; nothing is executed."""
+    torch = library("torch", "torch", "reading " + path)
+    if tuple(int(n) for n in re.findall(r"\d+", torch.__version__)[:2]) < (2, 10):
+        raise ExportError("%s can be read safely by PyTorch 2.10 and later, and this one is %s: "
+                          "python3 -m pip install -U torch" % (path, torch.__version__))
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as e:  # whatever hostile bytes make of the unpickler
+        raise ExportError("%s cannot be read (%s): fetch it again, or save the adapter as "
+                          "safetensors" % (path, str(e).split("\n")[0][:200])) from None
+    if not isinstance(found, dict) or not all(
+            isinstance(k, str) and isinstance(t, torch.Tensor) for k, t in found.items()):
+        raise ExportError("%s holds no plain dictionary of tensors: save the adapter as "
+                          "safetensors" % path)
+    return {key: in_memory(path, key, tensor, torch) for key, tensor in found.items()}
+
+
+def in_memory(path, key, tensor, torch):
+    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ExportError("%s: %s has dtype %s: save the adapter in float32, bfloat16 or float16"
+                          % (path, key, tensor.dtype))
+    tensor = tensor.detach().contiguous()
+    if tensor.dtype == torch.bfloat16:
+        return InMemory(tensor.view(torch.int16).numpy().view(np.uint16), tuple(tensor.shape))
+    return InMemory(tensor.float().numpy(), tuple(tensor.shape))
+
+
+class Adapter:
+    """What one adapter makes of the model:
+    bases     name of ours to the Part that takes the tensor's place before anything is added
+    changes   name of ours to the Change that follows"""
+
+    def __init__(self, directory, scale, number):
+        self.directory, self.scale, self.number = directory, scale, number
+        path = os.path.join(directory, "adapter_config.json")
+        if not os.path.isfile(path):
+            raise ExportError("%s has no adapter_config.json: give the directory of a LoRA adapter "
+                              "of PEFT's" % directory)
+        self.config = Config(path)
+        self.check_settings()
+        self.path, stored = self.stored_tensors()
+        self.files = [path, self.path]
+        self.parts, self.modules = collections.defaultdict(dict), {}
+        for key in sorted(stored):
+            self.sort_in(key, stored[key])
+        if not self.parts:
+            raise self.bad("holds no tensors: fetch it again")
+        self.bases, self.changes = {}, {}
+        for name, parts in self.parts.items():
+            self.settle(name, dict(parts))
+        if scale != 1 and any("A" not in c.parts and "EA" not in c.parts
+                              for c in self.changes.values()):
+            warn("the adapter %s brings tensors whole, to which its scale does not apply"
+                 % directory)
+
+    def bad(self, text):
+        return ExportError("the adapter %s %s" % (self.directory, text))
+
+    # -- what the configuration says --
+
+    def check_settings(self):
+        doc = self.config.doc
+        if doc.get("peft_type") != "LORA":
+            raise self.bad("has the peft_type %s, where LORA can be converted: %s"
+                           % (json.dumps(doc.get("peft_type")), MERGE))
+        init = doc.get("init_lora_weights")
+        if isinstance(init, str) and TAKEN_OUT.match(init):
+            raise self.bad("fits a base model changed by init_lora_weights %s: save it with "
+                           "path_initial_model_for_weight_conversion, which makes it fit the "
+                           "original" % json.dumps(init))
+        for key, value in doc.items():
+            if value and key in OTHER_LORAS:
+                raise self.bad("has %s set, which means %s: %s" % (key, OTHER_LORAS[key], MERGE))
+            if value and key not in SILENT_SETTINGS or (
+                    key == "init_lora_weights" and value not in LEFT_ALONE):
+                raise self.bad("has the unknown setting %s %s: %s, or remove the setting if it "
+                               "does not change the model" % (key, json.dumps(value)[:80], MERGE))
+
+    def scaling(self, name):
+        """s of a pair, and its rank."""
+        r = self.of_pattern(name, "rank_pattern", "r", 8, 1, 1 << 20, int)
+        alpha = self.of_pattern(name, "alpha_pattern", "lora_alpha", 8, -1e9, 1e9, (int, float))
+        return self.scale * (alpha / (math.sqrt(r) if self.config.doc.get("use_rslora") else r)), r
+
+    def of_pattern(self, name, patterns, key, default, *limits):
+        """The first pattern counts that is the module's name, or its end after a dot."""
+        found = self.config.doc.get(patterns) or {}
+        if not isinstance(found, dict):
+            raise self.config.bad(patterns, found, "an object")
+        for pattern, value in found.items():
+            try:
+                if re.match(r"(.*\.)?(%s)$" % pattern, self.modules[name]):
+                    return self.config.checked(pattern, value, *limits)
+            except (re.error, RecursionError, OverflowError) as e:
+                raise self.config.bad("a key of " + patterns, pattern,
+                                      "a regular expression (%s)" % e) from None
+        return self.config.number((key,), default, *limits)
+
+    def token_indices(self, name, n_tokens):
+        given = self.config.doc.get("trainable_token_indices")
+        if isinstance(given, dict):  # by module, or the end of its name
+            given = next((v for k, v in given.items() if self.modules[name].endswith(k)), None)
+        if (not isinstance(given, list) or not all(map(is_size, given))
+                or len(set(given)) != len(given) or len(given) != n_tokens):
+            raise self.config.bad("trainable_token_indices", given, "a list of %d different ids, "
+                                  "as many as %s has rows" % (n_tokens, name))
+        return given
+
+    def is_saved_module(self, name):
+        """PEFT trained a copy of it; a tied partner keeps the original."""
+        named = self.config.doc.get("modules_to_save") or []
+        return isinstance(named, list) and any(
+            isinstance(n, str) and self.modules[name].endswith(n) for n in named)
+
+    # -- what the tensors are --
+
+    def stored_tensors(self):
+        path = os.path.join(self.directory, "adapter_model.safetensors")
+        if os.path.isfile(path):
+            found = read_safetensors_header(path)
+            for key, stored in found.items():
+                if stored.dtype not in FLOATS:
+                    raise ExportError("%s: %s has dtype %s: save the adapter in F32, BF16 or F16"
+                                      % (path, key, stored.dtype))
+            return path, found
+        pickled = os.path.join(self.directory, "adapter_model.bin")
+        if os.path.isfile(pickled):
+            return pickled, torch_tensors(pickled)
+        raise self.bad("has no adapter_model.safetensors: fetch it")
+
+    def sort_in(self, key, stored):
+        if key.endswith(".bias"):
+            raise self.bad("holds %s, a bias, which Gemma 2 does not have" % key)
+        module, kind = ADAPTER_KEY.fullmatch(key).groups()
+        name = canonical_name(module + ".weight", "the adapter " + self.directory)
+        kind = ADAPTER_PARTS[kind or ""]
+        if name is None:
+            return
+        if kind in self.parts[name]:
+            raise self.bad("holds the %s of %s twice, as %s and as %s: save one adapter alone"
+                           % (kind, name, self.parts[name][kind].key, key))
+        if len(stored.dims) > 2 or 0 in stored.dims:
+            raise self.bad("holds %s with the shape %s, which is no matrix: fetch it again"
+                           % (key, list(stored.dims)))
+        self.parts[name][kind] = Part(self.path, key, stored)
+        self.modules[name] = module
+
+    def settle(self, name, parts):
+        """Base and change of one tensor."""
+        saved = self.is_saved_module(name) or "copy" in parts
+        if "copy" in parts:  # beside it, "whole" is the same once more
+            parts.setdefault("whole", parts["copy"])
+            del parts["copy"]
+        base = parts.pop("base", None) or (None if saved else parts.pop("whole", None))
+        if base:
+            self.bases[name] = base
+        if parts:
+            self.check_parts(name, parts)
+            self.changes[name] = Change(self, name, parts)
+
+    def tie(self):
+        """What PEFT does to a head that is the embedding: bases and trained tokens serve both,
+        other changes only by ensure_weight_tying; else each tensor goes its own way."""
+        for found in self.bases, self.changes:
+            for name, other in ("embedding", "head"), ("head", "embedding"):
+                both = found is self.bases or self.config.doc.get("ensure_weight_tying") or (
+                    name in found and "tokens" in found[name].parts)
+                if name in found and other not in found and both:
+                    found[other] = found[name]
+
+    def checked(self, part, *shape):
+        if part.shape != shape:
+            raise self.bad("holds %s with the shape %s where the model makes it %s: it belongs to "
+                           "another base model" % (part.key, list(part.shape), list(shape)))
+        return part
+
+    def check_parts(self, name, parts):
+        keys = ", ".join(sorted(p.key for p in parts.values()))
+        kinds, factors = set(parts) - {"m"}, set(parts) & {"A", "B", "EA", "EB"}
+        if len(factors) == 1 or "m" in parts and not factors:
+            raise self.bad("holds %s without what goes with it: fetch it again" % keys)
+        if kinds not in ({"A", "B"}, {"EA", "EB"}, {"tokens"}, {"whole"}):
+            raise self.bad("changes %s in several ways at once (%s): %s" % (name, keys, MERGE))
+        fits = (name == "embedding" if "EA" in kinds else name in ("embedding", "head")
+                if "tokens" in kinds else name != "embedding" and not is_norm(name))
+        if "whole" not in kinds and not fits:
+            raise self.bad("holds %s, which do not go with such a tensor: is it for another model?"
+                           % keys)
+        dora = bool(self.config.doc.get("use_dora"))
+        if factors and dora != ("m" in parts):
+            raise self.bad("is %sDoRA by its use_dora and has %s lora_magnitude_vector for %s: "
+                           "fetch it again" % ("" if dora else "not ", "no" if dora else "a", name))
+
+
+class Change:
+    """One adapter's change of one tensor."""
+
+    def __init__(self, adapter, name, parts):
+        self.adapter, self.name, self.parts = adapter, name, parts
+        self.adds_up = set(parts) in ({"A", "B"}, {"EA", "EB"})
+
+    def checked(self, kind, *shape):
+        return self.adapter.checked(self.parts[kind], *shape)
+
+    def on(self, W, target):
+        """The tensor that W becomes; target is its name."""
+        if "whole" in self.parts:
+            return self.parts["whole"]
+        return self.retrained(W) if "tokens" in self.parts else self.low_rank(W, target)
+
+    def retrained(self, W):
+        n_tokens, (rows, cols) = self.parts["tokens"].shape[0], W.shape
+        indices = self.adapter.token_indices(self.name, n_tokens)
+        if max(indices) >= rows:
+            raise self.adapter.bad("trains the token %d, and the vocabulary ends at %d: it belongs "
+                                   "to another base model" % (max(indices), rows - 1))
+        return Retrained(W, indices, self.checked("tokens", n_tokens, cols))
+
+    def low_rank(self, W, target):
+        (rows, cols), (s, r) = W.shape, self.adapter.scaling(self.name)
+        by_column = "EA" in self.parts
+        if by_column:  # (B A) transposed
+            A = Transposed(self.checked("EB", cols, r))
+            B = Transposed(self.checked("EA", r, rows))
+        else:
+            A, B = self.checked("A", r, cols), self.checked("B", rows, r)
+        m = self.checked("m", cols if by_column else rows, 1) if "m" in self.parts else None
+        return LowRank((target, self.adapter.number), W, B, A, s, m, by_column)
+
+
+class Adapted(Checkpoint):
+    """A checkpoint and the adapters added to it, in their order."""
+
+    def __init__(self, reader, adapters):
+        self.reader, self.adapters = reader, adapters
+        self.directory, self.model = reader.directory, copy.copy(reader.model)
+        self.source = "%s, with LoRA %s" % (reader.source, ", ".join(
+            directory_name(a.directory) for a in adapters))
+        self.files = [*reader.files, *(f for a in adapters for f in a.files)]
+        self.tensors = dict(reader.tensors)
+        tied = "head" not in self.tensors
+        if tied:
+            self.tensors["head"] = self.tensors["embedding"]
+        self.refuse_unknown_layers()
+        bases, changes = self.gather(tied)
+        for name in {**bases, **changes}:
+            W = bases.get(name, self.tensors[name])
+            for change in changes.get(name, ()):
+                W = change.on(W, name)
+            self.check_shape(name, W)
+            self.tensors[name] = W
+        if tied and all(d.get("embedding") == d.get("head") for d in (bases, changes)):
+            del self.tensors["head"]
+        self.settle_vocabulary(tied)
+
+    def refuse_unknown_layers(self):
+        for adapter in self.adapters:
+            for name in adapter.parts:
+                if name not in self.tensors:
+                    raise adapter.bad("changes %s, and the model has %d layers: it belongs to "
+                                      "another base model" % (name, self.model.L))
+
+    def gather(self, tied):
+        """All bases, and all changes, in order, by tensor."""
+        bases, changes = {}, collections.defaultdict(list)
+        for adapter in self.adapters:
+            if tied:
+                adapter.tie()
+            for name, part in adapter.bases.items():
+                if name in bases and not same_values(bases[name], part):
+                    raise adapter.bad("brings another %s than the adapter before it: %s"
+                                      % (part.key, MERGE))
+                bases[name] = part
+            for name, change in adapter.changes.items():
+                changes[name].append(change)
+                if len(changes[name]) > 1 and not all(c.adds_up for c in changes[name]):
+                    raise adapter.bad("changes %s, as an adapter before it does, and the two do "
+                                      "not just add up: merge the first with PEFT's "
+                                      "merge_and_unload()" % name)
+        return bases, changes
+
+    def check_shape(self, name, W):
+        """Of the tensors that came whole; only the vocabulary may have another size."""
+        rows, cols = self.reader.tensors.get(name, self.reader.tensors["embedding"]).shape
+        if W.shape != (rows, cols) and (name not in ("embedding", "head") or W.shape[1] != cols):
+            raise ExportError("%s: %s has the shape %s where the model makes it %s: the adapter "
+                              "belongs to another base model" % (W.path, W.key, list(W.shape),
+                                                                 [rows, cols]))
+
+    def settle_vocabulary(self, was_tied):
+        V = self.model.V = self.tensors["embedding"].shape[0]
+        head = self.tensors.get("head")
+        if head is not None and head.shape[0] != V:
+            raise ExportError("with the adapters the embedding has %d rows and the head %d: an "
+                              "adapter that resizes the vocabulary must bring both" % (
+                                  V, head.shape[0]))
+        if head is None or not was_tied:
+            return
+        if same_values(self.tensors["embedding"], head):
+            del self.tensors["head"]
+        else:
+            warn("the adapters part the output head from the embedding: the file holds both")
+
+    def name(self):
+        return " + ".join([self.reader.name(), *(directory_name(a.directory)
+                                                 for a in self.adapters)])
+
+    def tokenizer(self):
+        """An adapter that trained the embedding may have pieces of its own."""
+        for adapter in reversed(self.adapters):
+            path, tokenizer = (tokenizer_of_directory(adapter.directory)
+                               if "embedding" in adapter.parts else (None, None))
+            if tokenizer:
+                return path, tokenizer
+        return self.reader.tokenizer()
+
+    def chat_template(self):
+        """The last adapter's, which it was trained with; else the model's."""
+        found = (chat_template(a.directory) for a in reversed(self.adapters))
+        return next((t for t in found if t), None) or self.reader.chat_template()
+
+
+def with_adapters(reader, given):
+    """The reader with the adapters of (directory, scale) added."""
+    if not given:
+        return reader
+    return Adapted(reader, [Adapter(*pair, i) for i, pair in enumerate(given)])
 
 
 # =====================================================================================
@@ -2692,7 +3208,9 @@ def options_text(options):
     """The options that shaped the weights, for the file's facts."""
     words = ["--type " + options.type]
     words += ["--head " + options.head] if options.head else []
-    return " ".join(words + ["--tensor %s=%s" % pair for pair in options.tensor])
+    words += ["--tensor %s=%s" % pair for pair in options.tensor]
+    words += ["--lora %s=%g" % (directory_name(path), scale) for path, scale in options.lora]
+    return " ".join(words)
 
 
 def convert(options):
@@ -2700,6 +3218,7 @@ def convert(options):
     reader = open_checkpoint(options.input)
     check_shapes(reader)
     settle_head(reader)
+    reader = with_adapters(reader, options.lora)
     model = reader.model
     tokenizer_path, tokenizer = find_tokenizer(options.tokenizer, reader, model.V)
     finish_tokenizer(tokenizer, model.V, tokenizer_path)
@@ -2775,11 +3294,15 @@ is that tensor's type.  Where a checkpoint has a head of its own, --head is the 
 --tensor head=TYPE gives a tied model a second copy as its head, for instance a cheaper one
 that makes decoding faster while the embedding stays precise.
 
+LoRA adapters, also rsLoRA and DoRA, are added in f32 while the weights are converted.  Adapters
+of the embedding or the head alone part the two, which makes the file larger.
+
 Examples:
   export.py gemma-2-2b-it gemma-2-2b-it.bin
   export.py gemma-2-9b-it 9b-q4.bin --type q4
   export.py gemma-2-9b-it 9b-q4.bin --type q4 --tensor 'layers.*.down=q6' --head q8
   export.py gemma-2-2b-it 2b.bin --tensor head=q4
+  export.py gemma-2-2b 2b-mine.bin --lora my-adapter --lora style=0.5
   export.py --tokenizer-only gemma-2-2b-it/tokenizer.model tokenizer.bin
 
 Exit codes: 0 done, 1 failed (no output is left behind), 2 wrong usage, 130 interrupted.
@@ -2792,6 +3315,20 @@ def tensor_option(text):
         raise argparse.ArgumentTypeError("%r is not PATTERN=TYPE with a type of %s"
                                          % (text, ", ".join(TYPES)))
     return pattern, type_name
+
+
+def lora_option(text):
+    """DIR or DIR=SCALE to (DIR, scale)."""
+    path, equals, scale = text.rpartition("=")
+    if not equals or os.path.exists(text):
+        return text, 1.0
+    try:
+        number = float(scale)
+    except ValueError:
+        number = math.nan
+    if not path or not math.isfinite(number):
+        raise argparse.ArgumentTypeError("%r is not DIR=SCALE with a number for SCALE" % text)
+    return path, number
 
 
 def align_option(text):
@@ -2821,6 +3358,9 @@ def parse_options(arguments):
     p.add_argument("--tensor", type=tensor_option, action="append", default=[],
                    metavar="PATTERN=TYPE",
                    help="type of the matrices whose names match; may be repeated")
+    p.add_argument("--lora", type=lora_option, action="append", default=[], metavar="DIR[=SCALE]",
+                   help="add a LoRA adapter (PEFT's adapter_config.json and adapter_model.*), "
+                   "SCALE times as strongly as it was trained (default: 1); may be repeated")
     p.add_argument("--tokenizer", metavar="FILE",
                    help="tokenizer.model, tokenizer.json (maybe .xz), a file made by export.py, or "
                    "a directory (default: the checkpoint's)")
@@ -2837,9 +3377,10 @@ def parse_options(arguments):
     p.add_argument("-q", "--quiet", action="store_true", help="no progress bar and no report")
     p.add_argument("--version", action="version", version="export.py " + VERSION)
     options = p.parse_args(arguments)
-    if options.tokenizer_only and (options.tokenizer or options.head or options.tensor):
-        p.error("--tokenizer-only writes no weights: --tokenizer, --head and --tensor do not go "
-                "with it")
+    if options.tokenizer_only and (options.tokenizer or options.head or options.tensor
+                                   or options.lora):
+        p.error("--tokenizer-only writes no weights: --tokenizer, --head, --tensor and --lora do "
+                "not go with it")
     return options
 
 

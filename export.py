@@ -64,9 +64,61 @@ class UsageError(ExportError):
 
 class Stopped(BaseException):
     """A signal asked the program to end."""
+    held, pending = False, None  # whether to wait with it, and its number meanwhile
+
+
+class Progress:
+    """A bar on standard error when that is a terminal: an empty one from the start; tqdm's,
+    where that is installed, as soon as the work can be counted."""
+    current = None
+
+    def __init__(self, wanted):
+        self.wanted = wanted and sys.stderr.isatty()
+        self.total = self.done = 0
+        self.shown, self.tqdm = -1, None
+        Progress.current = self
+        self.draw()
+
+    def start(self, total):
+        self.total = total
+        if self.wanted:
+            with contextlib.suppress(ImportError):
+                from tqdm import tqdm
+                self.clear()
+                self.tqdm = tqdm(total=total, unit="w", unit_scale=True, leave=False)
+
+    def add(self, n):
+        self.done += n
+        if self.tqdm is not None:
+            self.tqdm.update(n)
+        else:
+            self.draw()
+
+    def draw(self):
+        percent = self.done * 100 // max(self.total, 1)
+        if self.wanted and percent != self.shown:
+            self.shown = percent
+            print("\r[%-50s] %3d %%" % ("#" * (percent // 2), percent), end="", file=sys.stderr,
+                  flush=True)
+
+    def clear(self):
+        """Makes room for a line of text; what comes next draws the bar again."""
+        if self.tqdm is not None:
+            self.tqdm.clear()
+        elif self.wanted:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+            self.shown = -1
+
+    def close(self):
+        self.clear()
+        if self.tqdm is not None:
+            self.tqdm.close()
+        Progress.current = None
 
 
 def warn(text):
+    if Progress.current:
+        Progress.current.clear()
     print("export.py: warning: " + text, file=sys.stderr)
 
 
@@ -77,10 +129,24 @@ def stop_on_signals():
     def handler(number, _frame):
         for n in numbers:
             signal.signal(n, signal.SIG_IGN)
-        raise Stopped(number)
+        if not Stopped.held:
+            raise Stopped(number)
+        Stopped.pending = number
 
     for n in numbers:
         signal.signal(n, handler)
+
+
+@contextlib.contextmanager
+def undisturbed():
+    """A signal waits for the end: callbacks of a fork would swallow the exception."""
+    Stopped.held = True
+    try:
+        yield
+    finally:
+        Stopped.held = False
+    if Stopped.pending:
+        raise Stopped(Stopped.pending)
 
 
 def unique_keys(pairs):
@@ -1816,8 +1882,8 @@ def open_checkpoint(path):
     if not os.path.exists(path):
         raise ExportError("%s does not exist: give the directory of a Gemma 2 checkpoint" % path)
     if is_adapter(path):
-        raise ExportError("%s is a LoRA adapter: give the directory of its base model, and this one "
-                          "with --lora" % path)
+        raise ExportError("%s is a LoRA adapter: give the directory of its base model, and the "
+                          "adapter with --lora" % path)
     for reader in READERS:
         if reader.suits(path):
             return reader(path)
@@ -2092,7 +2158,7 @@ class Adapter:
         self.config = Config(path)
         self.check_settings()
         self.path, stored = self.stored_tensors()
-        self.files = [path, self.path]
+        self.files = [path, self.path, *side_files(directory)]
         self.parts, self.modules = collections.defaultdict(dict), {}
         for key in sorted(stored):
             self.sort_in(key, stored[key])
@@ -2204,9 +2270,9 @@ class Adapter:
         if "copy" in parts:  # beside it, "whole" is the same once more
             parts.setdefault("whole", parts["copy"])
             del parts["copy"]
-        base = parts.pop("base", None) or (None if saved else parts.pop("whole", None))
-        if base:
-            self.bases[name] = base
+        base = "whole" if not saved and set(parts) == {"whole"} else "base"
+        if base in parts:
+            self.bases[name] = parts.pop(base)
         if parts:
             self.check_parts(name, parts)
             self.changes[name] = Change(self, name, parts)
@@ -2732,6 +2798,20 @@ def gguf_stop_ids(config, tokenizer):
 # ---- Finding, finishing, writing -------------------------------------------------------------
 
 
+SIDE_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer.json.xz", "added_tokens.json",
+              "tokenizer_config.json", "chat_template.jinja", "chat_template.json",
+              "generation_config.json")
+
+
+def side_files(directory):
+    """What is read beside the weights, as far as it is there."""
+    return [os.path.join(directory, name) for name in SIDE_FILES]
+
+
+def tokenizer_files(path):
+    return [path, *side_files(os.path.dirname(path))]
+
+
 def read_maybe_xz(path):
     with open(path, "rb") as f:
         data = f.read()
@@ -2907,6 +2987,14 @@ ENTRY = struct.Struct("<4I4Q32s16x")
 Section = collections.namedtuple("Section", "name role layer type rows cols size data")
 
 
+def lock(file, wait):
+    """Locks a file for this process alone, without its workers, or fails with OSError.
+    (Windows needs none: it does not remove what is open.)"""
+    with contextlib.suppress(ImportError):
+        import fcntl
+        fcntl.lockf(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 class Container:
     """Writes the file under a temporary name: sections in order, then header and directory.
 
@@ -2925,8 +3013,7 @@ class Container:
             at += section.size
         self.size = at
         self.digests = []
-        self.temporary = os.path.join(self.directory, ".%s.%d.tmp" % (
-            os.path.basename(self.path), os.getpid()))
+        self.prefix = ".%s." % os.path.basename(self.path)
 
     def check_target(self, inputs):
         if os.path.exists(self.path):
@@ -2939,12 +3026,37 @@ class Container:
             raise ExportError("the directory %s does not exist: make it first" % self.directory)
 
     def __enter__(self):
+        self.remove_stale()
         free = shutil.disk_usage(self.directory).free
         if free < self.size:
             raise ExportError("%s has %s left and the output needs %s: make room, or choose a "
                               "smaller --type" % (self.directory, human(free), human(self.size)))
-        self.file = open(self.temporary, "xb")
+        self.create_temporary()
         return self
+
+    def create_temporary(self):
+        """Its writer holds a lock on it for as long as it lives, so that it can be told from one
+        that a killed process left behind."""
+        while True:
+            self.temporary = os.path.join(self.directory, "%s%s.tmp" % (
+                self.prefix, os.urandom(6).hex()))
+            self.file = open(self.temporary, "xb")
+            with contextlib.suppress(OSError):  # on a file system that knows no locks
+                lock(self.file, wait=True)
+            if os.fstat(self.file.fileno()).st_nlink:
+                return
+            self.file.close()  # taken for a stale one before it was locked
+
+    def remove_stale(self):
+        """Removes temporaries of processes that are no more."""
+        for name in os.listdir(self.directory):
+            if re.fullmatch(re.escape(self.prefix) + "[0-9a-f]{12}[.]tmp", name):
+                path = os.path.join(self.directory, name)
+                with contextlib.suppress(OSError), open(path, "r+b") as f:
+                    lock(f, wait=False)
+                    if os.name == "nt":
+                        f.close()
+                    os.remove(path)
 
     def __exit__(self, *failure):
         self.file.close()
@@ -3115,7 +3227,8 @@ def pack_all(reader, plan, jobs):
     waiting = collections.deque()
     try:
         for task in tasks:
-            waiting.append(pool.submit(pack_rows, task))
+            with undisturbed():  # it may start a worker
+                waiting.append(pool.submit(pack_rows, task))
             if len(waiting) > 2 * jobs:
                 yield waiting.popleft().result()
         while waiting:
@@ -3127,36 +3240,9 @@ def pack_all(reader, plan, jobs):
         pool.shutdown(cancel_futures=True)
 
 
-class Progress:
-    """A bar on standard error when that is a terminal; tqdm's where it is installed."""
-
-    def __init__(self, total, wanted):
-        self.total, self.done, self.bar, self.shown = total, 0, None, -1
-        self.wanted = wanted and sys.stderr.isatty()
-        if self.wanted:
-            with contextlib.suppress(ImportError):
-                from tqdm import tqdm
-                self.bar = tqdm(total=total, unit="w", unit_scale=True, leave=False)
-
-    def add(self, n):
-        self.done += n
-        if self.bar is not None:
-            self.bar.update(n)
-        elif self.wanted and self.done * 100 // self.total != self.shown:
-            self.shown = self.done * 100 // self.total
-            print("\r[%-50s] %3d %%" % ("#" * (self.shown // 2), self.shown), end="",
-                  file=sys.stderr, flush=True)
-
-    def close(self):
-        if self.bar is not None:
-            self.bar.close()
-        elif self.wanted:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
-
-
-def write_tensors(out, reader, plan, options):
+def write_tensors(out, reader, plan, options, progress):
     """Packs and writes every tensor; returns the relative error of each."""
-    progress = Progress(sum(s.rows * s.cols for s, _ in plan), not options.quiet)
+    progress.start(sum(s.rows * s.cols for s, _ in plan))
     results = pack_all(reader, plan, options.jobs)
     errors = []
     try:
@@ -3174,7 +3260,6 @@ def write_tensors(out, reader, plan, options):
             errors.append(math.sqrt(sums[1] / sums[0]) if sums[0] else 0.0)
     finally:
         results.close()  # ends the workers
-        progress.close()
     return errors
 
 
@@ -3213,7 +3298,7 @@ def options_text(options):
     return " ".join(words)
 
 
-def convert(options):
+def convert(options, progress):
     started = time.monotonic()
     reader = open_checkpoint(options.input)
     check_shapes(reader)
@@ -3231,10 +3316,11 @@ def convert(options):
     sections += [s for s, _ in plan]
     tiny = sum(s.size for s, _ in plan) < 1 << 20
     align = options.align or (64 if tiny else 4096)
-    with Container(options.output, sections, align, [*reader.files, tokenizer_path]) as out:
+    inputs = [*reader.files, *side_files(reader.directory), *tokenizer_files(tokenizer_path)]
+    with Container(options.output, sections, align, inputs) as out:
         for section in sections[:2]:
             out.write_section([section.data])
-        errors = write_tensors(out, reader, plan, options)
+        errors = write_tensors(out, reader, plan, options, progress)
         out.finish(model)
     seconds = time.monotonic() - started
     return report(options.output, out.size, [s for s, _ in plan], errors, seconds)
@@ -3254,7 +3340,7 @@ def report(path, file_bytes, sections, errors, seconds):
         "%s: %d bytes (%s) in %.1f seconds" % (path, file_bytes, human(file_bytes), seconds)]
 
 
-def convert_tokenizer(options):
+def convert_tokenizer(options, _progress):
     """A file of ours with nothing but facts and tokenizer."""
     path, tokenizer = find_tokenizer(options.input, None, 0)
     finish_tokenizer(tokenizer, 0, path)
@@ -3266,7 +3352,7 @@ def convert_tokenizer(options):
                          os.path.basename(path), False, template, "--tokenizer-only")
     sections = [bytes_section("facts", FACTS, facts_section(facts)),
                 bytes_section("tokenizer", TOKENIZER, tokenizer_section(tokenizer))]
-    with Container(options.output, sections, options.align or 64, [path]) as out:
+    with Container(options.output, sections, options.align or 64, tokenizer_files(path)) as out:
         for section in sections:
             out.write_section([section.data])
         out.finish(model)
@@ -3408,7 +3494,8 @@ def main(arguments):
     options = parse_options(arguments)
     stop_on_signals()
     try:
-        lines = (convert_tokenizer if options.tokenizer_only else convert)(options)
+        with contextlib.closing(Progress(not options.quiet)) as progress:
+            lines = (convert_tokenizer if options.tokenizer_only else convert)(options, progress)
     except UsageError as e:
         print("export.py: %s" % e, file=sys.stderr)
         return 2

@@ -1,7 +1,9 @@
 """The exporter's part of oracle.py: what it makes of every kind of checkpoint, and what it
 leaves behind when one is bad, which is nothing."""
+import contextlib
 import json
 import os
+import pty
 import resource
 import shutil
 import signal
@@ -19,14 +21,14 @@ from reference import check
 EXPORT = [sys.executable, os.path.join(ref.ROOT, "export.py")]
 
 
-def convert(checkpoint, out, *options, limit=None):
+def convert(checkpoint, out, *options, limit=None, env=None):
     """Runs export.py; limit bounds the bytes of a file, as a full disk would."""
     def bound():
         if limit:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     return subprocess.run(EXPORT + [checkpoint, out, *options], capture_output=True, text=True,
-                          preexec_fn=bound, timeout=120)
+                          preexec_fn=bound, timeout=120, env=env)
 
 
 # ---- checkpoints written by hand ------------------------------------------------------
@@ -293,7 +295,96 @@ def test_interrupt(folder):
     shutil.rmtree(place)
 
 
+def start(checkpoint, out, *options):
+    """A conversion that has begun to write; its process and its temporary file."""
+    place = os.path.dirname(out)
+    before, began = set(os.listdir(place)), time.time()
+    p = subprocess.Popen(EXPORT + [checkpoint, out, *options], stderr=subprocess.DEVNULL,
+                         stdout=subprocess.DEVNULL)
+    while not set(os.listdir(place)) - before and p.poll() is None and time.time() - began < 60:
+        time.sleep(0.01)
+    return p, (set(os.listdir(place)) - before).pop()
+
+
+def test_leftovers(folder):
+    """What a killed conversion leaves is removed by the next to the same output, and nothing
+    of one that lives."""
+    small = Checkpoint(folder).write().path
+    small = shutil.move(small, os.path.join(folder, "small"))
+    large = Checkpoint(folder, hidden_size=1024, num_attention_heads=4, intermediate_size=8192,
+                       num_key_value_heads=2, head_dim=256).write().path
+    place = os.path.join(folder, "place")
+    os.makedirs(place)
+    out, other = (os.path.join(place, name) for name in ("out.bin", "out.bin.d"))
+    live, of_live = start(large, out, "--type", "q4")
+    live.send_signal(signal.SIGSTOP)
+    killed, of_killed = start(large, out, "--type", "q4")
+    killed.kill()
+    killed.wait()
+    elsewhere, of_elsewhere = start(large, other, "--type", "q4")
+    elsewhere.kill()
+    elsewhere.wait()
+    check(set(os.listdir(place)) == {of_live, of_killed, of_elsewhere},
+          f"leftovers: {os.listdir(place)}")
+    run = convert(small, out)
+    check(run.returncode == 0, f"leftovers: {run.stderr}")
+    check(set(os.listdir(place)) == {of_live, of_elsewhere, "out.bin"},
+          f"leftovers: {os.listdir(place)} where {of_live} lives")
+    live.send_signal(signal.SIGTERM)
+    live.send_signal(signal.SIGCONT)
+    check(live.wait(60) == 128 + signal.SIGTERM, f"leftovers: exit {live.returncode}")
+    check(set(os.listdir(place)) == {of_elsewhere, "out.bin"}, f"leftovers: {os.listdir(place)}")
+    shutil.rmtree(place)
+
+
+# ---- what is said while it runs ---------------------------------------------------------
+
+
+def on_terminal(command):
+    """What a command writes to a terminal on standard error, and when it began to."""
+    ours, theirs = pty.openpty()
+    began = time.time()
+    p = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=theirs)
+    os.close(theirs)
+    text, first = b"", None
+    with contextlib.suppress(OSError):  # the end of a terminal
+        while more := os.read(ours, 4096):
+            first = first or time.time() - began
+            text += more
+    os.close(ours)
+    return p.wait(), text, first
+
+
+def test_progress(folder):
+    """A terminal sees a bar at once, and in the end nothing of it; a file sees the report."""
+    c = Checkpoint(folder, vocab_size=400).write()
+    out, first, imports = os.path.join(folder, "out.bin"), [], []
+    for _ in range(3):
+        began = time.time()
+        subprocess.run(EXPORT + ["--version"], stdout=subprocess.DEVNULL)
+        imports.append(time.time() - began)
+        status, text, at = on_terminal(EXPORT + [c.path, out])
+        first.append(at)
+    check(status == 0, f"progress: exit {status}")
+    check(min(first) - min(imports) < 0.1, f"progress: a bar after {first}, imports {imports} s")
+    check(text.startswith(b"\r[") and b"  0 %" in text[:70], f"progress: {text[:80]}")
+    lines = text.replace(b"\r\x1b[K", b"\n").split(b"\n")
+    check(sum(b"warning: the embedding has 400 rows" in line and not b"[" in line
+              for line in lines) == 1, f"progress: the warning in {text}")
+    check(lines[-1].strip() == b"", f"progress: leaves {text[-80:]}")
+    check(on_terminal(EXPORT + [c.path, out, "-q"])[1].count(b"\n") == 1, "progress: not quiet")
+    run = convert(c.path, out)
+    report = run.stdout.split("\n")
+    check(report[-2].startswith(out + ": ") and len(report) == 28, f"report: {run.stdout}")
+    check(run.stderr.count("\n") == 1 and "\r" not in run.stderr, f"a file sees {run.stderr!r}")
+    run = convert(c.path, out, "--quiet")
+    check(run.stdout == "", f"quiet: {run.stdout}")
+    os.remove(out)
+
+
 def test_export(engine, folder):
     test_good(folder)
     test_bad(folder)
     test_interrupt(folder)
+    test_leftovers(folder)
+    test_progress(folder)

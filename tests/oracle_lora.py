@@ -4,10 +4,12 @@ PEFT wraps a random model and all that it could train is drawn at random.  The f
 the model and the saved adapter must then hold the weights of PEFT's merge_and_unload(), and
 the engine must give the logits of PEFT's model as it is trained, unmerged."""
 import contextlib
+import copy
 import json
 import os
 import shutil
 import warnings
+from concurrent import futures
 
 import numpy as np
 
@@ -59,7 +61,7 @@ class Adapter:
         return [(n, p) for n, p in self.peft.named_parameters() if p.requires_grad]
 
     def draw(self, number):
-        """Factors that change weights by about their own size; lengths near the true ones."""
+        """Factors that change weights by half their size; lengths near the true ones."""
         g = self.torch.Generator().manual_seed(100 + number)
         with self.torch.no_grad():
             for name, p in self.trained():
@@ -67,7 +69,7 @@ class Adapter:
                 if "magnitude" in name:
                     p.mul_(1 + 0.3 * noise)
                 elif "lora_" in name:
-                    p.copy_(noise * 0.3)
+                    p.copy_(noise * 0.15)
                 else:
                     p.add_(noise * 0.2)
 
@@ -130,6 +132,8 @@ def bounds(adapter):
         if not isinstance(module, LoraLayer):
             continue
         for key in module.active_adapters:
+            if key not in module.scaling:
+                continue
             if isinstance(module, Embedding):
                 a, b = module.lora_embedding_A[key].T, module.lora_embedding_B[key].T
             else:
@@ -169,7 +173,7 @@ def compare(what, f, adapter, limits, has_head):
         off = abs(have - want)
         bound = limits[name] + 4 * U * abs(want) if name in limits else 0.0
         check((off <= bound).all(), f"{what}: {name} is off by {off.max():.3g}")
-        worst = max(worst, float((off / np.maximum(abs(want), 1e-3)).max() / U / 2))
+        worst = max(worst, float((off / np.maximum(bound, 1e-30)).max()))
     return worst
 
 
@@ -183,9 +187,10 @@ GOOD = [
     ("DoRA", False, TIED, dict(use_dora=True)),
     ("rsLoRA and DoRA, untied", True, UNTIED, dict(use_dora=True, use_rslora=True)),
     ("patterns", False, TIED, dict(
-        rank_pattern={"proj": 9, "1.self_attn.q_proj": 6, "q_proj": 3, r"model\.layers\.\d\.mlp.*": 5,
-                      "mlp.up_proj": 2, "^model.layers.0.self_attn.k_proj": 8},
-        alpha_pattern={"(k|v)_proj": 3, "o_pro": 90, "layers.0.self_attn.o_proj": 20.5})),
+        # sorted, as PEFT saves them; the first that matches counts
+        rank_pattern={"1.self_attn.q_proj": 6, "^model.layers.0.self_attn.k_proj": 8,
+                      "mlp.up_proj": 2, r"model\.layers\.\d\.mlp.*": 5, "proj": 9, "q_proj": 3},
+        alpha_pattern={"(k|v)_proj": 3, "layers.0.self_attn.o_proj": 20.5, "o_pro": 90})),
     ("patterns, rsLoRA, DoRA", False, TIED, dict(
         use_rslora=True, use_dora=True, rank_pattern={"q_proj": 9}, alpha_pattern={"v_proj": 1})),
     ("some layers", False, TIED, dict(layers_to_transform=[1], exclude_modules=["v_proj"])),
@@ -252,9 +257,318 @@ def good(engine, folder, what, has_head, adapter, options=None):
     return off, worst
 
 
+# ---- several adapters, scales, other files ------------------------------------------------
+
+
+def second(adapter, number, scale=1.0, **config):
+    """Another adapter beside the first, both active; returns its directory."""
+    import peft
+    with quiet():
+        name = "default%d" % number
+        adapter.peft.add_adapter(name, peft.LoraConfig(**{
+            "r": 3, "lora_alpha": 5, "target_modules": ["q_proj", "down_proj"], **config}))
+        adapter.peft.set_adapter(name)
+        adapter.draw(number)
+        path = os.path.join(adapter.folder, "more")
+        adapter.peft.save_pretrained(path, selected_adapters=[name])
+        adapter.peft.base_model.set_adapter(["default", name])
+    for module in adapter.hf.modules():
+        if hasattr(module, "set_scale"):
+            module.set_scale(name, scale)
+    adapter.peft.eval()
+    return os.path.join(path, name)
+
+
+def test_several(engine, folder):
+    a = Adapter(folder)
+    b = second(a, 1, scale=-0.75, use_rslora=True)
+    c = second(a, 2)
+    for module in a.hf.modules():
+        if hasattr(module, "set_scale"):
+            module.set_scale("default", 2.0)
+    a.peft.base_model.set_adapter(["default", "default1", "default2"])
+    good(engine, folder, "three adapters", False, a, [
+        "--lora", a.path + "=2", "--lora", b + "=-0.75", "--lora", c, "--source", "here"])
+    a = Adapter(folder, use_dora=True)
+    for module in a.hf.modules():
+        if hasattr(module, "set_scale"):
+            module.set_scale("default", 0.5)
+    good(engine, folder, "DoRA at half its scale", False, a, ["--lora", a.path + "=.5"])
+
+
+def renamed(before, after):
+    return lambda tensors: {k.replace(before, after): t for k, t in tensors.items()}
+
+
+def test_spellings(engine, folder):
+    """Keys as other tools leave them: an adapter's name in them, no prefix."""
+    dora = dict(use_dora=True, target_modules=["v_proj", "embed_tokens"], modules_to_save=["norm"])
+    for what, change in (
+            ("names of adapters", lambda t: {
+                k.replace("lora_A.", "lora_A.mine.").replace("lora_B.", "lora_B.mine.")
+                .replace("model.norm.", "model.norm.modules_to_save.mine.")
+                .replace("embedding_A", "embedding_A.mine")
+                .replace("vector", "vector.mine.weight"): v for k, v in t.items()}),
+            ("no prefix", renamed("base_model.model.", ""))):
+        a = Adapter(folder, **dora)
+        a.edit(change)
+        good(engine, folder, what, True, a)
+
+
+def test_converted(engine, folder):
+    """PiSSA takes out of the base what it starts with; converted, it adds it to its factors."""
+    import peft
+    a = Adapter(folder, target_modules=["q_proj"], init_lora_weights="pissa")
+    base = a.load({})  # the original: the comparison is with the changed one plus the adapter
+    start = os.path.join(folder, "start")
+    with quiet():
+        hf = a.load({})
+        p = peft.get_peft_model(hf, peft.LoraConfig(r=4, lora_alpha=7, target_modules=["q_proj"],
+                                                    init_lora_weights="pissa"))
+        p.peft_config["default"].init_lora_weights = True
+        p.save_pretrained(start)
+        p.peft_config["default"].init_lora_weights = "pissa"
+        a.hf, a.peft = hf, p.eval()
+        a.draw(0)
+        p.save_pretrained(a.path, path_initial_model_for_weight_conversion=start)
+    limits = bounds(a)
+    name = "model.layers.%d.self_attn.q_proj"
+    for i in range(2):  # what was taken out was rounded, and so is its return
+        w = base.state_dict()[name % i + ".weight"].abs().numpy()
+        limits[name % i] = 4 * limits[name % i] + 8 * U * (w + w.max())
+    out = os.path.join(folder, "out.bin")
+    run = convert(a.base, out, "--type", "f32", "--lora", a.path)
+    if check(run.returncode == 0, f"converted PiSSA: {run.stderr.strip()}"):
+        compare("converted PiSSA", ref.Bin(out), a, limits, False)
+
+
+def test_side_files(folder):
+    """Pieces, template, name and options that come with an adapter."""
+    a = Adapter(folder, resize=348, modules_to_save=["embed_tokens", "lm_head"])
+    shutil.copy(os.path.join(a.base, "tokenizer.model"), a.path)
+    with open(os.path.join(a.path, "added_tokens.json"), "w") as f:
+        json.dump({"<tool>": 347}, f)
+    with open(os.path.join(a.path, "chat_template.jinja"), "w") as f:
+        f.write("{{ mine }}")
+    out = os.path.join(folder, "out.bin")
+    run = convert(a.base, out, "--lora", a.path + "=0.5")
+    if not check(run.returncode == 0, f"side files: {run.stderr.strip()}"):
+        return
+    f = ref.Bin(out)
+    facts, (_, pieces) = f.facts(), f.vocabulary()
+    check(pieces[347][0] == b"<tool>", f"side files: piece {pieces[347]}")
+    check(facts["chat_template"] == "{{ mine }}", "side files: chat template")
+    check(facts["export"].endswith("--type q8 --lora adapter0=0.5"), f"options: {facts['export']}")
+    check(facts["name"] == "checkpoint + adapter0", f"name: {facts['name']}")
+    check("adapter0" in facts["source"], f"source: {facts['source']}")
+    check("scale does not apply" in run.stderr, f"side files: says {run.stderr!r}")
+    for name in ("adapter_model.safetensors", "adapter_config.json", "added_tokens.json"):
+        path = os.path.join(a.path, name)
+        before = open(path, "rb").read()
+        run = convert(a.base, path, "--lora", a.path)
+        check(run.returncode == 1 and "input" in run.stderr, f"overwriting {name}: {run.stderr}")
+        check(open(path, "rb").read() == before, f"{name} was overwritten")
+
+
+# ---- what must be refused -----------------------------------------------------------------
+
+Q = "base_model.model.model.layers.1.self_attn.q_proj."
+EMB = "base_model.model.model.embed_tokens."
+
+
+def without(key):
+    return lambda a: a.edit(lambda t: {k: v for k, v in t.items() if k != key})
+
+
+def add(key, *shape, dtype="float32"):
+    return lambda a: a.edit(lambda t: {
+        **t, key: a.torch.ones(shape, dtype=getattr(a.torch, dtype))})
+
+
+def spoil(key, value):
+    def change(tensors):
+        tensors[key].view(-1)[3] = value
+        return tensors
+    return lambda a: a.edit(change)
+
+
+def setting(**changes):
+    return lambda a: a.configure(**changes)
+
+
+def rewrite(name, data):
+    def edit(a):
+        with open(os.path.join(a.path, name), "wb") as f:
+            f.write(data)
+    return edit
+
+
+def pickled(make):
+    """The tensors as a pickle instead."""
+    def edit(a):
+        os.remove(os.path.join(a.path, "adapter_model.safetensors"))
+        a.torch.save(make(a.torch), os.path.join(a.path, "adapter_model.bin"))
+    return edit
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.system, ("touch /tmp/gemma2-executed-a-pickle",)
+
+
+# settings, what to do to the saved adapter, words of the sentence
+NAN = float("nan")
+BAD = [
+    ({}, without(Q + "lora_B.weight"), "lora_A", "without"),
+    ({}, without(Q + "lora_A.weight"), "lora_B", "without"),
+    ({}, add(Q + "lora_A.weight", 4, 41), "shape", "[4, 41]", "[4, 42]"),
+    ({}, add(Q + "lora_B.weight", 61, 4), "[61, 4]"),
+    ({}, add(Q + "lora_A.weight", 5, 42), "[5, 42]"),
+    ({}, add(Q + "lora_A.weight", 4, 42, 1), "no matrix"),
+    ({}, add(Q + "lora_A.weight", 0, 42), "no matrix"),
+    ({}, add(Q + "lora_A.weight", 4, 42, dtype="int32"), "I32"),
+    ({}, add(Q + "lora_A.other.weight", 4, 42), "twice"),
+    ({}, add(Q + "lora_B.bias", 60), "bias"),
+    ({}, add(Q + "lora_C.weight", 4, 42), "lora_C"),
+    ({}, add(Q + "weight", 60, 42), "several ways"),
+    ({"modules_to_save": ["norm"]}, add("base_model.model.model.norm.weight", 41), "[41, 1]"),
+    ({}, add("base_model.model.model.layers.1.input_layernorm.lora_A.weight", 4, 1), "without"),
+    ({}, add("base_model.model.score.weight", 2, 42), "classification head"),
+    ({}, add("base_model.model.model.vision_tower.weight", 2, 42), "vision"),
+    ({}, add("base_model.model.model.layers.2.self_attn.q_proj.weight", 60, 42), "2 layers"),
+    ({}, spoil(Q + "lora_A.weight", NAN), "lora_A", "NaN"),
+    ({}, spoil(Q + "lora_B.weight", NAN), "lora_B", "NaN"),
+    ({"modules_to_save": ["norm"]}, spoil("base_model.model.model.norm.weight", NAN), "NaN"),
+    ({"use_dora": True}, without(Q + "lora_magnitude_vector"), "layers.1.q", "magnitude"),
+    ({"use_dora": True}, add(Q + "lora_magnitude_vector", 59), "[59, 1]"),
+    ({"use_dora": True}, setting(use_dora=False), "use_dora"),
+    ({"use_dora": True}, spoil(Q + "lora_magnitude_vector", NAN), "magnitude", "NaN"),
+    ({"target_modules": ["embed_tokens"]}, without(EMB + "lora_embedding_B"), "without"),
+    ({"target_modules": ["embed_tokens"]}, add(EMB + "lora_embedding_A", 4, 346), "[4, 346]"),
+    ({"target_modules": ["embed_tokens"]}, spoil(EMB + "lora_embedding_A", NAN), "NaN"),
+    ({"modules_to_save": ["embed_tokens"]}, add(EMB + "weight", 360, 42), "360", "both"),
+    ({"modules_to_save": ["embed_tokens"]}, add(EMB + "weight", 347, 41), "[347, 41]"),
+    ({"trainable_token_indices": [3, 4]}, setting(trainable_token_indices=[3, 347]), "347"),
+    ({"trainable_token_indices": [3, 4]}, setting(trainable_token_indices=[3, 3]), "different"),
+    ({"trainable_token_indices": [3, 4]}, setting(trainable_token_indices=[3, -1]), "different"),
+    ({"trainable_token_indices": [3, 4]}, setting(trainable_token_indices=None), "2 different"),
+    ({"init_lora_weights": "pissa", "target_modules": ["q_proj"]}, None, "pissa", "original"),
+    ({"init_lora_weights": "pissa_niter_2", "target_modules": ["q_proj"]}, None, "pissa_niter_2"),
+    ({"init_lora_weights": "olora", "target_modules": ["q_proj"]}, None, "olora"),
+    ({}, setting(init_lora_weights="corda"), "corda"),
+    ({}, setting(init_lora_weights="loftq"), "loftq"),
+    ({}, setting(init_lora_weights="lora_ga"), "lora_ga"),
+    ({}, setting(init_lora_weights="novel"), "novel"),
+    ({}, setting(peft_type="IA3"), "IA3"),
+    ({}, setting(peft_type=None), "null"),
+    ({}, setting(use_novelty=True), "use_novelty"),
+    *(({}, setting(**{name: value}), name) for name, value in [
+        ("alora_invocation_tokens", [5]), ("arrow_config", {"top_k": 3}), ("lora_bias", True),
+        ("kasa_config", {"beta": 1}), ("layer_replication", [[0, 1]]), ("use_qalora", True),
+        ("megatron_config", {"x": 1}), ("monteclora_config", {"x": 1}),
+        ("target_parameters", ["q_proj.weight"]), ("use_bdlora", {"nblocks": 2}),
+        ("velora_config", {"scale": 2})]),
+    ({}, setting(r=0), "r is 0"),
+    ({}, setting(r=8), "[4, 40]", "[8, 40]"),
+    ({}, setting(lora_alpha="much"), "lora_alpha"),
+    ({}, setting(lora_alpha=NAN), "lora_alpha"),
+    ({}, setting(rank_pattern=[1]), "rank_pattern"),
+    ({}, setting(rank_pattern={"q_proj": True}), "q_proj"),
+    ({}, setting(alpha_pattern={"(": 3}), "regular expression"),
+    ({}, rewrite("adapter_config.json", b"{"), "JSON"),
+    ({}, rewrite("adapter_model.safetensors", b"version https://git-lfs"), "git lfs"),
+    ({}, lambda a: os.remove(os.path.join(a.path, "adapter_config.json")), "adapter_config.json"),
+    ({}, lambda a: os.remove(os.path.join(a.path, "adapter_model.safetensors")), "fetch it"),
+    ({}, lambda a: os.truncate(os.path.join(a.path, "adapter_model.safetensors"), 2000),
+     "truncated"),
+    ({}, lambda a: a.edit(lambda t: {}), "no tensors"),
+    ({}, pickled(lambda torch: {"x": Hostile()}), "cannot be read"),
+    ({}, pickled(lambda torch: [torch.ones(2)]), "dictionary"),
+    ({}, pickled(lambda torch: {Q + "lora_A.weight": torch.ones(4, 42).char()}), "int8"),
+]
+
+
+def refused(what, run, place, *words):
+    text = run.stderr.strip().split("\n")[-1]
+    check(run.returncode == 1, f"{what}: exit {run.returncode}: {run.stderr[-300:]}")
+    check("Traceback" not in run.stderr and "Warning" not in run.stderr and text,
+          f"{what}: says {run.stderr[-400:]!r}")
+    check(all(w in text for w in words), f"{what}: {words} not in {text!r}")
+    check(not os.listdir(place), f"{what}: leaves {os.listdir(place)}")
+
+
+def test_refused(folder):
+    place, saved = os.path.join(folder, "place"), {}
+    os.makedirs(place)
+
+    def convert_bad(i, case):
+        config, edit, *words = case
+        a = copy.copy(saved[json.dumps(config)])
+        what = "bad adapter %d (%s)" % (i, ", ".join(words))
+        a.path = shutil.copytree(a.path, os.path.join(folder, "bad%d" % i))
+        if edit:
+            edit(a)
+        here = os.path.join(place, str(i))
+        os.makedirs(here)
+        run = convert(a.base, os.path.join(here, "out.bin"), "--lora", a.path)
+        refused(what, run, here, *words)
+
+    for config, *_ in BAD:
+        if json.dumps(config) not in saved:
+            saved[json.dumps(config)] = Adapter(folder, number=len(saved), **config)
+    with futures.ThreadPoolExecutor(2) as pool:
+        list(pool.map(convert_bad, range(len(BAD)), BAD))
+    check(not os.path.exists("/tmp/gemma2-executed-a-pickle"), "a pickle was executed")
+
+
+def test_refused_together(folder):
+    """Adapters that do not just add up; inputs of the wrong kind; usage."""
+    place = os.path.join(folder, "together")
+    os.makedirs(place)
+    out = os.path.join(place, "out.bin")
+    plain, dora = Adapter(folder), Adapter(folder, number=1, use_dora=True)
+    whole = [Adapter(folder, number=i, target_modules=["q_proj"], modules_to_save=["embed_tokens"])
+             for i in (2, 3)]
+    tokens = Adapter(folder, number=4, target_modules=["q_proj"], trainable_token_indices=[5])
+    for what, paths, *words in [
+            ("LoRA, DoRA", [plain.path, dora.path], "adapter1", "add up"),
+            ("DoRA, LoRA", [dora.path, plain.path], "adapter0", "add up"),
+            ("whole twice", [w.path for w in whole], "adapter3", "embedding", "add up"),
+            ("whole, tokens", [whole[0].path, tokens.path], "embedding", "add up"),
+            ("not a directory", [plain.base], "adapter_config.json"),
+            ("missing", [os.path.join(folder, "nowhere")], "adapter_config.json")]:
+        options = [word for p in paths for word in ("--lora", p)]
+        refused(what, convert(plain.base, out, *options), place, *words)
+    refused("an adapter as checkpoint", convert(plain.path, out), place, "--lora", "base model")
+    for text in ("=2", plain.path + "=much", plain.path + "=nan", plain.path + "="):
+        run = convert(plain.base, out, "--lora", text)
+        check(run.returncode == 2 and "SCALE" in run.stderr, f"--lora {text}: {run.stderr}")
+    run = convert(plain.base, out, "--tokenizer-only", "--lora", plain.path)
+    check(run.returncode == 2, f"--tokenizer-only --lora: exit {run.returncode}")
+    pickled(lambda torch: {})(plain)
+    for version, words in (("raise ImportError", ("pip install torch",)),
+                           ("__version__ = '2.9.1'", ("2.10", "2.9.1"))):
+        stub = os.path.join(folder, "stub")
+        os.makedirs(stub, exist_ok=True)
+        with open(os.path.join(stub, "torch.py"), "w") as f:
+            f.write(version)
+        run = convert(plain.base, out, "--lora", plain.path, env={**os.environ, "PYTHONPATH": stub})
+        refused("torch: " + version, run, place, *words)
+
+
 def test_lora(engine, folder):
+    import torch
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # these models are too small for more
     worst = []
     for what, has_head, facts, config in GOOD:
         worst.append(good(engine, folder, what, has_head, Adapter(folder, facts, **config)))
-    print("lora: logits off by %.2g, weights by %.3g of their last places"
+    test_several(engine, folder)
+    test_spellings(engine, folder)
+    test_converted(engine, folder)
+    test_side_files(folder)
+    test_refused(folder)
+    test_refused_together(folder)
+    torch.set_num_threads(threads)
+    print("lora: logits off by %.2g, weights by %.2g of what rounding allows"
           % tuple(max(w[i] for w in worst if w) for i in (0, 1)))

@@ -2,10 +2,9 @@
 live: transformers in float32 with eager attention, SentencePiece, and formats read by
 numpy straight from the byte tables.  Ends with one line "N passed, N failed".
 
-  python3 tests/oracle.py [models] [sessions] [formats] [tokens] [story] [export] [gguf] [sbs]
-                          [traps]
+  python3 tests/oracle.py [NAME ...]        names as in SECTIONS at the end
 
-Without names all of it runs, in about two minutes on two cores.  CC names the compiler,
+Without names all of it runs, in a few minutes on two cores.  CC names the compiler,
 ORACLE_SEED another seed for what is random."""
 import os
 import random
@@ -26,6 +25,8 @@ import make_golden
 import oracle_export
 import oracle_gguf
 import oracle_sbs
+import oracle_lora
+import oracle_memory
 import oracle_traps
 import reference as ref
 from reference import check
@@ -364,6 +365,7 @@ def test_story(engine, folder):
 SECTIONS = {"models": test_models, "sessions": test_sessions, "formats": test_formats,
             "tokens": test_tokens, "story": test_story, "export": oracle_export.test_export,
             "gguf": oracle_gguf.test_gguf, "sbs": oracle_sbs.test_sbs,
+            "lora": oracle_lora.test_lora, "memory": oracle_memory.test_memory,
             "traps": oracle_traps.test_traps}
 
 

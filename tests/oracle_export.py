@@ -292,6 +292,12 @@ def test_interrupt(folder):
         check(p.returncode == 128 + number, f"interrupt: exit {p.returncode}")
         check("Traceback" not in text, f"interrupt: {text[-300:]}")
         check(not os.listdir(place), f"interrupt: leaves {os.listdir(place)}")
+    for i in range(5):  # while the workers start
+        p, _ = start(c.path, os.path.join(place, "out.bin"), "--type", "q4")
+        time.sleep(0.003 * i)
+        p.send_signal(signal.SIGTERM)
+        check(p.wait(60) == 128 + signal.SIGTERM, f"early interrupt: exit {p.returncode}")
+        check(not os.listdir(place), f"early interrupt: leaves {os.listdir(place)}")
     shutil.rmtree(place)
 
 

@@ -51,7 +51,7 @@ def encode(kind, w):
         return (x.view(np.uint32) >> 16).astype("<u2").tobytes(), scale, x
     if kind == "INT8":
         return encode_int8(x)
-    scale = np.float32(max(1.0, abs(x).max() / 1.875))
+    scale = np.float32(abs(x).max() / 1.875)  # to the largest value of SFP
     if kind == "SFP":
         b = nearest_sfp(x / scale)
         return b.tobytes(), scale, SFP[b] * scale

@@ -211,7 +211,10 @@ static void name_program(char *path)
     size_t n = path ? strlen(path) : 0;
     if (n > 4 && strcmp(path + n - 4, ".exe") == 0)
         path[n - 4] = '\0';
-    if (n && strspn(path, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._+-") == n)
+    for (size_t i = 0; i < n; i++)
+        if (!isalnum((unsigned char)path[i]) && !strchr("._+-", path[i]))
+            return;
+    if (n)
         program_name = path;
 }
 

@@ -18,6 +18,7 @@ static unsigned long n_compared;
 #include "../gemma2.c"
 #undef memcmp
 #include "model.h"
+#include "text.h"
 
 #include <pthread.h>
 #include <sys/wait.h>
@@ -65,17 +66,6 @@ static gemma2_model *open_pieces(const struct pieces *p, struct image *image)
 {
     *image = build_tokenizer_file(p);
     return open_image(image);
-}
-
-static int64_t encode(const gemma2_model *m, const char *text, size_t size, unsigned flags,
-                      int32_t *ids, size_t max_ids)
-{
-    size_t n = gemma2_encode_scratch(size);
-    void *scratch = fresh(n);
-    int64_t count =
-        gemma2_encode(m, text, (int64_t)size, flags, ids, max_ids, scratch, n);
-    free(scratch);
-    return count;
 }
 
 /* ---- The weight file -------------------------------------------------------------------- */
@@ -493,37 +483,6 @@ static void test_unusual_pieces(void)
     check(piece && size == 2 && !memcmp(piece, "a\0", 2), "NUL inside a piece");
     check(encode(m, "a", 1, 0, ids, 8) == 1 && ids[0] == 3, "a NUL is not the end of a piece");
     gemma2_close(m), free(image.data);
-}
-
-/* What SentencePiece reads bytes as: valid UTF-8, each stray byte U+FFFD; an own reading. */
-static size_t repaired(const uint8_t *p, size_t n, char *out)
-{
-    static const uint32_t least[] = {0, 0, 0x80, 0x800, 0x10000};
-    size_t at = 0, used;
-    for (size_t i = 0; i < n; i += used) {
-        size_t len = p[i] < 0x80 ? 1 : p[i] >> 5 == 6 ? 2 : p[i] >> 4 == 14 ? 3
-                     : p[i] >> 3 == 30 ? 4 : 0;
-        uint32_t code = len == 1 ? p[i] : p[i] & (0x7fu >> len);
-        int ok = len && len <= n - i;
-        for (size_t k = 1; ok && k < len; k++) {
-            ok = p[i + k] >> 6 == 2;
-            code = code << 6 | (p[i + k] & 63);
-        }
-        ok = ok && code >= least[len] && code < 0x110000 && code >> 11 != 27;
-        used = ok ? len : 1;
-        memcpy(out + at, ok ? (const char *)p + i : "\xef\xbf\xbd", ok ? len : 3);
-        at += ok ? len : 3;
-    }
-    return at;
-}
-
-static size_t decode_all(const gemma2_model *m, const int32_t *ids, int64_t n, char *out)
-{
-    gemma2_utf8 hold = {{0}, 0};
-    size_t room = (size_t)gemma2_get_config(m)->max_piece_bytes + 12, at = 0;
-    for (int64_t i = 0; i <= n; i++)
-        at += (size_t)max_i32(0, gemma2_decode(m, &hold, i < n ? ids[i] : -1, out + at, room));
-    return at;
 }
 
 /* 36: text that is no UTF-8, or hardly any, comes back as what it stands for. */

@@ -1646,20 +1646,21 @@ static int generate(program *p)
     return p->reply.finish == AT_INTERRUPT ? INTERRUPTED : DONE;
 }
 
-/* Reads a line, of any length, without its newline; returns 0 at the end of input, 1
- * otherwise, -1 without memory. */
-static int read_line(array *line)
+/* Reads a line, of any length, without its newline; *at_end where there is none. */
+static int read_line(array *line, int *at_end)
 {
+    int c;
     line->n = 0;
-    for (int c; (c = getc(stdin)) != '\n';) {
-        if (c == EOF)
-            return line->n > 0;
+    while ((c = getc(stdin)) != '\n' && c != EOF) {
         char *end = extend(line, 1, 1);
         if (!end)
-            return -1;
+            return out_of_memory();
         *end = (char)c;
     }
-    return 1;
+    if (c == EOF && ferror(stdin))
+        return fail(FAILED, "cannot read standard input: %s", strerror(errno));
+    *at_end = c == EOF && line->n == 0;
+    return DONE;
 }
 
 /* Takes the session back to the first n ids, or to none where its window has moved on;
@@ -1709,10 +1710,11 @@ static int converse(program *p)
         patience = 0;
         fprintf(stderr, "> ");
         fflush(stderr);
-        int got = read_line(&p->prompt);
-        if (got < 0)
-            return out_of_memory();
-        if (got == 0) {
+        int at_end = 0;
+        status = read_line(&p->prompt, &at_end);
+        if (status != DONE)
+            break;
+        if (at_end) {
             fputc('\n', stderr);
             break;
         }

@@ -1,0 +1,466 @@
+/* Failure injection: every call to libc that can fail fails in turn - the 1st, the 2nd, the 3rd
+ * .., once or from then on - while the library opens, plans, encodes, generates, saves and
+ * restores, and while the program does all it can.  Each time the right code comes back, nothing
+ * is left behind, one sentence is said, and what was written before is the start of what would
+ * have been written.
+ *
+ *   cc -D_GNU_SOURCE -Dmain=run_main -include tests/fault.h run.c gemma2.c tests/fault.c -lm
+ *
+ * From the repository's root; some seconds. */
+#undef main
+#include "../gemma2.h"
+
+#include <errno.h>
+#include <string.h>
+
+int run_main(int argc, char **argv); /* run.c */
+
+#define MODEL "tests/golden/mixed.bin"
+
+/* ---- Calls that fail ----------------------------------------------------------------------- */
+
+enum kind { MEMORY = 1, FILES = 2, INPUT = 4, OUTPUT = 8 };
+
+/* What the wrappers do: of the calls whose kind is in `kinds`, number fail_at (and with
+ * `lasting` all after it) fails with `error`. */
+static struct {
+    int kinds, fail_at, lasting, error, calls;
+    int short_reads, terminal;
+    const FILE *broken; /* has had an error */
+} plan;
+
+static struct {
+    int memory, mappings, descriptors, files;
+} live;
+
+static int denied(enum kind kind)
+{
+    if (!(plan.kinds & kind))
+        return 0;
+    plan.calls++;
+    if (plan.calls != plan.fail_at && !(plan.lasting && plan.fail_at && plan.calls > plan.fail_at))
+        return 0;
+    errno = plan.error;
+    return 1;
+}
+
+static void *counted(void *p)
+{
+    live.memory += p != NULL;
+    return p;
+}
+
+void *fault_malloc(size_t n) { return denied(MEMORY) ? NULL : counted((malloc)(n)); }
+
+void *fault_calloc(size_t n, size_t size)
+{
+    return denied(MEMORY) ? NULL : counted((calloc)(n, size));
+}
+
+void *fault_realloc(void *p, size_t n)
+{
+    if (denied(MEMORY))
+        return NULL;
+    void *q = (realloc)(p, n);
+    live.memory += q && !p;
+    return q;
+}
+
+void fault_free(void *p)
+{
+    live.memory -= p != NULL;
+    (free)(p);
+}
+
+void *fault_mmap(void *at, size_t n, int protection, int flags, int fd, off_t offset)
+{
+    if (denied(flags & MAP_ANONYMOUS ? MEMORY : FILES))
+        return MAP_FAILED;
+    void *p = (mmap)(at, n, protection, flags, fd, offset);
+    live.mappings += p != MAP_FAILED;
+    return p;
+}
+
+int fault_munmap(void *p, size_t n)
+{
+    live.mappings--;
+    return (munmap)(p, n);
+}
+
+int fault_open(const char *path, int flags, mode_t mode, ...)
+{
+    int fd = denied(FILES) ? -1 : (open)(path, flags, mode);
+    live.descriptors += fd >= 0;
+    return fd;
+}
+
+int fault_close(int fd)
+{
+    live.descriptors--;
+    return (close)(fd);
+}
+
+int fault_fstat(int fd, struct stat *st) { return denied(FILES) ? -1 : (fstat)(fd, st); }
+
+/* With short_reads a call is interrupted, the next gives a few bytes, and so on. */
+ssize_t fault_read(int fd, void *to, size_t n)
+{
+    if (denied(FILES))
+        return plan.error ? -1 : 0; /* 0: the file ends here */
+    if (plan.short_reads && plan.short_reads++ % 2) {
+        errno = EINTR;
+        return -1;
+    }
+    return (read)(fd, to, plan.short_reads && n > 4999 ? 4999 : n);
+}
+
+ssize_t fault_write(int fd, const void *from, size_t n)
+{
+    return denied(OUTPUT) ? -1 : (write)(fd, from, n);
+}
+
+int fault_fsync(int fd) { return denied(OUTPUT) ? -1 : (fsync)(fd); }
+
+int fault_rename(const char *from, const char *to)
+{
+    return denied(OUTPUT) ? -1 : (rename)(from, to);
+}
+
+static FILE *opened(FILE *f)
+{
+    live.files += f != NULL;
+    return f;
+}
+
+FILE *fault_fopen(const char *path, const char *mode)
+{
+    return denied(*mode == 'r' ? INPUT : OUTPUT) ? NULL : opened((fopen)(path, mode));
+}
+
+FILE *fault_fdopen(int fd, const char *mode)
+{
+    if (denied(*mode == 'r' ? INPUT : OUTPUT))
+        return NULL;
+    live.descriptors--; /* it is the FILE's now */
+    return opened((fdopen)(fd, mode));
+}
+
+int fault_fclose(FILE *f)
+{
+    live.files--;
+    return (fclose)(f);
+}
+
+size_t fault_fread(void *to, size_t size, size_t n, FILE *f)
+{
+    if (denied(INPUT)) {
+        plan.broken = f;
+        return 0;
+    }
+    return (fread)(to, size, n, f);
+}
+
+int fault_getc(FILE *f)
+{
+    if (denied(INPUT)) {
+        plan.broken = f;
+        return EOF;
+    }
+    return (getc)(f);
+}
+
+int fault_ferror(FILE *f) { return plan.broken == f || (ferror)(f); }
+
+size_t fault_fwrite(const void *from, size_t size, size_t n, FILE *f)
+{
+    return f != stderr && denied(OUTPUT) ? 0 : (fwrite)(from, size, n, f);
+}
+
+int fault_fflush(FILE *f) { return f != stderr && denied(OUTPUT) ? EOF : (fflush)(f); }
+
+int fault_vfprintf(FILE *f, const char *format, va_list arguments)
+{
+    return f != stderr && denied(OUTPUT) ? -1 : (vfprintf)(f, format, arguments);
+}
+
+int fault_isatty(int fd) { return fd == STDIN_FILENO && plan.terminal; }
+
+/* ---- Checks ---------------------------------------------------------------------------------- */
+
+static int n_passed, n_failed;
+static FILE *said; /* standard output, while the program has it */
+
+__attribute__((format(printf, 2, 3)))
+static int check(int ok, const char *format, ...)
+{
+    ok ? n_passed++ : n_failed++;
+    if (!ok) {
+        va_list args;
+        va_start(args, format);
+        fprintf(said, "FAIL ");
+        (vfprintf)(said, format, args);
+        fprintf(said, "\n");
+        va_end(args);
+    }
+    return ok;
+}
+
+static int nothing_lives(void)
+{
+    int n = live.memory | live.mappings | live.descriptors | live.files;
+    memset(&live, 0, sizeof live);
+    return !n;
+}
+
+/* The first `at` calls go well; 0: all do. */
+static void arm(int kinds, int at, int lasting, int error)
+{
+    memset(&plan, 0, sizeof plan);
+    plan.kinds = kinds, plan.fail_at = at, plan.lasting = lasting, plan.error = error;
+}
+
+/* ---- The library --------------------------------------------------------------------------- */
+
+enum { N_VOCAB = 337 };
+
+/* From open to a restored session; whether it came to the end.  After the session is there,
+ * nothing may be called that can fail. */
+static int use_library(int read_in, float logits[N_VOCAB], char err[256])
+{
+    gemma2_open_params params;
+    gemma2_session_params small;
+    gemma2_open_params_init(&params);
+    gemma2_session_params_init(&small);
+    params.read_into_memory = (uint32_t)read_in;
+    small.n_context = 40, small.n_batch = 8, small.n_threads = 1;
+    err[0] = 0;
+    gemma2_model *m = gemma2_open(MODEL, &params, err, 256);
+    gemma2_session *s = m ? gemma2_session_new(m, &small, err, 256) : NULL;
+    gemma2_session *t = s ? gemma2_session_new(m, &small, err, 256) : NULL;
+    if (t) {
+        static char scratch[4096], saved[1 << 16];
+        int calls = plan.calls;
+        int32_t ids[40], id;
+        int64_t n = gemma2_encode(m, "Once upon a time", -1, GEMMA2_ENCODE_BOS, ids, 20, scratch,
+                                  sizeof scratch);
+        gemma2_sampler sampler;
+        gemma2_sampler_init(&sampler, 3);
+        check(n > 1 && gemma2_prefill(s, ids, (size_t)n, logits) == GEMMA2_OK, "prefill");
+        for (int i = 0; i < 5; i++) {
+            id = gemma2_sample(s, &sampler, logits);
+            check(gemma2_eval(s, &id, 1, logits) == GEMMA2_OK, "eval");
+        }
+        int64_t bytes = gemma2_session_save(s, saved, sizeof saved);
+        check(bytes > 0 && gemma2_session_restore(t, saved, (size_t)bytes) == GEMMA2_OK, "restore");
+        check(gemma2_session_copy(s, t) == GEMMA2_OK && gemma2_eval(s, &id, 1, logits) == GEMMA2_OK,
+              "copy");
+        for (size_t i = 0; gemma2_check(m, i, NULL, 0) == 1; i++)
+            ;
+        check(plan.calls == calls, "%d calls after the session was there", plan.calls - calls);
+    }
+    int done = t != NULL;
+    gemma2_session_free(s), gemma2_session_free(t), gemma2_close(m);
+    return done;
+}
+
+static void test_library(void)
+{
+    static const struct {
+        int kinds, error;
+        const char *needles[8]; /* what the sentences of its failures say, in order */
+    } ways[2][2] = {
+        {{MEMORY, ENOMEM, {"out of memory", "out of memory", "out of memory"}},
+         {FILES, EIO, {"cannot open", "cannot read", "cannot map"}}},
+        {{MEMORY, ENOMEM, {"cannot map", "out of memory", "out of memory", "out of memory"}},
+         {FILES, EIO, {"cannot open", "cannot read", "cannot read"}}}};
+    static float truth[N_VOCAB], logits[N_VOCAB];
+    char err[256];
+    arm(MEMORY | FILES, 0, 0, 0);
+    check(use_library(0, truth, err), "the library: %s", err);
+    for (int i = 0; i < 8; i++) {
+        int read_in = i / 4, which = i / 2 % 2, lasting = i % 2, at = 0, done = 0;
+        while (!done && at < 20) {
+            arm(ways[read_in][which].kinds, ++at, lasting, ways[read_in][which].error);
+            done = use_library(read_in, logits, err);
+            const char *needle = at <= 8 ? ways[read_in][which].needles[at - 1] : NULL;
+            if (needle)
+                check(!done && strstr(err, needle), "call %d: \"%s\", not \"%s\"", at, err, needle);
+            else
+                check(done && !memcmp(logits, truth, sizeof truth), "call %d: %s", at, err);
+            check(nothing_lives(), "call %d leaves something behind", at);
+        }
+    }
+    arm(FILES, 3, 0, 0); /* open, fstat, then read returns 0 */
+    check(!use_library(1, logits, err) && strstr(err, "became shorter"), "early end: %s", err);
+    arm(0, 0, 0, 0);
+    plan.short_reads = 1;
+    check(use_library(1, logits, err) && !memcmp(logits, truth, sizeof truth) &&
+              plan.short_reads > 20, "short and interrupted reads: %s", err);
+    check(nothing_lives(), "short reads leave something behind");
+}
+
+/* ---- The program --------------------------------------------------------------------------- */
+
+static const struct mode {
+    const char *arguments[12], *input; /* "@" is the path of a text */
+    int terminal; /* standard input is one */
+} modes[] = {
+    {{"-q", "-t", "0", "-n", "6", "Once upon"}, "", 0},
+    {{"-q", "-s", "7", "-n", "4", "--echo", "--stop", "zzz", "-f", "@"}, "", 0},
+    {{"-q", "-n", "2", "-t", "0"}, "From standard input", 0},
+    {{"-q", "--json", "-t", "0", "-s", "1", "-n", "0", "--in-memory", "x"}, "", 0},
+    {{"-q", "-c", "-S", "Be brief.", "-t", "0", "-n", "3", "Hello"}, "", 0},
+    {{"-q", "-c", "-t", "0", "-n", "2"}, "one\ntwo\n/clear\nthree\n", 1},
+    {{"--tokenize", "-f", "@"}, "", 0},
+    {{"--detokenize", "2 6 7 8 100 200"}, "", 0},
+    {{"--logits", "3", "Once"}, "", 0},
+    {{"--score", "--ids", "2 6 7 8"}, "", 0},
+    {{"-q", "--perplexity", "@", "-C", "16"}, "", 0},
+    {{"--info"}, "", 0},
+    {{"--check"}, "", 0},
+    {{"--help"}, "", 0},
+    {{"--version"}, "", 0},
+};
+enum { N_MODES = sizeof modes / sizeof *modes };
+
+struct ran {
+    int status;
+    char out[1 << 14], err[4096];
+};
+
+static char scratch_dir[64];
+
+static const char *in_dir(const char *name)
+{
+    static char path[128];
+    snprintf(path, sizeof path, "%s/%s", scratch_dir, name);
+    return path;
+}
+
+static void read_text(const char *name, char *text, size_t room)
+{
+    FILE *f = (fopen)(in_dir(name), "rb");
+    size_t n = f ? (fread)(text, 1, room - 1, f) : 0;
+    text[n] = 0;
+    if (f)
+        (fclose)(f);
+}
+
+static void write_text(const char *name, const char *text)
+{
+    FILE *f = (fopen)(in_dir(name), "wb");
+    if (!f || fputs(text, f) < 0 || (fclose)(f))
+        fprintf(said, "cannot write to %s\n", scratch_dir), exit(1);
+}
+
+/* Runs the program as `plan` has it, on files for its standard streams. */
+static void run_program(const struct mode *mode, struct ran *r)
+{
+    char *argv[16] = {"run", MODEL};
+    int argc = 2;
+    char text[128];
+    snprintf(text, sizeof text, "%s", in_dir("text"));
+    for (; argc < 14 && mode->arguments[argc - 2]; argc++) {
+        const char *argument = mode->arguments[argc - 2];
+        argv[argc] = strcmp(argument, "@") ? (char *)(uintptr_t)argument : text;
+    }
+    plan.terminal = mode->terminal;
+    write_text("in", mode->input);
+    if (!freopen(in_dir("in"), "rb", stdin) ||
+        !freopen(in_dir("out"), "wb", stdout) || !freopen(in_dir("err"), "wb", stderr))
+        fprintf(said, "cannot write to %s\n", scratch_dir), exit(1);
+    r->status = run_main(argc, argv);
+    (fflush)(stdout), (fflush)(stderr);
+    read_text("out", r->out, sizeof r->out);
+    read_text("err", r->err, sizeof r->err);
+}
+
+/* One sentence, and nothing else but the signs of a conversation. */
+static int is_sentence(const char *text)
+{
+    text += strspn(text, "> \n");
+    size_t n = strlen(text);
+    return n > 10 && !strncmp(text, "run: ", 5) && text[n - 1] == '\n' &&
+           strchr(text, '\n') == text + n - 1;
+}
+
+/* A failure of each kind: how it is reported.  A broken pipe is no failure. */
+static const struct {
+    int kind, error, status[2];
+    const char *sentence;
+} failures[] = {
+    {MEMORY, ENOMEM, {1, 3}, "memory"},
+    {FILES, EIO, {3, 3}, "cannot"},
+    {INPUT, EIO, {1, 1}, "cannot"},
+    {OUTPUT, ENOSPC, {1, 1}, "cannot write to standard output: No space left"},
+    {OUTPUT, EPIPE, {0, 0}, ""},
+};
+
+/* Whether one text is the start of the other, but for what a clock says. */
+static int is_start(const char *text, const char *whole)
+{
+    const char *clock = strstr(whole, "\"timings\"");
+    size_t n = strlen(text), sure = clock ? (size_t)(clock - whole) : n;
+    return !strncmp(text, whole, n < sure ? n : sure);
+}
+
+/* Call number `at` of a kind fails; returns whether there was such a call. */
+static int fail_once(const struct mode *mode, int which, int at, int lasting,
+                     const struct ran *good)
+{
+    static struct ran r;
+    int expected = 0, kind = failures[which].kind;
+    arm(kind, at, lasting, failures[which].error);
+    run_program(mode, &r);
+    const char *name = mode->arguments[0], *second = mode->arguments[1];
+    int there = plan.calls >= at, quiet = failures[which].error == EPIPE;
+    for (int i = 0; i < 2; i++)
+        expected |= r.status == failures[which].status[i];
+    if (!there || (kind == INPUT && r.status == 0)) /* a seed can be had without a file */
+        check(r.status == 0 && is_start(r.out, good->out) && is_start(good->out, r.out),
+              "%s %s: status %d without a failure", name, second ? second : "", r.status);
+    else
+        check(expected && (quiet ? !strstr(r.err, "run:")
+                                 : is_sentence(r.err) && strstr(r.err, failures[which].sentence)),
+              "%s %s, %s at call %d: status %d, \"%s\"", name, second ? second : "",
+              strerror(failures[which].error), at, r.status, r.err);
+    size_t n = strlen(r.out);
+    if (n && r.status && r.out[n - 1] == '\n') /* a newline ends what there is of a reply */
+        r.out[n - 1] = 0;
+    check(is_start(r.out, good->out), "%s: \"%s\" is written at call %d", name, r.out, at);
+    check(nothing_lives(), "%s: call %d leaves something behind", name, at);
+    return there;
+}
+
+static void test_program(void)
+{
+    static struct ran good;
+    write_text("text", "Once upon a time there was a king who had three sons.\nThe youngest went "
+                       "into the forest, and there he met an old grey man.\n");
+    for (int i = 0; i < N_MODES; i++) {
+        arm(0, 0, 0, 0);
+        run_program(&modes[i], &good);
+        check(good.status == 0 && good.out[0], "%s: status %d, %s", modes[i].arguments[0],
+              good.status, good.err);
+        check(nothing_lives(), "%s leaves something behind", modes[i].arguments[0]);
+        for (int which = 0; which < 5; which++)
+            for (int lasting = 0; lasting < 2; lasting++)
+                for (int at = 1; fail_once(&modes[i], which, at, lasting, &good); at++)
+                    ;
+    }
+    remove(in_dir("in")), remove(in_dir("out")), remove(in_dir("err")), remove(in_dir("text"));
+}
+
+int main(void)
+{
+    said = (fdopen)(dup(STDOUT_FILENO), "w");
+    snprintf(scratch_dir, sizeof scratch_dir, "/tmp/gemma2-fault-XXXXXX");
+    if (!said || !mkdtemp(scratch_dir))
+        return printf("cannot make %s\n", scratch_dir), 1;
+    setenv("GEMMA2_ISA", "scalar", 1);
+    test_library();
+    test_program();
+    rmdir(scratch_dir);
+    fprintf(said, "%d passed, %d failed\n", n_passed, n_failed);
+    return n_failed > 0;
+}

@@ -96,10 +96,12 @@ uninstall:
 		$(BASH_DIR)/gemma2 $(ZSH_DIR)/_gemma2 $(FISH_DIR)/gemma2.fish; do \
 		rm -f "$(DESTDIR)$$file" || exit 1; done
 
+C_TESTS = test test_session test_header test_golden hostile fault replay
+
 # C only, no network, no Python, a few seconds; the last line is the sum.
-test: run build/test build/test_session build/test_header build/test_golden $(EXAMPLES)
-	@sh tests/all.sh build/test build/test_session build/test_header build/test_golden \
-		"sh tests/cli.sh ./run" "sh tests/examples.sh build ./run"
+test: run $(addprefix build/,$(C_TESTS)) $(EXAMPLES)
+	@sh tests/all.sh $(addprefix build/,$(C_TESTS)) "sh tests/cli.sh ./run" \
+		"sh tests/examples.sh build ./run"
 
 build/%: tests/%.c gemma2.c gemma2.h $(wildcard tests/*.h)
 	@mkdir -p build
@@ -108,6 +110,23 @@ build/%: tests/%.c gemma2.c gemma2.h $(wildcard tests/*.h)
 # Installs into a folder of its own; builds and runs programs against that, in C11 and C++17.
 test-install: run lib
 	@MAKE="$(MAKE)" CC="$(CC)" CXX="$(CXX)" sh tests/install.sh
+
+# Hostile input, failing calls, the corpus of the fuzzer: nothing where speed matters.
+FAULT = -pthread -D_GNU_SOURCE -Dmain=run_main -include tests/fault.h run.c gemma2.c tests/fault.c
+REPLAY = -pthread -DREPLAY -Dmain=run_main run.c tests/fuzz.c
+HOSTILE = -pthread tests/hostile.c
+
+build/hostile build/fault build/replay: run.c gemma2.c gemma2.h $(wildcard tests/*.[ch])
+	@mkdir -p build
+	$(BUILD) -O1 $($(shell echo $(@F) | tr a-z A-Z)) -lm -o $@
+
+# Searches for input that breaks something, SECONDS on each target: needs clang's libFuzzer.
+fuzz:
+	@mkdir -p build
+	clang -std=c11 -ffp-contract=off -O2 -g -fsanitize=fuzzer,address,undefined \
+		-fno-sanitize-recover=all -fno-sanitize-coverage=trace-cmp -pthread \
+		-Dmain=run_main run.c tests/fuzz.c -lm -o build/fuzz
+	@sh tests/fuzz.sh build/fuzz $(or $(SECONDS),60) $(TARGETS)
 
 # The matrix class of the "amx" row, with its six tile instructions in C: for CPUs that have
 # AVX-512 but not AMX.
@@ -130,16 +149,20 @@ check-model: build/check_model
 bench: build/bench
 	build/bench $(if $(MODEL),$(MODEL),--shape $(or $(SHAPE),2b) --type $(or $(TYPE),q8)) $(ARGS)
 
+SANITIZE = $(CC) -std=c11 -ffp-contract=off -O1 -g -pthread -fsanitize=address,undefined \
+	-fno-sanitize-recover=all
+
 # The C tests again under AddressSanitizer and UndefinedBehaviorSanitizer.
 test-sanitize:
 	@mkdir -p build/sanitize
 	@for t in test test_session test_golden; do \
-		$(CC) -std=c11 -ffp-contract=off -O1 -g -fsanitize=address,undefined -pthread \
-		-fno-sanitize-recover=all tests/$$t.c -lm -o build/sanitize/$$t || exit 1; done
-	@$(CC) -std=c11 -ffp-contract=off -O1 -g -fsanitize=address,undefined \
-		-fno-sanitize-recover=all -DGEMMA2_EMULATE_AMX tests/test.c -lm -o build/sanitize/test_amx
-	@sh tests/all.sh build/sanitize/test build/sanitize/test_session build/sanitize/test_golden \
-		build/sanitize/test_amx
+		$(SANITIZE) tests/$$t.c -lm -o build/sanitize/$$t || exit 1; done
+	@$(SANITIZE) -DGEMMA2_EMULATE_AMX tests/test.c -lm -o build/sanitize/test_amx
+	@$(SANITIZE) $(HOSTILE) -lm -o build/sanitize/hostile
+	@$(SANITIZE) $(FAULT) -lm -o build/sanitize/fault
+	@$(SANITIZE) $(REPLAY) -lm -o build/sanitize/replay
+	@sh tests/all.sh $(addprefix build/sanitize/,test test_session test_golden test_amx \
+		hostile fault replay)
 
 ARM_CC = aarch64-linux-gnu-gcc
 QEMU = qemu-aarch64
@@ -165,5 +188,5 @@ clean:
 help:
 	@sed -n '/^# /h; /^[a-z][a-z-]*:/{G; s/:[^\n]*\n#/  -/p}' Makefile
 
-.PHONY: demo lib install uninstall test test-install test-amx test-oracle check-model bench \
+.PHONY: demo lib install uninstall test test-install fuzz test-amx test-oracle check-model bench \
 	test-sanitize test-arm clean help

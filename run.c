@@ -224,13 +224,15 @@ static void name_program(char *path)
 #define PRINTF_LIKE(text, first)
 #endif
 
+enum { SENTENCE = 5000 }; /* bytes: the longest path and what is wrong with it */
+
 static void hide_controls(char *text);
 
 /* One sentence on standard error; returns status.  Paths and arguments stand in sentences, so
  * none keeps its control characters. */
 PRINTF_LIKE(2, 3) static int fail(int status, const char *format, ...)
 {
-    char sentence[2048];
+    char sentence[SENTENCE];
     va_list arguments;
     va_start(arguments, format);
     vsnprintf(sentence, sizeof sentence, format, arguments);
@@ -2092,7 +2094,7 @@ static int run_prompt(program *p, mode_kind mode)
 
 static int run(program *p, mode_kind mode)
 {
-    char err[256];
+    char err[SENTENCE];
     const options *opts = p->opts;
     double began = seconds();
     p->model = gemma2_open(opts->model, &opts->open, err, sizeof err);

@@ -100,7 +100,7 @@ number() { # OPTION VALUE...: each is refused
     done
 }
 for option in -n -k -C -j -s --window --logits; do
-    number $option abc "" -1 +1 1.5 1e3 5x " 5" 0x10 99999999999999999999
+    number $option abc "" -1 +1 1.5 1e3 1e99 5x " 5" 0x10 99999999999999999999
 done
 number -j 0 1025
 number -C 0 2147483648
@@ -264,6 +264,12 @@ same "$S" "$TMP/same" "a refused session was changed"
 run "session that cannot be saved" 1 "$STORY" -n 1 -q --session "$TMP/none/kept" x; err_has "cannot save"
 name="nothing else is left"; claim "$(ls "$TMP" | grep -c '^kept\.')" -eq 0 "files beside the session"
 
+# Through a pipe text is raw.
+printf 'a\033]0;b\007\r\177\302\233c' >"$TMP/in"
+cp "$TMP/in" "$TMP/want"; echo >>"$TMP/want"
+run "control characters through a pipe" 0 "$STORY" -q -n 0 --echo
+same "$TMP/out" "$TMP/want" "output is not raw"
+
 # What comes before the earliest stop string, wherever tokens end.
 text=$(cat "$TMP/greedy")
 stops() {
@@ -284,6 +290,31 @@ stops "$(printf %s "$text" | cut -c 32-36)" "$(printf %s "$text" | cut -c 30-40)
 stops "$(printf %s "$text" | cut -c 1-4)"
 stops "never in it" "$(printf %s "$text" | cut -c 45-)"
 stops "$(printf %s "$text" | tail -c 9)and more"
+E_ACUTE=$(printf '\303\251') STRAY=$(printf '\251')
+run "ids of an acute e" 0 "$STORY" --tokenize "$E_ACUTE"
+run "a stop string inside a character" 0 "$STORY" -q --echo -n 0 --stop "$STRAY" "$E_ACUTE"
+out_is "$E_ACUTE\n"
+
+# ---- Hostile arguments and prompts ---------------------------------------------------
+UNUSUAL="$TMP/m$E_ACUTE %s 'x\""
+cp "$STORY" "$UNUSUAL"
+run "unusual path" 0 "$UNUSUAL" --check; out_has "^ok"
+ESCAPES=$(printf 'a\033]0;b\007\r\177\302\233c\377d')
+refuses "a?]0;b?????c?d" "control characters in an argument" 2 "$STORY" "--$ESCAPES" x
+refuses "a?]0;b?????c?d" "control characters in a path" 3 "$TMP/$ESCAPES" x
+LONG=$(awk 'BEGIN { for (i = 0; i < 12800; i++) printf "Rhyme on" }') # 100 KB
+refuses "unknown option" "an option of 100 KB" 2 "$STORY" "--$LONG" x
+refuses "" "a path of 100 KB" 3 "$LONG" x
+refuses "File name too long" "a path of 4000 bytes" 3 "$(printf %s "$LONG" | head -c 4000)" x
+refuses "the context holds 1024" "a long turn" 2 "$STORY" -c "$LONG"
+refuses "the context holds 1024" "a long turn and system text" 2 "$STORY" -c -S "$LONG" x
+run "a long turn fits" 0 "$STORY" -c -q -n 1 -C 60000 "$(printf %s "$LONG" | head -c 4000)"
+run "a stop string of 100 KB" 0 "$STORY" -q -t 0 -n 24 --stop "$LONG" "$P"
+same "$TMP/out" "$TMP/greedy" "a stop string that never comes changes the text"
+if dd if=/dev/zero of="$TMP/file" bs=1 count=0 seek=268435457 2>/dev/null; then
+    refuses "268435457 bytes is too long" "a prompt above 2^28 bytes" 1 "$STORY" -f "$TMP/file"
+fi
+: >"$TMP/file"
 
 # ---- JSON --------------------------------------------------------------------------
 run "json" 0 "$STORY" --json -q -t 0 -n 24 -s 7 "$P"; err_empty
@@ -366,6 +397,20 @@ if timeout --preserve-status 5 true 2>/dev/null; then
 else
     echo "not run: interrupts, there is no timeout with --preserve-status"
 fi
+name="a model that shrinks while it is mapped"
+cp "$STORY" "$TMP/model"
+mkfifo "$TMP/fifo"
+"$RUN" "$TMP/model" -v <"$TMP/fifo" >"$TMP/out" 2>"$TMP/err" &
+pid=$!
+exec 9>"$TMP/fifo"
+tries=0
+until grep -q mapped "$TMP/err" || [ $tries -gt 100 ]; do sleep 0.1; tries=$((tries + 1)); done
+: >"$TMP/model"
+echo x >&9
+exec 9>&-
+wait $pid
+claim $? -eq 3 "exit status"; out_empty
+claim "$(grep -c '^run: .* it became shorter' "$TMP/err")" -eq 1 "sentences"
 # terminal NAME COMMAND TYPIST: runs a command on a pseudo-terminal on which the typist's
 # output is typed.  That nothing comes out is a failure where a trial showed that it works.
 terminal() {
@@ -376,6 +421,16 @@ terminal() {
 if terminal "a terminal" "echo x" : && [ "$(cat "$TMP/out")" = x ]; then
     terminal "no control sequences" "'$RUN' '$STORY' --detokenize '35 99 6 17 202 163'" :
     claim "$(od -An -tx1 <"$TMP/out" | tr -d ' \n')" = efbfbd5b0a09efbfbd "bytes"
+    printf %s "$ESCAPES" >"$TMP/file"
+    terminal "nor in the echo of a prompt, carriage returns included" \
+        "stty -opost; '$RUN' '$STORY' -q -n 0 --echo -f '$TMP/file'" :
+    R='\357\277\275'
+    out_is "a$R]0;b$R$R$R${R}c${R}d\n"
+    terminal "nor in a message" "'$RUN' '$TMP/$ESCAPES' x" :
+    claim "$(tr -d '\n[:print:]' <"$TMP/out" | wc -c)" -eq 0 "control characters"
+    printf 'a\342\200\256b\342\201\251\302\255' >"$TMP/file"
+    terminal "marks of direction are text" "'$RUN' '$STORY' -q -n 0 --echo -f '$TMP/file'" :
+    out_is 'a\342\200\256b\342\201\251\302\255\n'
     terminal "terminal without a prompt" "'$RUN' '$STORY'; echo status \$?" "sleep 0.5"
     out_has "status 2"
     terminal "conversation" "'$RUN' '$STORY' -c -n 5; echo status \$?" \

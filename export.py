@@ -7,7 +7,8 @@ and 3).  This script follows it and says here only how the numbers are chosen.
   1. Ground         errors, warnings, signals, JSON
   2. Number formats f32 and bf16 tiles; q8, q6, q4: search for scales, then packing
   3. The model      facts, roles of tensors and their shapes
-  4. Checkpoints    the reader interface; Hugging Face safetensors, GGUF, gemma.cpp; LoRA adapters
+  4. Checkpoints    the reader interface; Hugging Face safetensors, plain and quantised; GGUF;
+                    gemma.cpp's .sbs; names on Hugging Face's hub; LoRA adapters
   5. Tokenizers     tokenizer.model, tokenizer.json, tokenizer.bin
   6. The file       sections, header, directory; written under a temporary name
   7. Conversion     which tensor gets which type; worker processes; the report
@@ -23,6 +24,7 @@ import contextlib
 import copy
 import errno
 import fnmatch
+import functools
 import hashlib
 import importlib
 import json
@@ -633,15 +635,19 @@ def embedding_scale(D):
 
 # ---- config.json ----------------------------------------------------------------------
 
-OTHER_MODELS = {
-    "gemma": "Gemma 1", "gemma3": "Gemma 3", "gemma3_text": "Gemma 3", "gemma3n": "Gemma 3n",
-    "paligemma": "PaliGemma, whose text part attends in both directions to an image",
-    "recurrent_gemma": "RecurrentGemma, which is no transformer",
-    "t5gemma": "T5Gemma, an encoder-decoder",
-    "shieldgemma2": "ShieldGemma 2, which is a Gemma 3",
-    "vaultgemma": "VaultGemma, which lacks the post-norms",
-    "embeddinggemma": "EmbeddingGemma, which is a Gemma 3",
-}
+OTHER_MODELS = [  # pattern of model_type, what it is
+    ("gemma", "Gemma 1 (as CodeGemma is)"),
+    ("gemma3n.*", "Gemma 3n"), ("gemma3(_.*)?", "Gemma 3 (as MedGemma and FunctionGemma are)"),
+    ("gemma4.*", "Gemma 4"),
+    ("paligemma.*", "PaliGemma, whose text part attends in both directions to an image"),
+    ("recurrent_gemma", "RecurrentGemma, which is no transformer"),
+    ("t5_?gemma.*", "T5Gemma, an encoder-decoder"),
+    ("shieldgemma2", "ShieldGemma 2, which is a Gemma 3"),
+    ("vaultgemma", "VaultGemma, which lacks the post-norms"),
+    ("embedding_?gemma.*", "EmbeddingGemma, which attends in both directions"),
+    ("diffusion_gemma.*", "a diffusion model"),
+]
+HEADS = re.compile(r".*For(Sequence|Token)Classification|.*Reward.*|.*ForQuestionAnswering")
 
 # Model attribute, keys of config.json (first found counts), value where all are missing
 # (None: must be there), least and greatest value
@@ -661,8 +667,8 @@ SOFTCAPS = [("attn_softcap", "attn_logit_softcapping", 50.0),
 class Config:
     """A JSON file of settings that complains in sentences."""
 
-    def __init__(self, path):
-        self.path, self.doc = path, read_json(path)
+    def __init__(self, path, doc=None):
+        self.path, self.doc = path, read_json(path) if doc is None else doc
 
     def bad(self, key, value, want):
         return ExportError("%s: %s is %s, but must be %s"
@@ -721,14 +727,16 @@ def refuse_other_models(config):
     doc = config.doc
     kind = doc.get("model_type")
     if kind != "gemma2":
-        what = OTHER_MODELS.get(kind, "not Gemma 2") if isinstance(kind, str) else "not Gemma 2"
+        what = next((what for pattern, what in OTHER_MODELS if re.fullmatch(pattern, str(kind))),
+                    "not Gemma 2")
         raise ExportError("%s: model_type is %s: %s; only Gemma 2 (\"gemma2\") can be converted"
                           % (config.path, json.dumps(kind), what))
-    quantised = doc.get("quantization_config") or doc.get("quantization")
-    if quantised:
-        method = quantised.get("quant_method", "") if isinstance(quantised, dict) else ""
-        raise ExportError("%s: the checkpoint is already quantised (%s): convert the original one, "
-                          "in f32, bf16 or f16" % (config.path, method or "quantization_config"))
+    named = doc.get("architectures")
+    for name in named if isinstance(named, list) else []:
+        if HEADS.fullmatch(str(name)):
+            raise ExportError("%s: architectures is %s: a classifier or reward model, whose head "
+                              "gives scores and no text; gemma2.c runs language models only"
+                              % (config.path, json.dumps(name)))
     for key in ("attention_bias", "use_bidirectional_attention"):
         if doc.get(key):
             raise ExportError("%s: %s is %s, which Gemma 2 as released does not have and gemma2.c "
@@ -802,11 +810,36 @@ def id_list(config, key):
 
 # ---- safetensors ----------------------------------------------------------------------
 
+
+
+def to_f32(a):
+    return a.astype(np.float32, copy=False)
+
+
+def float8_values(mantissa_bits, bias, finite):
+    """f32 by byte.  Without infinities (e4m3fn) only all ones but the sign is NaN."""
+    code = np.arange(128)
+    exponent, mantissa = code >> mantissa_bits, code & (1 << mantissa_bits) - 1
+    fraction = mantissa / (1 << mantissa_bits)
+    value = np.where(exponent, np.ldexp(1 + fraction, exponent - bias),
+                     np.ldexp(fraction, 1 - bias))
+    value[127 if finite else 128 - (1 << mantissa_bits):] = np.nan  # or infinite
+    return np.concatenate((value, -value)).astype(np.float32)
+
+
+E4M3, E5M2 = float8_values(3, 7, True), float8_values(2, 15, False)
+E8M0 = np.append(np.ldexp(1.0, np.arange(255) - 127), np.nan).astype(np.float32)
+
 # how numpy reads a type, how it becomes f32
 FLOATS = {
-    "F32": ("<f4", lambda a: a.astype(np.float32, copy=False)),
+    "F32": ("<f4", to_f32),
     "BF16": ("<u2", bf16_value),
-    "F16": ("<f2", lambda a: a.astype(np.float32)),
+    "F16": ("<f2", to_f32),
+}
+NUMBERS = {  # those and the codes of quantised checkpoints
+    **FLOATS, "I8": ("i1", to_f32), "U8": ("u1", to_f32),
+    "F8_E4M3": ("u1", lambda a: np.take(E4M3, a)), "F8_E5M2": ("u1", lambda a: np.take(E5M2, a)),
+    "F8_E8M0": ("u1", lambda a: np.take(E8M0, a)),
 }
 WIDTHS = {"F64": 8, "I64": 8, "U64": 8, "C64": 8, "F32": 4, "I32": 4, "U32": 4, "BF16": 2, "F16": 2,
           "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1}
@@ -824,11 +857,15 @@ class Stored:
             return math.prod(self.dims), 1
         return math.prod(self.dims[:-1]), self.dims[-1]
 
+    def raw(self, start, stop):
+        """Bytes [stop - start, of a row]."""
+        width = self.shape[1] * WIDTHS[self.dtype]
+        return read_at(self.path, self.offset + start * width, (stop - start) * width).reshape(
+            stop - start, width)
+
     def rows(self, start, stop):
-        cols = self.shape[1]
-        width, (numpy_type, to_f32) = WIDTHS[self.dtype], FLOATS[self.dtype]
-        raw = read_at(self.path, self.offset + start * cols * width, (stop - start) * cols * width)
-        return to_f32(raw.view(numpy_type)).reshape(stop - start, cols)
+        numpy_type, values_of = NUMBERS[self.dtype]
+        return values_of(self.raw(start, stop).view(numpy_type))
 
 
 def read_safetensors_header(path):
@@ -885,6 +922,18 @@ def check_layout(path, tensors, base, size):
                           "again" % (path, "truncated" if at > size else "too long", at, size))
 
 
+def stored_tensors(shards):
+    """Name to Stored, from all files."""
+    stored = {}
+    for path in shards:
+        for name, tensor in read_safetensors_header(path).items():
+            if name in stored:
+                raise ExportError("the checkpoint holds %s twice (in %s and in %s): remove the "
+                                  "stale file" % (name, stored[name].path, path))
+            stored[name] = tensor
+    return stored
+
+
 def safetensors_files(path):
     """The files of a checkpoint: a single one, those of an index, or a numbered series."""
     if os.path.isfile(path):
@@ -936,16 +985,20 @@ HF_LAYER_NAMES = {
     "mlp.gate_proj.weight": "gate", "mlp.up_proj.weight": "up", "mlp.down_proj.weight": "down",
     "post_feedforward_layernorm.weight": "post_ffn_norm",
 }
-DROPPED = re.compile(r".*rotary_emb\.inv_freq")  # computed anyway
+DROPPED = re.compile(  # computed anyway; scales of quantised activations and caches
+    r".*rotary_emb\.inv_freq|.*\.(input|output|[qkv])_(scale|zero_point|scale_ub)|"
+    r".*\.(activation|act)_scale")
 REFUSED = [  # pattern of a name, what it means
-    (r"(score|classifier)\..*", "a classification head: the checkpoint is a reward model or a "
-     "classifier, which writes no text"),
-    (r".*(vision_tower|multi_modal_projector|vision_model).*",
+    (r"(score|classifier|v_head|value_head|reward_head|regression_layer)\..*", "a head that gives "
+     "scores: the checkpoint is a reward model or a classifier, which writes no text"),
+    (r".*(vision_tower|multi_modal_projector|vision_model|language_model).*",
      "part of a vision model such as PaliGemma"),
     (r".*(lora_|\.dora_).*", "part of a LoRA adapter: give the base model here and the adapter "
      "with --lora"),
-    (r".*\.(qweight|qzeros|g_idx|scales|biases|absmax|quant_map|SCB|weight_scale|weight_packed)$",
-     "part of a quantised checkpoint: convert the original one, in f32, bf16 or f16"),
+    (r".*\.(qweight|qzeros|g_idx|scales|biases|(nested_)?(absmax|quant_map)|SCB|quant_state\..*|"
+     r"weight_\w+)",
+     "part of a quantised matrix whose other parts are missing, or which config.json (under "
+     "quantization_config) does not tell how to read: fetch all files again"),
     (r".*\.bias", "a bias, which Gemma 2 does not have"),
 ]
 
@@ -987,7 +1040,7 @@ class HuggingFace(Checkpoint):
         self.add_generation_config()
         shards = safetensors_files(path)
         self.files = shards + [config.path]
-        self.tensors = self.collect(shards)
+        self.tensors = self.collect(shards, config)
         self.source = "%s, Hugging Face safetensors" % self.name()
         stored_vocab = config.doc.get("vocab_size")
         if "embedding" in self.tensors:
@@ -1002,22 +1055,575 @@ class HuggingFace(Checkpoint):
             self.model.stop_ids += id_list(Config(path), "eos_token_id")
 
     @staticmethod
-    def collect(shards):
+    def collect(shards, config):
+        stored = stored_tensors(shards)
+        dequantise(stored, config)
         tensors, origin = {}, {}
-        for path in shards:
-            for hf_name, stored in read_safetensors_header(path).items():
-                name = canonical_name(hf_name)
-                if name is None:
-                    continue
-                if name in tensors:
-                    raise ExportError(
-                        "the checkpoint holds %s twice (as %s in %s and as %s in %s): remove the "
-                        "stale file" % (name, origin[name], tensors[name].path, hf_name, path))
-                if stored.dtype not in FLOATS:
-                    raise ExportError("%s: %s has dtype %s: convert the original checkpoint, in "
-                                      "F32, BF16 or F16" % (path, hf_name, stored.dtype))
-                tensors[name], origin[name] = stored, hf_name
+        for hf_name, tensor in stored.items():
+            name = canonical_name(hf_name)
+            if name is None:
+                continue
+            if name in tensors:
+                raise ExportError("the checkpoint holds %s twice (as %s and as %s): remove the "
+                                  "stale one" % (name, origin[name], hf_name))
+            if isinstance(tensor, Stored) and tensor.dtype not in FLOATS:
+                raise ExportError("%s: %s has dtype %s, and config.json does not tell what its "
+                                  "numbers mean: convert the original checkpoint, in F32, BF16 or "
+                                  "F16" % (tensor.path, hf_name, tensor.dtype))
+            tensors[name], origin[name] = tensor, hf_name
         return tensors
+
+
+# ---- Quantised checkpoints in Hugging Face's layout -----------------------------------
+#
+# A matrix [out, in] is stored as codes q, numbers that a block of weights shares, and what
+# tells them apart.  Its parts stand where "<module>.weight" would, and that is the name
+# under which dequantise() puts back one tensor.
+#
+#   method              codes                                     w
+#   MLX                 bit stream along a row                    s q + b   group of a row
+#   GPTQ                bit stream down a column of W^T           s (q - z) group of a row
+#   AWQ                 8 columns of W^T in a word, shuffled      s (q - z) group of a row
+#   AWQ GEMV            bit stream along a row                    s (q - z) group of a row
+#   bitsandbytes 4-bit  two to a byte, first one high, flat       s map[q]  run of the flat array
+#   bitsandbytes int8   int8                                      s q / 127 row
+#   compressed-tensors  bit stream along a row, int8 or float8    s (q - z) group, row, block, all
+#   FP8                 float8                                    s q       block, row, all
+#
+# Everything is computed in f32, from the numbers as stored.
+# ---------------------------------------------------------------------------------------
+
+
+def unpack_bits(raw, bits, cols):
+    """Bytes [n, of a row] to codes [n, cols] of so many bits, the first in the lowest bits.
+    Eight codes are `bits` bytes, which a 64-bit word holds."""
+    n, eights = len(raw), -(-cols // 8)
+    stream = np.zeros((n, eights * bits), np.uint8)
+    used = min(raw.shape[1], stream.shape[1])
+    stream[:, :used] = raw[:, :used]
+    words = np.zeros((n, eights, 8), np.uint8)
+    words[:, :, :bits] = stream.reshape(n, eights, bits)
+    codes = words.view("<u8") >> np.arange(0, 8 * bits, bits, dtype=np.uint64)
+    return (codes & np.uint64((1 << bits) - 1)).astype(np.uint8).reshape(n, -1)[:, :cols]
+
+
+class Bits:
+    """Codes of a few bits, each row a bit stream; less is what they are too large by."""
+
+    def __init__(self, words, bits, cols, less=0):
+        self.words, self.bits, self.less = words, bits, less
+        self.shape = words.shape[0], cols
+
+    def rows(self, start, stop):
+        codes = unpack_bits(self.words.raw(start, stop), self.bits, self.shape[1])
+        return codes.astype(np.float32) - np.float32(self.less)
+
+
+class BitsDown:
+    """The same, each column a bit stream; 32 rows are `bits` rows of words."""
+
+    def __init__(self, words, bits, n_rows, less):
+        self.words, self.bits, self.less = words, bits, less
+        self.shape = n_rows, words.shape[1]
+
+    def rows(self, start, stop):
+        first, last = start // 32, -(-stop // 32)
+        end = min(last * self.bits, self.words.shape[0])
+        words = self.words.raw(first * self.bits, end).view("<u4")
+        stream = np.ascontiguousarray(words.T).view(np.uint8)
+        codes = unpack_bits(stream, self.bits, (last - first) * 32).T
+        return codes[start - first * 32:stop - first * 32].astype(np.float32) - self.less
+
+
+def column_groups(g_idx, size, cols):
+    """The group of each column: what g_idx says, else size columns after each other."""
+    return np.arange(cols) // size if g_idx is None else g_idx_values(g_idx)
+
+
+class Scaled:
+    """w = (q - zero) * scale + bias.  q is a tensor of codes; each of the others has one
+    number for a block (rows, columns) of them, or is None.  With g_idx, column c uses the
+    numbers of group g_idx[c]."""
+
+    def __init__(self, codes, block, scale, zero=None, bias=None, g_idx=None):
+        self.codes, self.block, self.shape = codes, block, codes.shape
+        self.scale, self.zero, self.bias, self.g_idx = scale, zero, bias, g_idx
+
+    def rows(self, start, stop):
+        w = self.codes.rows(start, stop)
+        if self.zero is not None:
+            w -= self.spread(self.zero, start, stop)
+        w *= self.spread(self.scale, start, stop)
+        if self.bias is not None:
+            w += self.spread(self.bias, start, stop)
+        return w
+
+    def spread(self, grid, start, stop):
+        """The number that each weight of these rows uses."""
+        tall, wide = self.block
+        first = start // tall
+        numbers = grid.rows(first, (stop - 1) // tall + 1)[np.arange(start, stop) // tall - first]
+        return numbers[:, column_groups(self.g_idx, wide, self.shape[1])]
+
+
+class Int8(Scaled):
+    """bitsandbytes' int8, in the order of its own arithmetic."""
+
+    def rows(self, start, stop):
+        return super().rows(start, stop) * np.float32(1 / 127)
+
+
+def spread_runs(scales, run, start, stop):
+    """The scale of each of the numbers start .. stop, where a run of them shares one."""
+    first = start // run
+    return scales.rows(first, -(-stop // run))[np.arange(start, stop) // run - first, 0]
+
+
+class Flat4:
+    """bitsandbytes' 4 bits: the matrix is one array, cut into runs without regard to rows."""
+
+    def __init__(self, codes, code_map, run, absmax, shape):
+        self.codes, self.map, self.run = codes, code_map, run
+        self.absmax, self.shape = absmax, shape
+
+    def rows(self, start, stop):
+        cols = self.shape[1]
+        a, b = start * cols, stop * cols
+        raw = read_at(self.codes.path, self.codes.offset + a // 2, (b + 1) // 2 - a // 2)
+        codes = np.stack((raw >> 4, raw & 15), axis=1).reshape(-1)[a % 2:a % 2 + b - a]
+        w = self.map.rows(0, 16)[:, 0][codes] * spread_runs(self.absmax, self.run, a, b)
+        return w.reshape(stop - start, cols)
+
+
+class NestedScales:
+    """absmax that is itself quantised: map[code] * its own run's scale + offset."""
+
+    def __init__(self, codes, code_map, run, absmax, offset):
+        self.codes, self.map, self.run, self.absmax, self.offset = (
+            codes, code_map, run, absmax, offset)
+        self.shape = codes.shape
+
+    def rows(self, start, stop):
+        codes = self.codes.raw(start, stop)[:, 0]
+        s = self.map.rows(0, 256)[:, 0][codes] * spread_runs(self.absmax, self.run, start, stop)
+        return (s + np.float32(self.offset)).reshape(-1, 1)
+
+
+class Turned(Whole):
+    """GPTQ's W^T, turned: a row is its words, then the zeros of its groups, then the scales."""
+
+    def __init__(self, parts, bits, group):
+        self.qweight, self.qzeros, self.scales, self.g_idx = (
+            parts.get(n) for n in ("qweight", "qzeros", "scales", "g_idx"))
+        self.bits, self.group = bits, group
+        self.shape = self.scales.shape[1], self.columns()
+        self.key = self.qweight.path, self.qweight.offset
+
+    def columns(self):
+        return self.qweight.shape[0] * 32 // self.bits
+
+    def words(self, start, stop):
+        """Words [stop - start, out] of the bit streams down the columns."""
+        return self.qweight.raw(start, stop).view("<u4")
+
+    def zeros(self):
+        return Bits(self.qzeros, self.bits, self.shape[0]).rows(0, self.qzeros.shape[0])
+
+    def load(self):
+        (out, cols), groups = self.shape, self.scales.shape[0]
+        n_words = -(-cols * self.bits // 32)
+        record = np.empty((out, n_words + 2 * groups), "<u4")
+        for i, j in row_blocks(n_words, out):
+            record[:, i:j] = self.words(i, j).T
+        numbers = record[:, n_words:].view("<f4")
+        numbers[:, :groups] = self.zeros().T
+        numbers[:, groups:] = self.scales.rows(0, groups).T
+        return record, functools.partial(self.dequantise, n_words, groups)
+
+    def dequantise(self, n_words, groups, record):
+        numbers = record[:, n_words:].view("<f4")
+        group = column_groups(self.g_idx, self.group, self.shape[1])
+        codes = unpack_bits(record[:, :n_words].view(np.uint8), self.bits, self.shape[1])
+        w = codes.astype(np.float32)
+        w -= numbers[:, :groups][:, group]
+        w *= numbers[:, groups:][:, group]
+        return w
+
+
+class TurnedFirst(Turned):
+    """The original GPTQ files store a zero less one (of 0, all ones)."""
+
+    def zeros(self):
+        return (super().zeros() + 1) % (1 << self.bits)
+
+
+AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]  # where a word keeps each of its eight columns
+
+
+class TurnedAwq(Turned):
+    """AWQ's: words run along the outputs instead."""
+
+    def columns(self):
+        return self.qweight.shape[0]
+
+    @staticmethod
+    def codes(words, start, stop):
+        """Codes u8 [stop - start, out]."""
+        codes = unpack_bits(words.raw(start, stop), 4, words.shape[1] * 8)
+        return codes.reshape(stop - start, -1, 8)[:, :, AWQ_ORDER].reshape(stop - start, -1)
+
+    def words(self, start, stop):
+        codes = self.codes(self.qweight, 8 * start, 8 * stop).reshape(stop - start, 8, -1)
+        shifts = np.arange(0, 32, 4, dtype=np.uint32)[:, None]
+        return np.bitwise_or.reduce(codes.astype(np.uint32) << shifts, axis=1)
+
+    def zeros(self):
+        return self.codes(self.qzeros, 0, self.qzeros.shape[0]).astype(np.float32)
+
+
+# ---- From parts to tensors ------------------------------------------------------------
+
+WORDS = "I32", "U32"
+
+
+class Parts:
+    """The stored tensors of one quantised matrix, by the end of their names."""
+
+    def __init__(self, module, found):
+        self.module, self.found = module, found
+
+    def bad(self, what):
+        return ExportError("%s is a quantised matrix and %s: fetch all files of the checkpoint "
+                           "again, or convert the original one" % (self.module, what))
+
+    def get(self, name):
+        return self.found.get(name)
+
+    def need(self, name, types, dims=None):
+        part = self.found.get(name)
+        if part is None:
+            raise self.bad("lacks its part %s" % name)
+        if part.dtype not in types:
+            raise self.bad("its part %s has dtype %s, not %s" % (name, part.dtype,
+                                                                 " or ".join(types)))
+        if dims is not None and part.dims != tuple(dims):
+            raise self.bad("its part %s has shape %s where the others make it %s"
+                           % (name, list(part.dims), list(dims)))
+        return part
+
+    def matrix(self, name, types):
+        part = self.need(name, types)
+        if len(part.dims) != 2 or 0 in part.dims:
+            raise self.bad("its part %s has shape %s, which is no matrix" % (name, list(part.dims)))
+        return part
+
+
+def g_idx_values(g_idx):
+    return g_idx.raw(0, g_idx.shape[0]).view("<i4")[:, 0]
+
+
+def checked_g_idx(parts, name, cols, groups):
+    """The part that names each column's group; None where it says nothing (all 0 or -1)."""
+    if parts.get(name) is None:
+        return None
+    g_idx = parts.need(name, ("I32",), (cols,))
+    values = g_idx_values(g_idx)
+    if values.min() == -1 or groups > 1 and not values.any():
+        return None
+    if values.min() < 0 or values.max() >= groups:
+        raise parts.bad("its part %s names a group %d of %d"
+                        % (name, values.min() if values.min() < 0 else values.max(), groups))
+    return g_idx
+
+
+def mlx_matrix(parts, settings):
+    own = settings.doc.get(parts.module)  # layers may have settings of their own
+    if isinstance(own, dict):
+        settings = Config(settings.path, {**settings.doc, **own})
+        form_of(settings, METHODS["mlx"])
+    bits = settings.number(("bits",), None, 1, 8, int)
+    group = settings.number(("group_size",), None, 1, 1 << 20, int)
+    words, scales = parts.matrix("weight", WORDS), parts.matrix("scales", FLOATS)
+    biases = parts.need("biases", FLOATS, scales.dims)
+    cols = scales.shape[1] * group
+    if words.dims != (scales.shape[0], cols * bits / 32):
+        raise parts.bad("its shapes, %s and %s, are not those of %d bits in groups of %d" % (
+            list(words.dims), list(scales.dims), bits, group))
+    return Scaled(Bits(words, bits, cols), (1, group), scales, bias=biases)
+
+
+def refuse_bias(parts):
+    """Some programs that quantise write a bias of zeros."""
+    bias = parts.get("bias")
+    if bias is not None and (bias.dtype not in FLOATS or bias.rows(0, bias.shape[0]).any()):
+        raise parts.bad("has a bias, which Gemma 2 does not have")
+
+
+def group_size(parts, settings, cols, groups):
+    """That of config.json where it fits (matrices may differ), else a whole division."""
+    size = settings.first(("group_size", "q_group_size"), -1)[1]
+    if is_size(size) and size > 0 and -(-cols // size) == groups:
+        return size
+    if cols % groups:
+        raise parts.bad("has %d groups for %d columns" % (groups, cols))
+    return cols // groups
+
+
+def gptq_matrix(parts, settings):
+    """bits and group size by the shapes, as config.json may give some layers others."""
+    refuse_bias(parts)
+    qweight, scales = parts.matrix("qweight", ("I32",)), parts.matrix("scales", FLOATS)
+    qzeros = parts.matrix("qzeros", ("I32",))
+    groups, out = scales.dims
+    bits = qzeros.dims[1] * 32 // out
+    cols = qweight.dims[0] * 32 // max(bits, 1)
+    if (bits not in (2, 3, 4, 8) or qzeros.dims != (groups, out * bits / 32)
+            or qweight.dims != (cols * bits / 32, out) or groups > cols):
+        raise parts.bad("its shapes, %s, %s and %s, do not belong together" % (
+            list(qweight.dims), list(qzeros.dims), list(scales.dims)))
+    parts.found["g_idx"] = checked_g_idx(parts, "g_idx", cols, groups)
+    kind = Turned if form_of(settings, METHODS["gptq"]) == "gptq_v2" else TurnedFirst
+    return kind(parts, bits, group_size(parts, settings, cols, groups))
+
+
+def awq_matrix(parts, settings):
+    refuse_bias(parts)
+    if form_of(settings, METHODS["awq"]) == "gemv":
+        return awq_gemv_matrix(parts, settings)
+    qweight, scales = parts.matrix("qweight", ("I32",)), parts.matrix("scales", FLOATS)
+    (cols, words), groups = qweight.dims, scales.dims[0]
+    parts.need("qzeros", ("I32",), (groups, words))
+    parts.need("scales", FLOATS, (groups, 8 * words))
+    if cols % 8 or groups > cols:
+        raise parts.bad("has %d groups for %d columns" % (groups, cols))
+    return TurnedAwq(parts, 4, group_size(parts, settings, cols, groups))
+
+
+def awq_gemv_matrix(parts, settings):
+    """Rows of zeros and scales are padded."""
+    qweight, scales = parts.matrix("qweight", ("I32",)), parts.matrix("scales", FLOATS)
+    out, cols = qweight.dims[0], qweight.dims[1] * 8
+    group = settings.number(("group_size", "q_group_size"), 128, -1, 1 << 20, int)
+    group = group if group > 0 else cols
+    qzeros = parts.need("qzeros", ("I32",), (out, scales.dims[1] // 8))
+    if scales.dims[0] != out or scales.dims[1] % 8 or scales.dims[1] * group < cols:
+        raise parts.bad("its shapes, %s and %s, are not those of groups of %d" % (
+            list(qweight.dims), list(scales.dims), group))
+    zeros = Bits(qzeros, 4, scales.dims[1])
+    return Scaled(Bits(qweight, 4, cols), (1, group), scales, zero=zeros)
+
+
+def block_of(parts, shape, grid, known):
+    """Rows and columns of the blocks that share a number: a size that config.json gives
+    where it fits, else a whole division."""
+    for tall, wide in known:
+        if (-(-shape[0] // tall), -(-shape[1] // wide)) == grid:
+            return tall, wide
+    if 0 in grid or shape[0] % grid[0] or shape[1] % grid[1]:
+        raise parts.bad("has scales of shape %s for weights of shape %s" % (list(grid),
+                                                                            list(shape)))
+    return shape[0] // grid[0], shape[1] // grid[1]
+
+
+def pairs_of(found):
+    """The block sizes among JSON values: lists of two positive numbers."""
+    return [tuple(v) for v in found
+            if isinstance(v, list) and len(v) == 2 and all(is_size(n) and n for n in v)]
+
+
+def float8_matrix(parts, settings):
+    codes = parts.matrix("weight", ("F8_E4M3", "F8_E5M2"))
+    name = "weight_scale_inv" if parts.get("weight_scale_inv") is not None else "weight_scale"
+    scale = parts.need(name, (*FLOATS, "F8_E8M0"))
+    known = pairs_of([settings.doc.get("weight_block_size")])
+    return Scaled(codes, block_of(parts, codes.shape, scale.shape, known), scale)
+
+
+def weight_settings(settings):
+    """What compressed-tensors says of weights, group by group."""
+    groups = settings.doc.get("config_groups")
+    found = [g.get("weights") for g in groups.values() if isinstance(g, dict)] if isinstance(
+        groups, dict) else []
+    return [w for w in found if isinstance(w, dict)]
+
+
+def compressed_matrix(parts, settings):
+    if parts.get("weight_packed") is not None:
+        return compressed_packed_matrix(parts, settings)
+    types, zero = ("F8_E4M3", "F8_E5M2", "I8"), None
+    if parts.get("weight_zero_point") is not None:
+        zero = parts.need("weight_zero_point", types)
+    return compressed(parts, settings, parts.matrix("weight", types), zero)
+
+
+def compressed_packed_matrix(parts, settings):
+    """The codes' width is the one of config.json's that fits the shapes."""
+    words, shape = parts.matrix("weight_packed", ("I32",)), parts.need("weight_shape",
+                                                                       ("I64", "I32"), (2,))
+    out, cols = map(int, shape.raw(0, 2).view("<i%d" % WIDTHS[shape.dtype])[:, 0])
+    said = [w.get("num_bits") for w in weight_settings(settings)]
+    widths = [b for b in range(1, 9) if b in said]
+    fits = [b for b in widths if words.dims == (out, -(-cols * b // 32))]
+    if cols <= 0 or len(fits) != 1:
+        raise parts.bad("its shape, %s for weights of shape %s, is not that of codes of %s bits" % (
+            list(words.dims), [out, cols], " or ".join(map(str, widths)) or "unknown"))
+    bits, = fits
+    half, zero = 1 << bits - 1, None  # codes and zeros are stored larger by half their range
+    if parts.get("weight_zero_point") is not None:
+        grid = parts.need("weight_scale", FLOATS)
+        dims = -(-grid.shape[0] * bits // 32), grid.shape[1]
+        zero = BitsDown(parts.need("weight_zero_point", ("I32",), dims), bits, grid.shape[0], half)
+    return compressed(parts, settings, Bits(words, bits, cols, half), zero)
+
+
+def compressed(parts, settings, codes, zero):
+    scale = parts.need("weight_scale", FLOATS)
+    known = pairs_of(w.get("block_structure") for w in weight_settings(settings))
+    block = block_of(parts, codes.shape, scale.shape, known)
+    if zero is not None and zero.shape != scale.shape:
+        raise parts.bad("has scales of shape %s and zero points of shape %s" % (
+            list(scale.shape), list(zero.shape)))
+    g_idx = checked_g_idx(parts, "weight_g_idx", codes.shape[1], scale.shape[1])
+    return Scaled(codes, block, scale, zero, g_idx=g_idx)
+
+
+def int8_matrix(parts, settings):
+    codes = parts.matrix("weight", ("I8",))
+    layout = parts.get("weight_format")
+    if layout is not None and layout.raw(0, layout.shape[0]).any():
+        raise parts.bad("is laid out for one kind of GPU (weight_format is not 0, \"row\")")
+    return Int8(codes, (1, codes.shape[1]), parts.need("SCB", FLOATS, codes.dims[:1]))
+
+
+STATE = "weight.quant_state.bitsandbytes__"
+
+
+def quant_state(parts):
+    """The JSON object that goes with a 4-bit matrix."""
+    part = next((p for n, p in parts.found.items() if n.startswith(STATE)), None)
+    if part is None or part.dtype != "U8" or part.shape[0] > 1 << 16:
+        raise parts.bad("lacks its part %snf4" % STATE)
+    where = "the quant_state of " + parts.module
+    state = Config(where, parse_json(part.raw(0, part.shape[0]).tobytes(), where))
+    shape = state.doc.get("shape")
+    if not isinstance(shape, list) or len(shape) != 2 or not all(is_size(n) and n for n in shape):
+        raise state.bad("shape", shape, "two positive numbers")
+    return state, tuple(shape)
+
+
+def run_of(parts, state, key, n, scales):
+    """Numbers that share a scale; n of them must need as many scales as there are."""
+    run = state.number((key,), None, 1, 1 << 30, int)
+    if -(-n // run) != scales.shape[0] or scales.shape[1] != 1:
+        raise parts.bad("has %d scales for %d weights in runs of %d" % (scales.shape[0], n, run))
+    return run
+
+
+def four_bit_matrix(parts, settings):
+    state, shape = quant_state(parts)
+    n = math.prod(shape)
+    codes = parts.need("weight", WIDTHS)  # maybe in the guise of another type
+    if math.prod(codes.dims) * WIDTHS[codes.dtype] != -(-n // 2):
+        raise parts.bad("its codes do not fit a matrix of shape %s" % list(shape))
+    absmax = parts.need("weight.absmax", (*FLOATS, "U8"))
+    run = run_of(parts, state, "blocksize", n, absmax)
+    if parts.get("weight.nested_absmax") is not None:
+        n, outer = absmax.shape[0], parts.need("weight.nested_absmax", FLOATS)
+        absmax = NestedScales(
+            parts.need("weight.absmax", ("U8",)),
+            parts.need("weight.nested_quant_map", FLOATS, (256,)),
+            run_of(parts, state, "nested_blocksize", n, outer), outer,
+            state.number(("nested_offset",), None, -1e30, 1e30))
+    elif absmax.dtype == "U8":
+        raise parts.bad("lacks its part weight.nested_absmax")
+    return Flat4(codes, parts.need("weight.quant_map", FLOATS, (16,)), run, absmax, shape)
+
+
+# ---- Methods --------------------------------------------------------------------------
+
+# marker: the part that tells that a matrix is quantised;  parts: what else belongs to it
+Layout = collections.namedtuple("Layout", "marker parts make")
+# keys: where config.json names the form;  forms: those read, the first by default
+Method = collections.namedtuple("Method", "name keys forms layouts")
+
+QWEIGHT = ["qzeros", "scales", "g_idx", "bias"]
+COMPRESSED = ["weight", "weight_packed", "weight_shape", "weight_zero_point", "weight_g_idx"]
+BNB4 = ["weight", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map",
+        STATE + "nf4", STATE + "fp4"]
+
+METHODS = {  # by quant_method, or what stands for it
+    "mlx": Method("MLX", ("mode",), ("affine",), [
+        Layout("scales", ["weight", "biases"], mlx_matrix)]),
+    "gptq": Method("GPTQ", ("checkpoint_format", "format"), ("gptq", "gptq_v2"), [
+        Layout("qweight", QWEIGHT, gptq_matrix)]),
+    "awq": Method("AWQ", ("version", "format"), ("gemm", "gemv"), [
+        Layout("qweight", QWEIGHT, awq_matrix)]),
+    "bitsandbytes": Method("bitsandbytes", (), (), [
+        Layout("weight.absmax", BNB4, four_bit_matrix),
+        Layout("SCB", ["weight", "weight_format"], int8_matrix)]),
+    "compressed-tensors": Method("compressed-tensors", ("format",), (
+        "pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "dense",
+        "mixed-precision"), [Layout("weight_scale", COMPRESSED, compressed_matrix)]),
+    "fp8": Method("FP8", (), (), [
+        Layout("weight_scale_inv", ["weight"], float8_matrix),
+        Layout("weight_scale", ["weight"], float8_matrix)]),
+    "fbgemm_fp8": Method("FBGEMM FP8", (), (), [
+        Layout("weight_scale", ["weight"], float8_matrix)]),
+}
+
+
+def quantisation(config):
+    """quant_method and what config.json says of it; (None, None) for a plain checkpoint."""
+    doc = config.doc
+    if isinstance(doc.get("quantization"), dict):  # MLX writes both keys
+        return "mlx", doc["quantization"]
+    found = doc.get("quantization_config") or doc.get("compression_config")
+    if not found:
+        return None, None
+    if not isinstance(found, dict):
+        raise config.bad("quantization_config", found, "an object")
+    if "quant_method" in found:
+        return found["quant_method"], found
+    older = found.get("load_in_4bit") or found.get("load_in_8bit")
+    return "bitsandbytes" if older else None, found
+
+
+def form_of(settings, method):
+    """Which form of a method config.json names; one that cannot be read is refused."""
+    named = [settings.doc[k] for k in method.keys if settings.doc.get(k) is not None]
+    form = str(named[0]).lower() if named else method.forms[0] if method.forms else ""
+    if named and form not in method.forms:
+        raise ExportError("%s: the checkpoint is quantised by %s in its form %s, which cannot be "
+                          "read (%s can): convert the original one, in f32, bf16 or f16" % (
+                              settings.path, method.name, json.dumps(named[0]),
+                              ", ".join(method.forms)))
+    return form
+
+
+def dequantise(stored, config):
+    """Puts one tensor in the place of the parts of each quantised matrix."""
+    kind, doc = quantisation(config)
+    if kind is None:
+        return
+    method = METHODS.get(kind) if isinstance(kind, str) else None
+    if method is None:
+        raise ExportError("%s: the checkpoint is quantised by %s, which cannot be read (%s can): "
+                          "convert the original one, in f32, bf16 or f16" % (
+                              config.path, json.dumps(kind), ", ".join(METHODS)))
+    settings = Config(config.path, doc)
+    form_of(settings, method)
+    made = {}
+    for marker, names, make in method.layouts:
+        for name in [n for n in stored if n.endswith("." + marker)]:
+            module = name[:-len(marker) - 1]
+            found = {n: stored.pop(module + "." + n)
+                     for n in [marker, *names] if module + "." + n in stored}
+            made[module + ".weight"] = make(Parts(module, found), settings)
+    for name in made:
+        if name in stored:
+            raise ExportError("the checkpoint holds %s both quantised and plain: remove the stale "
+                              "file" % name)
+    stored.update(made)
 
 
 # ---- Blocks: the formats of GGUF and gemma.cpp ----------------------------------------
@@ -1878,9 +2484,86 @@ def is_adapter(directory):
         os.path.join(directory, "config.json"))
 
 
+# ---- Hugging Face's hub ---------------------------------------------------------------
+
+HUB_NAME = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w./-]*))?", re.ASCII)
+WEIGHTS = [".safetensors", ".gguf", ".bin", ".ckpt", ".pth", ".pt", ".h5", ".sbs"]  # best first
+BESIDE = ".json", ".jinja", ".model"  # settings, indices, tokenizer
+
+HUB_ERRORS = [  # classes of which the first that fits counts, what to say
+    (("GatedRepoError",), "%(name)s is gated: accept its licence at https://huggingface.co/"
+     "%(name)s, then `hf auth login` (or set HF_TOKEN), and run this again"),
+    (("RevisionNotFoundError",), "%(name)s has no revision %(revision)s: see "
+     "https://huggingface.co/%(name)s/tree/main for those it has"),
+    (("RepositoryNotFoundError",), "%(name)s is neither a path here nor a model that "
+     "huggingface.co shows you: check the spelling, or `hf auth login` if it is private"),
+    (("OfflineModeIsEnabled",), "%(name)s is neither a path here nor in the cache, and "
+     "HF_HUB_OFFLINE forbids to fetch it: unset it, or give a directory"),
+    (("ConnectionError", "ConnectError", "Timeout", "TimeoutException"), "%(name)s is neither a "
+     "path here nor in the cache, and huggingface.co cannot be reached: connect to the network, "
+     "or give a directory"),
+]
+
+
+def hub_files(name, names):
+    """Of a repository's files the weights, in one format, and what describes them; all of
+    them where the format is a tree of directories."""
+    top = sorted(n for n in names if "/" not in n)
+    for ending in WEIGHTS:
+        weights = [n for n in top if n.endswith(ending)]
+        if len(weights) > 1 and ending == ".gguf" and not re.search(r"-of-\d+\.gguf", weights[0]):
+            raise ExportError("%s holds %d GGUF files: fetch one (hf download %s %s) and give its "
+                              "path" % (name, len(weights), name, weights[0]))
+        if weights:
+            return weights, [n for n in top if n.endswith(BESIDE)]
+    return [], names
+
+
+def hub_snapshot(name, revision):
+    """Fetches a model, or finds it in the cache; the directory or the GGUF file."""
+    hub = library("huggingface_hub", "huggingface_hub", "the hub name " + name)
+    try:
+        info = hub.HfApi().model_info(name, revision=revision)
+        weights, beside = hub_files(name, [f.rfilename for f in info.siblings])
+    except ExportError:
+        raise
+    except Exception as refused:  # no network, or no leave: the cache may do
+        try:
+            found = hub.snapshot_download(name, revision=revision, local_files_only=True,
+                                          allow_patterns=["config.json"])
+        except Exception:
+            raise refused from None
+    else:
+        found = hub.snapshot_download(name, revision=revision, allow_patterns=[
+            n.replace("[", "[[]") for n in weights + beside])
+    weights, _ = hub_files(name, os.listdir(found))
+    is_gguf = weights and weights[0].endswith(".gguf")
+    return os.path.join(found, weights[0]) if is_gguf else found
+
+
+def from_hub(path):
+    """The path of a model named as on huggingface.co, org/name or org/name@revision."""
+    name, revision = HUB_NAME.fullmatch(path).groups()
+    try:
+        return hub_snapshot(name, revision)
+    except ExportError:
+        raise
+    except Exception as e:  # the library's own, httpx's or requests', the system's
+        kinds = {c.__name__ for c in type(e).__mro__}
+        for names, text in HUB_ERRORS:
+            if kinds & set(names):
+                raise ExportError(text % {"name": name, "revision": revision}) from None
+        said = " ".join(str(e).split())[:300]
+        raise ExportError("%s could not be fetched from huggingface.co (%s: %s): try again, or "
+                          "give a directory" % (name, type(e).__name__, said)) from None
+
+
 def open_checkpoint(path):
     if not os.path.exists(path):
-        raise ExportError("%s does not exist: give the directory of a Gemma 2 checkpoint" % path)
+        if not HUB_NAME.fullmatch(path):
+            raise ExportError("%s does not exist: give the directory of a Gemma 2 checkpoint, or "
+                              "its name on huggingface.co, as google/gemma-2-2b-it" % path)
+        path = from_hub(path)
     if is_adapter(path):
         raise ExportError("%s is a LoRA adapter: give the directory of its base model, and the "
                           "adapter with --lora" % path)
@@ -2686,6 +3369,24 @@ def added_tokens(directory, doc):
     return found
 
 
+FLAGS = "lstrip", "rstrip", "single_word"
+
+
+def warn_of_flags(directory, doc):
+    """Added tokens may ask to swallow spaces or to match whole words only, which the engine,
+    as SentencePiece, does not do."""
+    decoder = optional_json(directory, "tokenizer_config.json").get("added_tokens_decoder")
+    tokens = list(decoder.values()) if isinstance(decoder, dict) else []
+    tokens += doc["added_tokens"] if isinstance(doc.get("added_tokens"), list) else []
+    flagged = {t["content"]: f for t in tokens if isinstance(t, dict) for f in FLAGS
+               if t.get(f) is True and isinstance(t.get("content"), str)}
+    if flagged:
+        some = ", ".join("%r (%s)" % pair for pair in sorted(flagged.items())[:3])
+        warn("%d added tokens have flags that are not followed: %s%s; text next to them may be cut "
+             "differently than by transformers" % (
+                 len(flagged), some, " ..." if len(flagged) > 3 else ""))
+
+
 def add_tokens(tokenizer, added):
     """Appends added tokens, renames reused ones and marks the special ones."""
     n = max(added, default=-1) + 1
@@ -2861,6 +3562,7 @@ def tokenizer_of_directory(directory):
     else:
         return None, None
     add_tokens(tokenizer, added)
+    warn_of_flags(directory, doc)
     return path, tokenizer
 
 
@@ -3385,6 +4087,7 @@ of the embedding or the head alone part the two, which makes the file larger.
 
 Examples:
   export.py gemma-2-2b-it gemma-2-2b-it.bin
+  export.py google/gemma-2-2b-it gemma-2-2b-it.bin
   export.py gemma-2-9b-it 9b-q4.bin --type q4
   export.py gemma-2-9b-it 9b-q4.bin --type q4 --tensor 'layers.*.down=q6' --head q8
   export.py gemma-2-2b-it 2b.bin --tensor head=q4
@@ -3435,7 +4138,8 @@ def parse_options(arguments):
         "config.json, *.safetensors and tokenizer) into one file that gemma2.c runs.",
         epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p.add_argument("input", metavar="CHECKPOINT",
-                   help="directory of the checkpoint, or one .safetensors file in it")
+                   help="directory of the checkpoint, one .safetensors file in it, or its name on "
+                   "huggingface.co: org/name or org/name@revision")
     p.add_argument("output", metavar="OUT.bin",
                    help="file to write; an older one is replaced once all is well")
     p.add_argument("--type", choices=TYPES, default="q8", help="type of the matrices (default: q8)")

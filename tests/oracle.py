@@ -3,6 +3,8 @@ live: transformers in float32 with eager attention, SentencePiece, and formats r
 numpy straight from the byte tables.  Ends with one line "N passed, N failed".
 
   python3 tests/oracle.py [NAME ...]        names as in SECTIONS at the end
+  python3 tests/oracle.py [models] [sessions] [formats] [tokens] [story] [export] [gguf] [sbs]
+                          [packed] [traps]
 
 Without names all of it runs, in a few minutes on two cores.  CC names the compiler,
 ORACLE_SEED another seed for what is random."""
@@ -24,6 +26,7 @@ import numpy as np
 import make_golden
 import oracle_export
 import oracle_gguf
+import oracle_packed
 import oracle_sbs
 import oracle_lora
 import oracle_memory
@@ -367,6 +370,7 @@ SECTIONS = {"models": test_models, "sessions": test_sessions, "formats": test_fo
             "gguf": oracle_gguf.test_gguf, "sbs": oracle_sbs.test_sbs,
             "lora": oracle_lora.test_lora, "memory": oracle_memory.test_memory,
             "traps": oracle_traps.test_traps}
+            "packed": oracle_packed.test_packed, "traps": oracle_traps.test_traps}
 
 
 def main():

@@ -109,7 +109,8 @@ def check_layout(f, what):
 # ---- good checkpoints -----------------------------------------------------------------
 
 
-def good(folder, what, edit=None, shards=1, dtype=None, expect=(), options=(), **facts):
+def good(folder, what, edit=None, shards=1, dtype=None, expect=(), options=(), run=convert,
+         **facts):
     """Converts an edited checkpoint; expect holds header fields, None skips the weights."""
     c = Checkpoint(folder, **facts)
     if dtype:
@@ -120,7 +121,7 @@ def good(folder, what, edit=None, shards=1, dtype=None, expect=(), options=(), *
         edit(c)
     c.write(shards)
     out = os.path.join(folder, "out.bin")
-    run = convert(c.path, out, "--type", "f32", *options)
+    run = run(c.path, out, "--type", "f32", *options)
     if not check(run.returncode == 0, f"{what}: exit {run.returncode}: {run.stderr.strip()}"):
         return None, run
     f = check_exact(c, out, what)
@@ -191,7 +192,8 @@ def test_scalar_224(folder):
 # ---- bad checkpoints ------------------------------------------------------------------
 
 
-def bad(folder, what, edit, *words, after=None, shards=1, options=(), limit=None, **facts):
+def bad(folder, what, edit, *words, after=None, shards=1, options=(), limit=None,
+        run=convert, **facts):
     """A conversion that must fail: status 1, one sentence that holds the words, no file."""
     c = Checkpoint(folder, **facts)
     edit(c)
@@ -200,7 +202,7 @@ def bad(folder, what, edit, *words, after=None, shards=1, options=(), limit=None
         after(c)
     place = os.path.join(folder, "place")
     os.makedirs(place, exist_ok=True)
-    run = convert(c.path, os.path.join(place, "out.bin"), *options, limit=limit)
+    run = run(c.path, os.path.join(place, "out.bin"), *options, limit=limit)
     text = run.stderr.strip().split("\n")[-1]
     check(run.returncode == 1, f"{what}: exit {run.returncode}: {run.stderr[-300:]}")
     check("Traceback" not in run.stderr and text, f"{what}: says {run.stderr[-300:]!r}")
@@ -256,7 +258,7 @@ def test_bad(folder):
     bad(folder, "scaled rope", lambda c: c.config.update(rope_parameters={
         "rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}), "rope")
     bad(folder, "quantised", lambda c: c.config.update(quantization_config={
-        "quant_method": "gptq"}), "quantised")
+        "quant_method": "hqq"}), "quantised")
     bad(folder, "a bias", lambda c: c.config.update(attention_bias=True), "bias")
     bad(folder, "truncated", nothing, "truncated", after=truncate)
     bad(folder, "header size", nothing, "model.safetensors", after=overlong_header)

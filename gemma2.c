@@ -1790,6 +1790,8 @@ struct pass {
     size_t n;
     int layer;
     const struct matrix_kernels *matrix; /* NULL: the exact class */
+    uint32_t block;                      /* of the sums that gemma2_importance wants ... */
+    double *sums;                        /* ... or NULL */
 };
 
 static struct input pass_input(const struct pass *p, float *x, size_t ldx)
@@ -1995,6 +1997,76 @@ static void attention_enter_task(void *context, size_t t)
     struct input in = pass_input(p, s->h, s->ldh);
     norm(p, &w->attn_norm, s->x + t * w->q.cols, in.x + t * in.ldx);
     prepare_row(p, &in, t, (const struct matrix *[]){&w->q, &w->k, &w->v}, 3);
+}
+
+/* ---- importance: sums of products of neighbouring inputs, for gemma2_importance ---- */
+
+enum { INPUT_Q, INPUT_O, INPUT_GATE, INPUT_DOWN, INPUTS_A_LAYER };
+
+static const struct {
+    const char *role;
+    char cols;
+} layer_inputs[INPUTS_A_LAYER] = {{"q", 'D'}, {"o", 'q'}, {"gate", 'D'}, {"down", 'F'}};
+
+struct gather_job {
+    const float *x; /* [T][ldx], cols of them used */
+    size_t n, ldx, cols, block;
+    double *sums;   /* [block][cols] */
+};
+
+/* sums[r][c] += x[t][c] * x[t][c - c % block + r] for all t, one c after another up to last
+ * (they are in one block, unless block is 1). */
+static void add_products(const struct gather_job *job, size_t r, size_t c, size_t last)
+{
+    double sum[TILE];
+    size_t n = last - c, other = c - c % job->block + r, step = job->block == 1;
+    memcpy(sum, job->sums + r * job->cols + c, n * sizeof *sum);
+    for (size_t t = 0; t < job->n; t++) {
+        const float *x = job->x + t * job->ldx;
+        for (size_t i = 0; i < n; i++)
+            sum[i] += (double)x[c + i] * (double)x[other + i * step];
+    }
+    memcpy(job->sums + r * job->cols + c, sum, n * sizeof *sum);
+}
+
+/* 256 columns: what stands at or above the diagonal of a block, in pieces of 16, and its
+ * mirror image. */
+static void gather_task(void *context, size_t task)
+{
+    const struct gather_job *job = context;
+    size_t first = task * BLOCK_INPUTS, last = first + BLOCK_INPUTS;
+    last = last < job->cols ? last : job->cols;
+    for (size_t c = first; c < last; c += TILE)
+        for (size_t r = 0; r < job->block && r < c % job->block + TILE; r++)
+            if (c - c % job->block + r < job->cols)
+                add_products(job, r, c, c + TILE < last ? c + TILE : last);
+    for (size_t c = first; c < last; c++)
+        for (size_t r = c % job->block + 1; r < job->block; r++) {
+            size_t other = c - c % job->block + r;
+            if (other < job->cols)
+                job->sums[r * job->cols + c] = job->sums[c % job->block * job->cols + other];
+        }
+}
+
+/* Where the input's columns begin among those of all inputs. */
+static uint64_t input_first(const gemma2_config *c, int layer, int input)
+{
+    uint64_t first = 0;
+    for (int i = 0; i < INPUTS_A_LAYER; i++)
+        first += dimension(c, layer_inputs[i].cols) * ((uint64_t)layer + (i < input));
+    return first;
+}
+
+/* Adds the pass's rows of x, the input of a product, to the sums; if these are wanted. */
+static void gather(const struct pass *p, int layer, int input, const float *x, size_t ldx,
+                   size_t cols)
+{
+    if (!p->sums)
+        return;
+    double *sums = p->sums + p->block * input_first(&p->model->config, layer, input);
+    struct gather_job job = {x, p->n, ldx, cols, p->block, sums};
+    size_t tasks = (cols + BLOCK_INPUTS - 1) / BLOCK_INPUTS;
+    share(p->lead->n_threads, tasks, p->n * cols * p->block * sizeof *sums, gather_task, &job);
 }
 
 /* RoPE on one head: pairs (i, i + H/2) turn by the row's angles (half-split, as in
@@ -2452,6 +2524,7 @@ static void attention(struct pass *p)
     struct product out = {&w->o, s->o, w->o.rows, NULL};
     share_rows(p, attention_enter_task);
     GEMMA2_TRACE("attn_norm", p->layer, s->h, p->n, w->q.cols, s->ldh);
+    gather(p, p->layer, INPUT_Q, s->h, s->ldh, w->q.cols);
     multiply(p, pass_input(p, s->h, s->ldh), qkv, 3, 0);
     share_rows(p, rotate_and_store_task);
     GEMMA2_TRACE("q", p->layer, s->q, p->n, w->q.rows, w->q.rows);
@@ -2459,6 +2532,7 @@ static void attention(struct pass *p)
     GEMMA2_TRACE("v", p->layer, s->v, p->n, w->v.rows, w->v.rows);
     attend_rows(p);
     GEMMA2_TRACE("attn", p->layer, s->h, p->n, w->o.cols, s->ldh);
+    gather(p, p->layer, INPUT_O, s->h, s->ldh, w->o.cols);
     share_rows(p, prepare_attention_task);
     multiply(p, pass_input(p, s->h, s->ldh), &out, 1, 0);
     GEMMA2_TRACE("o", p->layer, s->o, p->n, w->o.rows, w->o.rows);
@@ -2510,8 +2584,10 @@ static void feed_forward(struct pass *p)
     GEMMA2_TRACE("post_attn_norm", p->layer, s->o, p->n, d, d);
     GEMMA2_TRACE("attn_residual", p->layer, s->x, p->n, d, d);
     GEMMA2_TRACE("ffn_norm", p->layer, s->h, p->n, d, s->ldh);
+    gather(p, p->layer, INPUT_GATE, s->h, s->ldh, d);
     multiply(p, pass_input(p, s->h, s->ldh), gate_up, 2, 1);
     GEMMA2_TRACE("geglu", p->layer, s->ffn, p->n, f, f);
+    gather(p, p->layer, INPUT_DOWN, s->ffn, f, f);
     share_rows(p, prepare_down_task);
     multiply(p, pass_input(p, s->ffn, f), &down, 1, 0);
     GEMMA2_TRACE("down", p->layer, s->o, p->n, d, d);
@@ -2580,7 +2656,7 @@ static void head(struct pass *p)
         }
     if (!n)
         return;
-    struct pass wanted = {p->model, s, n, p->layer, p->matrix};
+    struct pass wanted = {p->model, s, n, p->layer, p->matrix, 0, NULL};
     struct product logits = {&p->model->head, NULL, 0, s->outputs};
     GEMMA2_TRACE("final_norm", 0, s->h, n, p->model->head.cols, s->ldh);
     multiply(&wanted, pass_input(p, s->h, s->ldh), &logits, 1, 0);
@@ -3882,7 +3958,7 @@ static int run_ids(gemma2_session *s, const int32_t *ids, size_t n,
     int status = GEMMA2_OK;
     for (size_t done = 0, rows; done < n && status == GEMMA2_OK; done += rows) {
         rows = n - done < (size_t)s->n_batch ? n - done : (size_t)s->n_batch;
-        struct pass p = {s->model, s, rows, 0, matrix};
+        struct pass p = {s->model, s, rows, 0, matrix, 0, NULL};
         for (size_t t = 0; t < rows; t++)
             add_row(s, t, s, ids[done + t], done + t + 1 == n ? logits : NULL);
         status = forward(&p);
@@ -3936,7 +4012,7 @@ int gemma2_eval_rows(const gemma2_row *rows, size_t n)
     if (status < 0)
         return status;
     gemma2_session *lead = rows[0].session;
-    struct pass p = {lead->model, lead, n, 0, NULL};
+    struct pass p = {lead->model, lead, n, 0, NULL, 0, NULL};
     uint64_t env = float_env_enter();
     for (size_t t = 0; t < n; t++)
         add_row(lead, t, rows[t].session, rows[t].id, rows[t].logits);
@@ -3966,6 +4042,47 @@ int gemma2_cancel(gemma2_session *s, int on)
         return GEMMA2_ERR_ARGUMENT;
     s->cancelled = on != 0;
     return GEMMA2_OK;
+}
+
+int gemma2_get_input(const gemma2_model *m, size_t i, gemma2_input *out)
+{
+    if (!m || !out)
+        return 0;
+    const gemma2_config *c = &m->config;
+    size_t layer = i / INPUTS_A_LAYER, input = i % INPUTS_A_LAYER;
+    int is_head = i == (size_t)c->n_layers * INPUTS_A_LAYER;
+    if (!c->n_layers || layer > (size_t)c->n_layers - !is_head)
+        return 0;
+    out->role = is_head ? "head" : layer_inputs[input].role;
+    out->layer = is_head ? -1 : (int32_t)layer;
+    out->cols = (uint32_t)dimension(c, is_head ? 'D' : layer_inputs[input].cols);
+    out->first = input_first(c, (int)layer, (int)input);
+    return 1;
+}
+
+int gemma2_importance(gemma2_session *s, const int32_t *ids, size_t n, uint32_t block,
+                      double *sums)
+{
+    int status = check_ids(s, ids, n);
+    if (status < 0)
+        return status;
+    if (!sums || (block != 1 && block != 32 && block != 64 && block != 128 && block != 256))
+        return GEMMA2_ERR_ARGUMENT;
+    uint64_t env = float_env_enter();
+    for (size_t done = 0, rows; done < n && status == GEMMA2_OK; done += rows) {
+        rows = n - done < (size_t)s->n_batch ? n - done : (size_t)s->n_batch;
+        struct pass p = {s->model, s, rows, 0, NULL, block, sums};
+        for (size_t t = 0; t < rows; t++)
+            add_row(s, t, s, ids[done + t], NULL);
+        status = forward(&p);
+        if (status == GEMMA2_OK) {
+            share_rows(&p, score_enter_task); /* the head's input, of every row */
+            gather(&p, p.layer, INPUT_Q, s->h, s->ldh, s->model->head.cols);
+        }
+        status = end_pass(&p, rows, status);
+    }
+    float_env_leave(env);
+    return status;
 }
 
 int gemma2_rewind(gemma2_session *s, int32_t n)

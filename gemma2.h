@@ -298,6 +298,27 @@ GEMMA2_API int gemma2_score(gemma2_session *session, const int32_t *ids, size_t 
  * May be called from any thread and from a signal handler, while the session exists. */
 GEMMA2_API int gemma2_cancel(gemma2_session *session, int on);
 
+/* What the products of a model read, in order of use: entry i is the input of "q" (and of k
+ * and v), "o", "gate" (and up) and "down" of each layer, at last that of "head". */
+typedef struct {
+    const char *role;
+    int32_t layer;  /* -1 for the head */
+    uint32_t cols;  /* values of one input */
+    uint64_t first; /* columns of all entries before it */
+} gemma2_input;
+/* Returns 1, or 0 where there is no entry i. */
+GEMMA2_API int gemma2_get_input(const gemma2_model *model, size_t i, gemma2_input *out);
+
+/* Appends n >= 1 tokens as gemma2_eval does and adds to sums, which the caller set to 0, how
+ * large the inputs x of every product were: for entry e, sums[block * e.first + c] += x[c]^2
+ * over the tokens.  That is block 1; with a block of 32, 64, 128 or 256 inputs that many
+ * rows, row r adding x[c] * x[c - c % block + r] (nothing where that is past the end):
+ * sums[block * e.first + r * e.cols + c].  Sums are in double, tokens in order, the same
+ * bits for any number of threads and any way of cutting tokens into calls.  After
+ * GEMMA2_ERR_CANCELLED they hold part of a pass and are of no use. */
+GEMMA2_API int gemma2_importance(gemma2_session *session, const int32_t *ids, size_t n,
+                                 uint32_t block, double *sums);
+
 /* Goes back to the first n tokens, exactly.  Possible to 0 always; to anywhere while at most
  * window + n_batch tokens were ever held since position 0; after that at most n_batch
  * tokens back from the most ever held, and GEMMA2_ERR_REWIND beyond (then rewind to 0 and

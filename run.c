@@ -6,7 +6,8 @@
  *   4 Text         UTF-8, what a terminal may see, JSON strings, lists of ids
  *   5 The prompt   where it comes from, its ids, the chat template
  *   6 The reply    prefill, sampling, stop strings, streaming, timings, saved sessions
- *   7 Modes        generate, converse, tokenize, logits, score, perplexity, info, check
+ *   7 Modes        generate, converse, tokenize, logits, score, perplexity, importance,
+ *                  info, check
  *   8 main
  *
  * Standard output carries what was asked for and nothing else.  A function that returns
@@ -348,9 +349,10 @@ typedef struct {
     int ignore_eos, echo, json, quiet, verbose, help, version, man;
     int tokenize, score, info, check;
     int32_t logits;
-    const char *detokenize, *perplexity;
+    const char *detokenize, *perplexity, *importance;
     const char *kept, *loaded; /* files of sessions */
     const char *completion;    /* the shell that it is for */
+    int32_t block; /* of the importance */
 } options;
 
 typedef enum {
@@ -443,6 +445,11 @@ static const option OPTIONS[] = {
     {0, "logits", "N", "the N best next tokens: id, logit, piece", FROM_1(logits)},
     {0, "score", NULL, "log-probability of every prompt token, total", IS(FLAG, score)},
     {0, "perplexity", "FILE", "perplexity of a text; the method is below", IS(TEXT, perplexity)},
+    {0, "importance", "OUT", "how large the inputs of every product are, over the\n"
+     "text of the prompt, for export.py --importance OUT", IS(TEXT, importance)},
+    {0, "importance-block", "N", "also how N neighbouring inputs go together, so that\n"
+     "export.py rounds better: 32, 64, 128 or 256 (the\nfile grows N-fold; default 1)",
+     IN(WHOLE, block, "1, 32, 64, 128 or 256", 1, 256)},
     {0, "info", NULL, "facts, sections and memory plan of the model", IS(FLAG, info)},
     {0, "check", NULL, "verify every digest and value of the model file", IS(FLAG, check)},
     {0, "man", NULL, "this text as a manual page", IS(FLAG, man)},
@@ -490,6 +497,9 @@ static const struct {
      "the place of each chunk's first token, and the tokens after the first half of each\n"
      "chunk are scored, in the exact arithmetic of decoding.  Printed are exp of the mean\n"
      "negative log-probability and its standard error.\n"},
+    {"IMPORTANCE",
+     "--importance cuts its text as --perplexity does, but drops nothing and counts every\n"
+     "token.  About 100 KB of text are enough.\n"},
     {"SESSIONS",
      "A session's file holds ids, keys and values (as large as the cache, see --info) and fits\n"
      "one model, --window and --kv.  With -c it is a conversation, without a text; --system\n"
@@ -898,7 +908,8 @@ static int parse_options(options *opts, int argc, char **argv)
 }
 
 typedef enum {
-    GENERATE, CONVERSE, TOKENIZE, DETOKENIZE, LOGITS, SCORE, PERPLEXITY, INFO, CHECK
+    GENERATE, CONVERSE, TOKENIZE, DETOKENIZE, LOGITS, SCORE, PERPLEXITY, IMPORTANCE, INFO,
+    CHECK
 } mode_kind;
 
 /* What is asked for, into *mode, and whether it makes sense together. */
@@ -915,6 +926,7 @@ static int choose_mode(const options *opts, mode_kind *mode)
         {opts->logits > 0, LOGITS, "--logits"},
         {opts->score, SCORE, "--score"},
         {opts->perplexity != NULL, PERPLEXITY, "--perplexity"},
+        {opts->importance != NULL, IMPORTANCE, "--importance"},
         {opts->info, INFO, "--info"},
         {opts->check, CHECK, "--check"},
     };
@@ -928,7 +940,8 @@ static int choose_mode(const options *opts, mode_kind *mode)
             *mode = modes[i].mode;
         }
     }
-    int needs_prompt = *mode == GENERATE || *mode == TOKENIZE || *mode == LOGITS || *mode == SCORE;
+    int needs_prompt = *mode == GENERATE || *mode == TOKENIZE || *mode == LOGITS ||
+                       *mode == SCORE || *mode == IMPORTANCE;
     if (!opts->model)
         return fail(USAGE, "no model file given; --help shows examples");
     if (opts->n_prompts > 1)
@@ -940,6 +953,13 @@ static int choose_mode(const options *opts, mode_kind *mode)
     if ((opts->kept || opts->loaded) && *mode != GENERATE)
         return fail(USAGE, "%s and %s do not go together", opts->kept ? "--session" : "--load",
                     name);
+    if (opts->chat && *mode == IMPORTANCE)
+        return fail(USAGE, "--importance and --chat do not go together: it takes plain text");
+    if (opts->block && *mode != IMPORTANCE)
+        return fail(USAGE, "--importance-block belongs to --importance OUT");
+    if (opts->block > 1 && (opts->block < 32 || opts->block & (opts->block - 1)))
+        return fail(USAGE, "--importance-block '%" PRId32 "': it takes 1, 32, 64, 128 or 256",
+                    opts->block);
     if (opts->system && !opts->chat)
         return fail(USAGE, "--system belongs to a chat; add -c");
     if (opts->ids && opts->chat)
@@ -1526,7 +1546,7 @@ static int load_session(program *p)
     return status;
 }
 
-static int write_session(const char *path, const void *bytes, size_t n)
+static int save_file(const char *what, const char *path, const void *bytes, size_t n)
 {
     char name[4096];
     FILE *file = open_beside(path, name, sizeof name);
@@ -1535,7 +1555,7 @@ static int write_session(const char *path, const void *bytes, size_t n)
     int reason = errno;
     if (file)
         remove(name);
-    return fail(FAILED, "cannot save the session as %s: %s", path, strerror(reason));
+    return fail(FAILED, "cannot save %s as %s: %s", what, path, strerror(reason));
 }
 
 static int save_session(program *p)
@@ -1557,7 +1577,7 @@ static int save_session(program *p)
     if (!bytes)
         return out_of_memory();
     gemma2_session_save(p->session, bytes, (size_t)n);
-    int status = write_session(path, bytes, (size_t)n);
+    int status = save_file("the session", path, bytes, (size_t)n);
     free(bytes);
     return status;
 }
@@ -1884,6 +1904,107 @@ static int perplexity(program *p, size_t length)
     return DONE;
 }
 
+/* The file of --importance, little-endian, written under a temporary name:
+ *    0  u8[8]   89 47 45 4D 4D 41 49 0A "\x89GEMMAI\n"
+ *    8  u32     version, 1
+ *   12  u32     block B: 1, 32, 64, 128 or 256
+ *   16  u32[7]  L, D, N, K, H, F, V of the model, as in its header
+ *   44  u32     zero
+ *   48  u64     number of tokens T, 1 or more
+ *   56  u64     zero
+ *   64  f32     for each entry e of gemma2_get_input in order [B][e.cols]: what
+ *               gemma2_importance summed, over T */
+enum { IMPORTANCE_HEADER = 64 };
+
+static void put_u32(uint8_t *to, uint32_t value)
+{
+    for (int i = 0; i < 4; i++)
+        to[i] = (uint8_t)(value >> (8 * i));
+}
+
+static void importance_header(const program *p, uint32_t block, uint8_t header[IMPORTANCE_HEADER])
+{
+    const gemma2_config *c = p->config;
+    const int32_t sizes[] = {c->n_layers, c->d_model, c->n_heads, c->n_kv_heads, c->head_dim,
+                             c->d_ffn, c->n_vocab};
+    memset(header, 0, IMPORTANCE_HEADER);
+    memcpy(header, "\x89GEMMAI\n", 8);
+    put_u32(header + 8, 1);
+    put_u32(header + 12, block);
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
+        put_u32(header + 16 + 4 * i, (uint32_t)sizes[i]);
+    put_u32(header + 48, (uint32_t)p->ids.n);
+    put_u32(header + 52, (uint32_t)((uint64_t)p->ids.n >> 32));
+}
+
+/* The file's bytes, sums / T for the n values; NULL when memory is short. */
+static uint8_t *importance_image(const program *p, uint32_t block, const double *sums, size_t n)
+{
+    uint8_t *image = n > (SIZE_MAX - IMPORTANCE_HEADER) / 4 ? NULL
+                                                            : malloc(IMPORTANCE_HEADER + 4 * n);
+    if (!image)
+        return NULL;
+    importance_header(p, block, image);
+    for (size_t i = 0; i < n; i++) {
+        float mean = (float)(sums[i] / (double)p->ids.n);
+        uint32_t bits;
+        memcpy(&bits, &mean, sizeof bits);
+        put_u32(image + IMPORTANCE_HEADER + 4 * i, bits);
+    }
+    return image;
+}
+
+static int save_importance(program *p, uint32_t block, const double *sums, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        if (!isfinite((float)sums[i]))
+            return fail(FAILED, "the model's activations are not finite; its weights are damaged");
+    uint8_t *image = importance_image(p, block, sums, n);
+    if (!image)
+        return out_of_memory();
+    patience = PATIENCE; /* Ctrl-C must not come between making the file and naming it */
+    int status = save_file("the importance", p->opts->importance, image, IMPORTANCE_HEADER + 4 * n);
+    free(image);
+    return status;
+}
+
+static int importance(program *p, size_t length)
+{
+    gemma2_input last;
+    size_t columns = 0, n = 0;
+    uint32_t block = p->opts->block ? (uint32_t)p->opts->block : 1;
+    while (gemma2_get_input(p->model, n++, &last))
+        columns = (size_t)last.first + last.cols;
+    int status = load_prompt(p);
+    if (status != DONE)
+        return status;
+    if (p->ids.n < 2)
+        return fail(USAGE, "--importance needs a text: give a file of some 100 KB with -f");
+    double *sums = columns > SIZE_MAX / sizeof *sums / block ? NULL
+                                                             : calloc(columns * block, sizeof *sums);
+    if (!sums)
+        return fail(FAILED, "out of memory: choose a smaller --importance-block");
+    int32_t *ids = p->ids.items;
+    size_t n_chunks = (p->ids.n + length - 1) / length;
+    for (size_t i = 0; i < n_chunks && status == DONE; i++) {
+        size_t at = i * length, left = p->ids.n - at;
+        show_progress(p, "importance: %zu of %zu chunks", i, n_chunks);
+        if (p->config->bos >= 0)
+            ids[at] = p->config->bos;
+        gemma2_rewind(p->session, 0);
+        int code = gemma2_importance(p->session, ids + at, left < length ? left : length, block,
+                                     sums);
+        status = code < 0 ? engine_failed(p, "reading the text", code) : DONE;
+    }
+    clear_progress(p);
+    if (status == DONE)
+        status = save_importance(p, block, sums, columns * block);
+    free(sums);
+    if (status == DONE && !p->opts->quiet)
+        fprintf(stderr, "%s: %zu tokens\n", p->opts->importance, p->ids.n);
+    return status;
+}
+
 static void put_fact(program *p, const char *key)
 {
     size_t n;
@@ -2115,7 +2236,7 @@ static int run(program *p, mode_kind mode)
         return check(p);
 
     gemma2_session_params params = opts->session;
-    if (mode == PERPLEXITY && params.n_context == 0)
+    if ((mode == PERPLEXITY || mode == IMPORTANCE) && params.n_context == 0)
         params.n_context = p->config->n_context < 512 ? p->config->n_context : 512;
     if (mode == PERPLEXITY && params.n_context < 3)
         return fail(USAGE, "--perplexity needs chunks of 3 tokens or more");
@@ -2124,6 +2245,8 @@ static int run(program *p, mode_kind mode)
         return status;
     if (mode == PERPLEXITY)
         return perplexity(p, (size_t)params.n_context);
+    if (mode == IMPORTANCE)
+        return importance(p, (size_t)params.n_context);
     init_sampler(p);
     status = load_session(p);
     if (status == DONE)

@@ -364,6 +364,20 @@ refuses "1024" "perplexity of little" 2 "$STORY" --perplexity "$TMP/file"
 refuses "3 tokens" "chunks too short" 2 "$STORY" --perplexity "$HERE/demo/README.md" -C 2
 refuses "/none" "perplexity of nothing" 1 "$STORY" --perplexity "$TMP/none"
 
+# ---- Importance: header, then f32 for 6 layers' inputs (256, 256, 256, 768) and the head's --
+run "importance" 0 "$STORY" --importance "$TMP/imp" -C 16 "$P$P$P$P$P$P"
+out_empty; err_has "imp: 25 tokens"; claim "$(wc -c <"$TMP/imp")" -eq 37952 "bytes"
+run "importance, quiet" 0 "$STORY" -q --importance "$TMP/imp2" -C 16 -j 1 "$P$P$P$P$P$P"
+err_empty; same "$TMP/imp" "$TMP/imp2" "importance differs"
+run "importance in blocks" 0 "$STORY" -q --importance "$TMP/imp2" --importance-block 32 "$P"
+claim "$(wc -c <"$TMP/imp2")" -eq 1212480 "bytes"
+refuses "32, 64" "block of 48" 2 "$STORY" --importance "$TMP/imp3" --importance-block 48 "$P"
+refuses "belongs to" "block of nothing" 2 "$STORY" --importance-block 32 "$P"
+refuses "needs a text" "importance of nothing" 2 "$STORY" --importance "$TMP/imp3" ""
+refuses "do not go together" "importance of a chat" 2 "$STORY" -c --importance "$TMP/imp3" "$P"
+refuses "/none/imp" "importance to nowhere" 1 "$STORY" --importance "$TMP/none/imp" "$P"
+name="importance refused"; ls "$TMP" | grep -q imp3 && fail "left a file" || pass
+
 # ---- Pipes, signals, terminals -----------------------------------------------------
 name="broken pipe"
 { "$RUN" "$STORY" --logits 4096 x 2>"$TMP/err"; echo $? >"$TMP/status"; } </dev/null | head -1 >/dev/null

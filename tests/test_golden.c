@@ -161,9 +161,37 @@ static void compare_row(record *r, const float *data, int position)
     }
 }
 
+/* What gemma2_importance should find, summed up from the trace, the plain way. */
+static struct {
+    const gemma2_model *model;
+    double *sums; /* NULL: not wanted */
+    size_t block;
+} traced;
+
+static void add_traced(const char *name, int layer, const float *x, size_t rows, size_t cols,
+                       size_t stride)
+{
+    static const char *const traces[] = {"attn_norm", "attn", "ffn_norm", "geglu", "final_norm"};
+    int which = 0;
+    while (which < 5 && strcmp(name, traces[which]))
+        which++;
+    gemma2_input input;
+    size_t i = which == 4 ? (size_t)traced.model->config.n_layers * 4 : (size_t)(layer * 4 + which);
+    if (which == 5 || !gemma2_get_input(traced.model, i, &input))
+        return;
+    check(input.cols == cols, "importance: %s has %zu columns", name, cols);
+    double *sums = traced.sums + traced.block * input.first;
+    for (size_t t = 0; t < rows; t++, x += stride)
+        for (size_t c = 0; c < cols; c++)
+            for (size_t r = 0; r < traced.block && c - c % traced.block + r < cols; r++)
+                sums[r * cols + c] += (double)x[c] * (double)x[c - c % traced.block + r];
+}
+
 static void on_trace(const char *name, int layer, const float *data, size_t rows,
                      size_t cols, size_t stride)
 {
+    if (traced.sums)
+        add_traced(name, layer, data, rows, cols, stride);
     if (!watch.golden)
         return;
     if (!strcmp(name, "embedding"))
@@ -723,6 +751,85 @@ static const expectation MODELS[] = {
     {"long", 4e-5f, 1e-5f},  {"mixed", 2e-5f, 1e-5f},
 };
 
+/* ---- gemma2_importance ---------------------------------------------------------------- */
+
+enum { IMPORTANT = 40 };
+
+/* Layout of the entries; columns of all of them. */
+static size_t check_inputs(const gemma2_model *m)
+{
+    const gemma2_config *c = gemma2_get_config(m);
+    uint64_t first = 0;
+    gemma2_input x;
+    size_t n = 0;
+    for (; gemma2_get_input(m, n, &x); n++) {
+        int layer = (int)(n / 4) < c->n_layers ? (int)(n / 4) : -1, which = (int)(n % 4);
+        const char *role = layer < 0 ? "head" : (const char *[]){"q", "o", "gate", "down"}[which];
+        int cols = layer >= 0 && which == 1 ? c->n_heads * c->head_dim
+                   : layer >= 0 && which == 3 ? c->d_ffn : c->d_model;
+        check(x.layer == layer && !strcmp(x.role, role) && x.cols == (uint32_t)cols &&
+                  x.first == first, "input %zu: %s of layer %d", n, x.role, (int)x.layer);
+        first += x.cols;
+    }
+    check(n == (size_t)c->n_layers * 4 + 1, "%zu inputs", n);
+    return (size_t)first;
+}
+
+/* The sums of a session with these settings, tokens in calls of some length. */
+static void gather_as(const gemma2_model *m, const int32_t *ids, uint32_t block, int n_batch,
+                      int n_threads, size_t step, double *sums)
+{
+    gemma2_session *s = new_session(m, n_batch, n_threads);
+    for (size_t at = 0; at < IMPORTANT; at += step) {
+        size_t n = IMPORTANT - at < step ? IMPORTANT - at : step;
+        int status = gemma2_importance(s, ids + at, n, block, sums);
+        check(status == GEMMA2_OK, "importance: %s", gemma2_error_string(status));
+    }
+    check(gemma2_position(s) == IMPORTANT, "importance: position");
+    gemma2_session_free(s);
+}
+
+/* Sums against the trace, to the bit, however tokens are cut and shared. */
+static void test_block(const gemma2_model *m, const int32_t *ids, uint32_t block, size_t columns)
+{
+    static const struct { int n_batch, n_threads; size_t step; } ways[] = {
+        {IMPORTANT, 1, IMPORTANT}, {1, 1, 7}, {9, 3, 20}, {IMPORTANT, 2, 11}};
+    size_t n = columns * block, V = (size_t)gemma2_get_config(m)->n_vocab;
+    double *want = calloc(n, sizeof *want), *got = malloc(n * sizeof *got);
+    float *logits = malloc(IMPORTANT * V * sizeof *logits);
+    gemma2_session *s = new_session(m, IMPORTANT, 1);
+    traced.model = m, traced.sums = want, traced.block = block;
+    check(eval_all(s, ids, IMPORTANT, logits, V) == GEMMA2_OK, "importance: traced pass");
+    traced.sums = NULL;
+    check(want[0] > 0, "importance: nothing was traced");
+    for (size_t w = 0; w < sizeof ways / sizeof *ways; w++) {
+        memset(got, 0, n * sizeof *got);
+        gather_as(m, ids, block, ways[w].n_batch, ways[w].n_threads, ways[w].step, got);
+        check(!memcmp(want, got, n * sizeof *got), "importance, block %u: way %zu", block, w);
+    }
+    check(gemma2_importance(s, ids, 1, block + 1, got) == GEMMA2_ERR_ARGUMENT &&
+              gemma2_importance(s, ids, 1, block, NULL) == GEMMA2_ERR_ARGUMENT &&
+              gemma2_importance(s, ids, 0, block, got) == GEMMA2_ERR_ARGUMENT &&
+              gemma2_position(s) == IMPORTANT, "importance: bad arguments");
+    gemma2_session_free(s);
+    free(want), free(got), free(logits);
+}
+
+static void test_importance(const char *path)
+{
+    static const uint32_t blocks[] = {1, 32, 256};
+    gemma2_model *m = open_exact(path);
+    if (!m)
+        return;
+    int32_t ids[IMPORTANT];
+    for (int i = 0; i < IMPORTANT; i++)
+        ids[i] = i ? i * 97 % gemma2_get_config(m)->n_vocab : 2;
+    size_t columns = check_inputs(m);
+    for (int i = 0; i < 3; i++)
+        test_block(m, ids, blocks[i], columns);
+    gemma2_close(m);
+}
+
 int main(int argc, char **argv)
 {
     for (int i = 1; i < argc; i++)
@@ -735,6 +842,10 @@ int main(int argc, char **argv)
     for (size_t i = 0; i < sizeof MODELS / sizeof *MODELS && !EMULATED; i++)
         test_model(&MODELS[i]);
     if (!EMULATED) {
+        char mixed[1024]; /* dimensions that no block divides */
+        snprintf(mixed, sizeof mixed, "%s/mixed.bin", golden_dir);
+        test_importance(mixed);
+        test_importance("tests/demo/story-q8.bin");
         test_tokens("tokenizer.bin");
         test_story("tests/demo/story-q8.bin");
     }

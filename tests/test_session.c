@@ -73,6 +73,8 @@ static void test_null_model(const gemma2_model *m)
     int32_t id;
     gemma2_plan plan;
     gemma2_section section;
+    gemma2_input input;
+    double sum = 0;
     gemma2_utf8 hold = {{0}, 0};
     check(!gemma2_open(NULL, NULL, err, sizeof err) && err[0], "open NULL");
     check(!gemma2_open(NULL, NULL, NULL, 0), "open NULL without a buffer");
@@ -83,6 +85,8 @@ static void test_null_model(const gemma2_model *m)
     check(!gemma2_get_config(NULL) && !gemma2_is_stop(NULL, 1), "no model: config, stop");
     check(!gemma2_fact(NULL, "name", &size) && size == 0, "no model: fact");
     check(!gemma2_fact(m, NULL, &size) && !gemma2_fact(m, "name", NULL), "fact: NULL");
+    check(gemma2_get_input(NULL, 0, &input) == 0 && gemma2_get_input(m, 0, NULL) == 0 &&
+              gemma2_importance(NULL, &id, 1, 1, &sum) == GEMMA2_ERR_ARGUMENT, "importance: NULL");
     check(gemma2_get_section(NULL, 0, &section) == 0 && gemma2_get_section(m, 0, NULL) == 0,
           "section: NULL");
     check(gemma2_check(NULL, 0, err, sizeof err) == GEMMA2_ERR_ARGUMENT &&

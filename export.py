@@ -221,16 +221,56 @@ def bf16_value(bits):
 def pack_f32(w):
     """[input][16 rows] f32."""
     x = padded(w, 1)
-    return x.reshape(-1, TILE, x.shape[1]).transpose(0, 2, 1).tobytes(), 0.0
+    return x.reshape(-1, TILE, x.shape[1]).transpose(0, 2, 1).tobytes(), None
 
 
 def pack_bf16(w):
     """[input pair][16 rows][2] bf16; a pair moves as one 32-bit word."""
     bits = bf16_bits(w)
-    lost = w - bf16_value(bits)
     pairs = padded(bits, 2).view(np.uint32)
     return (pairs.reshape(-1, TILE, pairs.shape[1]).transpose(0, 2, 1).tobytes(),
-            float(np.vdot(lost, lost)))
+            w - bf16_value(bits))
+
+
+# ---- Importance: which errors matter -----------------------------------------------------
+#
+# A row of weights that is off by e moves its product by <e, x>, on average over a text by
+# e M e^T, M holding the means of x_i x_j.  `run --importance` writes M's diagonal (block 1)
+# or its square blocks on the diagonal, as moments [block, cols]: row r, column c holds the
+# mean of x_c x_(c - c % block + r).  Without them M is the identity.
+
+DAMPING = 0.01  # of the mean square, added to all: a text never shows everything
+
+
+def damped(moments):
+    """The moments in units of the mean square, diagonal raised; None for inputs that are 0."""
+    block, cols = moments.shape
+    c = np.arange(cols)
+    mean = float(moments[c % block, c].mean(dtype=np.float64))
+    if mean < TINY:
+        return None
+    out = moments / np.float32(mean)
+    out[c % block, c] += np.float32(DAMPING)
+    return out
+
+
+def blocks_of(moments, cols):
+    """[blocks, block, block], zero for the padding up to cols."""
+    block = len(moments)
+    out = np.zeros((block, cols), np.float32)
+    out[:, :moments.shape[1]] = moments
+    return np.ascontiguousarray(out.reshape(block, -1, block).transpose(1, 0, 2))
+
+
+def weighted_square(a, moments):
+    """Sum over the rows of a [rows, cols] of a M a^T."""
+    if moments is None:
+        return float(np.vdot(a, a))
+    if len(moments) == 1:
+        return float(np.vdot(a * moments, a))
+    rows, block = padded(a, len(moments)), len(moments)
+    parts = np.ascontiguousarray(rows.reshape(len(rows), -1, block).transpose(1, 0, 2))
+    return float(np.vdot(parts @ blocks_of(moments, rows.shape[1]), parts))
 
 
 # ---- Values: which v lies nearest to t = w / (S s) ------------------------------------
@@ -341,12 +381,12 @@ def values(x, d, shift, grid, live):
     return v
 
 
-def dot(a, b):
-    """Sums over each group: [32, groups] times [32, groups] to [groups]."""
-    return np.einsum("ij,ij->j", a, b)
+def dot(a, b, weight):
+    """Weighted sums over each group: [32, groups] times [32, groups] to [groups]."""
+    return np.einsum("ij,ij->j", a, b if weight is None else b * weight)
 
 
-def best_real_scales(x, grid, live):
+def best_real_scales(x, grid, live, weight):
     """For each group the real scale d and the shift with the least squared error.
 
     With the values v of some scale, d = <w,v>/<v,v> is the best scale for those values
@@ -364,8 +404,8 @@ def best_real_scales(x, grid, live):
         for cover in covers:
             for step in grid.steps:
                 v = values(x, cover * np.float32(step), shift, grid, live)
-                wv, vv = dot(x, v), dot(v, v)
-                fit = wv / np.maximum(vv, 1)
+                wv, vv = dot(x, v, weight), dot(v, v, weight)
+                fit = wv / np.where(vv == 0, np.float32(1), vv)
                 better = wv * fit > gain
                 np.copyto(gain, wv * fit, where=better)
                 np.copyto(d, fit, where=better)
@@ -382,7 +422,7 @@ def row_scales(d, grid):
     return need.max(axis=1, keepdims=True)
 
 
-def group_scales(x, d, S, shift, grid, live):
+def group_scales(x, d, S, shift, grid, live, weight):
     """s: of a few integers around d / S the one that leaves the least squared error."""
     below = np.floor(d / np.where(S == 0, np.float32(1), S))
     best, least = np.zeros_like(d), np.full_like(d, np.inf)
@@ -390,16 +430,66 @@ def group_scales(x, d, S, shift, grid, live):
         s = np.clip(below + np.float32(offset), grid.s_lo, grid.s_hi)
         ds = (S * s).reshape(-1)
         v = values(x, ds, shift, grid, live)
-        error = (ds * (ds * dot(v, v) - 2 * dot(x, v))).reshape(d.shape)  # less <w,w>
+        error = ds * (ds * dot(v, v, weight) - 2 * dot(x, v, weight))  # less <w,w>
+        error = error.reshape(d.shape)
         better = error < least
         np.copyto(least, error, where=better)
         np.copyto(best, s, where=better)
     return np.where(d == 0, np.float32(0), best)
 
 
-def pack_quantised(w, grid):
+def settle(x, v, ds, shift, grid, live, moments, tiles, sweeps):
+    """Values that leave less error in the products than the nearest ones do: one input after
+    the other, its rounding makes up for the errors of its block as they stand (coordinate
+    descent on e M e^T, which never rises).
+
+    In blocks the shape is [blocks, inputs of one, rows].  pull = M e; the best real weight
+    of input i, all others as they are, is q_i + pull_i / M_ii.
+    """
+    per_block = len(moments) // GROUP
+    n_blocks = x.shape[1] // (tiles * TILE * per_block)
+
+    def in_blocks(a):
+        split = a.reshape(-1, tiles, n_blocks, per_block, TILE).transpose(2, 3, 0, 1, 4)
+        return np.ascontiguousarray(split).reshape(n_blocks, -1, tiles * TILE)
+    M = blocks_of(moments, n_blocks * len(moments))
+    diagonal = np.einsum("bii->bi", M).copy()
+    diagonal[diagonal == 0] = 1  # padding
+    d, shift, v = in_blocks(ds), in_blocks(shift), in_blocks(v)
+    live = None if live is None else in_blocks(live)
+    q = v * np.repeat(d, GROUP, axis=1)
+    pull = M @ (in_blocks(x) - q)
+    for g in list(range(per_block)) * sweeps:
+        group = slice(g * GROUP, (g + 1) * GROUP)
+        near, old = pull[:, group].copy(), q[:, group].copy()
+        for k, i in enumerate(range(group.start, group.stop)):
+            best = q[:, i] + near[:, k] / diagonal[:, i, None]
+            v[:, i] = values(best, d[:, g], shift[:, g], grid, None if live is None else live[:, i])
+            step = v[:, i] * d[:, g] - q[:, i]
+            near -= M[:, group, i, None] * step[:, None]
+            q[:, i] += step
+        pull -= M[:, :, group] @ (q[:, group] - old)
+    v = v.reshape(n_blocks, per_block, GROUP, tiles, TILE).transpose(2, 3, 0, 1, 4)
+    return np.ascontiguousarray(v).reshape(x.shape)
+
+
+SWEEPS = 4  # of settle; twice as many gain a twentieth more
+
+
+def wider(grid, effort):
+    """The grid with more scales to try, around and between its own."""
+    if not effort:
+        return grid
+    first, last = grid.steps[0] + 0.03 * effort, grid.steps[-1] - 0.04 * effort
+    more = np.linspace(first, last, (2 + len(grid.steps)) * (1 + effort)).tolist()
+    tries = range(grid.tries[0] - 2 * effort, grid.tries[-1] + 1 + 2 * effort)
+    return grid._replace(steps=grid.steps + tuple(more), tries=tries)
+
+
+def pack_quantised(w, grid, moments=None, effort=0):
     """w [rows, cols] to tiles.  S and s come first; then every v is the one nearest to
-    its weight under S * s as stored.  Returns the bytes and the squared error."""
+    its weight under S * s as stored, unless moments tell a better one.  Returns the bytes
+    and what they lack, [rows, cols]."""
     rows, cols = w.shape
     full = padded(w, BLOCK)
     tiles, groups = full.shape[0] // TILE, full.shape[1] // GROUP
@@ -409,22 +499,31 @@ def pack_quantised(w, grid):
         return np.ascontiguousarray(a.reshape(split).transpose(3, 0, 2, 1)).reshape(GROUP, -1)
     x = regroup(full)
     live = None if full is w else regroup(padded(np.ones_like(w), BLOCK))
+    partly = live if cols % GROUP else None
+    weight = None
+    if moments is not None:
+        c = np.arange(cols)
+        weight = np.ascontiguousarray(np.broadcast_to(moments[c % len(moments), c], w.shape))
+        weight = regroup(padded(weight, BLOCK))
 
-    d, shift = best_real_scales(x, grid, live if cols % GROUP else None)
+    grid = wider(grid, effort)
+    d, shift = best_real_scales(x, grid, partly, weight)
     by_row = (tiles, groups, TILE)
     S = row_scales(d.reshape(by_row), grid)
-    s = group_scales(x, d.reshape(by_row), S, shift, grid, live if cols % GROUP else None)
+    s = group_scales(x, d.reshape(by_row), S, shift, grid, partly, weight)
     ds = (S * s).reshape(-1)
-    v = values(x, ds, shift, grid, live)
-    lost = x - v * ds
-    error = float(np.vdot(lost, lost))
+    v = values(x, ds, shift, grid, partly)
+    if moments is not None and len(moments) > 1:
+        v = settle(x, v, ds, shift, grid, partly, moments, tiles, SWEEPS * (1 + effort))
+    lost = (x - v * ds).reshape(GROUP, tiles, groups, TILE).transpose(1, 3, 2, 0)
+    lost = lost.reshape(full.shape)[:rows, :cols]
 
     v -= shift
     code = v.astype(np.int8)
     if live is not None:
         code[live == 0] = grid.blank
     body = grid.group(code, tiles, groups)
-    return assemble(S, s, shift.reshape(by_row), body, live, grid), error
+    return assemble(S, s, shift.reshape(by_row), body, live, grid), lost
 
 
 def assemble(S, s, shift, body, live, grid):
@@ -452,14 +551,17 @@ def tile_bytes_of(grid, cols):
 
 def float_type(number, pack, unit, bytes_of_unit):
     """unit inputs of 16 rows take bytes_of_unit."""
-    return Type(number, pack, lambda cols: round_up(cols, unit) // unit * bytes_of_unit)
+    return Type(number, lambda w, moments, effort: pack(w),
+                lambda cols: round_up(cols, unit) // unit * bytes_of_unit)
 
 
 def quantised_type(number, grid):
-    return Type(number, lambda w: pack_quantised(w, grid), lambda cols: tile_bytes_of(grid, cols))
+    return Type(number, lambda w, moments, effort: pack_quantised(w, grid, moments, effort),
+                lambda cols: tile_bytes_of(grid, cols))
 
 
-# number in the file, slab of weights to (bytes, squared error), columns to bytes of a tile
+# number in the file; slab of weights, moments and effort to bytes and what these lack (None:
+# nothing); columns to bytes of a tile
 Type = collections.namedtuple("Type", "number pack tile_bytes")
 TYPES = {
     "f32": float_type(1, pack_f32, 1, 64),
@@ -3865,13 +3967,86 @@ def plan_tensors(reader, options):
     return plan
 
 
-worker_reader = None  # the checkpoint, in each worker process
+# ---- the file of `run --importance`, described in run.c --
+
+INPUTS = {"q": "q", "k": "q", "v": "q", "o": "o", "gate": "gate", "up": "gate", "down": "down"}
+IMPORTANCE_HEADER = struct.Struct("<8s2I7IIQQ")
 
 
-def start_worker(reader):
+class Importance:
+    """Moments of the inputs of every matrix, read when they are needed."""
+    kept = None, None
+
+    def __init__(self, path, model):
+        self.path = path
+        with open(path, "rb") as f:
+            head = f.read(IMPORTANCE_HEADER.size)
+        if len(head) < IMPORTANCE_HEADER.size or head[:8] != b"\x89GEMMAI\n":
+            raise ExportError("%s holds no importance: make one with run MODEL --importance OUT "
+                              "-f TEXT" % path)
+        _, version, self.block, *sizes, zero, tokens, more = IMPORTANCE_HEADER.unpack(head)
+        if version != 1 or self.block not in (1, 32, 64, 128, 256) or zero or more or not tokens:
+            raise ExportError("%s is damaged, or of another version: make it again" % path)
+        self.check_sizes(sizes, model)
+        self.offsets, at = {}, IMPORTANCE_HEADER.size
+        for layer in range(model.L):
+            for name in ("q", "o", "gate", "down"):
+                cols = {"o": model.N * model.H, "down": model.F}.get(name, model.D)
+                self.offsets["layers.%d.%s" % (layer, name)] = at, cols
+                at += 4 * self.block * cols
+        self.offsets["head"] = at, model.D
+        at += 4 * self.block * model.D
+        if os.path.getsize(path) != at:
+            raise ExportError("%s has %d bytes, not %d: make it again"
+                              % (path, os.path.getsize(path), at))
+
+    def check_sizes(self, sizes, model):
+        for name, have in zip("LDNKHFV", sizes):
+            want = getattr(model, name)
+            if have != want:
+                raise ExportError("%s was made with another model (%s is %d, here %d): run the "
+                                  "same checkpoint to make it" % (self.path, name, have, want))
+
+    def key(self, name, tied):
+        """Which input the matrix of that name multiplies; None where it only looks up rows."""
+        if is_norm(name):
+            return None
+        if name in ("embedding", "head"):
+            return "head" if name == "head" or tied else None
+        layer, matrix = name.rsplit(".", 1)
+        return "%s.%s" % (layer, INPUTS[matrix])
+
+    def moments(self, key):
+        """[block, cols], damped."""
+        if self.kept[0] != key:
+            offset, cols = self.offsets[key]
+            raw = read_at(self.path, offset, 4 * self.block * cols).view("<f4")
+            found = raw.reshape(self.block, cols)
+            self.check_moments(found, key)
+            self.kept = key, damped(found)
+        return self.kept[1]
+
+    def check_moments(self, found, key):
+        blocks = blocks_of(found, round_up(found.shape[1], self.block))
+        with np.errstate(invalid="ignore", over="ignore"):
+            squares = np.einsum("bii->bi", blocks).astype(np.float64)
+            most = np.sqrt(squares[:, :, None] * squares[:, None, :]) * 1.001
+            sound = (squares >= 0).all() and (squares < HUGE).all() and (
+                np.abs(blocks) <= most).all() and (blocks == blocks.transpose(0, 2, 1)).all()
+        if not sound:
+            raise ExportError("%s is damaged: what it says of %s are no means of products; make "
+                              "it again" % (self.path, key))
+
+
+# What packing needs beside the task: the checkpoint, an Importance or None, --effort
+Job = collections.namedtuple("Job", "reader importance effort")
+worker_job = None  # in each worker process
+
+
+def start_worker(job):
     """Workers leave signals to the parent and never outlive it."""
-    global worker_reader
-    worker_reader = reader
+    global worker_job
+    worker_job = job
     for name in ("SIGINT", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
@@ -3884,18 +4059,20 @@ def start_worker(reader):
     threading.Thread(target=follow, daemon=True).start()
 
 
-def pack_rows(task, reader=None):
-    """Packs rows start .. stop of a tensor: bytes, sum w^2, sum (w - w')^2."""
-    name, type_name, cols, start, stop = task
-    reader = reader or worker_reader
+def pack_rows(task, job=None):
+    """Packs rows start .. stop of a tensor: bytes, sum w^2, sum (w - w')^2, these weighted
+    where the importance of the inputs is known."""
+    name, type_name, cols, start, stop, key = task
+    job = job or worker_job
+    moments = job.importance.moments(key) if key else None
     packed, power, error = [], 0.0, 0.0
     for i, j in row_blocks(stop - start, cols):
-        w = reader.tensors[name].rows(start + i, start + j)
+        w = job.reader.tensors[name].rows(start + i, start + j)
         check_values(name, type_name, w, start + i)
-        data, lost = TYPES[type_name].pack(w)
+        data, lost = TYPES[type_name].pack(w, moments, job.effort)
         packed.append(data)
-        power += float(np.vdot(w, w))
-        error += lost
+        power += weighted_square(w, moments)
+        error += 0.0 if lost is None else weighted_square(lost, moments)
     return b"".join(packed), power, error
 
 
@@ -3910,22 +4087,21 @@ def check_values(name, type_name, w, first_row):
                           % (name, top, name))
 
 
-def tasks_of(section, source):
+def tasks_of(section, source, key):
     """Parts of a tensor, each about eight slabs."""
     step = row_blocks(section.rows, section.cols)[0][1] * 8
-    return [(source, section.type, section.cols, i, min(i + step, section.rows))
+    return [(source, section.type, section.cols, i, min(i + step, section.rows), key)
             for i in range(0, section.rows, round_up(step, TILE))]
 
 
-def pack_all(reader, plan, jobs):
-    """Yields the results of every task of the plan, in order, few ahead of the consumer."""
-    tasks = (t for section, source in plan for t in tasks_of(section, source))
+def pack_all(tasks, plan, job, jobs):
+    """Yields the results of every task, in order, few ahead of the consumer."""
     weights = sum(s.rows * s.cols for s, _ in plan)
     if jobs < 2 or weights < 1 << 24:
         for task in tasks:
-            yield pack_rows(task, reader)
+            yield pack_rows(task, job)
         return
-    pool = futures.ProcessPoolExecutor(jobs, initializer=start_worker, initargs=(reader,))
+    pool = futures.ProcessPoolExecutor(jobs, initializer=start_worker, initargs=(job,))
     waiting = collections.deque()
     try:
         for task in tasks:
@@ -3942,24 +4118,28 @@ def pack_all(reader, plan, jobs):
         pool.shutdown(cancel_futures=True)
 
 
-def write_tensors(out, reader, plan, options, progress):
+def write_tensors(out, job, plan, options, progress):
     """Packs and writes every tensor; returns the relative error of each."""
+    tied = all(section.name != "head" for section, _ in plan)
+    tasks = [tasks_of(section, source,
+                      job.importance.key(section.name, tied) if job.importance else None)
+             for section, source in plan]
     progress.start(sum(s.rows * s.cols for s, _ in plan))
-    results = pack_all(reader, plan, options.jobs)
+    results = pack_all((t for part in tasks for t in part), plan, job, options.jobs)
     errors = []
     try:
-        for section, source in plan:
+        for part in tasks:
             sums = [0.0, 0.0]
 
             def chunks():
-                for task in tasks_of(section, source):
+                for _, _, cols, start, stop, _ in part:
                     data, power, error = next(results)
                     sums[0] += power
                     sums[1] += error
-                    progress.add((task[4] - task[3]) * task[2])
+                    progress.add((stop - start) * cols)
                     yield data
             out.write_section(chunks())
-            errors.append(math.sqrt(sums[1] / sums[0]) if sums[0] else 0.0)
+            errors.append(math.sqrt(max(sums[1], 0) / sums[0]) if sums[0] > 0 else 0.0)
     finally:
         results.close()  # ends the workers
     return errors
@@ -3995,6 +4175,8 @@ def options_text(options):
     """The options that shaped the weights, for the file's facts."""
     words = ["--type " + options.type]
     words += ["--head " + options.head] if options.head else []
+    words += ["--importance " + os.path.basename(options.importance)] if options.importance else []
+    words += ["--effort %d" % options.effort] if options.effort else []
     words += ["--tensor %s=%s" % pair for pair in options.tensor]
     words += ["--lora %s=%g" % (directory_name(path), scale) for path, scale in options.lora]
     return " ".join(words)
@@ -4011,6 +4193,7 @@ def convert(options, progress):
     finish_tokenizer(tokenizer, model.V, tokenizer_path)
     model.stop_ids = stop_ids(model, tokenizer)
     plan = plan_tensors(reader, options)
+    importance = Importance(options.importance, model) if options.importance else None
     facts = gather_facts(options, reader.name(), reader.source, model.V >= 256000,
                          reader.chat_template(), options_text(options))
     sections = [bytes_section("facts", FACTS, facts_section(facts)),
@@ -4019,13 +4202,16 @@ def convert(options, progress):
     tiny = sum(s.size for s, _ in plan) < 1 << 20
     align = options.align or (64 if tiny else 4096)
     inputs = [*reader.files, *side_files(reader.directory), *tokenizer_files(tokenizer_path)]
+    inputs += [options.importance] if importance else []
     with Container(options.output, sections, align, inputs) as out:
         for section in sections[:2]:
             out.write_section([section.data])
-        errors = write_tensors(out, reader, plan, options, progress)
+        errors = write_tensors(out, Job(reader, importance, options.effort), plan, options,
+                               progress)
         out.finish(model)
     seconds = time.monotonic() - started
-    return report(options.output, out.size, [s for s, _ in plan], errors, seconds)
+    lines = report(options.output, out.size, [s for s, _ in plan], errors, seconds)
+    return lines + (["errors are weighted by the importance of the inputs"] if importance else [])
 
 
 def report(path, file_bytes, sections, errors, seconds):
@@ -4092,6 +4278,8 @@ Examples:
   export.py gemma-2-9b-it 9b-q4.bin --type q4 --tensor 'layers.*.down=q6' --head q8
   export.py gemma-2-2b-it 2b.bin --tensor head=q4
   export.py gemma-2-2b 2b-mine.bin --lora my-adapter --lora style=0.5
+  run 2b-q8.bin --importance 2b.imp --importance-block 256 -f some_text.txt
+  export.py gemma-2-2b-it 2b-q4.bin --type q4 --importance 2b.imp
   export.py --tokenizer-only gemma-2-2b-it/tokenizer.model tokenizer.bin
 
 Exit codes: 0 done, 1 failed (no output is left behind), 2 wrong usage, 130 interrupted.
@@ -4151,6 +4339,12 @@ def parse_options(arguments):
     p.add_argument("--lora", type=lora_option, action="append", default=[], metavar="DIR[=SCALE]",
                    help="add a LoRA adapter (PEFT's adapter_config.json and adapter_model.*), "
                    "SCALE times as strongly as it was trained (default: 1); may be repeated")
+    p.add_argument("--importance", metavar="FILE", help="what `run MODEL --importance FILE -f TEXT` "
+                   "wrote, MODEL being the same checkpoint as bf16 or q8: quantised matrices then "
+                   "lose least in what they multiply, and errors are weighted so")
+    p.add_argument("--effort", type=int, choices=(0, 1, 2), default=0, metavar="N",
+                   help="0 to 2: how many scales to try (default: 0; each step costs about as much "
+                   "again, for one or two hundredths of the error)")
     p.add_argument("--tokenizer", metavar="FILE",
                    help="tokenizer.model, tokenizer.json (maybe .xz), a file made by export.py, or "
                    "a directory (default: the checkpoint's)")
@@ -4168,9 +4362,9 @@ def parse_options(arguments):
     p.add_argument("--version", action="version", version="export.py " + VERSION)
     options = p.parse_args(arguments)
     if options.tokenizer_only and (options.tokenizer or options.head or options.tensor
-                                   or options.lora):
-        p.error("--tokenizer-only writes no weights: --tokenizer, --head, --tensor and --lora do "
-                "not go with it")
+                                   or options.lora or options.importance or options.effort):
+        p.error("--tokenizer-only writes no weights: --tokenizer, --head, --tensor, --lora, "
+                "--importance and --effort do not go with it")
     return options
 
 

@@ -30,6 +30,7 @@ import oracle_packed
 import oracle_sbs
 import oracle_lora
 import oracle_memory
+import oracle_quality
 import oracle_traps
 import reference as ref
 from reference import check
@@ -369,8 +370,8 @@ SECTIONS = {"models": test_models, "sessions": test_sessions, "formats": test_fo
             "tokens": test_tokens, "story": test_story, "export": oracle_export.test_export,
             "gguf": oracle_gguf.test_gguf, "sbs": oracle_sbs.test_sbs,
             "lora": oracle_lora.test_lora, "memory": oracle_memory.test_memory,
+            "packed": oracle_packed.test_packed, "quality": oracle_quality.test_quality,
             "traps": oracle_traps.test_traps}
-            "packed": oracle_packed.test_packed, "traps": oracle_traps.test_traps}
 
 
 def main():

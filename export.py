@@ -4339,9 +4339,10 @@ def parse_options(arguments):
     p.add_argument("--lora", type=lora_option, action="append", default=[], metavar="DIR[=SCALE]",
                    help="add a LoRA adapter (PEFT's adapter_config.json and adapter_model.*), "
                    "SCALE times as strongly as it was trained (default: 1); may be repeated")
-    p.add_argument("--importance", metavar="FILE", help="what `run MODEL --importance FILE -f TEXT` "
-                   "wrote, MODEL being the same checkpoint as bf16 or q8: quantised matrices then "
-                   "lose least in what they multiply, and errors are weighted so")
+    p.add_argument("--importance", metavar="FILE",
+                   help="what `run MODEL --importance FILE -f TEXT` wrote, MODEL being the same "
+                   "checkpoint as bf16 or q8: quantised matrices then lose least in what they "
+                   "multiply, and errors are weighted so")
     p.add_argument("--effort", type=int, choices=(0, 1, 2), default=0, metavar="N",
                    help="0 to 2: how many scales to try (default: 0; each step costs about as much "
                    "again, for one or two hundredths of the error)")

@@ -1980,8 +1980,8 @@ static int importance(program *p, size_t length)
         return status;
     if (p->ids.n < 2)
         return fail(USAGE, "--importance needs a text: give a file of some 100 KB with -f");
-    double *sums = columns > SIZE_MAX / sizeof *sums / block ? NULL
-                                                             : calloc(columns * block, sizeof *sums);
+    int fits = columns <= SIZE_MAX / sizeof(double) / block;
+    double *sums = fits ? calloc(columns * block, sizeof *sums) : NULL;
     if (!sums)
         return fail(FAILED, "out of memory: choose a smaller --importance-block");
     int32_t *ids = p->ids.items;

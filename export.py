@@ -825,12 +825,16 @@ def model_of_config(config):
     return model
 
 
+def other_model(kind):
+    return next((what for pattern, what in OTHER_MODELS if re.fullmatch(pattern, kind)),
+                "not Gemma 2")
+
+
 def refuse_other_models(config):
     doc = config.doc
     kind = doc.get("model_type")
     if kind != "gemma2":
-        what = next((what for pattern, what in OTHER_MODELS if re.fullmatch(pattern, str(kind))),
-                    "not Gemma 2")
+        what = other_model(str(kind))
         raise ExportError("%s: model_type is %s: %s; only Gemma 2 (\"gemma2\") can be converted"
                           % (config.path, json.dumps(kind), what))
     named = doc.get("architectures")
@@ -2065,7 +2069,7 @@ def refuse_other_ggufs(config):
         raise ExportError("%s holds %s and no model: give the model's file" % (config.path, what))
     if arch != "gemma2":
         name = str(arch)[:40]
-        what = OTHER_MODELS.get(name.replace("-", "_"), "not Gemma 2")
+        what = other_model(name.replace("-", "_"))
         raise ExportError("%s: general.architecture is %s: %s; only Gemma 2 (\"gemma2\") can be "
                           "converted" % (config.path, json.dumps(name), what))
 

@@ -799,6 +799,7 @@ def test_hub(folder):
     hub_refuses(folder, "org/other", "cannot be reached", **nowhere)
     hub_serves(folder, c, "cache without network", "org/model", home, **nowhere)
     test_hub_missing_library(folder, c, home)
+    test_hub_gguf(folder)
     test_hub_download(folder, c)
 
 
@@ -808,6 +809,17 @@ def test_hub_missing_library(folder, c, home):
     with open(os.path.join(stub, "huggingface_hub.py"), "w") as f:
         f.write("raise ImportError('stub')\n")
     hub_refuses(folder, "org/model", "pip install huggingface_hub", home="home", PYTHONPATH=stub)
+
+
+def test_hub_gguf(folder):
+    """The one GGUF file of a repository is what is read."""
+    source = os.path.join(folder, "source")
+    os.makedirs(source)
+    with open(os.path.join(source, "small.gguf"), "w") as f:
+        f.write("GGUF, but no more")
+    run = from_hub("org/gguf", folder, fake_cache(folder, "org/gguf", source), HF_HUB_OFFLINE="1")
+    check(run.returncode == 1 and "small.gguf" in run.stderr and "Traceback" not in run.stderr,
+          f"hub GGUF: {run.stderr[-300:]!r}")
 
 
 def test_hub_download(folder, c):

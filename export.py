@@ -2785,8 +2785,6 @@ ADAPTER_PARTS = {  # PEFT's name in a key, ours; "" is a module's own weight
 ADAPTER_KEY = re.compile(  # module, part of it, the adapter's name (rarely there)
     r"(?:base_model\.model\.)?(.+?)(?:\.(%s)(?:\.(?!weight$|bias$)[^.]+)?)?(?:\.weight)?"
     % "|".join(re.escape(p) for p in ADAPTER_PARTS if p))
-
-
 MERGE = "merge it into its base model with PEFT's merge_and_unload()"
 
 

@@ -70,7 +70,8 @@ def adapter(path, layers, rank):
     for i in range(layers):
         for name, (rows, cols) in matrices(**WIDTHS).items():
             key = "base_model.model.model.layers.%d.%s." % (i, name)
-            shapes.update({key + "lora_A.weight": [rank, cols], key + "lora_B.weight": [rows, rank]})
+            shapes[key + "lora_A.weight"] = [rank, cols]
+            shapes[key + "lora_B.weight"] = [rows, rank]
     sparse_safetensors(os.path.join(path, "adapter_model.safetensors"), "F32", shapes)
     with open(os.path.join(path, "adapter_config.json"), "w") as f:
         json.dump({"peft_type": "LORA", "r": rank, "lora_alpha": rank}, f)
@@ -130,8 +131,8 @@ def measure(folder, layers, rows, bound, options):
 
 
 def test_memory(engine, folder):
-    """One layer and few rows: a conversion holds some slabs of a few tensors at a time, so more
-    layers and rows change nothing but the time (by hand: the same within a tenth)."""
+    """One layer and few rows, as a conversion holds some slabs of a few tensors at a time: 0.15
+    GB.  By hand, with all rows and so all pieces, it is 0.25 GB; more layers add nothing."""
     measure(folder, 1, 512, 0.4 * GB, ["--type", "bf16", "-j", "2"])
 
 

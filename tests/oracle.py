@@ -26,11 +26,11 @@ import numpy as np
 import make_golden
 import oracle_export
 import oracle_gguf
-import oracle_packed
-import oracle_sbs
 import oracle_lora
 import oracle_memory
+import oracle_packed
 import oracle_quality
+import oracle_sbs
 import oracle_traps
 import reference as ref
 from reference import check

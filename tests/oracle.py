@@ -3,8 +3,6 @@ live: transformers in float32 with eager attention, SentencePiece, and formats r
 numpy straight from the byte tables.  Ends with one line "N passed, N failed".
 
   python3 tests/oracle.py [NAME ...]        names as in SECTIONS at the end
-  python3 tests/oracle.py [models] [sessions] [formats] [tokens] [story] [export] [gguf] [sbs]
-                          [packed] [traps]
 
 Without names all of it runs, in a few minutes on two cores.  CC names the compiler,
 ORACLE_SEED another seed for what is random."""

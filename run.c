@@ -180,7 +180,12 @@ static FILE *open_beside(const char *path, char *name, size_t size)
     return fopen(name, "wb");
 #else
     int fd = mkstemp(name);
-    return fd < 0 ? NULL : fdopen(fd, "wb");
+    FILE *file = fd < 0 ? NULL : fdopen(fd, "wb");
+    int reason = errno;
+    if (fd >= 0 && !file)
+        close(fd), remove(name);
+    errno = reason;
+    return file;
 #endif
 }
 

@@ -10,6 +10,7 @@
 #undef main
 #include "../gemma2.h"
 
+#include <dirent.h>
 #include <errno.h>
 #include <string.h>
 
@@ -19,7 +20,7 @@ int run_main(int argc, char **argv); /* run.c */
 
 /* ---- Calls that fail ----------------------------------------------------------------------- */
 
-enum kind { MEMORY = 1, FILES = 2, INPUT = 4, OUTPUT = 8 };
+enum kind { MEMORY = 1, FILES = 2, INPUT = 4, OUTPUT = 8, SAVING = 16 };
 
 /* What the wrappers do: of the calls whose kind is in `kinds`, number fail_at (and with
  * `lasting` all after it) fails with `error`. */
@@ -27,6 +28,7 @@ static struct {
     int kinds, fail_at, lasting, error, calls;
     int short_reads, terminal;
     const FILE *broken; /* has had an error */
+    const FILE *saved;  /* the file being written */
 } plan;
 
 static struct {
@@ -116,14 +118,21 @@ ssize_t fault_read(int fd, void *to, size_t n)
 
 ssize_t fault_write(int fd, const void *from, size_t n)
 {
-    return denied(OUTPUT) ? -1 : (write)(fd, from, n);
+    return denied(SAVING) ? -1 : (write)(fd, from, n);
 }
 
-int fault_fsync(int fd) { return denied(OUTPUT) ? -1 : (fsync)(fd); }
+int fault_fsync(int fd) { return denied(SAVING) ? -1 : (fsync)(fd); }
 
 int fault_rename(const char *from, const char *to)
 {
-    return denied(OUTPUT) ? -1 : (rename)(from, to);
+    return denied(SAVING) ? -1 : (rename)(from, to);
+}
+
+int fault_mkstemp(char *path)
+{
+    int fd = denied(SAVING) ? -1 : (mkstemp)(path);
+    live.descriptors += fd >= 0;
+    return fd;
 }
 
 static FILE *opened(FILE *f)
@@ -134,21 +143,29 @@ static FILE *opened(FILE *f)
 
 FILE *fault_fopen(const char *path, const char *mode)
 {
-    return denied(*mode == 'r' ? INPUT : OUTPUT) ? NULL : opened((fopen)(path, mode));
+    return denied(*mode == 'r' ? INPUT : SAVING) ? NULL : opened((fopen)(path, mode));
 }
 
 FILE *fault_fdopen(int fd, const char *mode)
 {
-    if (denied(*mode == 'r' ? INPUT : OUTPUT))
+    if (denied(SAVING))
         return NULL;
     live.descriptors--; /* it is the FILE's now */
-    return opened((fdopen)(fd, mode));
+    plan.saved = opened((fdopen)(fd, mode));
+    return (FILE *)(uintptr_t)plan.saved;
 }
 
 int fault_fclose(FILE *f)
 {
+    int failed = f == plan.saved && denied(SAVING);
     live.files--;
-    return (fclose)(f);
+    return (fclose)(f) || failed ? EOF : 0;
+}
+
+/* Which failures a stream that is written to may have. */
+static int cannot_write(const FILE *f)
+{
+    return f != stderr && denied(f == plan.saved ? SAVING : OUTPUT);
 }
 
 size_t fault_fread(void *to, size_t size, size_t n, FILE *f)
@@ -173,14 +190,14 @@ int fault_ferror(FILE *f) { return plan.broken == f || (ferror)(f); }
 
 size_t fault_fwrite(const void *from, size_t size, size_t n, FILE *f)
 {
-    return f != stderr && denied(OUTPUT) ? 0 : (fwrite)(from, size, n, f);
+    return cannot_write(f) ? 0 : (fwrite)(from, size, n, f);
 }
 
-int fault_fflush(FILE *f) { return f != stderr && denied(OUTPUT) ? EOF : (fflush)(f); }
+int fault_fflush(FILE *f) { return cannot_write(f) ? EOF : (fflush)(f); }
 
 int fault_vfprintf(FILE *f, const char *format, va_list arguments)
 {
-    return f != stderr && denied(OUTPUT) ? -1 : (vfprintf)(f, format, arguments);
+    return cannot_write(f) ? -1 : (vfprintf)(f, format, arguments);
 }
 
 int fault_isatty(int fd) { return fd == STDIN_FILENO && plan.terminal; }
@@ -302,7 +319,7 @@ static void test_library(void)
 /* ---- The program --------------------------------------------------------------------------- */
 
 static const struct mode {
-    const char *arguments[12], *input; /* "@" is the path of a text */
+    const char *arguments[12], *input; /* "@" is the path of a text, "@@" of a session */
     int terminal; /* standard input is one */
 } modes[] = {
     {{"-q", "-t", "0", "-n", "6", "Once upon"}, "", 0},
@@ -311,6 +328,9 @@ static const struct mode {
     {{"-q", "--json", "-t", "0", "-s", "1", "-n", "0", "--in-memory", "x"}, "", 0},
     {{"-q", "-c", "-S", "Be brief.", "-t", "0", "-n", "3", "Hello"}, "", 0},
     {{"-q", "-c", "-t", "0", "-n", "2"}, "one\ntwo\n/clear\nthree\n", 1},
+    {{"-q", "-t", "0", "-n", "2", "--session", "@@", " and then"}, "", 0},
+    {{"-q", "-c", "-t", "0", "-n", "2", "--session", "@@"}, "one\n/clear\ntwo\n", 1},
+    {{"-q", "-t", "0", "-n", "2", "--load", "@@", " and then"}, "", 0},
     {{"--tokenize", "-f", "@"}, "", 0},
     {{"--detokenize", "2 6 7 8 100 200"}, "", 0},
     {{"--logits", "3", "Once"}, "", 0},
@@ -325,7 +345,8 @@ enum { N_MODES = sizeof modes / sizeof *modes };
 
 struct ran {
     int status;
-    char out[1 << 14], err[4096];
+    char out[1 << 14], err[4096], session[1 << 13];
+    size_t session_bytes;
 };
 
 static char scratch_dir[64];
@@ -337,20 +358,32 @@ static const char *in_dir(const char *name)
     return path;
 }
 
-static void read_text(const char *name, char *text, size_t room)
+/* All of a file, and a NUL; returns its size. */
+static size_t read_file(const char *name, char *text, size_t room)
 {
     FILE *f = (fopen)(in_dir(name), "rb");
     size_t n = f ? (fread)(text, 1, room - 1, f) : 0;
     text[n] = 0;
     if (f)
         (fclose)(f);
+    return n;
 }
 
-static void write_text(const char *name, const char *text)
+static void write_file(const char *name, const char *bytes, size_t n)
 {
     FILE *f = (fopen)(in_dir(name), "wb");
-    if (!f || fputs(text, f) < 0 || (fclose)(f))
+    if (!f || (fwrite)(bytes, 1, n, f) != n || (fclose)(f))
         fprintf(said, "cannot write to %s\n", scratch_dir), exit(1);
+}
+
+static int files_in_dir(void)
+{
+    DIR *dir = opendir(scratch_dir);
+    int n = 0;
+    for (struct dirent *e; dir && (e = readdir(dir)) != NULL;)
+        n += e->d_name[0] != '.';
+    closedir(dir);
+    return n;
 }
 
 /* Runs the program as `plan` has it, on files for its standard streams. */
@@ -358,21 +391,24 @@ static void run_program(const struct mode *mode, struct ran *r)
 {
     char *argv[16] = {"run", MODEL};
     int argc = 2;
-    char text[128];
+    char text[128], session[128];
     snprintf(text, sizeof text, "%s", in_dir("text"));
+    snprintf(session, sizeof session, "%s", in_dir("session"));
     for (; argc < 14 && mode->arguments[argc - 2]; argc++) {
         const char *argument = mode->arguments[argc - 2];
-        argv[argc] = strcmp(argument, "@") ? (char *)(uintptr_t)argument : text;
+        argv[argc] = !strcmp(argument, "@") ? text : !strcmp(argument, "@@") ? session
+                     : (char *)(uintptr_t)argument;
     }
     plan.terminal = mode->terminal;
-    write_text("in", mode->input);
+    write_file("in", mode->input, strlen(mode->input));
     if (!freopen(in_dir("in"), "rb", stdin) ||
         !freopen(in_dir("out"), "wb", stdout) || !freopen(in_dir("err"), "wb", stderr))
         fprintf(said, "cannot write to %s\n", scratch_dir), exit(1);
     r->status = run_main(argc, argv);
     (fflush)(stdout), (fflush)(stderr);
-    read_text("out", r->out, sizeof r->out);
-    read_text("err", r->err, sizeof r->err);
+    read_file("out", r->out, sizeof r->out);
+    read_file("err", r->err, sizeof r->err);
+    r->session_bytes = read_file("session", r->session, sizeof r->session);
 }
 
 /* One sentence, and nothing else but the signs of a conversation. */
@@ -394,7 +430,27 @@ static const struct {
     {INPUT, EIO, {1, 1}, "cannot"},
     {OUTPUT, ENOSPC, {1, 1}, "cannot write to standard output: No space left"},
     {OUTPUT, EPIPE, {0, 0}, ""},
+    {SAVING, ENOSPC, {1, 1}, "cannot save the session as"},
 };
+enum { N_FAILURES = sizeof failures / sizeof *failures };
+
+/* The session's file before each run. */
+static struct ran kept;
+
+static int same_session(const struct ran *a, const struct ran *b)
+{
+    return a->session_bytes == b->session_bytes &&
+           !memcmp(a->session, b->session, a->session_bytes);
+}
+
+/* A session knows its size.  Where output ends early it may be one of fewer tokens. */
+static int is_whole(const struct ran *r)
+{
+    uint64_t bytes = 0;
+    for (int i = 0; i < 8; i++)
+        bytes |= (uint64_t)(uint8_t)r->session[16 + i] << 8 * i;
+    return bytes == r->session_bytes;
+}
 
 /* Whether one text is the start of the other, but for what a clock says. */
 static int is_start(const char *text, const char *whole)
@@ -410,6 +466,7 @@ static int fail_once(const struct mode *mode, int which, int at, int lasting,
 {
     static struct ran r;
     int expected = 0, kind = failures[which].kind;
+    write_file("session", kept.session, kept.session_bytes);
     arm(kind, at, lasting, failures[which].error);
     run_program(mode, &r);
     const char *name = mode->arguments[0], *second = mode->arguments[1];
@@ -428,26 +485,39 @@ static int fail_once(const struct mode *mode, int which, int at, int lasting,
     if (n && r.status && r.out[n - 1] == '\n') /* a newline ends what there is of a reply */
         r.out[n - 1] = 0;
     check(is_start(r.out, good->out), "%s: \"%s\" is written at call %d", name, r.out, at);
-    check(nothing_lives(), "%s: call %d leaves something behind", name, at);
+    check(same_session(&r, &kept) || same_session(&r, good) ||
+              (kind == OUTPUT && is_whole(&r)), "%s: call %d, %s: half a session", name, at,
+          strerror(failures[which].error));
+    check(kind != SAVING || !there || same_session(&r, &kept), "%s: a session that is not saved "
+          "is changed", name);
+    check(nothing_lives() && files_in_dir() == 5, "%s: call %d leaves something behind", name, at);
     return there;
 }
 
 static void test_program(void)
 {
     static struct ran good;
-    write_text("text", "Once upon a time there was a king who had three sons.\nThe youngest went "
-                       "into the forest, and there he met an old grey man.\n");
+    static const struct mode first = {{"-q", "-t", "0", "-n", "3", "--session", "@@", "Once"}, "",
+                                      0};
+    static const char text[] = "Once upon a time there was a king who had three sons.\nThe youngest "
+                               "went into the forest, and there he met an old grey man.\n";
+    write_file("text", text, sizeof text - 1);
+    arm(0, 0, 0, 0);
+    run_program(&first, &kept);
+    check(kept.status == 0 && kept.session_bytes > 200, "a session is kept: %s", kept.err);
     for (int i = 0; i < N_MODES; i++) {
+        write_file("session", kept.session, kept.session_bytes);
         arm(0, 0, 0, 0);
         run_program(&modes[i], &good);
         check(good.status == 0 && good.out[0], "%s: status %d, %s", modes[i].arguments[0],
               good.status, good.err);
         check(nothing_lives(), "%s leaves something behind", modes[i].arguments[0]);
-        for (int which = 0; which < 5; which++)
+        for (int which = 0; which < N_FAILURES; which++)
             for (int lasting = 0; lasting < 2; lasting++)
                 for (int at = 1; fail_once(&modes[i], which, at, lasting, &good); at++)
                     ;
     }
+    remove(in_dir("session"));
     remove(in_dir("in")), remove(in_dir("out")), remove(in_dir("err")), remove(in_dir("text"));
 }
 

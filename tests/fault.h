@@ -23,6 +23,7 @@ ssize_t fault_read(int fd, void *to, size_t n);
 ssize_t fault_write(int fd, const void *from, size_t n);
 int fault_fsync(int fd);
 int fault_rename(const char *from, const char *to);
+int fault_mkstemp(char *path);
 FILE *fault_fopen(const char *path, const char *mode);
 FILE *fault_fdopen(int fd, const char *mode);
 int fault_fclose(FILE *f);
@@ -48,6 +49,7 @@ int fault_isatty(int fd);
 #define write(fd, from, n) fault_write(fd, from, n)
 #define fsync(fd) fault_fsync(fd)
 #define rename(from, to) fault_rename(from, to)
+#define mkstemp(path) fault_mkstemp(path)
 #define fopen(path, mode) fault_fopen(path, mode)
 #define fdopen(fd, mode) fault_fdopen(fd, mode)
 #define fclose(f) fault_fclose(f)

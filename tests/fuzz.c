@@ -620,24 +620,30 @@ static size_t mutate_session(uint8_t *data, size_t size, size_t max)
 /* ---- Target: cli --------------------------------------------------------------------------- */
 
 static char cli_dir[64];
+static int home = -1; /* the directory to return to */
 
 static void write_in(const char *name, const void *p, size_t n)
 {
-    char path[128];
-    snprintf(path, sizeof path, "%s/%s", cli_dir, name);
-    FILE *f = fopen(path, "wb");
+    FILE *f = fopen(name, "wb");
     if (!f || (n && fwrite(p, 1, n, f) != n) || fclose(f))
-        printf("cannot write %s\n", path), exit(1);
+        printf("cannot write %s\n", name), exit(1);
+}
+
+/* Removes what the program left in the directory, or all. */
+static void sweep(int all)
+{
+    DIR *dir = opendir(".");
+    for (struct dirent *e; dir && (e = readdir(dir)) != NULL;)
+        if (e->d_name[0] != '.' && (all || (strcmp(e->d_name, "model") && strcmp(e->d_name, "words"))))
+            unlink(e->d_name);
+    if (dir)
+        closedir(dir);
 }
 
 static void remove_cli_dir(void)
 {
-    static const char *const names[] = {"model", "words", "in", "out"};
-    char path[128];
-    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
-        snprintf(path, sizeof path, "%s/%s", cli_dir, names[i]);
-        unlink(path);
-    }
+    if (chdir(cli_dir) == 0)
+        sweep(1);
     rmdir(cli_dir);
 }
 
@@ -651,6 +657,9 @@ static void make_cli_dir(void)
         printf("cannot make %s\n", cli_dir), exit(1);
     atexit(remove_cli_dir);
     force_kernels(1);
+    home = open(".", O_RDONLY);
+    if (home < 0 || chdir(cli_dir))
+        exit(1);
     struct image m = build(&shape);
     write_in("model", m.data, m.size);
     free(m.data);
@@ -660,19 +669,22 @@ static void make_cli_dir(void)
     free(m.data);
 }
 
-/* Words of the grammar; "/name" is a file of the directory. */
 static const char *const WORDS[] = {
-    "/model", "/words", "/in", "/none", "", "-", "--", "-c", "-S", "-n", "5", "-t", "0", "1.5",
+    "model", "words", "in", "none", "", "-", "--", "-c", "-S", "-n", "5", "-t", "0", "1.5",
     "-s", "7", "-q", "-v", "-h", "--version", "-p", "-f", "--ids", "2 6 7", "--echo", "-k", "3",
     "-P", "0.5", "--min-p", "0.1", "--stop", "a", "w3", "--ignore-eos", "-C", "30", "-j", "1",
     "--window", "--kv", "f32", "f16", "--exact", "--in-memory", "--json", "--tokenize",
     "--detokenize", "--logits", "--score", "--perplexity", "--info", "--check", "--temprature",
-    "-n5", "--seed=9", "--context=20", "--stop=", "\xff\xc2\x9b", "1e99", "-1", "<eot>\n", "w9"};
+    "-n5", "--seed=9", "--context=20", "--stop=", "\xff\xc2\x9b", "1e99", "-1", "<eot>\n", "w9",
+    "--session", "--load", "kept", "--man", "--completion", "bash"};
 enum { N_WORDS = sizeof WORDS / sizeof *WORDS };
 
-/* Numbers of four digits could ask for more time or memory than a fuzzer has. */
+/* Numbers of four digits could ask for more time or memory than a fuzzer has, and a path could
+ * lead out of the directory to files that are written. */
 static int asks_too_much(const char *word)
 {
+    if (strchr(word, '/'))
+        return 1;
     for (size_t digits = 0; *word; word++) {
         digits = *word >= '0' && *word <= '9' ? digits + 1 : 0;
         if (digits > 3)
@@ -686,19 +698,17 @@ static int asks_too_much(const char *word)
 static void fuzz_cli(const uint8_t *data, size_t size)
 {
     enum { MOST = 24, LONGEST = 120 };
-    static char words[MOST][LONGEST + 80];
-    char *argv[MOST + 2] = {"run"}, in[128];
+    static char words[MOST][LONGEST + 8];
+    static unsigned turn;
+    char *argv[MOST + 2] = {"run"};
     int argc = 1;
     size_t at = 0;
-    if (!cli_dir[0])
-        make_cli_dir();
     while (at < size && data[at] != 127 && argc <= MOST) {
         char *word = argv[argc] = words[argc - 1];
         size_t n = 0;
         argc++;
         if (data[at] >= 128) {
-            const char *w = WORDS[data[at++] % N_WORDS];
-            snprintf(word, LONGEST + 80, "%s%s", *w == '/' ? cli_dir : "", w);
+            snprintf(word, sizeof words[0], "%s", WORDS[data[at++] % N_WORDS]);
             continue;
         }
         while (at < size && data[at] < 127 && data[at] && n < LONGEST)
@@ -709,12 +719,19 @@ static void fuzz_cli(const uint8_t *data, size_t size)
             return;
     }
     at += at < size;
+    if (!cli_dir[0])
+        make_cli_dir();
+    else if (chdir(cli_dir))
+        exit(1);
+    if (turn++ % 256 == 0)
+        sweep(0);
     write_in("in", data + at, size - at < 3000 ? size - at : 3000);
-    snprintf(in, sizeof in, "%s/in", cli_dir);
-    if (!freopen(in, "rb", stdin))
+    if (!freopen("in", "rb", stdin))
         exit(1);
     int status = run_main(argc, argv);
     holds(status >= 0 && status <= 3, "an exit code");
+    if (fchdir(home))
+        exit(1);
 }
 
 /* ---- The targets --------------------------------------------------------------------------- */

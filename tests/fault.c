@@ -319,7 +319,7 @@ static void test_library(void)
 /* ---- The program --------------------------------------------------------------------------- */
 
 static const struct mode {
-    const char *arguments[12], *input; /* "@" is the path of a text, "@@" of a session */
+    const char *arguments[12], *input; /* "@" is the path of a text, "@@" of a file to keep */
     int terminal; /* standard input is one */
 } modes[] = {
     {{"-q", "-t", "0", "-n", "6", "Once upon"}, "", 0},
@@ -340,12 +340,15 @@ static const struct mode {
     {{"--check"}, "", 0},
     {{"--help"}, "", 0},
     {{"--version"}, "", 0},
+    {{"--man"}, "", 0},
+    {{"--completion", "zsh"}, "", 0},
+    {{"-q", "-C", "16", "--importance", "@@", "--importance-block", "32", "-f", "@"}, "", 0},
 };
 enum { N_MODES = sizeof modes / sizeof *modes };
 
 struct ran {
     int status;
-    char out[1 << 14], err[4096], session[1 << 13];
+    char out[1 << 15], err[4096], session[1 << 17];
     size_t session_bytes;
 };
 
@@ -430,7 +433,7 @@ static const struct {
     {INPUT, EIO, {1, 1}, "cannot"},
     {OUTPUT, ENOSPC, {1, 1}, "cannot write to standard output: No space left"},
     {OUTPUT, EPIPE, {0, 0}, ""},
-    {SAVING, ENOSPC, {1, 1}, "cannot save the session as"},
+    {SAVING, ENOSPC, {1, 1}, "cannot save the "},
 };
 enum { N_FAILURES = sizeof failures / sizeof *failures };
 
@@ -509,13 +512,13 @@ static void test_program(void)
         write_file("session", kept.session, kept.session_bytes);
         arm(0, 0, 0, 0);
         run_program(&modes[i], &good);
-        check(good.status == 0 && good.out[0], "%s: status %d, %s", modes[i].arguments[0],
-              good.status, good.err);
+        check(good.status == 0 && (good.out[0] || !same_session(&good, &kept)), "%s: status %d, %s",
+              modes[i].arguments[0], good.status, good.err);
         check(nothing_lives(), "%s leaves something behind", modes[i].arguments[0]);
         for (int which = 0; which < N_FAILURES; which++)
             for (int lasting = 0; lasting < 2; lasting++)
-                for (int at = 1; fail_once(&modes[i], which, at, lasting, &good); at++)
-                    ;
+                for (int at = 1; fail_once(&modes[i], which, at, lasting, &good);)
+                    at += 1 + (at > 100 ? at / 10 : 0); /* a manual page has thousands */
     }
     remove(in_dir("session"));
     remove(in_dir("in")), remove(in_dir("out")), remove(in_dir("err")), remove(in_dir("text"));

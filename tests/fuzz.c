@@ -104,6 +104,27 @@ static void text_comes_back(const gemma2_model *m, const char *text, size_t n, u
 
 /* ---- Using a model ------------------------------------------------------------------------ */
 
+/* Sums of squares over one more token, in exactly the memory they need. */
+static void weigh_inputs(gemma2_session *s, uint8_t wish)
+{
+    static const uint32_t blocks[] = {1, 32, 64, 256, 0, 33};
+    uint32_t block = blocks[wish % 6];
+    int legal = wish % 6 < 4;
+    gemma2_input input = {0};
+    int32_t id = wish % s->model->config.n_vocab, at = gemma2_position(s);
+    for (size_t i = 0; gemma2_get_input(s->model, i, &input); i++)
+        ;
+    size_t n = (size_t)(input.first + input.cols) * block;
+    double *sums = fresh(n * sizeof *sums);
+    memset(sums, 0, n * sizeof *sums);
+    int status = gemma2_importance(s, &id, 1, block, sums);
+    holds(status == (at == gemma2_context(s) ? GEMMA2_ERR_CONTEXT
+                     : legal ? GEMMA2_OK : GEMMA2_ERR_ARGUMENT), "importance");
+    for (size_t i = 0; status == GEMMA2_OK && block == 1 && i < n; i++)
+        holds(!(sums[i] < 0), "a square is not negative");
+    free(sums);
+}
+
 /* A session as the bytes p[8] want it, or NULL; what it takes is what the plan says. */
 static gemma2_session *any_session(const gemma2_model *m, const uint8_t *p)
 {
@@ -192,6 +213,8 @@ static void use_session(const gemma2_model *m, const uint8_t *p)
     gemma2_row row = {s, ids[1], logits};
     status = gemma2_eval_rows(&row, 1);
     holds(status == (at + max_i32(k, 0) < room ? GEMMA2_OK : GEMMA2_ERR_CONTEXT), "a row");
+    if (gemma2_position(s) && gemma2_rewind(s, gemma2_position(s) - 1) == GEMMA2_OK)
+        weigh_inputs(s, p[1]);
     moves(s, p, logits);
     free(s), free(logits);
 }
@@ -676,7 +699,8 @@ static const char *const WORDS[] = {
     "--window", "--kv", "f32", "f16", "--exact", "--in-memory", "--json", "--tokenize",
     "--detokenize", "--logits", "--score", "--perplexity", "--info", "--check", "--temprature",
     "-n5", "--seed=9", "--context=20", "--stop=", "\xff\xc2\x9b", "1e99", "-1", "<eot>\n", "w9",
-    "--session", "--load", "kept", "--man", "--completion", "bash"};
+    "--session", "--load", "kept", "--man", "--completion", "bash",
+    "--importance", "--importance-block", "32"};
 enum { N_WORDS = sizeof WORDS / sizeof *WORDS };
 
 /* Numbers of four digits could ask for more time or memory than a fuzzer has, and a path could

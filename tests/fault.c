@@ -29,6 +29,7 @@ static struct {
     int short_reads, terminal;
     const FILE *broken; /* has had an error */
     const FILE *saved;  /* the file being written */
+    int synced, named_early; /* it is on the disk; it got its name before it was */
 } plan;
 
 static struct {
@@ -121,10 +122,15 @@ ssize_t fault_write(int fd, const void *from, size_t n)
     return denied(SAVING) ? -1 : (write)(fd, from, n);
 }
 
-int fault_fsync(int fd) { return denied(SAVING) ? -1 : (fsync)(fd); }
+int fault_fsync(int fd)
+{
+    plan.synced = !denied(SAVING) && (fsync)(fd) == 0;
+    return plan.synced ? 0 : -1;
+}
 
 int fault_rename(const char *from, const char *to)
 {
+    plan.named_early |= !plan.synced;
     return denied(SAVING) ? -1 : (rename)(from, to);
 }
 
@@ -493,6 +499,7 @@ static int fail_once(const struct mode *mode, int which, int at, int lasting,
           strerror(failures[which].error));
     check(kind != SAVING || !there || same_session(&r, &kept), "%s: a session that is not saved "
           "is changed", name);
+    check(!plan.named_early, "%s: a file is named before it is on the disk", name);
     check(nothing_lives() && files_in_dir() == 5, "%s: call %d leaves something behind", name, at);
     return there;
 }

@@ -230,6 +230,28 @@ static void test_wrapping_sizes(void)
     free(m.data);
 }
 
+/* 14: a section that is skipped, of nearly 2^64 bytes: it ends, wrapping, just before its own
+ * start, and all that follows is laid out as if it were empty. */
+static void test_wraps_around(void)
+{
+    struct image m = build(&tiny_shape);
+    int n = (int)get_u32(m.data + 48);
+    uint64_t from = get_u64(entry_of(&m, 0) + 32), to = get_u64(entry_of(&m, 1) + 32);
+    memmove(m.data + from, m.data + to, m.size - to);
+    m.size -= to - from;
+    put_u64(m.data + 32, m.size);
+    for (int i = 1; i < n; i++)
+        put_u64(entry_of(&m, i) + 32, get_u64(entry_of(&m, i) + 32) - (to - from));
+    put_u32(entry_of(&m, 0), 300), put_u32(entry_of(&m, 0) + 12, 1);
+    for (uint64_t bytes = 0, i = 0; i < 3; i++, bytes -= 8) {
+        put_u64(entry_of(&m, 0) + 40, bytes);
+        seal(&m);
+        check(opens(&m) == (bytes == 0), "a skipped section of %llu bytes",
+              (unsigned long long)bytes);
+    }
+    free(m.data);
+}
+
 /* 12, 15: the largest legal dimensions, for which there are no bytes; and plans too large for
  * any memory, which say so without wrapping. */
 static void test_largest_dimensions(void)
@@ -485,6 +507,23 @@ static void test_unusual_pieces(void)
     gemma2_close(m), free(image.data);
 }
 
+/* 31: each piece in turn ends a little behind the file, of which the blob is the end. */
+static void test_piece_ends(void)
+{
+    static const uint32_t beyond[] = {1, 2, 64, 1000, 4000};
+    static struct pieces p;
+    plain_pieces(&p, 20);
+    for (uint32_t i = 0; i < p.n; i++)
+        for (size_t k = 0; k < 5; k++) {
+            uint32_t was = p.ends[i];
+            p.ends[i] = p.blob_bytes + beyond[k];
+            struct image m = build_tokenizer_file(&p);
+            check(!opens(&m), "piece %u ends %u bytes behind the file", i, beyond[k]);
+            free(m.data);
+            p.ends[i] = was;
+        }
+}
+
 /* 36: text that is no UTF-8, or hardly any, comes back as what it stands for. */
 static void test_texts(const gemma2_model *m)
 {
@@ -692,6 +731,14 @@ static void test_saved_sessions(void)
         gemma2_eval(t, ids, 3, NULL);
     }
     check(gemma2_session_restore(other, saved, n) == M, "a session of another model");
+    for (int32_t first = 0; first <= 20; first++) { /* local layers see the last 8 */
+        size_t bytes = (size_t)saved_bytes(s, 20, first);
+        put_u64(saved + 16, bytes), put_u32(saved + 36, (uint32_t)first);
+        saved_digest(saved, bytes, saved + SAVED_DIGEST_AT);
+        check(gemma2_session_restore(t, saved, bytes) == (first <= 13 ? GEMMA2_OK : C),
+              "local layers from %d on", first);
+    }
+    gemma2_session_save(s, saved, n);
     int bad = 0;
     for (size_t cut = 0; cut < n + 64; cut += 1 + cut / 150) {
         uint8_t *copy = fresh(cut);
@@ -795,7 +842,7 @@ static const struct {
     {11, "negative dimensions", "test.c", "test_header_limits test_hostile_words"},
     {12, "products that overflow", "hostile.c", "test_wrapping_sizes test_largest_dimensions"},
     {13, "alignment that wraps", "hostile.c", "test_wrapping_sizes"},
-    {14, "sum of sizes that wraps", "hostile.c", "test_wrapping_sizes"},
+    {14, "sum of sizes that wraps", "hostile.c", "test_wrapping_sizes test_wraps_around"},
     {15, "size_t of 32 bits", "hostile.c", "test_largest_dimensions"},
     {16, "more layers than an array has", "test.c", "test_header_limits"},
     {17, "heads that do not divide, odd head_dim", "test.c", "test_consistent_lies"},
@@ -821,6 +868,7 @@ static const struct {
     {30, "special ids outside, another size", "test.c", "test_tokenizer_section"},
     {31, "lengths of pieces (the longest is computed, not stored)", "test.c",
      "test_tokenizer_section"},
+    {31, "pieces that end behind the file", "hostile.c", "test_piece_ends"},
     {32, "no U+2581, missing bytes", "hostile.c", "test_unusual_pieces"},
     {32, "no bytes, no unk", "test.c", "test_encodings test_tokenizer_section"},
     {33, "byte pieces misspelt", "test.c", "test_tokenizer_section"},
@@ -892,12 +940,14 @@ int main(void)
     test_large_files();
     test_shrinks_in_memory();
     test_wrapping_sizes();
+    test_wraps_around();
     test_largest_dimensions();
     test_windows();
     test_fact_keys();
     test_values();
     test_small_vocabularies();
     test_unusual_pieces();
+    test_piece_ends();
     test_text();
     test_real_edges();
     test_sampler_extremes();

@@ -123,7 +123,7 @@ build/hostile build/fault build/replay: run.c gemma2.c gemma2.h $(wildcard tests
 # Searches for input that breaks something, SECONDS on each target: needs clang's libFuzzer.
 fuzz:
 	@mkdir -p build
-	clang -std=c11 -ffp-contract=off -O2 -g -fsanitize=fuzzer,address,undefined \
+	clang -std=c11 -ffp-contract=off -O1 -g -fsanitize=fuzzer,address,undefined \
 		-fno-sanitize-recover=all -fno-sanitize-coverage=trace-cmp -pthread \
 		-Dmain=run_main run.c tests/fuzz.c -lm -o build/fuzz
 	@sh tests/fuzz.sh build/fuzz $(or $(SECONDS),60) $(TARGETS)

@@ -509,8 +509,8 @@ static void test_program(void)
     static struct ran good;
     static const struct mode first = {{"-q", "-t", "0", "-n", "3", "--session", "@@", "Once"}, "",
                                       0};
-    static const char text[] = "Once upon a time there was a king who had three sons.\nThe youngest "
-                               "went into the forest, and there he met an old grey man.\n";
+    static const char text[] = "Once upon a time there was a king who had three sons.\n"
+                               "The youngest went out, and there he met an old grey man.\n";
     write_file("text", text, sizeof text - 1);
     arm(0, 0, 0, 0);
     run_program(&first, &kept);

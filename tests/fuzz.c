@@ -657,7 +657,8 @@ static void sweep(int all)
 {
     DIR *dir = opendir(".");
     for (struct dirent *e; dir && (e = readdir(dir)) != NULL;)
-        if (e->d_name[0] != '.' && (all || (strcmp(e->d_name, "model") && strcmp(e->d_name, "words"))))
+        if (e->d_name[0] != '.' &&
+            (all || (strcmp(e->d_name, "model") && strcmp(e->d_name, "words"))))
             unlink(e->d_name);
     if (dir)
         closedir(dir);
@@ -807,7 +808,7 @@ size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t size, size_t max, unsigned 
 
 #else
 
-enum { MUTANTS = 300 }; /* of each file */
+enum { MUTANTS = 100 }; /* of each file */
 
 size_t LLVMFuzzerMutate(uint8_t *data, size_t size, size_t max)
 {

@@ -8,7 +8,8 @@ and 3).  This script follows it and says here only how the numbers are chosen.
   2. Number formats f32 and bf16 tiles; q8, q6, q4: search for scales, then packing
   3. The model      facts, roles of tensors and their shapes
   4. Checkpoints    the reader interface; Hugging Face safetensors, plain and quantised; GGUF;
-                    gemma.cpp's .sbs; names on Hugging Face's hub; LoRA adapters
+                    gemma.cpp's .sbs; PyTorch, Keras and Flax; names on Hugging Face's hub;
+                    LoRA adapters
   5. Tokenizers     tokenizer.model, tokenizer.json, tokenizer.bin
   6. The file       sections, header, directory; written under a temporary name
   7. Conversion     which tensor gets which type; worker processes; the report
@@ -40,6 +41,7 @@ import struct
 import sys
 import threading
 import time
+import zipfile
 from concurrent import futures
 from concurrent.futures.process import BrokenProcessPool
 
@@ -642,6 +644,8 @@ class Checkpoint:
     source = ""      # one line for the file's facts
     model = None     # a Model with everything but V
     tensors = {}     # canonical name to tensor ("head" only where there is one)
+    start_method = None  # of worker processes, where the platform's own does not do
+    most_jobs = 1024     # more would need too much memory
 
     def name(self):
         return directory_name(self.directory)
@@ -1064,13 +1068,13 @@ def safetensors_files(path):
     return [os.path.join(path, n) for n in found]
 
 
-def indexed_files(path, index):
+def indexed_files(path, index, ending=".safetensors"):
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ExportError("%s has no weight_map: fetch it again" % index)
     names = sorted({n if isinstance(n, str) else json.dumps(n) for n in weight_map.values()})
     for n in names:
-        if n != os.path.basename(n) or not n.endswith(".safetensors"):
+        if n != os.path.basename(n) or not n.endswith(ending):
             raise ExportError("%s names a shard %r, which is no file name: fetch it again"
                               % (index, n))
         if not os.path.isfile(os.path.join(path, n)):
@@ -2575,13 +2579,810 @@ class Sbs(Checkpoint):
         return None
 
 
-READERS = [HuggingFace, Gguf, Sbs]  # the first that suits a path reads it
+# ---- arrays of more axes -----------------------------------------------------------------
+#
+# PyTorch's, Keras's and Flax's checkpoints say little or nothing about the model; the shapes
+# of their arrays do.  Flax and Keras keep heads as an axis of their own, and most matrices
+# transposed.  Tables name the axes of an array by the letters of its dimensions: "NDH" is q,
+# whose rows run over N and H and whose columns run over D.
+
+
+class Packed(Stored):
+    """An array that lies in a file as one piece, read by boxes: (start, stop) of each axis."""
+
+    @property
+    def key(self):
+        return self.path, self.offset
+
+    def read(self, box):
+        """The box in its stored type; what lies together is read at once."""
+        numpy_type = np.dtype(FLOATS[self.dtype][0])
+        out = np.empty([b - a for a, b in box], numpy_type)
+        run = len(box)  # this axis and those after it are one piece
+        while run and box[run - 1] == (0, self.dims[run - 1]):
+            run -= 1
+        run = max(run - 1, 0)
+        strides = [math.prod(self.dims[i + 1:]) for i in range(len(box))]
+        first = sum(a * stride for (a, _), stride in zip(box, strides))
+        for index in np.ndindex(out.shape[:run]):
+            at = first + sum(i * stride for i, stride in zip(index, strides))
+            part = read_at(self.path, self.offset + at * numpy_type.itemsize, out[index].nbytes)
+            out[index] = part.view(numpy_type).reshape(out.shape[run:])
+        return out
+
+
+class Rearranged:
+    """A matrix over the axes of an array.  letters names the axes of the array, rows and cols
+    the axes that rows and columns run over; fixed {axis: index} picks one of the others.  The
+    array has dims, dtype, key and read(box)."""
+    kept = None, None  # the last block that this process read, as tasks come row by row
+    BLOCK = 1 << 24    # bytes to read at once
+
+    def __init__(self, array, letters, rows, cols, fixed):
+        self.array, self.fixed = array, fixed
+        self.row_axes = [letters.index(c) for c in rows]
+        self.col_axes = [letters.index(c) for c in cols if c != "1"]
+        self.inner = math.prod(array.dims[i] for i in self.row_axes[1:])
+        self.shape = (array.dims[self.row_axes[0]] * self.inner,
+                      math.prod(array.dims[i] for i in self.col_axes))
+        width = WIDTHS[array.dtype] * self.inner * self.shape[1]
+        self.step = max(1, self.BLOCK // max(width, 1))
+
+    def block(self, number):
+        """Rows of steps of the leading row axis, [rows, cols] in the stored type."""
+        key = self.array.key, tuple(self.fixed.items()), number
+        if Rearranged.kept[0] != key:
+            Rearranged.kept = None, None
+            box = [(0, n) for n in self.array.dims]
+            lead, first = self.row_axes[0], number * self.step
+            box[lead] = first, min(first + self.step, self.array.dims[lead])
+            for axis, i in self.fixed.items():
+                box[axis] = i, i + 1
+            order = [*self.fixed, *self.row_axes, *self.col_axes]
+            found = self.array.read(box).transpose(order)
+            Rearranged.kept = key, np.ascontiguousarray(found).reshape(-1, self.shape[1])
+        return Rearranged.kept[1]
+
+    def touched(self, chunk):
+        """Bytes of all chunks of these sizes that one block lies in."""
+        sizes = [c if i in self.fixed else round_up(d, c)
+                 for i, (d, c) in enumerate(zip(self.array.dims, chunk))]
+        lead = self.row_axes[0]
+        sizes[lead] = min(sizes[lead], round_up(self.step, chunk[lead]) + chunk[lead])
+        return math.prod(sizes) * WIDTHS[self.array.dtype]
+
+    def rows(self, start, stop):
+        out = np.empty((stop - start, self.shape[1]), np.float32)
+        to_f32, tall, at = FLOATS[self.array.dtype][1], self.step * self.inner, start
+        while at < stop:
+            skip = at % tall
+            n = min(stop - at, tall - skip)
+            out[at - start:at - start + n] = to_f32(self.block(at // tall)[skip:skip + n])
+            at += n
+        return out
+
+
+ROLE_AXES = {name: (rows, cols) for name, _, rows, cols in ROLES + LAYER_ROLES}
+
+
+class Axes:
+    """Collects arrays as tensors and, from their shapes, the sizes of the model."""
+
+    def __init__(self, what):
+        self.what, self.tensors, self.sizes, self.origin = what, {}, {}, {}
+
+    def add(self, name, where, array, letters, fixed=None):
+        """Takes an array as the tensor that name says; where names it in messages."""
+        fixed = fixed or {}
+        if name in self.tensors:
+            raise ExportError("the checkpoint holds %s twice (%s and %s): remove the stale file"
+                              % (name, self.origin[name], where))
+        if array.dtype not in FLOATS:
+            raise ExportError("%s has type %s: convert the original checkpoint, in f32, bf16 or "
+                              "f16" % (where, array.dtype))
+        if len(array.dims) != len(letters):
+            raise ExportError("%s has shape %s and not %d axes: is this a Gemma 2 checkpoint?"
+                              % (where, list(array.dims), len(letters)))
+        for axis, letter in enumerate(letters):
+            if axis not in fixed:
+                self.measure(letter, array.dims[axis], where)
+        rows, cols = ROLE_AXES[name.split(".")[-1]]
+        self.tensors[name] = Rearranged(array, letters, rows, cols, fixed)
+        self.origin[name] = where
+
+    def measure(self, letter, size, where):
+        known, first = self.sizes.setdefault(letter, (size, where))
+        if known != size:
+            raise ExportError("%s makes %s %d, but %s makes it %d: the files do not belong together"
+                              % (where, letter, size, first, known))
+
+    def model(self):
+        layers = [int(n.split(".")[1]) for n in self.tensors if n.startswith("layers.")]
+        sizes = {letter: size for letter, (size, _) in self.sizes.items()}
+        return model_of_sizes({"L": max(layers, default=-1) + 1, **sizes}, self.tensors, self.what)
+
+
+def model_of_sizes(sizes, names, what):
+    """The Model of sizes found in shapes, held to the bounds of those in a config.json."""
+    if any(n.endswith(".o") for n in names) and not any(n.endswith("post_ffn_norm") for n in names):
+        raise ExportError("%s has no post-norms: it is Gemma 1, or another model; only Gemma 2 can "
+                          "be converted" % what)
+    for letter, keys, _, least, most in SIZES:
+        if letter != "context" and not least <= sizes.get(letter, 0) <= most:
+            raise ExportError("%s gives no usable %s (%s; %d to %d can be): fetch all of its files"
+                              % (what, keys[0], sizes.get(letter), least, most))
+    if sizes["N"] % sizes["K"] or sizes["H"] % 2:
+        raise ExportError("%s has %d heads of %d values and %d key/value heads, which do not go "
+                          "together: fetch it again" % (what, sizes["N"], sizes["H"], sizes["K"]))
+    return model_of_shapes(*(sizes[c] for c in "LDNKHF"))
+
+
+# ---- zip archives ------------------------------------------------------------------------
+
+
+def stored_members(path):
+    """Name to (offset, size) of an archive whose members are stored as they are, every claim
+    checked; None for a file that is no archive."""
+    size, found = os.path.getsize(path), {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error, OverflowError):
+        return None
+    with open(path, "rb") as f:
+        for m in members:
+            f.seek(min(m.header_offset, size))
+            local = f.read(30)
+            at = m.header_offset + 30 + (sum(struct.unpack("<26x2H", local))
+                                         if local[:4] == b"PK\3\4" and len(local) == 30 else size)
+            if m.compress_type or m.file_size != m.compress_size or at + m.file_size > size:
+                raise ExportError("%s is damaged, or compressed (its member %r): fetch it again"
+                                  % (path, m.filename))
+            if m.filename in found:
+                raise ExportError("%s holds its member %r twice: fetch it again"
+                                  % (path, m.filename))
+            found[m.filename] = at, m.file_size
+    return found
+
+
+# ---- PyTorch -------------------------------------------------------------------------------
+
+TORCH_ENDINGS = ".ckpt", ".bin", ".pth", ".pt"
+# In a directory; the rest of a trainer's files are no weights
+TORCH_NAMES = re.compile(r"(?!(optimizer|scheduler|scaler|rng_state.*)\.)"
+                         r"(pytorch_model.*\.bin|.*\.(ckpt|pth|pt))")
+TORCH_TYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64",
+               "int8": "I8", "uint8": "U8", "int16": "I16", "int32": "I32", "int64": "I64",
+               "complex64": "C64", "bool": "BOOL"}
+WRAPPERS = "model_state_dict", "state_dict", "model", "module"
+
+
+def torch_library():
+    """torch, not older than the last known hole in its reader."""
+    torch = library("torch", "torch", "a PyTorch checkpoint")
+    version = tuple(map(int, re.findall(r"\d+", str(torch.__version__))[:2]))
+    if version < (2, 10):
+        raise ExportError("torch %s is too old to read a PyTorch checkpoint: before 2.10 a file "
+                          "could run code or corrupt memory (CVE-2025-32434, CVE-2026-24747): "
+                          "python3 -m pip install --upgrade torch" % torch.__version__)
+    return torch
+
+
+def torch_pickle(path):
+    """The object in a file, its tensors without data but with the places of their storages;
+    nothing that the file names is run."""
+    torch = torch_library()
+    fake = importlib.import_module("torch._subclasses.fake_tensor")  # as torch's manual has it
+    try:
+        with fake.FakeTensorMode():
+            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as e:  # whatever hostile bytes make of torch's reader
+        named = re.search(r"GLOBAL ([\w.]+)", str(e))
+        if named:
+            raise ExportError("%s asks to run %s, which no checkpoint needs; nothing was run: get "
+                              "the weights from someone you trust, as safetensors"
+                              % (path, named.group(1))) from None
+        raise ExportError("%s cannot be read by torch.load (%s): fetch it again" % (
+            path, (str(e).strip() or type(e).__name__).split("\n")[0][:200])) from None
+
+
+def torch_tensors(path):
+    """Name to Stored for the file of a state dict."""
+    members = stored_members(path)
+    if members is None:
+        with open(path, "rb") as f:
+            ours = f.read(len(MAGIC)) == MAGIC
+        raise ExportError("%s is %s" % (
+            path, "a file of gemma2.c already: convert the original checkpoint" if ours else
+            "no PyTorch checkpoint, or damaged, or older than PyTorch 1.6 (no zip archive): fetch "
+            "it again, or load and save it with a new torch"))
+    if any(size != 6 or path_bytes(path, at, 6) != b"little" for name, (at, size)
+           in members.items() if name.endswith("/byteorder")):
+        raise ExportError("%s was written on a big-endian machine: save it on another" % path)
+    found = torch_pickle(path)
+    for key in WRAPPERS:
+        if isinstance(found, dict) and isinstance(found.get(key), dict):
+            found = found[key]
+    if not isinstance(found, dict) or not all(isinstance(k, str) for k in found):
+        raise ExportError("%s holds no dictionary of tensors: save the model's state_dict()" % path)
+    places = dict(members.values())
+    return {name: torch_stored(path, name, t, places) for name, t in found.items()}
+
+
+def path_bytes(path, offset, size):
+    with open(path, "rb") as f:
+        f.seek(offset)
+        return f.read(size)
+
+
+def torch_stored(path, name, t, places):
+    """Where a tensor lies in its file; places: offset to size of what the archive holds."""
+    def bad(what):
+        return ExportError("%s: %s %s: save the model's state_dict() again" % (path, name, what))
+    if not hasattr(t, "untyped_storage"):
+        raise bad("is no tensor")
+    dtype = TORCH_TYPES.get(str(t.dtype).rpartition(".")[2])
+    if dtype is None or t.is_sparse:
+        raise bad("has type %s" % t.dtype)
+    if not t.is_contiguous():
+        raise bad("does not lie row by row")
+    at = getattr(t.untyped_storage(), "_checkpoint_offset", None)
+    start, size = t.storage_offset() * WIDTHS[dtype], t.numel() * WIDTHS[dtype]
+    if at not in places or start < 0 or start + size > places[at]:
+        raise bad("needs bytes that the file does not have")
+    return Stored(path, dtype, tuple(t.shape), at + start)
+
+
+def torch_files(path):
+    """The files of a checkpoint: one, those of an index, or the only one of a directory."""
+    if os.path.isfile(path):
+        return [path]
+    single = os.path.join(path, "pytorch_model.bin")
+    if os.path.isfile(single + ".index.json") and not os.path.isfile(single):
+        return indexed_files(path, single + ".index.json", ".bin")
+    found = sorted(n for n in os.listdir(path) if TORCH_NAMES.fullmatch(n))
+    if os.path.isfile(single):
+        found = ["pytorch_model.bin"]
+    if len(found) > 1:
+        raise ExportError("%s holds several PyTorch files (%s, %s ...) and no "
+                          "pytorch_model.bin.index.json: give the right one, or fetch the index"
+                          % (path, found[0], found[1]))
+    return [os.path.join(path, n) for n in found]
+
+
+# H by D of the released models, which the fused rows do not tell
+HEAD_DIMS = {2304: 256, 3584: 256, 4608: 128}
+
+
+class PyTorch(HuggingFace):
+    """torch.save of a state dict, with Hugging Face's names or gemma_pytorch's: the latter
+    fuse q, k and v into qkv_proj, may be int8 with a weight_scaler, and bring no config."""
+
+    @staticmethod
+    def suits(path):
+        if os.path.isfile(path):
+            return path.endswith(TORCH_ENDINGS)
+        return bool(torch_files(path))
+
+    def __init__(self, path):
+        self.directory = path if os.path.isdir(path) else os.path.dirname(path) or "."
+        self.files = torch_files(path)
+        self.source = "%s, PyTorch" % self.name()
+        stored, angles = self.merged([torch_tensors(p) for p in self.files])
+        config = os.path.join(self.directory, "config.json")
+        if optional_json(self.directory, "config.json").get("model_type"):
+            self.model = model_of_config(Config(config))
+            self.add_generation_config()
+            self.files.append(config)
+        else:
+            self.model = self.model_of(stored, angles)
+        self.tensors = self.split(stored)
+
+    @staticmethod
+    def merged(shards):
+        """Canonical name (and layers.N.qkv) to tensor; H / 2 where the rotary angles tell."""
+        every, tensors, angles = {}, {}, None
+        for found in shards:
+            for name, t in found.items():
+                if name in every:
+                    raise ExportError("the checkpoint holds %s twice (in %s and %s): remove the "
+                                      "stale file" % (name, every[name].path, t.path))
+                every[name] = t
+        for name, t in every.items():
+            if name == "freqs_cis":
+                angles = t.dims[1] if len(t.dims) == 2 else None
+            elif not name.endswith(".weight_scaler"):
+                canonical = torch_name(name)
+                if canonical in tensors:
+                    raise ExportError("the checkpoint holds %s under two names" % canonical)
+                if canonical:
+                    tensors[canonical] = plain_or_scaled(name, t, every)
+        stray = [n for n in every if n.endswith(".weight_scaler") and n[:-7] not in every]
+        if stray:
+            raise ExportError("the checkpoint holds %s and not what it scales: fetch all files"
+                              % stray[0])
+        return tensors, angles
+
+    def model_of(self, stored, angles):
+        """Sizes from shapes: o is [D, NH], qkv [NH + 2 KH, D], gate [F, D]."""
+        where = self.files[0]
+        for name in "layers.0.o", "layers.0.gate":
+            if name not in stored:
+                raise ExportError("%s lacks %s: fetch all files of the checkpoint" % (where, name))
+        D, q_rows = stored["layers.0.o"].shape
+        fused, k = stored.get("layers.0.qkv"), stored.get("layers.0.k")
+        if not fused and not k:
+            raise ExportError("%s lacks layers.0.k: fetch all files of the checkpoint" % where)
+        kv_rows = k.shape[0] if k else (fused.shape[0] - q_rows) // 2
+        H = 2 * angles if angles else HEAD_DIMS.get(D)
+        if not H or q_rows % H or kv_rows % H:
+            raise ExportError("%s does not tell its head_dim (hidden size %d, %d rows of q): put "
+                              "the model's config.json beside it" % (where, D, q_rows))
+        layers = [int(n.split(".")[1]) for n in stored if n.startswith("layers.")]
+        sizes = {"L": max(layers) + 1, "D": D, "N": q_rows // H, "K": kv_rows // H, "H": H,
+                 "F": stored["layers.0.gate"].shape[0]}
+        return model_of_sizes(sizes, stored, where)
+
+    def split(self, stored):
+        """qkv_proj as q, k and v: all rows of q, then of k, then of v."""
+        tensors, m = {}, self.model
+        parts = list(zip("qkv", (m.N * m.H, m.K * m.H, m.K * m.H)))
+        for name, t in stored.items():
+            if not name.endswith(".qkv"):
+                parts_of_it = [(name, t)]
+            elif t.shape != (sum(n for _, n in parts), m.D):
+                raise ExportError("%s_proj has shape %s where the model makes it %s: the files do "
+                                  "not belong together"
+                                  % (name, list(t.shape), [sum(n for _, n in parts), m.D]))
+            else:
+                ends = np.cumsum([n for _, n in parts]).tolist()
+                parts_of_it = [(name[:-3] + c, Slice(t, end - n, end))
+                               for (c, n), end in zip(parts, ends)]
+            for part, tensor in parts_of_it:
+                if part in tensors:
+                    raise ExportError("the checkpoint holds %s twice, fused and by itself" % part)
+                tensors[part] = tensor
+        return tensors
+
+
+def torch_name(name):
+    """Our name for one of gemma_pytorch's or Hugging Face's."""
+    if name == "embedder.weight":
+        return "embedding"
+    m = re.fullmatch(r"model\.layers\.(0|[1-9]\d{0,4})\.self_attn\.qkv_proj\.weight", name)
+    return "layers.%s.qkv" % m.group(1) if m else canonical_name(name)
+
+
+def plain_or_scaled(name, t, every):
+    """A tensor of floats, or of int8 with its weight_scaler."""
+    scales = every.get(name + "_scaler")
+    if t.dtype != "I8" and t.dtype in FLOATS and scales is None:
+        return t
+    if t.dtype != "I8" or scales is None:
+        raise ExportError("%s: %s has type %s %s: convert the original checkpoint, in f32, bf16 or "
+                          "f16" % (t.path, name, t.dtype, "and no weight_scaler"
+                                   if scales is None else "and a weight_scaler"))
+    if scales.dtype not in FLOATS or scales.shape != (t.shape[0], 1):
+        raise ExportError("%s: %s_scaler is no scale for each of %d rows: fetch it again"
+                          % (t.path, name, t.shape[0]))
+    return Scaled(t, (1, t.shape[1]), scales)
+
+
+# ---- Keras -----------------------------------------------------------------------------------
+
+# Path within the backbone, without the last "/vars/0", to our name and axes
+KERAS_NAMES = {"reversible_embedding": ("embedding", "VD"),
+               "rms_normalization": ("final_norm", "D")}
+KERAS_LAYER_NAMES = {
+    "pre_attention_norm": ("attn_norm", "D"), "attention/query_dense": ("q", "NDH"),
+    "attention/key_dense": ("k", "KDH"), "attention/value_dense": ("v", "KDH"),
+    "attention/output_dense": ("o", "NHD"), "post_attention_norm": ("post_attn_norm", "D"),
+    "pre_ffw_norm": ("ffn_norm", "D"), "gating_ffw": ("gate", "DF"), "gating_ffw_2": ("up", "DF"),
+    "ffw_linear": ("down", "FD"), "post_ffw_norm": ("post_ffn_norm", "D"),
+}
+KERAS_STATE = re.compile(r"(optimizer|_?metrics|compile_metrics|loss_tracker)\b.*")
+# Gemma 2's values of GemmaBackbone's settings; others are sizes, or change no weight
+KERAS_FACTS = {"use_post_ffw_norm": True, "use_post_attention_norm": True,
+               "use_sliding_window_attention": True}
+
+
+def keras_name(path):
+    """(our name, axes) of a dataset; None where it is no weight."""
+    name = path.replace("_layer_checkpoint_dependencies/", "layers/")
+    m = re.fullmatch(r"(?:layers/gemma_backbone/|backbone/)?layers/(.+)/vars/0", name)
+    inner = m.group(1) if m else ""
+    if inner in KERAS_NAMES:
+        return KERAS_NAMES[inner]
+    m = re.fullmatch(r"gemma_decoder_block(?:_([1-9]\d{0,4}))?/(.+)", inner)
+    if m and m.group(2) in KERAS_LAYER_NAMES:
+        name, axes = KERAS_LAYER_NAMES[m.group(2)]
+        return "layers.%s.%s" % (m.group(1) or 0, name), axes
+    if KERAS_STATE.match(path):
+        return None
+    raise ExportError("the checkpoint holds %s, which is no tensor of Keras's Gemma 2: is this the "
+                      "right checkpoint?" % path)
+
+
+def h5_arrays(path, base, size):
+    """Path to Packed of the datasets of an HDF5 file, which is size bytes from base on."""
+    h5py = library("h5py", "h5py", "a Keras checkpoint")
+    found = {}
+
+    def visit(name, item):  # follows no link that leads elsewhere
+        if isinstance(item, h5py.Dataset):
+            found[name] = h5_array(path, name, item, base, size)
+    try:
+        with open(path, "rb") as f, h5py.File(Window(f, base, size), "r") as h5:
+            h5.visititems(visit)
+    except ExportError:
+        raise
+    except Exception as e:  # whatever hostile bytes make of the HDF5 library
+        raise ExportError("%s is no HDF5 file, or damaged (%s): fetch it again" % (
+            path, (str(e).strip() or type(e).__name__).split("\n")[0][:200])) from None
+    return found
+
+
+class Window:
+    """Part of an open file, as a file to read."""
+
+    def __init__(self, file, base, size):
+        self.file, self.base, self.size, self.at = file, base, size, 0
+
+    def seek(self, offset, whence=0):
+        self.at = max(0, offset + (0, self.at, self.size)[whence])
+        return self.at
+
+    def tell(self):
+        return self.at
+
+    def read(self, n=-1):
+        left = max(0, self.size - self.at)
+        self.file.seek(self.base + self.at)
+        data = self.file.read(left if n < 0 else min(n, left))
+        self.at += len(data)
+        return data
+
+    def readinto(self, buffer):
+        data = self.read(len(buffer))
+        buffer[:len(data)] = data
+        return len(data)
+
+
+def h5_array(path, name, item, base, size):
+    """One dataset; Keras keeps bf16 as two opaque bytes and says so beside them."""
+    kind = item.dtype.str
+    if kind == "|V2" and "dtype" in item.attrs and item.attrs["dtype"] == "bfloat16":
+        dtype = "BF16"
+    else:
+        dtype = {"<f4": "F32", "<f2": "F16", "|i1": "I8", "<i4": "I32", "<i8": "I64",
+                 "<f8": "F64"}.get(kind)
+    if dtype is None:
+        raise ExportError("%s: %s has type %s: convert the original checkpoint, in f32, bf16 or "
+                          "f16" % (path, name, kind))
+    dims, at = tuple(map(int, item.shape or ())), item.id.get_offset()
+    if at is None or item.chunks or item.external or item.is_virtual:
+        raise ExportError("%s: %s does not lie in the file as one piece, as Keras writes it: load "
+                          "and save it with Keras" % (path, name))
+    if not 0 <= at <= size - math.prod(dims) * WIDTHS[dtype]:
+        raise ExportError("%s is truncated: %s needs bytes that it does not have: fetch it again"
+                          % (path, name))
+    return Packed(path, dtype, dims, base + at)
+
+
+def keras_files(path):
+    """(files, the shard map or None) of a checkpoint."""
+    if os.path.isfile(path):
+        return [path], None
+    index = os.path.join(path, "model.weights.json")
+    single = os.path.join(path, "model.weights.h5")
+    if os.path.isfile(single):
+        return [single], None
+    if os.path.isfile(index):
+        return keras_shards(path, index), index
+    found = sorted(n for n in os.listdir(path) if n.endswith((".weights.h5", ".keras")))
+    if len(found) > 1:
+        raise ExportError("%s holds several Keras files (%s, %s ...) and no model.weights.json: "
+                          "give the right one, or fetch the map" % (path, found[0], found[1]))
+    return [os.path.join(path, n) for n in found], None
+
+
+def keras_shards(path, index):
+    """model.weights.json maps the group of each variable to a file, or to several."""
+    weight_map = read_json(index).get("weight_map")
+    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    names = [n for entry in names for n in (entry if isinstance(entry, list) else [entry])]
+    if not names or not all(isinstance(n, str) and n == os.path.basename(n)
+                            and n.endswith(".weights.h5") for n in names):
+        raise ExportError("%s maps no variables to *.weights.h5: fetch it again" % index)
+    for n in sorted(set(names)):
+        if not os.path.isfile(os.path.join(path, n)):
+            raise ExportError("%s names the shard %s, which is missing: fetch it" % (index, n))
+    return [os.path.join(path, n) for n in sorted(set(names))]
+
+
+class Keras(Checkpoint):
+    """A preset of keras-hub (config.json, *.weights.h5, assets), one .weights.h5 or .keras."""
+
+    @staticmethod
+    def suits(path):
+        if os.path.isfile(path):
+            return path.endswith((".weights.h5", ".keras"))
+        return bool(keras_files(path)[0])
+
+    def __init__(self, path):
+        self.directory = path if os.path.isdir(path) else os.path.dirname(path) or "."
+        files, index = keras_files(path)
+        self.source = "%s, Keras" % self.name()
+        axes, config = Axes(files[0]), None
+        for file in files:
+            base, size, config = self.places(file)
+            for where, array in h5_arrays(file, base, size).items():
+                named = keras_name(where)
+                if named:
+                    axes.add(named[0], "%s: %s" % (file, where), array, named[1])
+        beside = os.path.join(self.directory, "config.json")
+        self.files = files + [p for p in (index, beside) if p and os.path.isfile(p)]
+        if config is None and os.path.isfile(beside):
+            config = beside, read_json(beside)
+        self.tensors, self.model = axes.tensors, axes.model()
+        if config:
+            self.apply(*config)
+
+    @staticmethod
+    def places(file):
+        """Where the HDF5 file lies in it, and the config of an archive."""
+        if not file.endswith(".keras"):
+            return 0, os.path.getsize(file), None
+        members = stored_members(file) or {}
+        for n in "model.weights.h5", "config.json":
+            if n not in members:
+                raise ExportError("%s holds no %s: it is no Keras archive, or damaged: fetch it "
+                                  "again" % (file, n))
+        at, size = members["config.json"]
+        return *members["model.weights.h5"], (file, parse_json(path_bytes(file, at, size), file))
+
+    def apply(self, path, doc):
+        """What config.json knows and shapes do not."""
+        backbone = find_backbone(doc)
+        if backbone is None or not isinstance(backbone.get("config"), dict):
+            raise ExportError("%s describes no GemmaBackbone (%s): only Gemma 2 can be converted"
+                              % (path, json.dumps(doc.get("class_name"))[:80]))
+        config, m = Config(path, backbone["config"]), self.model
+        for key, want in KERAS_FACTS.items():
+            if config.doc.get(key) is not want:
+                raise ExportError("%s: %s is %s: this is Gemma 1, or another model; only Gemma 2 "
+                                  "can be converted" % (path, key, json.dumps(config.doc.get(key))))
+        for key, size in (("num_layers", m.L), ("num_query_heads", m.N), ("hidden_dim", m.D),
+                          ("num_key_value_heads", m.K), ("head_dim", m.H),
+                          ("intermediate_dim", 2 * m.F)):  # of both branches
+            if config.number((key,), size, 0, 1 << 50) != size:
+                raise config.bad(key, config.doc[key], "%d by the weights" % size)
+        m.attn_softcap = config.softcap("attention_logit_soft_cap", None)
+        m.final_softcap = config.softcap("final_logit_soft_cap", None)
+        m.window = config.number(("sliding_window_size",), 4096, 1, 1 << 30, int)
+        m.eps = config.number(("layer_norm_epsilon",), 1e-6, 0, 1)
+        scalar = m.H if config.doc.get("query_head_dim_normalize", True) else m.D // m.N
+        m.query_scale = float(np.float32(max(scalar, 1) ** -0.5))
+
+    def tokenizer(self):
+        path = os.path.join(self.directory, "assets", "tokenizer", "vocabulary.spm")
+        if os.path.isfile(path):
+            return path, tokenizer_of_file(path)
+        # tokenizer.json is Keras's description of it here, not Hugging Face's vocabulary
+        path = os.path.join(self.directory, "tokenizer.model")
+        return (path, tokenizer_of_file(path)) if os.path.isfile(path) else (None, None)
+
+
+def find_backbone(doc, depth=8):
+    """The description of a GemmaBackbone, which a task's description holds inside."""
+    if not isinstance(doc, dict) or not depth:
+        return None
+    if doc.get("class_name") == "GemmaBackbone":
+        return doc
+    return next(filter(None, (find_backbone(v, depth - 1) for v in doc.values())), None)
+
+
+# ---- Flax, written by Orbax --------------------------------------------------------------------
+
+# Path without a last "/w", to our names and axes; "2" counts several tensors, and "x" and "y"
+# are D and F in either order
+FLAX_NAMES = {"embedder/input_embedding": (("embedding",), "VD"),
+              "final_norm/scale": (("final_norm",), "D")}
+FLAX_LAYER_NAMES = {
+    "pre_attention_norm/scale": (("attn_norm",), "D"), "attn/q_einsum": (("q",), "NDH"),
+    "attn/kv_einsum": (("k", "v"), "2KDH"), "attn/attn_vec_einsum": (("o",), "NHD"),
+    "post_attention_norm/scale": (("post_attn_norm",), "D"),
+    "pre_ffw_norm/scale": (("ffn_norm",), "D"), "mlp/gating_einsum": (("gate", "up"), "2xy"),
+    "mlp/linear": (("down",), "FD"), "post_ffw_norm/scale": (("post_ffn_norm",), "D"),
+}
+FLAX_STATE = re.compile(r"(opt_state|optimizer|step|collections)(/.*)?")
+PADDED_ROWS, REAL_ROWS = 256128, 256000  # of the embedding as Flax has it: the rest is unused
+
+
+def flax_parts(path):
+    """(layer or None, pattern position or None, path within the layer) of a parameter, whose
+    tree keys are joined by points or slashes and may be wrapped."""
+    name = re.sub(r"^((params|transformer)/)+", "", path.replace(".", "/"))
+    name = re.sub(r"/w$", "", name)
+    m = re.fullmatch(r"layer_(0|[1-9]\d{0,4})/(.+)", name)
+    if m:
+        return int(m.group(1)), None, m.group(2)
+    m = re.fullmatch(r"stacked_layers/attention_type_(\d{1,2})/(.+)", name)
+    if m:
+        return None, int(m.group(1)), m.group(2)
+    return None, None, name
+
+
+def flax_add(axes, path, array, pattern):
+    """One parameter to the tensors it holds: of one layer, or of every pattern-th."""
+    layer, position, name = flax_parts(path)
+    in_layer = layer is not None or position is not None
+    names, letters = (FLAX_LAYER_NAMES if in_layer else FLAX_NAMES).get(name, (None, None))
+    if names is None:
+        raise ExportError("the checkpoint holds %s, which is no tensor of Gemma 2: is this the "
+                          "right checkpoint?" % path)
+    stack = [(layer, {})]
+    if position is not None:
+        letters = "S" + letters
+        slices = array.dims[0] if array.dims else 0
+        stack = [(i * pattern + position, {0: i}) for i in range(min(slices, 1024))]
+    if "x" in letters:
+        letters = letters.replace("xy", flax_gating(path, array, axes))
+    if "2" in letters and (len(array.dims) != len(letters) or array.dims[letters.index("2")] != 2):
+        raise ExportError("%s has shape %s, and should hold %s: is this a Gemma 2 checkpoint?"
+                          % (path, list(array.dims), " and ".join(names)))
+    for number, fixed in stack:
+        for i, role in enumerate(names):
+            fix = {**fixed, letters.index("2"): i} if "2" in letters else fixed
+            axes.add(role if number is None else "layers.%d.%s" % (number, role), path, array,
+                     letters, fix)
+
+
+def flax_gating(path, array, axes):
+    """[2, D, F] in 2B, [2, F, D] in 9B and 27B; linear, which is [F, D], tells D from F."""
+    D, F = (axes.sizes.get(c, (None,))[0] for c in "DF")
+    if D and D == F:
+        raise ExportError("%s could lie either way, as %d is both its hidden and its feed-forward "
+                          "size: convert from another format" % (path, D))
+    return "DF" if array.dims[-2:] == (D, F) else "FD"
+
+
+class Zarr:
+    """An array in a store that tensorstore reads: chunk files, or entries of an OCDBT store."""
+
+    kept = None, None
+    cache = 0  # bytes of decoded chunks to keep, as blocks are smaller
+
+    def __init__(self, store, name, driver):
+        self.spec = {"driver": driver, "kvstore": {**store, "path": store.get("path", "") + name},
+                     "fill_missing_data_reads": False, "recheck_cached_data": False}
+        self.where = name.rstrip("/")
+        array = self.open()
+        self.dims = tuple(map(int, array.shape))
+        self.chunk = tuple(map(int, array.chunk_layout.read_chunk.shape))
+        self.dtype = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}.get(
+            array.dtype.name, array.dtype.name)
+
+    @property
+    def key(self):
+        return json.dumps(self.spec)
+
+    def open(self):
+        """The array, with the cache of its chunks; each process keeps the last one open."""
+        key = os.getpid(), self.key, self.cache
+        if Zarr.kept[0] != key:
+            Zarr.kept = None, None  # not two caches at once
+            tensorstore = tensorstore_library()
+            context = tensorstore.Context({"cache_pool": {"total_bytes_limit": self.cache}})
+            Zarr.kept = key, attempt(self.where, lambda: tensorstore.open(
+                self.spec, open=True, read=True, context=context).result())
+        return Zarr.kept[1]
+
+    def read(self, box):
+        window = self.open()[tuple(slice(a, b) for a, b in box)]
+        found = attempt(self.where, lambda: window.read().result())
+        return found.view(FLOATS[self.dtype][0])
+
+
+def tensorstore_library():
+    return library("tensorstore", "tensorstore", "a Flax checkpoint")
+
+
+def attempt(where, action):
+    """What tensorstore makes of bytes it has not seen before."""
+    try:
+        return action()
+    except Exception as e:
+        raise ExportError("%s cannot be read (%s): fetch the checkpoint again" % (
+            where, re.sub(r"\s*\[.*", "", str(e).split("\n")[0])[:300])) from None
+
+
+def is_orbax(path):
+    return os.path.isdir(path) and any(os.path.isfile(os.path.join(path, n)) for n in (
+        "_METADATA", "manifest.ocdbt", "checkpoint"))
+
+
+def orbax_directories(path):
+    """Where a checkpoint lies: here, or in a directory of this one, as Kaggle ships it."""
+    if is_orbax(path):
+        return [path]
+    inside = [os.path.join(path, n) for n in sorted(os.listdir(path))]
+    return [p for p in inside if is_orbax(p)]
+
+
+class Orbax(Checkpoint):
+    """A directory that Orbax wrote, flat, nested, stacked or wrapped, OCDBT or plain zarr."""
+    start_method = "spawn"  # tensorstore's threads do not survive a fork
+    CACHES = 3 << 30        # bytes of chunks in all processes, where one leaves room for more
+    ROOM = 1 << 25          # for what else a cache holds, as a full one keeps nothing
+    MOST = 1 << 36          # no chunk is larger than this
+
+    @staticmethod
+    def suits(path):
+        return os.path.isdir(path) and bool(orbax_directories(path))
+
+    def __init__(self, path):
+        found = orbax_directories(path)
+        if len(found) > 1:
+            raise ExportError("%s holds several checkpoints (%s, %s ...): give one of them"
+                              % (path, found[0], found[1]))
+        self.directory, self.place = path, found[0]
+        self.source = "%s, Flax" % self.name()
+        self.files = [os.path.join(d, n) for d, _, names in os.walk(self.place) for n in names]
+        arrays = self.arrays()
+        axes = Axes(self.place)
+        positions = [flax_parts(n)[1] for n in arrays]
+        pattern = max((p + 1 for p in positions if p is not None), default=0)
+        # gating_einsum last: which of its axes is D, the others tell
+        for name in sorted(arrays, key=lambda n: ("gating" in n, n)):
+            flax_add(axes, name, arrays[name], pattern)
+        self.tensors, self.model = axes.tensors, axes.model()
+        for t in self.tensors.values():
+            t.array.cache = t.touched(t.array.chunk) + self.ROOM
+        # a chunk that is being decoded is there twice
+        self.most_jobs = max(1, self.CACHES // (2 * max(a.cache for a in arrays.values())))
+        embedding = self.tensors.get("embedding")
+        if embedding and embedding.shape[0] == PADDED_ROWS:
+            self.tensors["embedding"] = Slice(embedding, 0, REAL_ROWS)
+
+    def arrays(self):
+        """Parameter name to Zarr."""
+        tensorstore = tensorstore_library()
+        base = {"driver": "file", "path": os.path.join(os.path.abspath(self.place), "")}
+        store = base
+        if os.path.isfile(os.path.join(self.place, "manifest.ocdbt")):
+            store = {"driver": "ocdbt", "base": base}
+        keys = attempt(self.place, lambda: tensorstore.KvStore.open(store).result().list().result())
+        found = {}
+        for key in keys:
+            name, _, last = os.fsdecode(key).rpartition("/")
+            if last in ZARR_DRIVERS and not FLAX_STATE.fullmatch(name.replace(".", "/")):
+                found[name] = Zarr(store, name + "/", ZARR_DRIVERS[last])
+        if not found:
+            raise ExportError("%s holds no arrays: fetch all files of the checkpoint" % self.place)
+        for name, a in found.items():
+            if a.dtype in WIDTHS and math.prod(a.chunk) * WIDTHS[a.dtype] > self.MOST:
+                raise ExportError("%s: %s has chunks of %s, too large to read: save it again"
+                                  % (self.place, name, list(a.chunk)))
+        return found
+
+    def tokenizer(self):
+        """Kaggle puts it beside the checkpoint's directory."""
+        for directory in dict.fromkeys((self.directory, self.place,
+                                        os.path.dirname(os.path.abspath(self.place)))):
+            path, tokenizer = tokenizer_of_directory(directory)
+            if tokenizer:
+                return path, tokenizer
+        return None, None
+
+
+ZARR_DRIVERS = {".zarray": "zarr", "zarr.json": "zarr3"}  # by the file that describes an array
+
+READERS = [HuggingFace, Gguf, Sbs, Keras, Orbax, PyTorch]  # the first that suits a path reads it
 
 OTHER_FORMATS = [  # endings in a directory (or of a file), what they are
-    (".msgpack", "a Flax checkpoint"),
-    (".ckpt", "a PyTorch checkpoint"), (".bin", "a PyTorch checkpoint"),
-    (".pth", "a PyTorch checkpoint"), (".pt", "a PyTorch checkpoint"),
-    (".h5", "a Keras checkpoint"), (".keras", "a Keras checkpoint"),
+    (".msgpack", "a Flax checkpoint in one file, as no Gemma 2 was released"),
+    (".h5", "a Keras file, but no *.weights.h5"),
 ]
 
 
@@ -2826,20 +3627,6 @@ class Transposed:
         return out
 
 
-class InMemory:
-    """A tensor that had to be read with its file: f32 or bf16 bits."""
-
-    def __init__(self, array, dims):
-        self.array, self.dims = array.reshape(-1), dims
-
-    shape = Stored.shape
-
-    def rows(self, start, stop):
-        cols = self.shape[1]
-        w = self.array[start * cols:stop * cols].reshape(-1, cols)
-        return bf16_value(w) if w.dtype == np.uint16 else w
-
-
 class LowRank:
     """W + s B A; with lengths m, of its rows or its columns, DoRA."""
     kept = {}  # the last few A of this process, by key; the next tensor's drive them out
@@ -2899,36 +3686,6 @@ class Retrained:
             at = int(self.order[i])
             w[self.indices[i] - start] = self.part.rows(at, at + 1)[0]
         return w
-
-
-def torch_tensors(path):
-    """Name to tensor of a PyTorch file that holds a plain dictionary; nothing is executed."""
-    torch = library("torch", "torch", "reading " + path)
-    if tuple(int(n) for n in re.findall(r"\d+", torch.__version__)[:2]) < (2, 10):
-        raise ExportError("%s can be read safely by PyTorch 2.10 and later, and this one is %s: "
-                          "python3 -m pip install -U torch" % (path, torch.__version__))
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as e:  # whatever hostile bytes make of the unpickler
-        raise ExportError("%s cannot be read (%s): fetch it again, or save the adapter as "
-                          "safetensors" % (path, str(e).split("\n")[0][:200])) from None
-    if not isinstance(found, dict) or not all(
-            isinstance(k, str) and isinstance(t, torch.Tensor) for k, t in found.items()):
-        raise ExportError("%s holds no plain dictionary of tensors: save the adapter as "
-                          "safetensors" % path)
-    return {key: in_memory(path, key, tensor, torch) for key, tensor in found.items()}
-
-
-def in_memory(path, key, tensor, torch):
-    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ExportError("%s: %s has dtype %s: save the adapter in float32, bfloat16 or float16"
-                          % (path, key, tensor.dtype))
-    tensor = tensor.detach().contiguous()
-    if tensor.dtype == torch.bfloat16:
-        return InMemory(tensor.view(torch.int16).numpy().view(np.uint16), tuple(tensor.shape))
-    return InMemory(tensor.float().numpy(), tuple(tensor.shape))
 
 
 class Adapter:
@@ -3021,18 +3778,19 @@ class Adapter:
     # -- what the tensors are --
 
     def stored_tensors(self):
-        path = os.path.join(self.directory, "adapter_model.safetensors")
-        if os.path.isfile(path):
-            found = read_safetensors_header(path)
-            for key, stored in found.items():
-                if stored.dtype not in FLOATS:
-                    raise ExportError("%s: %s has dtype %s: save the adapter in F32, BF16 or F16"
-                                      % (path, key, stored.dtype))
-            return path, found
-        pickled = os.path.join(self.directory, "adapter_model.bin")
-        if os.path.isfile(pickled):
-            return pickled, torch_tensors(pickled)
-        raise self.bad("has no adapter_model.safetensors: fetch it")
+        for name, read in (("adapter_model.safetensors", read_safetensors_header),
+                           ("adapter_model.bin", torch_tensors)):
+            path = os.path.join(self.directory, name)
+            if os.path.isfile(path):
+                break
+        else:
+            raise self.bad("has no adapter_model.safetensors: fetch it")
+        found = read(path)
+        for key, stored in found.items():
+            if stored.dtype not in FLOATS:
+                raise ExportError("%s: %s has dtype %s: save the adapter in F32, BF16 or F16"
+                                  % (path, key, stored.dtype))
+        return path, found
 
     def sort_in(self, key, stored):
         if key.endswith(".bias"):
@@ -3143,6 +3901,7 @@ class Adapted(Checkpoint):
         self.source = "%s, with LoRA %s" % (reader.source, ", ".join(
             directory_name(a.directory) for a in adapters))
         self.files = [*reader.files, *(f for a in adapters for f in a.files)]
+        self.start_method, self.most_jobs = reader.start_method, reader.most_jobs
         self.tensors = dict(reader.tensors)
         tied = "head" not in self.tensors
         if tied:
@@ -4098,12 +4857,14 @@ def tasks_of(section, source, key):
 
 def pack_all(tasks, plan, job, jobs):
     """Yields the results of every task, in order, few ahead of the consumer."""
+    jobs = min(jobs, job.reader.most_jobs)
     weights = sum(s.rows * s.cols for s, _ in plan)
     if jobs < 2 or weights < 1 << 24:
         for task in tasks:
             yield pack_rows(task, job)
         return
-    pool = futures.ProcessPoolExecutor(jobs, initializer=start_worker, initargs=(job,))
+    how = multiprocessing.get_context(job.reader.start_method)
+    pool = futures.ProcessPoolExecutor(jobs, how, initializer=start_worker, initargs=(job,))
     waiting = collections.deque()
     try:
         for task in tasks:

@@ -22,6 +22,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import numpy as np
 
 import make_golden
+import oracle_arrays
 import oracle_export
 import oracle_gguf
 import oracle_lora
@@ -367,8 +368,9 @@ def test_story(engine, folder):
 SECTIONS = {"models": test_models, "sessions": test_sessions, "formats": test_formats,
             "tokens": test_tokens, "story": test_story, "export": oracle_export.test_export,
             "gguf": oracle_gguf.test_gguf, "sbs": oracle_sbs.test_sbs,
-            "lora": oracle_lora.test_lora, "memory": oracle_memory.test_memory,
-            "packed": oracle_packed.test_packed, "quality": oracle_quality.test_quality,
+            "arrays": oracle_arrays.test_arrays, "lora": oracle_lora.test_lora,
+            "memory": oracle_memory.test_memory, "packed": oracle_packed.test_packed,
+            "quality": oracle_quality.test_quality,
             "traps": oracle_traps.test_traps}
 
 

@@ -505,9 +505,9 @@ BAD = [
     ({}, lambda a: os.truncate(os.path.join(a.path, "adapter_model.safetensors"), 2000),
      "truncated"),
     ({}, lambda a: a.edit(lambda t: {}), "no tensors"),
-    ({}, pickled(lambda torch: {"x": Hostile()}), "cannot be read"),
+    ({}, pickled(lambda torch: {"x": Hostile()}), "nothing was run"),
     ({}, pickled(lambda torch: [torch.ones(2)]), "dictionary"),
-    ({}, pickled(lambda torch: {Q + "lora_A.weight": torch.ones(4, 42).char()}), "int8"),
+    ({}, pickled(lambda torch: {Q + "lora_A.weight": torch.ones(4, 42).char()}), "I8"),
 ]
 
 

@@ -1,0 +1,744 @@
+"""The exporter's readers of PyTorch, Keras and Flax checkpoints: the tensors of one random
+model, written in every layout that these libraries use, come out bit for bit; hostile files
+come out as one sentence.
+
+The PyTorch files are written by torch.  Keras's are written by h5py and Flax's by tensorstore,
+in the layout of keras-hub 0.32 (Keras 3.15) and of Orbax 0.12, whose own files were converted
+once with the same result; both packages are too large to be installed for every test."""
+import contextlib
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+import zipfile
+
+import numpy as np
+
+import make_golden
+import reference as ref
+from oracle_export import check_exact, convert
+from reference import check
+
+sys.path.insert(0, ref.ROOT)
+import export
+
+NORMS = {"attn_norm": "pre_attention_norm", "post_attn_norm": "post_attention_norm",
+         "ffn_norm": "pre_ffw_norm", "post_ffn_norm": "post_ffw_norm"}
+TYPES = {"float32": np.float32, "bfloat16": np.uint16, "float16": np.float16}
+
+
+class Source:
+    """A random model, whose tensors are asked for by the exporter's names."""
+
+    def __init__(self, dtype="float32", **facts):
+        import torch
+        facts = {"layers": "LG", "intermediate_size": 40, "query_pre_attn_scalar": 10,
+                 "sliding_window": 4096, **facts}
+        self.hf = ref.hf_model(ref.hf_config(**facts), seed=5).to(getattr(torch, dtype))
+        self.facts, self.dtype, c = self.hf.config, dtype, self.hf.config
+        self.N, self.K, self.H = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+        self.D, self.F, self.L = c.hidden_size, c.intermediate_size, c.num_hidden_layers
+        self.state = self.hf.state_dict()  # the model's own tensors: edits change both
+
+    def __getitem__(self, name):
+        layer, _, role = name.rpartition(".")
+        hf = {"embedding": "model.embed_tokens", "final_norm": "model.norm"}.get(
+            role) or f"model.{layer}.{ref.HF_NAMES[role]}"
+        return self.state[hf + ".weight"]
+
+    def heads(self, name):
+        """[heads, D, H] of q, k or v [heads * H, D]."""
+        return self[name].reshape(-1, self.H, self.D).transpose(1, 2).contiguous()
+
+    def out_heads(self, layer):
+        """[N, H, D] of o [D, N * H]."""
+        return self[f"layers.{layer}.o"].t().reshape(self.N, self.H, self.D).contiguous()
+
+
+def plain(tensor):
+    """numpy's array of a tensor; bf16 as its bits."""
+    import torch
+    if tensor.dtype == torch.bfloat16:
+        return tensor.contiguous().view(torch.uint16).numpy()
+    return tensor.contiguous().numpy()
+
+
+def fresh(folder, name="checkpoint", tokenizer=True):
+    """An empty directory, with the tests' tokenizer."""
+    path = os.path.join(folder, name)
+    shutil.rmtree(path, ignore_errors=True)
+    os.makedirs(path)
+    if tokenizer:
+        with open(os.path.join(path, "tokenizer.model"), "wb") as f:
+            f.write(make_golden.tiny_tokenizer())
+    return path
+
+
+def write_json(path, value):
+    with open(path, "w") as f:
+        json.dump(value, f)
+
+
+# Every conversion is a process of its own, forked off one that has imported the libraries.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["__main__", "export", "torch._subclasses.fake_tensor",
+                              "torch._dynamo", "h5py", "tensorstore"])
+
+
+def run_export(arguments, log):
+    """export.py's main in this process, whatever it says going to a file."""
+    with open(log, "w") as f, contextlib.redirect_stderr(f), contextlib.redirect_stdout(f):
+        sys.exit(export.main(arguments))
+
+
+def converted(*arguments):
+    """(exit status, what was said) of export.py."""
+    log = arguments[0].rstrip("/") + ".log"
+    process = FORKS.Process(target=run_export, args=(list(arguments), log))
+    process.start()
+    process.join(120)
+    with open(log) as f:
+        return process.exitcode, f.read()
+
+
+def exact(path, source, what, engine=None, expect=(), warns=""):
+    """Converts to f32: every weight as in the source; with an engine, the logits too."""
+    out = path.rstrip("/") + ".out.bin"
+    status, said = converted(path, out, "--type", "f32", "-q")
+    if not check(status == 0, f"{what}: exit {status}: {said.strip()}"):
+        return
+    f = check_exact(source, out, what)
+    for key, value in dict(expect).items():
+        check(f.header[key] == value, f"{what}: {key} is {f.header[key]}, not {value}")
+    check(warns in said, f"{what}: no warning of {warns!r} in {said!r}")
+    if engine:
+        ids = [2, 17, 300, 5, 46, 200, 11, 98, 7]
+        model = ref.Model(engine, out)
+        session = ref.Session(model, n_batch=len(ids), cache_type=1)
+        off = abs(session.rows(ids) - ref.hf_logits(source.hf, ids)).max()
+        session.close(), model.close()
+        check(off <= 1e-4, f"{what}: logits off by {off:.2g}")
+    os.remove(out)
+
+
+def refused(path, what, *words):
+    """A conversion that must fail: status 1, one sentence that holds the words, no file."""
+    place = fresh(os.path.dirname(path.rstrip("/")), "place", tokenizer=False)
+    check_refusal(*converted(path, os.path.join(place, "out.bin")), place, what, words)
+
+
+def refused_without(path, library, *words, text="raise ImportError('not here')\n"):
+    """The same where a library is missing, or is what text says."""
+    folder = os.path.dirname(path.rstrip("/"))
+    place, stubs = (fresh(folder, n, tokenizer=False) for n in ("place", "stubs"))
+    with open(os.path.join(stubs, library + ".py"), "w") as f:
+        f.write(text)
+    kept = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = stubs
+    run = convert(path, os.path.join(place, "out.bin"))
+    os.environ.pop("PYTHONPATH") if kept is None else os.environ.update(PYTHONPATH=kept)
+    check_refusal(run.returncode, run.stderr, place, "no " + library, words)
+
+
+def check_refusal(status, said, place, what, words):
+    lines = said.strip().split("\n")
+    check(status == 1, f"{what}: exit {status}: {said[-300:]}")
+    check("Traceback" not in said and lines[-1].startswith("export.py: "),
+          f"{what}: says {said[-300:]!r}")
+    check(all(w in lines[-1] for w in words), f"{what}: {words} not in {lines[-1]!r}")
+    check(not os.listdir(place), f"{what}: leaves {os.listdir(place)}")
+
+
+# ---- PyTorch ------------------------------------------------------------------------------
+
+
+def gemma_pytorch(source, angles=True):
+    """A state dict as gemma_pytorch names and fuses it."""
+    import torch
+    out = {"embedder.weight": source["embedding"], "model.norm.weight": source["final_norm"]}
+    for i in range(source.L):
+        at = f"model.layers.{i}."
+        out[at + "self_attn.qkv_proj.weight"] = torch.cat(
+            [source[f"layers.{i}.{c}"] for c in "qkv"])
+        for role in ("o", "gate", "up", "down", *NORMS):
+            out[f"{at}{ref.HF_NAMES[role]}.weight"] = source[f"layers.{i}.{role}"]
+    if angles:
+        out["freqs_cis"] = torch.polar(torch.ones(64, source.H // 2), torch.ones(64, source.H // 2))
+    return out
+
+
+def quantised(source):
+    """The same in int8, a scale to each row; source becomes what that means."""
+    import torch
+    for name, w in source.state.items():
+        if w.ndim == 2 and name != "lm_head.weight":  # tied: embed_tokens changes both
+            scale = w.abs().amax(1, keepdim=True) / 127
+            w.copy_(torch.round(w / scale) * scale)
+    out = {}
+    for name, w in gemma_pytorch(source).items():
+        if w.ndim == 2 and name != "freqs_cis":
+            scale = w.abs().amax(1, keepdim=True) / 127
+            q = torch.round(w / scale)
+            out[name], out[name + "_scaler"] = q.to(torch.int8), scale[:, 0]
+        else:
+            out[name] = w
+    return out
+
+
+def save(folder, state, name="model.ckpt", wrap=True):
+    """A directory with one file; returns the directory."""
+    import torch
+    path = fresh(folder)
+    torch.save({"model_state_dict": state} if wrap else state, os.path.join(path, name))
+    return path
+
+
+def save_shards(folder, state, count=3):
+    import torch
+    path, where = fresh(folder), {}
+    for i in range(count):
+        names = sorted(state)[i::count]
+        shard = f"pytorch_model-{i + 1:05}-of-{count:05}.bin"
+        torch.save({n: state[n] for n in names}, os.path.join(path, shard))
+        where.update({n: shard for n in names})
+    write_json(os.path.join(path, "pytorch_model.bin.index.json"), {"weight_map": where})
+    return path
+
+
+def test_torch_good(engine, folder):
+    for dtype in TYPES:
+        source = Source(dtype)
+        path = save(folder, gemma_pytorch(source))
+        exact(path, source, f"gemma_pytorch {dtype}", engine if dtype == "float32" else None,
+              dict(W=4096, attn_softcap=50, final_softcap=30, context=8192))
+    source = Source()
+    exact(os.path.join(path, "model.ckpt"), Source("float16"), "one .ckpt")
+    exact(save_shards(folder, gemma_pytorch(source)), source, "gemma_pytorch in shards")
+    state = quantised(source)
+    exact(save(folder, state), source, "gemma_pytorch int8")
+    source = Source(tie_word_embeddings=False)
+    for path in save(folder, source.state, "pytorch_model.bin", wrap=False), save_shards(
+            folder, source.state):
+        write_json(os.path.join(path, "config.json"), source.facts.to_dict())
+        exact(path, source, "Hugging Face names")
+    source = Source(sliding_window=8)
+    path = save(folder, gemma_pytorch(source, angles=False))
+    refused(path, "no head_dim", "head_dim", "config.json")
+    write_json(os.path.join(path, "config.json"), source.facts.to_dict())
+    exact(path, source, "config.json beside", expect=dict(W=8))
+    test_head_dim()
+
+
+def test_head_dim():
+    """The sizes of the released models from the shapes of their checkpoints alone."""
+    for D, N, K, H, F, scalar in ((2304, 8, 4, 256, 9216, 256), (3584, 16, 8, 256, 14336, 256),
+                                  (4608, 32, 16, 128, 36864, 144)):
+        def shape(*dims):
+            return export.Stored("x", "BF16", dims, 0)
+        stored = {"layers.0.o": shape(D, N * H), "layers.0.qkv": shape((N + 2 * K) * H, D),
+                  "layers.0.gate": shape(F, D), "layers.0.post_ffn_norm": shape(D)}
+        reader = export.PyTorch.__new__(export.PyTorch)
+        reader.files = ["x"]
+        m = reader.model_of(stored, None)
+        check((m.D, m.N, m.K, m.H, m.F) == (D, N, K, H, F), f"sizes of {D}: {vars(m)}")
+        check(m.query_scale == np.float32(scalar ** -0.5), f"query scale of {D}: {m.query_scale}")
+
+
+class Evil:
+    """Unpickled by a careless reader, it leaves a file behind."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def rewritten(path, change, compression=zipfile.ZIP_STORED):
+    """Replaces members of a .ckpt: change(name, bytes) to bytes."""
+    with zipfile.ZipFile(path) as z:
+        members = [(i.filename, change(i.filename, z.read(i))) for i in z.infolist()]
+    with zipfile.ZipFile(path, "w", compression) as z:
+        for name, data in members:
+            z.writestr(name, data)
+
+
+def test_torch_bad(folder):
+    import torch
+    source = Source()
+    state = gemma_pytorch(source)
+    qkv, o = ("model.layers.1.self_attn." + n for n in ("qkv_proj.weight", "o_proj.weight"))
+
+    def spoilt(what, change, *words):
+        edited = {k: v.clone() for k, v in state.items()}
+        change(edited)
+        refused(save(folder, edited), what, *words)
+
+    def put(name, value):
+        return lambda s: s.__setitem__(name, value)
+    spoilt("NaN", lambda s: s[o].view(-1).__setitem__(3, float("nan")), "layers.1.o")
+    spoilt("unknown tensor", put("surprise", torch.ones(3)), "surprise")
+    spoilt("missing tensor", lambda s: s.pop(o), "layers.1.o")
+    spoilt("missing first layer", lambda s: s.pop(o.replace("1", "0")), "layers.0.o")
+    spoilt("wrong shape", put(o, torch.ones(42, 50)), "layers.1.o", "shape")
+    spoilt("wrong qkv", put(qkv, torch.ones(90, 42)), "layers.1.qkv", "shape")
+    spoilt("a column too few", put(qkv, torch.ones(100, 41)), "layers.1.qkv", "shape")
+    spoilt("fused and not", put(qkv.replace("qkv", "q"), torch.ones(60, 42)), "twice")
+    spoilt("f64", put(o, torch.ones(42, 60).double()), "F64")
+    spoilt("int8 without scale", put(o, torch.ones(42, 60, dtype=torch.int8)), "weight_scaler")
+    spoilt("scale without int8", put(o + "_scaler", torch.ones(42)), "weight_scaler")
+    spoilt("stray scale", put("x.weight_scaler", torch.ones(42)), "x.weight_scaler")
+    spoilt("short scale", lambda s: s.update({o: s[o].to(torch.int8), o + "_scaler":
+                                              torch.ones(41)}), "weight_scaler")
+    spoilt("columns first", put(o, torch.ones(60, 42).t()), "row by row")
+    spoilt("odd angles", put("freqs_cis", torch.ones(4, 7)), "head_dim")
+    spoilt("no norms after", lambda s: [s.pop(n) for n in list(s) if "feedforward" in n], "Gemma 1")
+    spoilt("no tensor", put("epoch", 3), "epoch")
+    refused(save(folder, state | {"norm.weight": state["model.norm.weight"]}), "two names",
+            "final_norm")
+    refused(save(folder, [torch.ones(3)], wrap=False), "a list", "state_dict")
+    refused(save(folder, {1: torch.ones(3)}), "numbers as names", "state_dict")
+    test_torch_pickles(folder, state)
+    test_torch_files(folder, state)
+
+
+def test_torch_pickles(folder, state):
+    """Code in a pickle is refused by name and never run."""
+    import torch
+    mark = os.path.join(folder, "mark")
+    path = save(folder, {**state, "evil": Evil(mark)})
+    refused(path, "evil pickle", "open", "nothing was run")
+    path = save_shards(folder, state)
+    torch.save(Evil(mark), os.path.join(path, "pytorch_model-00002-of-00003.bin"))
+    refused(path, "evil shard", "open", "nothing was run")
+    torch.save({"model_state_dict": Evil(mark)}, os.path.join(path, "pytorch_model.bin"),
+               _use_new_zipfile_serialization=False)
+    refused(path, "evil pickle of old", "zip")
+    check(not os.path.exists(mark), "a pickle was run")
+    torch.save(torch.nn.Linear(2, 2), os.path.join(path, "pytorch_model.bin"))
+    refused(path, "a whole module", "torch.nn", "nothing was run")
+
+
+def test_torch_files(folder, state):
+    """Files that are not what they should be."""
+    import torch
+    path = save(folder, state)
+    file = os.path.join(path, "model.ckpt")
+    size = os.path.getsize(file)
+    rewritten(file, lambda n, d: d[:-8] if n.endswith("data/3") else d)
+    refused(path, "a short record", "model.ckpt")
+    save(folder, state)
+    rewritten(file, lambda n, d: b"big" if n.endswith("byteorder") else d)
+    refused(path, "big-endian", "big-endian")
+    save(folder, state)
+    rewritten(file, lambda n, d: d[:50] if n.endswith("data.pkl") else d)
+    refused(path, "half a pickle", "model.ckpt")
+    save(folder, state)
+    rewritten(file, lambda n, d: d, zipfile.ZIP_DEFLATED)
+    refused(path, "compressed", "compressed")
+    for keep in (0, 100, size // 2, size - 30):
+        save(folder, state)
+        os.truncate(file, keep)
+        refused(path, f"{keep} of {size} bytes", "model.ckpt")
+    shutil.copy(os.path.join(ref.ROOT, "tokenizer.bin"), file)
+    refused(path, "a file of ours", "already")
+    path = save(folder, state)
+    shutil.copy(file, os.path.join(path, "other.ckpt"))
+    refused(path, "two files", "several")
+    path = save_shards(folder, state)
+    os.remove(os.path.join(path, "pytorch_model-00002-of-00003.bin"))
+    refused(path, "missing shard", "missing")
+    path = save_shards(folder, state)
+    shutil.copy(*(os.path.join(path, f"pytorch_model-0000{i}-of-00003.bin") for i in (1, 2)))
+    refused(path, "a shard twice", "twice")
+    path = save(folder, state)
+    refused_without(path, "torch", "pip install torch")
+    refused_without(path, "torch", "2.9.1", "2.10", text="__version__ = '2.9.1'\n")
+    os.remove(os.path.join(path, "model.ckpt"))
+    torch.save({}, os.path.join(path, "optimizer.pt"))
+    refused(path, "an optimizer alone", "holds no")
+
+
+# ---- Keras ----------------------------------------------------------------------------------
+
+
+def keras_arrays(source, prefix="layers/", inner="layers/"):
+    """Path of each dataset, as keras-hub's GemmaBackbone saves it, to tensor."""
+    out = {prefix + "reversible_embedding": source["embedding"],
+           prefix + "rms_normalization": source["final_norm"]}
+    for i in range(source.L):
+        at, of = f"{prefix}gemma_decoder_block{f'_{i}' if i else ''}/", f"layers.{i}."
+        out.update({at + f"attention/{n}_dense": source.heads(of + n[0])
+                    for n in ("query", "key", "value")})
+        out[at + "attention/output_dense"] = source.out_heads(i)
+        out[at + "gating_ffw"] = source[of + "gate"].t()
+        out[at + "gating_ffw_2"] = source[of + "up"].t()
+        out[at + "ffw_linear"] = source[of + "down"].t()
+        out.update({at + k: source[of + n] for n, k in NORMS.items()})
+    return {k + "/vars/0": v for k, v in out.items()}
+
+
+def write_h5(path, arrays):
+    """As keras.saving.saving_lib.H5IOStore: bf16 as two opaque bytes and an attribute."""
+    import h5py
+    with h5py.File(path, "w") as f:
+        for name, tensor in arrays.items():
+            data = plain(tensor)
+            if data.dtype == np.uint16:
+                f.create_dataset(name, data=data.view("V2")).attrs["dtype"] = "bfloat16"
+            else:
+                f[name] = data
+        f["layers/input_layer/vars"] = h5py.Empty("f4")
+        del f["layers/input_layer/vars"]
+        f.create_group("layers/input_layer/vars").attrs["name"] = "token_ids"
+
+
+def keras_config(source, **changes):
+    c = source.facts
+    facts = dict(
+        vocabulary_size=c.vocab_size, num_layers=source.L, num_query_heads=source.N,
+        num_key_value_heads=source.K, hidden_dim=source.D, intermediate_dim=2 * source.F,
+        head_dim=source.H, layer_norm_epsilon=1e-6, dropout=0, query_head_dim_normalize=True,
+        use_post_ffw_norm=True, use_post_attention_norm=True, final_logit_soft_cap=30,
+        attention_logit_soft_cap=50, sliding_window_size=c.sliding_window,
+        use_sliding_window_attention=True)
+    facts.update(changes)
+    return {"module": "keras_hub.src.models.gemma.gemma_backbone", "class_name": "GemmaBackbone",
+            "config": facts, "registered_name": "keras_hub>GemmaBackbone"}
+
+
+def preset(folder, source, arrays=None, shards=1, **changes):
+    """A keras-hub preset; tokenizer.json is Keras's own and holds no vocabulary."""
+    path = fresh(folder, tokenizer=False)
+    place = os.path.join(path, "assets", "tokenizer")
+    os.makedirs(place)
+    with open(os.path.join(place, "vocabulary.spm"), "wb") as f:
+        f.write(make_golden.tiny_tokenizer())
+    write_json(os.path.join(path, "tokenizer.json"), {"class_name": "GemmaTokenizer", "config": {}})
+    write_json(os.path.join(path, "config.json"), keras_config(source, **changes))
+    arrays = arrays or keras_arrays(source)
+    if shards == 1:
+        write_h5(os.path.join(path, "model.weights.h5"), arrays)
+        return path
+    where = {}
+    for i in range(shards):
+        names, file = sorted(arrays)[i::shards], f"model_{i:05}.weights.h5"
+        write_h5(os.path.join(path, file), {n: arrays[n] for n in names})
+        where.update({f"/{n[:-2]}": file if i else [file] for n in names})
+    write_json(os.path.join(path, "model.weights.json"), {"weight_map": where})
+    return path
+
+
+def archive(path, config, arrays):
+    """A .keras file."""
+    write_h5(path + ".h5", arrays)
+    with zipfile.ZipFile(path, "w") as z:
+        z.writestr("metadata.json", "{}")
+        z.writestr("config.json", json.dumps(config))
+        z.write(path + ".h5", "model.weights.h5")
+    os.remove(path + ".h5")
+
+
+def test_keras_good(engine, folder):
+    import torch
+    source = Source(layers="LGL", sliding_window=8)
+    exact(preset(folder, source), source, "Keras preset", engine, dict(W=8, local=[1, 0, 1]))
+    for dtype in ("bfloat16", "float16"):
+        half = Source(dtype, layers="LGL")
+        exact(preset(folder, half, shards=3), half, f"Keras preset {dtype} in shards")
+    arrays = keras_arrays(source, "_layer_checkpoint_dependencies/")
+    exact(preset(folder, source, arrays), source, "Keras's older paths")
+    arrays = keras_arrays(source, "layers/gemma_backbone/layers/")
+    arrays["optimizer/vars/0"] = torch.zeros(3, dtype=torch.int32)
+    exact(preset(folder, source, arrays), source, "Keras task with optimizer")
+    exact(preset(folder, source, query_head_dim_normalize=False, final_logit_soft_cap=None,
+                 attention_logit_soft_cap=20), source, "Keras facts",
+          expect=dict(query_scale=float(np.float32(7 ** -0.5)), final_softcap=0, attn_softcap=20))
+    path = os.path.join(fresh(folder), "model.keras")
+    archive(path, {"class_name": "GemmaCausalLM", "config": {"backbone": keras_config(source)}},
+            arrays)
+    exact(path, source, "a .keras archive", expect=dict(W=8))
+    exact(os.path.dirname(path), source, "a directory of it")
+    path = os.path.join(fresh(folder), "mine.weights.h5")
+    write_h5(path, keras_arrays(source))
+    exact(path, source, "weights alone", expect=dict(W=4096))
+
+
+def test_keras_bad(folder):
+    import h5py
+    import torch
+    source = Source()
+    good = keras_arrays(source)
+    query = "layers/gemma_decoder_block_1/attention/query_dense/vars/0"
+
+    def spoilt(what, change, *words, **changes):
+        arrays = {k: v.clone() for k, v in good.items()}
+        change(arrays)
+        refused(preset(folder, source, arrays, **changes), what, *words)
+
+    def put(name, value):
+        return lambda a: a.__setitem__(name, value)
+
+    def nothing(arrays):
+        pass
+    spoilt("NaN", lambda a: a[query].view(-1).__setitem__(7, float("nan")), "layers.1.q")
+    spoilt("unknown variable", put("layers/dense/vars/0", torch.ones(3)), "layers/dense")
+    spoilt("a second variable", put(query[:-1] + "1", torch.ones(3)), "query_dense/vars/1")
+    spoilt("missing variable", lambda a: a.pop(query), "layers.1.q")
+    spoilt("wrong shape", put(query, torch.ones(6, 41, 10)), "D 41", "42")
+    spoilt("wrong axes", put(query, torch.ones(60, 42)), "3 axes")
+    spoilt("f64", put(query, torch.ones(6, 42, 10).double()), "F64")
+    spoilt("bool", put(query, torch.ones(6, 42, 10).bool()), "type")
+    spoilt("two paths", put(query.replace("layers", "_layer_checkpoint_dependencies", 1),
+                            good[query]), "twice")
+    spoilt("Gemma 1", nothing, "Gemma 1", use_post_ffw_norm=False)
+    spoilt("another width", nothing, "intermediate_dim", intermediate_dim=40)
+    spoilt("no window", nothing, "sliding_window_size", sliding_window_size=0)
+    path = preset(folder, source)
+    write_json(os.path.join(path, "config.json"), {"class_name": "Lambda", "config": {
+        "function": "__import__('os').system('false')"}})
+    refused(path, "a Lambda", "GemmaBackbone")
+    file = os.path.join(preset(folder, source), "model.weights.h5")
+    size = os.path.getsize(file)
+    for keep in (0, 1000, size // 2, size - 100):
+        preset(folder, source)
+        os.truncate(file, keep)
+        refused(path, f"{keep} of {size} bytes of HDF5", "model.weights.h5")
+    for what, edit in {
+            "a chunked variable": lambda f: f.create_dataset(query, data=good[query], chunks=True),
+            "a variable elsewhere": lambda f: f.create_dataset(
+                query, (6, 42, 10), "f4", external=[("/etc/passwd", 0, 10080)]),
+            "a variable without bytes": lambda f: f.create_dataset(query, (1 << 20, 1 << 20), "f4"),
+            "a link": lambda f: f.__setitem__(query, h5py.ExternalLink("other.h5", "/x"))}.items():
+        preset(folder, source)
+        with h5py.File(file, "a") as f:
+            del f[query]
+            edit(f)
+        refused(path, what, "layers.1.q" if "link" in what else "one piece")
+    test_keras_files(folder, source)
+
+
+def test_keras_files(folder, source):
+    path = preset(folder, source, shards=3)
+    os.remove(os.path.join(path, "model_00001.weights.h5"))
+    refused(path, "missing shard", "missing")
+    path = preset(folder, source, shards=2)
+    shutil.copy(os.path.join(path, "model_00000.weights.h5"),
+                os.path.join(path, "model_00001.weights.h5"))
+    refused(path, "a shard twice", "twice")
+    write_json(os.path.join(path, "model.weights.json"), {"weight_map": {"/x": "../a.weights.h5"}})
+    refused(path, "a shard elsewhere", "maps no variables")
+    path = os.path.join(fresh(folder), "model.keras")
+    for what, write in {"garbage": lambda z: None,
+                        "no weights": lambda z: z.writestr("config.json", "{}")}.items():
+        with zipfile.ZipFile(path, "w") as z:
+            write(z)
+        refused(path, what, "model.weights.h5")
+    path = preset(folder, source)
+    refused_without(path, "h5py", "pip install h5py")
+
+
+# ---- Flax -----------------------------------------------------------------------------------
+
+
+def flax_arrays(source, layout="flat", first="2DF"):
+    """Tree keys, joined as Orbax joins them, to tensor.  layout is one of gemma's: flat (old
+    names with slashes), nested, stacked by attention type, or nested in a trainer's state."""
+    import torch
+    out = {"embedder.input_embedding": source["embedding"],
+           "final_norm.scale": source["final_norm"]}
+    for i in range(source.L):
+        of = f"layers.{i}."
+        gating = torch.stack([source[of + "gate"], source[of + "up"]])
+        out.update({f"layer_{i}.{k}": v for k, v in {
+            "attn.q_einsum.w": source.heads(of + "q"),
+            "attn.kv_einsum.w": torch.stack([source.heads(of + "k"), source.heads(of + "v")]),
+            "attn.attn_vec_einsum.w": source.out_heads(i),
+            "mlp.gating_einsum": gating.transpose(1, 2) if first == "2DF" else gating,
+            "mlp.linear": source[of + "down"].t(),
+            **{k + ".scale": source[of + n] for n, k in NORMS.items()}}.items()})
+    if layout == "trainer":
+        return {"step": torch.tensor(3), **{"params." + k: v for k, v in out.items()}}
+    if layout == "nested":
+        return out
+    if layout == "stacked":
+        for j in range(2):
+            for k in [k for k in out if k.startswith(f"layer_{j}.")]:
+                parts = [out.pop(k.replace(f"layer_{j}.", f"layer_{i}."))
+                         for i in range(j, source.L, 2)]
+                out[f"stacked_layers.attention_type_{j}" + k[7:]] = torch.stack(parts)
+    return {flat_name(k): v for k, v in out.items()}
+
+
+def flat_name(key):
+    """Flat trees have keys of a path and a last name; the MLP's last name is w."""
+    path, _, last = key.rpartition(".")
+    if last in ("gating_einsum", "linear"):
+        path, last = key, "w"
+    return "transformer/" + path.replace(".", "/") + "." + last
+
+
+def write_orbax(path, arrays, ocdbt=True, driver="zarr", rows=None):
+    """Arrays as Orbax has them: zstd, no fill value, one chunk unless rows cuts the first
+    axis."""
+    import ml_dtypes
+    import tensorstore
+    os.makedirs(path, exist_ok=True)
+    base = {"driver": "file", "path": path + "/"}
+    store = {"driver": "ocdbt", "base": base} if ocdbt else base
+    for name, tensor in arrays.items():
+        data = plain(tensor)
+        data = data.view(ml_dtypes.bfloat16) if data.dtype == np.uint16 else data
+        chunks = [min(rows or n, n) if i == 0 else n for i, n in enumerate(data.shape)]
+        place = {**store, "path": store.get("path", "") + name + "/"}
+        if driver == "zarr":
+            how = {"metadata": {"chunks": chunks, "compressor": {"id": "zstd", "level": 1}}}
+        else:
+            how = {"metadata": {"chunk_grid": {"name": "regular", "configuration": {
+                "chunk_shape": chunks}}, "codecs": [{"name": "zstd", "configuration": {
+                    "level": 1}}]}}
+        tensorstore.open({"driver": driver, "kvstore": place, **how}, create=True,
+                         shape=data.shape, dtype=data.dtype.name).result().write(data).result()
+    write_json(os.path.join(path, "_METADATA"), {"tree_metadata": {}})
+    return path
+
+
+def kaggle(folder, arrays, **how):
+    """tokenizer.model beside the checkpoint's directory."""
+    path = fresh(folder)
+    write_orbax(os.path.join(path, "gemma2-2b-it"), arrays, **how)
+    return path
+
+
+def test_flax_good(engine, folder):
+    source = Source(layers="LGLG")
+    for what, how, options in (
+            ("flat, OCDBT", dict(), dict()),
+            ("flat, a directory an array, [2, F, D]", dict(first="2FD"), dict(ocdbt=False)),
+            ("nested, zarr 3", dict(layout="nested"), dict(driver="zarr3")),
+            ("nested, zarr 3 in files", dict(layout="nested"), dict(driver="zarr3", ocdbt=False)),
+            ("stacked", dict(layout="stacked"), dict(rows=1)),
+            ("stacked, [2, F, D]", dict(layout="stacked", first="2FD"), dict()),
+            ("a trainer's state", dict(layout="trainer"), dict(rows=3))):
+        path = kaggle(folder, flax_arrays(source, **how), **options)
+        exact(path, source, f"Flax, {what}", engine if what == "stacked" else None,
+              dict(W=4096, query_scale=float(np.float32(10 ** -0.5))))
+    exact(os.path.join(path, "gemma2-2b-it"), source, "Flax, the inner directory")
+    half = Source("bfloat16")
+    exact(kaggle(folder, flax_arrays(half), rows=5), half, "Flax bf16, in chunks")
+    test_padded(folder)
+
+
+def test_padded(folder):
+    """Of 256,128 rows 256,000 are kept; of any other number all."""
+    import torch
+    source = Source(vocab_size=256128, hidden_size=6)
+    path = kaggle(folder, flax_arrays(source), rows=30000)
+    os.remove(os.path.join(path, "tokenizer.model"))
+    rows = source.state["model.embed_tokens.weight"]
+    source.hf.config.vocab_size = 256000
+    source.hf.model.embed_tokens.weight = torch.nn.Parameter(rows[:256000])
+    exact(path, source, "Flax, padded vocabulary", expect=dict(V=256000), warns="tokenizer.bin")
+
+
+def test_flax_bad(folder):
+    import torch
+    source = Source()
+    good = flax_arrays(source)
+    q, gating = ("transformer/layer_1/" + n for n in ("attn/q_einsum.w", "mlp/gating_einsum.w"))
+
+    def spoilt(what, change, *words, **how):
+        arrays = {k: v.clone() for k, v in good.items()}
+        change(arrays)
+        path = kaggle(folder, arrays, **how)
+        refused(path, what, *words)
+        return path
+
+    def put(name, value):
+        return lambda a: a.__setitem__(name, value)
+
+    def nothing(arrays):
+        pass
+    spoilt("NaN", lambda a: a[q].view(-1).__setitem__(7, float("nan")), "layers.1.q")
+    spoilt("unknown array", put("transformer/layer_1/attn/_key_norm.scale", torch.ones(10)),
+           "_key_norm")
+    spoilt("a vision tower", put("SigLiPFromPatches_0/x.w", torch.ones(10)), "SigLiP")
+    spoilt("missing array", lambda a: a.pop(q), "layers.1.q")
+    spoilt("wrong shape", put(q, torch.ones(6, 41, 10)), "D 41", "42")
+    spoilt("wrong axes", put(q, torch.ones(60, 42)), "3 axes")
+    spoilt("a third gate", put(gating, torch.ones(3, 42, 40)), "gate and up")
+    spoilt("int8", put(q, torch.ones(6, 42, 10).to(torch.int8)), "int8")
+    spoilt("two trees", put("params." + q.replace("/", "."), good[q]), "twice")
+    spoilt("no norms after", lambda a: [a.pop(n) for n in list(a) if "post" in n], "Gemma 1")
+    square = Source(intermediate_size=42)
+    refused(kaggle(folder, flax_arrays(square)), "D = F", "either way")
+    path = kaggle(folder, good, ocdbt=False, rows=4)
+    inner = os.path.join(path, "gemma2-2b-it")
+    os.remove(os.path.join(inner, q, "0.0.0"))
+    refused(path, "missing chunk", "q_einsum")
+    for name, keep in ((".zarray", 20), ("1.0.0", 5), ("1.0.0", 0)):
+        kaggle(folder, good, ocdbt=False, rows=4)
+        os.truncate(os.path.join(inner, q, name), keep)
+        refused(path, f"{keep} bytes of {name}", "q_einsum")
+    kaggle(folder, good, ocdbt=False)
+    with open(os.path.join(inner, q, ".zarray"), "r+") as f:
+        doc = json.load(f)
+        doc.update(shape=[6, 42, 1 << 40], chunks=[6, 42, 1 << 40])
+        f.seek(0), f.truncate(), json.dump(doc, f)
+    refused(path, "a huge chunk", "q_einsum")
+    test_flax_files(folder, good)
+
+
+def test_flax_files(folder, good):
+    path = kaggle(folder, good)
+    inner = os.path.join(path, "gemma2-2b-it")
+    os.truncate(os.path.join(inner, "manifest.ocdbt"), 30)
+    refused(path, "half a manifest", "gemma2-2b-it")
+    kaggle(folder, good)
+    data = os.path.join(inner, "d")
+    for name in os.listdir(data):
+        os.truncate(os.path.join(data, name), 10)
+    refused(path, "truncated data", "gemma2-2b-it")
+    shutil.rmtree(data)
+    refused(path, "no data", "gemma2-2b-it")
+    kaggle(folder, {})
+    refused(path, "no arrays", "no arrays")
+    kaggle(folder, good)
+    shutil.copytree(inner, inner + "-2")
+    refused(path, "two checkpoints", "several")
+    kaggle(folder, good)
+    refused_without(path, "tensorstore", "pip install tensorstore")
+
+
+# ---- many workers ---------------------------------------------------------------------------
+
+
+def test_workers(folder):
+    """Models large enough for a pool of processes, and a failure in one of them."""
+    source = Source("bfloat16", hidden_size=512, num_attention_heads=4, num_key_value_heads=2,
+                    head_dim=64, intermediate_size=6144, query_pre_attn_scalar=64)
+    out = os.path.join(folder, "place", "out.bin")
+    for what, write in {"PyTorch": lambda: save(folder, gemma_pytorch(source)),
+                        "Keras": lambda: preset(folder, source),
+                        "Flax": lambda: kaggle(folder, flax_arrays(source), rows=100)}.items():
+        source["layers.1.down"][511, 6143] = 1
+        fresh(folder, "place", tokenizer=False)
+        run = convert(write(), out, "--type", "f32", "-j", "2")
+        if check(run.returncode == 0, f"{what}, two workers: {run.stderr.strip()}"):
+            check_exact(source, out, f"{what}, two workers")
+            os.remove(out)
+        source["layers.1.down"][511, 6143] = float("inf")
+        run = convert(write(), out, "-j", "2")
+        check_refusal(run.returncode, run.stderr, os.path.dirname(out), f"{what}, infinity in a "
+                      "worker", ["layers.1.down", "row 511"])
+
+
+def test_arrays(engine, folder):
+    test_torch_good(engine, folder)
+    test_torch_bad(folder)
+    test_keras_good(engine, folder)
+    test_keras_bad(folder)
+    test_flax_good(engine, folder)
+    test_flax_bad(folder)
+    test_workers(folder)

@@ -56,9 +56,13 @@
 #ifndef _DEFAULT_SOURCE
 #define _DEFAULT_SOURCE /* madvise, MAP_ANONYMOUS */
 #endif
+#ifndef _FILE_OFFSET_BITS
+#define _FILE_OFFSET_BITS 64 /* so that 32-bit programs can say that a file is too large */
+#endif
 #include "gemma2.h"
 
 #include <errno.h>
+#include <fenv.h>
 #include <float.h>
 #include <math.h>
 #include <stdarg.h>
@@ -74,11 +78,17 @@
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
+#elif defined(_WIN32)
+#define WIN32_LEAN_AND_MEAN
+#define NOMINMAX
+#include <windows.h>
 #endif
 #if defined(__x86_64__) && defined(__GNUC__)
 #define HAVE_X86 1
 #include <cpuid.h>
 #include <immintrin.h>
+#elif defined(__SSE__)
+#include <xmmintrin.h>
 #endif
 #if defined(__aarch64__) && defined(__ARM_NEON) && defined(__GNUC__) && \
     __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
@@ -91,8 +101,20 @@
 #endif
 #endif
 
-#if FLT_EVAL_METHOD != 0
+#if FLT_EVAL_METHOD != 0 && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__ /* others open nothing */
 #error "gemma2.c needs floats computed as floats: on 32-bit x86 add -msse2 -mfpmath=sse"
+#endif
+
+/* gcc for Windows keeps 32- and 64-byte values on a stack aligned to 16 and moves them as if
+ * it were not (gcc bug 54412).  Moves that take any address are as fast. */
+#if defined(_WIN32) && defined(HAVE_X86) && !defined(__clang__)
+#define ANY_ADDRESS(aligned, unaligned) \
+    __asm__(".macro " aligned " operands:vararg\n\t" unaligned " \\operands\n.endm");
+ANY_ADDRESS("vmovaps", "vmovups")
+ANY_ADDRESS("vmovapd", "vmovupd")
+ANY_ADDRESS("vmovdqa", "vmovdqu")
+ANY_ADDRESS("vmovdqa32", "vmovdqu32")
+ANY_ADDRESS("vmovdqa64", "vmovdqu64")
 #endif
 
 /* The tracing seam: define it before including this file to be handed every named
@@ -113,6 +135,11 @@
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
+#ifdef __MINGW_PRINTF_FORMAT
+#define PRINTF_FORMAT __MINGW_PRINTF_FORMAT /* knows %zu */
+#else
+#define PRINTF_FORMAT printf
+#endif
 #ifdef __clang__
 #define UNROLL _Pragma("unroll")
 #else
@@ -129,7 +156,7 @@ struct errbuf {
 };
 
 /* Writes a sentence to err; returns 0, so that checks can `return fail(...)`. */
-__attribute__((format(printf, 2, 3)))
+__attribute__((format(PRINTF_FORMAT, 2, 3)))
 static int fail(struct errbuf *err, const char *format, ...)
 {
     if (err->text && err->size) {
@@ -310,13 +337,24 @@ struct file {
 
 static void file_close(struct file *f)
 {
-#ifdef HAVE_MMAP
+#if defined(HAVE_MMAP)
     if (f->mapping)
         munmap(f->mapping, f->size);
+#elif defined(_WIN32)
+    if (f->mapping)
+        UnmapViewOfFile(f->mapping);
 #endif
     free(f->memory);
     memset(f, 0, sizeof *f);
 }
+
+#if defined(HAVE_MMAP) || defined(_WIN32)
+static int fail_too_large(uint64_t bytes, struct errbuf *err)
+{
+    return fail(err, "has %llu bytes, too large for this %d-bit program",
+                (unsigned long long)bytes, (int)sizeof(size_t) * 8);
+}
+#endif
 
 #ifdef HAVE_MMAP
 static int read_all(int fd, uint8_t *to, size_t n)
@@ -368,9 +406,8 @@ static int file_open(struct file *f, const char *path, int read_in, struct errbu
              S_ISDIR(st.st_mode) ? "a directory" : "a device or pipe");
     else if (st.st_size == 0)
         fail(err, "is empty; convert a checkpoint with export.py");
-    else if ((uint64_t)st.st_size > SIZE_MAX)
-        fail(err, "has %llu bytes, too large for this 32-bit program",
-             (unsigned long long)st.st_size);
+    else if ((uint64_t)st.st_size > SIZE_MAX / 2)
+        fail_too_large((uint64_t)st.st_size, err);
     else {
         f->size = (size_t)st.st_size;
         errno = 0;
@@ -379,28 +416,103 @@ static int file_open(struct file *f, const char *path, int read_in, struct errbu
     close(fd);
     return ok;
 }
-#else
+#elif defined(_WIN32)
+static int fail_windows(struct errbuf *err, const char *doing)
+{
+    unsigned long code = GetLastError();
+    if (code == ERROR_FILE_NOT_FOUND || code == ERROR_PATH_NOT_FOUND)
+        return fail(err, "cannot %s: there is no such file; give the path of a file made by "
+                         "export.py", doing);
+    return fail(err, "cannot %s: %s (Windows error %lu)", doing,
+                code == ERROR_ACCESS_DENIED ? "access is denied" :
+                code == ERROR_NOT_ENOUGH_MEMORY ? "not enough memory" : "the system declined",
+                code);
+}
+
+/* Memory that starts on a multiple of 64, and in which it starts. */
+static int file_read(struct file *f, HANDLE in, struct errbuf *err)
+{
+    DWORD got;
+    f->memory = malloc(f->size + 63);
+    if (!f->memory)
+        return fail(err, "out of memory reading %zu bytes", f->size);
+    uint8_t *to = (uint8_t *)f->memory + (-(uintptr_t)f->memory & 63);
+    f->data = to;
+    for (size_t left = f->size; left; to += got, left -= got)
+        if (!ReadFile(in, to, left < 1u << 30 ? (DWORD)left : 1u << 30, &got, NULL) || !got)
+            return fail_windows(err, "read");
+    return 1;
+}
+
+static int file_map(struct file *f, HANDLE in, struct errbuf *err)
+{
+    HANDLE section = CreateFileMappingW(in, NULL, PAGE_READONLY, 0, 0, NULL);
+    f->mapping = section ? MapViewOfFile(section, FILE_MAP_READ, 0, 0, 0) : NULL;
+    f->data = f->mapping;
+    int ok = f->mapping || fail_windows(err, "map");
+    if (section)
+        CloseHandle(section);
+    return ok;
+}
+
+static int file_load(struct file *f, HANDLE in, int read_in, struct errbuf *err)
+{
+    LARGE_INTEGER size;
+    if (GetFileType(in) != FILE_TYPE_DISK)
+        return fail(err, "is a device or pipe, not a model file; convert a checkpoint with "
+                         "export.py first");
+    if (!GetFileSizeEx(in, &size))
+        return fail_windows(err, "read");
+    if (size.QuadPart == 0)
+        return fail(err, "is empty; convert a checkpoint with export.py");
+    if ((uint64_t)size.QuadPart > SIZE_MAX / 2)
+        return fail_too_large((uint64_t)size.QuadPart, err);
+    f->size = (size_t)size.QuadPart;
+    return read_in ? file_read(f, in, err) : file_map(f, in, err);
+}
+
+/* path is UTF-8, whatever the system's code page. */
+static int file_open(struct file *f, const char *path, int read_in, struct errbuf *err)
+{
+    WCHAR wide[4096];
+    if (!MultiByteToWideChar(CP_UTF8, MB_ERR_INVALID_CHARS, path, -1, wide, 4096))
+        return fail(err, "cannot open: the path is not UTF-8, or too long");
+    DWORD kind = GetFileAttributesW(wide);
+    if (kind != INVALID_FILE_ATTRIBUTES && kind & FILE_ATTRIBUTE_DIRECTORY)
+        return fail(err, "is a directory, not a model file; convert a checkpoint with export.py "
+                         "first");
+    HANDLE in = CreateFileW(wide, GENERIC_READ, FILE_SHARE_READ, NULL, OPEN_EXISTING,
+                            FILE_ATTRIBUTE_NORMAL, NULL);
+    if (in == INVALID_HANDLE_VALUE)
+        return fail_windows(err, "open");
+    int ok = file_load(f, in, read_in, err);
+    CloseHandle(in);
+    return ok;
+}
+#else /* plain C */
 static int file_open(struct file *f, const char *path, int read_in, struct errbuf *err)
 {
     (void)read_in; /* there is no other way here */
     FILE *in = fopen(path, "rb");
     if (!in)
-        return fail(err, "cannot open: %s", strerror(errno));
-    size_t room = 1 << 20;
-    for (;;) {
-        void *memory = realloc(f->memory, room);
+        return fail(err, "cannot open: %s; give the path of a file made by export.py",
+                    strerror(errno));
+    for (size_t room = 1 << 20;; room *= 2) {
+        void *memory = room <= SIZE_MAX / 4 ? realloc(f->memory, room + 63) : NULL;
         if (!memory)
             break;
         f->memory = memory;
         f->size += fread((char *)memory + f->size, 1, room - f->size, in);
-        if (f->size < room || room > SIZE_MAX / 2)
+        if (f->size < room)
             break;
-        room *= 2;
     }
     int ok = !ferror(in) && feof(in) && f->size;
     fclose(in);
-    f->data = f->memory;
-    return ok ? 1 : fail(err, "cannot be read, or is empty");
+    if (!ok)
+        return fail(err, "is a directory, is empty, or is too large to read");
+    uint8_t *aligned = (uint8_t *)f->memory + (-(uintptr_t)f->memory & 63);
+    f->data = memmove(aligned, f->memory, f->size);
+    return 1;
 }
 #endif
 
@@ -1515,32 +1627,42 @@ static void cos_sin(double x, float *cosine, float *sine)
 
 /* The floating-point environment the specification assumes: round to nearest even,
  * denormals kept, no traps.  A host may have set another one; it gets it back. */
-static uint64_t float_env_enter(void)
+#if defined(__SSE__)
+typedef unsigned float_env;
+
+static float_env float_env_enter(void)
 {
-#if defined(HAVE_X86)
-    uint64_t old = _mm_getcsr();
+    float_env old = _mm_getcsr();
     _mm_setcsr(0x1f80);
     return old;
+}
+
+static void float_env_leave(float_env old) { _mm_setcsr(old); }
 #elif defined(__aarch64__)
-    uint64_t old, plain = 0;
+typedef uint64_t float_env;
+
+static float_env float_env_enter(void)
+{
+    float_env old, plain = 0;
     __asm__ volatile("mrs %0, fpcr" : "=r"(old));
     __asm__ volatile("msr fpcr, %0" : : "r"(plain));
     return old;
-#else
-    return 0;
-#endif
 }
 
-static void float_env_leave(uint64_t old)
-{
-#if defined(HAVE_X86)
-    _mm_setcsr((unsigned)old);
-#elif defined(__aarch64__)
-    __asm__ volatile("msr fpcr, %0" : : "r"(old));
+static void float_env_leave(float_env old) { __asm__ volatile("msr fpcr, %0" : : "r"(old)); }
 #else
-    (void)old;
-#endif
+typedef fenv_t float_env;
+
+static float_env float_env_enter(void)
+{
+    float_env old;
+    fegetenv(&old);
+    fesetenv(FE_DFL_ENV);
+    return old;
 }
+
+static void float_env_leave(float_env old) { fesetenv(&old); }
+#endif
 
 typedef void task_fn(void *context, size_t task);
 
@@ -1557,7 +1679,7 @@ static void share(int n_threads, size_t n, size_t work, task_fn *task, void *con
     if (team > 1) {
 #pragma omp parallel num_threads(team)
         {
-            uint64_t env = float_env_enter();
+            float_env env = float_env_enter();
 #pragma omp for schedule(dynamic) nowait
             for (size_t i = 0; i < n; i++)
                 task(context, i);
@@ -3649,7 +3771,7 @@ static void choose_matrix(gemma2_model *m)
 
 /* One allocation: the struct, its layers, the tokenizer's two indexes.  The indexes' size
  * is known from V alone: at most every piece is user-defined. */
-static gemma2_model *make_model(struct file *f, struct errbuf *err)
+static gemma2_model *allocate_model(struct file *f, struct errbuf *err)
 {
     gemma2_model small = {0};
     if (!measure_model(&small, f, err))
@@ -3670,10 +3792,19 @@ static gemma2_model *make_model(struct file *f, struct errbuf *err)
     m->file = *f;
     m->tokenizer.slots = (uint32_t *)((char *)m + sizeof *m + layers);
     m->tokenizer.user = m->tokenizer.slots + slots;
-    if (read_model(m, err) && build_tokenizer(&m->tokenizer, err))
-        return m;
-    free(m);
-    return NULL;
+    return m;
+}
+
+static gemma2_model *make_model(struct file *f, struct errbuf *err)
+{
+    float_env env = float_env_enter();
+    gemma2_model *m = allocate_model(f, err);
+    if (m && !(read_model(m, err) && build_tokenizer(&m->tokenizer, err))) {
+        free(m);
+        m = NULL;
+    }
+    float_env_leave(env);
+    return m;
 }
 
 gemma2_model *gemma2_open(const char *path, const gemma2_open_params *params, char *err_text,
@@ -3863,7 +3994,7 @@ gemma2_session *gemma2_session_place(const gemma2_model *m, const gemma2_session
     else if (!memory || (uintptr_t)memory % 64 || size < plan.total)
         fail(&err, "a session needs %llu bytes aligned to 64", (unsigned long long)plan.total);
     else {
-        uint64_t env = float_env_enter();
+        float_env env = float_env_enter();
         place_session(&s, memory, &plan);
         start_session(&s);
         float_env_leave(env);
@@ -3954,7 +4085,7 @@ static int run_ids(gemma2_session *s, const int32_t *ids, size_t n,
                    const struct matrix_kernels *matrix, float *logits, int32_t next,
                    float *logprobs)
 {
-    uint64_t env = float_env_enter();
+    float_env env = float_env_enter();
     int status = GEMMA2_OK;
     for (size_t done = 0, rows; done < n && status == GEMMA2_OK; done += rows) {
         rows = n - done < (size_t)s->n_batch ? n - done : (size_t)s->n_batch;
@@ -4013,7 +4144,7 @@ int gemma2_eval_rows(const gemma2_row *rows, size_t n)
         return status;
     gemma2_session *lead = rows[0].session;
     struct pass p = {lead->model, lead, n, 0, NULL, 0, NULL};
-    uint64_t env = float_env_enter();
+    float_env env = float_env_enter();
     for (size_t t = 0; t < n; t++)
         add_row(lead, t, rows[t].session, rows[t].id, rows[t].logits);
     status = end_pass(&p, n, forward(&p));
@@ -4068,7 +4199,7 @@ int gemma2_importance(gemma2_session *s, const int32_t *ids, size_t n, uint32_t 
         return status;
     if (!sums || (block != 1 && block != 32 && block != 64 && block != 128 && block != 256))
         return GEMMA2_ERR_ARGUMENT;
-    uint64_t env = float_env_enter();
+    float_env env = float_env_enter();
     for (size_t done = 0, rows; done < n && status == GEMMA2_OK; done += rows) {
         rows = n - done < (size_t)s->n_batch ? n - done : (size_t)s->n_batch;
         struct pass p = {s->model, s, rows, 0, NULL, block, sums};
@@ -4160,8 +4291,10 @@ int64_t gemma2_encode(const gemma2_model *m, const char *text, int64_t size, uns
     e.heap = (int32_t *)(e.symbols + n);
     if (flags & GEMMA2_ENCODE_BOS)
         emit(&e, m->config.bos);
+    float_env env = float_env_enter(); /* scores are floats */
     normalise(&e, (const uint8_t *)text, n);
     encode_text(&e);
+    float_env_leave(env);
     return e.n_ids;
 }
 
@@ -4216,10 +4349,10 @@ void gemma2_sampler_init(gemma2_sampler *p, uint64_t seed)
 
 int32_t gemma2_sample(gemma2_session *s, gemma2_sampler *p, const float *logits)
 {
-    if (!s || !p || !logits || !sampler_is_sound(p))
+    if (!s || !p || !logits)
         return GEMMA2_ERR_ARGUMENT;
-    uint64_t env = float_env_enter();
-    int32_t id = sample(s, p, logits);
+    float_env env = float_env_enter();
+    int32_t id = sampler_is_sound(p) ? sample(s, p, logits) : GEMMA2_ERR_ARGUMENT;
     float_env_leave(env);
     return id;
 }
@@ -4232,7 +4365,7 @@ int gemma2_logprob(const float *logits, size_t n, int32_t id, float *logprob)
         return GEMMA2_ERR_TOKEN;
     if (!all_finite(logits, n))
         return GEMMA2_ERR_NONFINITE;
-    uint64_t env = float_env_enter();
+    float_env env = float_env_enter();
     struct log_sum sum = {-INFINITY, logits[id], 0};
     for (size_t first = 0; first < n; first += HEAD_BLOCK) {
         float x[HEAD_BLOCK];
@@ -6689,16 +6822,19 @@ static void mix_f16_neon(const float (*p)[KEY_BLOCK], int n, int width, const vo
 
 /* ---- which ARM is this ---- */
 
-/* A feature of this CPU: its bit of Linux' AT_HWCAP or AT_HWCAP2, its name in macOS. */
-static int has_feature(int second, int bit, const char *name)
+/* A feature of this CPU: its bit of Linux' AT_HWCAP or AT_HWCAP2, its name in macOS, its
+ * number in Windows. */
+static int has_feature(int second, int bit, const char *name, unsigned number)
 {
-    (void)second, (void)bit, (void)name;
+    (void)second, (void)bit, (void)name, (void)number;
 #if defined(__linux__)
     return getauxval(second ? AT_HWCAP2 : AT_HWCAP) >> bit & 1;
 #elif defined(__APPLE__)
     int has = 0;
     size_t size = sizeof has;
     return !sysctlbyname(name, &has, &size, NULL, 0) && has;
+#elif defined(_WIN32)
+    return !!IsProcessorFeaturePresent(number);
 #else
     return 0;
 #endif
@@ -6710,7 +6846,7 @@ static int has_dotprod(void)
 #ifdef __ARM_FEATURE_DOTPROD
     told = 1;
 #endif
-    return told || has_feature(0, 20, "hw.optional.arm.FEAT_DotProd");
+    return told || has_feature(0, 20, "hw.optional.arm.FEAT_DotProd", 43);
 }
 
 static int has_i8mm(void)
@@ -6719,7 +6855,7 @@ static int has_i8mm(void)
 #ifdef __ARM_FEATURE_MATMUL_INT8
     told = 1;
 #endif
-    return has_dotprod() && (told || has_feature(1, 13, "hw.optional.arm.FEAT_I8MM"));
+    return has_dotprod() && (told || has_feature(1, 13, "hw.optional.arm.FEAT_I8MM", 66));
 }
 
 /* Neoverse V1 and N2, Graviton 3, Apple M2 and newer. */

@@ -16,6 +16,9 @@
 #if !defined(_WIN32) && !defined(_POSIX_C_SOURCE)
 #define _POSIX_C_SOURCE 200809L
 #endif
+#ifdef _WIN32
+#define _CRT_RAND_S
+#endif
 
 #include "gemma2.h"
 
@@ -31,8 +34,12 @@
 #include <string.h>
 #include <time.h>
 #ifdef _WIN32
+#define WIN32_LEAN_AND_MEAN
 #include <fcntl.h>
 #include <io.h>
+#include <windows.h>
+#include <shellapi.h>
+#undef IN
 #else
 #include <sys/stat.h>
 #include <unistd.h>
@@ -95,15 +102,27 @@ static void on_lost_page(int signal_number, siginfo_t *info, void *context)
     (void)written;
     _Exit(BAD_MODEL);
 }
+#else
+static UINT console_input, console_output;
+
+static void restore_console(void)
+{
+    SetConsoleCP(console_input);
+    SetConsoleOutputCP(console_output);
+}
 #endif
 
-/* Standard streams byte for byte, a broken pipe as a failed write, Ctrl-C as above unless
- * whoever started us ignores it, and a file that shrinks while it is mapped. */
+/* Standard streams byte for byte, a terminal in UTF-8, a broken pipe as a failed write,
+ * Ctrl-C as above unless whoever started us ignores it, and a file that shrinks while it is
+ * mapped. */
 static void platform_init(void)
 {
 #ifdef _WIN32
     _setmode(_fileno(stdin), _O_BINARY);
     _setmode(_fileno(stdout), _O_BINARY);
+    console_input = GetConsoleCP(), console_output = GetConsoleOutputCP();
+    SetConsoleCP(CP_UTF8), SetConsoleOutputCP(CP_UTF8);
+    atexit(restore_console);
     signal(SIGINT, on_interrupt);
 #else
     struct sigaction interrupt = {0}, inherited;
@@ -121,6 +140,51 @@ static void platform_init(void)
 #endif
 }
 
+/* Arguments in UTF-8, to the end of the program; argv may be in a code page that lacks most
+ * characters.  NULL without memory. */
+static char **utf8_arguments(int *argc, char **argv)
+{
+#ifdef _WIN32
+    wchar_t **wide = CommandLineToArgvW(GetCommandLineW(), argc);
+    argv = wide ? calloc((size_t)*argc + 1, sizeof *argv) : NULL;
+    for (int i = 0; argv && i < *argc; i++) {
+        int n = WideCharToMultiByte(CP_UTF8, 0, wide[i], -1, NULL, 0, NULL, NULL);
+        argv[i] = malloc((size_t)n);
+        if (!argv[i])
+            return NULL;
+        WideCharToMultiByte(CP_UTF8, 0, wide[i], -1, argv[i], n, NULL, NULL);
+    }
+    LocalFree(wide);
+#else
+    (void)argc;
+#endif
+    return argv;
+}
+
+/* fopen for reading; the path is UTF-8. */
+static FILE *open_path(const char *path)
+{
+#ifdef _WIN32
+    wchar_t wide[4096];
+    if (MultiByteToWideChar(CP_UTF8, MB_ERR_INVALID_CHARS, path, -1, wide, 4096))
+        return _wfopen(wide, L"rb");
+    errno = ENOENT;
+    return NULL;
+#else
+    return fopen(path, "rb");
+#endif
+}
+
+/* Whether a write failed because the reader of a pipe has left. */
+static int reader_left(int error)
+{
+#ifdef _WIN32
+    return error == EPIPE || error == EINVAL;
+#else
+    return error == EPIPE;
+#endif
+}
+
 static int is_terminal(FILE *file)
 {
 #ifdef _WIN32
@@ -132,18 +196,25 @@ static int is_terminal(FILE *file)
 
 static double seconds(void)
 {
-    struct timespec now = {0};
 #ifdef _WIN32
-    timespec_get(&now, TIME_UTC);
+    LARGE_INTEGER ticks, a_second;
+    QueryPerformanceCounter(&ticks), QueryPerformanceFrequency(&a_second);
+    return (double)ticks.QuadPart / (double)a_second.QuadPart;
 #else
+    struct timespec now = {0};
     clock_gettime(CLOCK_MONOTONIC, &now);
-#endif
     return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
+#endif
 }
 
 /* 32 bits: easy to type again, and exact as a number in any reader of JSON. */
 static uint64_t random_seed(void)
 {
+#ifdef _WIN32
+    unsigned seed = 0;
+    if (rand_s(&seed) == 0)
+        return seed;
+#else
     uint32_t seed = 0;
     FILE *source = fopen("/dev/urandom", "rb");
     if (source) {
@@ -153,6 +224,7 @@ static uint64_t random_seed(void)
         if (got == 1)
             return seed;
     }
+#endif
     uint64_t mix = (uint64_t)time(NULL) ^ (uint64_t)(seconds() * 1e9) ^ (uintptr_t)&seed;
     return (mix * 6364136223846793005u) >> 32;
 }
@@ -224,7 +296,9 @@ static void name_program(char *path)
         program_name = path;
 }
 
-#ifdef __GNUC__
+#if defined(__MINGW_PRINTF_FORMAT)
+#define PRINTF_LIKE(text, first) __attribute__((format(__MINGW_PRINTF_FORMAT, text, first)))
+#elif defined(__GNUC__)
 #define PRINTF_LIKE(text, first) __attribute__((format(printf, text, first)))
 #else
 #define PRINTF_LIKE(text, first)
@@ -328,7 +402,7 @@ static void put_flush(output *out)
 static int finish_output(output *out, int status)
 {
     put_flush(out);
-    if (out->error && out->error != EPIPE && status == DONE)
+    if (out->error && !reader_left(out->error) && status == DONE)
         return fail(FAILED, "cannot write to standard output: %s", strerror(out->error));
     return status;
 }
@@ -1190,7 +1264,7 @@ static int read_path(const char *path, array *bytes)
 {
     if (strcmp(path, "-") == 0)
         return read_file(stdin, "standard input", bytes);
-    FILE *file = fopen(path, "rb");
+    FILE *file = open_path(path);
     if (!file)
         return fail(FAILED, "cannot open %s: %s", path, strerror(errno));
     int status = read_file(file, path, bytes);
@@ -2274,6 +2348,9 @@ int main(int argc, char **argv)
     init_options(&opts);
     program p = {.opts = &opts};
     platform_init();
+    argv = utf8_arguments(&argc, argv);
+    if (!argv)
+        return out_of_memory();
     name_program(argc > 0 ? argv[0] : NULL);
     if (argc < 2) {
         fprintf(stderr, "usage: %s MODEL [options] [PROMPT]\n"

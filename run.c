@@ -120,6 +120,7 @@ static void platform_init(void)
 #ifdef _WIN32
     _setmode(_fileno(stdin), _O_BINARY);
     _setmode(_fileno(stdout), _O_BINARY);
+    _setmode(_fileno(stderr), _O_BINARY);
     console_input = GetConsoleCP(), console_output = GetConsoleOutputCP();
     SetConsoleCP(CP_UTF8), SetConsoleOutputCP(CP_UTF8);
     atexit(restore_console);
@@ -978,8 +979,8 @@ static int parse_options(options *opts, int argc, char **argv)
             return fail(USAGE, "--%s takes no value", o->name);
         if (o->argument && !value && ++i == argc)
             return fail(USAGE, "--%s needs a value: %s", o->name, o->argument);
-        if (o->argument && !value)
-            value = argv[i];
+        if (!value)
+            value = o->argument ? argv[i] : "";
         if (!set_option(opts, o, value))
             return fail(USAGE, "--%s '%s': it takes %s", o->name, value, o->takes);
     }

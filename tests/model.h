@@ -17,7 +17,7 @@
 
 static int n_passed, n_failed;
 
-__attribute__((format(printf, 2, 3)))
+__attribute__((format(PRINTF_FORMAT, 2, 3)))
 static int check(int ok, const char *format, ...)
 {
     ok ? n_passed++ : n_failed++;

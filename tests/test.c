@@ -1,9 +1,10 @@
 /* Unit tests of gemma2.c, section by section: it is included here, so that its statics are
  * in reach.  What transformers and SentencePiece say is in test_golden.c.
  *
- *   cc -O2 -ffp-contract=off -fopenmp tests/test.c -lm && ./a.out
+ *   cc -O2 -ffp-contract=off -fopenmp tests/test.c -lm && ./a.out [SECTION...]
  *
- * From the repository's root; a few seconds.  GEMMA2_TEST_FULL=1 sweeps exp and tanh over
+ * From the repository's root; a few seconds.  Names of sections (at the end of this file) run
+ * these alone.  GEMMA2_TEST_FULL=1 sweeps exp and tanh over
  * every float and prints their largest errors, and tries more hostile files: two minutes.
  * -DGEMMA2_EMULATE_AMX builds the tests of the "amx" row alone, for CPUs without it. */
 #ifndef _DEFAULT_SOURCE
@@ -11,7 +12,11 @@
 #endif
 #include <errno.h>
 #include <stdlib.h>
+#ifdef _WIN32
+#include "on_windows.h"
+#else
 #include <sys/mman.h>
+#endif
 
 /* ---- The engine, with an allocator that can fail and counts what is not given back ---- */
 
@@ -38,6 +43,20 @@ static void test_free(void *p)
     free(p);
 }
 
+#ifdef _WIN32
+static void *test_map(HANDLE section, DWORD access, DWORD high, DWORD low, size_t n)
+{
+    return count_alloc(alloc_denied() ? NULL : MapViewOfFile(section, access, high, low, n));
+}
+
+static int test_unmap(const void *p)
+{
+    alloc_live--;
+    return UnmapViewOfFile(p);
+}
+#define MapViewOfFile test_map
+#define UnmapViewOfFile test_unmap
+#else
 static void *test_mmap(void *at, size_t n, int protection, int flags, int fd, off_t offset)
 {
     if (alloc_denied()) {
@@ -54,6 +73,9 @@ static int test_munmap(void *p, size_t n)
     alloc_live--;
     return munmap(p, n);
 }
+#define mmap test_mmap
+#define munmap test_munmap
+#endif
 
 #ifdef GEMMA2_EMULATE_AMX
 #include "amx.h"
@@ -64,14 +86,13 @@ enum { EMULATED = 0 };
 #define malloc test_malloc
 #define calloc test_calloc
 #define free test_free
-#define mmap test_mmap
-#define munmap test_munmap
 #include "../gemma2.c"
 #undef malloc
 #undef calloc
 #undef free
-#undef mmap
-#undef munmap
+#ifdef _WIN32
+#include "on_windows.h"
+#endif
 
 #include "model.h"
 
@@ -595,10 +616,15 @@ static void test_foreign(void)
         refused(write_file("foreign", cases[i].bytes, cases[i].n), cases[i].needle);
     refused(in_dir("nothing"), "cannot open");
     refused(scratch_dir, "is a directory");
+#ifdef _WIN32
+    refused("NUL", "device");
+    refused("\xff.bin", "UTF-8");
+#else
     check(mkfifo(in_dir("fifo"), 0600) == 0, "mkfifo");
     refused(in_dir("fifo"), "pipe");
     refused("/dev/zero", "device");
     remove(in_dir("fifo"));
+#endif
     remove(in_dir("foreign"));
 }
 
@@ -3039,7 +3065,27 @@ static void test_api(void)
     test_no_leaks();
 }
 
-int main(void)
+/* The sections of gemma2.c, and of this file. */
+static const struct {
+    const char *name;
+    void (*run)(void);
+} sections[] = {
+    {"ground", test_ground}, {"file", test_weight_file}, {"formats", test_formats},
+    {"kernels", test_kernels}, {"sharing", test_work_sharing}, {"model", test_model},
+    {"text", test_text}, {"sampler", test_sampler}, {"api", test_api}};
+enum { N_SECTIONS = sizeof sections / sizeof *sections };
+
+static int run_section(const char *name)
+{
+    for (int i = 0; i < N_SECTIONS; i++)
+        if (!strcmp(sections[i].name, name)) {
+            sections[i].run();
+            return 1;
+        }
+    return check(0, "there is no section '%s'", name);
+}
+
+int main(int argc, char **argv)
 {
     snprintf(scratch_dir, sizeof scratch_dir, "/tmp/gemma2-test-XXXXXX");
     if (!mkdtemp(scratch_dir))
@@ -3049,18 +3095,14 @@ int main(void)
         test_rows();
         test_matrix_models();
         test_permission();
+    } else if (argc > 1) {
+        for (int i = 1; i < argc; i++)
+            run_section(argv[i]);
     } else {
-        test_ground();
-        test_weight_file();
-        test_formats();
-        test_kernels();
-        test_work_sharing();
-        test_model();
-        test_text();
-        test_sampler();
-        test_api();
+        for (int i = 0; i < N_SECTIONS; i++)
+            sections[i].run();
     }
-    remove(scratch_dir);
+    rmdir(scratch_dir);
     printf("%d passed, %d failed\n", n_passed, n_failed);
     return n_failed > 0;
 }

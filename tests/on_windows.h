@@ -1,0 +1,38 @@
+/* What test.c takes from POSIX, on Windows: included before the engine, and once more after
+ * it, to free what posix_memalign gave. */
+#ifndef ON_WINDOWS_H
+#define ON_WINDOWS_H
+#define WIN32_LEAN_AND_MEAN
+#define NOMINMAX
+#include <direct.h>
+#include <malloc.h>
+#include <process.h>
+#include <stdio.h>
+#include <string.h>
+#include <windows.h>
+#undef near
+#undef far
+
+static void setenv(const char *name, const char *value, int overwrite)
+{
+    (void)overwrite;
+    _putenv_s(name, value);
+}
+
+static void unsetenv(const char *name) { _putenv_s(name, ""); }
+
+/* A directory of its own in the one for temporary files. */
+static char *mkdtemp(char *path)
+{
+    snprintf(path, 60, "%.40s/gemma2-%d", getenv("TEMP") ? getenv("TEMP") : ".", _getpid());
+    return _mkdir(path) ? NULL : path;
+}
+
+static int posix_memalign(void **p, size_t alignment, size_t n)
+{
+    *p = _aligned_malloc(n, alignment);
+    return *p == NULL;
+}
+#else
+#define free _aligned_free
+#endif

@@ -1518,22 +1518,26 @@ static void test_threads(void)
     unmake(&x);
 }
 
-#if defined(HAVE_X86) || defined(__aarch64__)
-/* Everything with numbers in it, as a host would call it: logits, two scores, an id. */
+#if defined(__SSE__) || defined(__aarch64__)
+/* Everything with numbers in it, as a host would call it: opening, text, logits, scores. */
 struct numbers {
     float logits[3][128], score[3], logprob;
-    int32_t id;
+    int32_t id, text[8];
+    char scratch[512];
 };
 
-static void compute_numbers(const gemma2_model *m, int threads, struct numbers *out)
+static void compute_numbers(const struct image *image, int threads, struct numbers *out)
 {
     int32_t ids[20];
     gemma2_sampler sampler;
+    gemma2_model *m = open_image(image);
     gemma2_session *s = start(m, (struct setup){32, 8, threads, 0, 0});
     for (int i = 0; i < 20; i++)
         ids[i] = i * 7 % (int)vocab(m);
     memset(out, 0, sizeof *out);
     gemma2_sampler_init(&sampler, 7);
+    gemma2_encode(m, "aw50bc", -1, 0, out->text, 8, out->scratch, sizeof out->scratch);
+    memset(out->scratch, 0, sizeof out->scratch);
     gemma2_prefill(s, ids, 10, out->logits[0]);
     gemma2_eval(s, ids + 10, 5, out->logits[1]);
     gemma2_eval_rows(&(gemma2_row){s, ids[15], out->logits[2]}, 1);
@@ -1541,17 +1545,21 @@ static void compute_numbers(const gemma2_model *m, int threads, struct numbers *
     gemma2_logprob(out->logits[0], vocab(m), 3, &out->logprob);
     out->id = gemma2_sample(s, &sampler, out->logits[2]);
     gemma2_session_free(s);
+    gemma2_close(m);
 }
 
-#ifdef HAVE_X86
-/* 0x8040: FTZ and DAZ; 0x4000 rounds up, 0x6000 to zero; 0x1f80: no traps. */
-static const unsigned host[] = {0x1f80 | 0x8040, 0x1f80 | 0x4000, 0x1f80 | 0x8040 | 0x6000};
+#ifdef __SSE__
+/* Rounding down, up and to zero; FTZ and DAZ, alone and rounding down; no exception masked, so
+ * that any sum outside the engine's own environment ends the program. */
+static const unsigned host[] = {0x1f80 | 0x2000, 0x1f80 | 0x4000, 0x1f80 | 0x6000,
+                                0x1f80 | 0x8040, 0x1f80 | 0x8040 | 0x2000, 0};
 static unsigned get_environment(void) { return _mm_getcsr() & ~0x3fu; }
 static void set_environment(unsigned bits) { _mm_setcsr(bits); }
 #else
-/* 1 << 24: FZ; 1 << 25: one NaN; 1 << 26: halves without infinity; 1 << 22 rounds up, 3 << 22
- * to zero. */
-static const unsigned host[] = {1 << 24 | 1 << 25, 1 << 22, 1 << 24 | 1 << 26 | 3 << 22};
+/* Rounding up, down and to zero; 1 << 24: FZ; 1 << 25: one NaN; 1 << 26: halves without
+ * infinity. */
+static const unsigned host[] = {1 << 22, 2 << 22, 3 << 22, 1 << 24 | 1 << 25,
+                                1 << 24 | 1 << 26 | 2 << 22};
 
 static unsigned get_environment(void)
 {
@@ -1565,26 +1573,76 @@ static void set_environment(unsigned bits)
     __asm__ volatile("msr fpcr, %0" : : "r"((uint64_t)bits));
 }
 #endif
+enum { N_HOSTS = sizeof host / sizeof *host };
 
-/* A host that flushes denormals or rounds upward gets the same bits, and its setting back. */
+/* The same on every thread of a team. */
+static void set_environments(int threads, unsigned bits)
+{
+    (void)threads;
+#ifdef _OPENMP
+#pragma omp parallel num_threads(threads)
+#endif
+    set_environment(bits);
+}
+
+static int environments_differ(int threads, unsigned bits)
+{
+    int differ = 0;
+    (void)threads;
+#ifdef _OPENMP
+#pragma omp parallel num_threads(threads) reduction(+ : differ)
+#endif
+    differ += get_environment() != bits;
+    return differ;
+}
+
+/* Workers compute in the engine's environment whatever theirs was, and find theirs again. */
+static void worker_environments(void)
+{
+    static struct shared_tasks tasks;
+    unsigned old = get_environment();
+    for (int k = 0; k < N_HOSTS; k++) {
+        memset(&tasks, 0, sizeof tasks);
+        set_environments(3, host[k]);
+        float_env caller = float_env_enter();
+        share(3, 1000, SIZE_MAX / 2, count_task, &tasks);
+        float_env_leave(caller);
+        int lost = environments_differ(3, host[k]);
+        set_environments(3, old);
+        check(!lost, "environment %#x: lost on %d threads", host[k], lost);
+        check(!tasks.wrong_environment, "environment %#x: workers compute in it", host[k]);
+    }
+}
+
+/* A host that flushes denormals, rounds in its own way or traps exceptions gets the same bits,
+ * and finds its setting again. */
+static void host_environments(const struct shape *shape, int threads)
+{
+    struct model x = make(shape);
+    struct numbers truth, other;
+    unsigned old = get_environment();
+    compute_numbers(&x.image, 1, &truth);
+    for (int k = 0; k < N_HOSTS; k++) {
+        set_environment(host[k]);
+        compute_numbers(&x.image, threads, &other);
+        unsigned after = get_environment();
+        set_environment(old);
+        check(after == host[k], "%s, %d threads: environment %#x lost", shape->name, threads,
+              host[k]);
+        check(!memcmp(&truth, &other, sizeof truth), "%s, %d threads: environment %#x changes "
+              "results", shape->name, threads, host[k]);
+    }
+    unmake(&x);
+}
+
 static void test_float_environment(void)
 {
-    for (int i = 0; i < N_SHAPES; i++) {
-        struct model x = make(&shapes[i]);
-        struct numbers truth, other;
-        compute_numbers(x.m, 1, &truth);
-        for (int k = 0; k < (i % 3 ? 3 : 4); k++) {
-            unsigned old = get_environment(), after;
-            set_environment(host[k % 3]);
-            compute_numbers(x.m, k < 3 ? 1 : 2, &other);
-            after = get_environment();
-            set_environment(old);
-            check(after == host[k % 3], "%s: environment %#x lost", shapes[i].name, host[k % 3]);
-            check(!memcmp(&truth, &other, sizeof truth), "%s: environment %#x changes results",
-                  shapes[i].name, host[k % 3]);
-        }
-        unmake(&x);
-    }
+    struct shape wide = {"wide", 2, 264, 8, 4, 32, 600, 100, 100, 300, 50, 30, 1, 0,
+                         {Q8, F32, Q4, BF16, Q6}, 64};
+    for (int i = 0; i < N_SHAPES; i++)
+        host_environments(&shapes[i], 1);
+    host_environments(&wide, 3);
+    worker_environments();
 }
 #else
 static void test_float_environment(void) { printf("not run: floating-point environments\n"); }
@@ -1666,6 +1724,26 @@ static double largest_difference(const float *a, const float *b, size_t n)
     return worst;
 }
 
+/* Logits after n tokens, in chunks, each of which is taken back and read again where `twice`. */
+static int repeats_differ(const gemma2_model *m, struct setup o, const int32_t *ids, size_t n,
+                          size_t chunk, int twice, const float *truth)
+{
+    gemma2_session *s = start(m, o);
+    float *logits = fresh(vocab(m) * sizeof *logits);
+    int bad = 0;
+    for (size_t at = 0, size; at < n; at += size) {
+        size = n - at < chunk ? n - at : chunk;
+        for (int i = 0; i <= twice; i++) {
+            bad += gemma2_rewind(s, (int32_t)at) != GEMMA2_OK;
+            bad += gemma2_prefill(s, ids + at, size, logits) != GEMMA2_OK;
+        }
+    }
+    bad += logits_differ(m, logits, truth, 0);
+    gemma2_session_free(s);
+    free(logits);
+    return bad;
+}
+
 /* One model on one row: near the exact class, but not equal to it (it has been used); and
  * equal to itself however tokens are cut and shared. */
 static void matrix_model(const struct model *x, const struct shape *shape, const int32_t *ids)
@@ -1686,6 +1764,12 @@ static void matrix_model(const struct model *x, const struct shape *shape, const
     prefill_chunks(x->m, setups[3], ids, 170, 170, logits);
     check(!logits_differ(x->m, logits, first, 16), "%s on %s: prefill at once differs",
           shape->name, x->m->isa->name);
+    for (size_t chunk = 1; chunk <= 64; chunk = chunk * 5 - 1)
+        for (int twice = 0; twice < 2; twice++)
+            check(!repeats_differ(x->m, (struct setup){170, 64, 1, 0, 0}, ids, 170, chunk, twice,
+                                  first + 16 * vocab(x->m)),
+                  "%s on %s: prefill by %zu, %s, differs", shape->name, x->m->isa->name, chunk,
+                  twice ? "each twice" : "once");
     for (size_t k = 0; k < 17; k++) {
         double d = largest_difference(first + k * vocab(x->m),
                                       truth + (k * 10 + 9) * vocab(x->m), vocab(x->m));
@@ -1875,29 +1959,101 @@ static void test_far_shared(void)
 
 /* ---- traps of Gemma 2, where a direct test is cheap (the others: test_golden.c) ---- */
 
-/* In one local layer of window 8, position p sees p - 7 and not p - 8; a global one sees all. */
+/* In one local layer of window W, position p sees p - W + 1 and not p - W; a global one sees
+ * all. */
+static void window_edge(uint32_t window, uint32_t local)
+{
+    struct shape shape = shapes[0];
+    shape.layers = 1, shape.local = local, shape.window = window, shape.context = window + 4;
+    struct model x = make(&shape);
+    int32_t n = (int32_t)window + 4, *ids = fresh((size_t)n * 4);
+    float *truth = NULL, *logits = fresh(5 * vocab(x.m) * sizeof *logits);
+    random_ids(x.m, ids, (size_t)n);
+    for (int changed = -1; changed < 3; changed++) {
+        int32_t was = changed < 0 ? 0 : ids[changed];
+        if (changed >= 0)
+            ids[changed] = (was + 1) % (int)vocab(x.m);
+        gemma2_session *s = start(x.m, (struct setup){n, 256, 1, 0, 0});
+        gemma2_eval(s, ids, (size_t)n - 5, NULL);
+        for (int i = 0; i < 5; i++)
+            gemma2_eval(s, ids + n - 5 + i, 1, logits + (size_t)i * vocab(x.m));
+        gemma2_session_free(s);
+        for (int i = 0; i < 5 && changed >= 0; i++) {
+            int p = n - 5 + i; /* W - 1 .. W + 3 */
+            check(logits_differ(x.m, logits + (size_t)i * vocab(x.m), truth, (size_t)i) ==
+                      (!local || p - changed < (int)window),
+                  "window %u, local %u: position %d, change at %d", window, local, p, changed);
+        }
+        if (changed >= 0)
+            ids[changed] = was;
+        else
+            truth = logits, logits = fresh(5 * vocab(x.m) * sizeof *logits);
+    }
+    free(truth), free(logits), free(ids);
+    unmake(&x);
+}
+
 static void test_window_edge(void)
 {
     for (uint32_t local = 0; local < 2; local++) {
-        struct shape shape = shapes[0];
-        int32_t ids[12], other[12];
-        shape.layers = 1, shape.local = local;
-        struct model x = make(&shape);
-        random_ids(x.m, ids, 12);
-        float *truth = step_by_step(x.m, (struct setup){12, 1, 1, 0, 0}, ids, 12);
-        for (int changed = 0; changed < 3; changed++) {
-            memcpy(other, ids, sizeof ids);
-            other[changed] = (other[changed] + 1) % (int)vocab(x.m);
-            float *logits = step_by_step(x.m, (struct setup){12, 1, 1, 0, 0}, other, 12);
-            for (int p = 7; p <= 10; p++)
-                check(logits_differ(x.m, logits + (size_t)p * vocab(x.m), truth, (size_t)p) ==
-                          (!local || p - changed < 8),
-                      "local %u: position %d, change at %d", local, p, changed);
-            free(logits);
-        }
-        free(truth);
-        unmake(&x);
+        window_edge(8, local);
+        window_edge(4096, local);
     }
+}
+
+/* Contexts that end at, before and behind a window of 4096: filled to the last place, one
+ * token more is refused and changes nothing, whichever call brings it. */
+static void context_edge(const struct model *x, const int32_t *ids, int32_t context,
+                         const float *truth)
+{
+    float *logits = fresh(vocab(x->m) * sizeof *logits), *logprobs = fresh(5000 * 4);
+    gemma2_session *s = start(x->m, (struct setup){context, 100, 1, 0, 1});
+    size_t n = (size_t)context;
+    gemma2_row rows[2] = {{s, ids[n - 1], logits}, {s, ids[n], logits}};
+    int bad = gemma2_prefill(s, ids, n + 1, logits) != GEMMA2_ERR_CONTEXT;
+    bad += gemma2_eval(s, ids, n + 1, logits) != GEMMA2_ERR_CONTEXT;
+    bad += gemma2_score(s, ids, n + 1, -1, logprobs) != GEMMA2_ERR_CONTEXT;
+    check(!bad && gemma2_position(s) == 0, "context %d: a token more at once", context);
+    bad = gemma2_eval(s, ids, n - 1, logits) != GEMMA2_OK;
+    bad += logits_differ(x->m, logits, truth, n - 2);
+    check(!bad, "context %d: all but the last place", context);
+    bad = gemma2_eval(s, ids + n - 1, 2, logits) != GEMMA2_ERR_CONTEXT;
+    bad += gemma2_eval_rows(rows, 2) != GEMMA2_ERR_CONTEXT || gemma2_position(s) != context - 1;
+    check(!bad, "context %d: two tokens for the last place", context);
+    bad = gemma2_eval_rows(rows, 1) != GEMMA2_OK || logits_differ(x->m, logits, truth, n - 1);
+    check(!bad, "context %d: the last place", context);
+    bad = gemma2_eval(s, ids + n, 1, logits) != GEMMA2_ERR_CONTEXT;
+    bad += gemma2_prefill(s, ids + n, 1, logits) != GEMMA2_ERR_CONTEXT;
+    bad += gemma2_score(s, ids + n, 1, -1, logprobs) != GEMMA2_ERR_CONTEXT;
+    bad += gemma2_eval_rows(rows + 1, 1) != GEMMA2_ERR_CONTEXT;
+    check(!bad && gemma2_position(s) == context && gemma2_history(s)[n - 1] == ids[n - 1],
+          "context %d: it is full", context);
+    check(gemma2_rewind(s, context - 9) == GEMMA2_OK &&
+              gemma2_eval(s, ids + n - 9, 9, logits) == GEMMA2_OK &&
+              !logits_differ(x->m, logits, truth, n - 1), "context %d: its end again", context);
+    gemma2_session_free(s);
+    free(logits), free(logprobs);
+}
+
+/* Chunks that end around position 4096 of a window of 4096, where rings of every size wrap. */
+static void test_wide_window(void)
+{
+    static const struct shape shape = {"wide window", 2, 9, 2, 1, 4, 16, 40, 4096, 4200, 5, 10, 1,
+                                       0, {F32, BF16, F32, F32, F32}, 64};
+    static const int sizes[][9] = {{4095, 1, 1, 1, 1, 1, 90, 0}, {4096, 1, 1, 92, 0},
+                                   {4097, 1, 1, 91, 0}, {4094, 5, 3, 88, 0}, {4090, 90, 10, 0},
+                                   {1000, 1000, 1000, 1000, 94, 1, 1, 94, 0}};
+    struct model x = make(&shape);
+    int32_t *ids = fresh(4200 * 4);
+    random_ids(x.m, ids, 4200);
+    float *truth = step_by_step(x.m, (struct setup){4200, 1, 1, 0, 1}, ids, 4190);
+    for (int i = 0; i < 6; i++)
+        check(!far_differs(x.m, (struct setup){4200, i % 2 ? 16 : 250, 1, 0, 1}, ids,
+                           truth, sizes[i]), "chunks %d around position 4096", i);
+    for (int32_t context = 4095; context <= 4097; context++)
+        context_edge(&x, ids, context, truth);
+    free(truth), free(ids);
+    unmake(&x);
 }
 
 static void scale_f32(const struct image *m, int section, float factor)
@@ -2175,6 +2331,7 @@ static void test_model(void)
     test_far();
     test_far_shared();
     test_window_edge();
+    test_wide_window();
     test_scales();
     test_layer_kinds();
     test_rewind();

@@ -320,7 +320,7 @@ static void sha256_end(struct sha256 *s, uint8_t digest[32])
     uint64_t bits = s->bytes * 8;
     uint8_t tail[72] = {0x80};
     size_t n = 64 - (s->bytes + 8) % 64;
-    for (int i = 0; i < 8; i++)
+    for (size_t i = 0; i < 8; i++)
         tail[n + i] = (uint8_t)(bits >> (56 - 8 * i));
     sha256_add(s, tail, n + 8);
     for (int i = 0; i < 32; i++)
@@ -1216,7 +1216,7 @@ static void product_f32(const uint8_t *tile, uint32_t cols, const struct input *
         const float *x = in->x + (t + (size_t)i) * in->ldx;
         float acc[TILE] = {0};
         for (uint32_t k = 0; k < cols; k++)
-            for (int r = 0; r < TILE; r++)
+            for (uint32_t r = 0; r < TILE; r++)
                 acc[r] += w[k * TILE + r] * x[k];
         memcpy(y[i], acc, sizeof acc);
     }
@@ -1231,7 +1231,7 @@ static void product_bf16(const uint8_t *tile, uint32_t cols, const struct input 
         const float *x = in->x + (t + (size_t)i) * in->ldx;
         float acc[TILE] = {0};
         for (uint32_t k = 0; k < cols; k++)
-            for (int r = 0; r < TILE; r++)
+            for (uint32_t r = 0; r < TILE; r++)
                 acc[r] += from_bf16(w[k / 2 * 32 + 2 * r + k % 2]) * x[k];
         memcpy(y[i], acc, sizeof acc);
     }
@@ -5572,8 +5572,9 @@ AVX512 static void matrix_bf16_avx512(const uint8_t *const tiles[2], uint32_t co
             n = n_tokens - from < 8 ? n_tokens - from : 8;
             const float *x = in->x + (t + (size_t)from) * in->ldx + k;
 #define PIECE(count, offset)                                                               \
-    steps_avx512(0, count, operands, n_inputs, (const uint8_t *)(x + (offset) * in->ldx),  \
-                 in->ldx * sizeof(float), 64, y + from + (offset))
+    steps_avx512(0, count, operands, n_inputs,                                             \
+                 (const uint8_t *)(x + (size_t)(offset) * in->ldx), in->ldx * sizeof(float),  \
+                 64, y + from + (offset))
             FOR_EACH_PIECE_OF_8(PIECE);
 #undef PIECE
         }
@@ -6306,7 +6307,7 @@ INLINE void float_tile_neon(int is_bf16, const int n, const uint8_t *tile, uint3
             acc[j][i] = vdupq_n_f32(0);
     for (; k + 1 < cols; k += 2) {
         for (int line = 0; n == 1 && line < (is_bf16 ? 1 : 2); line++)
-            __builtin_prefetch(tile + (is_bf16 ? k / 2 : k + line) * 64 + PREFETCH_AHEAD);
+            __builtin_prefetch(tile + (is_bf16 ? k / 2 : k + (size_t)line) * 64 + PREFETCH_AHEAD);
         float_step_neon(is_bf16, 0, n, tile, k, x, ldx, acc);
         float_step_neon(is_bf16, 1, n, tile, k + 1, x, ldx, acc);
     }

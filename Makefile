@@ -149,36 +149,8 @@ check-model: build/check_model
 bench: build/bench
 	build/bench $(if $(MODEL),$(MODEL),--shape $(or $(SHAPE),2b) --type $(or $(TYPE),q8)) $(ARGS)
 
-SANITIZE = $(CC) -std=c11 -ffp-contract=off -O1 -g -pthread -fsanitize=address,undefined \
-	-fno-sanitize-recover=all
-
-# The C tests again under AddressSanitizer and UndefinedBehaviorSanitizer.
-test-sanitize:
-	@mkdir -p build/sanitize
-	@for t in test test_session test_golden; do \
-		$(SANITIZE) tests/$$t.c -lm -o build/sanitize/$$t || exit 1; done
-	@$(SANITIZE) -DGEMMA2_EMULATE_AMX tests/test.c -lm -o build/sanitize/test_amx
-	@$(SANITIZE) $(HOSTILE) -lm -o build/sanitize/hostile
-	@$(SANITIZE) $(FAULT) -lm -o build/sanitize/fault
-	@$(SANITIZE) $(REPLAY) -lm -o build/sanitize/replay
-	@sh tests/all.sh $(addprefix build/sanitize/,test test_session test_golden test_amx \
-		hostile fault replay)
-
-ARM_CC = aarch64-linux-gnu-gcc
-QEMU = qemu-aarch64
-ARM_BUILD = $(ARM_CC) -static -std=c11 -ffp-contract=off $(CFLAGS) $(WARNINGS)
-
-# The ARM kernels under qemu: needs gcc-aarch64-linux-gnu, libc6-dev-arm64-cross, qemu-user.
-test-arm: run
-	@for tool in $(firstword $(ARM_CC)) $(QEMU); do command -v $$tool >/dev/null || \
-		{ echo "test-arm: there is no $$tool; it needs gcc-aarch64-linux-gnu," \
-		"libc6-dev-arm64-cross and qemu-user" >&2; exit 1; }; done
-	@mkdir -p build/arm
-	@for t in test test_golden; do \
-		$(ARM_BUILD) tests/$$t.c -lm -o build/arm/$$t || exit 1; done
-	@$(ARM_BUILD) run.c gemma2.c -lm -o build/arm/run
-	@sh tests/all.sh "$(QEMU) -cpu max build/arm/test" "$(QEMU) -cpu max build/arm/test_golden" \
-		"sh tests/arm.sh $(QEMU) ./run build/arm/run"
+# Sanitizers, analyzers, coverage, and other machines: ARM, 32 bits, Windows, macOS, musl ..
+include tests/tools.mk
 
 # Removes what was built.
 clean:
@@ -186,7 +158,9 @@ clean:
 
 # This list.
 help:
-	@sed -n '/^# /h; /^[a-z][a-z-]*:/{G; s/:[^\n]*\n#/  -/p}' Makefile
+	@awk '/^# /{ if (!n++) text = substr($$0, 3); next } \
+		n && /^[a-z][a-z0-9-]*:/{ sub(/:.*/, ""); printf "%-16s %s\n", $$0, text } { n = 0 }' \
+		$(MAKEFILE_LIST)
 
 .PHONY: demo lib install uninstall test test-install fuzz test-amx test-oracle check-model bench \
-	test-sanitize test-arm clean help
+	clean help

@@ -162,17 +162,34 @@ static char **utf8_arguments(int *argc, char **argv)
     return argv;
 }
 
-/* fopen for reading; the path is UTF-8. */
-static FILE *open_path(const char *path)
+#ifdef _WIN32
+/* A path as Windows takes it; 0 where it is not UTF-8 or too long. */
+static int widen(const char *path, wchar_t wide[4096])
+{
+    errno = ENOENT;
+    return MultiByteToWideChar(CP_UTF8, MB_ERR_INVALID_CHARS, path, -1, wide, 4096);
+}
+#endif
+
+/* fopen and remove; the path is UTF-8. */
+static FILE *open_path(const char *path, const char *mode)
 {
 #ifdef _WIN32
     wchar_t wide[4096];
-    if (MultiByteToWideChar(CP_UTF8, MB_ERR_INVALID_CHARS, path, -1, wide, 4096))
-        return _wfopen(wide, L"rb");
-    errno = ENOENT;
-    return NULL;
+    return widen(path, wide) ? _wfopen(wide, *mode == 'r' ? L"rb" : L"wb") : NULL;
 #else
-    return fopen(path, "rb");
+    return fopen(path, mode);
+#endif
+}
+
+static void remove_path(const char *path)
+{
+#ifdef _WIN32
+    wchar_t wide[4096];
+    if (widen(path, wide))
+        _wremove(wide);
+#else
+    remove(path);
 #endif
 }
 
@@ -234,8 +251,10 @@ static uint64_t random_seed(void)
 static int is_special(const char *path)
 {
 #ifdef _WIN32
-    (void)path;
-    return 0;
+    wchar_t wide[4096];
+    DWORD kind = widen(path, wide) ? GetFileAttributesW(wide) : INVALID_FILE_ATTRIBUTES;
+    return kind != INVALID_FILE_ATTRIBUTES &&
+           kind & (FILE_ATTRIBUTE_DIRECTORY | FILE_ATTRIBUTE_DEVICE);
 #else
     struct stat st;
     return stat(path, &st) == 0 && !S_ISREG(st.st_mode);
@@ -250,7 +269,7 @@ static FILE *open_beside(const char *path, char *name, size_t size)
         return NULL;
     }
 #ifdef _WIN32
-    return fopen(name, "wb");
+    return open_path(name, "wb");
 #else
     int fd = mkstemp(name);
     FILE *file = fd < 0 ? NULL : fdopen(fd, "wb");
@@ -267,14 +286,15 @@ static int replace_file(FILE *file, const char *name, const char *path, const vo
 {
     int ok = fwrite(bytes, 1, n, file) == n && fflush(file) == 0;
 #ifdef _WIN32
-    ok = fclose(file) == 0 && ok;
-    if (ok)
-        remove(path); /* rename does not replace there */
+    wchar_t from[4096], to[4096];
+    ok = fclose(file) == 0 && ok && widen(name, from) && widen(path, to);
+    errno = EACCES;
+    return ok && MoveFileExW(from, to, MOVEFILE_REPLACE_EXISTING | MOVEFILE_WRITE_THROUGH);
 #else
     ok = ok && fsync(fileno(file)) == 0;
     ok = fclose(file) == 0 && ok;
-#endif
     return ok && rename(name, path) == 0;
+#endif
 }
 
 /* ===================================================================================
@@ -1265,7 +1285,7 @@ static int read_path(const char *path, array *bytes)
 {
     if (strcmp(path, "-") == 0)
         return read_file(stdin, "standard input", bytes);
-    FILE *file = open_path(path);
+    FILE *file = open_path(path, "rb");
     if (!file)
         return fail(FAILED, "cannot open %s: %s", path, strerror(errno));
     int status = read_file(file, path, bytes);
@@ -1604,7 +1624,7 @@ static int load_session(program *p)
         return DONE;
     if (is_special(path))
         return fail(FAILED, "%s is not a file that can hold a session", path);
-    FILE *file = fopen(path, "rb");
+    FILE *file = open_path(path, "rb");
     if (!file && errno == ENOENT && opts->kept)
         return DONE; /* the first time */
     if (!file)
@@ -1634,7 +1654,7 @@ static int save_file(const char *what, const char *path, const void *bytes, size
         return DONE;
     int reason = errno;
     if (file)
-        remove(name);
+        remove_path(name);
     return fail(FAILED, "cannot save %s as %s: %s", what, path, strerror(reason));
 }
 

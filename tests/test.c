@@ -686,7 +686,7 @@ static void test_bf16(void)
         if (e == 255)
             bad += m ? !isnan(y) : !isinf(y);
         else
-            bad += (double)y != (h >> 15 ? -x : x) || !!signbit(y) != (int)(h >> 15);
+            bad += (double)y != (h >> 15 ? -x : x) || (signbit(y) != 0) != (int)(h >> 15);
     }
     check_none(bad, "bf16 values");
 }

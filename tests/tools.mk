@@ -8,16 +8,17 @@ PLAIN = -std=c11 -ffp-contract=off
 # need PROGRAM...: an error where one is not there.
 need = for tool in $(1); do command -v $$tool >/dev/null || \
 	{ echo "$@: there is no $$tool; .ci/run names its package" >&2; exit 1; }; done
-# With another machine's compiler and emulator: the tests, the digests of this machine.
-# foreign FOLDER COMPILER EMULATOR SECTIONS
+# With another machine's compiler and emulator: the tests, and the digests of this machine.
+# foreign FOLDER COMPILER EMULATOR SECTIONS COMMANDS
 define foreign
-@mkdir -p build/$(1) build
-@for t in test test_golden; do $(2) $(WARNINGS) -Werror tests/$$t.c -lm -o build/$(1)/$$t || exit 1; done
-@$(2) $(WARNINGS) -Werror tests/digest.c gemma2.c -lm -o build/$(1)/digest
-@$(2) $(WARNINGS) -Werror run.c gemma2.c -lm -o build/$(1)/run
-@sh tests/all.sh "$(strip $(3) build/$(1)/test $(4))" \
-	"$(strip $(3) build/$(1)/test_golden --no-tale)" \
-	"sh tests/same_bits.sh build/digest $(strip $(3) build/$(1)/digest)" $(5)
+@mkdir -p build/$(1)
+@for t in test test_golden; do \
+	$(2) $(WARNINGS) -Werror tests/$$t.c -lm -o build/$(1)/$$t.exe || exit 1; done
+@$(2) $(WARNINGS) -Werror tests/digest.c gemma2.c -lm -o build/$(1)/digest.exe
+@$(2) $(WARNINGS) -Werror run.c gemma2.c -lm -o build/$(1)/run.exe
+@sh tests/all.sh "$(strip $(3) build/$(1)/test.exe $(4))" \
+	"$(strip $(3) build/$(1)/test_golden.exe --no-tale)" \
+	"sh tests/same_bits.sh build/digest $(strip $(3) build/$(1)/digest.exe)" $(5)
 endef
 
 build/digest: tests/digest.c gemma2.c gemma2.h
@@ -96,7 +97,7 @@ test-32bit: build/digest
 	@$(call need,i686-linux-gnu-gcc)
 	@mkdir -p build/32bit && truncate -s 5G build/32bit/large
 	$(call foreign,32bit,i686-linux-gnu-gcc -static -msse2 -mfpmath=sse $(PLAIN) -O2,,,\
-		"sh tests/fails.sh 3 1 5368709120.bytes..too.large build/32bit/run build/32bit/large x" \
+		"sh tests/fails.sh 3 1 5368709120.bytes..too.large build/32bit/run.exe build/32bit/large x" \
 		"sh tests/fails.sh 1 0 needs.floats i686-linux-gnu-gcc -mfpmath=387 -fsyntax-only gemma2.c")
 	@rm -f build/32bit/large
 
@@ -117,13 +118,13 @@ QEMU = qemu-aarch64
 test-arm: run build/digest
 	@$(call need,$(ARM_CC) $(QEMU))
 	$(call foreign,arm,$(ARM_CC) -static $(PLAIN) $(CFLAGS),$(QEMU) -cpu max,\
-		formats kernels sharing model,"sh tests/arm.sh $(QEMU) ./run build/arm/run")
+		formats kernels sharing model,"sh tests/arm.sh $(QEMU) ./run build/arm/run.exe")
 
 # A static build with musl.
 test-musl: build/digest
 	@$(call need,musl-gcc)
 	$(call foreign,musl,musl-gcc -static $(PLAIN) -O2,,ground file text sharing api,\
-		"sh tests/cli.sh build/musl/run")
+		"sh tests/cli.sh build/musl/run.exe")
 
 WINE ?= $(firstword $(shell command -v wine64 wine) $(wildcard /usr/lib/wine/wine64))
 
@@ -133,8 +134,6 @@ test-windows: build/digest
 	@mkdir -p build/windows
 	@printf '#!/bin/sh\nexec $(WINE) build/windows/run.exe "$$@"\n' >build/windows/wine-run
 	@chmod +x build/windows/wine-run
-	@x86_64-w64-mingw32-gcc -static -fopenmp $(PLAIN) -O2 $(WARNINGS) -Werror run.c gemma2.c \
-		-o build/windows/run.exe
 	@export WINEDEBUG=-all WINEPREFIX=$(CURDIR)/build/windows/prefix LC_ALL=C.UTF-8; \
 	$(WINE) cmd /c exit >/dev/null 2>&1; $(MAKE) --no-print-directory windows-tests
 windows-tests:

@@ -5,6 +5,7 @@ passed=0 failed=0
 for command in "$@"; do
     out=$($command 2>&1)
     status=$?
+    out=$(printf '%s\n' "$out" | tr -d '\r') # of a Windows program
     printf '%s\n' "$out" | sed "s|^|${command##*/}: |"
     line=$(printf '%s\n' "$out" | grep -E '^[0-9]+ passed, [0-9]+ failed$' | tail -n 1)
     p=${line%% passed*} f=${line#*passed, } f=${f%% failed*}

@@ -24,7 +24,8 @@ static void unsetenv(const char *name) { _putenv_s(name, ""); }
 /* A directory of its own in the one for temporary files. */
 static char *mkdtemp(char *path)
 {
-    snprintf(path, 60, "%.40s/gemma2-%d", getenv("TEMP") ? getenv("TEMP") : ".", _getpid());
+    snprintf(path, 60, "%.35s/gemma2-%lu-%d", getenv("TEMP") ? getenv("TEMP") : ".",
+             GetTickCount(), _getpid());
     return _mkdir(path) ? NULL : path;
 }
 

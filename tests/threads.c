@@ -8,6 +8,7 @@
 #include "model.h"
 
 #include <pthread.h>
+#include <time.h>
 
 enum { N_HOSTS = 3, N_TOKENS = 24 };
 
@@ -65,8 +66,10 @@ static void test_hosts(void)
     unmake(&x);
 }
 
+/* Slow, so that no thread can do the tasks of all. */
 static void racing_task(void *context, size_t task)
 {
+    nanosleep(&(struct timespec){0, 50000000}, NULL);
     *(size_t *)context += task;
 }
 
@@ -74,7 +77,7 @@ int main(int argc, char **argv)
 {
     size_t sum = 0;
     if (argc > 1 && !strcmp(argv[1], "race"))
-        share(4, 1000, SIZE_MAX / 2, racing_task, &sum);
+        share(4, 8, SIZE_MAX / 2, racing_task, &sum);
     else
         test_hosts();
     printf("%d passed, %d failed\n", n_passed, n_failed);

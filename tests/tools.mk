@@ -53,7 +53,7 @@ test-tsan:
 	sh tests/all.sh build/tsan/threads "build/tsan/test sharing kernels" \
 		"sh tests/fails.sh 66 0 data.race build/tsan/threads race"
 
-VALGRIND = valgrind -q --error-exitcode=9 --leak-check=full --errors-for-leak-kinds=all
+VALGRIND = valgrind -q --error-exitcode=9 --leak-check=full --errors-for-leak-kinds=definite,possible
 
 # Under valgrind, which knows AVX2 but not AVX-512: what reads files, text and options.
 test-valgrind: build/test run
@@ -156,7 +156,7 @@ check-macos:
 test-plain:
 	@mkdir -p build/plain
 	@gcc $(PLAIN) -O2 $(WARNINGS) -Werror -U__unix__ -U__linux__ run.c gemma2.c -lm -o build/plain/run
-	@sh tests/all.sh "sh tests/cli.sh build/plain/run"
+	@sh tests/all.sh "sh tests/cli.sh build/plain/run plain"
 
 # Lines and branches that the C tests reach on this CPU, by section; what they miss, by function.
 coverage:

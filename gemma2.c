@@ -4186,7 +4186,7 @@ int gemma2_get_input(const gemma2_model *m, size_t i, gemma2_input *out)
         return 0;
     out->role = is_head ? "head" : layer_inputs[input].role;
     out->layer = is_head ? -1 : (int32_t)layer;
-    out->cols = (uint32_t)dimension(c, is_head ? 'D' : layer_inputs[input].cols);
+    out->cols = (uint32_t)(is_head ? dimension(c, 'D') : dimension(c, layer_inputs[input].cols));
     out->first = input_first(c, (int)layer, (int)input);
     return 1;
 }

@@ -495,6 +495,37 @@ static void test_tokenizer_section(void)
     free(m.data);
 }
 
+/* A vocabulary made to collide: more pieces want one place of the index than it searches. */
+static void test_colliding_pieces(void)
+{
+    static struct pieces p;
+    static uint32_t slots[2048];
+    struct tokenizer t = {.slots = slots, .mask = 2047};
+    char text[16];
+    uint32_t tag;
+    memset(slots, 0xff, sizeof slots);
+    for (int n = MAX_PROBES; n <= MAX_PROBES + 1; n++) {
+        start_pieces(&p);
+        for (int made = 0, i = 0; made < n; i++) {
+            snprintf(text, sizeof text, "%x", (unsigned)i);
+            struct text piece = {(const uint8_t *)text, (uint32_t)strlen(text)};
+            if (find_slot(&t, piece, &tag) != slots + 1024)
+                continue;
+            add_piece(&p, text, GEMMA2_PIECE_NORMAL, 0);
+            made++;
+        }
+        while (p.n < 600)
+            add_piece(&p, "<0x00>", GEMMA2_PIECE_USER, 0);
+        struct image m = build_tokenizer_file(&p);
+        char err[256] = "";
+        gemma2_model *model = gemma2_open_memory(m.data, m.size, err, sizeof err);
+        check(n > MAX_PROBES ? !model && strstr(err, "alike") : model != NULL,
+              "%d colliding pieces: %s", n, err);
+        gemma2_close(model);
+        free(m.data);
+    }
+}
+
 static void test_facts(void)
 {
     struct model x = make(&tiny_shape);
@@ -665,6 +696,7 @@ static void test_weight_file(void)
     test_consistent_lies();
     test_missing();
     test_tokenizer_section();
+    test_colliding_pieces();
     test_facts();
     test_check();
     test_check_values();
@@ -2330,10 +2362,6 @@ static void test_model(void)
     test_chunks();
     test_models_on_rows();
     test_shared_passes();
-    test_far();
-    test_far_shared();
-    test_window_edge();
-    test_wide_window();
     test_scales();
     test_layer_kinds();
     test_rewind();
@@ -2342,6 +2370,15 @@ static void test_model(void)
     test_session_params();
     test_placed();
     test_score();
+}
+
+/* Hundreds and thousands of positions: the slow ones. */
+static void test_far_positions(void)
+{
+    test_far();
+    test_far_shared();
+    test_window_edge();
+    test_wide_window();
 }
 
 /* ===================================================================================
@@ -3231,6 +3268,7 @@ static const struct {
 } sections[] = {
     {"ground", test_ground}, {"file", test_weight_file}, {"formats", test_formats},
     {"kernels", test_kernels}, {"sharing", test_work_sharing}, {"model", test_model},
+    {"far", test_far_positions},
     {"text", test_text}, {"sampler", test_sampler}, {"api", test_api}};
 enum { N_SECTIONS = sizeof sections / sizeof *sections };
 

@@ -53,7 +53,8 @@ test-tsan:
 	sh tests/all.sh build/tsan/threads "build/tsan/test sharing kernels" \
 		"sh tests/fails.sh 66 0 data.race build/tsan/threads race"
 
-VALGRIND = valgrind -q --error-exitcode=9 --leak-check=full --errors-for-leak-kinds=definite,possible
+VALGRIND = valgrind -q --error-exitcode=9 --leak-check=full \
+	--errors-for-leak-kinds=definite,possible
 
 # Under valgrind, which knows AVX2 but not AVX-512: what reads files, text and options.
 test-valgrind: build/test run
@@ -71,7 +72,8 @@ analyze:
 # No warning from gcc and clang as C11 to C23, and of the header alone as C99 and C++17.
 warnings:
 	@$(call need,gcc clang g++ clang++)
-	@n=0; ok() { "$$@" || { echo "FAIL $$*"; echo "$$n passed, 1 failed"; exit 1; }; n=$$((n + 1)); }; \
+	@n=0; ok() { "$$@" || { echo "FAIL $$*"; echo "$$n passed, 1 failed"; exit 1; }; \
+		n=$$((n + 1)); }; \
 	for cc in gcc clang; do \
 		for std in c11 c17 c2x; do \
 			ok $$cc -std=$$std $(STRICT) -fsyntax-only gemma2.c; \
@@ -114,7 +116,8 @@ ARM_CC = aarch64-linux-gnu-gcc
 QEMU = qemu-aarch64
 
 # The ARM kernels under qemu: needs gcc-aarch64-linux-gnu, libc6-dev-arm64-cross, qemu-user.
-# Sections that hold no instruction of ARM's are left to this machine.
+# Sections that hold no instruction of ARM's, and the long way to far positions, are left to
+# this machine.
 test-arm: run build/digest
 	@$(call need,$(ARM_CC) $(QEMU))
 	$(call foreign,arm,$(ARM_CC) -static $(PLAIN) $(CFLAGS),$(QEMU) -cpu max,\
@@ -152,11 +155,12 @@ check-macos:
 			-o build/zig/run-$$target && n=$$((n + 1)); done; \
 	echo "$$n passed, $$((3 - n)) failed"; test $$n = 3
 
-# The command line where the system is not known: files are read with plain C.
+# Without OpenMP; and where the system is not known, so that files are read with plain C.
 test-plain:
 	@mkdir -p build/plain
+	@gcc $(PLAIN) -O2 $(WARNINGS) -Werror tests/test.c -lm -o build/plain/test
 	@gcc $(PLAIN) -O2 $(WARNINGS) -Werror -U__unix__ -U__linux__ run.c gemma2.c -lm -o build/plain/run
-	@sh tests/all.sh "sh tests/cli.sh build/plain/run plain"
+	@sh tests/all.sh build/plain/test "sh tests/cli.sh build/plain/run plain"
 
 # Lines and branches that the C tests reach on this CPU, by section; what they miss, by function.
 coverage:

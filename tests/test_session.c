@@ -70,7 +70,7 @@ static void test_null_model(const gemma2_model *m)
 {
     char err[256] = "", text[8];
     size_t size = 7;
-    int32_t id;
+    int32_t id = 0;
     gemma2_plan plan;
     gemma2_section section;
     gemma2_input input;

@@ -4651,8 +4651,9 @@ class Container:
         self.file.write(header + hashlib.sha256(header + directory).digest() + directory)
         self.file.flush()
         os.fsync(self.file.fileno())
-        self.file.close()
-        os.replace(self.temporary, self.path)
+        if os.name == "nt":  # does not rename what is open
+            self.file.close()
+        os.replace(self.temporary, self.path)  # still locked: no other run takes it for stale
         if os.name == "posix":  # the new name is on disk too
             directory_fd = os.open(self.directory, os.O_RDONLY)
             os.fsync(directory_fd)

@@ -20,7 +20,6 @@ import reference as ref
 from oracle_export import check_exact, convert
 from reference import check
 
-sys.path.insert(0, ref.ROOT)
 import export
 
 NORMS = {"attn_norm": "pre_attention_norm", "post_attn_norm": "post_attention_norm",

@@ -1,6 +1,8 @@
 """The exporter's part of oracle.py: what it makes of every kind of checkpoint, and what it
 leaves behind when one is bad, which is nothing."""
 import contextlib
+import fcntl
+import io
 import json
 import os
 import pty
@@ -11,12 +13,15 @@ import struct
 import subprocess
 import sys
 import time
+import unittest.mock
 
 import numpy as np
 
 import make_golden
 import reference as ref
 from reference import check
+
+import export
 
 EXPORT = [sys.executable, os.path.join(ref.ROOT, "export.py")]
 
@@ -303,15 +308,57 @@ def test_interrupt(folder):
     shutil.rmtree(place)
 
 
+def held(path):
+    """Whether another process holds the lock of a file."""
+    with open(path, "r+b") as f:
+        try:
+            fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return True
+        return False
+
+
 def start(checkpoint, out, *options):
     """A conversion that has begun to write; its process and its temporary file."""
     place = os.path.dirname(out)
-    before, began = set(os.listdir(place)), time.time()
+    before, began, new = set(os.listdir(place)), time.time(), set()
     p = subprocess.Popen(EXPORT + [checkpoint, out, *options], stderr=subprocess.DEVNULL,
                          stdout=subprocess.DEVNULL)
-    while not set(os.listdir(place)) - before and p.poll() is None and time.time() - began < 60:
+    while (not any(held(os.path.join(place, name)) for name in new) and p.poll() is None
+           and time.time() - began < 60):
         time.sleep(0.01)
-    return p, (set(os.listdir(place)) - before).pop()
+        new = set(os.listdir(place)) - before
+    return p, new.pop()
+
+
+def test_collisions(folder):
+    """Another conversion to the same output runs at the two moments when a temporary could be
+    taken for a leftover: before it is locked, and when it gets its name.  Both succeed."""
+    path = shutil.move(Checkpoint(folder).write().path, os.path.join(folder, "small"))
+    place = os.path.join(folder, "place")
+    os.makedirs(place)
+    out, lock, replace = os.path.join(place, "out.bin"), export.lock, os.replace
+    removed = {}
+
+    def between(step):
+        def stepped(*arguments, **options):
+            if step not in removed and options.get("wait", True):
+                names = set(os.listdir(place))
+                run = convert(path, out)
+                check(run.returncode == 0, f"collision: {run.stderr}")
+                removed[step] = names - set(os.listdir(place))
+            return step(*arguments, **options)
+        return stepped
+
+    with unittest.mock.patch.object(export, "lock", between(lock)), \
+            unittest.mock.patch.object(os, "replace", between(replace)), \
+            contextlib.redirect_stdout(io.StringIO()):
+        status = export.main([path, out, "-j", "1"])
+    check(status == 0, f"collision: exit {status}")
+    check(len(removed[lock]) == 1, "collision: the one not locked yet stayed")
+    check(not removed[replace], f"collision: removed {removed[replace]}, which was complete")
+    check(os.listdir(place) == ["out.bin"], f"collision: leaves {os.listdir(place)}")
+    shutil.rmtree(place)
 
 
 def test_leftovers(folder):
@@ -395,4 +442,5 @@ def test_export(engine, folder):
     test_bad(folder)
     test_interrupt(folder)
     test_leftovers(folder)
+    test_collisions(folder)
     test_progress(folder)

@@ -5,7 +5,6 @@ import os
 import random
 import shutil
 import struct
-import sys
 
 import numpy as np
 
@@ -14,8 +13,7 @@ import oracle_export
 import reference as ref
 from reference import check
 
-sys.path.insert(0, ref.ROOT)
-import export  # noqa: E402  (its readers, in this process)
+import export
 
 GGUF_NAMES = {"attn_norm": "attn_norm", "q": "attn_q", "k": "attn_k", "v": "attn_v",
               "o": "attn_output", "post_attn_norm": "post_attention_norm", "ffn_norm": "ffn_norm",

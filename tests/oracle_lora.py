@@ -11,7 +11,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import traceback
 import warnings
 
@@ -21,7 +20,6 @@ import reference as ref
 from oracle_export import Checkpoint, convert
 from reference import check
 
-sys.path.insert(0, ref.ROOT)
 import export
 
 U = 2.0 ** -24   # what one rounding to f32 loses, relatively

@@ -4,7 +4,6 @@ import os
 import shutil
 import struct
 import subprocess
-import sys
 
 import numpy as np
 
@@ -12,7 +11,6 @@ import reference as ref
 from oracle_export import Checkpoint, convert
 from reference import check
 
-sys.path.insert(0, ref.ROOT)
 import export as exporter
 
 RUN = os.path.join(ref.ROOT, "run")

@@ -9,12 +9,14 @@ import heapq
 import os
 import struct
 import subprocess
+import sys
 
 import numpy as np
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
 GOLDEN = os.path.join(HERE, "golden")
+sys.path.insert(0, ROOT)  # for `import export` by those that import this
 
 # ---- counting ------------------------------------------------------------------------
 

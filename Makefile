@@ -103,9 +103,13 @@ test: run $(addprefix build/,$(C_TESTS)) $(EXAMPLES)
 	@sh tests/all.sh $(addprefix build/,$(C_TESTS)) "sh tests/cli.sh ./run" \
 		"sh tests/examples.sh build ./run"
 
+# These use the library; the other tests include gemma2.c.
+LINKED = $(addprefix build/,test_header check_model) $(EXAMPLES)
+$(LINKED): build/gemma2.o
+
 build/%: tests/%.c gemma2.c gemma2.h $(wildcard tests/*.h)
 	@mkdir -p build
-	$(BUILD) -pthread $< $(if $(filter test_header check_model example_%,$*),gemma2.c) -lm -o $@
+	$(BUILD) -pthread $< $(filter $(if $(filter $@,$(LINKED)),%.o),$^) -lm -o $@
 
 # Installs into a folder of its own; builds and runs programs against that, in C11 and C++17.
 test-install: run lib

@@ -3165,7 +3165,7 @@ class Keras(Checkpoint):
         m.query_scale = float(np.float32(max(scalar, 1) ** -0.5))
 
     def tokenizer(self):
-        path = os.path.join(self.directory, "assets", "tokenizer", "vocabulary.spm")
+        path = os.path.join(self.directory, *KERAS_PIECES.split("/"))
         if os.path.isfile(path):
             return path, tokenizer_of_file(path)
         # tokenizer.json is Keras's description of it here, not Hugging Face's vocabulary
@@ -3396,6 +3396,7 @@ def is_adapter(directory):
 HUB_NAME = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w./-]*))?", re.ASCII)
 WEIGHTS = [".safetensors", ".gguf", ".bin", ".ckpt", ".pth", ".pt", ".h5", ".sbs"]  # best first
 BESIDE = ".json", ".jinja", ".model"  # settings, indices, tokenizer
+KERAS_PIECES = "assets/tokenizer/vocabulary.spm"
 
 HUB_ERRORS = [  # classes of which the first that fits counts, what to say
     (("GatedRepoError",), "%(name)s is gated: accept its licence at https://huggingface.co/"
@@ -3412,26 +3413,29 @@ HUB_ERRORS = [  # classes of which the first that fits counts, what to say
 ]
 
 
-def hub_files(name, names):
+def hub_files(name, names, with_weights):
     """Of a repository's files the weights, in one format, and what describes them; all of
     them where the format is a tree of directories."""
     top = sorted(n for n in names if "/" not in n)
+    beside = [n for n in top if n.endswith(BESIDE)] + [n for n in names if n.endswith(KERAS_PIECES)]
+    if not with_weights:
+        return [], beside
     for ending in WEIGHTS:
         weights = [n for n in top if n.endswith(ending)]
         if len(weights) > 1 and ending == ".gguf" and not re.search(r"-of-\d+\.gguf", weights[0]):
             raise ExportError("%s holds %d GGUF files: fetch one (hf download %s %s) and give its "
                               "path" % (name, len(weights), name, weights[0]))
         if weights:
-            return weights, [n for n in top if n.endswith(BESIDE)]
+            return weights, beside
     return [], names
 
 
-def hub_snapshot(name, revision):
-    """Fetches a model, or finds it in the cache; the directory or the GGUF file."""
+def hub_snapshot(name, revision, with_weights):
+    """Fetches a repository, or finds it in the cache; the directory or the GGUF file."""
     hub = library("huggingface_hub", "huggingface_hub", "the hub name " + name)
     try:
         info = hub.HfApi().model_info(name, revision=revision)
-        weights, beside = hub_files(name, [f.rfilename for f in info.siblings])
+        weights, beside = hub_files(name, [f.rfilename for f in info.siblings], with_weights)
     except ExportError:
         raise
     except Exception as refused:  # no network, or no leave: the cache may do
@@ -3443,16 +3447,22 @@ def hub_snapshot(name, revision):
     else:
         found = hub.snapshot_download(name, revision=revision, allow_patterns=[
             n.replace("[", "[[]") for n in weights + beside])
-    weights, _ = hub_files(name, os.listdir(found))
+    weights, _ = hub_files(name, os.listdir(found), with_weights)
     is_gguf = weights and weights[0].endswith(".gguf")
     return os.path.join(found, weights[0]) if is_gguf else found
 
 
-def from_hub(path):
-    """The path of a model named as on huggingface.co, org/name or org/name@revision."""
+def located(path, what, with_weights=True):
+    """The path; where nothing is there and it could be a name on huggingface.co, org/name or
+    org/name@revision, that of its files."""
+    if os.path.exists(path):
+        return path
+    if not HUB_NAME.fullmatch(path):
+        raise ExportError("%s does not exist: give %s, or a name on huggingface.co, as "
+                          "google/gemma-2-2b-it" % (path, what))
     name, revision = HUB_NAME.fullmatch(path).groups()
     try:
-        return hub_snapshot(name, revision)
+        return hub_snapshot(name, revision, with_weights)
     except ExportError:
         raise
     except Exception as e:  # the library's own, httpx's or requests', the system's
@@ -3466,11 +3476,7 @@ def from_hub(path):
 
 
 def open_checkpoint(path):
-    if not os.path.exists(path):
-        if not HUB_NAME.fullmatch(path):
-            raise ExportError("%s does not exist: give the directory of a Gemma 2 checkpoint, or "
-                              "its name on huggingface.co, as google/gemma-2-2b-it" % path)
-        path = from_hub(path)
+    path = located(path, "the directory of a Gemma 2 checkpoint, its file")
     if is_adapter(path):
         raise ExportError("%s is a LoRA adapter: give the directory of its base model, and the "
                           "adapter with --lora" % path)
@@ -3480,10 +3486,11 @@ def open_checkpoint(path):
     names = sorted(os.listdir(path)) if os.path.isdir(path) else [path]
     for ending, what in OTHER_FORMATS:
         if any(n.endswith(ending) for n in names):
-            raise ExportError("%s is %s; this version reads Hugging Face safetensors: fetch the "
-                              "checkpoint in that form" % (path, what))
-    raise ExportError("%s holds no *.safetensors: give the directory of a Gemma 2 checkpoint in "
-                      "Hugging Face format" % path)
+            raise ExportError("%s is %s: fetch the checkpoint in another form; export.py --help "
+                              "lists them" % (path, what))
+    raise ExportError("%s holds no weights in a form that is known here (*.safetensors, *.gguf, "
+                      "*.bin, *.ckpt, *.weights.h5, *.sbs, Orbax): give the directory of a Gemma 2 "
+                      "checkpoint" % path)
 
 
 def check_shapes(reader):
@@ -3986,10 +3993,12 @@ class Adapted(Checkpoint):
 
 
 def with_adapters(reader, given):
-    """The reader with the adapters of (directory, scale) added."""
+    """The reader with the adapters of (directory or hub name, scale) added."""
     if not given:
         return reader
-    return Adapted(reader, [Adapter(*pair, i) for i, pair in enumerate(given)])
+    return Adapted(reader, [
+        Adapter(located(path, "the directory of a LoRA adapter"), scale, i)
+        for i, (path, scale) in enumerate(given)])
 
 
 # =====================================================================================
@@ -3998,6 +4007,7 @@ def with_adapters(reader, given):
 
 NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE, MARKER = 1, 2, 3, 4, 5, 6, 7
 ABSENT = 0xFFFFFFFF
+MAX_TOKENIZER = 1 << 28  # bytes of a file that is read whole
 SPACE = "\u2581"
 # USER pieces that must not come from a stranger's text
 MARKERS = re.compile(r"<mask>|<2mass>|\[@BOS@\]|<unused\d+>|<start_of_turn>|<end_of_turn>|"
@@ -4381,18 +4391,24 @@ def read_maybe_xz(path):
         data = f.read()
     if data[:6] != b"\xfd7zXZ\0":
         return data
-    try:
-        return lzma.decompress(data)
-    except (lzma.LZMAError, EOFError):
-        raise ExportError("%s is damaged or cut short: fetch it again" % path) from None
+    unpacker = lzma.LZMADecompressor()
+    with contextlib.suppress(lzma.LZMAError):
+        text = unpacker.decompress(data, MAX_TOKENIZER)
+        if unpacker.eof:
+            return text
+    raise ExportError("%s is damaged, cut short or larger than a tokenizer: fetch it again" % path)
 
 
 def tokenizer_of_file(path):
     if not os.path.isfile(path):
-        raise ExportError("%s does not exist: give a tokenizer.model or tokenizer.json" % path)
+        raise ExportError("%s is no ordinary file: give a tokenizer.model or tokenizer.json" % path)
+    with open(path, "rb") as f:
+        if f.read(len(MAGIC)) == MAGIC:
+            return container_tokenizer(f, path)
+        if os.fstat(f.fileno()).st_size > MAX_TOKENIZER:
+            raise ExportError("%s is too large for a tokenizer: give a tokenizer.model or "
+                              "tokenizer.json" % path)
     data = read_maybe_xz(path)
-    if data[:8] == MAGIC:
-        return container_tokenizer(data, path)
     if data.lstrip()[:1] == b"{":
         doc = parse_json(data, path)
         tokenizer = json_tokenizer(doc, path)
@@ -4429,9 +4445,17 @@ def tokenizer_of_directory(directory):
     return path, tokenizer
 
 
+def located_tokenizer(path):
+    if path.endswith((".model", ".json", ".xz", ".bin")) and not os.path.exists(path):
+        raise ExportError("%s does not exist: give a tokenizer.model or tokenizer.json" % path)
+    return located(path, "a tokenizer.model, tokenizer.json or their directory",
+                   with_weights=False)
+
+
 def find_tokenizer(given, reader, n_vocab):
     """The tokenizer of --tokenizer, else of the checkpoint, else Gemma 2's own."""
     if given:
+        given = located_tokenizer(given)
         path, tokenizer = (tokenizer_of_directory(given) if os.path.isdir(given)
                            else (given, tokenizer_of_file(given)))
     else:
@@ -4503,13 +4527,19 @@ def tokenizer_section(t):
         ends.astype("<u4").tobytes(), np.array(t.kinds, np.uint8).tobytes(), *blob])
 
 
-def container_tokenizer(data, path):
+def container_tokenizer(f, path):
     """The tokenizer section of a file of ours."""
+    def part(start, size):
+        if not 0 <= size <= MAX_TOKENIZER or start >= 1 << 63:
+            raise ValueError
+        f.seek(start)
+        return f.read(size)
     try:
-        n_entries = struct.unpack_from("<I", data, 48)[0]
-        entries = [ENTRY.unpack_from(data, HEADER_BYTES + i * ENTRY.size) for i in range(n_entries)]
+        n_entries = struct.unpack("<I", part(48, 4))[0]
+        directory = part(HEADER_BYTES, n_entries * ENTRY.size)
+        entries = [ENTRY.unpack_from(directory, i * ENTRY.size) for i in range(n_entries)]
         start, size, digest = next(e[6:9] for e in entries if e[0] == TOKENIZER)
-        section = data[start:start + size]
+        section = part(start, size)
         if hashlib.sha256(section).digest() != digest:
             raise ValueError
         n, *ids, blob_bytes = TOKENIZER_HEAD.unpack_from(section)
@@ -4994,12 +5024,13 @@ def report(path, file_bytes, sections, errors, seconds):
 
 def convert_tokenizer(options, _progress):
     """A file of ours with nothing but facts and tokenizer."""
-    path, tokenizer = find_tokenizer(options.input, None, 0)
+    place = located_tokenizer(options.input)
+    path, tokenizer = find_tokenizer(place, None, 0)
     finish_tokenizer(tokenizer, 0, path)
     model = Model()
     model.V = len(tokenizer)
     model.stop_ids = stop_ids(model, tokenizer)
-    template = chat_template(options.input) if os.path.isdir(options.input) else None
+    template = chat_template(place) if os.path.isdir(place) else None
     facts = gather_facts(options, "Gemma 2 tokenizer" if model.V >= 256000 else "tokenizer",
                          os.path.basename(path), False, template, "--tokenizer-only")
     sections = [bytes_section("facts", FACTS, facts_section(facts)),
@@ -5019,6 +5050,16 @@ def convert_tokenizer(options, _progress):
 # =====================================================================================
 
 EPILOG = """
+Checkpoints, with the package that each needs beside numpy:
+  Hugging Face directory   *.safetensors; also quantised by MLX, GPTQ, AWQ, bitsandbytes,
+                           compressed-tensors or to FP8
+  GGUF                     the file, or the first of several
+  gemma.cpp                the .sbs file
+  PyTorch                  .ckpt, .bin, .pth, .pt, or their directory           torch >= 2.10
+  Keras                    preset directory, .weights.h5, .keras                h5py
+  Flax, Orbax              the directory                                        tensorstore
+  org/name[@revision]      from huggingface.co, or its cache when offline       huggingface_hub
+
 Types, with bits a weight and typical loss:
   f32   32     exact          q8    8.25   none that can be noticed (the default)
   bf16  16     as released    q6    6.25   barely any
@@ -5086,12 +5127,12 @@ def jobs_option(text):
 
 def parse_options(arguments):
     p = argparse.ArgumentParser(
-        prog="export.py", description="Convert a Gemma 2 checkpoint (a Hugging Face directory with "
-        "config.json, *.safetensors and tokenizer) into one file that gemma2.c runs.",
+        prog="export.py", description="Convert a Gemma 2 checkpoint, in any form in which one was "
+        "released, into one file that gemma2.c runs.",
         epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p.add_argument("input", metavar="CHECKPOINT",
-                   help="directory of the checkpoint, one .safetensors file in it, or its name on "
-                   "huggingface.co: org/name or org/name@revision")
+                   help="directory or file of the checkpoint, or its name on huggingface.co: "
+                   "org/name or org/name@revision")
     p.add_argument("output", metavar="OUT.bin",
                    help="file to write; an older one is replaced once all is well")
     p.add_argument("--type", choices=TYPES, default="q8", help="type of the matrices (default: q8)")
@@ -5102,7 +5143,8 @@ def parse_options(arguments):
                    help="type of the matrices whose names match; may be repeated")
     p.add_argument("--lora", type=lora_option, action="append", default=[], metavar="DIR[=SCALE]",
                    help="add a LoRA adapter (PEFT's adapter_config.json and adapter_model.*), "
-                   "SCALE times as strongly as it was trained (default: 1); may be repeated")
+                   "or its name on huggingface.co, SCALE times as strongly as it was trained "
+                   "(default: 1); may be repeated")
     p.add_argument("--importance", metavar="FILE",
                    help="what `run MODEL --importance FILE -f TEXT` wrote, MODEL being the same "
                    "checkpoint as bf16 or q8: quantised matrices then lose least in what they "
@@ -5111,8 +5153,8 @@ def parse_options(arguments):
                    help="0 to 2: how many scales to try (default: 0; each step costs about as much "
                    "again, for one or two hundredths of the error)")
     p.add_argument("--tokenizer", metavar="FILE",
-                   help="tokenizer.model, tokenizer.json (maybe .xz), a file made by export.py, or "
-                   "a directory (default: the checkpoint's)")
+                   help="tokenizer.model, tokenizer.json (maybe .xz), a file made by export.py, a "
+                   "directory, or a name on huggingface.co (default: the checkpoint's)")
     p.add_argument("--tokenizer-only", action="store_true",
                    help="CHECKPOINT is such a FILE; write only its tokenizer")
     p.add_argument("--name", help="name to note in the file (default: the directory's)")

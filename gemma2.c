@@ -3762,10 +3762,10 @@ static int read_model(struct gemma2_model *m, struct errbuf *err)
     return read_tokenizer(&m->tokenizer, m->tokenizer_bytes, m->tokenizer_size, c, err);
 }
 
-/* Only now, that the caller has not declined it: it may cost the process a permission. */
-static void choose_matrix(gemma2_model *m)
+/* Only where the caller has not declined it: it may cost the process a permission. */
+static void choose_matrix(gemma2_model *m, const gemma2_open_params *p)
 {
-    if (m->isa->matrix && !all_weights_f32(m))
+    if (m->isa->matrix && !all_weights_f32(m) && !p->exact_prefill)
         m->matrix = permitted_matrix(m->isa->matrix);
 }
 
@@ -3795,7 +3795,7 @@ static gemma2_model *allocate_model(struct file *f, struct errbuf *err)
     return m;
 }
 
-static gemma2_model *make_model(struct file *f, struct errbuf *err)
+static gemma2_model *make_model(struct file *f, const gemma2_open_params *p, struct errbuf *err)
 {
     float_env env = float_env_enter();
     gemma2_model *m = allocate_model(f, err);
@@ -3804,7 +3804,15 @@ static gemma2_model *make_model(struct file *f, struct errbuf *err)
         m = NULL;
     }
     float_env_leave(env);
+    if (m)
+        choose_matrix(m, p);
     return m;
+}
+
+static int read_open_params(gemma2_open_params *p, const gemma2_open_params *from)
+{
+    gemma2_open_params_init(p);
+    return !from || copy_params(p, sizeof *p, from, from->struct_size);
 }
 
 gemma2_model *gemma2_open(const char *path, const gemma2_open_params *params, char *err_text,
@@ -3814,34 +3822,34 @@ gemma2_model *gemma2_open(const char *path, const gemma2_open_params *params, ch
     struct errbuf err = {err_text, err_size}, inner = {reason, sizeof reason};
     struct file f = {0};
     gemma2_open_params p;
-    gemma2_open_params_init(&p);
-    if (!path || (params && !copy_params(&p, sizeof p, params, params->struct_size))) {
+    if (!path || !read_open_params(&p, params)) {
         fail(&err, "gemma2_open: no path, or params not from gemma2_open_params_init");
         return NULL;
     }
     gemma2_model *m = NULL;
     if (file_open(&f, path, p.read_into_memory != 0, &inner))
-        m = make_model(&f, &inner);
+        m = make_model(&f, &p, &inner);
     if (!m) {
         fail(&err, "%s: %s", path, reason);
         file_close(&f);
-    } else if (!p.exact_prefill)
-        choose_matrix(m);
+    }
     return m;
 }
 
-gemma2_model *gemma2_open_memory(const void *data, size_t size, char *err_text, size_t err_size)
+gemma2_model *gemma2_open_memory(const void *data, size_t size, const gemma2_open_params *params,
+                                 char *err_text, size_t err_size)
 {
     struct errbuf err = {err_text, err_size};
     struct file f = {data, size, NULL, NULL};
-    if (!data || (uintptr_t)data % 64) {
+    gemma2_open_params p;
+    if (!data || (uintptr_t)data % 64)
         fail(&err, "gemma2_open_memory: the data must be aligned to 64 bytes");
-        return NULL;
-    }
-    gemma2_model *m = make_model(&f, &err);
-    if (m)
-        choose_matrix(m);
-    return m;
+    else if (!read_open_params(&p, params) || p.read_into_memory)
+        fail(&err, "gemma2_open_memory: params not from gemma2_open_params_init, or with "
+                   "read_into_memory, which is gemma2_open's alone");
+    else
+        return make_model(&f, &p, &err);
+    return NULL;
 }
 
 void gemma2_close(gemma2_model *m)

@@ -168,8 +168,9 @@ GEMMA2_API void gemma2_open_params_init(gemma2_open_params *params);
 GEMMA2_API gemma2_model *gemma2_open(const char *path, const gemma2_open_params *params,
                                      char *err, size_t err_size);
 /* The same for a file image of size bytes at data, aligned to 64, which the caller keeps
- * until after gemma2_close. */
-GEMMA2_API gemma2_model *gemma2_open_memory(const void *data, size_t size, char *err,
+ * unchanged until after gemma2_close.  read_into_memory must be 0. */
+GEMMA2_API gemma2_model *gemma2_open_memory(const void *data, size_t size,
+                                            const gemma2_open_params *params, char *err,
                                             size_t err_size);
 GEMMA2_API void gemma2_close(gemma2_model *model); /* NULL is fine */
 

@@ -227,7 +227,7 @@ static gemma2_model *make_shape(const struct options *o)
 #endif
     build_image(p, i, type, head);
     char err[256];
-    gemma2_model *m = gemma2_open_memory(p, size, err, sizeof err);
+    gemma2_model *m = gemma2_open_memory(p, size, NULL, err, sizeof err);
     if (!m)
         die(err);
     return m;
@@ -879,8 +879,8 @@ static void usage(const char *what, const char *which)
     fprintf(stderr, "bench: %s%s\n"
             "usage: bench MODEL | --shape 2b|9b|27b [--type TYPE] [--head TYPE]\n"
             "       [--threads N,N] [--prefill N,N|none] [--decode N,N|none] [--quick]\n"
-            "       [--sessions N,N] [--batch N] [--kv auto|f32|f16] [--runs N] [--read] [--no-limits]\n"
-            "       [--json FILE]\n", which, what);
+            "       [--sessions N,N] [--batch N] [--kv auto|f32|f16] [--runs N] [--read]\n"
+            "       [--no-limits] [--json FILE]\n", which, what);
     exit(2);
 }
 

@@ -45,8 +45,8 @@ def read_counts(name, lines, branches, functions):
     """Adds what one program reached: lines and branches of a file by number, and by function."""
     folder = os.path.join(OUT, name)
     notes = [f for f in os.listdir(folder) if f.endswith(".gcno")]
-    subprocess.run(["gcov", "--json-format", "--branch-probabilities", *notes], cwd=folder, check=True,
-                   stdout=subprocess.DEVNULL)
+    subprocess.run(["gcov", "--json-format", "--branch-probabilities", *notes], cwd=folder,
+                   check=True, stdout=subprocess.DEVNULL)
     for file in (f for f in os.listdir(folder) if f.endswith(".gcov.json.gz")):
         with gzip.open(os.path.join(folder, file)) as f:
             report = json.load(f)
@@ -101,8 +101,8 @@ def print_missed(file, lines, branches, functions, verbose):
             missed.setdefault(functions[key], []).append((key[1], n, lines[key] == 0))
     print(f"\n{file}: branches not taken (lines not reached), by function")
     for name, items in sorted(missed.items(), key=lambda x: x[1][0]):
-        print(f"  {name}: {sum(i[1] for i in items)} ({sum(i[2] for i in items)})", end="\n" if verbose
-              else ";")
+        print(f"  {name}: {sum(i[1] for i in items)} ({sum(i[2] for i in items)})",
+              end="\n" if verbose else ";")
         for number, n, unreached in items if verbose else []:
             print(f"    {number}{' !' if unreached else f' {n}'}: {text[number - 1].strip()[:84]}")
     print()

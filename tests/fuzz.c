@@ -242,7 +242,7 @@ static void fuzz_weights(const uint8_t *data, size_t size)
     if (size)
         memcpy(image.data, data, size);
     force_kernels(p[7]);
-    gemma2_model *m = gemma2_open_memory(image.data, size, err, 1 + p[6] % sizeof err);
+    gemma2_model *m = gemma2_open_memory(image.data, size, NULL, err, 1 + p[6] % sizeof err);
     holds(m || p[6] % sizeof err == 0 || err[0], "a refusal has a sentence");
     if (m) {
         gemma2_section section;
@@ -470,7 +470,7 @@ static void fuzz_tokenizer(const uint8_t *data, size_t size)
         at += 3;
     }
     force_kernels(1);
-    gemma2_model *model = gemma2_open_memory(m.data, m.size, NULL, 0);
+    gemma2_model *model = gemma2_open_memory(m.data, m.size, NULL, NULL, 0);
     if (model && at < size) {
         size_t rest = size - at < MOST_TEXT / 6 ? size - at : MOST_TEXT / 6;
         text_comes_back(model, text, spell(data + at, rest, text),

@@ -46,7 +46,7 @@ static const char *write_file(const char *name, const void *p, size_t n)
 static int opens(const struct image *m)
 {
     char err[256] = "";
-    gemma2_model *model = gemma2_open_memory(m->data, m->size, err, sizeof err);
+    gemma2_model *model = gemma2_open_memory(m->data, m->size, NULL, err, sizeof err);
     if (!model)
         check(err[0] != 0, "a refusal without a sentence");
     gemma2_close(model);

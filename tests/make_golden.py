@@ -179,7 +179,8 @@ PUBLISHED = [  # facts from transformers', KerasHub's and llama.cpp's tests
     "\n" * 31, "\n" * 32, "\n" * 100, " " * 31, " " * 32, " " * 100, "\t" * 31, "\t" * 33]
 DECODED = [[869], [30112, 869], [4521, 3, 4521], [0, 1, 2, 3], [2, 4521], [106, 107],
            [217 + c for c in "é".encode()], [217 + 0xC3], [217 + 0xE2, 217 + 0x96, 4521],
-           [217 + 0xE2, 217 + 0x96, 217 + 0x81], [217 + 0xF0, 217 + 0x9F, 217 + 0x98, 1, 217 + 0x88],
+           [217 + 0xE2, 217 + 0x96, 217 + 0x81],
+           [217 + 0xF0, 217 + 0x9F, 217 + 0x98, 1, 217 + 0x88],
            [217 + 0xFF] * 5, [217], [226], [139, 168], [204, 213]]
 
 
@@ -194,7 +195,8 @@ def make_tokens():
     sp = sentencepiece.SentencePieceProcessor(model_proto=ref.sentencepiece_model(pieces))
     every, plain = ref.Bpe(pieces), ref.Bpe(pieces, plain=True)
     rng = random.Random(7)
-    texts = [t.encode() for t in PUBLISHED] + [b"\xff", b"ab\xe2\x96", b"\xc0\x80x", b"\xed\xa0\x80"]
+    texts = [t.encode() for t in PUBLISHED]
+    texts += [b"\xff", b"ab\xe2\x96", b"\xc0\x80x", b"\xed\xa0\x80"]
     texts += [ref.random_text(rng, pieces) for _ in range(250)]
     lines = []
     for text in texts:

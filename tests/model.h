@@ -340,7 +340,7 @@ static struct image build_tokenizer_file(const struct pieces *p)
 static gemma2_model *open_image(const struct image *m)
 {
     char err[256] = "";
-    gemma2_model *model = gemma2_open_memory(m->data, m->size, err, sizeof err);
+    gemma2_model *model = gemma2_open_memory(m->data, m->size, NULL, err, sizeof err);
     if (!check(model != NULL, "a sound model is refused: %s", err))
         exit(1);
     return model;

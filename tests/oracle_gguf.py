@@ -167,13 +167,13 @@ def as_f32(path, out, *options):
     return run
 
 
-def check_same(path, model, folder, what):
+def check_same(path, model, folder, what, *options):
     """The f32 file of path and that of the model as a Hugging Face directory: the same
     sections and facts, bit for bit."""
     hf = os.path.join(folder, "hf")
     ref.save_checkpoint(model.hf, hf, make_golden.tiny_tokenizer())
-    as_f32(hf, hf + ".bin")
-    as_f32(path, path + ".bin")
+    as_f32(hf, hf + ".bin", *options)
+    as_f32(path, path + ".bin", *options)
     a, b = ref.Bin(hf + ".bin"), ref.Bin(path + ".bin")
     check(list(a.sections) == list(b.sections), f"{what}: sections differ")
     for key in a.sections:

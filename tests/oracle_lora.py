@@ -5,22 +5,17 @@ the model and the saved adapter must then hold the weights of PEFT's merge_and_u
 the engine must give the logits of PEFT's model as it is trained, unmerged."""
 import contextlib
 import copy
-import io
 import json
 import os
 import shutil
-import signal
-import subprocess
-import traceback
 import warnings
 
 import numpy as np
 
+import oracle_gguf
 import reference as ref
-from oracle_export import Checkpoint, convert
+from oracle_export import Checkpoint, convert, convert_here
 from reference import check
-
-import export
 
 U = 2.0 ** -24   # what one rounding to f32 loses, relatively
 LOGITS = 1e-4    # of float32 logits, as for every model
@@ -375,6 +370,15 @@ def test_side_files(folder):
         check(open(path, "rb").read() == before, f"{name} was overwritten")
 
 
+def test_gguf_base(folder):
+    """The base model's own format does not matter."""
+    a = Adapter(folder, oracle_gguf.FACTS, target_modules=LINEAR + ["embed_tokens"])
+    model = oracle_gguf.Model(lambda role, layer: "F32")
+    path = os.path.join(folder, "base.gguf")
+    oracle_gguf.write_gguf(path, model)
+    oracle_gguf.check_same(path, model, folder, "LoRA on GGUF", "--lora", a.path)
+
+
 def test_workers(folder):
     """Worker processes make of it what one process does."""
     a = Adapter(folder, dict(hidden_size=1024, num_attention_heads=4, intermediate_size=3072,
@@ -518,21 +522,6 @@ def refused(what, run, place, *words):
     check(not os.listdir(place), f"{what}: leaves {os.listdir(place)}")
 
 
-def convert_here(*arguments):
-    """The same as convert(), in this process: a tenth of the time."""
-    said, handlers = io.StringIO(), {n: signal.getsignal(n) for n in (
-        signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    export.LowRank.kept.clear()
-    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
-        try:
-            status = export.main(list(arguments))
-        except Exception:
-            status = traceback.print_exc()
-    for n, handler in handlers.items():
-        signal.signal(n, handler)
-    return subprocess.CompletedProcess(arguments, status, "", said.getvalue())
-
-
 def test_refused(folder):
     saved = {}
     for i, (config, edit, *words) in enumerate(BAD):
@@ -564,7 +553,7 @@ def test_refused_together(folder):
             ("whole twice", [w.path for w in whole], "adapter3", "embedding", "add up"),
             ("whole, tokens", [whole[0].path, tokens.path], "embedding", "add up"),
             ("not a directory", [plain.base], "adapter_config.json"),
-            ("missing", [os.path.join(folder, "nowhere")], "adapter_config.json")]:
+            ("missing", [os.path.join(folder, "nowhere")], "does not exist")]:
         options = [word for p in paths for word in ("--lora", p)]
         refused(what, convert(plain.base, out, *options), place, *words)
     refused("an adapter as checkpoint", convert(plain.path, out), place, "--lora", "base model")
@@ -595,6 +584,7 @@ def test_lora(engine, folder):
     test_spellings(engine, folder)
     test_converted(engine, folder)
     test_side_files(folder)
+    test_gguf_base(folder)
     test_workers(folder)
     test_refused(folder)
     test_refused_together(folder)

@@ -7,17 +7,13 @@ and AutoAWQ's dequantize_gemm were run beside them once and agreed."""
 import contextlib
 import functools
 import http.server
-import importlib.util
 import io
 import json
 import math
 import os
 import pickle
 import shutil
-import signal
-import sys
 import threading
-import traceback
 import types
 
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # bitsandbytes would compile for seconds
@@ -25,9 +21,12 @@ os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # bitsandbytes would compile 
 import numpy as np
 
 import oracle_export
+import oracle_lora
 import reference as ref
-from oracle_export import EXPORT, Checkpoint, check_exact, convert, drop, spoil
+from oracle_export import Checkpoint, check_exact, convert, convert_here, drop, spoil
 from reference import check
+
+import export
 
 # Every width a multiple of 32, as the packing of GPTQ wants
 WIDTHS = dict(hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2,
@@ -37,40 +36,9 @@ SEED = int(os.environ.get("ORACLE_SEED", "1"))
 STATE = Q + ".weight.quant_state.bitsandbytes__nf4"
 
 
-# ---- export.py inside this process, for the sake of many small conversions -------------
-
-
-@functools.cache
-def exporter():
-    spec = importlib.util.spec_from_file_location("export", EXPORT[1])
-    sys.modules["export"] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def inside(checkpoint, out, *options, limit=None):
-    """oracle_export.convert, but for the process."""
-    export, text = exporter(), io.StringIO()
-    numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
-    kept = [signal.getsignal(n) for n in numbers]
-    try:
-        with contextlib.redirect_stderr(text), contextlib.redirect_stdout(io.StringIO()):
-            status = export.main([checkpoint, out, "-j", "1", *options])
-    except Exception:
-        status = -1
-        text.write(traceback.format_exc())
-    finally:
-        for n, handler in zip(numbers, kept):
-            signal.signal(n, handler)
-        for f in export.handles.values():
-            f.close()
-        export.handles.clear()
-        export.Whole.kept = None, None, None
-    return types.SimpleNamespace(returncode=status, stderr=text.getvalue())
-
-
-good = functools.partial(oracle_export.good, run=inside)
-bad = functools.partial(oracle_export.bad, run=inside)
+# Many small conversions: in this process
+good = functools.partial(oracle_export.good, run=convert_here)
+bad = functools.partial(oracle_export.bad, run=convert_here)
 
 
 # ---- what each method makes of a matrix: its parts, and the f32 values they mean -------
@@ -607,7 +575,7 @@ def shuffle_header(path, rng):
     entry, kind = header[name], rng.integers(0, 4)
     size, start, stop = math.prod(entry["shape"]), *entry["data_offsets"]
     if kind == 0:
-        same = [t for t in exporter().WIDTHS if exporter().WIDTHS[t] * size == stop - start]
+        same = [t for t in export.WIDTHS if export.WIDTHS[t] * size == stop - start]
         entry["dtype"] = str(rng.choice(same))
     elif kind == 1:
         entry["shape"] = [[size], [size, 1], [1, size], entry["shape"][::-1], [1, 1, size]][
@@ -645,14 +613,14 @@ def test_ranges(folder):
         edit(c)
         c.write()
         with contextlib.redirect_stderr(io.StringIO()):
-            reader = exporter().open_checkpoint(c.path)
+            reader = export.open_checkpoint(c.path)
         for name, tensor in reader.tensors.items():
             whole, copy = tensor.rows(0, tensor.shape[0]), pickle.loads(pickle.dumps(tensor))
             for start, stop in np.sort(rng.integers(0, tensor.shape[0], (6, 2))):
                 part = copy.rows(int(start), int(stop) + 1)
                 check(np.array_equal(part, whole[start:stop + 1]) and part.dtype == np.float32,
                       f"rows {start} to {stop} of {name}, format {number}")
-        inside(c.path, os.devnull)  # closes the files
+        convert_here(c.path, os.devnull)  # closes the files
 
 
 def test_junk(folder, times=20):
@@ -682,7 +650,7 @@ def test_junk(folder, times=20):
 def fails_well(folder, c, what):
     """Whether a conversion fails; if so it does with a sentence and leaves nothing."""
     out = os.path.join(folder, "out.bin")
-    run = inside(c.path, out, "--type", "bf16")
+    run = convert_here(c.path, out, "--type", "bf16")
     lines = [line for line in run.stderr.strip().split("\n") if "warning" not in line]
     check(run.returncode in (0, 1) and "Traceback" not in run.stderr,
           f"{what}: exit {run.returncode}: {run.stderr[-400:]}")
@@ -757,15 +725,10 @@ class Hub(http.server.BaseHTTPRequestHandler):
     do_POST = do_GET
 
 
-def from_hub(name, folder, home, **env):
+def from_hub(name, folder, home, options=("--type", "f32"), **env):
     """export.py with a hub name, in an environment of its own."""
-    old = {k: os.environ.get(k) for k in ("HF_HOME", "NO_PROXY", *env)}
-    os.environ.update(HF_HOME=home, NO_PROXY="127.0.0.1", **env)
-    try:
-        return convert(name, os.path.join(folder, "out.bin"), "--type", "f32")
-    finally:
-        for k, v in old.items():
-            os.environ.pop(k) if v is None else os.environ.update({k: v})
+    env = {**os.environ, "HF_HOME": home, "NO_PROXY": "127.0.0.1", **env}
+    return convert(name, os.path.join(folder, "out.bin"), *options, env=env)
 
 
 def hub_refuses(folder, name, *words, home="empty", **env):
@@ -799,6 +762,7 @@ def test_hub(folder):
     hub_refuses(folder, "org/other", "cannot be reached", **nowhere)
     hub_serves(folder, c, "cache without network", "org/model", home, **nowhere)
     test_hub_missing_library(folder, c, home)
+    test_hub_beside(folder, c, home)
     test_hub_gguf(folder)
     test_hub_download(folder, c)
 
@@ -809,6 +773,37 @@ def test_hub_missing_library(folder, c, home):
     with open(os.path.join(stub, "huggingface_hub.py"), "w") as f:
         f.write("raise ImportError('stub')\n")
     hub_refuses(folder, "org/model", "pip install huggingface_hub", home="home", PYTHONPATH=stub)
+
+
+def test_hub_beside(folder, c, home):
+    """A tokenizer and an adapter by their hub names are those of their directories."""
+    out = os.path.join(folder, "out.bin")
+    for options in (["--tokenizer-only"], ["--tokenizer", "org/model"]):
+        made = []
+        for name in ("org/model", c.path):
+            run = from_hub(name, folder, home, [*options, "--name", "x", "--source", "x"],
+                           HF_HUB_OFFLINE="1")
+            check(run.returncode == 0, f"hub {options}: {run.stderr}")
+            made.append(sections_of(out))
+        check(made[0] == made[1], f"hub {options}: not what its directory gives")
+    adapter = oracle_lora.Adapter(folder)
+    home = fake_cache(folder, "org/adapter", adapter.path)
+    made = []
+    for name in ("org/adapter", adapter.path):
+        run = from_hub(adapter.base, folder, home, ["--lora", name + "=0.5"], HF_HUB_OFFLINE="1")
+        check(run.returncode == 0, f"hub adapter: {run.stderr}")
+        made.append(sections_of(out))
+    check(made[0] == made[1], "hub adapter: not what its directory gives")
+    os.remove(out)
+    for name, options in (("org/none", ["--tokenizer-only"]), (c.path, ["--lora", "org/none"])):
+        run = from_hub(name, folder, home, options, HF_HUB_OFFLINE="1")
+        check(run.returncode == 1 and "org/none" in run.stderr and "cache" in run.stderr,
+              f"hub: {run.stderr}")
+
+
+def sections_of(path):
+    f = ref.Bin(path)
+    return {key: f.bytes(*key) for key in f.sections if key != ("facts", 0)}
 
 
 def test_hub_gguf(folder):

@@ -408,7 +408,8 @@ def vocabulary_digest(pieces):
     """One number for piece texts, scores and SentencePiece types."""
     h = hashlib.sha256()
     for text, score, kind in pieces:
-        h.update(struct.pack("<IfB", len(text), score + 0.0, USER if kind == MARKER else kind) + text)
+        kind = USER if kind == MARKER else kind
+        h.update(struct.pack("<IfB", len(text), score + 0.0, kind) + text)
     return h.hexdigest()
 
 

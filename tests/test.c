@@ -235,7 +235,7 @@ static void exercise(const gemma2_model *m)
 static int opens(const struct image *m)
 {
     char err[256] = "";
-    gemma2_model *model = gemma2_open_memory(m->data, m->size, err, sizeof err);
+    gemma2_model *model = gemma2_open_memory(m->data, m->size, NULL, err, sizeof err);
     if (!model) {
         if (!err[0])
             check(0, "a refusal without a sentence");
@@ -518,7 +518,7 @@ static void test_colliding_pieces(void)
             add_piece(&p, "<0x00>", GEMMA2_PIECE_USER, 0);
         struct image m = build_tokenizer_file(&p);
         char err[256] = "";
-        gemma2_model *model = gemma2_open_memory(m.data, m.size, err, sizeof err);
+        gemma2_model *model = gemma2_open_memory(m.data, m.size, NULL, err, sizeof err);
         check(n > MAX_PROBES ? !model && strstr(err, "alike") : model != NULL,
               "%d colliding pieces: %s", n, err);
         gemma2_close(model);
@@ -676,10 +676,14 @@ static void test_open_ways(void)
     }
     snprintf(needle, sizeof needle, "has %zu bytes, but should have %zu", m.size - 1, m.size);
     refused(write_file("model", m.data, m.size - 1), needle);
-    check(!gemma2_open_memory(m.data + 32, m.size, NULL, 0), "memory not aligned to 64");
-    check(!gemma2_open_memory(NULL, 100, NULL, 0) && !gemma2_open(NULL, NULL, NULL, 0), "NULLs");
+    check(!gemma2_open_memory(m.data + 32, m.size, NULL, NULL, 0), "memory not aligned to 64");
+    check(!gemma2_open_memory(NULL, 100, NULL, NULL, 0) && !gemma2_open(NULL, NULL, NULL, 0),
+          "NULLs");
+    p.read_into_memory = 1;
+    check(!gemma2_open_memory(m.data, m.size, &p, NULL, 0), "memory to be read into memory");
     p.struct_size = 4;
-    check(!gemma2_open(in_dir("model"), &p, NULL, 0), "open params of a wrong size");
+    check(!gemma2_open(in_dir("model"), &p, NULL, 0) &&
+              !gemma2_open_memory(m.data, m.size, &p, NULL, 0), "open params of a wrong size");
     remove(in_dir("model"));
     gemma2_close(NULL);
     free(m.data);
@@ -1837,19 +1841,22 @@ static void test_matrix_models(void)
     }
 }
 
-/* f32 weights never meet the matrix class, nor do the sessions of a model opened so. */
+/* f32 weights never meet the matrix class, nor do the sessions of a model opened so, be it
+ * from a path or from memory. */
 static void test_matrix_declined(void)
 {
     struct shape shape = {"exact", 2, 64, 4, 2, 32, 96, 70, 37, 64, 50, 30, 1, 0,
                           {F32, F32, F32, F32, F32}, 64};
     int32_t ids[40];
     float *logits = fresh(100 * 4);
-    for (int i = 0; i < 2; i++) {
+    for (int i = 0; i < 3; i++) {
         struct model x = {build(&shape), NULL};
+        const char *path = write_file("exact", x.image.data, x.image.size);
         gemma2_open_params params;
         gemma2_open_params_init(&params);
-        params.exact_prefill = (uint32_t)i;
-        x.m = gemma2_open(write_file("exact", x.image.data, x.image.size), &params, NULL, 0);
+        params.exact_prefill = i > 0;
+        x.m = i < 2 ? gemma2_open(path, &params, NULL, 0) :
+              gemma2_open_memory(x.image.data, x.image.size, &params, NULL, 0);
         check(x.m && !x.m->matrix, "%s: the matrix class is in use", i ? "declined" : "f32");
         random_ids(x.m, ids, 40);
         float *truth = step_by_step(x.m, (struct setup){40, 1, 1, 0, 2}, ids, 40);
@@ -3154,7 +3161,7 @@ static void test_isa_choice(void)
         const char *name = i < N_KERNELS ? all_kernels[i]->name : i == N_KERNELS ? "sse9" : "";
         int there = i < N_KERNELS ? all_kernels[i]->available() : i > N_KERNELS;
         setenv("GEMMA2_ISA", name, 1);
-        gemma2_model *x = gemma2_open_memory(m.data, m.size, err, sizeof err);
+        gemma2_model *x = gemma2_open_memory(m.data, m.size, NULL, err, sizeof err);
         check(!!x == there, "GEMMA2_ISA=%s", name);
         if (x && i < N_KERNELS)
             check(!strcmp(gemma2_get_config(x)->isa, name), "GEMMA2_ISA=%s is heeded", name);

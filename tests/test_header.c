@@ -88,7 +88,8 @@ static void test_same_text(void)
     int n = 0;
     if (!check(header && here, "gemma2.h and tests/test_header.c can be read"))
         return;
-    check(skip_to(header, " * A complete program (cc -O3 -ffp-contract=off prog.c gemma2.c -lm):\n") &&
+    check(skip_to(header,
+                  " * A complete program (cc -O3 -ffp-contract=off prog.c gemma2.c -lm):\n") &&
               skip_to(header, " *\n") && skip_to(here, "/* example */\n"), "both have the example");
     while (fgets(in_test, sizeof in_test, here) && strcmp(in_test, "/* end */\n") &&
            fgets(in_header, sizeof in_header, header)) {
@@ -140,8 +141,8 @@ static void test_languages(void)
     static const char *const languages[] = {"c99", "c11"};
     for (size_t i = 0; i < sizeof languages / sizeof *languages; i++) {
         char command[256];
-        snprintf(command, sizeof command, "echo '#include \"gemma2.h\"' | cc -x c -std=%s -I. -Wall "
-                 "-Wextra -Wpedantic -Wshadow -Werror -fsyntax-only -", languages[i]);
+        snprintf(command, sizeof command, "echo '#include \"gemma2.h\"' | cc -x c -std=%s -I. "
+                 "-Wall -Wextra -Wpedantic -Wshadow -Werror -fsyntax-only -", languages[i]);
         check(system(command) == 0, languages[i]);
     }
 }

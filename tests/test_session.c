@@ -79,7 +79,7 @@ static void test_null_model(const gemma2_model *m)
     check(!gemma2_open(NULL, NULL, err, sizeof err) && err[0], "open NULL");
     check(!gemma2_open(NULL, NULL, NULL, 0), "open NULL without a buffer");
     err[0] = 0;
-    check(!gemma2_open_memory(NULL, 9, err, sizeof err) && err[0], "open no memory");
+    check(!gemma2_open_memory(NULL, 9, NULL, err, sizeof err) && err[0], "open no memory");
     gemma2_close(NULL), gemma2_session_free(NULL);
     gemma2_open_params_init(NULL), gemma2_session_params_init(NULL), gemma2_sampler_init(NULL, 1);
     check(!gemma2_get_config(NULL) && !gemma2_is_stop(NULL, 1), "no model: config, stop");

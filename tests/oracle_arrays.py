@@ -2,9 +2,10 @@
 model, written in every layout that these libraries use, come out bit for bit; hostile files
 come out as one sentence.
 
-The PyTorch files are written by torch.  Keras's are written by h5py and Flax's by tensorstore,
-in the layout of keras-hub 0.32 (Keras 3.15) and of Orbax 0.12, whose own files were converted
-once with the same result; both packages are too large to be installed for every test."""
+The PyTorch files are written by torch, Flax's by Orbax and, where they are to be odd or bad, by
+tensorstore.  Keras's are written by h5py in the layout of keras-hub 0.32 (Keras 3.15), whose own
+files were converted once with the same result: that package needs TensorFlow, too large to be
+installed for every test."""
 import contextlib
 import json
 import multiprocessing
@@ -61,6 +62,13 @@ def plain(tensor):
     if tensor.dtype == torch.bfloat16:
         return tensor.contiguous().view(torch.uint16).numpy()
     return tensor.contiguous().numpy()
+
+
+def typed(tensor):
+    """numpy's array of a tensor; bf16 in ml_dtypes' type."""
+    import ml_dtypes
+    data = plain(tensor)
+    return data.view(ml_dtypes.bfloat16) if data.dtype == np.uint16 else data
 
 
 def fresh(folder, name="checkpoint", tokenizer=True):
@@ -581,14 +589,12 @@ def flat_name(key):
 def write_orbax(path, arrays, ocdbt=True, driver="zarr", rows=None):
     """Arrays as Orbax has them: zstd, no fill value, one chunk unless rows cuts the first
     axis."""
-    import ml_dtypes
     import tensorstore
     os.makedirs(path, exist_ok=True)
     base = {"driver": "file", "path": path + "/"}
     store = {"driver": "ocdbt", "base": base} if ocdbt else base
     for name, tensor in arrays.items():
-        data = plain(tensor)
-        data = data.view(ml_dtypes.bfloat16) if data.dtype == np.uint16 else data
+        data = typed(tensor)
         chunks = [min(rows or n, n) if i == 0 else n for i, n in enumerate(data.shape)]
         place = {**store, "path": store.get("path", "") + name + "/"}
         if driver == "zarr":
@@ -627,6 +633,52 @@ def test_flax_good(engine, folder):
     half = Source("bfloat16")
     exact(kaggle(folder, flax_arrays(half), rows=5), half, "Flax bf16, in chunks")
     test_padded(folder)
+    test_orbax(folder)
+
+
+def save_by_orbax(jobs):
+    """In a process of its own, as jax starts threads.  jobs: path, tree, options of the handler
+    (None: what the gemma library calls)."""
+    import logging
+    import jax
+    import orbax.checkpoint as ocp
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    for path, tree, options in jobs:
+        tree = jax.tree.map(jax.numpy.asarray, tree)
+        if options is None:
+            with ocp.StandardCheckpointer() as saver:
+                saver.save(path, tree)
+        else:
+            ocp.Checkpointer(ocp.PyTreeCheckpointHandler(**options)).save(path, tree)
+
+
+def tree_of(arrays, is_flat):
+    """What was saved, from Orbax's joined keys."""
+    tree = {}
+    for key, tensor in arrays.items():
+        *path, last = key.rsplit(".", 1) if is_flat else key.split(".")
+        node = tree
+        for part in path:
+            node = node.setdefault(part, {})
+        node[last] = typed(tensor)
+    return tree
+
+
+def test_orbax(folder):
+    """Directories that Orbax itself wrote."""
+    source, jobs = Source("bfloat16", layers="LGLG"), []
+    for i, (layout, first, options) in enumerate((
+            ("flat", "2DF", None), ("flat", "2FD", {"use_ocdbt": False}),
+            ("nested", "2FD", {"use_zarr3": True}), ("stacked", "2DF", {}),
+            ("trainer", "2DF", {"use_ocdbt": False, "use_zarr3": True}))):
+        tree = tree_of(flax_arrays(source, layout, first), layout in ("flat", "stacked"))
+        jobs.append((os.path.join(fresh(folder, f"orbax{i}"), "saved"), tree, options))
+    process = FORKS.Process(target=save_by_orbax, args=(jobs,))
+    process.start()
+    process.join(120)
+    check(process.exitcode == 0, f"Orbax: exit {process.exitcode}")
+    for path, _, options in jobs:
+        exact(os.path.dirname(path), source, f"Orbax, {options}", expect=dict(W=4096))
 
 
 def test_padded(folder):

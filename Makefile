@@ -132,14 +132,13 @@ fuzz:
 		-Dmain=run_main run.c tests/fuzz.c -lm -o build/fuzz
 	@sh tests/fuzz.sh build/fuzz $(or $(SECONDS),60) $(TARGETS)
 
-# The matrix class of the "amx" row, with its six tile instructions in C: for CPUs that have
-# AVX-512 but not AMX.
-test-amx: build/test_amx build/test_golden_amx
-	@sh tests/all.sh build/test_amx build/test_golden_amx
+# The rows "amx", its six tile instructions in C, and "avxvnni", on CPUs that have AVX-512.
+test-emulated: build/test_emulated build/test_golden_emulated
+	@sh tests/all.sh build/test_emulated build/test_golden_emulated
 
-build/%_amx: tests/%.c gemma2.c gemma2.h $(wildcard tests/*.h)
+build/%_emulated: tests/%.c gemma2.c gemma2.h $(wildcard tests/*.h)
 	@mkdir -p build
-	$(BUILD) -DGEMMA2_EMULATE_AMX $< -lm -o $@
+	$(BUILD) -DGEMMA2_EMULATE $< -lm -o $@
 
 # Against transformers, sentencepiece and export.py; see tests/requirements.txt.
 test-oracle: run
@@ -166,5 +165,5 @@ help:
 		n && /^[a-z][a-z0-9-]*:/{ sub(/:.*/, ""); printf "%-16s %s\n", $$0, text } { n = 0 }' \
 		$(MAKEFILE_LIST)
 
-.PHONY: demo lib install uninstall test test-install fuzz test-amx test-oracle check-model bench \
+.PHONY: demo lib install uninstall test test-install fuzz test-emulated test-oracle check-model bench \
 	clean help

@@ -4550,6 +4550,11 @@ AVX2 INLINE __m256i broadcast_avx2(const int8_t *four_inputs)
 #define IN_THIS_ORDER(sum) __asm__("" : "+x"(sum))
 #endif
 
+/* The tests ask for the encoding of AVX-512 on CPUs that have that alone. */
+#ifndef GEMMA2_EMULATE
+#define VPDPBUSD "%{vex%} vpdpbusd"
+#endif
+
 /* acc + the products of two steps, w[0] with inputs q[0..3], w[1] with q[4..7].  AVX-VNNI
  * adds four products at a time.  Without it pairs go through 16 bits: two pairs of q6 or q4
  * fit (4 * 63 * 127), but only one of q8, and that with the sign moved to the input. */
@@ -4559,8 +4564,8 @@ AVX2 INLINE __m256i dot_avx2(int vnni, uint32_t type, __m256i acc, __m256i w0, _
     const __m256i ones = _mm256_set1_epi16(1);
 #ifdef HAVE_AVXVNNI
     if (vnni) {
-        __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(acc) : "x"(w0), "x"(x0));
-        __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(acc) : "x"(w1), "x"(x1));
+        __asm__(VPDPBUSD " %2, %1, %0" : "+x"(acc) : "x"(w0), "x"(x0));
+        __asm__(VPDPBUSD " %2, %1, %0" : "+x"(acc) : "x"(w1), "x"(x1));
         return acc;
     }
 #endif
@@ -5810,8 +5815,8 @@ struct tile_shapes { /* what LDTILECFG reads */
 
 /* Tile numbers are part of the instructions, hence macros; assembly, because compilers
  * declare too little of the memory that their own intrinsics read.  The tests bring these
- * six in C for CPUs without them (tests/amx.h). */
-#ifndef GEMMA2_EMULATE_AMX
+ * six in C for CPUs without them (tests/emulate.h). */
+#ifndef GEMMA2_EMULATE
 #define tile_config(shapes) __asm__ volatile("ldtilecfg %0" : : "m"(*(shapes)))
 #define tile_release() __asm__ volatile("tilerelease")
 #define tile_zero(c) __asm__ volatile("tilezero %%tmm" #c : :)
@@ -6160,19 +6165,21 @@ static int has_avx2(void) /* every CPU with AVX2 has F16C and FMA, but a hypervi
            c >> 12 & 1 && has_leaf7('b', 1u << 5);
 }
 
-static int has_avxvnni(void)
-{
-#ifdef HAVE_AVXVNNI
-    return has_avx2() && has_leaf7('a', 1u << 4);
-#else
-    return 0;
-#endif
-}
-
 static int has_avx512(void) /* F, DQ, BW, VL; VNNI */
 {
     return has_avx2() && (saved_states() & 0xe6) == 0xe6 &&
            has_leaf7('b', 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31) && has_leaf7('c', 1u << 11);
+}
+
+static int has_avxvnni(void)
+{
+#if defined(GEMMA2_EMULATE)
+    return has_avx512();
+#elif defined(HAVE_AVXVNNI)
+    return has_avx2() && has_leaf7('a', 1u << 4);
+#else
+    return 0;
+#endif
 }
 
 static int has_avx512bf16(void)
@@ -6195,7 +6202,7 @@ enum { GET_XCOMP_SUPP = 0x1021, REQ_XCOMP_PERM = 0x1023, XTILECFG = 17, XTILEDAT
 
 static int has_amx(void) /* AMX-BF16 and AMX-TILE */
 {
-#ifdef GEMMA2_EMULATE_AMX
+#ifdef GEMMA2_EMULATE
     return has_avx512();
 #else
     uint64_t known = 0, states = 1ull << XTILECFG | 1ull << XTILEDATA;

@@ -6,7 +6,7 @@
  * From the repository's root; a few seconds.  Names of sections (at the end of this file) run
  * these alone.  GEMMA2_TEST_FULL=1 sweeps exp and tanh over
  * every float and prints their largest errors, and tries more hostile files: two minutes.
- * -DGEMMA2_EMULATE_AMX builds the tests of the "amx" row alone, for CPUs without it. */
+ * -DGEMMA2_EMULATE builds the tests of the "amx" and "avxvnni" rows alone, for CPUs with AVX-512. */
 #ifndef _DEFAULT_SOURCE
 #define _DEFAULT_SOURCE
 #endif
@@ -77,8 +77,8 @@ static int test_munmap(void *p, size_t n)
 #define munmap test_munmap
 #endif
 
-#ifdef GEMMA2_EMULATE_AMX
-#include "amx.h"
+#ifdef GEMMA2_EMULATE
+#include "emulate.h"
 enum { EMULATED = 1 };
 #else
 enum { EMULATED = 0 };
@@ -1426,7 +1426,10 @@ static void row_matrix_attention(const struct kernels *row)
 }
 
 /* The emulation leaves the other rows to the program without it. */
-static int is_tested(const struct kernels *row) { return !EMULATED || !strcmp(row->name, "amx"); }
+static int is_tested(const struct kernels *row)
+{
+    return !EMULATED || !strcmp(row->name, "amx") || !strcmp(row->name, "avxvnni");
+}
 
 /* Whether a row's matrix class may be run here; asks for the permission it needs. */
 static int has_matrix(const struct kernels *row)
@@ -3177,7 +3180,7 @@ static void test_isa_choice(void)
  * they are refused, another matrix class stands in. */
 static void test_permission(void)
 {
-#if defined(GEMMA2_EMULATE_AMX) && defined(HAVE_AMX)
+#if defined(GEMMA2_EMULATE) && defined(HAVE_AMX)
     static const struct { uint32_t type, exact, refused, asked; } cases[] = {
         {Q8, 0, 0, 1}, {Q4, 0, 1, 1}, {BF16, 1, 0, 0}, {F32, 0, 0, 0}};
     struct shape shape = {"asking", 1, 64, 4, 2, 32, 96, 70, 37, 64, 50, 30, 1, 0, {0}, 64};

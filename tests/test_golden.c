@@ -11,8 +11,8 @@ static void on_trace(const char *name, int layer, const float *data, size_t rows
                      size_t cols, size_t stride);
 #define GEMMA2_TRACE(name, layer, data, rows, cols, stride)                              \
     on_trace((name), (int)(layer), (data), (size_t)(rows), (size_t)(cols), (size_t)(stride))
-#ifdef GEMMA2_EMULATE_AMX /* the tale alone, with the "amx" row */
-#include "amx.h"
+#ifdef GEMMA2_EMULATE /* the tale alone, with the "amx" row */
+#include "emulate.h"
 enum { EMULATED = 1 };
 #else
 enum { EMULATED = 0 };

@@ -33,11 +33,11 @@ test-sanitize:
 	@mkdir -p build/sanitize
 	@for t in test test_session test_golden; do \
 		$(SANITIZE) tests/$$t.c -lm -o build/sanitize/$$t || exit 1; done
-	@$(SANITIZE) -DGEMMA2_EMULATE_AMX tests/test.c -lm -o build/sanitize/test_amx
+	@$(SANITIZE) -DGEMMA2_EMULATE tests/test.c -lm -o build/sanitize/test_emulated
 	@$(SANITIZE) $(HOSTILE) -lm -o build/sanitize/hostile
 	@$(SANITIZE) $(FAULT) -lm -o build/sanitize/fault
 	@$(SANITIZE) $(REPLAY) -lm -o build/sanitize/replay
-	@sh tests/all.sh $(addprefix build/sanitize/,test test_session test_golden test_amx \
+	@sh tests/all.sh $(addprefix build/sanitize/,test test_session test_golden test_emulated \
 		hostile fault replay)
 
 ARCHER ?= $(firstword $(wildcard /usr/lib/llvm-*/lib/libarcher.so))

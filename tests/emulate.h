@@ -1,10 +1,12 @@
-/* AMX in C, for CPUs that lack it: include this before gemma2.c.  The tests that do run the
- * "amx" row on any CPU with AVX-512.  What is undefined or faults on a real CPU (an
- * instruction without a configuration, a shape that does not fit) ends the program. */
-#ifndef GEMMA2_TESTS_AMX_H
-#define GEMMA2_TESTS_AMX_H
+/* AMX in C, and AVX-VNNI as AVX-512 encodes it, for CPUs that lack them: include this before
+ * gemma2.c.  The tests that do run the "amx" and "avxvnni" rows on any CPU with AVX-512.  What
+ * is undefined or faults on a real CPU (an instruction of AMX without a configuration, a shape
+ * that does not fit) ends the program. */
+#ifndef GEMMA2_TESTS_EMULATE_H
+#define GEMMA2_TESTS_EMULATE_H
 
-#define GEMMA2_EMULATE_AMX 1
+#define GEMMA2_EMULATE 1
+#define VPDPBUSD "vpdpbusd"
 #ifndef _DEFAULT_SOURCE
 #define _DEFAULT_SOURCE
 #endif

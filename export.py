@@ -3284,6 +3284,75 @@ class Zarr:
         return found.view(FLOATS[self.dtype][0])
 
 
+    def only_chunk(self):
+        """(store, name in it) of the only chunk, if there is but one and zstd packed its rows;
+        else None."""
+        spec = self.open().spec().to_json()
+        how = spec.get("metadata", {})
+        if (spec["driver"] != "zarr" or (how.get("compressor") or {}).get("id") != "zstd"
+                or how.get("order") != "C" or how.get("filters") or self.dtype not in WIDTHS
+                or self.chunk[0] < self.dims[0] or self.chunk[1:] != self.dims[1:]):
+            return None
+        name = how.get("dimension_separator", ".").join("0" * len(self.dims))
+        return spec["kvstore"], name
+
+
+class KeyFile:
+    """An entry of a store as a file."""
+
+    def __init__(self, store, name):
+        self.store = attempt(name, tensorstore_library().KvStore.open(store).result)
+        self.name, self.at = name, 0
+
+    def read(self, size):
+        while size:
+            part = slice(self.at, self.at + size)
+            try:
+                found = self.store.read(self.name, byte_range=part).result().value
+                self.at += len(found)
+                return found
+            except ValueError:  # beyond the end, which nothing else tells
+                size //= 2
+        return b""
+
+
+class Streamed:
+    """Zarr's array, unpacked from the start of its only chunk while rows are asked for in
+    ascending order."""
+    kept = None, None, 0  # of the last one that this process read: key, stream, the next row
+
+    def __init__(self, zarr, place):
+        self.where, self.dims, self.dtype, self.key = zarr.where, zarr.dims, zarr.dtype, zarr.key
+        self.place, self.chunk = place, (1, *zarr.dims[1:])
+
+    def read(self, box):
+        (first, last), row = box[0], math.prod(self.dims[1:]) * WIDTHS[self.dtype]
+        key, stream, at = Streamed.kept
+        if key != (os.getpid(), self.key) or at > first:
+            stream, at = zstd_library().ZstdDecompressor().stream_reader(
+                KeyFile(*self.place), read_size=1 << 22), 0
+        for i in range(at, first, 256):
+            self.unpacked(stream, min(256, first - i) * row)
+        data = self.unpacked(stream, (last - first) * row)
+        Streamed.kept = (os.getpid(), self.key), stream, last
+        return np.frombuffer(data, FLOATS[self.dtype][0]).reshape(last - first, *self.dims[1:])
+
+    def unpacked(self, stream, size):
+        Streamed.kept = None, None, 0  # until all is well
+        data = bytearray(size)
+        at = 0
+        while at < size:
+            n = attempt(self.where, lambda: stream.readinto(memoryview(data)[at:]))
+            if not n:
+                raise ExportError("%s ends early: fetch the checkpoint again" % self.where)
+            at += n
+        return data
+
+
+def zstd_library():
+    return library("zstandard", "zstandard", "an embedding in one chunk")
+
+
 def tensorstore_library():
     return library("tensorstore", "tensorstore", "a Flax checkpoint")
 
@@ -3316,6 +3385,7 @@ class Orbax(Checkpoint):
     CACHES = 3 << 30        # bytes of chunks in all processes, where one leaves room for more
     ROOM = 1 << 25          # for what else a cache holds, as a full one keeps nothing
     MOST = 1 << 36          # no chunk is larger than this
+    LARGE = 1 << 29         # bytes of the embedding's only chunk that are not unpacked at once
 
     @staticmethod
     def suits(path):
@@ -3337,6 +3407,8 @@ class Orbax(Checkpoint):
         for name in sorted(arrays, key=lambda n: ("gating" in n, n)):
             flax_add(axes, name, arrays[name], pattern)
         self.tensors, self.model = axes.tensors, axes.model()
+        if "embedding" in self.tensors:
+            self.stream(self.tensors["embedding"])
         for t in self.tensors.values():
             t.array.cache = t.touched(t.array.chunk) + self.ROOM
         # a chunk that is being decoded is there twice
@@ -3344,6 +3416,19 @@ class Orbax(Checkpoint):
         embedding = self.tensors.get("embedding")
         if embedding and embedding.shape[0] == PADDED_ROWS:
             self.tensors["embedding"] = Slice(embedding, 0, REAL_ROWS)
+
+    def stream(self, tensor):
+        """Reads a tensor by and by that Orbax put in one chunk, as it does by default: 27B's
+        embedding would take 5 GB."""
+        size = math.prod(tensor.array.chunk) * WIDTHS[tensor.array.dtype]
+        place = tensor.array.only_chunk() if size > self.LARGE else None
+        if place:
+            try:
+                zstd_library()
+            except ExportError as e:
+                return warn("%s; without it, converting takes %s of memory more" % (
+                    e, human(2 * size)))
+            tensor.array = Streamed(tensor.array, place)
 
     def arrays(self):
         """Parameter name to Zarr."""
@@ -5057,7 +5142,7 @@ Checkpoints, with the package that each needs beside numpy:
   gemma.cpp                the .sbs file
   PyTorch                  .ckpt, .bin, .pth, .pt, or their directory           torch >= 2.10
   Keras                    preset directory, .weights.h5, .keras                h5py
-  Flax, Orbax              the directory                                        tensorstore
+  Flax, Orbax              the directory                            tensorstore, zstandard
   org/name[@revision]      from huggingface.co, or its cache when offline       huggingface_hub
 
 Types, with bits a weight and typical loss:

@@ -12,13 +12,14 @@ import multiprocessing
 import os
 import shutil
 import sys
+import unittest.mock
 import zipfile
 
 import numpy as np
 
 import make_golden
 import reference as ref
-from oracle_export import check_exact, convert
+from oracle_export import check_exact, convert, convert_here
 from reference import check
 
 import export
@@ -634,6 +635,7 @@ def test_flax_good(engine, folder):
     exact(kaggle(folder, flax_arrays(half), rows=5), half, "Flax bf16, in chunks")
     test_padded(folder)
     test_orbax(folder)
+    test_streamed(folder)
 
 
 def save_by_orbax(jobs):
@@ -679,6 +681,40 @@ def test_orbax(folder):
     check(process.exitcode == 0, f"Orbax: exit {process.exitcode}")
     for path, _, options in jobs:
         exact(os.path.dirname(path), source, f"Orbax, {options}", expect=dict(W=4096))
+
+
+def test_streamed(folder):
+    """An embedding in one chunk, unpacked by and by; where it is damaged; without zstandard."""
+    import tensorstore
+    source = Source("bfloat16", vocab_size=3000)
+    path = kaggle(folder, flax_arrays(source))
+    place = os.path.join(folder, "place")
+    out = os.path.join(fresh(folder, "place", tokenizer=False), "out.bin")
+    with unittest.mock.patch.object(export.Orbax, "LARGE", 1000), \
+            unittest.mock.patch.object(export.Rearranged, "BLOCK", 10000):
+        run = convert_here(path, out, "--type", "f32")
+        if check(run.returncode == 0, f"streamed: {run.stderr}"):
+            check_exact(source, out, "streamed")
+            os.remove(out)
+        array = export.Orbax(path).tensors["embedding"].array
+        check(isinstance(array, export.Streamed), "streamed: it was not")
+        rows = plain(source["embedding"])
+        for first, last in ((2000, 2300), (2300, 2301), (7, 900), (0, 3000), (2999, 3000)):
+            check(np.array_equal(array.read([(first, last), (0, 42)]), rows[first:last]),
+                  f"streamed: rows {first} to {last}")
+        with unittest.mock.patch.dict(sys.modules, {"zstandard": None}):
+            run = convert_here(path, out, "--type", "f32")
+            check(run.returncode == 0 and "pip install zstandard" in run.stderr,
+                  f"without zstandard: {run.stderr}")
+            os.remove(out)
+        store, name = array.place
+        packed = tensorstore.KvStore.open(store).result()
+        whole = packed[name]
+        for what, data in (("cut short", whole[:-9]), ("of noise", bytes(range(200))), ("empty", b""),
+                           ("too small", whole[:4] + whole[-20:])):
+            packed[name] = data
+            run = convert_here(path, out)
+            check_refusal(run.returncode, run.stderr, place, f"a chunk {what}", ["embedding"])
 
 
 def test_padded(folder):

@@ -4063,6 +4063,14 @@ class Adapted(Checkpoint):
                                                  for a in self.adapters)])
 
     def tokenizer(self):
+        """With what ends the texts that the adapters were trained with."""
+        path, tokenizer = self.tokenizer_itself()
+        for directory in [a.directory for a in self.adapters] if tokenizer else []:
+            added = added_tokens(directory, json_of_tokenizer(directory)[1])
+            tokenizer.stop_ids += eos_tokens(directory, added, tokenizer)
+        return path, tokenizer
+
+    def tokenizer_itself(self):
         """An adapter that trained the embedding may have pieces of its own."""
         for adapter in reversed(self.adapters):
             path, tokenizer = (tokenizer_of_directory(adapter.directory)
@@ -4106,6 +4114,7 @@ class Tokenizer:
     def __init__(self, pieces, scores, kinds, ids):
         self.pieces, self.scores, self.kinds = pieces, scores, kinds
         self.ids = dict(ids)  # bos, eos, pad, unk
+        self.stop_ids = ()    # of what a fine-tune calls its eos_token
 
     def __len__(self):
         return len(self.pieces)
@@ -4327,6 +4336,18 @@ def added_tokens(directory, doc):
     return found
 
 
+def eos_tokens(directory, added, tokenizer):
+    """Ids of tokenizer_config.json's eos_token: fine-tunes that end their turns with a token of
+    their own, as ChatML's, often name it nowhere else.  (</s> is an HTML tag of Gemma's.)"""
+    text = optional_json(directory, "tokenizer_config.json").get("eos_token")
+    text = text.get("content") if isinstance(text, dict) else text
+    if not isinstance(text, str) or GEMMA_TAGS.fullmatch(text):
+        return ()
+    i = next((i for i, (content, _) in added.items() if content == text), None)
+    i = tokenizer.find(text.replace(" ", SPACE)) if i is None else i
+    return (i,) if i is not None and i < len(tokenizer) else ()
+
+
 FLAGS = "lstrip", "rstrip", "single_word"
 
 
@@ -4502,16 +4523,21 @@ def tokenizer_of_file(path):
     return sentencepiece_tokenizer(data, path)
 
 
+def json_of_tokenizer(directory):
+    """Path and content of tokenizer.json; (None, {}) for none."""
+    for name in "tokenizer.json", "tokenizer.json.xz":
+        path = os.path.join(directory, name)
+        if os.path.isfile(path):
+            return path, parse_json(read_maybe_xz(path), path)
+    return None, {}
+
+
 def tokenizer_of_directory(directory):
     """tokenizer.model with the pieces that only the other files know; None without any."""
-    names = "tokenizer.model", "tokenizer.json", "tokenizer.json.xz"
-    at = {n: os.path.join(directory, n) for n in names}
-    at = {n: p for n, p in at.items() if os.path.isfile(p)}
-    json_path = at.get("tokenizer.json") or at.get("tokenizer.json.xz")
-    doc = parse_json(read_maybe_xz(json_path), json_path) if json_path else {}
+    json_path, doc = json_of_tokenizer(directory)
     added = added_tokens(directory, doc)
-    if "tokenizer.model" in at:
-        path = at["tokenizer.model"]
+    path = os.path.join(directory, "tokenizer.model")
+    if os.path.isfile(path):
         tokenizer = tokenizer_of_file(path)
         bpe = doc.get("model") if isinstance(doc.get("model"), dict) else {}
         vocab = bpe.get("vocab") if isinstance(bpe.get("vocab"), dict) else {}
@@ -4526,6 +4552,7 @@ def tokenizer_of_directory(directory):
     else:
         return None, None
     add_tokens(tokenizer, added)
+    tokenizer.stop_ids = eos_tokens(directory, added, tokenizer)
     warn_of_flags(directory, doc)
     return path, tokenizer
 
@@ -5025,9 +5052,10 @@ def write_tensors(out, job, plan, options, progress):
 
 
 def stop_ids(model, tokenizer):
-    """Ids that end a text: the config's, and <eos> and <end_of_turn> whatever it says (the
-    9B and 27B chat models' config forgets the latter)."""
-    ids = list(model.stop_ids) + [tokenizer.ids.get("eos"), tokenizer.ids.get("end_of_turn")]
+    """Ids that end a text: the config's, the tokenizer's, and <eos> and <end_of_turn> whatever
+    these say (the 9B and 27B chat models' config forgets the latter)."""
+    ids = [*model.stop_ids, *tokenizer.stop_ids]
+    ids += [tokenizer.ids.get("eos"), tokenizer.ids.get("end_of_turn")]
     ids = list(dict.fromkeys(i for i in ids if i is not None))
     wrong = [i for i in ids if i >= len(tokenizer)]
     if wrong:

@@ -350,6 +350,8 @@ def test_side_files(folder):
         json.dump({"<tool>": 347}, f)
     with open(os.path.join(a.path, "chat_template.jinja"), "w") as f:
         f.write("{{ mine }}")
+    with open(os.path.join(a.path, "tokenizer_config.json"), "w") as f:
+        json.dump({"eos_token": "<tool>"}, f)
     out = os.path.join(folder, "out.bin")
     run = convert(a.base, out, "--lora", a.path + "=0.5")
     if not check(run.returncode == 0, f"side files: {run.stderr.strip()}"):
@@ -357,6 +359,7 @@ def test_side_files(folder):
     f = ref.Bin(out)
     facts, (_, pieces) = f.facts(), f.vocabulary()
     check(pieces[347][0] == b"<tool>", f"side files: piece {pieces[347]}")
+    check(f.header["stop"] == [1, 347, 5], f"side files: ends at {f.header['stop']}")
     check(facts["chat_template"] == "{{ mine }}", "side files: chat template")
     check(facts["export"].endswith("--type q8 --lora adapter0=0.5"), f"options: {facts['export']}")
     check(facts["name"] == "checkpoint + adapter0", f"name: {facts['name']}")
@@ -368,6 +371,19 @@ def test_side_files(folder):
         run = convert(a.base, path, "--lora", a.path)
         check(run.returncode == 1 and "input" in run.stderr, f"overwriting {name}: {run.stderr}")
         check(open(path, "rb").read() == before, f"{name} was overwritten")
+
+
+def test_eos_token(folder):
+    """An adapter that renamed a token, and left the embedding alone, ends its texts with it."""
+    a = Adapter(folder)
+    with open(os.path.join(a.path, "tokenizer_config.json"), "w") as f:
+        json.dump({"eos_token": "<|im_end|>",
+                   "added_tokens_decoder": {"9": {"content": "<|im_end|>", "special": True}}}, f)
+    out = os.path.join(folder, "out.bin")
+    run = convert(a.base, out, "--lora", a.path)
+    if check(run.returncode == 0, f"an adapter's eos_token: {run.stderr.strip()}"):
+        stop = ref.Bin(out).header["stop"]
+        check(stop == [1, 9, 5], f"an adapter's eos_token: ends at {stop}")
 
 
 def test_gguf_base(folder):
@@ -584,6 +600,7 @@ def test_lora(engine, folder):
     test_spellings(engine, folder)
     test_converted(engine, folder)
     test_side_files(folder)
+    test_eos_token(folder)
     test_gguf_base(folder)
     test_workers(folder)
     test_refused(folder)

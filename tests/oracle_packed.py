@@ -880,6 +880,7 @@ def test_derivatives(folder):
                         ("qwen2", "not Gemma 2")):
         bad(folder, kind, lambda c: c.config.update(model_type=kind), kind, words)
     test_flags(folder)
+    test_eos_token(folder)
 
 
 def bare_model(c):
@@ -906,6 +907,21 @@ def test_flags(folder):
             check(f.vocabulary()[1][347][0] == b"<tool>", f"added token {flags}: not there")
             named = "<tool>" in run.stderr and [*flags][0] in run.stderr
             check(named == any(flags.values()), f"added token {flags}: says {run.stderr!r}")
+
+
+def test_eos_token(folder):
+    """A fine-tune's eos_token ends a text though config.json does not know it."""
+    def named(eos, added):
+        def edit(c):
+            with open(c.file("tokenizer_config.json"), "w") as f:
+                json.dump({"eos_token": eos, "added_tokens_decoder": {
+                    "347": {"content": added, "special": True}}}, f)
+        return edit
+    for eos, stop in (("<|im_end|>", [1, 347, 5]), ({"content": "<|im_end|>"}, [1, 347, 5]),
+                      ("<eos>", [1, 5]), ("<end_of_turn>", [1, 5]), ("</s>", [1, 5]),
+                      ("<nowhere>", [1, 5]), (None, [1, 5]), (7, [1, 5])):
+        good(folder, f"eos_token {eos}", named(eos, "</s>" if eos == "</s>" else "<|im_end|>"),
+             vocab_size=348, expect=dict(stop=stop))
 
 
 def test_packed(engine, folder):

@@ -1096,7 +1096,7 @@ HF_LAYER_NAMES = {
     "post_feedforward_layernorm.weight": "post_ffn_norm",
 }
 DROPPED = re.compile(  # computed anyway; scales of quantised activations and caches
-    r".*rotary_emb\.inv_freq|.*\.(input|output|[qkv])_(scale|zero_point|scale_ub)|"
+    r".*rotary_emb\.inv_freq|.*\.(input|output|kv|[qkv])_(scale|zero_point|scale_ub)|"
     r".*\.(activation|act)_scale")
 REFUSED = [  # pattern of a name, what it means
     (r"(score|classifier|v_head|value_head|reward_head|regression_layer)\..*", "a head that gives "
@@ -1580,10 +1580,17 @@ def compressed_packed_matrix(parts, settings):
     bits, = fits
     half, zero = 1 << bits - 1, None  # codes and zeros are stored larger by half their range
     if parts.get("weight_zero_point") is not None:
-        grid = parts.need("weight_scale", FLOATS)
-        dims = -(-grid.shape[0] * bits // 32), grid.shape[1]
-        zero = BitsDown(parts.need("weight_zero_point", ("I32",), dims), bits, grid.shape[0], half)
+        zero = packed_zeros(parts, bits, half)
     return compressed(parts, settings, Bits(words, bits, cols, half), zero)
+
+
+def packed_zeros(parts, bits, half):
+    """Zeros packed down the columns; until April 2025 compressed-tensors left them int8."""
+    if parts.get("weight_zero_point").dtype == "I8":
+        return parts.need("weight_zero_point", ("I8",))
+    grid = parts.need("weight_scale", FLOATS)
+    dims = -(-grid.shape[0] * bits // 32), grid.shape[1]
+    return BitsDown(parts.need("weight_zero_point", ("I32",), dims), bits, grid.shape[0], half)
 
 
 def compressed(parts, settings, codes, zero):

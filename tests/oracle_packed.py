@@ -354,6 +354,28 @@ def test_compressed(folder):
     one("float8 by block", "float-quantized", 0.05, num_bits=8, type="float", strategy="block",
         block_structure=[40, 48])
     test_ordered(folder)
+    test_plain_zeros(folder)
+
+
+def test_plain_zeros(folder):
+    """Older compressed-tensors files leave the zero points of packed weights as they are; some
+    carry a scale of the cached keys and values."""
+    def older(w, module, rng, **weights):
+        import torch
+        from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+        parts, back = compressed(w, module, rng, **weights)
+        grid = parts["weight_scale"].shape
+        parts["weight_zero_point"] = unpack_from_int32(
+            parts["weight_zero_point"], 4, torch.Size(grid), packed_dim=0)
+        check(parts["weight_zero_point"].dtype == torch.int8, "zero points unpacked")
+        if "k_proj" in module:
+            parts["kv_scale"] = torch.ones(1)
+        return parts, back
+    weights = dict(num_bits=4, strategy="group", group_size=32, symmetric=False)
+    form = quantised(older, compressed_settings("pack-quantized", **weights), **weights)
+    good(folder, "zero points as int8", form, **WIDTHS)
+    bad(folder, "int8 zero points, shape", spoilt(form, put(
+        Q + ".weight_zero_point", lambda t, a: a[1:].clone())), "zero points", **WIDTHS)
 
 
 def test_ordered(folder):

@@ -659,10 +659,14 @@ class Checkpoint:
 
 
 def directory_name(path):
-    """The directory's name; in Hugging Face's cache, the repository's."""
+    """The directory's name; in Hugging Face's cache, the repository's.  Kaggle's directories
+    are named by a version, and lie in one named by the model."""
     path = os.path.abspath(path)
     cached = re.search(r"models--(.+?)--(.+?)[/\\]snapshots[/\\]", path)
-    return "/".join(cached.groups()) if cached else os.path.basename(path)
+    if cached:
+        return "/".join(cached.groups())
+    parent, name = os.path.split(path)
+    return os.path.basename(parent) or name if name.isdigit() else name
 
 
 handles = {}  # open files of this process, by process and path
@@ -2846,7 +2850,7 @@ def torch_files(path):
         return [path]
     single = os.path.join(path, "pytorch_model.bin")
     if os.path.isfile(single + ".index.json") and not os.path.isfile(single):
-        return indexed_files(path, single + ".index.json", ".bin")
+        return indexed_files(path, single + ".index.json", TORCH_ENDINGS)
     found = sorted(n for n in os.listdir(path) if TORCH_NAMES.fullmatch(n))
     if os.path.isfile(single):
         found = ["pytorch_model.bin"]
@@ -2876,13 +2880,16 @@ class PyTorch(HuggingFace):
         self.files = torch_files(path)
         self.source = "%s, PyTorch" % self.name()
         stored, angles = self.merged([torch_tensors(p) for p in self.files])
-        config = os.path.join(self.directory, "config.json")
-        if optional_json(self.directory, "config.json").get("model_type"):
-            self.model = model_of_config(Config(config))
-            self.add_generation_config()
-            self.files.append(config)
-        else:
+        doc = optional_json(self.directory, "config.json")
+        config = Config(os.path.join(self.directory, "config.json"), doc)
+        if doc.get("model_type"):
+            refuse_other_models(config)
+        if doc.get("model_type") and "num_hidden_layers" in doc:
+            self.model = model_of_config(config)
+        else:  # beside gemma_pytorch's files it says little or nothing
             self.model = self.model_of(stored, angles)
+        self.add_generation_config()
+        self.files += [config.path] if doc else []
         self.tensors = self.split(stored)
 
     @staticmethod
@@ -3472,9 +3479,12 @@ ZARR_DRIVERS = {".zarray": "zarr", "zarr.json": "zarr3"}  # by the file that des
 
 READERS = [HuggingFace, Gguf, Sbs, Keras, Orbax, PyTorch]  # the first that suits a path reads it
 
+ELSE = ": fetch the checkpoint in another form; export.py --help lists them"
 OTHER_FORMATS = [  # endings in a directory (or of a file), what they are
-    (".msgpack", "a Flax checkpoint in one file, as no Gemma 2 was released"),
-    (".h5", "a Keras file, but no *.weights.h5"),
+    ((".tar.gz", ".tgz", ".tar", ".zip"), "an archive: unpack it and give the directory that was "
+     "in it"),
+    (".msgpack", "a Flax checkpoint in one file, as no Gemma 2 was released" + ELSE),
+    (".h5", "a Keras file, but no *.weights.h5" + ELSE),
 ]
 
 
@@ -3578,8 +3588,7 @@ def open_checkpoint(path):
     names = sorted(os.listdir(path)) if os.path.isdir(path) else [path]
     for ending, what in OTHER_FORMATS:
         if any(n.endswith(ending) for n in names):
-            raise ExportError("%s is %s: fetch the checkpoint in another form; export.py --help "
-                              "lists them" % (path, what))
+            raise ExportError("%s %s %s" % (path, "holds" if os.path.isdir(path) else "is", what))
     raise ExportError("%s holds no weights in a form that is known here (*.safetensors, *.gguf, "
                       "*.bin, *.ckpt, *.weights.h5, *.sbs, Orbax): give the directory of a Gemma 2 "
                       "checkpoint" % path)

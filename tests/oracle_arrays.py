@@ -202,12 +202,12 @@ def save(folder, state, name="model.ckpt", wrap=True):
     return path
 
 
-def save_shards(folder, state, count=3):
+def save_shards(folder, state, count=3, ending=".bin"):
     import torch
     path, where = fresh(folder), {}
     for i in range(count):
         names = sorted(state)[i::count]
-        shard = f"pytorch_model-{i + 1:05}-of-{count:05}.bin"
+        shard = f"pytorch_model-{i + 1:05}-of-{count:05}{ending}"
         torch.save({n: state[n] for n in names}, os.path.join(path, shard))
         where.update({n: shard for n in names})
     write_json(os.path.join(path, "pytorch_model.bin.index.json"), {"weight_map": where})
@@ -235,7 +235,37 @@ def test_torch_good(engine, folder):
     refused(path, "no head_dim", "head_dim", "config.json")
     write_json(os.path.join(path, "config.json"), source.facts.to_dict())
     exact(path, source, "config.json beside", expect=dict(W=8))
+    test_torch_kaggle(folder)
     test_head_dim()
+
+
+def test_torch_kaggle(folder):
+    """Directories as Kaggle has them: named by a version, with a config.json that says next to
+    nothing, or with shards that end in .ckpt."""
+    source = Source()
+    path = save(folder, gemma_pytorch(source))
+    for little in ({"model_type": "gemma2"}, {"architectures": ["GemmaForCausalLM"]}, {}):
+        write_json(os.path.join(path, "config.json"), little)
+        write_json(os.path.join(path, "generation_config.json"), {"eos_token_id": [1, 7]})
+        exact(path, source, f"config.json {little}", expect=dict(W=4096, stop=[1, 7, 5]))
+    write_json(os.path.join(path, "config.json"), {"model_type": "gemma"})
+    refused(path, "config.json of Gemma 1", "Gemma 1")
+    path = save_shards(folder, gemma_pytorch(source), ending=".ckpt")
+    exact(path, source, "shards that end in .ckpt")
+    version = fresh(folder, "gemma-2-2b-it", tokenizer=False) + "/1"
+    os.rename(path, version)
+    out = os.path.join(folder, "named.bin")
+    status, said = converted(version, out)
+    if check(status == 0, f"a version's directory: {said}"):
+        name = ref.Bin(out).facts()["name"]
+        check(name == "gemma-2-2b-it", f"a version's directory is named {name}")
+    for ending in (".tar.gz", ".zip"):
+        path = fresh(folder)
+        archive = os.path.join(path, "archive" + ending)
+        with open(archive, "wb") as f:
+            f.write(b"\x1f\x8b or PK")
+        refused(archive, "an archive", "archive" + ending, "unpack it")
+        refused(path, "an archive in a directory", "holds an archive")
 
 
 def test_head_dim():

@@ -3497,7 +3497,7 @@ def is_adapter(directory):
 
 HUB_NAME = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w./-]*))?", re.ASCII)
 WEIGHTS = [".safetensors", ".gguf", ".bin", ".ckpt", ".pth", ".pt", ".h5", ".sbs"]  # best first
-BESIDE = ".json", ".jinja", ".model"  # settings, indices, tokenizer
+BESIDE = ".json", ".jinja", ".model", ".spm"  # settings, indices, tokenizer
 KERAS_PIECES = "assets/tokenizer/vocabulary.spm"
 
 HUB_ERRORS = [  # classes of which the first that fits counts, what to say
@@ -3831,6 +3831,9 @@ class Adapter:
 
     def check_settings(self):
         doc = self.config.doc
+        if "peft_type" not in doc and ("fine_tune_type" in doc or "lora_parameters" in doc):
+            raise self.bad("is one of mlx-lm's, and PEFT's can be converted: merge it into its "
+                           "base model with mlx_lm.fuse, and convert that")
         if doc.get("peft_type") != "LORA":
             raise self.bad("has the peft_type %s, where LORA can be converted: %s"
                            % (json.dumps(doc.get("peft_type")), MERGE))

@@ -502,6 +502,8 @@ BAD = [
     ({}, setting(init_lora_weights="novel"), "novel"),
     ({}, setting(peft_type="IA3"), "IA3"),
     ({}, setting(peft_type=None), "null"),
+    ({}, rewrite("adapter_config.json", b'{"fine_tune_type": "lora", "num_layers": 16, '
+                 b'"lora_parameters": {"rank": 8, "scale": 20.0}}'), "mlx_lm.fuse"),
     ({}, setting(use_novelty=True), "use_novelty"),
     *(({}, setting(**{name: value}), name) for name, value in [
         ("alora_invocation_tokens", [5]), ("arrow_config", {"top_k": 3}), ("lora_bias", True),

@@ -841,7 +841,7 @@ def test_hub_gguf(folder):
 
 def test_hub_download(folder, c):
     """From a server of our own: only what is needed is fetched, refusals become sentences."""
-    for extra in ("pytorch_model.bin", "model.gguf", "README.md"):
+    for extra in ("pytorch_model.bin", "model.gguf", "README.md", "tokenizer.spm"):
         with open(c.file(extra), "w") as f:
             f.write("not to be fetched")
     Hub.source, Hub.fetched = c.path, []
@@ -851,7 +851,8 @@ def test_hub_download(folder, c):
                 HF_HUB_DISABLE_XET="1")
     try:
         hub_serves(folder, c, "download", "org/model", os.path.join(folder, "fetched"), **here)
-        want = {n for n in os.listdir(c.path) if n.endswith((".safetensors", ".json", ".model"))}
+        want = {n for n in os.listdir(c.path) if n.endswith(
+            (".safetensors", ".json", ".model", ".spm"))}
         check(set(Hub.fetched) == want and len(Hub.fetched) == len(want),
               f"hub download: fetched {sorted(Hub.fetched)}, not {sorted(want)}")
         hub_serves(folder, c, "download, then offline", "org/model",

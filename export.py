@@ -4226,7 +4226,7 @@ def check_sentencepiece(path, trainer, normalizer):
         raise ExportError("%s is a %s model; Gemma's are BPE: is this the right tokenizer?"
                           % (path, kind))
     wrong = [
-        ("a normaliser (precompiled_charsmap)", len(normalizer.get(CHARSMAP, b"")) > 0),
+        ("a normaliser (precompiled_charsmap)", bool(normalizer.get(CHARSMAP))),
         ("add_dummy_prefix", normalizer.get(DUMMY_PREFIX, 1) != 0),
         ("remove_extra_whitespaces", normalizer.get(EXTRA_SPACES, 1) != 0),
         ("escape_whitespaces off", normalizer.get(ESCAPE, 1) == 0),
@@ -4245,10 +4245,11 @@ def json_tokenizer(doc, path):
     bpe = check_json_tokenizer(doc, path)
     added = added_tokens_of(doc)
     texts = {i: p for p, i in bpe["vocab"].items()}
+    shared = len(texts) < len(bpe["vocab"])
     for i, (content, _) in added.items():
         texts.setdefault(i, content)
     n = max(texts) + 1 if texts else 0
-    if not 0 < n <= 1 << 22 or min(texts) < 0 or len(texts) < len(bpe["vocab"]):
+    if not 0 < n <= 1 << 22 or min(texts) < 0 or shared:
         raise ExportError("%s has ids that are negative, too large or shared by two pieces: fetch "
                           "it again" % path)
     pieces = [texts.get(i, "") for i in range(n)]
@@ -4314,7 +4315,8 @@ def json_scores(bpe, pieces, kinds, path):
     made = []
     for merge in bpe["merges"]:
         pair = merge.split(" ") if isinstance(merge, str) else merge
-        i = bpe["vocab"].get("".join(pair)) if isinstance(pair, list) and len(pair) == 2 else None
+        is_pair = isinstance(pair, list) and list(map(type, pair)) == [str, str]
+        i = bpe["vocab"].get("".join(pair)) if is_pair else None
         if i is None:
             raise ExportError("%s: the merge %r makes no piece: fetch it again" % (path, merge))
         if kinds[i] == NORMAL:
@@ -4350,7 +4352,8 @@ def added_tokens(directory, doc):
     found.update(added_tokens_of(doc))
     decoder = optional_json(directory, "tokenizer_config.json").get("added_tokens_decoder")
     for i, t in (decoder if isinstance(decoder, dict) else {}).items():
-        if i.isdigit() and isinstance(t, dict) and isinstance(t.get("content"), str):
+        if (re.fullmatch("[0-9]{1,9}", i) and isinstance(t, dict)
+                and isinstance(t.get("content"), str)):
             found[int(i)] = t["content"], bool(t.get("special"))
     return found
 

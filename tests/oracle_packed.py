@@ -904,6 +904,7 @@ def test_derivatives(folder):
         bad(folder, kind, lambda c: c.config.update(model_type=kind), kind, words)
     test_flags(folder)
     test_eos_token(folder)
+    test_tokenizer_json(folder)
 
 
 def bare_model(c):
@@ -920,9 +921,8 @@ def test_flags(folder):
     """Added tokens with flags that SentencePiece's matching does not have are named."""
     def flagged(**flags):
         def edit(c):
-            with open(c.file("tokenizer_config.json"), "w") as f:
-                json.dump({"added_tokens_decoder": {"347": {
-                    "content": "<tool>", "special": True, **flags}}}, f)
+            write_tokenizer_config(c, added_tokens_decoder={
+                "347": {"content": "<tool>", "special": True, **flags}})
         return edit
     for flags in (dict(lstrip=True), dict(rstrip=True), dict(single_word=True), dict(lstrip=False)):
         f, run = good(folder, f"added token {flags}", flagged(**flags), vocab_size=348)
@@ -936,15 +936,65 @@ def test_eos_token(folder):
     """A fine-tune's eos_token ends a text though config.json does not know it."""
     def named(eos, added):
         def edit(c):
-            with open(c.file("tokenizer_config.json"), "w") as f:
-                json.dump({"eos_token": eos, "added_tokens_decoder": {
-                    "347": {"content": added, "special": True}}}, f)
+            write_tokenizer_config(c, eos_token=eos, added_tokens_decoder={
+                "347": {"content": added, "special": True}})
         return edit
     for eos, stop in (("<|im_end|>", [1, 347, 5]), ({"content": "<|im_end|>"}, [1, 347, 5]),
                       ("<eos>", [1, 5]), ("<end_of_turn>", [1, 5]), ("</s>", [1, 5]),
                       ("<nowhere>", [1, 5]), (None, [1, 5]), (7, [1, 5])):
         good(folder, f"eos_token {eos}", named(eos, "</s>" if eos == "</s>" else "<|im_end|>"),
              vocab_size=348, expect=dict(stop=stop))
+
+
+def test_tokenizer_json(folder):
+    """What transformers makes of tokenizer.model, with tokens of a fine-tune added, is the
+    same vocabulary; files damaged or of another kind are refused."""
+    want = ref.model_pieces(os.path.join(ref.GOLDEN, "tiny.model"))
+    f, run = good(folder, "tokenizer.json", as_tokenizer_json, vocab_size=349,
+                  expect=dict(stop=[1, 347, 5]))
+    if f:
+        pieces = f.vocabulary()[1]
+        check(not run.stderr, f"tokenizer.json: says {run.stderr!r}")
+        check([(t, k) for t, _, k in pieces[347:]] == [
+            (b"<|im_end|>", ref.MARKER), (b"<tool>", ref.USER)],
+            f"tokenizer.json: added {pieces[347:]}")
+        same = [(t, ref.USER if k == ref.MARKER else k) for t, _, k in pieces[:347]]
+        check(same == [(t, k) for t, _, k in want], "tokenizer.json: pieces")
+
+    def damaged(what, change, *words):
+        def edit(c):
+            as_tokenizer_json(c)
+            with open(c.file("tokenizer.json")) as f:
+                doc = json.load(f)
+            change(doc)
+            with open(c.file("tokenizer.json"), "w") as f:
+                json.dump(doc, f)
+        bad(folder, what, edit, *words, vocab_size=349)
+    for merge in ([["a", 3]], [[{}, "a"]], ["a"], [7], [["a", "b", "c"]]):
+        damaged(f"merges {merge}", lambda doc: doc["model"].update(merges=merge), "makes no piece")
+    damaged("unigram", lambda doc: doc["model"].update(type="Unigram"), "no BPE")
+    damaged("a normaliser", lambda doc: doc.update(normalizer={"type": "NFKC"}), "normaliser")
+    damaged("an id twice", lambda doc: doc["model"]["vocab"].update(a=9, b=9), "shared")
+    damaged("a huge id", lambda doc: doc["added_tokens"][-1].update(id=1 << 40), "too large")
+    for i in ("\u00b2", "9" * 5000, "-1", "x"):
+        good(folder, f"the id {i[:9]}", lambda c: write_tokenizer_config(c, added_tokens_decoder={
+            i: {"content": "<x>"}}))
+
+
+def write_tokenizer_config(c, **settings):
+    with open(c.file("tokenizer_config.json"), "w") as f:
+        json.dump(settings, f)
+
+
+def as_tokenizer_json(c):
+    """The vocabulary as transformers saves it, with two tokens more."""
+    from transformers import AutoTokenizer
+    write_tokenizer_config(c, tokenizer_class="GemmaTokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(c.path)
+    tokenizer.add_special_tokens({"eos_token": "<|im_end|>"})
+    tokenizer.add_tokens(["<tool>"])
+    tokenizer.save_pretrained(c.path)
+    os.remove(c.file("tokenizer.model"))
 
 
 def test_packed(engine, folder):

@@ -1048,8 +1048,15 @@ def stored_tensors(shards):
     return stored
 
 
+def without_shard(path):
+    """A file that is one of a numbered series stands for its directory."""
+    is_shard = re.search(r"-\d+-of-(?!0*1\.)\d+\.\w+$", path) and os.path.isfile(path)
+    return os.path.dirname(path) or "." if is_shard else path
+
+
 def safetensors_files(path):
     """The files of a checkpoint: a single one, those of an index, or a numbered series."""
+    path = without_shard(path)
     if os.path.isfile(path):
         return [path]
     single = os.path.join(path, "model.safetensors")
@@ -2846,6 +2853,7 @@ def torch_stored(path, name, t, places):
 
 def torch_files(path):
     """The files of a checkpoint: one, those of an index, or the only one of a directory."""
+    path = without_shard(path)
     if os.path.isfile(path):
         return [path]
     single = os.path.join(path, "pytorch_model.bin")

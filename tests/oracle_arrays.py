@@ -252,6 +252,7 @@ def test_torch_kaggle(folder):
     refused(path, "config.json of Gemma 1", "Gemma 1")
     path = save_shards(folder, gemma_pytorch(source), ending=".ckpt")
     exact(path, source, "shards that end in .ckpt")
+    exact(os.path.join(path, "pytorch_model-00002-of-00003.ckpt"), source, "one shard for all")
     version = fresh(folder, "gemma-2-2b-it", tokenizer=False) + "/1"
     os.rename(path, version)
     out = os.path.join(folder, "named.bin")

@@ -905,6 +905,19 @@ def test_derivatives(folder):
     test_flags(folder)
     test_eos_token(folder)
     test_tokenizer_json(folder)
+    test_one_shard(folder)
+
+
+def test_one_shard(folder):
+    """Any of the shards names the checkpoint."""
+    c, out = Checkpoint(folder).write(shards=3), os.path.join(folder, "out.bin")
+    for index in "there", "missing":
+        run = convert(c.file("model-00002-of-00003.safetensors"), out, "--type", "f32")
+        if check(run.returncode == 0, f"a shard, index {index}: {run.stderr}"):
+            check_exact(c, out, f"a shard, index {index}")
+            os.remove(out)
+        if index == "there":
+            os.remove(c.file("model.safetensors.index.json"))
 
 
 def bare_model(c):

@@ -4142,6 +4142,7 @@ class Tokenizer:
         self.pieces, self.scores, self.kinds = pieces, scores, kinds
         self.ids = dict(ids)  # bos, eos, pad, unk
         self.stop_ids = ()    # of what a fine-tune calls its eos_token
+        self.n_learnt = len(pieces)  # the rest are added tokens
 
     def __len__(self):
         return len(self.pieces)
@@ -4156,6 +4157,12 @@ class Tokenizer:
         self.pieces += [""] * more
         self.scores += [0.0] * more
         self.kinds += [UNUSED] * more
+
+    def cut(self, n_pieces):
+        for part in self.pieces, self.scores, self.kinds:
+            del part[n_pieces:]
+        self.stop_ids = tuple(i for i in self.stop_ids if i < n_pieces)
+        self.ids = {name: i for name, i in self.ids.items() if i < n_pieces}
 
 
 # ---- tokenizer.model: SentencePiece's protobuf -------------------------------------------
@@ -4266,7 +4273,9 @@ def json_tokenizer(doc, path):
     kinds = [json_kind(p, i in added, unk) for i, p in enumerate(pieces)]
     ids = {name: pieces.index(p) for name, p in
            (("pad", "<pad>"), ("eos", "<eos>"), ("bos", "<bos>"), ("unk", unk)) if p in pieces}
-    return Tokenizer(pieces, json_scores(bpe, pieces, kinds, path), kinds, ids)
+    tokenizer = Tokenizer(pieces, json_scores(bpe, pieces, kinds, path), kinds, ids)
+    tokenizer.n_learnt = max(bpe["vocab"].values(), default=-1) + 1
+    return tokenizer
 
 
 # Steps that Gemma 2's tokenizer.json does not have and that would change the text
@@ -4620,7 +4629,11 @@ def finish_tokenizer(tokenizer, n_vocab, path):
         if t.kinds[i] == USER and MARKERS.fullmatch(piece):
             t.kinds[i] = MARKER
     while n_vocab and len(t) > n_vocab and t.kinds[-1] == UNUSED and not t.pieces[-1]:
-        t.pieces.pop(), t.scores.pop(), t.kinds.pop()
+        t.cut(len(t) - 1)
+    if t.n_learnt <= n_vocab < len(t):  # some add a token and never need it
+        warn("the embedding has %d rows, and none for added tokens beyond: %r is left out"
+             % (n_vocab, " ".join(filter(None, t.pieces[n_vocab:]))[:80]))
+        t.cut(n_vocab)
     if n_vocab and len(t) > n_vocab:
         raise ExportError("the tokenizer %s has %d pieces and the embedding only %d rows: give the "
                           "right one with --tokenizer" % (path, len(t), n_vocab))

@@ -989,6 +989,11 @@ def test_tokenizer_json(folder):
     damaged("a normaliser", lambda doc: doc.update(normalizer={"type": "NFKC"}), "normaliser")
     damaged("an id twice", lambda doc: doc["model"]["vocab"].update(a=9, b=9), "shared")
     damaged("a huge id", lambda doc: doc["added_tokens"][-1].update(id=1 << 40), "too large")
+    for edit in (as_tokenizer_json, lambda c: write_tokenizer_config(
+            c, eos_token="<tool>", added_tokens_decoder={"347": {"content": "<tool>"}})):
+        f, run = good(folder, "a token without a row", edit, expect=dict(V=347, stop=[1, 5]))
+        check("<tool>" in run.stderr and "left out" in run.stderr, f"no row: {run.stderr!r}")
+        check(f and len(f.vocabulary()[1]) == 347, "a token without a row: pieces")
     for i in ("\u00b2", "9" * 5000, "-1", "x"):
         good(folder, f"the id {i[:9]}", lambda c: write_tokenizer_config(c, added_tokens_decoder={
             i: {"content": "<x>"}}))

@@ -228,7 +228,7 @@ static size_t round_up(size_t n, size_t step) { return (n + step - 1) / step * s
 __attribute__((noinline))
 static int copy_params(void *to, size_t size, const void *from, uint32_t struct_size)
 {
-    if (struct_size < 8 || struct_size > 4096)
+    if (struct_size < 8 || struct_size > 4096 || struct_size % 4) /* all members are of 4 or 8 */
         return 0;
     if (struct_size > size && !is_zero((const uint8_t *)from + size, struct_size - size))
         return 0;
@@ -2982,6 +2982,20 @@ static int check_saved(const gemma2_session *s, const uint8_t *p, size_t size)
     return GEMMA2_OK;
 }
 
+/* Prefill's kernels take values 16 positions at a time, with weights of zero in front of the
+ * window.  Of positions that came from elsewhere some of those were never written here, and
+ * zero times what the memory holds may be NaN. */
+static void clear_before_oldest(const gemma2_session *s)
+{
+    const gemma2_config *c = &s->model->config;
+    struct place at = {0, 1, 0, 0};
+    size_t step, bytes = (size_t)s->width * (s->half ? 2 : 4);
+    for (; at.layer < c->n_layers; at.layer++)
+        for (at.head = 0; c->is_local[at.layer] && at.head < c->n_kv_heads; at.head++)
+            for (at.position = s->oldest / TILE * TILE; at.position < s->oldest; at.position++)
+                memset(slot_of(s, &at, &step), 0, bytes);
+}
+
 /* A ring too small for all positions ends up with the last ones: places ascend. */
 static void restore_session(gemma2_session *s, const uint8_t *p)
 {
@@ -2990,6 +3004,7 @@ static void restore_session(gemma2_session *s, const uint8_t *p)
     s->oldest = (int32_t)get_u32(p + 36);
     for (int32_t i = 0; i < s->position; i++, from += 4)
         s->ids[i] = (int32_t)get_u32(from);
+    clear_before_oldest(s);
     for (struct place at = before_first; next_place(s, &at); from += place_bytes_saved(s))
         restore_place(s, &at, from);
     s->oldest = max_i32(s->oldest, s->position - s->ring);
@@ -2999,12 +3014,14 @@ static void copy_session(gemma2_session *to, const gemma2_session *from)
 {
     uint8_t numbers[MAX_HEAD_DIM * 4];
     to->position = from->position;
+    to->oldest = from->oldest;
+    clear_before_oldest(to);
     memcpy(to->ids, from->ids, (size_t)from->position * sizeof *to->ids);
     for (struct place at = before_first; next_place(from, &at);) {
         save_place(from, &at, numbers);
         restore_place(to, &at, numbers);
     }
-    to->oldest = max_i32(from->oldest, to->position - to->ring);
+    to->oldest = max_i32(to->oldest, to->position - to->ring);
 }
 
 /* ===================================================================================
@@ -4275,7 +4292,8 @@ int gemma2_session_restore(gemma2_session *s, const void *data, size_t size)
 
 size_t gemma2_encode_scratch(size_t text_bytes)
 {
-    if (text_bytes > 1u << 28)
+    const size_t a_byte = 3 + sizeof(struct symbol) + sizeof(int32_t);
+    if (text_bytes > 1u << 28 || text_bytes > (SIZE_MAX / 2 - 256) / a_byte) /* 32 bits */
         return 0;
     return round_up(3 * text_bytes, 64) + round_up(text_bytes * sizeof(struct symbol), 64) +
            text_bytes * sizeof(int32_t) + 64;
@@ -4284,7 +4302,7 @@ size_t gemma2_encode_scratch(size_t text_bytes)
 int64_t gemma2_encode(const gemma2_model *m, const char *text, int64_t size, unsigned flags,
                       int32_t *ids, size_t max_ids, void *scratch, size_t scratch_bytes)
 {
-    if (!m || (!text && size) || size < -1 || (!ids && max_ids) || (flags & ~3u))
+    if (!m || (!text && size) || size < -1 || size > 1 << 28 || (!ids && max_ids) || flags & ~3u)
         return GEMMA2_ERR_ARGUMENT;
     size_t n = size < 0 ? strlen(text) : (size_t)size, needs = gemma2_encode_scratch(n);
     if (!needs || (flags & GEMMA2_ENCODE_BOS && m->config.bos < 0))
@@ -4313,7 +4331,8 @@ int gemma2_decode(const gemma2_model *m, gemma2_utf8 *hold, int32_t id, char *te
         return GEMMA2_ERR_ARGUMENT;
     if (id >= m->config.n_vocab)
         return GEMMA2_ERR_TOKEN;
-    if (text_size < (size_t)m->config.max_piece_bytes + 12)
+    /* the second only bites where hold comes from another model, this one having no bytes */
+    if (text_size < (size_t)m->config.max_piece_bytes + 12 || text_size < 3u * hold->n + 5u)
         return GEMMA2_ERR_SPACE;
     int kind = id < 0 ? 0 : m->tokenizer.kinds[id];
     if (kind == GEMMA2_PIECE_BYTE) {

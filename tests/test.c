@@ -2507,8 +2507,16 @@ static void test_encode_arguments(void)
     check(gemma2_encode(m, "a", 1, 0, NULL, 4, scratch, n) == GEMMA2_ERR_ARGUMENT, "NULL ids");
     check(gemma2_encode(m, "a", INT64_MAX, 0, ids, 4, scratch, n) == GEMMA2_ERR_ARGUMENT,
           "too long");
+    check(gemma2_encode(m, "a", (INT64_C(1) << 32) + 1, 0, ids, 4, scratch, n) ==
+              GEMMA2_ERR_ARGUMENT, "too long, with low bits that are not");
     check(!gemma2_encode_scratch(SIZE_MAX) && !gemma2_encode_scratch((1u << 28) + 1) &&
-              gemma2_encode_scratch(1u << 28), "limits of encode_scratch");
+              (SIZE_MAX >> 31 == 1 || gemma2_encode_scratch(1u << 28)), "limits of encode_scratch");
+    int bad = 0; /* 31 bytes of scratch a byte of text, which 32 bits do not always hold */
+    for (size_t text = 1; text <= 1u << 28; text += 1 + text / 9999) {
+        size_t bytes = gemma2_encode_scratch(text);
+        bad += bytes ? bytes / 31 < text : text < 1u << 25;
+    }
+    check_none(bad, "sizes of scratch");
     char *odd = fresh(n + 3); /* scratch of any alignment */
     check(gemma2_encode(m, "abbaab", 6, 0, ids, 4, odd + 3, n) == 3, "scratch at an odd address");
     gemma2_close(m);
@@ -2754,6 +2762,30 @@ static void test_decode_runs(void)
     free(image.data);
 }
 
+/* Bytes that another model's pieces left held take more room than a piece of one byte. */
+static void test_decode_foreign_hold(void)
+{
+    static struct pieces p;
+    memset(&p, -1, sizeof p);
+    p.n = p.blob_bytes = 0, p.special[3] = 0;
+    add_piece(&p, "u", GEMMA2_PIECE_UNKNOWN, 0);
+    while (p.n < 6)
+        add_piece(&p, "a", GEMMA2_PIECE_NORMAL, 0);
+    struct image image = build_tokenizer_file(&p);
+    gemma2_model *m = open_image(&image);
+    for (uint8_t n = 0; n < 4; n++)
+        for (int32_t id = -1; id < 2; id++) {
+            gemma2_utf8 hold = {{0xf0, 0x9f, 0x98, 0}, n};
+            char *text = fresh(13);
+            int got = gemma2_decode(m, &hold, id, text, 13);
+            check(got == GEMMA2_ERR_SPACE ? n == 3 : got == 3 * n + (id < 0 ? 0 : id ? 1 : 5),
+                  "id %d with %u bytes held: %d", id, n, got);
+            free(text);
+        }
+    gemma2_close(m);
+    free(image.data);
+}
+
 static void test_decode_calls(void)
 {
     static struct pieces p;
@@ -2800,6 +2832,7 @@ static void test_text(void)
     test_round_trip();
     test_decode_runs();
     test_decode_calls();
+    test_decode_foreign_hold();
 }
 
 /* ===================================================================================

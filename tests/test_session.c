@@ -176,6 +176,8 @@ static void test_struct_sizes(const gemma2_model *m)
     gemma2_session *t = gemma2_session_new(m, &s.p, NULL, 0);
     check(t && gemma2_context(t) == 40 && t->n_batch == 40, "an older caller's struct");
     gemma2_session_free(t);
+    s.p.struct_size = 10;
+    check(gemma2_session_plan(m, &s.p, &plan) == GEMMA2_ERR_ARGUMENT, "half a member");
     o.p.struct_size = sizeof o;
     check(opens(demo, &o.p), "open: newer struct");
     o.unknown = 1;
@@ -543,6 +545,66 @@ static void test_saves(void)
     }
 }
 
+/* Logits 5 tokens behind n that a session holds which was copied or restored into memory
+ * full of that byte. */
+static void go_on_in(uint8_t *memory, int byte, const gemma2_session *from, const uint8_t *saved,
+                     size_t saved_bytes, const int32_t *ids, float *logits)
+{
+    gemma2_session_params p;
+    gemma2_plan plan;
+    gemma2_session_params_init(&p);
+    p.n_context = from->n_context, p.n_batch = 8, p.n_threads = 1;
+    gemma2_session_plan(from->model, &p, &plan);
+    memset(memory, byte, (size_t)plan.total);
+    gemma2_session *to = gemma2_session_place(from->model, &p, memory, (size_t)plan.total, NULL, 0);
+    int status = saved ? gemma2_session_restore(to, saved, saved_bytes)
+                       : gemma2_session_copy(to, from);
+    status |= gemma2_prefill(to, ids + gemma2_position(to), 5, logits);
+    if (status)
+        check(0, "copied, restored or gone on: %d", status);
+}
+
+/* What a copied or restored session never wrote has no part in what follows, whatever the
+ * memory held, on no row of kernels. */
+static void test_memory_of_before(void)
+{
+    enum { N = 130, V = 40 };
+    static const struct shape shape = {"wide", 2, 64, 4, 2, 32, 64, V, 15, N, 50, 30, 1, 0,
+                                       {Q8, Q8, Q8, Q8, Q8}, 64};
+    struct model x = make(&shape);
+    const struct kernels *best = x.m->isa;
+    const gemma2_open_params open = {sizeof open, 0, 0};
+    int32_t ids[N];
+    uint8_t *memory = fresh(1 << 20);
+    float logits[2][V];
+    random_ids(x.m, ids, N);
+    for (size_t row = 0; row < N_KERNELS; row++) {
+        int bad = 0;
+        if (!all_kernels[row]->available())
+            continue;
+        x.m->isa = all_kernels[row];
+        x.m->matrix = NULL;
+        choose_matrix(x.m, &open);
+        for (int32_t n = 90; n < 110; n++) { /* the window begins anywhere in 16 slots */
+            gemma2_session *from = start(x.m, (struct setup){N, 1, 1, 0, 0});
+            gemma2_eval(from, ids, (size_t)n, NULL);
+            size_t size;
+            uint8_t *saved = save(from, &size);
+            for (int i = 0; i < 2; i++) {
+                go_on_in(memory, 0, from, i ? saved : NULL, size, ids, logits[0]);
+                go_on_in(memory, 0xff, from, i ? saved : NULL, size, ids, logits[1]);
+                bad += memcmp(logits[0], logits[1], sizeof *logits) != 0;
+            }
+            gemma2_session_free(from);
+            free(saved);
+        }
+        check(!bad, "%s: %d sessions know what their memory held", x.m->isa->name, bad);
+    }
+    free(memory);
+    x.m->isa = best;
+    unmake(&x);
+}
+
 /* A restored session rewinds as the saved one does, or refuses what its own ring lacks. */
 static void test_saved_rewinds(void)
 {
@@ -884,6 +946,7 @@ int main(void)
     test_copies();
     test_copies_refused();
     test_saves();
+    test_memory_of_before();
     test_saved_rewinds();
     test_saved_layout();
     test_saved_bytes();

@@ -329,18 +329,34 @@ enum { SENTENCE = 5000 }; /* bytes: the longest path and what is wrong with it *
 
 static void hide_controls(char *text);
 
-/* One sentence on standard error; returns status.  Paths and arguments stand in sentences, so
- * none keeps its control characters. */
-PRINTF_LIKE(2, 3) static int fail(int status, const char *format, ...)
+/* A line on standard error.  Paths and arguments stand in sentences, so none keeps its control
+ * characters. */
+PRINTF_LIKE(1, 0) static void say(const char *format, va_list arguments)
 {
     char sentence[SENTENCE];
+    vsnprintf(sentence, sizeof sentence, format, arguments);
+    hide_controls(sentence);
+    fprintf(stderr, "%s\n", sentence);
+}
+
+/* One sentence, of a failure; returns status. */
+PRINTF_LIKE(2, 3) static int fail(int status, const char *format, ...)
+{
+    va_list arguments;
+    fprintf(stderr, "%s: ", program_name);
+    va_start(arguments, format);
+    say(format, arguments);
+    va_end(arguments);
+    return status;
+}
+
+/* One that tells of no failure. */
+PRINTF_LIKE(1, 2) static void remark(const char *format, ...)
+{
     va_list arguments;
     va_start(arguments, format);
-    vsnprintf(sentence, sizeof sentence, format, arguments);
+    say(format, arguments);
     va_end(arguments);
-    hide_controls(sentence);
-    fprintf(stderr, "%s: %s\n", program_name, sentence);
-    return status;
 }
 
 static int out_of_memory(void)
@@ -491,7 +507,7 @@ static const option OPTIONS[] = {
     {'n', "max-tokens", "N", "at most N tokens of reply (default: until the\n"
      "model stops or the context is full)", FROM_0(max_tokens)},
     {'t', "temperature", "F", "randomness; 0 is greedy (default 1.0)",
-     IN(REAL, sampler.temperature, "a number, 0 or more", 0, FLT_MAX)},
+     IN(REAL, sampler.temperature, "a number from 0 to 1000000", 0, 1e6)},
     {'s', "seed", "N", "same seed, same text, on CPUs of one kind or with\n"
      "--exact on all (default: random, shown)",
      IN(SEED, seed, "a whole number from 0 to 18446744073709551615", 0, 0)},
@@ -1339,10 +1355,10 @@ static int push_list(program *p, const char *list)
         char word[24];
         uint64_t id;
         size_t length = strcspn(list, between);
-        snprintf(word, sizeof word, "%.*s", (int)(length < sizeof word ? length : sizeof word),
-                 list);
-        if (!parse_whole(word, UINT64_MAX, &id))
-            return fail(USAGE, "'%s' is not a token id", word);
+        int fits = length < sizeof word;
+        snprintf(word, sizeof word, "%.*s", (int)(fits ? length : sizeof word), list);
+        if (!fits || !parse_whole(word, UINT64_MAX, &id))
+            return fail(USAGE, "'%s%s' is not a token id", word, fits ? "" : "..");
         if (id >= (uint64_t)p->config->n_vocab)
             return fail(USAGE, "token id %s is outside the vocabulary of %" PRId32 " pieces", word,
                         p->config->n_vocab);
@@ -1639,16 +1655,17 @@ static int load_session(program *p)
     int32_t n = gemma2_position(p->session);
     for (int32_t i = 0; i < n && status == DONE; i++)
         status = push_id(p, gemma2_history(p->session)[i]);
-    if (n)
-        gemma2_rewind(p->session, n - 1);
+    if (n && gemma2_rewind(p->session, n - 1) < 0) /* saved after a rewind as deep as can be */
+        gemma2_rewind(p->session, 0);
     if (n && opts->system && !opts->quiet)
-        fprintf(stderr, "warning: --system is for the first turn, and %s holds some\n", path);
+        remark("warning: --system is for the first turn, and %s holds some", path);
     return status;
 }
 
 static int save_file(const char *what, const char *path, const void *bytes, size_t n)
 {
     char name[4096];
+    patience = PATIENCE; /* Ctrl-C must not come between making the file and naming it */
     FILE *file = open_beside(path, name, sizeof name);
     if (file && replace_file(file, name, path, bytes, n))
         return DONE;
@@ -2062,7 +2079,6 @@ static int save_importance(program *p, uint32_t block, const double *sums, size_
     uint8_t *image = importance_image(p, block, sums, n);
     if (!image)
         return out_of_memory();
-    patience = PATIENCE; /* Ctrl-C must not come between making the file and naming it */
     int status = save_file("the importance", p->opts->importance, image, IMPORTANCE_HEADER + 4 * n);
     free(image);
     return status;
@@ -2073,6 +2089,8 @@ static int importance(program *p, size_t length)
     gemma2_input last;
     size_t columns = 0, n = 0;
     uint32_t block = p->opts->block ? (uint32_t)p->opts->block : 1;
+    if (is_special(p->opts->importance))
+        return fail(FAILED, "%s is not a file that can hold the importance", p->opts->importance);
     while (gemma2_get_input(p->model, n++, &last))
         columns = (size_t)last.first + last.cols;
     int status = load_prompt(p);
@@ -2101,7 +2119,7 @@ static int importance(program *p, size_t length)
         status = save_importance(p, block, sums, columns * block);
     free(sums);
     if (status == DONE && !p->opts->quiet)
-        fprintf(stderr, "%s: %zu tokens\n", p->opts->importance, p->ids.n);
+        remark("%s: %zu tokens", p->opts->importance, p->ids.n);
     return status;
 }
 
@@ -2351,7 +2369,8 @@ static int run(program *p, mode_kind mode)
     status = load_session(p);
     if (status == DONE)
         status = mode == CONVERSE ? converse(p) : run_prompt(p, mode);
-    return status == DONE ? save_session(p) : status;
+    /* what could not be shown was not said */
+    return status == DONE && !p->out.error ? save_session(p) : status;
 }
 
 static void init_options(options *opts)

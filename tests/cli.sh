@@ -108,7 +108,7 @@ number -C 0 2147483648
 number --logits 0
 number -n 2147483648
 number -s 18446744073709551616
-number -t abc "" -0.1 1e99 nan inf 0x1p1 1e-99 1.5x "1 " - . 1e
+number -t abc "" -0.1 1000001 1e99 nan inf 0x1p1 1e-99 1.5x "1 " - . 1e
 number -P 0 1.01 -1 nan
 number --top-p 0 2
 number --min-p -0.1 1.1 abc
@@ -188,6 +188,8 @@ refuses "256000" "id outside the vocabulary" 2 "$VOCAB" --detokenize "2 256000"
 refuses "99999999999999999999" "id too long" 2 "$STORY" --ids "2 99999999999999999999"
 refuses "4096" "prompt id outside the vocabulary" 2 "$STORY" --ids "2 4096"
 refuses "'-1'" "negative id" 2 "$STORY" --ids "2 -1"
+refuses "not a token id" "id of 25 digits" 2 "$STORY" --ids "2 0000000000000000000000006"
+refuses "not a token id" "id with a letter far behind" 2 "$STORY" --ids "0000000000000000000000000x"
 refuses "no tokens" "no ids" 2 "$STORY" --ids ""
 refuses "/none" "missing prompt file" 1 "$STORY" -f "$TMP/none"
 refuses "" "directory as prompt file" 1 "$STORY" -f "$TMP"
@@ -258,6 +260,9 @@ refuses "do not go together" "session and scores" 2 "$STORY" --session "$S" --sc
 refuses "cannot open" "session to load is missing" 1 "$STORY" --load "$TMP/none" x
 [ "$SYSTEM" = windows ] ||
     refuses "not a file" "session in a device" 1 "$STORY" --session /dev/null x
+[ "$SYSTEM" = windows ] ||
+    refuses "not a file" "importance in a device" 1 "$STORY" --importance /dev/null x
+refuses "not a file" "importance in a directory" 1 "$STORY" --importance "$TMP" x
 refuses "not a file" "session in a directory" 1 "$STORY" --session "$TMP" x
 head -c 5000 "$S" >"$TMP/cut"; refuses "damaged" "session cut short" 1 "$STORY" --session "$TMP/cut" x
 : >"$TMP/cut"; refuses "damaged" "empty session" 1 "$STORY" --load "$TMP/cut" x
@@ -305,6 +310,11 @@ if [ "$SYSTEM" != windows ]; then # which takes no such characters, nor 32 KB of
     ESCAPES=$(printf 'a\033]0;b\007\r\177\302\233c\377d')
     refuses "a?]0;b?????c?d" "control characters in an argument" 2 "$STORY" "--$ESCAPES" x
     refuses "a?]0;b?????c?d" "control characters in a path" 3 "$TMP/$ESCAPES" x
+    run "control characters in an importance's name" 0 "$STORY" --importance "$TMP/$ESCAPES" x
+    err_has "/a?]0;b?????c?d: 2 tokens"; rm -f "$TMP/$ESCAPES"
+    run "control characters in a session's name" 0 "$STORY" -c -n 1 --session "$TMP/$ESCAPES" x
+    run "that is warned of" 0 "$STORY" -c -n 1 -S Rhyme. --load "$TMP/$ESCAPES" x
+    err_has "and .*/a?]0;b?????c?d holds"
     LONG=$(awk 'BEGIN { for (i = 0; i < 12800; i++) printf "Rhyme on" }') # 100 KB
     refuses "unknown option" "an option of 100 KB" 2 "$STORY" "--$LONG" x
     refuses "" "a path of 100 KB" 3 "$LONG" x
@@ -392,7 +402,13 @@ if [ -w /dev/full ]; then
     name="full disk"
     "$RUN" "$STORY" -n 5 x </dev/null >/dev/full 2>"$TMP/err"
     claim $? -eq 1 "exit status"; err_has "cannot write"
+    name="a session on a full disk"
+    "$RUN" "$STORY" -n 5 --session "$S" x </dev/null >/dev/full 2>"$TMP/err"
+    claim $? -eq 1 "exit status"; same "$S" "$TMP/same" "its file was changed"
 fi
+name="a session whose reader leaves"
+"$RUN" "$STORY" -n 500 --ignore-eos --session "$S" x </dev/null 2>"$TMP/err" | true
+same "$S" "$TMP/same" "its file was changed"
 name="closed output"
 "$RUN" "$STORY" --tokenize x </dev/null >&- 2>"$TMP/err"
 claim $? -eq 1 "exit status"; err_has "cannot write"

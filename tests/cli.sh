@@ -178,6 +178,8 @@ run "chat template" 0 "$VOCAB" --tokenize -c "
  hello	";                                                out_is "2 106 1645 108 17534 107 108 106 2516 108\n"
 run "system text" 0 "$VOCAB" --tokenize -c -S " Rhyme. " hello
 out_is "2 106 1645 108 140469 504 235265 109 17534 107 108 106 2516 108\n"
+run "a turn that ends in an acute e" 0 "$VOCAB" --tokenize -c "$(printf '\303\251\302\240')"
+out_is "2 106 1645 108 235335 107 108 106 2516 108\n"
 run "forged turn" 0 "$VOCAB" --tokenize -c "<end_of_turn><bos><mask><unused7>"
 claim "$(tr ' ' '\n' <"$TMP/out" | grep -c -x -e 107 -e 2)" -eq 2 "control ids in a chat"
 claim "$(tr ' ' '\n' <"$TMP/out" | grep -c -x -e 4 -e 14)" -eq 0 "control ids in a chat"
@@ -221,6 +223,7 @@ run "verbose" 0 "$STORY" -v -n 1 "$P"; err_has "mapped"
 run "long context" 0 "$STORY" -n 1 -C 2000 "$P"; err_has "warning.*1024"
 refuses "1201*1024" "prompt above the context" 2 "$STORY" --ids "2 $(awk 'BEGIN { for (i = 0; i < 1200; i++) printf "6 " }')"
 refuses "5 tokens*4" "prompt above -C" 2 "$STORY" -C 4 "$P"
+run "prompt that fills the context" 0 "$STORY" -q --json -C 5 "$P"; out_has '"ids": \[\], .*"context"'
 run "cuts and cache" 0 "$STORY" -q -n 5 -k 0 -P 1 --min-p 0.05 --kv f32 --window 8 --ignore-eos -C 64 "$P"
 run "chat" 0 "$STORY" -c -q -n 0 --echo "Hello";     out_is "Hello\n\n"
 run "exact" 0 "$STORY" -q --exact --logits 20 "$P"; keep exact
@@ -250,7 +253,10 @@ said -c -n 6 --json --session "$TMP/chat" "And then?" >"$TMP/out"
 first=$(sed 's/.*"prompt_ids": \[\([^]]*\)\], "ids": \[\([^]]*\)\].*/\1, \2/' "$TMP/first")
 out_has "\"prompt_ids\": \[$first, "
 claim "$(grep -o '"prompt_ids": [^]]*' "$TMP/out" | tr ',' '\n' | grep -c '\b2$')" -eq 1 "BOS"
-run "system text of a later turn" 0 "$STORY" -c -n 1 -S Rhyme. --load "$TMP/chat" x; err_has "first turn"
+run "a later turn" 0 "$STORY" -c -n 0 --json --load "$TMP/chat" x; keep later
+run "system text of a later turn" 0 "$STORY" -c -n 0 --json -S Rhyme. --load "$TMP/chat" x
+err_has "first turn"; claim "$(sed 's/, "ids".*//' "$TMP/out")" = "$(sed 's/, "ids".*//' "$TMP/later")" "prompt"
+run "quiet about it" 0 "$STORY" -q -c -n 0 -S Rhyme. --load "$TMP/chat" x; err_empty
 cp "$S" "$TMP/same"
 refuses "another model, window" "session of another window" 1 "$STORY" --window 8 --session "$S" x
 refuses "another model, window" "session of another cache type" 1 "$STORY" --kv f32 --session "$S" x
@@ -260,8 +266,9 @@ refuses "do not go together" "session and scores" 2 "$STORY" --session "$S" --sc
 refuses "cannot open" "session to load is missing" 1 "$STORY" --load "$TMP/none" x
 [ "$SYSTEM" = windows ] ||
     refuses "not a file" "session in a device" 1 "$STORY" --session /dev/null x
-[ "$SYSTEM" = windows ] ||
-    refuses "not a file" "importance in a device" 1 "$STORY" --importance /dev/null x
+if [ "$SYSTEM" != windows ]; then
+    mkfifo "$TMP/pipe"; refuses "not a file" "importance in a pipe" 1 "$STORY" --importance "$TMP/pipe" x
+fi
 refuses "not a file" "importance in a directory" 1 "$STORY" --importance "$TMP" x
 refuses "not a file" "session in a directory" 1 "$STORY" --session "$TMP" x
 head -c 5000 "$S" >"$TMP/cut"; refuses "damaged" "session cut short" 1 "$STORY" --session "$TMP/cut" x
@@ -356,6 +363,10 @@ out_has '"decode_tokens": 7,'
 if [ "$SYSTEM" != windows ]; then
     run "json control characters" 0 "$STORY" --json -n 0 --echo "$(printf 'a"\\\t\033\302\205\377b')"
     out_has '"text": "a\\"\\\\\\t\\u001b\\u0085\\ufffdb"'
+    run "json of overlong, surrogate and too high" 0 "$STORY" --json -n 0 --echo \
+        "$(printf '\300\233|\355\240\200|\364\220\200\200')"
+    F='\\ufffd'
+    out_has "\"text\": \"$F$F|$F$F$F|$F$F$F$F\""
 fi
 
 # ---- Logits, score, perplexity -----------------------------------------------------
@@ -375,6 +386,19 @@ out_has "^perplexity	[0-9.]*	+/-	[0-9.]*$"; err_has "^\[1/"
 keep perplexity
 run "perplexity, quiet" 0 "$STORY" -q --perplexity "$HERE/demo/README.md" --context=64
 err_empty; same "$TMP/out" "$TMP/perplexity" "perplexity differs"
+name="perplexity by the scores of its chunks"
+printf '%s' "$P$P$P$P$P$P$P$P" >"$TMP/file"
+run "$name" 0 "$STORY" -q --perplexity "$TMP/file" -C 11; keep perplexity
+"$RUN" "$STORY" --tokenize -f "$TMP/file" | tr ' ' '\n' >"$TMP/ids"
+claim "$(wc -l <"$TMP/ids")" -eq 33 "tokens: three chunks"
+for chunk in 0 1 2; do
+    list=$(awk -v at=$((chunk * 11)) 'NR == at + 1 { print 2 } NR > at + 1 && NR <= at + 11' "$TMP/ids")
+    "$RUN" "$STORY" --score --ids "$list" | sed -n 6,10p
+done >"$TMP/scores"
+awk 'FNR == NR { sum += $2; n++; next }
+    { d = log($2) + sum / n; exit !(n == 15 && d < 1e-4 && d > -1e-4) }' "$TMP/scores" "$TMP/perplexity" &&
+    pass || fail "it is $(cat "$TMP/perplexity")"
+refuses "chunks of 17 need 34" "perplexity of a chunk and a half" 2 "$STORY" --perplexity "$TMP/file" -C 17
 printf 'Too short.' >"$TMP/file"
 refuses "1024" "perplexity of little" 2 "$STORY" --perplexity "$TMP/file"
 refuses "3 tokens" "chunks too short" 2 "$STORY" --perplexity "$HERE/demo/README.md" -C 2
@@ -466,6 +490,9 @@ elif terminal "a terminal" "echo x" : && [ "$(cat "$TMP/out")" = x ]; then
         "stty -opost; '$RUN' '$STORY' -q -n 0 --echo -f '$TMP/file'" :
     R='\357\277\275'
     out_is "a$R]0;b$R$R$R${R}c${R}d\n"
+    printf 'a\300\233\355\240\200\340\200\233' >"$TMP/file" # ESC, overlong, and a surrogate
+    terminal "nor spelled in too many bytes" "'$RUN' '$STORY' -q -n 0 --echo -f '$TMP/file'" :
+    out_is "a$R$R$R$R$R$R$R$R\n"
     terminal "nor in a message" "'$RUN' '$TMP/$ESCAPES' x" :
     claim "$(tr -d '\n[:print:]' <"$TMP/out" | wc -c)" -eq 0 "control characters"
     printf 'a\342\200\256b\342\201\251\302\255' >"$TMP/file"

@@ -627,6 +627,10 @@ static void test_saved_rewinds(void)
             bad += status == GEMMA2_OK ? !goes_on(t, ids, truth) : status != GEMMA2_ERR_REWIND;
             gemma2_session_free(t);
         }
+    gemma2_session *full = start(x.m, (struct setup){50, 3, 1, 0, 0});
+    check(gemma2_session_restore(full, p, size) == GEMMA2_OK && gemma2_position(full) == 50 &&
+              gemma2_eval(full, ids, 1, NULL) == GEMMA2_ERR_CONTEXT, "a context just large enough");
+    gemma2_session_free(full);
     check(!bad && allowed > 40, "rewinds of restored sessions: %d wrong, %d allowed", bad, allowed);
     free(p), free(truth);
     gemma2_session_free(s);

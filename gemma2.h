@@ -88,9 +88,9 @@
  *
  * Versions.  MAJOR changes when programs must change, MINOR when something is added, PATCH
  * when something is mended.  Structs with struct_size, and gemma2_config, may grow at their
- * ends; the others never change within a major version.  A struct_size that is smaller than
- * this version's leaves the rest at its defaults; one that is larger is accepted if all that
- * lies beyond is zero, else GEMMA2_ERR_ARGUMENT: a request is never overlooked.
+ * ends; the others never change within a major version.  The struct_size of an older version
+ * leaves the rest at its defaults; that of a newer one (up to 4096) is accepted if all that
+ * lies beyond is zero; any other is GEMMA2_ERR_ARGUMENT: a request is never overlooked.
  *
  * Numbers.  Positions and ids start at 0.  Logits are float, after the final soft-cap.
  * The same calls give the same bits for any number of threads and, but for
@@ -127,7 +127,7 @@ GEMMA2_API int gemma2_version_number(void);
 enum {
     GEMMA2_OK = 0,
     GEMMA2_ERR_ARGUMENT = -1,  /* a missing buffer, a count or value out of its range */
-    GEMMA2_ERR_MEMORY = -2,    /* memory could not be had */
+    GEMMA2_ERR_MEMORY = -2,    /* memory could not be had (for callers: no call returns it) */
     GEMMA2_ERR_CONTEXT = -3,   /* more tokens than the context has room for */
     GEMMA2_ERR_TOKEN = -4,     /* a token id outside the vocabulary */
     GEMMA2_ERR_REWIND = -5,    /* the window's cache no longer holds that position */
@@ -292,11 +292,13 @@ GEMMA2_API int gemma2_eval_rows(const gemma2_row *rows, size_t n_rows);
 GEMMA2_API int gemma2_score(gemma2_session *session, const int32_t *ids, size_t n,
                             int32_t next, float *logprobs);
 
-/* on = 1: what evaluates this session, now or later, returns GEMMA2_ERR_CANCELLED, at the
- * latest after the layer it is at, or the output head; on = 0 withdraws that.  Whatever
+/* on = 1: what evaluates this session, now or later, ends after the layer it is at with
+ * GEMMA2_ERR_CANCELLED; on = 0 withdraws that.  A call that is past its last layer still
+ * succeeds, after the output head (gemma2_score asks again all along the head).  Whatever
  * passes of n_batch rows were complete stay, and gemma2_position tells; the one that was
- * cut is taken back as by gemma2_rewind.  A pass shared by several sessions ends for all.
- * May be called from any thread and from a signal handler, while the session exists. */
+ * cut counts as held and then taken back by gemma2_rewind.  A pass shared by several
+ * sessions ends for all.  May be called from any thread and from a signal handler, while
+ * the session exists. */
 GEMMA2_API int gemma2_cancel(gemma2_session *session, int on);
 
 /* What the products of a model read, in order of use: entry i is the input of "q" (and of k
@@ -321,9 +323,10 @@ GEMMA2_API int gemma2_importance(gemma2_session *session, const int32_t *ids, si
                                  uint32_t block, double *sums);
 
 /* Goes back to the first n tokens, exactly.  Possible to 0 always; to anywhere while at most
- * window + n_batch tokens were ever held since position 0; after that at most n_batch
- * tokens back from the most ever held, and GEMMA2_ERR_REWIND beyond (then rewind to 0 and
- * evaluate the ids again). */
+ * window + n_batch tokens were ever held since position 0; after that for n_batch tokens
+ * back from the most ever held, and GEMMA2_ERR_REWIND some tokens beyond (then rewind to 0
+ * and evaluate the ids again).  A session that was copied or restored goes back no further
+ * than the one it continues. */
 GEMMA2_API int gemma2_rewind(gemma2_session *session, int32_t n);
 
 /* Makes `to` continue where `from` stands, with the same bits; what it held is gone.  So a
@@ -350,17 +353,20 @@ enum {
     GEMMA2_ENCODE_PLAIN = 2 /* text of strangers: never a control piece (turn markers,
                              * mask, unusedN); they are spelled out instead */
 };
-/* Scratch that encoding text of that many bytes needs; 0 where it is too long. */
+/* Scratch that encoding text of that many bytes needs; 0 where it is too long: above 2^28
+ * bytes, and in a 32-bit program above 69 MB. */
 GEMMA2_API size_t gemma2_encode_scratch(size_t text_bytes);
 /* Text to ids, exactly as SentencePiece does for vocabularies without UNUSED pieces, as
- * Gemma's are (bad UTF-8 becomes U+FFFD).  size -1: the
- * text ends at its first NUL.  Returns how many ids the text has and writes the first
- * max_ids of them (ids may be NULL when max_ids is 0). */
+ * Gemma's are (bad UTF-8 becomes U+FFFD).  size -1: the text ends at its first NUL.
+ * Returns how many ids the text has and writes the first max_ids of them (ids may be NULL
+ * when max_ids is 0).  GEMMA2_ERR_SPACE where scratch is too small, GEMMA2_ERR_ARGUMENT
+ * where the text is too long or the vocabulary lacks the BOS asked for. */
 GEMMA2_API int64_t gemma2_encode(const gemma2_model *model, const char *text, int64_t size,
                                  unsigned flags, int32_t *ids, size_t max_ids,
                                  void *scratch, size_t scratch_bytes);
 
-/* Bytes of a character still incomplete between calls of gemma2_decode; start at {0}. */
+/* Bytes of a character still incomplete between calls of gemma2_decode with one model;
+ * start at {0}. */
 typedef struct {
     uint8_t bytes[4];
     uint8_t n;
@@ -392,26 +398,32 @@ typedef struct {
     float bias; /* added to the logit; -INFINITY bans the token, NaN and +INFINITY are errors */
 } gemma2_bias;
 
-/* In the order they are applied.  gemma2_sampler_init fills in gemma_pytorch's defaults. */
+/* In the order they are applied.  gemma2_sampler_init fills in gemma_pytorch's defaults.
+ * What is out of its range, NaN included, is GEMMA2_ERR_ARGUMENT. */
 typedef struct {
     uint32_t struct_size;
     uint32_t n_bias;
     const gemma2_bias *bias;
-    int32_t penalty_last;      /* last tokens of the session that penalties look at; 64 */
-    float repetition_penalty;  /* divides positive, multiplies negative logits; 1 is off */
-    float presence_penalty;    /* taken off once; 0 is off */
-    float frequency_penalty;   /* taken off per occurrence; 0 is off */
-    float temperature;         /* 1; 0: greedy */
-    int32_t top_k;             /* 64; 0: all */
-    float top_p;               /* 0.95; 1: all */
-    float min_p;               /* relative to the best token; 0 is off */
+    int32_t penalty_last;      /* last tokens of the session that penalties look at, 0 or
+                                * more; 64.  Takes the square of its time */
+    float repetition_penalty;  /* divides positive, multiplies negative logits; above 0, at
+                                * most 1e6; 1 is off */
+    float presence_penalty;    /* taken off once; -1e6..1e6; 0 is off */
+    float frequency_penalty;   /* taken off per occurrence; -1e6..1e6; 0 is off */
+    float temperature;         /* 0..1e6; 1; 0: greedy */
+    int32_t top_k;             /* 0 or more; 64; 0: all */
+    float top_p;               /* above 0, at most 1; 0.95; 1: all */
+    float min_p;               /* relative to the best token; 0..1; 0 is off */
     uint64_t rng;              /* state of PCG32 (XSH-RR 64/32, increment 1442695040888963407,
-                                * seeded as pcg32_srandom does): one draw a token */
+                                * seeded as pcg32_srandom does): one draw a token, none
+                                * when greedy */
 } gemma2_sampler;
 GEMMA2_API void gemma2_sampler_init(gemma2_sampler *sampler, uint64_t seed);
 
 /* Draws an id from logits (V floats, left alone).  Equal logits rank by lower id.  The
- * session lends its scratch and, for the penalties, its history.  Negative on error. */
+ * session lends its scratch and, for the penalties, its history.  Negative on error:
+ * GEMMA2_ERR_ARGUMENT also when every token is banned or a bias or penalty makes a logit NaN
+ * or +infinity, GEMMA2_ERR_TOKEN for a bias of an unknown id.  The sampler is then as it was. */
 GEMMA2_API int32_t gemma2_sample(gemma2_session *session, gemma2_sampler *sampler,
                                  const float *logits);
 /* Natural log-probability of id under logits (n floats), before temperature and cuts,

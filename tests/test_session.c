@@ -133,6 +133,20 @@ static void test_null_session(const gemma2_model *m)
     gemma2_session_free(s);
 }
 
+/* Without a next token the last log-probability is the caller's, whatever stands there. */
+static void test_score_without_next(const gemma2_model *m)
+{
+    int32_t ids[6] = {1, 2, 3, 4, 5, 6};
+    for (size_t n = 1; n <= 6; n++) {
+        float scores[6] = {NAN, NAN, NAN, NAN, NAN, NAN};
+        gemma2_session *s = start(m, (struct setup){16, 4, 1, 0, 0});
+        check(gemma2_score(s, ids, n, -1, scores) == GEMMA2_OK && isnan(scores[n - 1]) &&
+                  all_finite(scores, n - 1) && gemma2_position(s) == (int32_t)n,
+              "scores of %zu tokens without a next one", n);
+        gemma2_session_free(s);
+    }
+}
+
 /* A params struct in the first bytes of a larger one, as a newer caller would pass it. */
 struct newer_session {
     gemma2_session_params p;
@@ -204,6 +218,7 @@ static void test_misuse(void)
     struct model x = make(&shapes[0]);
     test_null_model(x.m);
     test_null_session(x.m);
+    test_score_without_next(x.m);
     test_struct_sizes(x.m);
     unmake(&x);
 }
@@ -486,6 +501,61 @@ static void test_copies_refused(void)
     free(truth);
     gemma2_close(again.m);
     unmake(&x), unmake(&y);
+}
+
+/* Whatever n_batch a ring is made for: a prompt in one call, and the promised n_batch tokens
+ * back from its end. */
+static void test_every_batch(void)
+{
+    struct model x = make(&shapes[0]);
+    int32_t ids[MOST];
+    int bad = 0;
+    float *logits = fresh(vocab(x.m) * sizeof *logits);
+    random_ids(x.m, ids, MOST);
+    for (int32_t window = 2; window <= 8; window += 3) {
+        float *truth = step_by_step(x.m, (struct setup){MOST, 1, 1, window, 0}, ids, MOST);
+        for (int32_t batch = 1; batch < 50; batch++) {
+            gemma2_session *s = start(x.m, (struct setup){MOST, batch, 1, window, 0});
+            bad += gemma2_eval(s, ids, MOST, logits) != GEMMA2_OK ||
+                   logits_differ(x.m, logits, truth, MOST - 1);
+            bad += gemma2_rewind(s, MOST - batch) != GEMMA2_OK || !goes_on(s, ids, truth);
+            gemma2_session_free(s);
+        }
+        free(truth);
+    }
+    check_none(bad, "windows and batches");
+    free(logits);
+    unmake(&x);
+}
+
+/* Sessions far into long contexts in one pass, their attention split over blocks of positions,
+ * led by one of a long context or of a short one. */
+static void test_far_rows(void)
+{
+    enum { N = 1000, ROWS = 4, V = 40 };
+    static const int32_t held[2][ROWS] = {{999, 770, 600, 999}, {3, 999, 2, 770}};
+    static const int32_t contexts[2][ROWS] = {{N, N, 601, N}, {16, N, 16, N}};
+    struct model x = make(&long_shape);
+    static float logits[ROWS][V], truth[V];
+    int32_t ids[N];
+    random_ids(x.m, ids, N);
+    for (int i = 0; i < 2; i++) {
+        gemma2_session *s[ROWS];
+        gemma2_row rows[ROWS];
+        for (int t = 0; t < ROWS; t++) {
+            s[t] = start(x.m, (struct setup){contexts[i][t], 16, 3, 0, 0});
+            gemma2_eval(s[t], ids, (size_t)held[i][t], NULL);
+            rows[t] = (gemma2_row){s[t], ids[held[i][t]], logits[t]};
+        }
+        check(gemma2_eval_rows(rows, ROWS) == GEMMA2_OK, "far rows");
+        for (int t = 0; t < ROWS; t++) {
+            gemma2_session *alone = start(x.m, (struct setup){N, 256, 1, 0, 0});
+            gemma2_eval(alone, ids, (size_t)held[i][t] + 1, truth);
+            check(!memcmp(truth, logits[t], sizeof truth), "row %d of far ones, %d", t, i);
+            gemma2_session_free(alone), gemma2_session_free(s[t]);
+        }
+    }
+    unmake(&x);
 }
 
 /* ---- Saved sessions ---- */
@@ -949,6 +1019,8 @@ int main(void)
     test_cancel();
     test_copies();
     test_copies_refused();
+    test_every_batch();
+    test_far_rows();
     test_saves();
     test_memory_of_before();
     test_saved_rewinds();

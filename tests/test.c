@@ -1675,6 +1675,31 @@ static void host_environments(const struct shape *shape, int threads)
     unmake(&x);
 }
 
+/* Scores so small that a host's setting makes them zero still rank the merges. */
+static void host_encodes(void)
+{
+    static struct pieces p;
+    unsigned old = get_environment();
+    start_pieces(&p);
+    add_piece(&p, "a", GEMMA2_PIECE_NORMAL, -3);
+    add_piece(&p, "b", GEMMA2_PIECE_NORMAL, -3);
+    add_piece(&p, "c", GEMMA2_PIECE_NORMAL, -3);
+    add_piece(&p, "ab", GEMMA2_PIECE_NORMAL, float_of(1));
+    add_piece(&p, "bc", GEMMA2_PIECE_NORMAL, float_of(2));
+    struct image image = build_tokenizer_file(&p);
+    gemma2_model *m = open_image(&image);
+    for (int k = 0; k < N_HOSTS; k++) {
+        char scratch[512];
+        int32_t ids[3] = {0};
+        set_environment(host[k]);
+        int64_t n = gemma2_encode(m, "abc", 3, 0, ids, 3, scratch, sizeof scratch);
+        set_environment(old);
+        check(n == 2 && ids[0] == 4 && ids[1] == 8, "environment %#x: a text's ids", host[k]);
+    }
+    gemma2_close(m);
+    free(image.data);
+}
+
 static void test_float_environment(void)
 {
     struct shape wide = {"wide", 2, 264, 8, 4, 32, 600, 100, 100, 300, 50, 30, 1, 0,
@@ -1683,6 +1708,7 @@ static void test_float_environment(void)
         host_environments(&shapes[i], 1);
     host_environments(&wide, 3);
     worker_environments();
+    host_encodes();
 }
 #else
 static void test_float_environment(void) { printf("not run: floating-point environments\n"); }
@@ -3049,7 +3075,12 @@ static void test_sampler_refuses(gemma2_session *s, int v)
         {offsetof(gemma2_sampler, repetition_penalty), 0},
         {offsetof(gemma2_sampler, repetition_penalty), NAN},
         {offsetof(gemma2_sampler, presence_penalty), INFINITY},
-        {offsetof(gemma2_sampler, frequency_penalty), NAN}};
+        {offsetof(gemma2_sampler, frequency_penalty), NAN},
+        {offsetof(gemma2_sampler, temperature), 1.001e6f},
+        {offsetof(gemma2_sampler, min_p), 1.001f},
+        {offsetof(gemma2_sampler, repetition_penalty), 1.001e6f},
+        {offsetof(gemma2_sampler, presence_penalty), -1.001e6f},
+        {offsetof(gemma2_sampler, frequency_penalty), 1.001e6f}};
     float logits[256] = {0};
     gemma2_sampler p, ok;
     gemma2_sampler_init(&ok, 1);
@@ -3076,6 +3107,22 @@ static void test_sampler_refuses(gemma2_session *s, int v)
         check(gemma2_logprob(logits, (size_t)v, 0, &logprob) == GEMMA2_ERR_NONFINITE, "logprob");
         logits[i * (v - 1) / 2] = 0;
     }
+}
+
+/* One of two equal tokens has the half that top_p asks for; it is the lower id. */
+static void test_half(gemma2_session *s, int v)
+{
+    gemma2_sampler p;
+    float logits[256];
+    int bad = 0;
+    for (int i = 0; i < v; i++)
+        logits[i] = i == 3 || i == 7 ? 0 : -1e30f;
+    for (uint64_t seed = 0; seed < 50; seed++) {
+        gemma2_sampler_init(&p, seed);
+        p.top_p = 0.5f;
+        bad += gemma2_sample(s, &p, logits) != 3;
+    }
+    check_none(bad, "halves");
 }
 
 /* A bias that is no number, or sums that overflow, must be an error and never a token. */
@@ -3141,6 +3188,7 @@ static void test_sampler(void)
     test_distribution(s, v);
     test_penalties(x.m);
     test_sampler_refuses(s, v);
+    test_half(s, v);
     test_bias(s, v);
     test_logprob();
     gemma2_session_free(s);

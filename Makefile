@@ -98,14 +98,18 @@ uninstall:
 
 C_TESTS = test test_session test_header test_golden hostile fault replay
 
-# C only, no network, no Python, a few seconds; the last line is the sum.
-test: run $(addprefix build/,$(C_TESTS)) $(EXAMPLES)
+# C only, no network, no Python; the last line is the sum.  Compiles on all processors.
+test:
+	@$(MAKE) --no-print-directory $(JOBS) test-programs
 	@sh tests/all.sh $(addprefix build/,$(C_TESTS)) "sh tests/cli.sh ./run" \
 		"sh tests/examples.sh build ./run"
 
 # These use the library; the other tests include gemma2.c.
 LINKED = $(addprefix build/,test_header check_model) $(EXAMPLES)
 $(LINKED): build/gemma2.o
+
+JOBS = $(if $(filter -j%,$(MAKEFLAGS)),,-j$(shell getconf _NPROCESSORS_ONLN || echo 1))
+test-programs: run $(addprefix build/,$(C_TESTS)) $(EXAMPLES)
 
 build/%: tests/%.c gemma2.c gemma2.h $(wildcard tests/*.h)
 	@mkdir -p build
@@ -165,5 +169,5 @@ help:
 		n && /^[a-z][a-z0-9-]*:/{ sub(/:.*/, ""); printf "%-16s %s\n", $$0, text } { n = 0 }' \
 		$(MAKEFILE_LIST)
 
-.PHONY: demo lib install uninstall test test-install fuzz test-emulated test-oracle check-model bench \
+.PHONY: demo lib install uninstall test test-programs test-install fuzz test-emulated test-oracle check-model bench \
 	clean help

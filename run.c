@@ -264,7 +264,12 @@ static int is_special(const char *path)
 /* Makes a new file beside path, readable by its owner only; its name goes to name. */
 static FILE *open_beside(const char *path, char *name, size_t size)
 {
-    if (snprintf(name, size, "%s.XXXXXX", path) >= (int)size) {
+#ifdef _WIN32
+    int n = snprintf(name, size, "%s.%lx", path, (unsigned long)GetCurrentProcessId());
+#else
+    int n = snprintf(name, size, "%s.XXXXXX", path);
+#endif
+    if (n >= (int)size) {
         errno = ENAMETOOLONG;
         return NULL;
     }

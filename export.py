@@ -45,6 +45,8 @@ import zipfile
 from concurrent import futures
 from concurrent.futures.process import BrokenProcessPool
 
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while libraries load: no traceback
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # processes share the work, not threads
 try:
     import numpy as np
@@ -120,25 +122,38 @@ class Progress:
         Progress.current = None
 
 
-def warn(text):
+def complain(text):
+    """One line, without control sequences, whatever the names in a file hold."""
     if Progress.current:
         Progress.current.clear()
-    print("export.py: warning: " + text, file=sys.stderr)
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    print("export.py: " + (text if len(text) < 1000 else text[:800] + " ... " + text[-150:]),
+          file=sys.stderr)
+
+
+def warn(text):
+    complain("warning: " + text)
+
+
+SIGNALS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
+
+
+def ignore_signals():
+    for n in SIGNALS:
+        signal.signal(n, signal.SIG_IGN)
 
 
 def stop_on_signals():
-    """Lets SIGINT, SIGTERM and SIGHUP unwind the stack once, so that clean-up runs."""
-    numbers = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
-
+    """Lets a signal unwind the stack once, so that clean-up runs."""
     def handler(number, _frame):
-        for n in numbers:
-            signal.signal(n, signal.SIG_IGN)
+        ignore_signals()
         if not Stopped.held:
             raise Stopped(number)
         Stopped.pending = number
 
-    for n in numbers:
-        signal.signal(n, handler)
+    for n in SIGNALS:
+        if signal.getsignal(n) != signal.SIG_IGN:  # as nohup leaves it
+            signal.signal(n, handler)
 
 
 @contextlib.contextmanager
@@ -681,7 +696,10 @@ def read_at(path, offset, size):
     raw = np.empty(size, np.uint8)
     view, got = memoryview(raw), 0
     while got < size:
-        n = f.readinto(view[got:])
+        try:
+            n = f.readinto(view[got:])
+        except OSError as e:
+            raise OSError(e.errno, e.strerror, path) from None
         if not n:
             raise ExportError("%s became shorter while it was read: is it still being fetched?"
                               % path)
@@ -4764,6 +4782,7 @@ class Container:
         self.size = at
         self.digests = []
         self.prefix = ".%s." % os.path.basename(self.path)
+        self.file = self.temporary = None
 
     def check_target(self, inputs):
         if os.path.exists(self.path):
@@ -4781,7 +4800,6 @@ class Container:
         if free < self.size:
             raise ExportError("%s has %s left and the output needs %s: make room, or choose a "
                               "smaller --type" % (self.directory, human(free), human(self.size)))
-        self.create_temporary()
         return self
 
     def create_temporary(self):
@@ -4809,15 +4827,20 @@ class Container:
                     os.remove(path)
 
     def __exit__(self, *failure):
-        self.file.close()
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(self.temporary)
+        with undisturbed():
+            if self.file:
+                with contextlib.suppress(OSError):  # a full disk has no room for its buffer
+                    self.file.close()
+            if self.temporary:
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(self.temporary)
 
     def write_section(self, chunks):
         """Writes the next section from an iterable of bytes."""
         i = len(self.digests)
-        self.file.write(bytes(self.offsets[i] - self.file.tell()) if i
-                        else bytes(self.offsets[0]))  # room for header and directory
+        if not i:
+            self.create_temporary()  # not before: a signal must find the with statement begun
+        self.file.write(bytes(self.offsets[i] - self.file.tell()))  # first for the header
         digest, size = hashlib.sha256(), 0
         for chunk in chunks:
             digest.update(chunk)
@@ -4838,11 +4861,15 @@ class Container:
         os.fsync(self.file.fileno())
         if os.name == "nt":  # does not rename what is open
             self.file.close()
+        ignore_signals()  # it is complete
         os.replace(self.temporary, self.path)  # still locked: no other run takes it for stale
-        if os.name == "posix":  # the new name is on disk too
-            directory_fd = os.open(self.directory, os.O_RDONLY)
-            os.fsync(directory_fd)
-            os.close(directory_fd)
+        if os.name == "posix":  # the new name is on disk too, where directories can be synced
+            with contextlib.suppress(OSError):
+                directory_fd = os.open(self.directory, os.O_RDONLY)
+                try:
+                    os.fsync(directory_fd)
+                finally:
+                    os.close(directory_fd)
 
 
 def pack_header(m, file_bytes, n_entries, align):
@@ -5335,8 +5362,11 @@ def complaint(error):
     """One sentence for a failure of the system."""
     if isinstance(error, MemoryError):
         return "out of memory: use fewer workers (-j 1)"
-    if error.errno == errno.ENOSPC:
+    if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None)):
         return "no space left on the disk of the output: make room, or choose a smaller --type"
+    if error.errno == errno.EFBIG:
+        return ("the disk of the output holds no file that large (FAT32 none of 4 GB): choose "
+                "another, or a smaller --type")
     return "%s: %s" % (error.filename or "reading or writing failed", error.strerror or error)
 
 
@@ -5358,15 +5388,16 @@ def main(arguments):
         with contextlib.closing(Progress(not options.quiet)) as progress:
             lines = (convert_tokenizer if options.tokenizer_only else convert)(options, progress)
     except UsageError as e:
-        print("export.py: %s" % e, file=sys.stderr)
+        complain(str(e))
         return 2
     except (ExportError, OSError, MemoryError) as e:
-        sentence = str(e) if isinstance(e, ExportError) else complaint(e)
-        print("export.py: " + sentence, file=sys.stderr)
+        complain(str(e) if isinstance(e, ExportError) else complaint(e))
         return 1
     except Stopped as e:
-        print("export.py: interrupted", file=sys.stderr)
+        complain("interrupted")
         return 128 + e.args[0]
+    finally:
+        ignore_signals()  # too late for them
     if not options.quiet:
         say(lines)
     return 0

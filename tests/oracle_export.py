@@ -1,6 +1,7 @@
 """The exporter's part of oracle.py: what it makes of every kind of checkpoint, and what it
 leaves behind when one is bad, which is nothing."""
 import contextlib
+import errno
 import fcntl
 import io
 import json
@@ -9,6 +10,7 @@ import pty
 import resource
 import shutil
 import signal
+import stat
 import struct
 import subprocess
 import sys
@@ -277,6 +279,10 @@ def test_bad(folder):
         "embedding", options=["--type", "f32"])
     bad(folder, "missing tensor", drop(q), "layers.1.q")
     bad(folder, "unknown tensor", lambda c: c.tensors.update(surprise=c.torch.ones(3)), "surprise")
+    bad(folder, "a name that would clear the screen", lambda c: c.tensors.update({
+        "x\n\x1b[2J": c.torch.ones(3)}), r"x\n\x1b[2J", "no tensor", run=convert_here)
+    bad(folder, "a name of pages", lambda c: c.tensors.update({"x" * 5000: c.torch.ones(3)}), "xxx",
+        " ... ", "right checkpoint?", run=convert_here)
     bad(folder, "too many layers", lambda c: c.config.update(num_hidden_layers=1, layer_types=[
         "full_attention"]), "layers")
     bad(folder, "wrong shape", lambda c: c.tensors.update({q: c.torch.ones(7, 42)}), "shape")
@@ -301,6 +307,76 @@ def test_bad(folder):
     bad(folder, "tokenizer too large", nothing, "347", vocab_size=300)
     bad(folder, "full disk", nothing, limit=60000, options=["--type", "f32"])
     bad(folder, "full disk, many workers", nothing, limit=60000, options=["-j", "3"])
+
+
+class Unreadable(io.FileIO):
+    def readinto(self, _):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+def test_disks(folder):
+    """Disks that fill up at every place of the file, and disks that fail."""
+    c = Checkpoint(folder).write()
+    place = os.path.join(folder, "place")
+    os.makedirs(place)
+    out = os.path.join(place, "out.bin")
+    check(convert_here(c.path, out, "--type", "f32").returncode == 0, "disks: no file")
+    size = os.path.getsize(out)
+    os.remove(out)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    for limit in range(0, size, size // 15):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        try:
+            run = convert_here(c.path, out, "--type", "f32")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+        check(run.returncode == 1 and "no file that large" in run.stderr and not os.listdir(place),
+              f"a disk of {limit} bytes: {run.stderr!r} and {os.listdir(place)}")
+    signal.signal(signal.SIGXFSZ, before)
+    with unittest.mock.patch.object(export, "open", create=True, side_effect=lambda name, *a, **k: (
+            Unreadable(name) if "buffering" in k else open(name, *a, **k))):
+        run = convert_here(c.path, out, "--type", "f32")
+    check(run.returncode == 1 and "model.safetensors: Input/output error" in run.stderr
+          and not os.listdir(place), f"a disk that cannot be read: {run.stderr}")
+    sync = os.fsync
+
+    def sync_files(fd):
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        sync(fd)
+    with unittest.mock.patch.object(os, "fsync", sync_files):
+        run = convert_here(c.path, out, "--type", "f32")
+    check(run.returncode == 0 and os.listdir(place) == ["out.bin"],
+          f"a disk that syncs no directories: {run.stderr} and {os.listdir(place)}")
+    shutil.rmtree(place)
+
+
+def test_instants(folder):
+    """Signals at the two ends of a temporary's life, and one that is not to be heard."""
+    c = Checkpoint(folder).write()
+    place = os.path.join(folder, "place")
+    os.makedirs(place)
+    out, fsync, replace = os.path.join(place, "out.bin"), os.fsync, os.replace
+
+    def then(step, number):
+        def stepped(*arguments, **options):
+            step(*arguments, **options)
+            os.kill(os.getpid(), number)
+        return stepped
+    for what, holder, step, number, status in (
+            ("made", export, export.lock, signal.SIGTERM, 143),
+            ("written", os, fsync, signal.SIGINT, 130), ("named", os, replace, signal.SIGTERM, 0)):
+        with unittest.mock.patch.object(holder, step.__name__, then(step, number)):
+            run = convert_here(c.path, out)
+        names = [] if status else ["out.bin"]
+        check(run.returncode == status and os.listdir(place) == names,
+              f"a signal once it is {what}: {run.returncode}, {run.stderr} {os.listdir(place)}")
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with unittest.mock.patch.object(export, "lock", then(export.lock, signal.SIGHUP)):
+        run = convert_here(c.path, out)
+    signal.signal(signal.SIGHUP, before)
+    check(run.returncode == 0, f"nohup: exit {run.returncode}")
+    shutil.rmtree(place)
 
 
 def test_interrupt(folder):
@@ -462,6 +538,8 @@ def test_progress(folder):
 def test_export(engine, folder):
     test_good(folder)
     test_bad(folder)
+    test_disks(folder)
+    test_instants(folder)
     test_interrupt(folder)
     test_leftovers(folder)
     test_collisions(folder)

@@ -3620,14 +3620,29 @@ def open_checkpoint(path):
                       "checkpoint" % path)
 
 
+LIMITS = [  # of the file's header, as gemma2.c's section 2 has them; no soft-cap is 0
+    ("L", 1, 1024), ("D", 1, 1 << 20), ("N", 1, 4096), ("K", 1, 4096), ("H", 2, 1024),
+    ("F", 1, 1 << 22), ("V", 1, (1 << 22) - 1), ("window", 1, 1 << 30), ("context", 1, 1 << 30),
+    ("eps", 0, 1), ("rope_theta", 1e-3, 1e12), ("attn_softcap", 0.01, 10000),
+    ("final_softcap", 0.01, 10000), ("query_scale", 1e-9, 1e9)]
+
+
+def check_limits(model):
+    for name, least, most in LIMITS:
+        value = getattr(model, name)
+        value = value if name == "rope_theta" else float(np.float32(value))  # as it is stored
+        if not (least <= value <= most or value == 0 and name.endswith("softcap")):
+            raise ExportError("the checkpoint's %s is %.10g, and %g to %g can be converted"
+                              % (name, value, least, most))
+
+
 def check_shapes(reader):
     """Sets V from the embedding; refuses missing, surplus and wrongly shaped tensors."""
     model = reader.model
     if "embedding" not in reader.tensors:
         raise ExportError("the checkpoint lacks the embedding: fetch all of its files")
     model.V = reader.tensors["embedding"].shape[0]
-    if not 1 <= model.V < 1 << 22:
-        raise ExportError("the embedding has %d rows; 1 to %d can be" % (model.V, (1 << 22) - 1))
+    check_limits(model)
     table = tensor_table(model)
     missing = [n for n in table if n not in reader.tensors and n != "head"]
     if missing:

@@ -290,6 +290,10 @@ def test_bad(folder):
     bad(folder, "another model", lambda c: c.config.update(model_type="llama"), "llama")
     bad(folder, "scaled rope", lambda c: c.config.update(rope_parameters={
         "rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}), "rope")
+    for key, value in (("rope_theta", 1e29), ("attn_logit_softcapping", 0.01)):
+        bad(folder, f"{key} {value}", lambda c: (
+            c.config.pop("rope_parameters"), c.config.update({key: value})),
+            key[:4], "can be", run=convert_here)
     bad(folder, "quantised", lambda c: c.config.update(quantization_config={
         "quant_method": "hqq"}), "quantised")
     bad(folder, "a bias", lambda c: c.config.update(attention_bias=True), "bias")

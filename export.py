@@ -4295,7 +4295,7 @@ def json_tokenizer(doc, path):
     texts = {i: p for p, i in bpe["vocab"].items()}
     shared = len(texts) < len(bpe["vocab"])
     for i, (content, _) in added.items():
-        texts.setdefault(i, content)
+        texts.setdefault(i, content.replace(" ", SPACE))
     n = max(texts) + 1 if texts else 0
     if not 0 < n <= 1 << 22 or min(texts) < 0 or shared:
         raise ExportError("%s has ids that are negative, too large or shared by two pieces: fetch "

@@ -969,7 +969,7 @@ def test_tokenizer_json(folder):
         pieces = f.vocabulary()[1]
         check(not run.stderr, f"tokenizer.json: says {run.stderr!r}")
         check([(t, k) for t, _, k in pieces[347:]] == [
-            (b"<|im_end|>", ref.MARKER), (b"<tool>", ref.USER)],
+            (b"<|im_end|>", ref.MARKER), ("<my\u2581tool>".encode(), ref.USER)],
             f"tokenizer.json: added {pieces[347:]}")
         same = [(t, ref.USER if k == ref.MARKER else k) for t, _, k in pieces[:347]]
         check(same == [(t, k) for t, _, k in want], "tokenizer.json: pieces")
@@ -992,7 +992,7 @@ def test_tokenizer_json(folder):
     for edit in (as_tokenizer_json, lambda c: write_tokenizer_config(
             c, eos_token="<tool>", added_tokens_decoder={"347": {"content": "<tool>"}})):
         f, run = good(folder, "a token without a row", edit, expect=dict(V=347, stop=[1, 5]))
-        check("<tool>" in run.stderr and "left out" in run.stderr, f"no row: {run.stderr!r}")
+        check("tool>" in run.stderr and "left out" in run.stderr, f"no row: {run.stderr!r}")
         check(f and len(f.vocabulary()[1]) == 347, "a token without a row: pieces")
     for i in ("\u00b2", "9" * 5000, "-1", "x"):
         good(folder, f"the id {i[:9]}", lambda c: write_tokenizer_config(c, added_tokens_decoder={
@@ -1010,7 +1010,7 @@ def as_tokenizer_json(c):
     write_tokenizer_config(c, tokenizer_class="GemmaTokenizer")
     tokenizer = AutoTokenizer.from_pretrained(c.path)
     tokenizer.add_special_tokens({"eos_token": "<|im_end|>"})
-    tokenizer.add_tokens(["<tool>"])
+    tokenizer.add_tokens(["<my tool>"])
     tokenizer.save_pretrained(c.path)
     os.remove(c.file("tokenizer.model"))
 

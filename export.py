@@ -3724,7 +3724,7 @@ OTHER_LORAS = {  # settings that make another model of it
 # init_lora_weights: these start from the base model itself and take out of it what they start
 # with, so that the adapter fits only what is left; those of the second line leave it alone
 TAKEN_OUT = re.compile(r"(pissa|olora|corda|loftq|lora_ga)", re.IGNORECASE)
-LEFT_ALONE = None, True, False, "gaussian", "eva", "orthogonal", "mica"
+LEFT_ALONE = "none", "true", "false", "gaussian", "eva", "orthogonal", "mica"
 
 ADAPTER_PARTS = {  # PEFT's name in a key, ours; "" is a module's own weight
     "lora_A": "A", "lora_B": "B", "lora_embedding_A": "EA", "lora_embedding_B": "EB",
@@ -3880,14 +3880,15 @@ class Adapter:
                            % (json.dumps(doc.get("peft_type")), MERGE))
         init = doc.get("init_lora_weights")
         if isinstance(init, str) and TAKEN_OUT.match(init):
-            raise self.bad("fits a base model changed by init_lora_weights %s: save it with "
-                           "path_initial_model_for_weight_conversion, which makes it fit the "
-                           "original" % json.dumps(init))
+            raise self.bad("fits a base model changed by init_lora_weights %s: merge it into that "
+                           "with PEFT's merge_and_unload(), or save it with path_initial_model_for"
+                           "_weight_conversion, which makes it fit the original"
+                           % json.dumps(init))
         for key, value in doc.items():
             if value and key in OTHER_LORAS:
                 raise self.bad("has %s set, which means %s: %s" % (key, OTHER_LORAS[key], MERGE))
             if value and key not in SILENT_SETTINGS or (
-                    key == "init_lora_weights" and value not in LEFT_ALONE):
+                    key == "init_lora_weights" and str(value).lower() not in LEFT_ALONE):
                 raise self.bad("has the unknown setting %s %s: %s, or remove the setting if it "
                                "does not change the model" % (key, json.dumps(value)[:80], MERGE))
 
@@ -3975,13 +3976,15 @@ class Adapter:
             self.changes[name] = Change(self, name, parts)
 
     def tie(self):
-        """What PEFT does to a head that is the embedding: bases and trained tokens serve both,
-        other changes only by ensure_weight_tying; else each tensor goes its own way."""
+        """What PEFT does to a head that is the embedding: bases serve both, trained tokens those
+        of the embedding, other changes only by ensure_weight_tying; else each goes its own way."""
         for found in self.bases, self.changes:
             for name, other in ("embedding", "head"), ("head", "embedding"):
-                both = found is self.bases or self.config.doc.get("ensure_weight_tying") or (
-                    name in found and "tokens" in found[name].parts)
-                if name in found and other not in found and both:
+                if name not in found or other in found:
+                    continue
+                tokens = found is self.changes and "tokens" in found[name].parts
+                if found is self.bases or (name == "embedding" if tokens
+                                           else self.config.doc.get("ensure_weight_tying")):
                     found[other] = found[name]
 
     def checked(self, part, *shape):

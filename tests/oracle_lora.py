@@ -195,7 +195,7 @@ GOOD = [
         use_rslora=True, use_dora=True, rank_pattern={"q_proj": 9}, alpha_pattern={"v_proj": 1})),
     ("some layers", False, TIED, dict(layers_to_transform=[1], exclude_modules=["v_proj"])),
     ("fan_in_fan_out, biases, all silent", False, TIED, dict(
-        fan_in_fan_out=True, bias="all", lora_dropout=0.1, init_lora_weights="gaussian")),
+        fan_in_fan_out=True, bias="all", lora_dropout=0.1, init_lora_weights="Gaussian")),
     ("orthogonal", False, TIED, dict(init_lora_weights="orthogonal")),
     ("MiCA", False, TIED, dict(init_lora_weights="mica")),
     ("rank 1", False, TIED, dict(r=1)),
@@ -222,6 +222,9 @@ GOOD = [
     ("tokens, untied", True, UNTIED, dict(trainable_token_indices=[300, 7, 19])),
     ("tokens, of both", True, TIED, dict(
         trainable_token_indices={"embed_tokens": [3, 4], "lm_head": [5]})),
+    ("tokens, of the head", True, TIED, dict(trainable_token_indices={"lm_head": [300, 5]})),
+    ("tokens, of the head, kept tied", True, TIED, dict(
+        trainable_token_indices={"lm_head": [300, 5]}, ensure_weight_tying=True)),
     ("resized", False, TIED, dict(resize=360)),
     ("resized, untied", True, UNTIED, dict(resize=360)),
     ("resized, embedding", True, TIED, dict(resize=360, target_modules=["embed_tokens"])),

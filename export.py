@@ -3560,7 +3560,8 @@ def hub_files(name, names, with_weights):
 
 def hub_snapshot(name, revision, with_weights):
     """Fetches a repository, or finds it in the cache; the directory or the GGUF file."""
-    hub = library("huggingface_hub", "huggingface_hub", "the hub name " + name)
+    hub = library("huggingface_hub", "huggingface_hub",
+                  name + " is no path here and, as a name on huggingface.co,")
     try:
         info = hub.HfApi().model_info(name, revision=revision)
         weights, beside = hub_files(name, [f.rfilename for f in info.siblings], with_weights)
@@ -3632,7 +3633,7 @@ def check_limits(model):
         value = getattr(model, name)
         value = value if name == "rope_theta" else float(np.float32(value))  # as it is stored
         if not (least <= value <= most or value == 0 and name.endswith("softcap")):
-            raise ExportError("the checkpoint's %s is %.10g, and %g to %g can be converted"
+            raise ExportError("the checkpoint's %s is %.10g, and %.10g to %.10g can be converted"
                               % (name, value, least, most))
 
 

@@ -794,7 +794,8 @@ def test_hub_missing_library(folder, c, home):
     os.makedirs(stub, exist_ok=True)
     with open(os.path.join(stub, "huggingface_hub.py"), "w") as f:
         f.write("raise ImportError('stub')\n")
-    hub_refuses(folder, "org/model", "pip install huggingface_hub", home="home", PYTHONPATH=stub)
+    hub_refuses(folder, "org/model", "no path here", "pip install huggingface_hub", home="home",
+                PYTHONPATH=stub)
 
 
 def test_hub_beside(folder, c, home):

@@ -181,7 +181,8 @@ def parse_json(data, path):
     try:
         found = json.loads(data.decode("utf-8"), object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as e:  # bad UTF-8 and bad JSON are ValueErrors
-        raise ExportError("%s is not valid JSON (%s): fetch it again" % (path, e)) from None
+        pull = " (git lfs pull: it is a pointer)" if data[:19] == b"version https://git" else ""
+        raise ExportError("%s is not valid JSON (%s): fetch it again%s" % (path, e, pull)) from None
     if not isinstance(found, dict):
         raise ExportError("%s holds no JSON object: fetch it again" % path)
     return found

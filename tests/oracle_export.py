@@ -266,6 +266,13 @@ def overlong_header(c):
         f.write(struct.pack("<Q", 1 << 40))
 
 
+def pointer(c):
+    """What git leaves in the place of a large file."""
+    with open(c.file("pointer"), "w") as f:
+        f.write("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 17525357\n")
+    return c.file("pointer")
+
+
 def drop(name):
     return lambda c: c.tensors.pop(name)
 
@@ -308,6 +315,8 @@ def test_bad(folder):
         after=lambda c: os.remove(c.file("tokenizer.model")))
     bad(folder, "broken tokenizer", nothing, "tokenizer",
         after=lambda c: os.truncate(c.file("tokenizer.model"), 1000))
+    bad(folder, "a pointer", nothing, "tokenizer.json", "git lfs pull", run=convert_here,
+        after=lambda c: shutil.copy(pointer(c), c.file("tokenizer.json")))
     bad(folder, "tokenizer too large", nothing, "347", vocab_size=300)
     bad(folder, "full disk", nothing, limit=60000, options=["--type", "f32"])
     bad(folder, "full disk, many workers", nothing, limit=60000, options=["-j", "3"])

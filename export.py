@@ -43,7 +43,6 @@ import threading
 import time
 import zipfile
 from concurrent import futures
-from concurrent.futures.process import BrokenProcessPool
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # while libraries load: no traceback
@@ -5107,11 +5106,14 @@ def pack_all(tasks, plan, job, jobs):
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
-    except BrokenProcessPool:
-        raise ExportError("a worker process was killed, for want of memory perhaps: use fewer "
-                          "(-j 1)") from None
+    except (RuntimeError, BlockingIOError):  # a broken pool; no thread more; no process more
+        for worker in multiprocessing.active_children():
+            worker.terminate()
+        raise ExportError("a worker process was killed or could not start, for want of memory "
+                          "perhaps: use fewer (-j 1)") from None
     finally:
-        pool.shutdown(cancel_futures=True)
+        with contextlib.suppress(RuntimeError):  # its thread never started
+            pool.shutdown(cancel_futures=True)
 
 
 def write_tensors(out, job, plan, options, progress):

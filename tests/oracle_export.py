@@ -16,7 +16,9 @@ import subprocess
 import sys
 import time
 import traceback
+import types
 import unittest.mock
+from concurrent import futures
 
 import numpy as np
 
@@ -392,6 +394,21 @@ def test_instants(folder):
     shutil.rmtree(place)
 
 
+def test_no_process():
+    """A system that gives no process, or no thread, more."""
+    reader = types.SimpleNamespace(most_jobs=2, start_method=None)
+    plan = [(types.SimpleNamespace(rows=1 << 12, cols=1 << 12), "")]
+    for holder, name, error in ((os, "fork", BlockingIOError(errno.EAGAIN, "again")),
+                                (futures.ProcessPoolExecutor, "submit", RuntimeError("no thread"))):
+        with unittest.mock.patch.object(holder, name, side_effect=error):
+            try:
+                list(export.pack_all([()], plan, export.Job(reader, None, 0), 2))
+                said = "nothing"
+            except Exception as e:
+                said = repr(e)
+        check("ExportError" in said and "could not start" in said, f"no {name}: {said}")
+
+
 def test_interrupt(folder):
     """A signal in the middle of a conversion leaves no file and no process."""
     c = Checkpoint(folder, hidden_size=1024, num_attention_heads=4, intermediate_size=8192,
@@ -553,6 +570,7 @@ def test_export(engine, folder):
     test_bad(folder)
     test_disks(folder)
     test_instants(folder)
+    test_no_process()
     test_interrupt(folder)
     test_leftovers(folder)
     test_collisions(folder)

@@ -360,6 +360,7 @@ static int fail_too_large(uint64_t bytes, struct errbuf *err)
 static int read_all(int fd, uint8_t *to, size_t n)
 {
     while (n) {
+        errno = 0; /* what is left tells an error from an early end */
         ssize_t got = read(fd, to, n < 1u << 30 ? n : 1u << 30);
         if (got < 0 && errno == EINTR)
             continue;
@@ -410,7 +411,6 @@ static int file_open(struct file *f, const char *path, int read_in, struct errbu
         fail_too_large((uint64_t)st.st_size, err);
     else {
         f->size = (size_t)st.st_size;
-        errno = 0;
         ok = file_load(f, fd, read_in, err);
     }
     close(fd);

@@ -282,6 +282,9 @@ static void test_largest_dimensions(void)
         c->is_local[l] = 0;
     check(gemma2_session_plan(x.m, &params, &plan) == GEMMA2_ERR_ARGUMENT,
           "a plan of 2^65 bytes: %llu", (unsigned long long)plan.total);
+    char err[256] = "";
+    check(!gemma2_session_new(x.m, &params, err, sizeof err) && strstr(err, "too large"),
+          "a session of 2^65 bytes: %s", err);
     free(m.data);
     unmake(&x);
 }

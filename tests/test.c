@@ -343,6 +343,54 @@ static void test_header_limits(void)
     free(m.data);
 }
 
+/* Whether the header's field at `at` may be x, in a file of so many layers. */
+static int may_be(size_t at, char kind, double x, int32_t layers)
+{
+    uint8_t header[HEADER_BYTES] = {0};
+    gemma2_config c = {.n_layers = layers};
+    struct errbuf none = {NULL, 0};
+    uint64_t bits;
+    memcpy(&bits, &x, 8);
+    if (kind == 'd')
+        put_u64(header + at, bits);
+    else
+        put_u32(header + at, kind == 'i' ? (uint32_t)x : bits_of((float)x));
+    for (int i = 0; i < N_HEADER_FIELDS; i++)
+        if (header_fields[i].at == at)
+            return read_field(header, &header_fields[i], &c, &none);
+    return -1;
+}
+
+/* The ends of each field's range in the byte table, which no file of a test could reach. */
+static void test_field_limits(void)
+{
+    static const struct {
+        size_t at;
+        char kind;
+        double low, high;
+        int zero; /* is legal: 1 also, 2 only, in a file without layers */
+    } fields[] = {
+        {64, 'i', 0, 1024, 1}, {68, 'i', 1, 1 << 20, 2}, {72, 'i', 1, 4096, 2},
+        {76, 'i', 1, 4096, 2}, {80, 'i', 2, 1024, 2}, {84, 'i', 1, 1 << 22, 2},
+        {88, 'i', 1, (1 << 22) - 1, 0}, {92, 'i', 1, 1 << 30, 2}, {96, 'i', 1, 1 << 30, 2},
+        {100, 'f', 0, 1, 2}, {104, 'd', 1e-3, 1e12, 2}, {112, 'c', 0.01, 10000, 1},
+        {116, 'c', 0.01, 10000, 1}, {120, 'f', 1e-9, 1e9, 2}, {124, 'f', 1e-9, 1e9, 2}};
+    for (size_t i = 0; i < sizeof fields / sizeof *fields; i++) {
+        size_t at = fields[i].at;
+        char kind = fields[i].kind;
+        double low = fields[i].low, high = fields[i].high, step = kind == 'i' ? 0 : 1e-6;
+        check(may_be(at, kind, low + low * step, 1) == 1 &&
+                  may_be(at, kind, high - high * step, 1) == 1, "field %zu: its ends", at);
+        check(!may_be(at, kind, kind == 'i' ? high + 1 : high + high * step, 1), "field %zu above",
+              at);
+        check(kind == 'i' && low == 0 ? 1 : !may_be(at, kind, kind == 'i' ? low - 1 :
+              low > 0 ? low - low * step : -1e-30, 1), "field %zu below", at);
+        check(may_be(at, kind, 0, 0) == (fields[i].zero > 0), "field %zu: zero, no layers", at);
+        check(fields[i].zero < 2 || !may_be(at, kind, high, 0), "field %zu, no layers", at);
+        check(may_be(at, kind, 0, 1) == (fields[i].zero == 1 || low == 0), "field %zu: zero", at);
+    }
+}
+
 static const uint32_t HOSTILE[] = {0, 1, 2, 3, 15, 16, 17, 64, 255, 256, 1024, 4096, 1u << 20,
                                    1u << 22, 1u << 30, 0x7fffffff, 0x80000000, 0xfffffff0, ~0u,
                                    0x7fc00000, 0x7f800000, 0xbf800000, 0x3f800000, 0x00000001};
@@ -479,6 +527,13 @@ static void test_tokenizer_section(void)
     tokenizer_word(&m, kinds + 8, 0x01010106, 0, "a letter that calls itself a byte");
     tokenizer_word(&m, blob, 0xff, 0, "a piece that is no UTF-8");
     tokenizer_word(&m, blob, 0x80c1, 0, "an overlong piece");
+    for (size_t cut = 0; cut <= 64; cut += cut == 62 ? 1 : 62) { /* it ends in its head */
+        put_u64(entry_of(&m, 1) + 40, cut);
+        m.size = (size_t)(section_of(&m, 1) - m.data) + cut;
+        put_u64(m.data + 32, m.size);
+        seal(&m);
+        check(!opens(&m), "a tokenizer of %zu bytes", cut);
+    }
     free(m.data);
     static const char *const bad[] = {"<0x-1>", "<0xZZ>", "<0x1>", "<0x0a>", "<0x001>", "<0xGG>"};
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
@@ -695,6 +750,7 @@ static void test_weight_file(void)
     test_truncated();
     test_flipped();
     test_header_limits();
+    test_field_limits();
     test_hostile_words();
     test_directory();
     test_consistent_lies();
@@ -1561,6 +1617,7 @@ static void test_threads(void)
 /* Everything with numbers in it, as a host would call it: opening, text, logits, scores. */
 struct numbers {
     float logits[3][128], score[3], logprob;
+    double sums[5000];
     int32_t id, text[8];
     char scratch[512];
 };
@@ -1583,6 +1640,7 @@ static void compute_numbers(const struct image *image, int threads, struct numbe
     gemma2_score(s, ids + 16, 3, 5, out->score);
     gemma2_logprob(out->logits[0], vocab(m), 3, &out->logprob);
     out->id = gemma2_sample(s, &sampler, out->logits[2]);
+    gemma2_importance(s, ids, 9, 1, out->sums);
     gemma2_session_free(s);
     gemma2_close(m);
 }
@@ -2431,7 +2489,9 @@ static int64_t encode(const gemma2_model *m, const char *text, int64_t size, uns
     return count;
 }
 
-/* Ids 4 .. 20 of a vocabulary where every rule shows. */
+enum { BYTE_0 = 23 };
+
+/* Ids 4 .. 22 of a vocabulary where every rule shows; the bytes come behind. */
 static void rule_pieces(struct pieces *p, int with_bytes)
 {
     static const struct {
@@ -2447,7 +2507,8 @@ static void rule_pieces(struct pieces *p, int with_bytes)
         {"ab", GEMMA2_PIECE_NORMAL, -1},  {"\xe2\x96\x81", GEMMA2_PIECE_NORMAL, -6},
         {"\xe2\x96\x81" "a", GEMMA2_PIECE_NORMAL, -2.5f}, {"<", GEMMA2_PIECE_NORMAL, -7},
         {"s", GEMMA2_PIECE_NORMAL, -7},   {">", GEMMA2_PIECE_NORMAL, -7},
-        {"c", GEMMA2_PIECE_CONTROL, 0}};
+        {"c", GEMMA2_PIECE_CONTROL, 0},   {"s>", GEMMA2_PIECE_MARKER, 0},
+        {"\xc3\xa9", GEMMA2_PIECE_MARKER, 0}};
     start_pieces(p);
     for (size_t i = 0; i < sizeof list / sizeof *list; i++)
         add_piece(p, list[i].text, list[i].kind, list[i].score);
@@ -2480,7 +2541,10 @@ static const struct {
     {"\n\n\n\n\n", 5, GEMMA2_ENCODE_PLAIN, {7, 6}, "PLAIN is about markers only"},
     {"\n", 1, 0, {1010}, "a byte"},
     {"xax", 3, 0, {1000 + 'x', 8, 1000 + 'x'}, "unknown letters"},
-    {"\xc3\xa9", 2, 0, {1195, 1169}, "a character's bytes"},
+    {"\xc3\xaa", 2, 0, {1195, 1170}, "a character's bytes"},
+    {"s>\xc3\xa9", 4, 0, {21, 22}, "markers"},
+    {"s>", 2, GEMMA2_ENCODE_PLAIN, {18, 19}, "under PLAIN merges make no marker"},
+    {"\xc3\xa9", 2, GEMMA2_ENCODE_PLAIN, {1195, 1169}, "nor is a character one"},
     {"\xff", 1, 0, {1239, 1191, 1189}, "no UTF-8: U+FFFD"},
     {"\xe2\x82", 2, 0, {1239, 1191, 1189, 1239, 1191, 1189}, "each bad byte one U+FFFD"},
     {"a\0b", 3, 0, {8, 1000, 9}, "NUL is a character"},
@@ -2501,7 +2565,7 @@ static void test_encodings(int with_bytes)
         int64_t n = 0, count;
         for (const int32_t *id = encodings[i].ids; *id; id++)
             if (*id < 1000 || with_bytes)
-                want[n++] = *id < 1000 ? *id : 21 + *id - 1000;
+                want[n++] = *id < 1000 ? *id : BYTE_0 + *id - 1000;
             else if (!n || want[n - 1] != 3) /* a run of unknown text is one unk */
                 want[n++] = 3;
         count = encode(m, encodings[i].text, encodings[i].size, encodings[i].flags, got, 8);
@@ -2771,7 +2835,7 @@ static void test_decode_runs(void)
         for (size_t i = 0; i < n; i++) {
             int is_byte = below(8) > 0;
             uint8_t byte = below(3) ? likely[below(sizeof likely)] : (uint8_t)rnd();
-            ids[i] = is_byte ? 21 + byte : below(2) ? 16 : 2; /* " a", or BOS: nothing */
+            ids[i] = is_byte ? BYTE_0 + byte : below(2) ? 16 : 2; /* " a", or BOS: nothing */
             if (is_byte) {
                 run[in_run++] = byte;
                 continue;
@@ -2822,13 +2886,13 @@ static void test_decode_calls(void)
     size_t room = (size_t)gemma2_get_config(m)->max_piece_bytes + 12, size;
     char text[64];
     int kind = 0;
-    check(gemma2_decode(m, &hold, 21 + 0xe2, text, room) == 0 && hold.n == 1, "one byte is held");
-    check(gemma2_decode(m, &hold, 21 + 0x82, text, room - 1) == GEMMA2_ERR_SPACE && hold.n == 1,
+    check(gemma2_decode(m, &hold, BYTE_0 + 0xe2, text, room) == 0 && hold.n == 1, "one byte is held");
+    check(gemma2_decode(m, &hold, BYTE_0 + 0x82, text, room - 1) == GEMMA2_ERR_SPACE && hold.n == 1,
           "too small a buffer changes nothing");
-    check(gemma2_decode(m, &hold, 21 + 0x82, text, room) == 0 && hold.n == 2, "two are held");
-    check(gemma2_decode(m, &hold, 21 + 0xac, text, room) == 3 && !memcmp(text, "\xe2\x82\xac", 3),
+    check(gemma2_decode(m, &hold, BYTE_0 + 0x82, text, room) == 0 && hold.n == 2, "two are held");
+    check(gemma2_decode(m, &hold, BYTE_0 + 0xac, text, room) == 3 && !memcmp(text, "\xe2\x82\xac", 3),
           "three make a character");
-    gemma2_decode(m, &hold, 21 + 0xf0, text, room);
+    gemma2_decode(m, &hold, BYTE_0 + 0xf0, text, room);
     check(gemma2_decode(m, &hold, -1, text, room) == 3 && hold.n == 0, "flush");
     check(gemma2_decode(m, &hold, -1, text, room) == 0, "flush of nothing");
     check(gemma2_decode(m, &hold, 3, text, room) == 5 && !memcmp(text, " \xe2\x81\x87 ", 5), "unk");

@@ -310,6 +310,12 @@ run "a stop string inside a character" 0 "$STORY" -q --echo -n 0 --stop "$STRAY"
 out_is "$E_ACUTE\n"
 
 # ---- Hostile arguments and prompts ---------------------------------------------------
+cp "$STORY" "$TMP/m$E_ACUTE"
+printf x >"$TMP/p$E_ACUTE"
+run "paths of other letters" 0 "$TMP/m$E_ACUTE" -q -n 1 --session "$TMP/s$E_ACUTE" -f "$TMP/p$E_ACUTE"
+err_empty
+run "a session of such a path" 0 "$STORY" -q -n 1 --load "$TMP/s$E_ACUTE" -p ""
+claim "$(ls "$TMP" | grep -c "^[mps]$E_ACUTE$")" -eq 3 "files of that name"
 if [ "$SYSTEM" != windows ]; then # which takes no such characters, nor 32 KB of arguments
     UNUSUAL="$TMP/m$E_ACUTE %s 'x\""
     cp "$STORY" "$UNUSUAL"

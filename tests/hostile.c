@@ -1,4 +1,4 @@
-/* Hostile input: 49 classes of wrong and of unusual input that have broken other engines, each
+/* Hostile input: 50 classes of wrong and of unusual input that have broken other engines, each
  * with the right outcome - an error where the input is wrong, the correct result where it is
  * merely unusual.  CLASSES, at the end, says for every class where it is tested; those without
  * a place elsewhere are tested here, in the order of their numbers.
@@ -897,8 +897,9 @@ static const struct {
     {46, "a turn of 100 KB", "cli.sh", "turn"},
     {47, "failing allocations and calls", "fault.c", "test_library test_program"},
     {48, "handles: NULL, threads, fork", "hostile.c", "test_handles"},
-    {49, "arguments", "cli.sh", "number"},
+    {49, "arguments; paths that are not ASCII", "cli.sh", "number E_ACUTE"},
     {50, "the converter", "oracle_export.py", "test_bad test_interrupt"},
+    {50, "pickles", "oracle_arrays.py", "test_torch_pickles"},
 };
 
 static char *read_text(const char *name)

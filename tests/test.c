@@ -473,6 +473,34 @@ static void test_consistent_lies(void)
     free(m.data);
 }
 
+/* A tokenizer and nothing else, or with as many sections behind it as there may be. */
+static void test_section_counts(void)
+{
+    static const uint64_t counts[] = {1, 2, 65536, 65537};
+    static struct pieces p;
+    plain_pieces(&p, 30);
+    struct image m = build_tokenizer_file(&p);
+    for (int i = 0; i < 4; i++) {
+        uint64_t n = counts[i], at = (512 + 96 * n + 63) / 64 * 64, end = at + pieces_bytes(&p);
+        struct image c = {NULL, n == 1 ? end : (end + 63) / 64 * 64};
+        c.data = fresh(c.size);
+        memset(c.data, 0, c.size);
+        memcpy(c.data, m.data, 512);
+        memcpy(entry_of(&c, 0), entry_of(&m, 1), 96);
+        memcpy(c.data + at, section_of(&m, 1), end - at);
+        put_u64(c.data + 32, c.size), put_u32(c.data + 48, (uint32_t)n);
+        put_u64(entry_of(&c, 0) + 32, at);
+        for (uint32_t k = 1; k < n; k++) { /* optional, empty */
+            put_u32(entry_of(&c, (int)k), 300), put_u32(entry_of(&c, (int)k) + 4, k);
+            put_u32(entry_of(&c, (int)k) + 12, 1), put_u64(entry_of(&c, (int)k) + 32, c.size);
+        }
+        seal(&c);
+        check(opens(&c) == (n <= 65536), "%llu sections", (unsigned long long)n);
+        free(c.data);
+    }
+    free(m.data);
+}
+
 /* A missing tensor: its entry becomes a kind unknown but optional.  Only facts can go. */
 static void test_missing(void)
 {
@@ -624,8 +652,12 @@ static void test_check(void)
         x.image.data[i] ^= (uint8_t)(1 << i % 8);
     }
     check(!missed, "--check misses %d changed bytes", missed);
-    x.image.data[section_of(&x.image, 3) - x.image.data] ^= 1;
-    check(gemma2_check(x.m, 3, err, sizeof err) == GEMMA2_ERR_CORRUPT && err[0], "and says so");
+    *section_of(&x.image, 3) ^= 1;
+    check(gemma2_check(x.m, 3, err, sizeof err) == GEMMA2_ERR_CORRUPT &&
+              strstr(err, "q of layer 0 does not match"), "and says so: %s", err);
+    *section_of(&x.image, 1) ^= 1;
+    check(gemma2_check(x.m, 1, err, sizeof err) == GEMMA2_ERR_CORRUPT &&
+              !strncmp(err, "tokenizer does not match", 24), "and says so: %s", err);
     unmake(&x);
 }
 
@@ -754,6 +786,7 @@ static void test_weight_file(void)
     test_hostile_words();
     test_directory();
     test_consistent_lies();
+    test_section_counts();
     test_missing();
     test_tokenizer_section();
     test_colliding_pieces();
@@ -2234,6 +2267,31 @@ static void test_layer_kinds(void)
     unmake(&x);
 }
 
+/* Bytes of a cache: of a local layer the window and a batch, where the context is not less. */
+static void test_plans(void)
+{
+    static const int32_t contexts[] = {1, 10, 17, 64};
+    for (int i = 0; i < N_SHAPES * 4 * 2 * 2; i++) {
+        const struct shape *s = &shapes[i % N_SHAPES];
+        struct model x = make(s);
+        gemma2_session_params p;
+        gemma2_plan plan;
+        gemma2_session_params_init(&p);
+        p.n_context = contexts[i / N_SHAPES % 4], p.n_batch = i / (N_SHAPES * 8) ? 20 : 1, p.n_threads = 1;
+        p.cache_type = i / (N_SHAPES * 4) % 2 ? GEMMA2_CACHE_F16 : GEMMA2_CACHE_F32;
+        uint64_t want = 0, number = p.cache_type == GEMMA2_CACHE_F16 ? 2 : 4;
+        for (uint32_t l = 0; l < s->layers; l++) {
+            int32_t slots = s->local >> l & 1 ? min_i32(p.n_context, 8 + p.n_batch) : p.n_context;
+            uint64_t heads = ((uint64_t)slots + 15) / 16 * 16 * s->k * number;
+            want += (heads * s->h + 63) / 64 * 64 + heads * ((s->h + 15) / 16 * 16);
+        }
+        check(gemma2_session_plan(x.m, &p, &plan) == GEMMA2_OK && plan.cache == want,
+              "%s, context %d: a cache of %llu bytes, not %llu", s->name, p.n_context,
+              (unsigned long long)plan.cache, (unsigned long long)want);
+        unmake(&x);
+    }
+}
+
 /* ---- rewinding ---- */
 
 /* A random walk of steps and rewinds, against sessions that never rewound. */
@@ -2458,6 +2516,7 @@ static void test_model(void)
     test_shared_passes();
     test_scales();
     test_layer_kinds();
+    test_plans();
     test_rewind();
     test_rewind_edges();
     test_refused_calls();

@@ -744,7 +744,7 @@ static void put_quoted(output *out, const char *text, const char *escaped)
 
 static int takes_file(const option *o)
 {
-    return o->argument && strcmp(o->argument, "FILE") == 0;
+    return o->argument && (strcmp(o->argument, "FILE") == 0 || strcmp(o->argument, "OUT") == 0);
 }
 
 static const char BASH_FILES[] = "local IFS=$'\\n'; COMPREPLY=($(compgen -f -- \"$word\"));";
@@ -765,8 +765,11 @@ static void put_bash_case(output *out, const option *o)
 
 static void print_bash(output *out)
 {
-    put_named(out, "_@() {\n    local word=${COMP_WORDS[COMP_CWORD]}\n    COMPREPLY=()\n"
-                   "    case ${COMP_WORDS[COMP_CWORD-1]} in\n");
+    put_named(out, "_@() {\n    local word=${COMP_WORDS[COMP_CWORD]}\n"
+                   "    local before=${COMP_WORDS[COMP_CWORD-1]}\n    COMPREPLY=()\n"
+                   "    [[ $word == = ]] && word=\n" /* --name=value comes as three words */
+                   "    [[ $before == = ]] && before=${COMP_WORDS[COMP_CWORD-2]}\n"
+                   "    case $before in\n");
     for (const option *o = OPTIONS; o < OPTIONS + N_OPTIONS; o++)
         if (o->kind != HEADING && o->argument)
             put_bash_case(out, o);
@@ -780,7 +783,7 @@ static void print_bash(output *out)
 
 static void print_zsh(output *out)
 {
-    put_named(out, "#compdef @\n_arguments -s");
+    put_named(out, "#compdef @\n_arguments");
     for (const option *o = OPTIONS; o < OPTIONS + N_OPTIONS; o++) {
         const char *more = o->kind == STOP ? "*" : "", *value = o->argument ? "=" : "";
         if (o->kind == HEADING)
@@ -876,8 +879,10 @@ static int unknown_option(const char *argument)
             continue;
         int other_case = length == 1 && tolower((unsigned char)name[0]) == o->letter;
         int abbreviated = length && strncmp(o->name, name, length) == 0;
+        int its_letter = argument[1] != '-' && argument[1] == o->letter; /* -qc */
         size_t distance = other_case    ? 0
                           : abbreviated ? 1
+                          : its_letter  ? 2
                                         : 1 + edit_distance(name, o->name);
         if (distance < best) {
             best = distance;

@@ -74,6 +74,7 @@ refuses "nearest is --temperature" "misspelt option" 2 "$STORY" --temprature 1 x
 refuses "nearest is --perplexity" "abbreviated option" 2 "$STORY" --perp x
 refuses "nearest is --max-tokens" "long option, one dash" 2 "$STORY" -max-tokens 5 x
 refuses "nearest is --max-tokens" "other case" 2 "$STORY" -N 5 x
+refuses "nearest is --quiet" "letters together" 2 "$STORY" -qc x
 refuses "nearest is" "unknown letter" 2 "$STORY" -Z x
 refuses "unknown option --=" "empty option name" 2 "$STORY" --=1 x
 refuses "needs a value" "value missing" 2 "$STORY" x -n

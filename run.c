@@ -13,8 +13,8 @@
  * Standard output carries what was asked for and nothing else.  A function that returns
  * int returns an exit code, 0 to go on, unless its comment says otherwise; whoever finds
  * the failure prints the sentence.  */
-#if !defined(_WIN32) && !defined(_POSIX_C_SOURCE)
-#define _POSIX_C_SOURCE 200809L
+#if !defined(_WIN32) && !defined(_XOPEN_SOURCE)
+#define _XOPEN_SOURCE 700
 #endif
 #ifdef _WIN32
 #define _CRT_RAND_S
@@ -112,9 +112,24 @@ static void restore_console(void)
 }
 #endif
 
-/* Standard streams byte for byte, a terminal in UTF-8, a broken pipe as a failed write,
- * Ctrl-C as above unless whoever started us ignores it, and a file that shrinks while it is
- * mapped. */
+/* Ctrl-C as above, unless whoever started us ignores it; whether it ends a waiting read. */
+static void catch_interrupts(int ends_reading)
+{
+#ifdef _WIN32
+    (void)ends_reading; /* it always does */
+    signal(SIGINT, on_interrupt);
+#else
+    struct sigaction interrupt = {0}, inherited;
+    interrupt.sa_handler = on_interrupt;
+    interrupt.sa_flags = ends_reading ? 0 : SA_RESTART;
+    sigemptyset(&interrupt.sa_mask);
+    if (sigaction(SIGINT, NULL, &inherited) == 0 && inherited.sa_handler != SIG_IGN)
+        sigaction(SIGINT, &interrupt, NULL);
+#endif
+}
+
+/* Standard streams byte for byte, a terminal in UTF-8, a broken pipe as a failed write, and a
+ * file that shrinks while it is mapped. */
 static void platform_init(void)
 {
 #ifdef _WIN32
@@ -124,14 +139,7 @@ static void platform_init(void)
     console_input = GetConsoleCP(), console_output = GetConsoleOutputCP();
     SetConsoleCP(CP_UTF8), SetConsoleOutputCP(CP_UTF8);
     atexit(restore_console);
-    signal(SIGINT, on_interrupt);
 #else
-    struct sigaction interrupt = {0}, inherited;
-    interrupt.sa_handler = on_interrupt;
-    interrupt.sa_flags = SA_RESTART;
-    sigemptyset(&interrupt.sa_mask);
-    if (sigaction(SIGINT, NULL, &inherited) == 0 && inherited.sa_handler != SIG_IGN)
-        sigaction(SIGINT, &interrupt, NULL);
     struct sigaction lost_page = {0};
     lost_page.sa_sigaction = on_lost_page;
     lost_page.sa_flags = SA_SIGINFO;
@@ -261,6 +269,20 @@ static int is_special(const char *path)
 #endif
 }
 
+/* What path leads to over links, to be freed; a link is not replaced by a file.  NULL without
+ * memory. */
+static char *follow_links(const char *path)
+{
+#ifndef _WIN32
+    char *target = realpath(path, NULL);
+    if (target || errno == ENOMEM)
+        return target;
+#endif
+    size_t n = strlen(path) + 1;
+    char *copy = malloc(n);
+    return copy ? memcpy(copy, path, n) : NULL;
+}
+
 /* Makes a new file beside path, readable by its owner only; its name goes to name. */
 static FILE *open_beside(const char *path, char *name, size_t size)
 {
@@ -269,8 +291,8 @@ static FILE *open_beside(const char *path, char *name, size_t size)
 #else
     int n = snprintf(name, size, "%s.XXXXXX", path);
 #endif
-    if (n >= (int)size) {
-        errno = ENAMETOOLONG;
+    if (n >= (int)size || !*path) {
+        errno = *path ? ENAMETOOLONG : ENOENT;
         return NULL;
     }
 #ifdef _WIN32
@@ -292,9 +314,10 @@ static int replace_file(FILE *file, const char *name, const char *path, const vo
     int ok = fwrite(bytes, 1, n, file) == n && fflush(file) == 0;
 #ifdef _WIN32
     wchar_t from[4096], to[4096];
-    ok = fclose(file) == 0 && ok && widen(name, from) && widen(path, to);
+    if (fclose(file) != 0 || !ok || !widen(name, from) || !widen(path, to))
+        return 0;
     errno = EACCES;
-    return ok && MoveFileExW(from, to, MOVEFILE_REPLACE_EXISTING | MOVEFILE_WRITE_THROUGH);
+    return MoveFileExW(from, to, MOVEFILE_REPLACE_EXISTING | MOVEFILE_WRITE_THROUGH);
 #else
     ok = ok && fsync(fileno(file)) == 0;
     ok = fclose(file) == 0 && ok;
@@ -624,9 +647,9 @@ static const struct {
     {"SESSIONS",
      "A session's file holds ids, keys and values (as large as the cache, see --info) and fits\n"
      "one model, --window and --kv.  With -c it is a conversation, without a text; --system\n"
-     "counts in the first turn only.  It is replaced whole when all went well, and stays as it\n"
-     "was after an error or an interrupted answer.  Under --exact what follows is the same, to\n"
-     "the bit, as in one go.\n"},
+     "counts in the first turn only.  It is replaced whole when all went well (and when Ctrl-C\n"
+     "ends a conversation at its prompt), and stays as it was after an error or an interrupted\n"
+     "answer.  Under --exact what follows is the same, to the bit, as in one go.\n"},
     {"OUTPUT",
      "Text goes to standard output, speed, seed and warnings to standard error.  On a\n"
      "terminal control characters of the text are shown as U+FFFD.  --json's seed may\n"
@@ -1291,11 +1314,13 @@ static void clear_progress(program *p)
     p->progress_shown = 0;
 }
 
-/* Appends all of a file to bytes. */
-static int read_file(FILE *file, const char *name, array *bytes)
+enum { LONGEST_TEXT = 1 << 28 }; /* bytes that gemma2_encode takes */
+
+/* Appends all of a file to bytes; one that never ends is not read to the end of memory. */
+static int read_file(FILE *file, const char *name, uint64_t most, array *bytes)
 {
     enum { PIECE = 1 << 16 };
-    for (;;) {
+    while (bytes->n <= most) {
         char *end = extend(bytes, PIECE, 1);
         if (!end)
             return out_of_memory();
@@ -1304,17 +1329,22 @@ static int read_file(FILE *file, const char *name, array *bytes)
         if (got < PIECE)
             break;
     }
-    return ferror(file) ? fail(FAILED, "cannot read %s: %s", name, strerror(errno)) : DONE;
+    if (ferror(file))
+        return fail(FAILED, "cannot read %s: %s", name, strerror(errno));
+    if (bytes->n > most)
+        return fail(FAILED, "%s is too long: more than %" PRIu64 " bytes%s", name, most,
+                    most == LONGEST_TEXT ? "" : "; for a longer session raise --context");
+    return DONE;
 }
 
 static int read_path(const char *path, array *bytes)
 {
     if (strcmp(path, "-") == 0)
-        return read_file(stdin, "standard input", bytes);
+        return read_file(stdin, "standard input", LONGEST_TEXT, bytes);
     FILE *file = open_path(path, "rb");
     if (!file)
         return fail(FAILED, "cannot open %s: %s", path, strerror(errno));
-    int status = read_file(file, path, bytes);
+    int status = read_file(file, path, LONGEST_TEXT, bytes);
     fclose(file);
     return status;
 }
@@ -1640,6 +1670,36 @@ static void print_speed(const program *p)
 
 /* ---- sessions in files ---- */
 
+/* Writes a file, whole or not at all.  bytes NULL: only sees whether one can be made there, to
+ * say so before the work and not after it. */
+static int save_file(const char *what, const char *path, const void *bytes, size_t n)
+{
+    char name[4096];
+    patience = PATIENCE; /* Ctrl-C must not come between making the file and naming it */
+    stop_asked = 0;
+    char *target = follow_links(path);
+    FILE *file = target ? open_beside(target, name, sizeof name) : NULL;
+    int made = file && (bytes ? replace_file(file, name, target, bytes, n) : fclose(file) == 0);
+    int reason = errno;
+    free(target);
+    if (file && (!made || !bytes))
+        remove_path(name);
+    if (!made)
+        return fail(FAILED, "cannot save %s as %s: %s", what, path, strerror(reason));
+    if (bytes)
+        return DONE;
+    patience = 0;
+    return stop_asked ? INTERRUPTED : DONE;
+}
+
+/* Above the bytes of any that the context has room for: keys and values in f32, ids, header. */
+static uint64_t longest_session(const program *p)
+{
+    const gemma2_config *c = p->config;
+    uint64_t numbers = 2 * (uint64_t)c->n_layers * (uint64_t)c->n_kv_heads * (uint64_t)c->head_dim;
+    return (uint64_t)gemma2_context(p->session) * 4 * (numbers + 1) + 4096;
+}
+
 /* Puts the session where the file's stood, but for its last token: that is evaluated with
  * what follows, to have logits. */
 static int load_session(program *p)
@@ -1650,13 +1710,16 @@ static int load_session(program *p)
         return DONE;
     if (is_special(path))
         return fail(FAILED, "%s is not a file that can hold a session", path);
+    int status = opts->kept ? save_file("the session", path, NULL, 0) : DONE;
+    if (status != DONE)
+        return status;
     FILE *file = open_path(path, "rb");
     if (!file && errno == ENOENT && opts->kept)
         return DONE; /* the first time */
     if (!file)
         return fail(FAILED, "cannot open %s: %s", path, strerror(errno));
     array bytes = {0};
-    int status = read_file(file, path, &bytes);
+    status = read_file(file, path, longest_session(p), &bytes);
     fclose(file);
     int code = status ? 0 : gemma2_session_restore(p->session, bytes.items, bytes.n);
     free(bytes.items);
@@ -1672,24 +1735,11 @@ static int load_session(program *p)
     return status;
 }
 
-static int save_file(const char *what, const char *path, const void *bytes, size_t n)
-{
-    char name[4096];
-    patience = PATIENCE; /* Ctrl-C must not come between making the file and naming it */
-    FILE *file = open_beside(path, name, sizeof name);
-    if (file && replace_file(file, name, path, bytes, n))
-        return DONE;
-    int reason = errno;
-    if (file)
-        remove_path(name);
-    return fail(FAILED, "cannot save %s as %s: %s", what, path, strerror(reason));
-}
-
 static int save_session(program *p)
 {
     const char *path = p->opts->kept;
     size_t held = (size_t)gemma2_position(p->session);
-    if (!path || p->ids.n == 0)
+    if (!path)
         return DONE;
     interruptible = NULL; /* Ctrl-C comes too late */
     gemma2_cancel(p->session, 0);
@@ -1795,17 +1845,23 @@ static int generate(program *p)
     return p->reply.finish == AT_INTERRUPT ? INTERRUPTED : DONE;
 }
 
-/* Reads a line, of any length, without its newline; *at_end where there is none. */
+/* Reads a line, of any length, without its newline; *at_end where there is none.  Ctrl-C ends
+ * it, and so the conversation, which is kept. */
 static int read_line(array *line, int *at_end)
 {
     int c;
     line->n = 0;
+    patience = 1, stop_asked = 0;
+    catch_interrupts(1);
     while ((c = getc(stdin)) != '\n' && c != EOF) {
         char *end = extend(line, 1, 1);
         if (!end)
             return out_of_memory();
         *end = (char)c;
     }
+    catch_interrupts(0);
+    if (c == EOF && stop_asked)
+        return INTERRUPTED;
     if (c == EOF && ferror(stdin))
         return fail(FAILED, "cannot read standard input: %s", strerror(errno));
     *at_end = c == EOF && line->n == 0;
@@ -1856,17 +1912,14 @@ static int converse(program *p)
         fprintf(stderr, "seed %" PRIu64 "\n", p->seed);
     int status = DONE;
     while (status == DONE && !p->out.error) {
-        patience = 0;
         fprintf(stderr, "> ");
         fflush(stderr);
         int at_end = 0;
         status = read_line(&p->prompt, &at_end);
-        if (status != DONE)
-            break;
-        if (at_end) {
+        if (at_end || status == INTERRUPTED)
             fputc('\n', stderr);
+        if (at_end || status != DONE)
             break;
-        }
         size_t n = p->prompt.n;
         const char *line = trim(p->prompt.items, &n);
         if (n == 5 && memcmp(line, "/exit", 5) == 0)
@@ -2101,9 +2154,12 @@ static int importance(program *p, size_t length)
     uint32_t block = p->opts->block ? (uint32_t)p->opts->block : 1;
     if (is_special(p->opts->importance))
         return fail(FAILED, "%s is not a file that can hold the importance", p->opts->importance);
+    int status = save_file("the importance", p->opts->importance, NULL, 0);
+    if (status != DONE)
+        return status;
     while (gemma2_get_input(p->model, n++, &last))
         columns = (size_t)last.first + last.cols;
-    int status = load_prompt(p);
+    status = load_prompt(p);
     if (status != DONE)
         return status;
     if (p->ids.n < 2)
@@ -2377,10 +2433,12 @@ static int run(program *p, mode_kind mode)
         return importance(p, (size_t)params.n_context);
     init_sampler(p);
     status = load_session(p);
-    if (status == DONE)
-        status = mode == CONVERSE ? converse(p) : run_prompt(p, mode);
-    /* what could not be shown was not said */
-    return status == DONE && !p->out.error ? save_session(p) : status;
+    if (status != DONE)
+        return status;
+    status = mode == CONVERSE ? converse(p) : run_prompt(p, mode);
+    int all_said = status == DONE || (status == INTERRUPTED && mode == CONVERSE);
+    int saved = all_said && !p->out.error ? save_session(p) : DONE; /* what was shown was said */
+    return saved != DONE ? saved : status;
 }
 
 static void init_options(options *opts)
@@ -2398,6 +2456,7 @@ int main(int argc, char **argv)
     init_options(&opts);
     program p = {.opts = &opts};
     platform_init();
+    catch_interrupts(0);
     argv = utf8_arguments(&argc, argv);
     if (!argv)
         return out_of_memory();

@@ -261,7 +261,8 @@ run "quiet about it" 0 "$STORY" -q -c -n 0 -S Rhyme. --load "$TMP/chat" x; err_e
 cp "$S" "$TMP/same"
 refuses "another model, window" "session of another window" 1 "$STORY" --window 8 --session "$S" x
 refuses "another model, window" "session of another cache type" 1 "$STORY" --kv f32 --session "$S" x
-refuses "no room" "session above the context" 1 "$STORY" -C 20 --session "$S" x
+refuses "no room" "session above the context" 1 "$STORY" -C 40 --session "$S" x
+refuses "raise --context" "session far above the context" 1 "$STORY" -C 20 --session "$S" x
 refuses "do not go together" "two sessions" 2 "$STORY" --session "$S" --load "$S" x
 refuses "do not go together" "session and scores" 2 "$STORY" --session "$S" --score x
 refuses "cannot open" "session to load is missing" 1 "$STORY" --load "$TMP/none" x
@@ -276,7 +277,17 @@ head -c 5000 "$S" >"$TMP/cut"; refuses "damaged" "session cut short" 1 "$STORY" 
 : >"$TMP/cut"; refuses "damaged" "empty session" 1 "$STORY" --load "$TMP/cut" x
 refuses "damaged" "a model is no session" 1 "$STORY" --load "$STORY" x
 same "$S" "$TMP/same" "a refused session was changed"
-run "session that cannot be saved" 1 "$STORY" -n 1 -q --session "$TMP/none/kept" x; err_has "cannot save"
+for path in "$TMP/none/kept" ""; do # before the work, not after it
+    refuses "cannot save" "session in '$path'" 1 "$STORY" -n 1 -q --session "$path" x
+done
+dd if=/dev/zero of="$TMP/cut" bs=1 count=0 seek=67108864 2>/dev/null
+refuses "too long" "a session that does not end" 1 "$STORY" --load "$TMP/cut" x
+if [ "$SYSTEM" != windows ]; then
+    ln -s half "$TMP/link"; cp "$TMP/half" "$TMP/before"
+    run "a session behind a link" 0 "$STORY" -q -n 1 --session "$TMP/link" x
+    claim "$(ls -l "$TMP/link" | grep -c ' -> half$')" -eq 1 "links"
+    if cmp -s "$TMP/half" "$TMP/before"; then fail "its file was not changed"; else pass; fi
+fi
 name="nothing else is left"; claim "$(ls "$TMP" | grep -c '^kept\.')" -eq 0 "files beside the session"
 
 # Through a pipe text is raw.
@@ -340,7 +351,7 @@ if [ "$SYSTEM" != windows ]; then # which takes no such characters, nor 32 KB of
     same "$TMP/out" "$TMP/greedy" "a stop string that never comes changes the text"
 fi
 if dd if=/dev/zero of="$TMP/file" bs=1 count=0 seek=268435457 2>/dev/null; then
-    refuses "268435457 bytes is too long" "a prompt above 2^28 bytes" 1 "$STORY" -f "$TMP/file"
+    refuses "too long: more than 268435456 bytes" "a prompt above 2^28 bytes" 1 "$STORY" -f "$TMP/file"
 fi
 : >"$TMP/file"
 
@@ -422,7 +433,7 @@ refuses "32, 64" "block of 48" 2 "$STORY" --importance "$TMP/imp3" --importance-
 refuses "belongs to" "block of nothing" 2 "$STORY" --importance-block 32 "$P"
 refuses "needs a text" "importance of nothing" 2 "$STORY" --importance "$TMP/imp3" ""
 refuses "do not go together" "importance of a chat" 2 "$STORY" -c --importance "$TMP/imp3" "$P"
-refuses "/none/imp" "importance to nowhere" 1 "$STORY" --importance "$TMP/none/imp" "$P"
+refuses "cannot save the importance as $TMP/none/imp" "importance to nowhere" 1 "$STORY" --importance "$TMP/none/imp" "$P"
 name="importance refused"; ls "$TMP" | grep -q imp3 && fail "left a file" || pass
 
 # ---- Pipes, signals, terminals -----------------------------------------------------
@@ -510,6 +521,20 @@ elif terminal "a terminal" "echo x" : && [ "$(cat "$TMP/out")" = x ]; then
     terminal "conversation" "'$RUN' '$STORY' -c -n 5; echo status \$?" \
         "sleep 0.5; echo hello; sleep 0.5; echo /exit; sleep 0.2"
     out_has "status 0"; out_has "^> "
+    chat() { # TYPIST: what the session's file then holds goes to $TMP/out
+        terminal "$name" "trap : INT; '$RUN' '$STORY' -c -n 5 --session '$TMP/talk'; echo status \$?" \
+            "sleep 0.5; $1; sleep 0.5"
+        keep said
+        run "$name" 0 "$STORY" -c -n 0 --json --load "$TMP/talk" x
+        sed 's/.*"prompt_ids": \[\([^]]*\).*/\1/' "$TMP/out" | tr ',' '\n' >"$TMP/ids"
+    }
+    name="Ctrl-C at the prompt keeps the conversation"
+    chat "echo Hello; sleep 1; printf '\003'; sleep 1; printf '\003'" # the first may come amid the reply
+    claim "$(grep -c "status 130" "$TMP/said")" -eq 1 "status 130"
+    claim "$(wc -l <"$TMP/ids")" -gt 20 "ids of two turns"
+    name="/clear clears the session's file"
+    chat "echo /clear; printf '\004'"
+    claim "$(wc -l <"$TMP/ids")" -lt 20 "ids of one turn"
 else
     echo "not run: what a terminal sees, there is no script (util-linux)"
 fi

@@ -24,6 +24,7 @@ ssize_t fault_write(int fd, const void *from, size_t n);
 int fault_fsync(int fd);
 int fault_rename(const char *from, const char *to);
 int fault_mkstemp(char *path);
+char *fault_realpath(const char *path, char *to);
 FILE *fault_fopen(const char *path, const char *mode);
 FILE *fault_fdopen(int fd, const char *mode);
 int fault_fclose(FILE *f);
@@ -50,6 +51,7 @@ int fault_isatty(int fd);
 #define fsync(fd) fault_fsync(fd)
 #define rename(from, to) fault_rename(from, to)
 #define mkstemp(path) fault_mkstemp(path)
+#define realpath(path, to) fault_realpath(path, to)
 #define fopen(path, mode) fault_fopen(path, mode)
 #define fdopen(fd, mode) fault_fdopen(fd, mode)
 #define fclose(f) fault_fclose(f)

@@ -79,15 +79,15 @@ install: run lib
 	$(INSTALL_PROGRAM) $(SHARED_LIB) "$(DESTDIR)$(libdir)/$(firstword $(LIB_NAMES))"
 	@for name in $(wordlist 2,3,$(LIB_NAMES)); do \
 		ln -sf $(firstword $(LIB_NAMES)) "$(DESTDIR)$(libdir)/$$name" || exit 1; done
-	@printf '%s\n' 'prefix=$(prefix)' 'exec_prefix=$(exec_prefix)' 'libdir=$(libdir)' \
+	@umask 022; printf '%s\n' 'prefix=$(prefix)' 'exec_prefix=$(exec_prefix)' 'libdir=$(libdir)' \
 		'includedir=$(includedir)' '' 'Name: gemma2' 'Description: Gemma 2 inference on any CPU' \
 		'Version: $(VERSION)' 'Cflags: -I$${includedir}' 'Libs: -L$${libdir} -lgemma2' \
 		'Libs.private: $(OPENMP) -lm' > "$(DESTDIR)$(pkgconfigdir)/gemma2.pc"
 	@ln -sf ../run build/gemma2
-	@build/gemma2 --man > "$(DESTDIR)$(mandir)/man1/gemma2.1"
-	@build/gemma2 --completion bash > "$(DESTDIR)$(BASH_DIR)/gemma2"
-	@build/gemma2 --completion zsh > "$(DESTDIR)$(ZSH_DIR)/_gemma2"
-	@build/gemma2 --completion fish > "$(DESTDIR)$(FISH_DIR)/gemma2.fish"
+	@umask 022; build/gemma2 --man > "$(DESTDIR)$(mandir)/man1/gemma2.1"
+	@umask 022; build/gemma2 --completion bash > "$(DESTDIR)$(BASH_DIR)/gemma2"
+	@umask 022; build/gemma2 --completion zsh > "$(DESTDIR)$(ZSH_DIR)/_gemma2"
+	@umask 022; build/gemma2 --completion fish > "$(DESTDIR)$(FISH_DIR)/gemma2.fish"
 
 # Removes what `make install` with the same PREFIX and DESTDIR put there.
 uninstall:

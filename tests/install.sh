@@ -24,7 +24,9 @@ files() { (cd "$1" && find . ! -type d | sort); }
 # ---- What is there -------------------------------------------------------------------
 D=$TMP/stage
 ROOT=$D/opt/gemma
+umask 077 # of the installer alone: what is installed is for all
 claim "install" $MAKE -s install DESTDIR="$D" PREFIX=/opt/gemma
+claim "all can read it" test -z "$(find "$D" ! -perm -444 -o -type d ! -perm -555)"
 files "$ROOT" >"$TMP/files"
 for file in bin/gemma2 include/gemma2.h lib/libgemma2.a lib/pkgconfig/gemma2.pc \
     share/man/man1/gemma2.1 share/bash-completion/completions/gemma2 \

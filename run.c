@@ -214,7 +214,8 @@ static int reader_left(int error)
 static int is_terminal(FILE *file)
 {
 #ifdef _WIN32
-    return _isatty(_fileno(file));
+    DWORD mode; /* _isatty takes NUL for a terminal */
+    return GetConsoleMode((HANDLE)_get_osfhandle(_fileno(file)), &mode) != 0;
 #else
     return isatty(fileno(file));
 #endif

@@ -168,6 +168,8 @@ run "NUL and newline count" 0 "$VOCAB" --tokenize -f -;   out_is "2 4521 217 108
 printf 'Hello\0\n' >"$TMP/file"
 run "the same from a file" 0 "$VOCAB" --tokenize -f "$TMP/file"; out_is "2 4521 217 108\n"
 run "empty input is an empty prompt" 0 "$VOCAB" --tokenize;      out_is "2\n"
+name="the null device is an empty prompt"
+claim "$("$RUN" "$VOCAB" --tokenize </dev/null 2>&1)" = 2 "ids"
 printf 'not read' >"$TMP/in"
 run "-p leaves standard input alone" 0 "$VOCAB" -p Hello --tokenize; out_is "2 4521\n"
 run "prompt after --" 0 --tokenize "$VOCAB" -- -n;        out_is "2 235290 235254\n"

@@ -525,8 +525,8 @@ typedef struct {
 #define HEAD(text) {0, NULL, NULL, text, HEADING, 0, NULL, 0, 0}
 #define IS(kind, member) kind, offsetof(options, member), NULL, 0, 0
 #define IN(kind, member, takes, least, most) kind, offsetof(options, member), takes, least, most
-#define FROM_0(member) IN(WHOLE, member, "a whole number, 0 or more", 0, INT32_MAX)
-#define FROM_1(member) IN(WHOLE, member, "a whole number, 1 or more", 1, INT32_MAX)
+#define FROM_0(member) IN(WHOLE, member, "a whole number from 0 to 2147483647", 0, INT32_MAX)
+#define FROM_1(member) IN(WHOLE, member, "a whole number from 1 to 2147483647", 1, INT32_MAX)
 
 static const option OPTIONS[] = {
     HEAD("Common options"),

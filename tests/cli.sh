@@ -106,6 +106,7 @@ for option in -n -k -C -j -s --window --logits; do
 done
 number -j 0 1025
 number -C 0 2147483648
+err_has "1 to 2147483647"
 number --logits 0
 number -n 2147483648
 number -s 18446744073709551616

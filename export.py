@@ -1943,10 +1943,12 @@ GGML_TYPES = {
     22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M",
     30: "BF16", 31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8", 34: "TQ1_0", 35: "TQ2_0",
     36: "IQ4_NL_4_4", 37: "IQ4_NL_4_8", 38: "IQ4_NL_8_8", 39: "MXFP4", 40: "NVFP4", 41: "Q1_0",
+    42: "Q2_0",
 }
 GGUF_NUMBERS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?",
                 10: "<u8", 11: "<i8", 12: "<f8"}  # by type of a value
 GGUF_STRING, GGUF_ARRAY = 8, 9
+GGUF_HEADER = 1 << 26  # bytes at most, as lists take ten times as many; Gemma's are 6 MB
 GGUF_NAMES = {"token_embd": "embedding", "output_norm": "final_norm", "output": "head"}
 GGUF_LAYER_NAMES = {
     "attn_norm": "attn_norm", "attn_q": "q", "attn_k": "k", "attn_v": "v", "attn_output": "o",
@@ -1972,9 +1974,10 @@ class GgufHeader:
         return ExportError("%s %s: fetch it again" % (self.path, what))
 
     def take(self, n):
-        if n > self.size - self.at:
-            raise self.bad("is no GGUF file, damaged or truncated: its header goes on beyond its "
-                           "%d bytes" % self.size)
+        most = min(self.size, GGUF_HEADER)
+        if n > most - self.at:
+            raise self.bad("is no GGUF file, damaged or truncated: its header goes on beyond byte "
+                           "%d" % most)
         self.at += n
         data = self.file.read(n)
         if len(data) < n:
@@ -2005,11 +2008,12 @@ class GgufHeader:
         for _ in range(count):
             name = self.text(1024).decode("utf-8", "replace")
             if name in found or not name.isprintable():
-                raise self.bad("holds the %s %r, unreadable or for the second time" % (what, name))
+                raise self.bad("holds the %s %r, unreadable or for the second time"
+                               % (what, name[:100]))
             found[name] = read()
         return found
 
-    def text(self, most=1 << 26):
+    def text(self, most=GGUF_HEADER):
         n = int.from_bytes(self.take(8), "little")
         if n > most:
             raise self.bad("has a text of %d bytes, too long" % n)
@@ -2024,8 +2028,8 @@ class GgufHeader:
         if kind != GGUF_ARRAY:
             raise self.bad("has a value of unknown type, %d" % kind)
         kind, n = self.number("<u4"), self.number("<u8")
-        if n > 1 << 22 or kind not in GGUF_NUMBERS and kind != GGUF_STRING:
-            raise self.bad("has a list of %d values of type %d, which cannot be read" % (n, kind))
+        if kind not in GGUF_NUMBERS and kind != GGUF_STRING:
+            raise self.bad("has a list of values of type %d, which cannot be read" % kind)
         if kind == GGUF_STRING:
             return [self.text() for _ in range(n)]
         data = self.take(n * np.dtype(GGUF_NUMBERS[kind]).itemsize)

@@ -457,6 +457,15 @@ def test_damage(folder, path):
         for value in (0, 1 << 63, 1 << 62, 1 << 32, (1 << 64) - 32, 17):
             damaged(path, whole[:field] + struct.pack("<Q", value) + whole[field + 8:],
                     f"gguf with {value} in a tensor", always=True)
+    at = whole.index(b"general.name")
+    damaged(path, whole[:at - 8] + struct.pack("<Q", 900) + whole[at:], "gguf, a long key", True)
+    with open(path, "wb") as f:  # lists that would take ten times their bytes
+        f.write(b"GGUF" + struct.pack("<IQQ", 3, 0, 20))
+        for i in range(20):
+            f.write(struct.pack("<Q4sIIQ", 4, b"l%03d" % i, 9, 0, 1 << 22))
+            f.seek(1 << 22, os.SEEK_CUR)
+        f.truncate()
+    refused(export.Gguf, path, "gguf, a header of 80 MB", "goes on beyond byte 67108864")
     rng = random.Random(4)
     for _ in range(300):
         i = rng.randrange(min(base, len(whole)))

@@ -772,7 +772,7 @@ OTHER_MODELS = [  # pattern of model_type, what it is
     ("t5_?gemma.*", "T5Gemma, an encoder-decoder"),
     ("shieldgemma2", "ShieldGemma 2, which is a Gemma 3"),
     ("vaultgemma", "VaultGemma, which lacks the post-norms"),
-    ("embedding_?gemma.*", "EmbeddingGemma, which attends in both directions"),
+    ("embedding_?gemma.*|gemma_embedding", "EmbeddingGemma, which attends in both directions"),
     ("diffusion_gemma.*", "a diffusion model"),
 ]
 HEADS = re.compile(r".*For(Sequence|Token)Classification|.*Reward.*|.*ForQuestionAnswering")
@@ -2090,6 +2090,12 @@ GGUF_SIZES = [  # as SIZES
     ("H", ("gemma2.attention.key_length",), None, 2, 1024),
     ("F", ("gemma2.feed_forward_length",), None, 1, 1 << 22),
 ]
+GGUF_FIXED = [  # facts that llama.cpp would follow, and what they are wherever they are told
+    ("attention.value_length", "H"), ("rope.dimension_count", "H"),
+    ("attention.key_length_swa", "H"), ("attention.value_length_swa", "H"),
+    ("rope.dimension_count_swa", "H"), ("attention.causal", True), ("rope.scaling.type", "none"),
+    ("rope.scaling.factor", 1), ("rope.scale_linear", 1),
+]
 
 
 class GgufConfig(Config):
@@ -2124,9 +2130,10 @@ def model_of_gguf(config):
     sizes = {name: config.number(keys, default, least, most, int)
              for name, keys, default, least, most in GGUF_SIZES}
     model, H, prefix = model_of_shapes(**sizes), sizes["H"], "gemma2."
-    for key in ("attention.value_length", "rope.dimension_count"):
-        if config.doc.get(prefix + key, H) != H:
-            raise config.bad(prefix + key, config.doc[prefix + key], "key_length, %d" % H)
+    for key, want in GGUF_FIXED:
+        want = sizes.get(want, want)
+        if config.doc.get(prefix + key, want) != want:
+            raise config.bad(prefix + key, config.doc[prefix + key], json.dumps(want))
     if model.N % model.K or H % 2:
         raise ExportError("%s: %d query heads, %d key heads and a head of %d do not go together: "
                           "fetch it again" % (config.path, model.N, model.K, H))
@@ -2141,9 +2148,6 @@ def model_of_gguf(config):
 
 
 def gguf_rope_theta(config):
-    scaling = config.doc.get("gemma2.rope.scaling.type", "none")
-    if scaling != "none":
-        raise config.bad("gemma2.rope.scaling.type", scaling, '"none"')
     theta = config.number(("gemma2.rope.freq_base",), 10000.0, 1e-30, 1e30)
     local = config.number(("gemma2.rope.freq_base_swa",), theta, 1e-30, 1e30)
     if local != theta:

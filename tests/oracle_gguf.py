@@ -421,12 +421,17 @@ def test_bad(folder):
 def bad_facts(no):
     no("llama", "llama", "only Gemma 2", arch="llama")
     no("gemma3", "Gemma 3", arch="gemma3")
+    no("gemma-embedding", "EmbeddingGemma", arch="gemma-embedding")
     no("adapter", "LoRA", edit=lambda w: w.add_type("adapter"))
     no("big-endian", "big-endian", big=True)
     no("key missing", "block_count", drop=["gemma2.block_count"])
     no("value_length", "value_length", drop=["gemma2.attention.value_length"],
        edit=lambda w: w.add_value_length(16))
     no("scaled rope", "rope", edit=lambda w: w.add_string("gemma2.rope.scaling.type", "linear"))
+    no("scaled rope", "scaling.factor", edit=lambda w: w.add_rope_scaling_factor(2.0))
+    no("rope of local layers", "freq_base_swa", edit=lambda w: w.add_rope_freq_base_swa(1e6))
+    no("heads of local layers", "key_length_swa", edit=lambda w: w.add_key_length_swa(16))
+    no("attention to both sides", "causal", edit=lambda w: w.add_causal_attention(False))
     no("head count as list", "head_count", drop=["gemma2.attention.head_count"],
        edit=lambda w: w.add_head_count([4] * 5000))
     no("BPE tokenizer", "gpt2", drop=["tokenizer.ggml.model"],

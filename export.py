@@ -2279,6 +2279,7 @@ SBS_MODELS = {3: "Gemma 2 9B", 4: "Gemma 2 27B", 7: "Gemma 2 2B"}
 SBS_OTHERS = {1: "Gemma 1", 2: "Gemma 1", 5: "Griffin",
               **dict.fromkeys((8, 9, 10, 11, 12, 13), "PaliGemma, which sees images"),
               **dict.fromkeys((14, 15, 16, 17, 18), "Gemma 3")}
+SBS_OTHER_NAMES = {"img_": SBS_OTHERS[8], "gr_": SBS_OTHERS[5]}  # how their tensors' names begin
 RELEASED = {2304: (8, 4, 256), 3584: (16, 8, 256), 4608: (32, 16, 128)}  # D: N, K, H
 SBS_NAMES = {  # our name or what several of ours lie in, rows (a sum of products), cols
     "c_embedding": ("embedding", "V", "D"), "c_final_norm": ("final_norm", "D", "1"),
@@ -2486,6 +2487,10 @@ def old_sbs_entries(path, blobs):
     """The same for a file from before 2025, from names and sizes of the blobs."""
     found = {}
     for name, (_, size) in blobs.items():
+        for start, what in SBS_OTHER_NAMES.items():
+            if name.startswith(start, 1):
+                raise ExportError("%s holds %s: %s; only Gemma 2 can be converted"
+                                  % (path, name, what))
         kind = SBS_PREFIXES.get(name[:1])
         if kind == "NUQ":
             raise ExportError("%s: %s is NUQ as it was before 2025, which export.py does not read: "

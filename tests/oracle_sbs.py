@@ -293,6 +293,9 @@ def test_old(folder):
         check(np.array_equal(have, w), f"old sbs: {name} differs")
     check((reader.model.L, reader.model.query_scale) == (2, 1 / 16), "old sbs: model")
     check(len(reader.tokenizer()[1]) == 347, "old sbs: tokenizer.spm")
+    for name, what in (("Bimg_emb_kernel", "PaliGemma"), ("$gr_lin_x_w_0", "Griffin")):
+        store(path, {**blobs, name: bytes(1152), "Fscales": bytes(848)}, second=False)
+        refused(export.Sbs, path, "old sbs of another model", what)
     store(path, {**blobs, "Fscales": blobs["Fscales"][:-4]}, second=False)
     refused(export.Sbs, path, "old sbs, scales", "scales")
     blobs["2linear_w_0"] = blobs.pop("$linear_w_0")

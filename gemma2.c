@@ -1628,16 +1628,29 @@ static void cos_sin(double x, float *cosine, float *sine)
 /* The floating-point environment the specification assumes: round to nearest even,
  * denormals kept, no traps.  A host may have set another one; it gets it back. */
 #if defined(__SSE__)
-typedef unsigned float_env;
+typedef struct {
+    unsigned mxcsr;
+    uint32_t x87[7]; /* what FNSTENV stores; 32-bit programs' libm computes there */
+} float_env;
 
 static float_env float_env_enter(void)
 {
-    float_env old = _mm_getcsr();
+    float_env old = {_mm_getcsr(), {0}};
     _mm_setcsr(0x1f80);
+#ifdef __i386__
+    const uint16_t plain = 0x37f;
+    __asm__ volatile("fnstenv %0\n\tfldcw %1" : "=m"(old.x87) : "m"(plain));
+#endif
     return old;
 }
 
-static void float_env_leave(float_env old) { _mm_setcsr(old); }
+static void float_env_leave(float_env old)
+{
+#ifdef __i386__
+    __asm__ volatile("fldenv %0" : : "m"(old.x87));
+#endif
+    _mm_setcsr(old.mxcsr);
+}
 #elif defined(__aarch64__)
 typedef uint64_t float_env;
 

@@ -1683,8 +1683,32 @@ static void compute_numbers(const struct image *image, int threads, struct numbe
  * that any sum outside the engine's own environment ends the program. */
 static const unsigned host[] = {0x1f80 | 0x2000, 0x1f80 | 0x4000, 0x1f80 | 0x6000,
                                 0x1f80 | 0x8040, 0x1f80 | 0x8040 | 0x2000, 0};
-static unsigned get_environment(void) { return _mm_getcsr() & ~0x3fu; }
-static void set_environment(unsigned bits) { _mm_setcsr(bits); }
+
+/* The x87's control word beside it, in 32-bit programs: the same rounding and masks; floats of
+ * 24 bits, as Direct3D wants them, in all settings but the usual one. */
+static uint16_t x87_control(unsigned bits)
+{
+    return (uint16_t)((bits == 0x1f80 ? 0x300 : 0) | (bits >> 3 & 0xc00) | (bits >> 7 & 0x3f));
+}
+
+static unsigned get_environment(void)
+{
+    unsigned bits = _mm_getcsr() & ~0x3fu;
+    uint16_t control = x87_control(bits);
+#ifdef __i386__
+    __asm__ volatile("fnstcw %0" : "=m"(control));
+#endif
+    return (control & 0xf3f) == x87_control(bits) ? bits : ~0u;
+}
+
+static void set_environment(unsigned bits)
+{
+#ifdef __i386__
+    const uint16_t control = x87_control(bits);
+    __asm__ volatile("fnclex\n\tfldcw %0" : : "m"(control));
+#endif
+    _mm_setcsr(bits);
+}
 #else
 /* Rounding up, down and to zero; 1 << 24: FZ; 1 << 25: one NaN; 1 << 26: halves without
  * infinity. */

@@ -211,6 +211,14 @@ static double get_f64(const uint8_t *p)
     return x;
 }
 
+static int all_finite(const float *x, size_t n)
+{
+    uint32_t bad = 0;
+    for (size_t i = 0; i < n; i++)
+        bad |= (bits_of(x[i]) & 0x7f800000) == 0x7f800000;
+    return !bad;
+}
+
 static int is_zero(const uint8_t *p, size_t n)
 {
     uint8_t any = 0;
@@ -2215,6 +2223,14 @@ static void rotate(float *x, size_t half, const float *cosine, const float *sine
     }
 }
 
+/* Rows that do not see a position multiply its value by 0, which must give 0.  So one that is
+ * not finite becomes 0, and its key NaN, which spoils the rows that see it alone. */
+static void confine(float *key, float *value, size_t n)
+{
+    for (size_t i = 0, bad = !all_finite(value, n); bad && i < n; i++)
+        key[i] = NAN, value[i] = 0;
+}
+
 /* One head's key and value of a position into its slot. */
 static void store_head(const gemma2_session *s, const struct layer_cache *cache, int head,
                        int32_t position, const float *key, const float *value)
@@ -2244,12 +2260,13 @@ static void rotate_and_store_task(void *context, size_t t)
     size_t h = (size_t)c->head_dim, half = h / 2;
     const float *cosine = s->cosine + t * half, *sine = s->sine + t * half;
     float *q = s->q + t * (size_t)c->n_heads * h, *k = s->k + t * (size_t)c->n_kv_heads * h;
-    const float *v = s->v + t * (size_t)c->n_kv_heads * h;
+    float *v = s->v + t * (size_t)c->n_kv_heads * h;
     const struct row *row = &s->rows[t];
     for (int i = 0; i < c->n_heads; i++)
         rotate(q + (size_t)i * h, half, cosine, sine, c->query_scale);
     for (int i = 0; i < c->n_kv_heads; i++) {
         rotate(k + (size_t)i * h, half, cosine, sine, 1.0f);
+        confine(k + (size_t)i * h, v + (size_t)i * h, h);
         store_head(row->session, &row->session->cache[p->layer], i, row->position,
                    k + (size_t)i * h, v + (size_t)i * h);
     }
@@ -3587,14 +3604,6 @@ static uint32_t pcg32(uint64_t *state)
     *state = old * 6364136223846793005u + PCG_INCREMENT;
     uint32_t x = (uint32_t)((old >> 18 ^ old) >> 27), turn = (uint32_t)(old >> 59);
     return x >> turn | x << (-turn & 31);
-}
-
-static int all_finite(const float *x, size_t n)
-{
-    uint32_t bad = 0;
-    for (size_t i = 0; i < n; i++)
-        bad |= (bits_of(x[i]) & 0x7f800000) == 0x7f800000;
-    return !bad;
 }
 
 /* Bias and penalties change the logits; x is the session's copy. */

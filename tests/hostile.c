@@ -433,6 +433,53 @@ static void test_values(void)
         }
 }
 
+/* 25: a token whose values are not finite spoils what comes after it and nothing before it, on
+ * every row of kernels and however tokens are cut into passes. */
+static void test_spoiled_token(void)
+{
+    static const float values[] = {INFINITY, -INFINITY, NAN};
+    enum { N = 40, SPOILED = 21 };
+    struct shape shape = shapes[1], even = {"even", 2, 24, 2, 1, 32, 40, 83, 8, 64, 50, 30, 1, 1,
+                                            {F32, BF16, BF16, F32, BF16}, 64};
+    for (int i = 0; i < 2 * 2 * 3; i++) { /* the matrix class takes the second one's heads */
+        struct model x = make(i % 2 ? &even : &shape);
+        struct setup one = {N, 1, 1, 0, 1 + i / 2 % 2}, many = {N, 16, 1, 0, 1 + i / 2 % 2};
+        int32_t ids[N];
+        int bad = 0;
+        for (int k = 0; k < N; k++)
+            ids[k] = k < SPOILED ? 7 + k % 5 : k == SPOILED ? 5 : 8;
+        x.m->embedding.type = TYPE_F32; /* of which one number is not finite */
+        x.m->embedding.data = fresh((vocab(x.m) + 15) / 16 * x.m->embedding.cols * 64);
+        x.m->embedding.tile_bytes = x.m->embedding.cols * 64;
+        fill_tensor((uint8_t *)x.m->embedding.data, F32, (uint32_t)vocab(x.m),
+                    x.m->embedding.cols);
+        put_u32((uint8_t *)x.m->embedding.data + 5 * 4, bits_of(values[i / 4]));
+        for (int row = 0; row < N_KERNELS; row++) {
+            if (!all_kernels[row]->available())
+                continue;
+            x.m->isa = all_kernels[row], x.m->matrix = all_kernels[row]->matrix;
+            float a[N], b[N], logits[2][128];
+            gemma2_session *s = start(x.m, one), *t = start(x.m, many);
+            bad += gemma2_score(s, ids, N, 1, a) != GEMMA2_ERR_NONFINITE ||
+                   gemma2_score(t, ids, N, 1, b) != GEMMA2_ERR_NONFINITE ||
+                   !all_finite(a, SPOILED) || memcmp(a, b, SPOILED * sizeof *a);
+            for (int k = 0; k < 2; k++) { /* read with what follows, or without */
+                gemma2_rewind(t, 0);
+                bad += gemma2_prefill(t, ids, SPOILED + (k ? 0 : 5), NULL) != GEMMA2_OK ||
+                       gemma2_rewind(t, SPOILED) != GEMMA2_OK ||
+                       gemma2_eval(t, ids, 1, logits[k]) != GEMMA2_OK;
+            }
+            bad += !all_finite(logits[0], vocab(x.m)) ||
+                   memcmp(logits[0], logits[1], vocab(x.m) * sizeof **logits);
+            gemma2_session_free(s), gemma2_session_free(t);
+        }
+        check(!bad, "%s, cache %d, %g: %d of what comes before is spoiled", i % 2 ? "even" : "odd",
+              one.cache, values[i / 4], bad);
+        free((void *)x.m->embedding.data);
+        unmake(&x);
+    }
+}
+
 /* ---- Tokenizer and text ------------------------------------------------------------------ */
 
 static void remove_stops(const struct image *m)
@@ -862,6 +909,7 @@ static const struct {
     {24, "keys empty, long, twice", "hostile.c", "test_fact_keys"},
     {25, "values not finite, by --check", "test.c", "test_check_values"},
     {25, "values zero, denormal, huge, not finite, while running", "hostile.c", "test_values"},
+    {25, "a token of values not finite among others", "hostile.c", "test_spoiled_token"},
     {26, "counts of 2^64 - 1", "hostile.c", "test_wrapping_sizes"},
     {26, "counts of 2^32 - 1", "test.c", "test_header_limits test_facts"},
     {27, "nested arrays: the format nests nothing", NULL, NULL},
@@ -949,6 +997,7 @@ int main(void)
     test_windows();
     test_fact_keys();
     test_values();
+    test_spoiled_token();
     test_small_vocabularies();
     test_unusual_pieces();
     test_piece_ends();

@@ -2947,12 +2947,13 @@ static void restore_place(const gemma2_session *s, const struct place *at, const
             *(float *)to = get_f32(from + 4 * i);
 }
 
-/* Bytes of a saved session of n tokens; at most what the cache of such a session takes. */
+/* Bytes of a saved session of n tokens, or, where a file claims as much, some number above
+ * 2^62: the sum stops before it wraps. */
 static uint64_t saved_bytes(const gemma2_session *s, int32_t n, int32_t first)
 {
     const gemma2_config *c = &s->model->config;
     uint64_t bytes = SAVED_BYTES + 4 * (uint64_t)n, a_slot = 2 * place_bytes_saved(s);
-    for (int l = 0; l < c->n_layers; l++)
+    for (int l = 0; l < c->n_layers && bytes <= (uint64_t)1 << 62; l++)
         bytes += (uint64_t)(n - (c->is_local[l] ? first : 0)) * (uint64_t)c->n_kv_heads * a_slot;
     return bytes;
 }

@@ -278,6 +278,7 @@ static void test_largest_dimensions(void)
     gemma2_session s;
     check(read_session_params(&s, x.m, &params) < 0, "no layers, no session");
     c->n_layers = 1024;
+    check(saved_bytes(&s, 1 << 30, 0) > (uint64_t)1 << 62, "a saved session of 2^65 bytes");
     for (int l = 0; l < 1024; l++)
         c->is_local[l] = 0;
     check(gemma2_session_plan(x.m, &params, &plan) == GEMMA2_ERR_ARGUMENT,

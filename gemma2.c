@@ -624,8 +624,8 @@ struct tokenizer {
     const uint8_t *scores, *ends, *kinds, *blob;
     uint32_t n;
     uint32_t *slots, mask; /* hash of matchable pieces, see piece_insert */
-    uint32_t *user;        /* ids of USER and MARKER pieces, sorted by bytes */
-    uint32_t n_user;
+    uint32_t *user, n_user; /* ids of USER and MARKER pieces, sorted by bytes; and the */
+    uint32_t *user_prefix;  /* place in user of the longest other that each starts with */
     uint32_t user_first[257]; /* user pieces that begin with byte c: [c] .. [c + 1] */
     int by_words;             /* no merge crosses the front of a U+2581 */
     int32_t byte_id[256]; /* -1 where absent */
@@ -3060,7 +3060,7 @@ static void copy_session(gemma2_session *to, const gemma2_session *from)
  * =================================================================================== */
 
 enum { MAX_PIECE_BYTES = 4096, MAX_PROBES = 256 };
-static const uint32_t EMPTY_SLOT = 0xffffffff;
+static const uint32_t EMPTY_SLOT = 0xffffffff, NO_USER = 0xffffffff;
 
 struct text {
     const uint8_t *p;
@@ -3129,14 +3129,18 @@ static int32_t find_piece(const struct tokenizer *t, struct text s, int plain)
 
 /* ---- the sorted list of user-defined pieces, for longest-prefix search ---- */
 
-/* Order by bytes, a prefix first, equal ones by id. */
+/* Order by bytes, a prefix first: below 0, 0 or above it. */
+static int compare_text(struct text a, struct text b)
+{
+    int order = memcmp(a.p, b.p, a.n < b.n ? a.n : b.n);
+    return order ? order : (a.n > b.n) - (a.n < b.n);
+}
+
+/* Equal ones by id. */
 static int user_before(const struct tokenizer *t, uint32_t a, uint32_t b)
 {
-    struct text x = piece_text(t, a), y = piece_text(t, b);
-    int order = memcmp(x.p, y.p, x.n < y.n ? x.n : y.n);
-    if (order)
-        return order < 0;
-    return x.n != y.n ? x.n < y.n : a < b;
+    int order = compare_text(piece_text(t, a), piece_text(t, b));
+    return order ? order < 0 : a < b;
 }
 
 static void sift_user(const struct tokenizer *t, uint32_t at, uint32_t n)
@@ -3165,35 +3169,54 @@ static void sort_user(const struct tokenizer *t)
     }
 }
 
-/* Within user[low..high), whose pieces share `depth` bytes: the first whose next byte is
- * at least c (a piece that ends there counts as -1). */
-static uint32_t narrow(const struct tokenizer *t, uint32_t low, uint32_t high, uint32_t depth,
-                       int c)
+/* Drops all but the first of equal pieces, then notes where first bytes begin and which piece
+ * is the longest that another one starts with: the one before it in the list, or the longest
+ * that this one starts with, and so on. */
+static void link_user(struct tokenizer *t)
 {
+    uint32_t n = 0;
+    memset(t->user_first, 0, sizeof t->user_first);
+    for (uint32_t i = 0; i < t->n_user; i++) {
+        struct text s = piece_text(t, t->user[i]), p;
+        uint32_t up = n ? n - 1 : NO_USER;
+        if (n && !compare_text(piece_text(t, t->user[up]), s))
+            continue;
+        for (; up != NO_USER; up = t->user_prefix[up]) {
+            p = piece_text(t, t->user[up]);
+            if (p.n < s.n && !memcmp(p.p, s.p, p.n))
+                break;
+        }
+        t->user[n] = t->user[i];
+        t->user_prefix[n++] = up;
+        t->user_first[s.p[0] + 1]++;
+    }
+    for (int c = 0; c < 256; c++)
+        t->user_first[c + 1] += t->user_first[c];
+}
+
+/* The longest user-defined piece that s starts with, or -1: of those up to s in the list, all
+ * that s starts with are the last one or what that starts with. */
+static int32_t longest_user(const struct tokenizer *t, struct text s, int plain)
+{
+    uint32_t first = t->user_first[s.p[0]], low = first, high = t->user_first[s.p[0] + 1];
     while (low < high) {
         uint32_t middle = low + (high - low) / 2;
-        struct text s = piece_text(t, t->user[middle]);
-        if ((depth < s.n ? s.p[depth] : -1) < c)
+        if (compare_text(piece_text(t, t->user[middle]), s) <= 0)
             low = middle + 1;
         else
             high = middle;
     }
-    return low;
-}
-
-/* The longest user-defined piece that s starts with, or -1. */
-static int32_t longest_user(const struct tokenizer *t, struct text s, int plain)
-{
-    uint32_t low = t->user_first[s.p[0]], high = t->user_first[s.p[0] + 1];
-    int32_t found = -1;
-    for (uint32_t depth = 0; depth < s.n && low < high; depth++) {
-        low = narrow(t, low, high, depth, s.p[depth]);
-        high = narrow(t, low, high, depth, s.p[depth] + 1);
-        if (low < high && piece_text(t, t->user[low]).n == depth + 1 &&
+    if (low == first)
+        return -1;
+    struct text p = piece_text(t, t->user[--low]);
+    uint32_t same = 0;
+    while (same < p.n && same < s.n && p.p[same] == s.p[same])
+        same++;
+    for (; low != NO_USER; low = t->user_prefix[low])
+        if (piece_text(t, t->user[low]).n <= same &&
             !(plain && t->kinds[t->user[low]] == GEMMA2_PIECE_MARKER))
-            found = (int32_t)t->user[low];
-    }
-    return found;
+            return (int32_t)t->user[low];
+    return -1;
 }
 
 /* ---- opening ---- */
@@ -3339,7 +3362,7 @@ static size_t slot_count(uint32_t n_pieces)
     return n;
 }
 
-/* Fills the indexes, whose memory is there: slots[slot_count], user[n_user]. */
+/* Fills the indexes, whose memory is there: slots[slot_count], user and user_prefix[n_user]. */
 static int build_tokenizer(struct tokenizer *t, struct errbuf *err)
 {
     t->mask = (uint32_t)slot_count(t->n) - 1;
@@ -3357,8 +3380,7 @@ static int build_tokenizer(struct tokenizer *t, struct errbuf *err)
             *slot = tag | id;
     }
     sort_user(t);
-    for (int c = 0; c <= 256; c++)
-        t->user_first[c] = narrow(t, 0, t->n_user, 0, c);
+    link_user(t);
     return 1;
 }
 
@@ -3809,7 +3831,7 @@ static void choose_matrix(gemma2_model *m, const gemma2_open_params *p)
         m->matrix = permitted_matrix(m->isa->matrix);
 }
 
-/* One allocation: the struct, its layers, the tokenizer's two indexes.  The indexes' size
+/* One allocation: the struct, its layers, the tokenizer's indexes.  The indexes' size
  * is known from V alone: at most every piece is user-defined. */
 static gemma2_model *allocate_model(struct file *f, struct errbuf *err)
 {
@@ -3819,7 +3841,7 @@ static gemma2_model *allocate_model(struct file *f, struct errbuf *err)
     size_t layers = sizeof(struct layer) * (size_t)small.config.n_layers;
     size_t slots = slot_count((uint32_t)small.config.n_vocab);
     size_t user = (size_t)small.config.n_vocab;
-    gemma2_model *m = malloc(sizeof *m + layers + (slots + user) * sizeof(uint32_t));
+    gemma2_model *m = malloc(sizeof *m + layers + (slots + 2 * user) * sizeof(uint32_t));
     if (!m) {
         fail(err, "out of memory opening the model");
         return NULL;
@@ -3832,6 +3854,7 @@ static gemma2_model *allocate_model(struct file *f, struct errbuf *err)
     m->file = *f;
     m->tokenizer.slots = (uint32_t *)((char *)m + sizeof *m + layers);
     m->tokenizer.user = m->tokenizer.slots + slots;
+    m->tokenizer.user_prefix = m->tokenizer.user + user;
     return m;
 }
 

@@ -642,6 +642,31 @@ static void test_linear(const gemma2_model *m)
                   GEMMA2_ERR_ARGUMENT, "a text of %llu bytes", (unsigned long long)large[i]);
 }
 
+/* 36: vocabularies made to be slow: user-defined pieces that a text goes along with for long,
+ * in vain, at each of its letters. */
+static void test_slow_vocabularies(void)
+{
+    static struct pieces p;
+    static char long_piece[4097];
+    double seconds;
+    for (int chain = 0; chain < 2; chain++) {
+        start_pieces(&p);
+        add_piece(&p, "a", GEMMA2_PIECE_NORMAL, -1);
+        memset(long_piece, 'a', 4096);
+        long_piece[4095] = 'b'; /* a..ab alone, or behind it ab, aab, aaab .. */
+        add_piece(&p, long_piece, GEMMA2_PIECE_USER, 0);
+        for (int i = 1; chain && i < 140; i++)
+            add_piece(&p, long_piece + 4095 - i, GEMMA2_PIECE_USER, 0);
+        struct image image;
+        gemma2_model *m = open_pieces(&p, &image);
+        unsigned long n = work_of(m, "a", 1 << 16, &seconds);
+        check(n < 40ul << 16 && seconds < 1, "64 KB of a, vocabulary %d: %lu comparisons, %.2f s",
+              chain, n, seconds);
+        gemma2_close(m);
+        free(image.data);
+    }
+}
+
 static void test_text(void)
 {
     char err[256] = "";
@@ -929,6 +954,7 @@ static const struct {
     {35, "scores NaN or infinite, too few", "test.c", "test_tokenizer_section"},
     {36, "unusual text", "hostile.c", "test_texts test_linear"},
     {36, "a megabyte of one letter", "test.c", "test_long_runs"},
+    {36, "vocabularies made to be slow", "hostile.c", "test_slow_vocabularies"},
     {36, "a text above 2^28 bytes", "cli.sh", "268435457"},
     {37, "control strings in text", "test.c", "test_round_trip"},
     {37, "control strings in a chat", "cli.sh", "forged"},
@@ -1003,6 +1029,7 @@ int main(void)
     test_unusual_pieces();
     test_piece_ends();
     test_text();
+    test_slow_vocabularies();
     test_real_edges();
     test_sampler_extremes();
     test_saved_sessions();

@@ -125,15 +125,17 @@ static void weigh_inputs(gemma2_session *s, uint8_t wish)
     free(sums);
 }
 
-/* A session as the bytes p[8] want it, or NULL; what it takes is what the plan says. */
+/* A session as the bytes p[8] want it, or NULL; what it takes is what the plan says.  Contexts
+ * of 300 have two blocks of positions; the number of threads decides how these are shared out,
+ * also where there is one. */
 static gemma2_session *any_session(const gemma2_model *m, const uint8_t *p)
 {
     gemma2_session_params params;
     gemma2_plan plan = {0, 0, 0, 0};
     gemma2_session_params_init(&params);
-    params.n_context = 1 + p[0] % 40;
+    params.n_context = p[0] < 250 ? 1 + p[0] % 40 : 300;
     params.n_batch = p[1] % 12;
-    params.n_threads = 1;
+    params.n_threads = p[1] / 64 ? 1 : 3;
     params.window = p[2] % 4 || !m->config.window ? 0 : 1 + p[2] / 4 % m->config.window;
     params.cache_type = p[3] % 3;
     if (gemma2_session_plan(m, &params, &plan) != GEMMA2_OK || plan.total > 1 << 23)
@@ -148,6 +150,8 @@ static gemma2_session *any_session(const gemma2_model *m, const uint8_t *p)
 static void any_sampler(gemma2_sampler *p, const uint8_t *bytes)
 {
     static const float reals[] = {1, 0, 0.5f, 1e-30f, 1e6f, 0.999f, -1, 2};
+    static const float biases[] = {0, 1, -INFINITY, INFINITY, NAN, 3e38f, -3e38f, 1e-45f};
+    static gemma2_bias bias[2];
     gemma2_sampler_init(p, bytes[0]);
     p->temperature = reals[bytes[1] % 8];
     p->top_k = bytes[2] % 9;
@@ -155,6 +159,9 @@ static void any_sampler(gemma2_sampler *p, const uint8_t *bytes)
     p->min_p = reals[bytes[4] % 8];
     p->repetition_penalty = 1 + reals[bytes[5] % 8] / 4;
     p->presence_penalty = reals[bytes[6] % 8] - 1;
+    bias[0] = (gemma2_bias){bytes[6] / 64, biases[bytes[6] / 8 % 8]};
+    bias[1] = (gemma2_bias){bytes[7] / 16 - 1, biases[bytes[7] / 2 % 8]};
+    p->bias = bias, p->n_bias = bytes[7] % 3;
 }
 
 static void sample_soundly(gemma2_session *s, const float *logits, const uint8_t *bytes)
@@ -165,25 +172,31 @@ static void sample_soundly(gemma2_session *s, const float *logits, const uint8_t
     int finite = all_finite(logits, vocab(m));
     int32_t id = gemma2_sample(s, &sampler, logits);
     holds(id < m->config.n_vocab && (id >= 0 || id == GEMMA2_ERR_ARGUMENT ||
-                                     id == GEMMA2_ERR_NONFINITE), "a sample is an id or a code");
+                                     id == GEMMA2_ERR_NONFINITE || id == GEMMA2_ERR_TOKEN),
+          "a sample is an id or a code");
     holds(finite || id < 0, "logits that are not finite give no token");
     float logprob = 0;
     int status = gemma2_logprob(logits, vocab(m), 0, &logprob);
     holds(finite ? status == GEMMA2_OK && logprob <= 1e-5f : status < 0, "log-probability");
 }
 
-/* The saved session, restored to another one, goes on with the same bits. */
+/* Another session, restored or copied to, goes on with the same bits, on its own or in the same
+ * pass. */
 static void moves(gemma2_session *s, const uint8_t *p, float *logits)
 {
     int64_t n = gemma2_session_save(s, NULL, 0);
     int32_t id = p[7] % s->model->config.n_vocab;
     gemma2_session *t = any_session(s->model, p);
     uint8_t *saved = fresh((size_t)n);
-    holds(gemma2_session_save(s, saved, (size_t)n) == n, "a session takes what it says");
-    holds(gemma2_session_restore(t, saved, (size_t)n) == GEMMA2_OK, "and is restored");
     float *again = fresh(vocab(s->model) * sizeof *again);
-    int status = gemma2_eval(s, &id, 1, logits);
-    holds(gemma2_eval(t, &id, 1, again) == status, "and goes on");
+    gemma2_row rows[2] = {{s, id, logits}, {t, id, again}};
+    holds(gemma2_session_save(s, saved, (size_t)n) == n, "a session takes what it says");
+    holds((p[6] % 2 ? gemma2_session_copy(t, s) : gemma2_session_restore(t, saved, (size_t)n)) ==
+              GEMMA2_OK, "and is restored or copied");
+    int together = p[6] / 2 % 2 && s->n_batch > 1;
+    int status = together ? gemma2_eval_rows(rows, 2) : gemma2_eval(s, &id, 1, logits);
+    holds(together || gemma2_eval(t, &id, 1, again) == status, "and goes on");
+    holds(gemma2_position(s) == gemma2_position(t), "to the same place");
     holds(status < 0 || !memcmp(again, logits, vocab(s->model) * sizeof *again), "the same way");
     free(t), free(saved), free(again);
 }
@@ -194,10 +207,10 @@ static void use_session(const gemma2_model *m, const uint8_t *p)
     if (!s)
         return;
     float *logits = fresh(vocab(m) * sizeof *logits), logprobs[8];
-    int32_t ids[16];
-    for (int i = 0; i < 16; i++)
+    int32_t ids[300];
+    for (int i = 0; i < 300; i++)
         ids[i] = (int32_t)((p[i % 8] * 31u + (unsigned)i * 7) % (unsigned)vocab(m));
-    int32_t room = gemma2_context(s), n = min_i32(room, 1 + p[4] % 12);
+    int32_t room = gemma2_context(s), n = min_i32(room, (room > 256 ? 250 : 1) + p[4] % 12);
     holds(gemma2_prefill(s, ids, (size_t)n, logits) == GEMMA2_OK, "a prompt that fits");
     sample_soundly(s, logits, p);
     holds(gemma2_position(s) == n && !memcmp(gemma2_history(s), ids, (size_t)n * 4), "history");
@@ -211,6 +224,11 @@ static void use_session(const gemma2_model *m, const uint8_t *p)
         holds(gemma2_position(s) == at + k, "scored tokens are held");
     }
     gemma2_row row = {s, ids[1], logits};
+    gemma2_cancel(s, 1);
+    status = gemma2_eval_rows(&row, 1);
+    holds(status == (at + max_i32(k, 0) < room ? GEMMA2_ERR_CANCELLED : GEMMA2_ERR_CONTEXT) &&
+              gemma2_position(s) == at + max_i32(k, 0), "a row that is cancelled");
+    gemma2_cancel(s, 0);
     status = gemma2_eval_rows(&row, 1);
     holds(status == (at + max_i32(k, 0) < room ? GEMMA2_OK : GEMMA2_ERR_CONTEXT), "a row");
     if (gemma2_position(s) && gemma2_rewind(s, gemma2_position(s) - 1) == GEMMA2_OK)
@@ -280,6 +298,8 @@ static struct image any_image(void)
                       below(2) ? 30.0f : 0, below(16), below(2) != 0, {0}, 64u << below(2)};
     for (int i = 0; i < 5; i++)
         s.types[i] = below(4) ? F32 + below(2) : F32 + below(5);
+    if (!below(8)) /* small, with heads that the matrix class takes */
+        s.layers = 1, s.d = 1 + below(6), s.n = n[1], s.k = 1, s.h = 32, s.attn_cap = 50;
     s.local &= (1u << s.layers) - 1;
     if (!s.layers)
         s = (struct shape){.name = "none", .v = s.v, .align = s.align};
@@ -614,7 +634,7 @@ static size_t mutate_session(uint8_t *data, size_t size, size_t max)
 {
     uint32_t kind = below(8);
     if (size < 4 + SAVED_BYTES || kind == 0) { /* a session from somewhere else */
-        int32_t ids[40];
+        int32_t ids[300];
         for (int i = 0; i < 4; i++)
             data[i] = (uint8_t)rnd();
         gemma2_session *s = any_session(session_model(), data);

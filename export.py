@@ -1227,7 +1227,7 @@ class HuggingFace(Checkpoint):
 #   bitsandbytes 4-bit  two to a byte, first one high, flat       s map[q]  run of the flat array
 #   bitsandbytes int8   int8                                      s q / 127 row
 #   compressed-tensors  bit stream along a row, int8 or float8    s (q - z) group, row, block, all
-#   FP8                 float8                                    s q       block, row, all
+#   FP8                 float8                                    s q, q/s  block, row, all
 #
 # Everything is computed in f32, from the numbers as stored.
 # ---------------------------------------------------------------------------------------
@@ -1310,6 +1310,14 @@ class Int8(Scaled):
 
     def rows(self, start, stop):
         return super().rows(start, stop) * np.float32(1 / 127)
+
+
+class Divided(Scaled):
+    """GPTQModel's float8: what it stores is one over the scale."""
+
+    def rows(self, start, stop):
+        with np.errstate(divide="ignore", invalid="ignore"):  # said later, of what is not finite
+            return self.codes.rows(start, stop) / self.spread(self.scale, start, stop)
 
 
 def spread_runs(scales, run, start, stop):
@@ -1575,7 +1583,8 @@ def float8_matrix(parts, settings):
     name = "weight_scale_inv" if parts.get("weight_scale_inv") is not None else "weight_scale"
     scale = parts.need(name, (*FLOATS, "F8_E8M0"))
     known = pairs_of([settings.doc.get("weight_block_size")])
-    return Scaled(codes, block_of(parts, codes.shape, scale.shape, known), scale)
+    kind = Divided if settings.doc.get("weight_scale_semantics") == "inverse" else Scaled
+    return kind(codes, block_of(parts, codes.shape, scale.shape, known), scale)
 
 
 def weight_settings(settings):

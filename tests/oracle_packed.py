@@ -206,6 +206,18 @@ def fp8(w, module, rng, block=None, power_of_two=False):
     return {"weight": codes, "weight_scale_inv": scale}, back.numpy()
 
 
+def fp8_divided(w, module, rng, by="row"):
+    """GPTQModel's: one over the scale; its quantize_fp8_weight gave these bits."""
+    import torch
+    top = w.abs().reshape(len(w) // 16, 16, -1, 32).amax((1, 3)) if by == "block" else (
+        w.abs().amax(1) if by == "row" else w.abs().max())
+    inverse = 448 / top
+    spread = inverse.repeat_interleave(16, 0).repeat_interleave(32, 1) if by == "block" else (
+        inverse[:, None] if by == "row" else inverse)
+    codes = (w * spread).clamp(-448, 448).to(torch.float8_e4m3fn)
+    return {"weight": codes, "weight_scale_inv": inverse}, (codes.float() / spread).numpy()
+
+
 def fp8_uneven(w, module, rng, block=(40, 48)):
     """Blocks that the matrix does not fill."""
     import torch
@@ -407,6 +419,9 @@ def test_fp8(folder):
     good(folder, "FP8 by block, powers of two", quantised(
         fp8, {**settings, "weight_block_size": [16, 32]}, 0.05, block=[16, 32],
         power_of_two=True), **WIDTHS)
+    for by in ("block", "row", "tensor"):
+        good(folder, f"FP8 of GPTQModel by {by}", quantised(
+            fp8_divided, {**settings, "weight_scale_semantics": "inverse"}, 0.05, by=by), **WIDTHS)
     good(folder, "FP8 by uneven block", quantised(
         fp8_uneven, {**settings, "weight_block_size": [40, 48]}, 0.05), **WIDTHS)
     good(folder, "FP8 in one", quantised(fp8, settings, 0.05), **WIDTHS)

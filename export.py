@@ -1404,6 +1404,18 @@ class TurnedFirst(Turned):
         return (super().zeros() + 1) % (1 << self.bits)
 
 
+class TurnedWords(TurnedFirst):
+    """GPTQModel takes all ones of a word off at once, so that a zero of 0 borrows from the
+    next; but of 3 bits, which cross words, one by one."""
+
+    def zeros(self):
+        if self.bits == 3:
+            return super().zeros()
+        words = self.qzeros.raw(0, self.qzeros.shape[0]).view("<u4")
+        words += np.uint32(sum(1 << n for n in range(0, 32, self.bits)))
+        return unpack_bits(words.view(np.uint8), self.bits, self.shape[0]).astype(np.float32)
+
+
 AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]  # where a word keeps each of its eight columns
 
 
@@ -1529,7 +1541,9 @@ def gptq_matrix(parts, settings):
         raise parts.bad("its shapes, %s, %s and %s, do not belong together" % (
             list(qweight.dims), list(qzeros.dims), list(scales.dims)))
     parts.found["g_idx"] = checked_g_idx(parts, "g_idx", cols, groups)
-    kind = Turned if form_of(settings, METHODS["gptq"]) == "gptq_v2" else TurnedFirst
+    by_words = "gptqmodel:" in json.dumps(settings.doc.get("meta"))
+    kind = (Turned if form_of(settings, METHODS["gptq"]) == "gptq_v2" else
+            TurnedWords if by_words else TurnedFirst)
     return kind(parts, bits, group_size(parts, settings, cols, groups))
 
 

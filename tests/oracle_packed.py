@@ -53,7 +53,8 @@ def affine(w, bits, group, rng):
     x = by_group(w.numpy(), group)
     scale = ((x.max(2) - x.min(2)) / (2 ** bits - 1)).astype(np.float16)
     zero = np.clip(np.rint(-x.min(2) / scale), 0, 2 ** bits - 1).astype(np.uint32)
-    zero[rng.random(zero.shape) < 0.1] = 2 ** bits - 1
+    ends = rng.random(zero.shape)
+    zero[ends < 0.05], zero[ends > 0.95] = 0, 2 ** bits - 1
     q = np.clip(np.rint(x / scale[..., None]) + zero[..., None], 0, 2 ** bits - 1)
     return q.astype(np.uint32).reshape(w.shape), scale, zero
 
@@ -65,8 +66,10 @@ def bit_stream(q, bits):
                        bitorder="little").view("<i4")
 
 
-def gptq(w, module, rng, bits=4, group=32, first=True, order=False, dtype="float16"):
-    """order: the columns' groups are shuffled, as by desc_act; first: zeros less one."""
+def gptq(w, module, rng, bits=4, group=32, first=True, order=False, dtype="float16",
+         by_words=False):
+    """order: the columns' groups are shuffled, as by desc_act; first: zeros less one; by_words:
+    taken off whole words, as by GPTQModel's convert_gptq_v2_to_v1_format_module."""
     import torch
     g_idx = np.arange(w.shape[1]) // group
     if order:
@@ -77,9 +80,12 @@ def gptq(w, module, rng, bits=4, group=32, first=True, order=False, dtype="float
     scale = torch.tensor(scale).to(getattr(torch, dtype))
     scale32 = scale.float().numpy()
     back = (q.astype(np.float32) - zero[:, g_idx]) * scale32[:, g_idx]
-    zero = (zero - 1) % 2 ** bits if first else zero
+    zero = (zero - 1) % 2 ** bits if first and not by_words else zero
+    zeros = bit_stream(zero.T, bits)
+    if by_words:
+        zeros = (zeros.view(np.uint32) - np.uint32(0xFFFFFFFF // (2 ** bits - 1))).view(np.int32)
     return {"qweight": torch.tensor(np.ascontiguousarray(bit_stream(q, bits).T)),
-            "qzeros": torch.tensor(bit_stream(zero.T, bits)), "scales": scale.T.contiguous(),
+            "qzeros": torch.tensor(zeros), "scales": scale.T.contiguous(),
             "g_idx": torch.tensor(g_idx.astype(np.int32))}, back
 
 
@@ -276,6 +282,11 @@ def test_gptq(folder):
             good(folder, f"GPTQ {bits} bits {form}", quantised(
                 gptq, gptq_settings(bits=bits, checkpoint_format=form), loss, bits=bits,
                 first=first), **WIDTHS)
+    meta = {"quantizer": ["gptqmodel:7.7.0"]}
+    for bits, loss in ((2, 1), (3, 0.6), (4, 0.4), (8, 0.3)):
+        good(folder, f"GPTQModel {bits} bits", quantised(
+            gptq, gptq_settings(bits=bits, meta=meta), loss, bits=bits, by_words=bits != 3),
+            **WIDTHS)
     good(folder, "GPTQ desc_act", quantised(gptq, gptq_settings(desc_act=True), 0.4, order=True),
          **WIDTHS)
     good(folder, "GPTQ bf16 scales", quantised(gptq, gptq_settings(), 0.4, dtype="bfloat16"),

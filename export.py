@@ -1781,6 +1781,12 @@ def dequantise(stored, config):
                               config.path, json.dumps(kind), ", ".join(METHODS)))
     settings = Config(config.path, doc)
     form_of(settings, method)
+    for key in "transform_config", "sparsity_config":  # of compressed-tensors
+        more = doc.get(key)
+        if more and not (isinstance(more, dict) and more.get("format") == "dense"):
+            raise ExportError("%s: %s tells that the weights were also transformed or packed as "
+                              "sparse, which cannot be read: convert the original checkpoint, in "
+                              "f32, bf16 or f16" % (config.path, key))
     made = {}
     for marker, names, make in method.layouts:
         for name in [n for n in stored if n.endswith("." + marker)]:

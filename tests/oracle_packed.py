@@ -503,6 +503,9 @@ def test_bad_methods(folder):
              ("gemv_fast", {"quant_method": "awq", "version": "gemv_fast"}),
              ("nvfp4-pack-quantized", compressed_settings("nvfp4-pack-quantized")),
              ("marlin-24", compressed_settings("marlin-24"))]
+    forms += [(key, {**compressed_settings("pack-quantized"), key: value}) for key, value in (
+        ("transform_config", {"config_groups": {"v": {"type": "hadamard"}}}),
+        ("sparsity_config", {"format": "sparse-24-bitmask"}))]
     for form, settings in forms:
         bad(folder, f"form {form}", lambda c: c.config.update(quantization_config=settings), form)
     bad(folder, "form mxfp4", lambda c: c.config.update(

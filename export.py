@@ -1316,8 +1316,7 @@ class Divided(Scaled):
     """GPTQModel's float8: what it stores is one over the scale."""
 
     def rows(self, start, stop):
-        with np.errstate(divide="ignore", invalid="ignore"):  # said later, of what is not finite
-            return self.codes.rows(start, stop) / self.spread(self.scale, start, stop)
+        return self.codes.rows(start, stop) / self.spread(self.scale, start, stop)
 
 
 def spread_runs(scales, run, start, stop):
@@ -5102,7 +5101,8 @@ def pack_rows(task, job=None):
     moments = job.importance.moments(key) if key else None
     packed, power, error = [], 0.0, 0.0
     for i, j in row_blocks(stop - start, cols):
-        w = job.reader.tensors[name].rows(start + i, start + j)
+        with np.errstate(all="ignore"):  # check_values finds what is not finite
+            w = job.reader.tensors[name].rows(start + i, start + j)
         check_values(name, type_name, w, start + i)
         data, lost = TYPES[type_name].pack(w, moments, job.effort)
         packed.append(data)

@@ -18,6 +18,7 @@ import time
 import traceback
 import types
 import unittest.mock
+import warnings
 from concurrent import futures
 
 import numpy as np
@@ -47,7 +48,9 @@ def convert_here(*arguments, limit=None):
     said, numbers = io.StringIO(), (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     handlers = [signal.getsignal(n) for n in numbers]
     try:
-        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()), \
+                warnings.catch_warnings():
+            warnings.simplefilter("error", RuntimeWarning)  # numpy's would stand on stderr
             status = export.main([*arguments, "-j", "1"])
     except Exception:
         status = -1

@@ -1540,6 +1540,8 @@ def gptq_matrix(parts, settings):
         raise parts.bad("its shapes, %s, %s and %s, do not belong together" % (
             list(qweight.dims), list(qzeros.dims), list(scales.dims)))
     parts.found["g_idx"] = checked_g_idx(parts, "g_idx", cols, groups)
+    if groups > 1 and parts.found["g_idx"] is None and settings.doc.get("desc_act"):
+        raise parts.bad("has its columns in an order (desc_act) that no part g_idx tells")
     by_words = "gptqmodel:" in json.dumps(settings.doc.get("meta"))
     kind = (Turned if form_of(settings, METHODS["gptq"]) == "gptq_v2" else
             TurnedWords if by_words else TurnedFirst)
@@ -1619,6 +1621,8 @@ def compressed_matrix(parts, settings):
 
 def compressed_packed_matrix(parts, settings):
     """The codes' width is the one of config.json's that fits the shapes."""
+    if parts.get("weight") is not None:
+        raise parts.bad("is there both packed and plain")
     words, shape = parts.matrix("weight_packed", ("I32",)), parts.need("weight_shape",
                                                                        ("I64", "I32"), (2,))
     out, cols = map(int, shape.raw(0, 2).view("<i%d" % WIDTHS[shape.dtype])[:, 0])
@@ -1645,8 +1649,10 @@ def packed_zeros(parts, bits, half):
 
 
 def compressed(parts, settings, codes, zero):
-    scale = parts.need("weight_scale", FLOATS)
-    known = pairs_of(w.get("block_structure") for w in weight_settings(settings))
+    scale, said = parts.need("weight_scale", FLOATS), weight_settings(settings)
+    if zero is None and said and all(w.get("symmetric") is False for w in said):
+        raise parts.bad("lacks its part weight_zero_point")
+    known = pairs_of(w.get("block_structure") for w in said)
     block = block_of(parts, codes.shape, scale.shape, known)
     if zero is not None and zero.shape != scale.shape:
         raise parts.bad("has scales of shape %s and zero points of shape %s" % (

@@ -517,10 +517,11 @@ def test_bad_parts(folder):
     nested = quantised(bnb4, {"quant_method": "bitsandbytes", "load_in_4bit": True}, nested=True)
     eight = quantised(bnb8, {"quant_method": "bitsandbytes", "load_in_8bit": True})
     g4 = quantised(gptq, gptq_settings())
+    ordered = quantised(gptq, gptq_settings(desc_act=True), order=True)
     a4 = quantised(awq, {"quant_method": "awq", "version": "gemm"})
     m4 = quantised(mlx, {"group_size": 32, "bits": 4}, key="quantization")
-    c4 = quantised(compressed, compressed_settings("pack-quantized", num_bits=4), num_bits=4,
-                   strategy="group", group_size=32, symmetric=False)
+    c4 = quantised(compressed, compressed_settings("pack-quantized", num_bits=4, symmetric=False),
+                   num_bits=4, strategy="group", group_size=32, symmetric=False)
     f8 = quantised(fp8, {"quant_method": "fp8", "weight_block_size": [16, 32]}, block=[16, 32])
     nan = float("nan")
     cases = [
@@ -535,6 +536,9 @@ def test_bad_parts(folder):
         ("GPTQ scales of no columns", g4, put(Q + ".scales", lambda t, a: a[:, :0].clone()),
          "no matrix"),
         ("GPTQ int64", g4, put(Q + ".qweight", lambda t, a: a.long()), "I64"),
+        ("GPTQ desc_act, no g_idx", ordered, drop(Q + ".g_idx"), "g_idx"),
+        ("GPTQ desc_act, g_idx of zeros", ordered, put(Q + ".g_idx", lambda t, a: a * 0), "g_idx"),
+        ("GPTQ infinity", g4, spoil(Q + ".scales", 3, float("inf")), "NaN"),
         ("GPTQ NaN", g4, spoil(Q + ".scales", 3, nan), "NaN"),
         ("GPTQ and plain", g4, put(Q + ".weight", lambda t, _: t.ones(64, 64)), "both"),
         ("AWQ shapes", a4, put(Q + ".qzeros", lambda t, a: a[:, 1:].clone()), "qzeros"),
@@ -582,6 +586,8 @@ def test_bad_parts(folder):
         ("packed, bits no number", c4, lambda c: c.config["quantization_config"].update(
             compressed_settings("pack-quantized", num_bits=[4])), "bits"),
         ("packed, no scale", c4, drop(Q + ".weight_scale"), "other parts are missing"),
+        ("packed, no zero points", c4, drop(Q + ".weight_zero_point"), "weight_zero_point"),
+        ("packed and plain", c4, put(Q + ".weight", lambda t, _: t.ones(64, 64)), "plain"),
         ("packed, zero points", c4, put(Q + ".weight_zero_point", lambda t, a: a[1:].clone()),
          "weight_zero_point"),
         ("FP8 scales", f8, put(Q + ".weight_scale_inv", lambda t, a: t.ones(3, 7)), "scales"),

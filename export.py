@@ -961,6 +961,7 @@ def float8_values(mantissa_bits, bias, finite):
 
 E4M3, E5M2 = float8_values(3, 7, True), float8_values(2, 15, False)
 E8M0 = np.append(np.ldexp(1.0, np.arange(255) - 127), np.nan).astype(np.float32)
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6] + [-0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 
 # how numpy reads a type, how it becomes f32
 FLOATS = {
@@ -1221,6 +1222,7 @@ class HuggingFace(Checkpoint):
 #
 #   method              codes                                     w
 #   MLX                 bit stream along a row                    s q + b   group of a row
+#   MLX mxfp4 and such  bit stream of floats of 4 or 8 bits       s q       group of a row
 #   GPTQ                bit stream down a column of W^T           s (q - z) group of a row
 #   AWQ                 8 columns of W^T in a word, shuffled      s (q - z) group of a row
 #   AWQ GEMV            bit stream along a row                    s (q - z) group of a row
@@ -1256,6 +1258,16 @@ class Bits:
     def rows(self, start, stop):
         codes = unpack_bits(self.words.raw(start, stop), self.bits, self.shape[1])
         return codes.astype(np.float32) - np.float32(self.less)
+
+
+class Listed:
+    """Codes that count in a list of numbers."""
+
+    def __init__(self, codes, numbers):
+        self.codes, self.numbers, self.shape = codes, numbers, codes.shape
+
+    def rows(self, start, stop):
+        return self.numbers[self.codes.rows(start, stop).astype(np.uint8)]
 
 
 class BitsDown:
@@ -1494,20 +1506,33 @@ def checked_g_idx(parts, name, cols, groups):
     return g_idx
 
 
+MLX_FLOATS = {  # by mode: bits of a code, what they mean, what bytes the scales are
+    "mxfp4": (4, E2M1, "F8_E8M0"), "mxfp8": (8, E4M3, "F8_E8M0"), "nvfp4": (4, E2M1, "F8_E4M3"),
+}
+
+
 def mlx_matrix(parts, settings):
     own = settings.doc.get(parts.module)  # layers may have settings of their own
     if isinstance(own, dict):
         settings = Config(settings.path, {**settings.doc, **own})
-        form_of(settings, METHODS["mlx"])
+    mode = form_of(settings, METHODS["mlx"])
+    floats = MLX_FLOATS.get(mode)
     bits = settings.number(("bits",), None, 1, 8, int)
     group = settings.number(("group_size",), None, 1, 1 << 20, int)
-    words, scales = parts.matrix("weight", WORDS), parts.matrix("scales", FLOATS)
-    biases = parts.need("biases", FLOATS, scales.dims)
+    words, scales = parts.matrix("weight", WORDS), parts.matrix(
+        "scales", ("U8",) if floats else FLOATS)
     cols = scales.shape[1] * group
     if words.dims != (scales.shape[0], cols * bits / 32):
         raise parts.bad("its shapes, %s and %s, are not those of %d bits in groups of %d" % (
             list(words.dims), list(scales.dims), bits, group))
-    return Scaled(Bits(words, bits, cols), (1, group), scales, bias=biases)
+    codes = Bits(words, bits, cols)
+    if not floats:
+        return Scaled(codes, (1, group), scales, bias=parts.need("biases", FLOATS, scales.dims))
+    width, numbers, kind = floats
+    if bits != width:
+        raise parts.bad("has codes of %d bits, where %s has %d" % (bits, mode, width))
+    scales = Stored(scales.path, kind, scales.dims, scales.offset)
+    return Scaled(Listed(codes, numbers), (1, group), scales)
 
 
 def refuse_bias(parts):
@@ -1726,7 +1751,7 @@ BNB4 = ["weight", "weight.quant_map", "weight.nested_absmax", "weight.nested_qua
         STATE + "nf4", STATE + "fp4"]
 
 METHODS = {  # by quant_method, or what stands for it
-    "mlx": Method("MLX", ("mode",), ("affine",), [
+    "mlx": Method("MLX", ("mode",), ("affine", *MLX_FLOATS), [
         Layout("scales", ["weight", "biases"], mlx_matrix)]),
     "gptq": Method("GPTQ", ("checkpoint_format", "format"), ("gptq", "gptq_v2"), [
         Layout("qweight", QWEIGHT, gptq_matrix)]),

@@ -133,6 +133,15 @@ def mlx(w, module, rng, bits=4, group=32, dtype="float32", own=None):
         back)
 
 
+def mlx_floats(w, module, rng, mode):
+    import mlx.core as mx
+    import torch
+    codes, scales = mx.quantize(mx.array(w.numpy()), mode=mode)
+    back = mx.dequantize(codes, scales, mode=mode, dtype=mx.float32)
+    return {"weight": torch.tensor(np.array(codes)), "scales": torch.tensor(np.array(scales))}, (
+        np.array(back))
+
+
 def bnb4(w, module, rng, kind="nf4", nested=False, run=64, storage="uint8"):
     import bitsandbytes as bnb
     import torch
@@ -336,6 +345,11 @@ def test_mlx(folder):
         good(folder, f"MLX {dtype}", quantised(mlx, {"group_size": 64, "bits": 4}, 0.2, every,
                                                "quantization", group=64, dtype=dtype),
              **{**WIDTHS, "intermediate_size": 128})
+    for mode, bits, group, loss in (("mxfp4", 4, 32, 0.2), ("mxfp8", 8, 32, 0.05),
+                                    ("nvfp4", 4, 16, 0.2)):
+        good(folder, f"MLX {mode}", quantised(
+            mlx_floats, {"group_size": group, "bits": bits, "mode": mode}, loss, every,
+            "quantization", mode=mode), **WIDTHS)
     own = {DOWN: (8, 32), Q: (6, 64)}
     good(folder, "MLX with layers of their own", quantised(
         mlx, {"group_size": 32, "bits": 4, "mode": "affine", "lm_head": False, **{
@@ -508,8 +522,8 @@ def test_bad_methods(folder):
         ("sparsity_config", {"format": "sparse-24-bitmask"}))]
     for form, settings in forms:
         bad(folder, f"form {form}", lambda c: c.config.update(quantization_config=settings), form)
-    bad(folder, "form mxfp4", lambda c: c.config.update(
-        quantization={"mode": "mxfp4", "bits": 4, "group_size": 32}), "mxfp4")
+    bad(folder, "form mxfp5", lambda c: c.config.update(
+        quantization={"mode": "mxfp5", "bits": 5, "group_size": 32}), "mxfp5")
 
 
 def test_bad_parts(folder):
@@ -520,6 +534,8 @@ def test_bad_parts(folder):
     ordered = quantised(gptq, gptq_settings(desc_act=True), order=True)
     a4 = quantised(awq, {"quant_method": "awq", "version": "gemm"})
     m4 = quantised(mlx, {"group_size": 32, "bits": 4}, key="quantization")
+    m8 = quantised(mlx_floats, {"group_size": 32, "bits": 8, "mode": "mxfp8"}, key="quantization",
+                   mode="mxfp8")
     c4 = quantised(compressed, compressed_settings("pack-quantized", num_bits=4, symmetric=False),
                    num_bits=4, strategy="group", group_size=32, symmetric=False)
     f8 = quantised(fp8, {"quant_method": "fp8", "weight_block_size": [16, 32]}, block=[16, 32])
@@ -549,7 +565,11 @@ def test_bad_parts(folder):
         ("MLX group", m4, lambda c: c.config["quantization"].update(group_size=2 ** 63),
          "group_size"),
         ("MLX layer's mode", m4, lambda c: c.config.update(quantization={
-            "group_size": 32, "bits": 4, Q: {"mode": "nvfp4"}}), "nvfp4"),
+            "group_size": 32, "bits": 4, Q: {"mode": "nvfp5"}}), "nvfp5"),
+        ("MLX layer's scales", m4, lambda c: c.config["quantization"].update(
+            {Q: {"mode": "mxfp4"}}), "U8"),
+        ("MLX mode's bits", m8, lambda c: c.config["quantization"].update(
+            {Q: {"bits": 4, "group_size": 64}}), "4 bits"),
         ("MLX no settings", m4, lambda c: c.config.pop("quantization"), "quantization_config"),
         ("4 bits, no absmax", four, drop(Q + ".weight.absmax"), "quant"),
         ("4 bits, no map", four, drop(Q + ".weight.quant_map"), "quant_map"),
@@ -655,6 +675,8 @@ def one_of_each():
             quantised(awq, {"quant_method": "awq"}),
             quantised(awq_gemv, {"quant_method": "awq", "version": "gemv", "group_size": 32}),
             quantised(mlx, {"group_size": 32, "bits": 4}, key="quantization"),
+            quantised(mlx_floats, {"group_size": 16, "bits": 4, "mode": "nvfp4"},
+                      key="quantization", mode="nvfp4"),
             quantised(bnb4, four), quantised(bnb4, four, nested=True),
             quantised(bnb8, {"quant_method": "bitsandbytes"}),
             *(quantised(compressed, compressed_settings(form, **w), form=form, **w) for form, w in (

@@ -2118,34 +2118,22 @@ static void importance_header(const program *p, uint32_t block, uint8_t header[I
     put_u32(header + 52, (uint32_t)((uint64_t)p->ids.n >> 32));
 }
 
-/* The file's bytes, sums / T for the n values; NULL when memory is short. */
-static uint8_t *importance_image(const program *p, uint32_t block, const double *sums, size_t n)
+/* Memory holds room for the header, then n sums; these become the file in their own place. */
+static int save_importance(program *p, uint32_t block, double *memory, size_t n)
 {
-    uint8_t *image = n > (SIZE_MAX - IMPORTANCE_HEADER) / 4 ? NULL
-                                                            : malloc(IMPORTANCE_HEADER + 4 * n);
-    if (!image)
-        return NULL;
-    importance_header(p, block, image);
+    const double *sums = memory + IMPORTANCE_HEADER / sizeof *memory;
+    uint8_t *image = (uint8_t *)memory;
     for (size_t i = 0; i < n; i++) {
         float mean = (float)(sums[i] / (double)p->ids.n);
         uint32_t bits;
+        if (!isfinite(mean))
+            return fail(FAILED,
+                        "the model's activations are not finite; its weights are damaged");
         memcpy(&bits, &mean, sizeof bits);
         put_u32(image + IMPORTANCE_HEADER + 4 * i, bits);
     }
-    return image;
-}
-
-static int save_importance(program *p, uint32_t block, const double *sums, size_t n)
-{
-    for (size_t i = 0; i < n; i++)
-        if (!isfinite((float)sums[i]))
-            return fail(FAILED, "the model's activations are not finite; its weights are damaged");
-    uint8_t *image = importance_image(p, block, sums, n);
-    if (!image)
-        return out_of_memory();
-    int status = save_file("the importance", p->opts->importance, image, IMPORTANCE_HEADER + 4 * n);
-    free(image);
-    return status;
+    importance_header(p, block, image);
+    return save_file("the importance", p->opts->importance, image, IMPORTANCE_HEADER + 4 * n);
 }
 
 static int importance(program *p, size_t length)
@@ -2165,9 +2153,10 @@ static int importance(program *p, size_t length)
         return status;
     if (p->ids.n < 2)
         return fail(USAGE, "--importance needs a text: give a file of some 100 KB with -f");
-    int fits = columns <= SIZE_MAX / sizeof(double) / block;
-    double *sums = fits ? calloc(columns * block, sizeof *sums) : NULL;
-    if (!sums)
+    size_t header = IMPORTANCE_HEADER / sizeof(double);
+    int fits = columns <= (SIZE_MAX / sizeof(double) - header) / block;
+    double *memory = fits ? calloc(header + columns * block, sizeof *memory) : NULL;
+    if (!memory)
         return fail(FAILED, "out of memory: choose a smaller --importance-block");
     int32_t *ids = p->ids.items;
     size_t n_chunks = (p->ids.n + length - 1) / length;
@@ -2178,13 +2167,13 @@ static int importance(program *p, size_t length)
             ids[at] = p->config->bos;
         gemma2_rewind(p->session, 0);
         int code = gemma2_importance(p->session, ids + at, left < length ? left : length, block,
-                                     sums);
+                                     memory + header);
         status = code < 0 ? engine_failed(p, "reading the text", code) : DONE;
     }
     clear_progress(p);
     if (status == DONE)
-        status = save_importance(p, block, sums, columns * block);
-    free(sums);
+        status = save_importance(p, block, memory, columns * block);
+    free(memory);
     if (status == DONE && !p->opts->quiet)
         remark("%s: %zu tokens", p->opts->importance, p->ids.n);
     return status;

@@ -256,10 +256,12 @@ def pack_bf16(w):
 # or its square blocks on the diagonal, as moments [block, cols]: row r, column c holds the
 # mean of x_c x_(c - c % block + r).  Without them M is the identity.
 
-DAMPING = 0.01  # of the mean square, added to all: a text never shows everything
+# Of the mean square, added to all: a text never shows everything; of T tokens, moments in
+# blocks of B inputs are known to about B / T.
+DAMPING = 0.01
 
 
-def damped(moments):
+def damped(moments, tokens):
     """The moments in units of the mean square, diagonal raised; None for inputs that are 0."""
     block, cols = moments.shape
     c = np.arange(cols)
@@ -267,7 +269,7 @@ def damped(moments):
     if mean < TINY:
         return None
     out = moments / np.float32(mean)
-    out[c % block, c] += np.float32(DAMPING)
+    out[c % block, c] += np.float32(DAMPING + block / tokens)
     return out
 
 
@@ -5049,8 +5051,9 @@ class Importance:
         if len(head) < IMPORTANCE_HEADER.size or head[:8] != b"\x89GEMMAI\n":
             raise ExportError("%s holds no importance: make one with run MODEL --importance OUT "
                               "-f TEXT" % path)
-        _, version, self.block, *sizes, zero, tokens, more = IMPORTANCE_HEADER.unpack(head)
-        if version != 1 or self.block not in (1, 32, 64, 128, 256) or zero or more or not tokens:
+        _, version, self.block, *sizes, zero, self.tokens, more = IMPORTANCE_HEADER.unpack(head)
+        sound = version == 1 and self.tokens and not zero and not more
+        if not sound or self.block not in (1, 32, 64, 128, 256):
             raise ExportError("%s is damaged, or of another version: make it again" % path)
         self.check_sizes(sizes, model)
         self.offsets, at = {}, IMPORTANCE_HEADER.size
@@ -5088,7 +5091,7 @@ class Importance:
             raw = read_at(self.path, offset, 4 * self.block * cols).view("<f4")
             found = raw.reshape(self.block, cols)
             self.check_moments(found, key)
-            self.kept = key, damped(found)
+            self.kept = key, damped(found, self.tokens)
         return self.kept[1]
 
     def check_moments(self, found, key):

@@ -22,7 +22,7 @@ INPUT = {"q": "q", "k": "q", "v": "q", "o": "o", "gate": "gate", "up": "gate", "
 
 
 def moments(path):
-    """{(input, layer): M [cols, cols]} and the block of a file of importance, by run.c."""
+    """{(input, layer): M [cols, cols]}, block and tokens of a file of importance, by run.c."""
     with open(path, "rb") as f:
         data = f.read()
     _, _, block, L, D, N, _, H, F, _, _, tokens, _ = struct.unpack_from(HEADER, data)
@@ -39,7 +39,7 @@ def moments(path):
         found[name, layer] = M
         at += 4 * block * cols
     check(at == len(data) and tokens > 0, "importance: size of the file")
-    return found, block
+    return found, block, tokens
 
 
 def losses(path, state, M):
@@ -57,15 +57,16 @@ def losses(path, state, M):
     return out
 
 
-def gather(model, out, block):
+def gather(model, out, block, text=TEXT):
     p = subprocess.run([RUN, model, "-q", "--importance", out, "--importance-block", str(block),
-                        "-C", "64"], input=TEXT, capture_output=True)
+                        "-C", "64"], input=text, capture_output=True)
     check(p.returncode == 0, f"run --importance: {p.stderr.decode()[-200:]}")
 
 
-def damped(M):
-    """As export.py documents: a hundredth of the mean square more on the diagonal."""
-    return {k: m + 0.01 * np.trace(m) / len(m) * np.eye(len(m)) for k, m in M.items()}
+def damped(M, block, tokens):
+    """As export.py documents: a part of the mean square more on the diagonal."""
+    part = 0.01 + block / tokens
+    return {k: m + part * np.trace(m) / len(m) * np.eye(len(m)) for k, m in M.items()}
 
 
 COMBINATIONS = {1: ("q4", "q6", "q8"), 32: ("q8",), 256: ("q4", "q6")}
@@ -77,7 +78,7 @@ def test_gain(c, folder):
     for block, kinds in COMBINATIONS.items():
         path = os.path.join(folder, f"importance.{block}")
         gather(os.path.join(folder, "exact.bin"), path, block)
-        M, stored = moments(path)
+        M, stored, tokens = moments(path)
         check(stored == block, "importance: block of the file")
         for kind in kinds:
             plain = losses(os.path.join(folder, f"{kind}.bin"), state, M)
@@ -89,9 +90,22 @@ def test_gain(c, folder):
             check(not worse, f"{kind}, block {block}: importance raises the error of {worse}")
             gain = 1 - sum(weighed.values()) / sum(plain.values())
             check(gain > (0.25 if block > 1 else 0.02), f"{kind}, block {block}: gains {gain:.3f}")
-            check_report(run.stdout, losses(out, state, damped(M)), f"{kind}, block {block}")
+            check_report(run.stdout, losses(out, state, damped(M, block, tokens)),
+                         f"{kind}, block {block}")
             print(f"quality: {kind} with importance in blocks of {block}: weighted squared error "
                   f"less by {gain:.1%}")
+
+
+def test_few_tokens(c, folder):
+    """Blocks from a text much shorter than they are wide do no harm on a longer one."""
+    state, few = c.hf.state_dict(), os.path.join(folder, "few")
+    gather(os.path.join(folder, "exact.bin"), few, 256, TEXT[:8])
+    M, _, _ = moments(os.path.join(folder, "importance.256"))
+    convert(c.path, few + ".bin", "--type", "q4", "--head", "q4", "--importance", few)
+    plain, weighed = (sum(losses(os.path.join(folder, name), state, M).values())
+                      for name in ("q4.bin", "few.bin"))
+    check(weighed < plain, f"q4, importance of {moments(few)[2]} tokens: {weighed:.4e} of "
+          f"{plain:.4e} without")
 
 
 def check_report(text, weighed, what):

@@ -3757,9 +3757,9 @@ def same_values(a, b):
                                       for i, j in row_blocks(*a.shape))
 
 
-def row_blocks(rows, cols):
+def row_blocks(rows, cols, slab=SLAB):
     """Ranges of whole tiles that hold about a slab of weights each."""
-    step = max(1, SLAB // (TILE * max(cols, 1))) * TILE
+    step = max(1, slab // (TILE * max(cols, 1))) * TILE
     return [(i, min(i + step, rows)) for i in range(0, rows, step)]
 
 
@@ -5134,7 +5134,8 @@ def pack_rows(task, job=None):
     job = job or worker_job
     moments = job.importance.moments(key) if key else None
     packed, power, error = [], 0.0, 0.0
-    for i, j in row_blocks(stop - start, cols):
+    blocks = moments is not None and len(moments) > 1  # so settle's many small steps take half
+    for i, j in row_blocks(stop - start, cols, 4 * SLAB if blocks else SLAB):
         with np.errstate(all="ignore"):  # check_values finds what is not finite
             w = job.reader.tensors[name].rows(start + i, start + j)
         check_values(name, type_name, w, start + i)

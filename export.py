@@ -5002,7 +5002,8 @@ def human(n):
 
 def choose_type(name, tied, options):
     """The type of a tensor: norms f32; else the last --tensor that matches, --head for the
-    output head, --type; only a q4 file keeps embedding and head at q6."""
+    output head, --type; only a q4 file keeps embedding, head and v at q6 (v is a fiftieth of
+    the weights, and a quarter of the divergence if it is q4)."""
     if is_norm(name):
         return "f32"
     for pattern, type_name in reversed(options.tensor):
@@ -5010,7 +5011,7 @@ def choose_type(name, tied, options):
             return type_name
     if options.head and name == ("embedding" if tied else "head"):
         return options.head
-    if options.type == "q4" and name in ("embedding", "head"):
+    if options.type == "q4" and name.split(".")[-1] in ("embedding", "head", "v"):
         return "q6"
     return options.type
 
@@ -5345,7 +5346,7 @@ Checkpoints, with the package that each needs beside numpy:
 Types, with bits a weight and typical loss:
   f32   32     exact          q8    8.25   none that can be noticed (the default)
   bf16  16     as released    q6    6.25   barely any
-                              q4    4.25   little; embedding and head stay q6
+                              q4    4.25   little; embedding, head and v stay q6
 
 Names for --tensor: embedding, head, layers.N.q, .k, .v, .o, .gate, .up, .down, with * ? [].
 The last --tensor that matches counts, before --head, before --type.  Norms are always f32.

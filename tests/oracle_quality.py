@@ -207,6 +207,10 @@ def test_quality(engine, folder):
         name = "exact" if kind == "f32" else kind
         run = convert(c.path, os.path.join(folder, name + ".bin"), "--type", kind, "--head", kind)
         check(run.returncode == 0, f"quality: {run.stderr[-200:]}")
+    types = {role: s["type"] for (role, _), s in
+             ref.Bin(os.path.join(folder, "q4.bin")).sections.items() if role in INPUT}
+    check([r for r, t in types.items() if t != "q4"] == ["v"], f"--type q4 --head q4: {types}")
     test_gain(c, folder)
+    test_few_tokens(c, folder)
     test_effort(c, folder)
     test_refused(c, folder)

@@ -40,21 +40,20 @@ import reference as ref
 CHUNK, BATCH = 512, 64
 MEANS, BLOCKS = "means.imp", "blocks.imp"  # of --importance, with blocks of 1 and of 256
 
-# About the bytes of Q4_K_M, which raises half of the same matrices
-MIX = "--type q4 --tensor layers.*.v=q6 --tensor layers.*[02468].down=q6"
 # name, importance, options of export.py
 VARIANTS = [
     ("bf16", None, "--type bf16"),
     ("q8", None, "--type q8"),
     ("q6", None, "--type q6"),
-    ("q4 (head q6)", None, "--type q4"),
+    ("q4 (head, v q6)", None, "--type q4"),
     ("q4, importance", MEANS, "--type q4"),
     ("q4, importance in blocks", BLOCKS, "--type q4"),
     ("q4, head q4", None, "--type q4 --head q4"),
     ("q4, head q4, importance", MEANS, "--type q4 --head q4"),
     ("q4, head q4, importance in blocks", BLOCKS, "--type q4 --head q4"),
-    ("q4, v and every other down q6, importance", MEANS, MIX),
-    ("q4, v and every other down q6, importance in blocks", BLOCKS, MIX),
+    ("q4, v q4", None, "--type q4 --tensor layers.*.v=q4"),
+    ("q4, v q4, importance", MEANS, "--type q4 --tensor layers.*.v=q4"),
+    ("q4, v q4, importance in blocks", BLOCKS, "--type q4 --tensor layers.*.v=q4"),
 ]
 PEERS = [("Q8_0", 7, False), ("Q4_0", 2, False), ("Q4_K_M", 15, False), ("Q4_K_M", 15, True)]
 

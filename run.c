@@ -58,6 +58,7 @@ static const char *program_name = "run"; /* as it was called: installed it is ge
  * program at once. */
 enum { PATIENCE = 2 };
 static volatile sig_atomic_t patience, stop_asked;
+static volatile sig_atomic_t ended_by; /* SIGTERM, SIGHUP: the same, and no more questions */
 static volatile sig_atomic_t mid_line; /* a terminal may show text without its newline */
 static gemma2_session *volatile interruptible; /* whose evaluation it cuts short, or NULL */
 
@@ -67,7 +68,8 @@ static void on_interrupt(int signal_number)
 #ifdef _WIN32
     signal(signal_number, on_interrupt);
 #else
-    (void)signal_number;
+    if (signal_number != SIGINT)
+        ended_by = signal_number;
 #endif
     if (patience > 0) {
         patience--;
@@ -79,7 +81,7 @@ static void on_interrupt(int signal_number)
     ssize_t written = write(STDERR_FILENO, "\n", 1); /* the terminal stands behind ^C */
     (void)written;
 #endif
-    _Exit(INTERRUPTED);
+    _Exit(128 + signal_number);
 }
 
 #ifndef _WIN32
@@ -112,7 +114,8 @@ static void restore_console(void)
 }
 #endif
 
-/* Ctrl-C as above, unless whoever started us ignores it; whether it ends a waiting read. */
+/* Signals as above, but those that whoever started us ignores; whether they end a waiting
+ * read. */
 static void catch_interrupts(int ends_reading)
 {
 #ifdef _WIN32
@@ -123,8 +126,10 @@ static void catch_interrupts(int ends_reading)
     interrupt.sa_handler = on_interrupt;
     interrupt.sa_flags = ends_reading ? 0 : SA_RESTART;
     sigemptyset(&interrupt.sa_mask);
-    if (sigaction(SIGINT, NULL, &inherited) == 0 && inherited.sa_handler != SIG_IGN)
-        sigaction(SIGINT, &interrupt, NULL);
+    static const int numbers[] = {SIGINT, SIGTERM, SIGHUP};
+    for (int i = 0; i < 3; i++)
+        if (sigaction(numbers[i], NULL, &inherited) == 0 && inherited.sa_handler != SIG_IGN)
+            sigaction(numbers[i], &interrupt, NULL);
 #endif
 }
 
@@ -649,8 +654,9 @@ static const struct {
      "A session's file holds ids, keys and values (as large as the cache, see --info) and fits\n"
      "one model, --window and --kv.  With -c it is a conversation, without a text; --system\n"
      "counts in the first turn only.  It is replaced whole when all went well (and when Ctrl-C\n"
-     "ends a conversation at its prompt), and stays as it was after an error or an interrupted\n"
-     "answer.  Under --exact what follows is the same, to the bit, as in one go.\n"},
+     "at its prompt, SIGTERM or SIGHUP ends a conversation), and stays as it was after an\n"
+     "error or an interrupted answer.  Under --exact what follows is the same, to the bit,\n"
+     "as in one go.\n"},
     {"OUTPUT",
      "Text goes to standard output, speed, seed and warnings to standard error.  On a\n"
      "terminal control characters of the text are shown as U+FFFD.  --json's seed may\n"
@@ -660,7 +666,8 @@ static const struct {
      "forces an instruction set.\n"},
     {"EXIT STATUS",
      "Exit codes: 0 done (also when the reader of a pipe left), 1 failed while running,\n"
-     "2 wrong usage, 3 bad, missing or unreadable model file, 130 interrupted.\n"},
+     "2 wrong usage, 3 bad, missing or unreadable model file, 130 interrupted\n"
+     "(143 by SIGTERM, 129 by SIGHUP).\n"},
 };
 enum { N_NOTES = sizeof NOTES / sizeof NOTES[0] };
 
@@ -1846,13 +1853,15 @@ static int generate(program *p)
     return p->reply.finish == AT_INTERRUPT ? INTERRUPTED : DONE;
 }
 
-/* Reads a line, of any length, without its newline; *at_end where there is none.  Ctrl-C ends
- * it, and so the conversation, which is kept. */
+/* Reads a line, of any length, without its newline; *at_end where there is none.  A signal
+ * ends it, and so the conversation, which is kept. */
 static int read_line(array *line, int *at_end)
 {
     int c;
     line->n = 0;
     patience = 1, stop_asked = 0;
+    if (ended_by)
+        return INTERRUPTED;
     catch_interrupts(1);
     while ((c = getc(stdin)) != '\n' && c != EOF) {
         char *end = extend(line, 1, 1);
@@ -2486,5 +2495,5 @@ int main(int argc, char **argv)
     free(p.reply.text.items);
     free(p.reply.logprobs.items);
     free(opts.stops);
-    return status;
+    return status == INTERRUPTED && ended_by ? 128 + ended_by : status;
 }

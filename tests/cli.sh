@@ -466,6 +466,9 @@ if timeout --preserve-status 5 true 2>/dev/null; then
         [ -s "$TMP/out" ] && break
     done
     claim $status -eq 130 "exit status"; out_has '"finish_reason": "interrupted"'
+    timeout --preserve-status -s TERM 1 "$RUN" "$STORY" -q --json -C 200000 --ignore-eos x \
+        </dev/null >"$TMP/out" 2>"$TMP/err"
+    claim $? -eq 143 "exit status after SIGTERM"; out_has '"finish_reason": "interrupted"'
     name="an interrupted session"
     timeout --preserve-status -s INT 0.5 "$RUN" "$STORY" -q -C 200000 --ignore-eos --session "$S" x \
         </dev/null >"$TMP/out" 2>"$TMP/err"
@@ -538,6 +541,12 @@ elif terminal "a terminal" "echo x" : && [ "$(cat "$TMP/out")" = x ]; then
     name="/clear clears the session's file"
     chat "echo /clear; printf '\004'"
     claim "$(wc -l <"$TMP/ids")" -lt 20 "ids of one turn"
+    name="SIGHUP cuts an answer short and keeps the conversation"
+    rm -f "$TMP/talk"
+    terminal "$name" "echo \$\$ >'$TMP/pid'; exec '$RUN' '$STORY' -c --ignore-eos -C 20000 --session '$TMP/talk'" \
+        "sleep 1; echo Hello; sleep 1; kill -HUP \$(cat '$TMP/pid'); sleep 1"
+    run "$name" 0 "$STORY" -C 20000 -n 0 --json --load "$TMP/talk" x
+    claim "$(tr ',' '\n' <"$TMP/out" | grep -c '^ [0-9]*$')" -gt 20 "ids of a turn and some answer"
 else
     echo "not run: what a terminal sees, there is no script (util-linux)"
 fi

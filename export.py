@@ -3124,6 +3124,7 @@ def h5_arrays(path, base, size):
 
     def visit(name, item):  # follows no link that leads elsewhere
         if isinstance(item, h5py.Dataset):
+            name = str(name)  # b'...' where it is no UTF-8
             found[name] = h5_array(path, name, item, base, size)
     try:
         with open(path, "rb") as f, h5py.File(Window(f, base, size), "r") as h5:

@@ -549,6 +549,7 @@ def test_keras_bad(folder):
             "a variable elsewhere": lambda f: f.create_dataset(
                 query, (6, 42, 10), "f4", external=[("/etc/passwd", 0, 10080)]),
             "a variable without bytes": lambda f: f.create_dataset(query, (1 << 20, 1 << 20), "f4"),
+            "a name of noise": lambda f: f.__setitem__(b"\xff one piece", good[query]),
             "a link": lambda f: f.__setitem__(query, h5py.ExternalLink("other.h5", "/x"))}.items():
         preset(folder, source)
         with h5py.File(file, "a") as f:

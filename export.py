@@ -3374,7 +3374,7 @@ class Zarr:
         self.where = name.rstrip("/")
         array = self.open()
         self.dims = tuple(map(int, array.shape))
-        self.chunk = tuple(map(int, array.chunk_layout.read_chunk.shape))
+        self.chunk = tuple(map(int, array.chunk_layout.read_chunk.shape or ()))  # None: no axes
         self.dtype = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}.get(
             array.dtype.name, array.dtype.name)
 
@@ -3481,6 +3481,14 @@ def attempt(where, action):
             where, re.sub(r"\s*\[.*", "", str(e).split("\n")[0])[:300])) from None
 
 
+def machine_memory():
+    """Bytes of it; where the system does not tell, as many as no machine should need here."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError):
+        return 1 << 37
+
+
 def is_orbax(path):
     return os.path.isdir(path) and any(os.path.isfile(os.path.join(path, n)) for n in (
         "_METADATA", "manifest.ocdbt", "checkpoint"))
@@ -3499,7 +3507,7 @@ class Orbax(Checkpoint):
     start_method = "spawn"  # tensorstore's threads do not survive a fork
     CACHES = 3 << 30        # bytes of chunks in all processes, where one leaves room for more
     ROOM = 1 << 25          # for what else a cache holds, as a full one keeps nothing
-    MOST = 1 << 36          # no chunk is larger than this
+    SPARE = 1 << 26         # bytes by which a chunk may be larger than its array
     LARGE = 1 << 29         # bytes of the embedding's only chunk that are not unpacked at once
 
     @staticmethod
@@ -3524,9 +3532,14 @@ class Orbax(Checkpoint):
         self.tensors, self.model = axes.tensors, axes.model()
         if "embedding" in self.tensors:
             self.stream(self.tensors["embedding"])
-        for t in self.tensors.values():
+        for name, t in self.tensors.items():
             t.array.cache = t.touched(t.array.chunk) + self.ROOM
-        # a chunk that is being decoded is there twice
+            # a chunk that is being decoded is there twice
+            if 2 * t.array.cache > machine_memory():
+                raise ExportError("%s lies in chunks that take %s of memory to read, and this "
+                                  "machine has %s: convert on a larger one, or save it in smaller "
+                                  "chunks" % (name, human(2 * t.array.cache),
+                                              human(machine_memory())))
         self.most_jobs = max(1, self.CACHES // (2 * max(a.cache for a in arrays.values())))
         embedding = self.tensors.get("embedding")
         if embedding and embedding.shape[0] == PADDED_ROWS:
@@ -3561,9 +3574,9 @@ class Orbax(Checkpoint):
         if not found:
             raise ExportError("%s holds no arrays: fetch all files of the checkpoint" % self.place)
         for name, a in found.items():
-            if a.dtype in WIDTHS and math.prod(a.chunk) * WIDTHS[a.dtype] > self.MOST:
-                raise ExportError("%s: %s has chunks of %s, too large to read: save it again"
-                                  % (self.place, name, list(a.chunk)))
+            if math.prod(a.chunk) > math.prod(a.dims) + self.SPARE // WIDTHS.get(a.dtype, 8):
+                raise ExportError("%s: %s has shape %s, but chunks of %s, which only waste memory: "
+                                  "save it again" % (self.place, name, list(a.dims), list(a.chunk)))
         return found
 
     def tokenizer(self):

@@ -800,12 +800,19 @@ def test_flax_bad(folder):
         kaggle(folder, good, ocdbt=False, rows=4)
         os.truncate(os.path.join(inner, q, name), keep)
         refused(path, f"{keep} bytes of {name}", "q_einsum")
-    kaggle(folder, good, ocdbt=False)
-    with open(os.path.join(inner, q, ".zarray"), "r+") as f:
-        doc = json.load(f)
-        doc.update(shape=[6, 42, 1 << 40], chunks=[6, 42, 1 << 40])
-        f.seek(0), f.truncate(), json.dump(doc, f)
-    refused(path, "a huge chunk", "q_einsum")
+    for what, shape, chunks, word in (
+            ("a huge array", [6, 42, 1 << 40], [6, 42, 1 << 40], "makes H"),
+            ("a huge chunk", [6, 42, 10], [1 << 20, 1 << 20, 10], "waste memory"),
+            ("a number", [], [], "3 axes")):
+        kaggle(folder, good, ocdbt=False)
+        with open(os.path.join(inner, q, ".zarray"), "r+") as f:
+            doc = json.load(f) | {"shape": shape, "chunks": chunks}
+            f.seek(0), f.truncate(), json.dump(doc, f)
+        refused(path, what, "q_einsum", word)
+    with unittest.mock.patch.object(export, "machine_memory", lambda: 1 << 20):
+        run = convert_here(kaggle(folder, good), path + ".bin")
+        check_refusal(run.returncode, run.stderr, fresh(folder, "place", tokenizer=False),
+                      "a small machine", ["this machine has 1.049 MB"])
     test_flax_files(folder, good)
 
 

@@ -2841,10 +2841,11 @@ def stored_members(path):
         return None
     with open(path, "rb") as f:
         for m in members:
-            f.seek(min(m.header_offset, size))
+            at = m.header_offset if 0 <= m.header_offset < size else size
+            f.seek(at)
             local = f.read(30)
-            at = m.header_offset + 30 + (sum(struct.unpack("<26x2H", local))
-                                         if local[:4] == b"PK\3\4" and len(local) == 30 else size)
+            at += 30 + (sum(struct.unpack("<26x2H", local))
+                        if local[:4] == b"PK\3\4" and len(local) == 30 else size)
             if m.compress_type or m.file_size != m.compress_size or at + m.file_size > size:
                 raise ExportError("%s is damaged, or compressed (its member %r): fetch it again"
                                   % (path, m.filename))
@@ -2909,6 +2910,11 @@ def torch_tensors(path):
     if any(size != 6 or path_bytes(path, at, 6) != b"little" for name, (at, size)
            in members.items() if name.endswith("/byteorder")):
         raise ExportError("%s was written on a big-endian machine: save it on another" % path)
+    # The only call that torch allows a pickle and that fills memory of any size
+    if any(b"bytearray\n" in path_bytes(path, at, size) for name, (at, size) in members.items()
+           if name.lower().endswith(".pkl")):
+        raise ExportError("%s asks for a bytearray, which no checkpoint needs: get the weights "
+                          "from someone you trust, as safetensors" % path)
     found = torch_pickle(path)
     for key in WRAPPERS:
         if isinstance(found, dict) and isinstance(found.get(key), dict):
@@ -2932,10 +2938,10 @@ def torch_stored(path, name, t, places):
     if not hasattr(t, "untyped_storage"):
         raise bad("is no tensor")
     dtype = TORCH_TYPES.get(str(t.dtype).rpartition(".")[2])
-    if dtype is None or t.is_sparse:
-        raise bad("has type %s" % t.dtype)
+    if dtype is None or t.is_sparse or t.is_neg():
+        raise bad("is no plain tensor (%s, %s)" % (t.dtype, t.layout))
     if not t.is_contiguous():
-        raise bad("does not lie row by row")
+        raise bad("does not lie row by row, but as a view of another tensor; .contiguous() helps")
     at = getattr(t.untyped_storage(), "_checkpoint_offset", None)
     start, size = t.storage_offset() * WIDTHS[dtype], t.numel() * WIDTHS[dtype]
     if at not in places or start < 0 or start + size > places[at]:

@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import struct
 import sys
 import unittest.mock
 import zipfile
@@ -330,7 +331,9 @@ def test_torch_bad(folder):
     spoilt("stray scale", put("x.weight_scaler", torch.ones(42)), "x.weight_scaler")
     spoilt("short scale", lambda s: s.update({o: s[o].to(torch.int8), o + "_scaler":
                                               torch.ones(41)}), "weight_scaler")
-    spoilt("columns first", put(o, torch.ones(60, 42).t()), "row by row")
+    spoilt("columns first", put(o, torch.ones(60, 42).t()), "row by row", "contiguous")
+    spoilt("negated when read", put(o, torch._neg_view(state[o])), o, "no plain tensor")
+    spoilt("sparse", put(o, torch.ones(42, 60).to_sparse()), o, "no plain tensor")
     spoilt("odd angles", put("freqs_cis", torch.ones(4, 7)), "head_dim")
     spoilt("no norms after", lambda s: [s.pop(n) for n in list(s) if "feedforward" in n], "Gemma 1")
     spoilt("no tensor", put("epoch", 3), "epoch")
@@ -373,6 +376,10 @@ def test_torch_files(folder, state):
     save(folder, state)
     rewritten(file, lambda n, d: d[:50] if n.endswith("data.pkl") else d)
     refused(path, "half a pickle", "model.ckpt")
+    save(folder, state)  # this pickle would take a gigabyte
+    rewritten(file, lambda n, d: b"\x80\x02cbuiltins\nbytearray\nJ\0\0\0@\x85R."
+              if n.endswith("data.pkl") else d)
+    refused(path, "a large object", "bytearray")
     save(folder, state)
     rewritten(file, lambda n, d: d, zipfile.ZIP_DEFLATED)
     refused(path, "compressed", "compressed")
@@ -380,6 +387,12 @@ def test_torch_files(folder, state):
         save(folder, state)
         os.truncate(file, keep)
         refused(path, f"{keep} of {size} bytes", "model.ckpt")
+    save(folder, state)
+    with open(file, "r+b") as f:  # the directory lies later than it says: members before the file
+        data = f.read()
+        at = data.rindex(b"PK\6\6") + 48
+        f.seek(at), f.write(struct.pack("<Q", struct.unpack_from("<Q", data, at)[0] + (1 << 20)))
+    refused(path, "members before the file", "damaged")
     shutil.copy(os.path.join(ref.ROOT, "tokenizer.bin"), file)
     refused(path, "a file of ours", "already")
     path = save(folder, state)

@@ -3409,13 +3409,22 @@ class Zarr:
         """(store, name in it) of the only chunk, if there is but one and zstd packed its rows;
         else None."""
         spec = self.open().spec().to_json()
-        how = spec.get("metadata", {})
-        if (spec["driver"] != "zarr" or (how.get("compressor") or {}).get("id") != "zstd"
-                or how.get("order") != "C" or how.get("filters") or self.dtype not in WIDTHS
-                or self.chunk[0] < self.dims[0] or self.chunk[1:] != self.dims[1:]):
-            return None
-        name = how.get("dimension_separator", ".").join("0" * len(self.dims))
-        return spec["kvstore"], name
+        how, zeros = spec["metadata"], "0" * len(self.dims)
+        if spec["driver"] == "zarr":
+            is_plain = (how["dtype"] in ("<f4", "<f2", "bfloat16") and how["order"] == "C"
+                        and (how["compressor"] or {}).get("id") == "zstd" and not how["filters"])
+            name = how.get("dimension_separator", ".").join(zeros)
+        else:
+            codecs = how["codecs"]
+            if codecs[0]["name"] == "sharding_indexed":  # the chunk, then where it lies
+                shard = codecs[0]["configuration"]
+                codecs = shard["codecs"] if shard["index_location"] == "end" else codecs
+            is_plain = ([c["name"] for c in codecs] == ["bytes", "zstd"] and self.dtype in WIDTHS
+                        and codecs[0]["configuration"]["endian"] == "little"
+                        and how["chunk_key_encoding"] == {"name": "default"})
+            name = "/".join("c" + zeros)
+        is_only = self.chunk[0] >= self.dims[0] and self.chunk[1:] == self.dims[1:]
+        return (spec["kvstore"], name) if is_plain and is_only else None
 
 
 class KeyFile:

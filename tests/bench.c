@@ -1,7 +1,8 @@
 /* How fast, and how close to what the machine can do: bench MODEL | --shape 2b|9b|27b
  *
  *   bench model.bin [options]
- *   bench --shape 2b --type q8 [--head q6] [options]     random weights, made in memory
+ *   bench --shape 2b --type q8 [--head q6] [options]     random weights, made in memory; q4
+ *                      keeps v and head at q6, as export.py does
  *
  *   --threads N[,N]    default: one a processor; of several counts a scaling line compares
  *                      the last with the first
@@ -164,7 +165,8 @@ static uint64_t build_image(uint8_t *base, size_t shape, uint32_t type, uint32_t
                 in_layer != (l < shapes[shape].l))
                 continue;
             uint32_t t = r->id == ROLE_TOKENIZER ? TYPE_BYTES : r->cols == '1' ? TYPE_F32
-                         : in_layer ? type : head;
+                         : !in_layer ? head : type == TYPE_Q4 && !strcmp(r->name, "v") ? TYPE_Q6
+                                     : type;
             uint64_t rows = dimension(&c, r->rows), cols = dimension(&c, r->cols);
             uint64_t tile = tile_bytes(t == TYPE_BYTES ? TYPE_F32 : t, cols);
             uint64_t bytes = t ? (rows + 15) / 16 * tile : 64 + 9 * 256000 + 256 * 6;
@@ -212,7 +214,8 @@ static gemma2_model *make_shape(const struct options *o)
         i++;
     if (i == n)
         die("--shape is 2b, 9b or 27b");
-    uint32_t type = type_named(o->type), head = type_named(o->head ? o->head : o->type);
+    uint32_t type = type_named(o->type);
+    uint32_t head = o->head ? type_named(o->head) : type == TYPE_Q4 ? TYPE_Q6 : type;
     uint64_t size = build_image(NULL, i, type, head);
     if (size + (2u << 30) > free_memory()) {
         fprintf(stderr, "bench: %s in %s needs %.1f GB and 2 more for the session; %.1f are free\n",

@@ -2299,7 +2299,7 @@ static void test_plans(void)
         const struct shape *s = &shapes[i % N_SHAPES];
         struct model x = make(s);
         gemma2_session_params p;
-        gemma2_plan plan;
+        gemma2_plan plan = {0, 0, 0, 0};
         gemma2_session_params_init(&p);
         p.n_context = contexts[i / N_SHAPES % 4], p.n_batch = i / (N_SHAPES * 8) ? 20 : 1, p.n_threads = 1;
         p.cache_type = i / (N_SHAPES * 4) % 2 ? GEMMA2_CACHE_F16 : GEMMA2_CACHE_F32;

@@ -65,10 +65,13 @@ run "version" 0 --version;               err_empty; out_has "[0-9][.][0-9][.][0-
 for shell in bash zsh fish; do
     run "completion for $shell" 0 --completion $shell; err_empty
     for option in $(sed -n 's/^ .* --\([a-z0-9-]*\) .*/\1/p' "$TMP/help"); do out_has "[ -]$option\b"; done
+    out_has "f32 f16"
+    case $shell in bash) out_has "^complete .*-F _run" ;; zsh) out_has "^#compdef run" ;; *) out_has "^complete -c run" ;; esac
 done
 refuses "bash, zsh or fish" "completion for another shell" 2 --completion sh
 refuses "needs a value" "completion for none" 2 --completion
 run "manual page" 0 --man;               err_empty; out_has '^[.]TH "run" 1 '
+for part in NAME SYNOPSIS DESCRIPTION EXAMPLES OPTIONS; do out_has "^[.]SH $part"; done
 for option in max\\\\-tokens in\\\\-memory session; do out_has "\\\\-\\\\-$option"; done
 refuses "nearest is --temperature" "misspelt option" 2 "$STORY" --temprature 1 x
 refuses "nearest is --perplexity" "abbreviated option" 2 "$STORY" --perp x
@@ -130,8 +133,8 @@ for bytes in 1 8 511 512 600 100000 $((size - 1)); do
     head -c $bytes "$STORY" >"$TMP/model"
     refuses "" "model cut to $bytes bytes" 3 "$TMP/model" x
 done
-err_has "$size"; err_has "$((size - 1))"
-{ cat "$STORY"; echo; } >"$TMP/model";              refuses "$size" "trailing byte" 3 "$TMP/model" x
+err_has "$((size - 1)) bytes.*$size: it was cut short"
+{ cat "$STORY"; echo; } >"$TMP/model";              refuses "$size: it was added to" "trailing byte" 3 "$TMP/model" x
 # One bit of the last weights: only --check can see it.
 { head -c $((size - 4096)) "$STORY"; head -c 4096 /dev/zero; } >"$TMP/model"
 run "damaged weights open" 0 "$TMP/model" --info
@@ -141,7 +144,9 @@ run "check of a tokenizer" 0 "$VOCAB" --check; out_has "^ok"
 refuses "tokenizer" "tokenizer cannot generate" 3 "$VOCAB" x
 refuses "tokenizer" "tokenizer cannot score" 3 "$VOCAB" --score x
 run "info" 0 "$STORY" --info;            err_empty
-out_has "^identity: [0-9a-f]\{64\}$"; out_has "^layers: 6"; out_has "^memory: .*mapped"; out_has "q8"
+out_has "^identity: [0-9a-f]\{64\}$"; out_has "^layers: 6"; out_has "^memory: .*mapped"
+out_has "^attention: LGLGLG (L local, window 128; G global)"; out_has "^scales: query 0.125, embedding 16, rope"
+claim "$(grep '^sections' "$TMP/out" | tr '\n' ';')" = "sections of bytes: 2, 61.3 KiB;sections of f32: 25, 6400 values, 25.0 KiB;sections of q8: 43, 5767168 values, 5.7 MiB;" "sections"
 name="unknown instruction set"
 GEMMA2_ISA=pentium "$RUN" "$STORY" x </dev/null >"$TMP/out" 2>"$TMP/err"
 claim $? -eq 3 "exit status"; out_empty; err_has "pentium"
@@ -222,9 +227,12 @@ same "$TMP/out" "$TMP/want" "echo of ids"
 run "no tokens" 0 "$STORY" -q -n 0 "$P"; out_is "\n"
 run "a random seed is shown" 0 "$STORY" -n 20 "$P"; keep sampled
 seed=$(sed 's/.*seed //' "$TMP/err")
+run "another seed" 0 "$STORY" -n 1 "$P"; claim "$(sed 's/.*seed //' "$TMP/err")" != "$seed" "seed"
 run "and reproduces" 0 "$STORY" -n 20 -s "$seed" "$P"; same "$TMP/out" "$TMP/sampled" "seed $seed does not reproduce"
 run "verbose" 0 "$STORY" -v -n 1 "$P"; err_has "mapped"
 run "long context" 0 "$STORY" -n 1 -C 2000 "$P"; err_has "warning.*1024"
+run "long context, quiet" 0 "$STORY" -q -n 1 -C 2000 "$P"; err_empty
+refuses "at most 1073741824" "context above all" 2 "$STORY" -C 2147483647 "$P"
 refuses "1201*1024" "prompt above the context" 2 "$STORY" --ids "2 $(awk 'BEGIN { for (i = 0; i < 1200; i++) printf "6 " }')"
 refuses "5 tokens*4" "prompt above -C" 2 "$STORY" -C 4 "$P"
 run "prompt that fills the context" 0 "$STORY" -q --json -C 5 "$P"; out_has '"ids": \[\], .*"context"'
@@ -319,6 +327,8 @@ stops "$(printf %s "$text" | cut -c 32-36)" "$(printf %s "$text" | cut -c 30-40)
 stops "$(printf %s "$text" | cut -c 1-4)"
 stops "never in it" "$(printf %s "$text" | cut -c 45-)"
 stops "$(printf %s "$text" | tail -c 9)and more"
+stops "$(printf %s "$text" | tail -c 9)"
+stops "$(printf %s "$text" | tail -c 9 | head -c 8)"
 E_ACUTE=$(printf '\303\251') STRAY=$(printf '\251')
 run "ids of an acute e" 0 "$STORY" --tokenize "$E_ACUTE"
 run "a stop string inside a character" 0 "$STORY" -q --echo -n 0 --stop "$STRAY" "$E_ACUTE"
@@ -428,8 +438,12 @@ refuses "/none" "perplexity of nothing" 1 "$STORY" --perplexity "$TMP/none"
 # ---- Importance: header, then f32 for 6 layers' inputs (256, 256, 256, 768) and the head's --
 run "importance" 0 "$STORY" --importance "$TMP/imp" -C 16 "$P$P$P$P$P$P"
 out_empty; err_has "imp: 25 tokens"; claim "$(wc -c <"$TMP/imp")" -eq 37952 "bytes"
+claim "$(od -An -v -td4 -j8 -N44 "$TMP/imp" | tr -s ' \n' ' ')" = " 1 1 6 256 4 2 64 768 4096 0 25 " "header"
 run "importance, quiet" 0 "$STORY" -q --importance "$TMP/imp2" -C 16 -j 1 "$P$P$P$P$P$P"
 err_empty; same "$TMP/imp" "$TMP/imp2" "importance differs"
+run "importance, a chunk" 0 "$STORY" -q --importance "$TMP/imp" -C 25 "$P$P$P$P$P$P"
+run "with room for another token" 0 "$STORY" -q --importance "$TMP/imp2" -C 26 "$P$P$P$P$P$P"
+same "$TMP/imp" "$TMP/imp2" "importance differs"
 run "importance in blocks" 0 "$STORY" -q --importance "$TMP/imp2" --importance-block 32 "$P"
 claim "$(wc -c <"$TMP/imp2")" -eq 1212480 "bytes"
 refuses "32, 64" "block of 48" 2 "$STORY" --importance "$TMP/imp3" --importance-block 48 "$P"
@@ -516,9 +530,9 @@ elif terminal "a terminal" "echo x" : && [ "$(cat "$TMP/out")" = x ]; then
         "stty -opost; '$RUN' '$STORY' -q -n 0 --echo -f '$TMP/file'" :
     R='\357\277\275'
     out_is "a$R]0;b$R$R$R${R}c${R}d\n"
-    printf 'a\300\233\355\240\200\340\200\233' >"$TMP/file" # ESC, overlong, and a surrogate
+    printf 'a\300\233\355\240\200\340\200\233\302\237' >"$TMP/file" # ESC, overlong, a surrogate, U+9F
     terminal "nor spelled in too many bytes" "'$RUN' '$STORY' -q -n 0 --echo -f '$TMP/file'" :
-    out_is "a$R$R$R$R$R$R$R$R\n"
+    out_is "a$R$R$R$R$R$R$R$R$R\n"
     terminal "nor in a message" "'$RUN' '$TMP/$ESCAPES' x" :
     claim "$(tr -d '\n[:print:]' <"$TMP/out" | wc -c)" -eq 0 "control characters"
     printf 'a\342\200\256b\342\201\251\302\255' >"$TMP/file"
@@ -528,7 +542,7 @@ elif terminal "a terminal" "echo x" : && [ "$(cat "$TMP/out")" = x ]; then
     out_has "status 2"
     terminal "conversation" "'$RUN' '$STORY' -c -n 5; echo status \$?" \
         "sleep 0.5; echo hello; sleep 0.5; echo /exit; sleep 0.2"
-    out_has "status 0"; out_has "^> "
+    out_has "status 0"; out_has "^> "; out_has "^seed [0-9]"
     chat() { # TYPIST: what the session's file then holds goes to $TMP/out
         terminal "$name" "trap : INT; '$RUN' '$STORY' -c -n 5 --session '$TMP/talk'; echo status \$?" \
             "sleep 0.5; $1; sleep 0.5"
@@ -541,7 +555,8 @@ elif terminal "a terminal" "echo x" : && [ "$(cat "$TMP/out")" = x ]; then
     claim "$(grep -c "status 130" "$TMP/said")" -eq 1 "status 130"
     claim "$(wc -l <"$TMP/ids")" -gt 20 "ids of two turns"
     name="/clear clears the session's file"
-    chat "echo /clear; printf '\004'"
+    LINE=$(awk 'BEGIN { for (i = 0; i < 600; i++) printf "the " }') # more than the ring holds
+    chat "echo $LINE; echo /clear; printf '\004'"
     claim "$(wc -l <"$TMP/ids")" -lt 20 "ids of one turn"
     name="SIGHUP cuts an answer short and keeps the conversation"
     rm -f "$TMP/talk"

@@ -358,6 +358,7 @@ static void test_fact_keys(void)
     check(check_facts(x.m, &none), "unusual keys");
     const char *value = gemma2_fact(x.m, "", &size);
     check(value && size == 1 && *value == 'A', "the empty key");
+    check(!gemma2_fact(x.m, NULL, &size) && !gemma2_fact(x.m, "k", NULL), "no key, no size");
     check(!gemma2_fact(x.m, "n", &size) && size == 0, "a key that holds NUL is not its start");
     value = gemma2_fact(x.m, "k", &size);
     check(value && size == 1 && *value == 'v', "of two equal keys the first");
@@ -555,6 +556,18 @@ static void test_unusual_pieces(void)
     const char *piece = gemma2_piece(m, 4, &size, NULL);
     check(piece && size == 2 && !memcmp(piece, "a\0", 2), "NUL inside a piece");
     check(encode(m, "a", 1, 0, ids, 8) == 1 && ids[0] == 3, "a NUL is not the end of a piece");
+    gemma2_close(m), free(image.data);
+
+    start_pieces(&p);
+    add_piece(&p, "a", GEMMA2_PIECE_NORMAL, 0);
+    add_piece(&p, "b", GEMMA2_PIECE_NORMAL, 0);
+    add_piece(&p, "\xe2\x96\x81", GEMMA2_PIECE_NORMAL, 0);
+    add_piece(&p, "a\xe2\x96\x81", GEMMA2_PIECE_NORMAL, 0);
+    p.kinds[0] = GEMMA2_PIECE_USER;
+    m = open_pieces(&p, &image);
+    check(encode(m, "a b", 3, 0, ids, 8) == 2 && ids[0] == 7 && ids[1] == 5,
+          "a piece that ends in a space");
+    check(encode(m, "a<pad>", 6, 0, ids, 8) == 2 && ids[0] == 4 && ids[1] == 0, "id 0 by its text");
     gemma2_close(m), free(image.data);
 }
 

@@ -89,11 +89,12 @@ static void put_u64(uint8_t *p, uint64_t x)
 }
 
 /* A vocabulary in the making. */
+enum { MAX_PIECES = 18500 };
 struct pieces {
-    uint32_t n, blob_bytes, ends[1024];
+    uint32_t n, blob_bytes, ends[MAX_PIECES];
     int32_t special[6]; /* bos, eos, pad, unk, start of turn, end of turn */
-    float scores[1024];
-    uint8_t kinds[1024], blob[1 << 14];
+    float scores[MAX_PIECES];
+    uint8_t kinds[MAX_PIECES], blob[1 << 17];
 };
 
 static void add_piece(struct pieces *p, const char *text, int kind, float score)
@@ -118,7 +119,7 @@ static void add_bytes_pieces(struct pieces *p)
 static void start_pieces(struct pieces *p)
 {
     static const int32_t special[6] = {2, 1, 0, 3, -1, -1};
-    memset(p, 0, sizeof *p);
+    p->n = p->blob_bytes = 0;
     memcpy(p->special, special, sizeof special);
     add_piece(p, "<pad>", GEMMA2_PIECE_CONTROL, 0);
     add_piece(p, "<eos>", GEMMA2_PIECE_CONTROL, 0);

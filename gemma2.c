@@ -991,7 +991,7 @@ static int check_facts(const struct gemma2_model *m, struct errbuf *err)
             break;
         uint64_t bytes = 8 + (uint64_t)get_u32(m->facts + at) + get_u32(m->facts + at + 4);
         ok = bytes <= m->facts_bytes - at;
-        at += ok ? (size_t)bytes : 0;
+        at += (size_t)bytes;
     }
     if (ok && (!m->facts || at == m->facts_bytes))
         return 1;

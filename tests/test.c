@@ -2583,6 +2583,18 @@ static void test_score(void)
     }
 }
 
+/* Parts of an attention whose scores lie so far apart that exp of the distance overflows. */
+static void test_far_apart(void)
+{
+    for (int first = 0; first < 2; first++) {
+        struct partial parts[2] = {{first ? 100 : -100, 2}, {first ? -100 : 100, 2}};
+        float out[2][2] = {{1, 2}, {3, 4}}, *o = out[first ? 0 : 1], want[2] = {o[0], o[1]};
+        merge_partial(&parts[0], out[0], &parts[1], out[1], 2);
+        check(parts[0].max == 100 && parts[0].sum == 2 && !memcmp(out[0], want, sizeof want),
+              "far apart, the larger %s", first ? "first" : "last");
+    }
+}
+
 /* More logits than a task caps and a log-sum takes at once, candidates than a small pass has
  * scratch for, and inputs one wider than attention's. */
 static void test_large_vocabulary(void)
@@ -2636,6 +2648,7 @@ static void test_model(void)
     test_placed();
     test_score();
     test_large_vocabulary();
+    test_far_apart();
 }
 
 /* Hundreds and thousands of positions: the slow ones. */

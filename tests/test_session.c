@@ -535,7 +535,9 @@ static void test_far_rows(void)
     enum { N = 1000, ROWS = 4, V = 40 };
     static const int32_t held[2][ROWS] = {{999, 770, 600, 999}, {3, 999, 2, 770}};
     static const int32_t contexts[2][ROWS] = {{N, N, 601, N}, {16, N, 16, N}};
-    struct model x = make(&long_shape);
+    struct shape shape = long_shape;
+    shape.n = 9, shape.k = 1; /* more than MAX_QUERIES heads share one */
+    struct model x = make(&shape);
     static float logits[ROWS][V], truth[V];
     int32_t ids[N];
     random_ids(x.m, ids, N);

@@ -866,6 +866,11 @@ static void test_hostile_saves(void)
     check(gemma2_session_restore(t, p, size) == GEMMA2_OK && gemma2_position(t) == 13,
           "the sound one after all of them");
     free(p), free(edited);
+    gemma2_rewind(t, 0), gemma2_eval(t, ids, 3, NULL);
+    p = save(t, &size), size = (size_t)saved_bytes(t, 3, 1); /* consistent, but for the window */
+    put_u32(p + 36, 1), put_u32(p + 16, (uint32_t)size), put_digest(p, size);
+    check(refuses(s, p, size, -8), "a saved session that lacks a position it sees");
+    free(p);
     gemma2_session_free(s), gemma2_session_free(t);
     unmake(&x);
 }

@@ -28,7 +28,7 @@ build/digest: tests/digest.c gemma2.c gemma2.h
 SANITIZE = $(CC) $(PLAIN) -O1 -g -pthread -fsanitize=address,undefined \
 	-fno-sanitize-recover=all
 
-# The C tests again under AddressSanitizer and UndefinedBehaviorSanitizer.
+# The C tests and the command line again under AddressSanitizer and UndefinedBehaviorSanitizer.
 test-sanitize:
 	@mkdir -p build/sanitize
 	@for t in test test_session test_golden; do \
@@ -37,8 +37,9 @@ test-sanitize:
 	@$(SANITIZE) $(HOSTILE) -lm -o build/sanitize/hostile
 	@$(SANITIZE) $(FAULT) -lm -o build/sanitize/fault
 	@$(SANITIZE) $(REPLAY) -lm -o build/sanitize/replay
+	@$(SANITIZE) run.c gemma2.c -lm -o build/sanitize/run
 	@sh tests/all.sh $(addprefix build/sanitize/,test test_session test_golden test_emulated \
-		hostile fault replay)
+		hostile fault replay) "sh tests/cli.sh build/sanitize/run"
 
 ARCHER ?= $(firstword $(wildcard /usr/lib/llvm-*/lib/libarcher.so))
 TSAN = clang $(PLAIN) -O1 -g -fopenmp -fsanitize=thread

@@ -46,7 +46,10 @@ static void test_free(void *p)
 #ifdef _WIN32
 static void *test_map(HANDLE section, DWORD access, DWORD high, DWORD low, size_t n)
 {
-    return count_alloc(alloc_denied() ? NULL : MapViewOfFile(section, access, high, low, n));
+    int denied = alloc_denied();
+    if (denied)
+        SetLastError(ERROR_NOT_ENOUGH_MEMORY);
+    return count_alloc(denied ? NULL : MapViewOfFile(section, access, high, low, n));
 }
 
 static int test_unmap(const void *p)

@@ -346,8 +346,9 @@ static void test_header_limits(void)
     free(m.data);
 }
 
+static char said[160]; /* by the last refusal of may_be */
+
 /* Whether the header's field at `at` may be x, in a file of so many layers. */
-static char said[160];
 static int may_be(size_t at, char kind, double x, int32_t layers)
 {
     uint8_t header[HEADER_BYTES] = {0};
@@ -2354,7 +2355,8 @@ static void test_plans(void)
         gemma2_session_params p;
         gemma2_plan plan = {0, 0, 0, 0};
         gemma2_session_params_init(&p);
-        p.n_context = contexts[i / N_SHAPES % 4], p.n_batch = i / (N_SHAPES * 8) ? 20 : 1, p.n_threads = 1;
+        p.n_context = contexts[i / N_SHAPES % 4], p.n_threads = 1;
+        p.n_batch = i / (N_SHAPES * 8) ? 20 : 1;
         p.cache_type = i / (N_SHAPES * 4) % 2 ? GEMMA2_CACHE_F16 : GEMMA2_CACHE_F32;
         uint64_t want = 0, number = p.cache_type == GEMMA2_CACHE_F16 ? 2 : 4;
         for (uint32_t l = 0; l < s->layers; l++) {
@@ -3074,12 +3076,13 @@ static void test_decode_calls(void)
     size_t room = (size_t)gemma2_get_config(m)->max_piece_bytes + 12, size;
     char text[64];
     int kind = 0;
-    check(gemma2_decode(m, &hold, BYTE_0 + 0xe2, text, room) == 0 && hold.n == 1, "one byte is held");
+    check(gemma2_decode(m, &hold, BYTE_0 + 0xe2, text, room) == 0 && hold.n == 1,
+          "one byte is held");
     check(gemma2_decode(m, &hold, BYTE_0 + 0x82, text, room - 1) == GEMMA2_ERR_SPACE && hold.n == 1,
           "too small a buffer changes nothing");
     check(gemma2_decode(m, &hold, BYTE_0 + 0x82, text, room) == 0 && hold.n == 2, "two are held");
-    check(gemma2_decode(m, &hold, BYTE_0 + 0xac, text, room) == 3 && !memcmp(text, "\xe2\x82\xac", 3),
-          "three make a character");
+    check(gemma2_decode(m, &hold, BYTE_0 + 0xac, text, room) == 3 &&
+              !memcmp(text, "\xe2\x82\xac", 3), "three make a character");
     gemma2_decode(m, &hold, BYTE_0 + 0xf0, text, room);
     check(gemma2_decode(m, &hold, -1, text, room) == 3 && hold.n == 0, "flush");
     check(gemma2_decode(m, &hold, -1, text, room) == 0, "flush of nothing");

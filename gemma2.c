@@ -1,16 +1,15 @@
 /* gemma2.c - Gemma 2 inference in one file.  See gemma2.h for how to use it.
  *
  * MAP
- *   1 Ground          errors, little-endian reads, SHA-256, mapped files
- *   2 The weight file the byte table (normative) and the code that distrusts it
- *   3 Number formats  f32, bf16, q8, q6, q4: how a matrix lies in the file
- *   4 Kernels         the specification of every sum, in plain C
- *   5 Work sharing    the only OpenMP, the only floating-point environment
- *   6 The model       cache, attention, feed-forward, layer, forward
- *   7 Tokenizer       SentencePiece BPE, both ways
- *   8 Sampler         penalties, temperature, top-k, top-p, min-p, PCG32
- *   9 Public API      in the order of gemma2.h
- *   A Appendix        the kernels of section 4 again, faster: AVX2, AVX-512, AMX, NEON ..
+ *   1 Gemma 2         the model's facts, and what a model and a session hold
+ *   2 The weight file the byte table (normative), and how numbers lie in it
+ *   3 Kernels         the specification of every sum, in plain C
+ *   4 The pass        sharing of work, cache, attention, feed-forward, layer, head
+ *   5 Tokenizer       SentencePiece BPE, both ways
+ *   6 Sampler         penalties, temperature, top-k, top-p, min-p, PCG32
+ *   7 Public API      in the order of gemma2.h
+ *   8 Back rooms      files, SHA-256, hostile headers, saved sessions, importance
+ *   A Appendix        the kernels of section 3 again, faster: AVX2, AVX-512, AMX, NEON ..
  * Whoever stops reading at the appendix has understood everything.
  *
  * NOTATION (the Gemma 2 report, arXiv 2408.00118, and google-deepmind/gemma)
@@ -146,9 +145,7 @@ ANY_ADDRESS("vmovdqa64", "vmovdqu64")
 #define UNROLL _Pragma("GCC unroll 16")
 #endif
 
-/* ===================================================================================
- * 1. Ground
- * =================================================================================== */
+/* ---- small things that every section uses ---- */
 
 struct errbuf {
     char *text; /* may be NULL */
@@ -247,93 +244,40 @@ static int copy_params(void *to, size_t size, const void *from, uint32_t struct_
 static int32_t min_i32(int32_t a, int32_t b) { return a < b ? a : b; }
 static int32_t max_i32(int32_t a, int32_t b) { return a > b ? a : b; }
 
-/* SHA-256, FIPS 180-4. */
-struct sha256 {
-    uint32_t h[8];
-    uint8_t block[64];
-    uint64_t bytes;
+/* ===================================================================================
+ * 1. Gemma 2
+ * =================================================================================== */
+
+enum { TYPE_BYTES, TYPE_F32, TYPE_BF16, TYPE_Q8, TYPE_Q6, TYPE_Q4, N_TYPES };
+enum {
+    HEADER_BYTES = 512, ENTRY_BYTES = 96, IDENTITY_AT = 480, MAX_LAYERS = 1024,
+    MAX_HEAD_DIM = 1024, TILE = 16, GROUP = 32, BLOCK_INPUTS = 256
 };
 
-static void sha256_init(struct sha256 *s)
-{
-    static const uint32_t start[8] = {
-        0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a,
-        0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19};
-    memcpy(s->h, start, sizeof start);
-    s->bytes = 0;
-}
+/* A tensor in the file, used where it lies. */
+struct matrix {
+    const uint8_t *data; /* NULL: not there */
+    uint32_t type, rows, cols;
+    size_t tile_bytes; /* 16 rows */
+};
 
-static uint32_t ror(uint32_t x, int n) { return x >> n | x << (32 - n); }
+struct layer {
+    struct matrix attn_norm, q, k, v, o, post_attn_norm;
+    struct matrix ffn_norm, gate, up, down, post_ffn_norm;
+};
 
-/* One round; the working variable a is v[-j mod 8], b the next one, and so on. */
-INLINE void sha256_round(uint32_t v[8], int j, uint32_t kw)
-{
-    uint32_t a = v[-j & 7], b = v[(1 - j) & 7], c = v[(2 - j) & 7];
-    uint32_t e = v[(4 - j) & 7], f = v[(5 - j) & 7], g = v[(6 - j) & 7];
-    uint32_t t = v[(7 - j) & 7] + (ror(e, 6) ^ ror(e, 11) ^ ror(e, 25)) + ((e & f) ^ (~e & g)) + kw;
-    v[(3 - j) & 7] += t;
-    v[(7 - j) & 7] = t + (ror(a, 2) ^ ror(a, 13) ^ ror(a, 22)) + ((a & b) ^ (a & c) ^ (b & c));
-}
-
-static void sha256_block(uint32_t h[8], const uint8_t *p)
-{
-    static const uint32_t k[64] = {
-        0x428a2f98, 0x71374491, 0xb5c0fbcf, 0xe9b5dba5, 0x3956c25b, 0x59f111f1, 0x923f82a4,
-        0xab1c5ed5, 0xd807aa98, 0x12835b01, 0x243185be, 0x550c7dc3, 0x72be5d74, 0x80deb1fe,
-        0x9bdc06a7, 0xc19bf174, 0xe49b69c1, 0xefbe4786, 0x0fc19dc6, 0x240ca1cc, 0x2de92c6f,
-        0x4a7484aa, 0x5cb0a9dc, 0x76f988da, 0x983e5152, 0xa831c66d, 0xb00327c8, 0xbf597fc7,
-        0xc6e00bf3, 0xd5a79147, 0x06ca6351, 0x14292967, 0x27b70a85, 0x2e1b2138, 0x4d2c6dfc,
-        0x53380d13, 0x650a7354, 0x766a0abb, 0x81c2c92e, 0x92722c85, 0xa2bfe8a1, 0xa81a664b,
-        0xc24b8b70, 0xc76c51a3, 0xd192e819, 0xd6990624, 0xf40e3585, 0x106aa070, 0x19a4c116,
-        0x1e376c08, 0x2748774c, 0x34b0bcb5, 0x391c0cb3, 0x4ed8aa4a, 0x5b9cca4f, 0x682e6ff3,
-        0x748f82ee, 0x78a5636f, 0x84c87814, 0x8cc70208, 0x90befffa, 0xa4506ceb, 0xbef9a3f7,
-        0xc67178f2};
-    uint32_t w[64], v[8];
-    for (int i = 0; i < 16; i++)
-        w[i] = (uint32_t)p[4 * i] << 24 | (uint32_t)p[4 * i + 1] << 16 |
-               (uint32_t)p[4 * i + 2] << 8 | p[4 * i + 3];
-    for (int i = 16; i < 64; i++) {
-        uint32_t a = w[i - 15], b = w[i - 2];
-        w[i] = w[i - 16] + w[i - 7] + (ror(a, 7) ^ ror(a, 18) ^ a >> 3) +
-               (ror(b, 17) ^ ror(b, 19) ^ b >> 10);
-    }
-    memcpy(v, h, sizeof v);
-    for (int i = 0; i < 64; i += 8)
-        for (int j = 0; j < 8; j++) /* unrolled, the roles of v rotate by register */
-            sha256_round(v, j, k[i + j] + w[i + j]);
-    for (int i = 0; i < 8; i++)
-        h[i] += v[i];
-}
-
-static void sha256_add(struct sha256 *s, const uint8_t *p, size_t n)
-{
-    size_t held = s->bytes % 64;
-    s->bytes += n;
-    if (held) {
-        size_t take = n < 64 - held ? n : 64 - held;
-        memcpy(s->block + held, p, take);
-        p += take, n -= take;
-        if (held + take < 64)
-            return;
-        sha256_block(s->h, s->block);
-    }
-    for (; n >= 64; p += 64, n -= 64)
-        sha256_block(s->h, p);
-    if (n)
-        memcpy(s->block, p, n);
-}
-
-static void sha256_end(struct sha256 *s, uint8_t digest[32])
-{
-    uint64_t bits = s->bytes * 8;
-    uint8_t tail[72] = {0x80};
-    size_t n = 64 - (s->bytes + 8) % 64;
-    for (size_t i = 0; i < 8; i++)
-        tail[n + i] = (uint8_t)(bits >> (56 - 8 * i));
-    sha256_add(s, tail, n + 8);
-    for (int i = 0; i < 32; i++)
-        digest[i] = (uint8_t)(s->h[i / 4] >> (24 - 8 * (i % 4)));
-}
+/* What section 5 needs: views into the file, and two indexes built at open. */
+struct tokenizer {
+    const uint8_t *scores, *ends, *kinds, *blob;
+    uint32_t n;
+    uint32_t *slots, mask; /* hash of matchable pieces, see piece_insert */
+    uint32_t *user, n_user; /* ids of USER and MARKER pieces, sorted by bytes; and the */
+    uint32_t *user_prefix;  /* place in user of the longest other that each starts with */
+    uint32_t user_first[257]; /* user pieces that begin with byte c: [c] .. [c + 1] */
+    int by_words;             /* no merge crosses the front of a U+2581 */
+    int32_t byte_id[256]; /* -1 where absent */
+    int32_t unk;
+};
 
 /* A file's bytes: mapped, read into memory of ours, or lent by the caller. */
 struct file {
@@ -343,186 +287,73 @@ struct file {
     void *memory;  /* to free, or NULL */
 };
 
-static void file_close(struct file *f)
-{
-#if defined(HAVE_MMAP)
-    if (f->mapping)
-        munmap(f->mapping, f->size);
-#elif defined(_WIN32)
-    if (f->mapping)
-        UnmapViewOfFile(f->mapping);
-#endif
-    free(f->memory);
-    memset(f, 0, sizeof *f);
-}
+struct kernels; /* section 3 */
 
-#if defined(HAVE_MMAP) || defined(_WIN32)
-static int fail_too_large(uint64_t bytes, struct errbuf *err)
-{
-    return fail(err, "has %llu bytes, too large for this %d-bit program",
-                (unsigned long long)bytes, (int)sizeof(size_t) * 8);
-}
-#endif
+struct gemma2_model {
+    gemma2_config config;
+    struct file file;
+    const struct kernels *isa;
+    const struct matrix_kernels *matrix; /* what prefill uses; NULL: the exact class */
+    const uint8_t *directory;
+    uint32_t n_sections;
+    const uint8_t *facts;
+    size_t facts_bytes;
+    const uint8_t *tokenizer_bytes;
+    size_t tokenizer_size;
+    struct tokenizer tokenizer;
+    struct matrix embedding, head, final_norm;
+    struct layer layers[];
+};
 
-#ifdef HAVE_MMAP
-static int read_all(int fd, uint8_t *to, size_t n)
-{
-    while (n) {
-        errno = 0; /* what is left tells an error from an early end */
-        ssize_t got = read(fd, to, n < 1u << 30 ? n : 1u << 30);
-        if (got < 0 && errno == EINTR)
-            continue;
-        if (got <= 0)
-            return 0;
-        to += got, n -= (size_t)got;
-    }
-    return 1;
-}
+struct layer_cache {
+    uint8_t *keys, *values; /* [K] heads of key_bytes, value_bytes each */
+    int32_t slots;          /* R, a multiple of 16 */
+};
 
-/* Maps the open file, or reads it into anonymous memory that asks for huge pages. */
-static int file_load(struct file *f, int fd, int read_in, struct errbuf *err)
-{
-    int protection = read_in ? PROT_READ | PROT_WRITE : PROT_READ;
-    int flags = read_in ? MAP_PRIVATE | MAP_ANONYMOUS : MAP_SHARED;
-    void *p = mmap(NULL, f->size, protection, flags, read_in ? -1 : fd, 0);
-    if (p == MAP_FAILED)
-        return fail(err, "cannot map %zu bytes: %s", f->size, strerror(errno));
-    f->mapping = p;
-    f->data = p;
-    if (!read_in)
-        return 1;
-#ifdef MADV_HUGEPAGE
-    madvise(p, f->size, MADV_HUGEPAGE);
-#endif
-    if (!read_all(fd, p, f->size))
-        return fail(err, "cannot read %zu bytes: %s", f->size,
-                    errno ? strerror(errno) : "the file became shorter");
-    return 1;
-}
+struct row { /* one token of a pass */
+    gemma2_session *session;
+    float *logits;
+    int32_t id, position;
+};
 
-static int file_open(struct file *f, const char *path, int read_in, struct errbuf *err)
-{
-    struct stat st;
-    int fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
-    if (fd < 0)
-        return fail(err, "cannot open: %s; give the path of a file made by export.py",
-                    strerror(errno));
-    int ok = 0;
-    if (fstat(fd, &st) < 0)
-        fail(err, "cannot read: %s", strerror(errno));
-    else if (!S_ISREG(st.st_mode))
-        fail(err, "is %s, not a model file; convert a checkpoint with export.py first",
-             S_ISDIR(st.st_mode) ? "a directory" : "a device or pipe");
-    else if (st.st_size == 0)
-        fail(err, "is empty; convert a checkpoint with export.py");
-    else if ((uint64_t)st.st_size > SIZE_MAX / 2)
-        fail_too_large((uint64_t)st.st_size, err);
-    else {
-        f->size = (size_t)st.st_size;
-        ok = file_load(f, fd, read_in, err);
-    }
-    close(fd);
-    return ok;
-}
-#elif defined(_WIN32)
-static int fail_windows(struct errbuf *err, const char *doing)
-{
-    unsigned long code = GetLastError();
-    if (code == ERROR_FILE_NOT_FOUND || code == ERROR_PATH_NOT_FOUND)
-        return fail(err, "cannot %s: there is no such file; give the path of a file made by "
-                         "export.py", doing);
-    return fail(err, "cannot %s: %s (Windows error %lu)", doing,
-                code == ERROR_ACCESS_DENIED ? "access is denied" :
-                code == ERROR_NOT_ENOUGH_MEMORY ? "not enough memory" : "the system declined",
-                code);
-}
+struct candidate { /* sampling */
+    float logit;
+    int32_t id;
+};
 
-/* Memory that starts on a multiple of 64, and in which it starts. */
-static int file_read(struct file *f, HANDLE in, struct errbuf *err)
-{
-    DWORD got;
-    f->memory = malloc(f->size + 63);
-    if (!f->memory)
-        return fail(err, "out of memory reading %zu bytes", f->size);
-    uint8_t *to = (uint8_t *)f->memory + (-(uintptr_t)f->memory & 63);
-    f->data = to;
-    for (size_t left = f->size; left; to += got, left -= got)
-        if (!ReadFile(in, to, left < 1u << 30 ? (DWORD)left : 1u << 30, &got, NULL) || !got)
-            return fail_windows(err, "read");
-    return 1;
-}
-
-static int file_map(struct file *f, HANDLE in, struct errbuf *err)
-{
-    HANDLE section = CreateFileMappingW(in, NULL, PAGE_READONLY, 0, 0, NULL);
-    f->mapping = section ? MapViewOfFile(section, FILE_MAP_READ, 0, 0, 0) : NULL;
-    f->data = f->mapping;
-    int ok = f->mapping || fail_windows(err, "map");
-    if (section)
-        CloseHandle(section);
-    return ok;
-}
-
-static int file_load(struct file *f, HANDLE in, int read_in, struct errbuf *err)
-{
-    LARGE_INTEGER size;
-    if (GetFileType(in) != FILE_TYPE_DISK)
-        return fail(err, "is a device or pipe, not a model file; convert a checkpoint with "
-                         "export.py first");
-    if (!GetFileSizeEx(in, &size))
-        return fail_windows(err, "read");
-    if (size.QuadPart == 0)
-        return fail(err, "is empty; convert a checkpoint with export.py");
-    if ((uint64_t)size.QuadPart > SIZE_MAX / 2)
-        return fail_too_large((uint64_t)size.QuadPart, err);
-    f->size = (size_t)size.QuadPart;
-    return read_in ? file_read(f, in, err) : file_map(f, in, err);
-}
-
-/* path is UTF-8, whatever the system's code page. */
-static int file_open(struct file *f, const char *path, int read_in, struct errbuf *err)
-{
-    WCHAR wide[4096];
-    if (!MultiByteToWideChar(CP_UTF8, MB_ERR_INVALID_CHARS, path, -1, wide, 4096))
-        return fail(err, "cannot open: the path is not UTF-8, or too long");
-    DWORD kind = GetFileAttributesW(wide);
-    if (kind != INVALID_FILE_ATTRIBUTES && kind & FILE_ATTRIBUTE_DIRECTORY)
-        return fail(err, "is a directory, not a model file; convert a checkpoint with export.py "
-                         "first");
-    HANDLE in = CreateFileW(wide, GENERIC_READ, FILE_SHARE_READ, NULL, OPEN_EXISTING,
-                            FILE_ATTRIBUTE_NORMAL, NULL);
-    if (in == INVALID_HANDLE_VALUE)
-        return fail_windows(err, "open");
-    int ok = file_load(f, in, read_in, err);
-    CloseHandle(in);
-    return ok;
-}
-#else /* plain C */
-static int file_open(struct file *f, const char *path, int read_in, struct errbuf *err)
-{
-    (void)read_in; /* there is no other way here */
-    FILE *in = fopen(path, "rb");
-    if (!in)
-        return fail(err, "cannot open: %s; give the path of a file made by export.py",
-                    strerror(errno));
-    for (size_t room = 1 << 20;; room *= 2) {
-        void *memory = room <= SIZE_MAX / 4 ? realloc(f->memory, room + 63) : NULL;
-        if (!memory)
-            break;
-        f->memory = memory;
-        f->size += fread((char *)memory + f->size, 1, room - f->size, in);
-        if (f->size < room)
-            break;
-    }
-    int ok = !ferror(in) && feof(in) && f->size;
-    fclose(in);
-    if (!ok)
-        return fail(err, "is a directory, is empty, or is too large to read");
-    uint8_t *aligned = (uint8_t *)f->memory + (-(uintptr_t)f->memory & 63);
-    f->data = memmove(aligned, f->memory, f->size);
-    return 1;
-}
-#endif
+struct gemma2_session {
+    const gemma2_model *model;
+    void *owned; /* to free, or NULL */
+    int32_t n_context, n_batch, n_threads, window;
+    int half;      /* cache type: 1 f16, 0 f32 */
+    int32_t width; /* H' */
+    int32_t position;      /* tokens held */
+    int32_t ring, oldest;  /* slots of a local layer; the first position they still hold */
+    int32_t pending;       /* rows of the pass being set up */
+    _Atomic int cancelled; /* see gemma2_cancel */
+    int32_t *ids;           /* [n_context] */
+    struct layer_cache *cache; /* [L] */
+    /* scratch for a pass of n_batch rows */
+    struct row *rows;
+    float *x;                 /* [B][D] the residual stream */
+    float *h;                 /* [B][ldh] what products read, ldh = max(D, N*H) */
+    float *q, *k, *v;         /* [B][N*H], [B][K*H], [B][K*H] */
+    float *o;                 /* [B][D] what attention and ffn add */
+    float *ffn;               /* [B][F] */
+    float *cosine, *sine;     /* [B][H/2] */
+    float *inverse_frequency; /* [H/2] */
+    uint16_t *in_pairs;       /* [B rounded up to 16][ldq] bf16 inputs of products */
+    int8_t *in_q;             /* [B][ldq] quantised inputs of products */
+    float *in_scale;          /* [B][ldq/32] */
+    int32_t *in_sum;
+    float **outputs;          /* [B] rows of logits */
+    struct log_sum *sums;     /* [B] */
+    int32_t *targets;         /* [B] */
+    float *partial;           /* attention split over blocks, see attend_split */
+    struct candidate *candidates; /* [V]; log_sum blocks [B][HEAD_BLOCK] share it */
+    float *adjusted;              /* [V] */
+    size_t ldh, ldq, partial_rows, partial_blocks;
+};
 
 /* ===================================================================================
  * 2. The weight file
@@ -567,7 +398,7 @@ static int file_open(struct file *f, const char *path, int read_in, struct errbu
  * Directory entry, 96 bytes
  *      0   u32   role (table below)      16  u64  rows        48  u8[32] SHA-256 of the
  *      4   u32   layer, 0 where none     24  u64  cols                   section's bytes
- *      8   u32   type (section 3)        32  u64  offset      80  u8[16] zero
+ *      8   u32   type (below)            32  u64  offset      80  u8[16] zero
  *     12   u32   flags: bit 0 optional   40  u64  bytes
  *   An entry with an unknown role is skipped when optional, else refuses the file.  No
  *   (role, layer) pair occurs twice.  Sections stand in directory order: the first at the
@@ -605,51 +436,6 @@ enum { /* roles */
     ROLE_FINAL_NORM = 18, ROLE_LAYER_FIRST = 32
 };
 
-enum { TYPE_BYTES, TYPE_F32, TYPE_BF16, TYPE_Q8, TYPE_Q6, TYPE_Q4, N_TYPES };
-
-/* A tensor in the file, used where it lies. */
-struct matrix {
-    const uint8_t *data; /* NULL: not there */
-    uint32_t type, rows, cols;
-    size_t tile_bytes; /* 16 rows */
-};
-
-struct layer {
-    struct matrix attn_norm, q, k, v, o, post_attn_norm;
-    struct matrix ffn_norm, gate, up, down, post_ffn_norm;
-};
-
-/* What section 7 needs: views into the file, and two indexes built at open. */
-struct tokenizer {
-    const uint8_t *scores, *ends, *kinds, *blob;
-    uint32_t n;
-    uint32_t *slots, mask; /* hash of matchable pieces, see piece_insert */
-    uint32_t *user, n_user; /* ids of USER and MARKER pieces, sorted by bytes; and the */
-    uint32_t *user_prefix;  /* place in user of the longest other that each starts with */
-    uint32_t user_first[257]; /* user pieces that begin with byte c: [c] .. [c + 1] */
-    int by_words;             /* no merge crosses the front of a U+2581 */
-    int32_t byte_id[256]; /* -1 where absent */
-    int32_t unk;
-};
-
-struct kernels; /* section 4 */
-
-struct gemma2_model {
-    gemma2_config config;
-    struct file file;
-    const struct kernels *isa;
-    const struct matrix_kernels *matrix; /* what prefill uses; NULL: the exact class */
-    const uint8_t *directory;
-    uint32_t n_sections;
-    const uint8_t *facts;
-    size_t facts_bytes;
-    const uint8_t *tokenizer_bytes;
-    size_t tokenizer_size;
-    struct tokenizer tokenizer;
-    struct matrix embedding, head, final_norm;
-    struct layer layers[];
-};
-
 /* The roles a file can have.  Dimensions: V, D, F, 1, q = N*H, k = K*H; '-' no matrix. */
 struct role {
     uint32_t id;
@@ -683,14 +469,9 @@ static const struct {
     uint32_t group_bytes; /* of 32 inputs, 16 rows; 0: not quantised */
 } types[N_TYPES] = {{"bytes", 0}, {"f32", 0}, {"bf16", 0}, {"q8", 512}, {"q6", 384}, {"q4", 256}};
 
-enum {
-    HEADER_BYTES = 512, ENTRY_BYTES = 96, IDENTITY_AT = 480, MAX_LAYERS = 1024,
-    MAX_HEAD_DIM = 1024, TILE = 16, GROUP = 32, BLOCK_INPUTS = 256
-};
-
 static int is_quantised(uint32_t type) { return type >= TYPE_Q8; }
 
-/* Bytes of a tile of 16 rows (section 3); cols is at most 2^22. */
+/* Bytes of a tile of 16 rows (below); cols is at most 2^22. */
 static uint64_t tile_bytes(uint32_t type, uint64_t cols)
 {
     if (type == TYPE_F32)
@@ -754,129 +535,6 @@ static const struct header_field header_fields[] = {
 };
 enum { N_HEADER_FIELDS = sizeof header_fields / sizeof *header_fields };
 
-static int read_field(const uint8_t *header, const struct header_field *f, gemma2_config *c,
-                      struct errbuf *err)
-{
-    const uint8_t *p = header + f->at;
-    double x = f->kind == 'i' ? get_u32(p) : f->kind == 'd' ? get_f64(p) : get_f32(p);
-    int zero = f->zero && c->n_layers == 0;
-    int ok = zero || (f->kind == 'c' && x == 0) ? x == 0 : x >= f->low && x <= f->high;
-    if (!ok)
-        return fail(err, "the model file is corrupted: its %s is %.10g, not %s%.10g to %.10g",
-                    f->name, x,
-                    f->kind == 'c' ? "0 or " : "", zero ? 0 : f->low, zero ? 0 : f->high);
-    void *to = (char *)c + f->member;
-    if (f->kind == 'i')
-        *(int32_t *)to = (int32_t)x;
-    else if (f->kind == 'd')
-        *(double *)to = x;
-    else
-        *(float *)to = (float)x;
-    return 1;
-}
-
-static int check_heads(const gemma2_config *c, struct errbuf *err)
-{
-    if (c->n_layers && c->n_heads % c->n_kv_heads)
-        return fail(err, "the model file is corrupted: %d query heads cannot share %d key/value "
-                         "heads", c->n_heads, c->n_kv_heads);
-    if (c->head_dim % 2)
-        return fail(err, "the model file is corrupted: head_dim %d is odd", c->head_dim);
-    return 1;
-}
-
-/* The last part of the header: which layers are local, which ids stop, zeros. */
-static int read_lists(const uint8_t *header, gemma2_config *c, struct errbuf *err)
-{
-    for (int l = 0; l < MAX_LAYERS; l++) {
-        c->is_local[l] = header[128 + l / 8] >> l % 8 & 1;
-        if (l >= c->n_layers && c->is_local[l])
-            return fail(err, "the model file is corrupted: it marks a layer it does not have");
-    }
-    uint32_t n = get_u32(header + 256);
-    if (n > 15)
-        return fail(err, "the model file is corrupted: %u stop ids, at most 15 fit", n);
-    c->n_stop = (int32_t)n;
-    for (uint32_t i = 0; i < 15; i++) {
-        uint32_t id = get_u32(header + 260 + 4 * i);
-        if (id >= (i < n ? (uint32_t)c->n_vocab : 1u))
-            return fail(err, "the model file is corrupted: stop id %u is not in the vocabulary",
-                        id);
-        c->stop[i] = (int32_t)id;
-    }
-    if (!is_zero(header + 60, 4) || !is_zero(header + 320, IDENTITY_AT - 320))
-        return fail(err, "the model file is corrupted: reserved bytes of its header are not zero");
-    return 1;
-}
-
-/* What a file that is not ours probably is. */
-static int fail_foreign(const uint8_t *p, size_t size, struct errbuf *err)
-{
-    static const struct {
-        const char *bytes;
-        size_t at, n;
-        const char *what;
-    } known[] = {
-        {"GGUF", 0, 4, "a GGUF file; gemma2.c runs files made by export.py from a checkpoint"},
-        {"\x1f\x8b", 0, 2, "gzip-compressed; unpack it first"},
-        {"\xfd" "7zXZ", 0, 5, "xz-compressed; unpack it first"},
-        {"PK\x03\x04", 0, 4, "a zip archive or PyTorch checkpoint; convert it with export.py"},
-        {"{\"", 8, 2, "a safetensors checkpoint; convert its directory with export.py"},
-        {"<", 0, 1, "a web page, not a model; the download went wrong"},
-        {"version https://git-lfs", 0, 23, "a Git LFS pointer, not the file; run git lfs pull"},
-    };
-    for (size_t i = 0; i < sizeof known / sizeof *known; i++)
-        if (size >= known[i].at + known[i].n &&
-            !memcmp(p + known[i].at, known[i].bytes, known[i].n))
-            return fail(err, "this is %s", known[i].what);
-    return fail(err, "this is not a gemma2.c model file; make one with export.py");
-}
-
-/* Everything before the directory's entries; sets n_sections, directory, file_bytes. */
-static int read_header(struct gemma2_model *m, const struct file *f, struct errbuf *err)
-{
-    static const uint8_t magic[8] = {0x89, 'G', 'E', 'M', 'M', 'A', '2', '\n'};
-    const uint8_t *p = f->data;
-    gemma2_config *c = &m->config;
-    if (f->size < 8 || memcmp(p, magic, 8))
-        return fail_foreign(p, f->size, err);
-    if (f->size < HEADER_BYTES)
-        return fail(err, "the model file is cut short: %zu bytes are less than its header's %d; "
-                         "copy or convert it again", f->size, HEADER_BYTES);
-    if (get_u32(p + 8) != 1)
-        return fail(err, "the model file has format version %u, this program reads version 1; use "
-                         "a newer gemma2.c or convert again", get_u32(p + 8));
-    if (get_u64(p + 16))
-        return fail(err, "the model file needs features (%#llx) that this version does not have; "
-                         "use a newer gemma2.c", (unsigned long long)get_u64(p + 16));
-    c->file_bytes = get_u64(p + 32);
-    if (c->file_bytes != f->size)
-        return fail(err, "the model file has %zu bytes, but should have %llu: it was %s; copy or "
-                         "convert it again", f->size, (unsigned long long)c->file_bytes,
-                    f->size < c->file_bytes ? "cut short" : "added to");
-    m->n_sections = get_u32(p + 48);
-    if (get_u32(p + 12) != HEADER_BYTES || get_u64(p + 40) != HEADER_BYTES ||
-        get_u32(p + 52) != ENTRY_BYTES || m->n_sections < 1 || m->n_sections > 65536 ||
-        HEADER_BYTES + (uint64_t)m->n_sections * ENTRY_BYTES > f->size)
-        return fail(err, "the model file is corrupted: its directory does not fit");
-    m->directory = p + HEADER_BYTES;
-    return 1;
-}
-
-static int check_identity(const struct gemma2_model *m, struct errbuf *err)
-{
-    struct sha256 s;
-    uint8_t digest[32];
-    sha256_init(&s);
-    sha256_add(&s, m->directory - HEADER_BYTES, IDENTITY_AT);
-    sha256_add(&s, m->directory, (size_t)m->n_sections * ENTRY_BYTES);
-    sha256_end(&s, digest);
-    if (memcmp(digest, m->directory - HEADER_BYTES + IDENTITY_AT, 32))
-        return fail(err, "the model file is corrupted: header and directory do not match their "
-                         "checksum; copy or convert it again");
-    return 1;
-}
-
 static uint64_t dimension(const gemma2_config *c, char letter)
 {
     switch (letter) {
@@ -889,118 +547,7 @@ static uint64_t dimension(const gemma2_config *c, char letter)
     }
 }
 
-/* Checks a tensor's shape and size against its role and puts it in its place. */
-static int place_matrix(struct gemma2_model *m, const struct role *r, const struct entry *e,
-                        struct errbuf *err)
-{
-    uint64_t rows = dimension(&m->config, r->rows), cols = dimension(&m->config, r->cols);
-    int in_layer = r->id >= ROLE_LAYER_FIRST;
-    if (e->layer >= (in_layer ? (uint32_t)m->config.n_layers : 1) || !m->config.n_layers)
-        return fail(err, "the model file is corrupted: %s of layer %u does not belong", r->name,
-                    e->layer);
-    if (e->rows != rows || e->cols != cols)
-        return fail(err, "the model file is corrupted: %s has shape [%llu, %llu], not [%llu, %llu]",
-                    r->name, (unsigned long long)e->rows, (unsigned long long)e->cols,
-                    (unsigned long long)rows, (unsigned long long)cols);
-    if (e->type < TYPE_F32 || e->type >= N_TYPES || (r->cols == '1' && e->type != TYPE_F32))
-        return fail(err, "the model file is corrupted: %s has unknown type %u", r->name, e->type);
-    uint64_t tile = tile_bytes(e->type, cols);
-    if (e->bytes != (rows + 15) / 16 * tile)
-        return fail(err, "the model file is corrupted: %s has %llu bytes, not %llu", r->name,
-                    (unsigned long long)e->bytes, (unsigned long long)((rows + 15) / 16 * tile));
-    char *base = in_layer ? (char *)&m->layers[e->layer] : (char *)m;
-    struct matrix *x = (struct matrix *)(base + r->member);
-    if (x->data)
-        return fail(err, "the model file is corrupted: %s occurs twice", r->name);
-    struct matrix found = {m->file.data + e->offset, e->type, (uint32_t)rows, (uint32_t)cols,
-                           (size_t)tile};
-    *x = found;
-    return 1;
-}
-
-static int place_bytes(const uint8_t **data, size_t *size, const struct gemma2_model *m,
-                       const struct role *r, const struct entry *e, struct errbuf *err)
-{
-    if (*data || e->layer || e->type != TYPE_BYTES || e->rows || e->cols)
-        return fail(err, "the model file is corrupted: bad or second %s section", r->name);
-    *data = m->file.data + e->offset;
-    *size = (size_t)e->bytes;
-    return 1;
-}
-
-static int read_directory(struct gemma2_model *m, struct errbuf *err)
-{
-    uint64_t align = get_u32(m->file.data + 56), size = m->file.size;
-    uint64_t end = HEADER_BYTES + (uint64_t)m->n_sections * ENTRY_BYTES;
-    if (align < 64 || align > 1 << 21 || align & (align - 1))
-        return fail(err, "the model file is corrupted: alignment %llu", (unsigned long long)align);
-    for (uint32_t i = 0; i < m->n_sections; i++) {
-        struct entry e = get_entry(m->directory, i);
-        const struct role *r = find_role(e.role);
-        uint64_t start = (end + align - 1) & ~(align - 1);
-        if (e.offset != start || start > size || e.bytes > size - start)
-            return fail(err, "the model file is corrupted: section %u is out of its place", i);
-        end = start + e.bytes;
-        if (e.flags > 1 || !is_zero(e.reserved, 16) || (!r && !e.flags))
-            return fail(err, "the model file has a section of unknown kind %u; use a newer "
-                             "gemma2.c", e.role);
-        if (!r)
-            continue;
-        if (r->id == ROLE_FACTS ? !place_bytes(&m->facts, &m->facts_bytes, m, r, &e, err)
-            : r->id == ROLE_TOKENIZER
-                ? !place_bytes(&m->tokenizer_bytes, &m->tokenizer_size, m, r, &e, err)
-                : !place_matrix(m, r, &e, err))
-            return 0;
-    }
-    return end == size ? 1 : fail(err, "the model file is corrupted: its last section ends early");
-}
-
-/* Every role a model needs is there; the head may be the embedding. */
-static int check_complete(struct gemma2_model *m, struct errbuf *err)
-{
-    if (!m->tokenizer_bytes)
-        return fail(err, "the model file has no tokenizer; convert the checkpoint again");
-    for (int i = 0; i < N_ROLES && m->config.n_layers; i++) {
-        const struct role *r = &roles[i];
-        int in_layer = r->id >= ROLE_LAYER_FIRST;
-        if (r->rows == '-' || r->id == ROLE_HEAD)
-            continue;
-        for (int l = 0; l < (in_layer ? m->config.n_layers : 1); l++) {
-            char *base = in_layer ? (char *)&m->layers[l] : (char *)m;
-            if (!((struct matrix *)(base + r->member))->data)
-                return in_layer ? fail(err, "the model file lacks %s of layer %d; convert the "
-                                            "checkpoint again", r->name, l)
-                                : fail(err, "the model file lacks %s; convert the checkpoint "
-                                            "again", r->name);
-        }
-    }
-    if (!m->head.data)
-        m->head = m->embedding;
-    return 1;
-}
-
-/* The facts are read on demand; here only their lengths are checked. */
-static int check_facts(const struct gemma2_model *m, struct errbuf *err)
-{
-    size_t at = 4;
-    uint32_t n = m->facts_bytes >= 4 ? get_u32(m->facts) : 0;
-    int ok = !m->facts || m->facts_bytes >= 4;
-    for (uint32_t i = 0; ok && i < n; i++) {
-        ok = m->facts_bytes - at >= 8;
-        if (!ok)
-            break;
-        uint64_t bytes = 8 + (uint64_t)get_u32(m->facts + at) + get_u32(m->facts + at + 4);
-        ok = bytes <= m->facts_bytes - at;
-        at += (size_t)bytes;
-    }
-    if (ok && (!m->facts || at == m->facts_bytes))
-        return 1;
-    return fail(err, "the model file is corrupted: its facts section is inconsistent");
-}
-
-/* ===================================================================================
- * 3. Number formats
- *
+/* ---- number formats: how a matrix lies in the file ----
  * A matrix [rows, cols] is cut into tiles of 16 rows; tile r/16 holds row r in lane r%16.
  * Rows are padded to 16 with zeros.  A tile's values follow its inputs (columns) in
  * ascending order, so a product runs down a tile with the 16 rows in the lanes of a
@@ -1030,8 +577,7 @@ static int check_facts(const struct gemma2_model *m, struct errbuf *err)
  *
  * S is finite.  Padded rows are never returned and padded inputs meet zero activations, so
  * neither matters; exporters write zero bytes there, and never the byte -128 in q8 values or
- * q6 scales (readers compute with it like with any other).
- * =================================================================================== */
+ * q6 scales (readers compute with it like with any other). */
 
 /* 16 values for a nibble: nearly the optimum for a normal distribution, and every
  * difference fits 6 bits, so value + 31 is an unsigned operand. */
@@ -1117,7 +663,7 @@ static void read_row(const struct matrix *w, uint32_t r, float *y)
 }
 
 /* ===================================================================================
- * 4. Kernels: the specification
+ * 3. Kernels: the specification
  *
  * What these functions return, to the bit, is what every row of the appendix returns.
  * Each operation rounds to float, to nearest even; sums run in the order written.
@@ -1485,7 +1031,7 @@ INLINE void to_half_body(const float *x, size_t n, uint16_t *y)
         y[i] = half_of(x[i]);
 }
 
-/* ---- attention over the cache (layout in section 6) ---- */
+/* ---- attention over the cache (layout in section 4) ---- */
 
 INLINE float cached(const void *p, size_t i, int half)
 {
@@ -1630,7 +1176,7 @@ static void cos_sin(double x, float *cosine, float *sine)
 }
 
 /* ===================================================================================
- * 5. Work sharing: the only OpenMP of the file
+ * 4. The pass: sharing of work, the only OpenMP of the file
  * =================================================================================== */
 
 /* The floating-point environment the specification assumes: round to nearest even,
@@ -1733,56 +1279,6 @@ static int default_threads(void)
  *     keys   [R / 16][H][16 slots]     a dot product runs down H, 16 keys in the lanes
  *     values [R / 16][16 slots][H']    H' = H rounded up to 16, 16 dimensions in the lanes
  * =================================================================================== */
-
-struct layer_cache {
-    uint8_t *keys, *values; /* [K] heads of key_bytes, value_bytes each */
-    int32_t slots;          /* R, a multiple of 16 */
-};
-
-struct row { /* one token of a pass */
-    gemma2_session *session;
-    float *logits;
-    int32_t id, position;
-};
-
-struct candidate { /* sampling */
-    float logit;
-    int32_t id;
-};
-
-struct gemma2_session {
-    const gemma2_model *model;
-    void *owned; /* to free, or NULL */
-    int32_t n_context, n_batch, n_threads, window;
-    int half;      /* cache type: 1 f16, 0 f32 */
-    int32_t width; /* H' */
-    int32_t position;      /* tokens held */
-    int32_t ring, oldest;  /* slots of a local layer; the first position they still hold */
-    int32_t pending;       /* rows of the pass being set up */
-    _Atomic int cancelled; /* see gemma2_cancel */
-    int32_t *ids;           /* [n_context] */
-    struct layer_cache *cache; /* [L] */
-    /* scratch for a pass of n_batch rows */
-    struct row *rows;
-    float *x;                 /* [B][D] the residual stream */
-    float *h;                 /* [B][ldh] what products read, ldh = max(D, N*H) */
-    float *q, *k, *v;         /* [B][N*H], [B][K*H], [B][K*H] */
-    float *o;                 /* [B][D] what attention and ffn add */
-    float *ffn;               /* [B][F] */
-    float *cosine, *sine;     /* [B][H/2] */
-    float *inverse_frequency; /* [H/2] */
-    uint16_t *in_pairs;       /* [B rounded up to 16][ldq] bf16 inputs of products */
-    int8_t *in_q;             /* [B][ldq] quantised inputs of products */
-    float *in_scale;          /* [B][ldq/32] */
-    int32_t *in_sum;
-    float **outputs;          /* [B] rows of logits */
-    struct log_sum *sums;     /* [B] */
-    int32_t *targets;         /* [B] */
-    float *partial;           /* attention split over blocks, see attend_split */
-    struct candidate *candidates; /* [V]; log_sum blocks [B][HEAD_BLOCK] share it */
-    float *adjusted;              /* [V] */
-    size_t ldh, ldq, partial_rows, partial_blocks;
-};
 
 /* ---- laying out a session: one function counts and places ---- */
 
@@ -2142,8 +1638,7 @@ static void attention_enter_task(void *context, size_t t)
     prepare_row(p, &in, t, (const struct matrix *[]){&w->q, &w->k, &w->v}, 3);
 }
 
-/* ---- importance: sums of products of neighbouring inputs, for gemma2_importance ---- */
-
+/* What gemma2_importance sums up, by the product that reads it. */
 enum { INPUT_Q, INPUT_O, INPUT_GATE, INPUT_DOWN, INPUTS_A_LAYER };
 
 static const struct {
@@ -2151,66 +1646,8 @@ static const struct {
     char cols;
 } layer_inputs[INPUTS_A_LAYER] = {{"q", 'D'}, {"o", 'q'}, {"gate", 'D'}, {"down", 'F'}};
 
-struct gather_job {
-    const float *x; /* [T][ldx], cols of them used */
-    size_t n, ldx, cols, block;
-    double *sums;   /* [block][cols] */
-};
-
-/* sums[r][c] += x[t][c] * x[t][c - c % block + r] for all t, one c after another up to last
- * (they are in one block, unless block is 1). */
-static void add_products(const struct gather_job *job, size_t r, size_t c, size_t last)
-{
-    double sum[TILE];
-    size_t n = last - c, other = c - c % job->block + r, step = job->block == 1;
-    memcpy(sum, job->sums + r * job->cols + c, n * sizeof *sum);
-    for (size_t t = 0; t < job->n; t++) {
-        const float *x = job->x + t * job->ldx;
-        for (size_t i = 0; i < n; i++)
-            sum[i] += (double)x[c + i] * (double)x[other + i * step];
-    }
-    memcpy(job->sums + r * job->cols + c, sum, n * sizeof *sum);
-}
-
-/* 256 columns: what stands at or above the diagonal of a block, in pieces of 16, and its
- * mirror image. */
-static void gather_task(void *context, size_t task)
-{
-    const struct gather_job *job = context;
-    size_t first = task * BLOCK_INPUTS, last = first + BLOCK_INPUTS;
-    last = last < job->cols ? last : job->cols;
-    for (size_t c = first; c < last; c += TILE)
-        for (size_t r = 0; r < job->block && r < c % job->block + TILE; r++)
-            if (c - c % job->block + r < job->cols)
-                add_products(job, r, c, c + TILE < last ? c + TILE : last);
-    for (size_t c = first; c < last; c++)
-        for (size_t r = c % job->block + 1; r < job->block; r++) {
-            size_t other = c - c % job->block + r;
-            if (other < job->cols)
-                job->sums[r * job->cols + c] = job->sums[c % job->block * job->cols + other];
-        }
-}
-
-/* Where the input's columns begin among those of all inputs. */
-static uint64_t input_first(const gemma2_config *c, int layer, int input)
-{
-    uint64_t first = 0;
-    for (int i = 0; i < INPUTS_A_LAYER; i++)
-        first += dimension(c, layer_inputs[i].cols) * ((uint64_t)layer + (i < input));
-    return first;
-}
-
-/* Adds the pass's rows of x, the input of a product, to the sums; if these are wanted. */
 static void gather(const struct pass *p, int layer, int input, const float *x, size_t ldx,
-                   size_t cols)
-{
-    if (!p->sums)
-        return;
-    double *sums = p->sums + p->block * input_first(&p->model->config, layer, input);
-    struct gather_job job = {x, p->n, ldx, cols, p->block, sums};
-    size_t tasks = (cols + BLOCK_INPUTS - 1) / BLOCK_INPUTS;
-    share(p->lead->n_threads, tasks, p->n * cols * p->block * sizeof *sums, gather_task, &job);
-}
+                   size_t cols); /* section 8 */
 
 /* RoPE on one head: pairs (i, i + H/2) turn by the row's angles (half-split, as in
  * transformers apply_rotary_pos_emb), then times scale. */
@@ -2868,195 +2305,8 @@ static int score_rows(struct pass *p, const int32_t *targets, float *logprobs)
     return GEMMA2_OK;
 }
 
-/* ---- sessions that move: to another one, to bytes and back ----
- * A saved session says what was computed, not how it lay in memory.  Little-endian:
- *      0   u8[8] magic 89 47 45 4D 53 45 53 0A "\x89GEMSES\n"
- *      8   u32   version, 1              32  u32   n, tokens held
- *     12   u32   header bytes, 128       36  u32   first position of local layers, f
- *     16   u64   bytes in all            40  u32   cache type, GEMMA2_CACHE_*
- *     24   u64   zero                    44  u32   window
- *     48   u8[16] zero
- *     64   u8[32] identity of the model
- *     96   u8[32] SHA-256 of the bytes before this and of those after it
- *    128   u32[n] ids; then for each layer keys [K][n - first][H] and values, the same, in
- *          f32 or f16, first being f in local layers, 0 in global ones */
-enum { SAVED_BYTES = 128, SAVED_DIGEST_AT = 96 };
-static const uint8_t saved_magic[8] = {0x89, 'G', 'E', 'M', 'S', 'E', 'S', '\n'};
-
-/* One key or value in the cache. */
-struct place {
-    int layer, values, head;
-    int32_t position;
-};
-static const struct place before_first = {0, 0, -1, INT32_MAX - 1};
-
-/* Steps through the places of a saved session in its order; returns 0 at their end. */
-static int next_place(const gemma2_session *s, struct place *at)
-{
-    const gemma2_config *c = &s->model->config;
-    at->position++;
-    while (at->position >= s->position) {
-        if (++at->head == c->n_kv_heads)
-            at->head = 0, at->values++;
-        if (at->values == 2)
-            at->values = 0, at->layer++;
-        if (at->layer == c->n_layers)
-            return 0;
-        at->position = c->is_local[at->layer] ? s->oldest : 0;
-    }
-    return 1;
-}
-
-/* Where number i of a place is, with number i + 1 *step bytes behind it. */
-static uint8_t *slot_of(const gemma2_session *s, const struct place *at, size_t *step)
-{
-    const struct layer_cache *c = &s->cache[at->layer];
-    size_t slot = (size_t)(at->position % c->slots), number = s->half ? 2 : 4;
-    size_t h = (size_t)s->model->config.head_dim;
-    uint8_t *base = (at->values ? c->values : c->keys) +
-                    (size_t)at->head * head_bytes(s, c, at->values);
-    *step = at->values ? number : TILE * number;
-    return base + (at->values ? slot * (size_t)s->width * number
-                              : (slot / TILE * h * TILE + slot % TILE) * number);
-}
-
-static size_t place_bytes_saved(const gemma2_session *s)
-{
-    return (size_t)s->model->config.head_dim * (s->half ? 2 : 4);
-}
-
-static void save_place(const gemma2_session *s, const struct place *at, uint8_t *to)
-{
-    size_t step, n = (size_t)s->model->config.head_dim;
-    const uint8_t *from = slot_of(s, at, &step);
-    for (size_t i = 0; i < n; i++, from += step)
-        if (s->half)
-            set_u16(to + 2 * i, *(const uint16_t *)from);
-        else
-            set_u32(to + 4 * i, bits_of(*(const float *)from));
-}
-
-static void restore_place(const gemma2_session *s, const struct place *at, const uint8_t *from)
-{
-    size_t step, n = (size_t)s->model->config.head_dim;
-    uint8_t *to = slot_of(s, at, &step);
-    for (size_t i = 0; i < n; i++, to += step)
-        if (s->half)
-            *(uint16_t *)to = (uint16_t)(from[2 * i] | from[2 * i + 1] << 8);
-        else
-            *(float *)to = get_f32(from + 4 * i);
-}
-
-/* Bytes of a saved session of n tokens, or, where a file claims as much, some number above
- * 2^62: the sum stops before it wraps. */
-static uint64_t saved_bytes(const gemma2_session *s, int32_t n, int32_t first)
-{
-    const gemma2_config *c = &s->model->config;
-    uint64_t bytes = SAVED_BYTES + 4 * (uint64_t)n, a_slot = 2 * place_bytes_saved(s);
-    for (int l = 0; l < c->n_layers && bytes <= (uint64_t)1 << 62; l++)
-        bytes += (uint64_t)(n - (c->is_local[l] ? first : 0)) * (uint64_t)c->n_kv_heads * a_slot;
-    return bytes;
-}
-
-static void saved_digest(const uint8_t *p, size_t size, uint8_t digest[32])
-{
-    struct sha256 s;
-    sha256_init(&s);
-    sha256_add(&s, p, SAVED_DIGEST_AT);
-    sha256_add(&s, p + SAVED_BYTES, size - SAVED_BYTES);
-    sha256_end(&s, digest);
-}
-
-static void save_session(const gemma2_session *s, uint8_t *p, size_t size)
-{
-    uint8_t *to = p + SAVED_BYTES;
-    memset(p, 0, SAVED_BYTES);
-    memcpy(p, saved_magic, sizeof saved_magic);
-    set_u32(p + 8, 1), set_u32(p + 12, SAVED_BYTES);
-    set_u64(p + 16, size);
-    set_u32(p + 32, (uint32_t)s->position), set_u32(p + 36, (uint32_t)s->oldest);
-    set_u32(p + 40, s->half ? GEMMA2_CACHE_F16 : GEMMA2_CACHE_F32);
-    set_u32(p + 44, (uint32_t)s->window);
-    memcpy(p + 64, s->model->config.identity, 32);
-    for (int32_t i = 0; i < s->position; i++, to += 4)
-        set_u32(to, (uint32_t)s->ids[i]);
-    for (struct place at = before_first; next_place(s, &at); to += place_bytes_saved(s))
-        save_place(s, &at, to);
-    saved_digest(p, size, p + SAVED_DIGEST_AT);
-}
-
-/* Whether the bytes are a saved session, of this model and these parameters, that fits. */
-static int check_saved(const gemma2_session *s, const uint8_t *p, size_t size)
-{
-    uint8_t digest[32];
-    if (size < SAVED_BYTES || memcmp(p, saved_magic, sizeof saved_magic))
-        return GEMMA2_ERR_CORRUPT;
-    if (get_u32(p + 8) != 1)
-        return GEMMA2_ERR_MISMATCH;
-    saved_digest(p, size, digest);
-    if (get_u32(p + 12) != SAVED_BYTES || get_u64(p + 16) != size || !is_zero(p + 24, 8) ||
-        !is_zero(p + 48, 16) || memcmp(digest, p + SAVED_DIGEST_AT, 32))
-        return GEMMA2_ERR_CORRUPT;
-    if (memcmp(p + 64, s->model->config.identity, 32) || get_u32(p + 44) != (uint32_t)s->window ||
-        get_u32(p + 40) != (s->half ? GEMMA2_CACHE_F16 : GEMMA2_CACHE_F32))
-        return GEMMA2_ERR_MISMATCH;
-    uint32_t n = get_u32(p + 32), first = get_u32(p + 36);
-    if (n > (uint32_t)s->n_context)
-        return GEMMA2_ERR_CONTEXT;
-    /* the next token sees from n - window + 1 on */
-    if (first > (uint32_t)max_i32(0, (int32_t)n - s->window + 1) ||
-        size != saved_bytes(s, (int32_t)n, (int32_t)first))
-        return GEMMA2_ERR_CORRUPT;
-    for (uint32_t i = 0; i < n; i++)
-        if (get_u32(p + SAVED_BYTES + 4 * (size_t)i) >= (uint32_t)s->model->config.n_vocab)
-            return GEMMA2_ERR_CORRUPT;
-    return GEMMA2_OK;
-}
-
-/* Prefill's kernels take values 16 positions at a time, with weights of zero in front of the
- * window.  Of positions that came from elsewhere some of those were never written here, and
- * zero times what the memory holds may be NaN. */
-static void clear_before_oldest(const gemma2_session *s)
-{
-    const gemma2_config *c = &s->model->config;
-    struct place at = {0, 1, 0, 0};
-    size_t step, bytes = (size_t)s->width * (s->half ? 2 : 4);
-    for (; at.layer < c->n_layers; at.layer++)
-        for (at.head = 0; c->is_local[at.layer] && at.head < c->n_kv_heads; at.head++)
-            for (at.position = s->oldest / TILE * TILE; at.position < s->oldest; at.position++)
-                memset(slot_of(s, &at, &step), 0, bytes);
-}
-
-/* A ring too small for all positions ends up with the last ones: places ascend. */
-static void restore_session(gemma2_session *s, const uint8_t *p)
-{
-    const uint8_t *from = p + SAVED_BYTES;
-    s->position = (int32_t)get_u32(p + 32);
-    s->oldest = (int32_t)get_u32(p + 36);
-    for (int32_t i = 0; i < s->position; i++, from += 4)
-        s->ids[i] = (int32_t)get_u32(from);
-    clear_before_oldest(s);
-    for (struct place at = before_first; next_place(s, &at); from += place_bytes_saved(s))
-        restore_place(s, &at, from);
-    s->oldest = max_i32(s->oldest, s->position - s->ring);
-}
-
-static void copy_session(gemma2_session *to, const gemma2_session *from)
-{
-    uint8_t numbers[MAX_HEAD_DIM * 4];
-    to->position = from->position;
-    to->oldest = from->oldest;
-    clear_before_oldest(to);
-    memcpy(to->ids, from->ids, (size_t)from->position * sizeof *to->ids);
-    for (struct place at = before_first; next_place(from, &at);) {
-        save_place(from, &at, numbers);
-        restore_place(to, &at, numbers);
-    }
-    to->oldest = max_i32(to->oldest, to->position - to->ring);
-}
-
 /* ===================================================================================
- * 7. Tokenizer: SentencePiece BPE (google/sentencepiece, src/bpe_model.cc)
+ * 5. Tokenizer: SentencePiece BPE (google/sentencepiece, src/bpe_model.cc)
  * =================================================================================== */
 
 enum { MAX_PIECE_BYTES = 4096, MAX_PROBES = 256 };
@@ -3615,7 +2865,7 @@ static size_t spaced_text(struct text s, char *out)
 }
 
 /* ===================================================================================
- * 8. Sampler
+ * 6. Sampler
  * =================================================================================== */
 
 /* PCG32, XSH-RR 64/32 (O'Neill 2014): 32 random bits. */
@@ -3768,8 +3018,21 @@ static int32_t sample(gemma2_session *s, gemma2_sampler *p, const float *logits)
 }
 
 /* ===================================================================================
- * 9. Public API, in the order of gemma2.h
+ * 7. Public API, in the order of gemma2.h
  * =================================================================================== */
+
+/* Of the back rooms, section 8. */
+static int file_open(struct file *f, const char *path, int read_in, struct errbuf *err);
+static void file_close(struct file *f);
+static void digest_of(const uint8_t *a, size_t n, const uint8_t *b, size_t m, uint8_t digest[32]);
+static gemma2_model *make_model(struct file *f, const gemma2_open_params *p, struct errbuf *err);
+static int values_are_finite(const struct gemma2_model *m, const struct entry *e);
+static uint64_t saved_bytes(const gemma2_session *s, int32_t n, int32_t first);
+static void save_session(const gemma2_session *s, uint8_t *p, size_t size);
+static int check_saved(const gemma2_session *s, const uint8_t *p, size_t size);
+static void restore_session(gemma2_session *s, const uint8_t *p);
+static void copy_session(gemma2_session *to, const gemma2_session *from);
+static uint64_t input_first(const gemma2_config *c, int layer, int input);
 
 const char *gemma2_version(void) { return GEMMA2_VERSION_STRING; }
 int gemma2_version_number(void) { return GEMMA2_VERSION_NUMBER; }
@@ -3794,82 +3057,6 @@ void gemma2_open_params_init(gemma2_open_params *params)
         return;
     memset(params, 0, sizeof *params);
     params->struct_size = sizeof *params;
-}
-
-/* The header and the tokenizer in a model on the stack, to know how much to allocate. */
-static int measure_model(struct gemma2_model *m, const struct file *f, struct errbuf *err)
-{
-    const uint32_t one = 1;
-    if (*(const uint8_t *)&one != 1)
-        return fail(err, "gemma2.c needs a little-endian CPU");
-    if (!read_header(m, f, err) || !check_identity(m, err))
-        return 0;
-    for (int i = 0; i < N_HEADER_FIELDS; i++)
-        if (!read_field(f->data, &header_fields[i], &m->config, err))
-            return 0;
-    if (!check_heads(&m->config, err) || !read_lists(f->data, &m->config, err))
-        return 0;
-    m->isa = select_kernels(err);
-    return m->isa != NULL;
-}
-
-/* Everything that needs the layers' array. */
-static int read_model(struct gemma2_model *m, struct errbuf *err)
-{
-    gemma2_config *c = &m->config;
-    memcpy(c->identity, m->file.data + IDENTITY_AT, 32);
-    c->isa = m->isa->name;
-    if (!read_directory(m, err) || !check_complete(m, err) || !check_facts(m, err))
-        return 0;
-    return read_tokenizer(&m->tokenizer, m->tokenizer_bytes, m->tokenizer_size, c, err);
-}
-
-/* Only where the caller has not declined it: it may cost the process a permission. */
-static void choose_matrix(gemma2_model *m, const gemma2_open_params *p)
-{
-    if (m->isa->matrix && !all_weights_f32(m) && !p->exact_prefill)
-        m->matrix = permitted_matrix(m->isa->matrix);
-}
-
-/* One allocation: the struct, its layers, the tokenizer's indexes.  The indexes' size
- * is known from V alone: at most every piece is user-defined. */
-static gemma2_model *allocate_model(struct file *f, struct errbuf *err)
-{
-    gemma2_model small = {0};
-    if (!measure_model(&small, f, err))
-        return NULL;
-    size_t layers = sizeof(struct layer) * (size_t)small.config.n_layers;
-    size_t slots = slot_count((uint32_t)small.config.n_vocab);
-    size_t user = (size_t)small.config.n_vocab;
-    gemma2_model *m = malloc(sizeof *m + layers + (slots + 2 * user) * sizeof(uint32_t));
-    if (!m) {
-        fail(err, "out of memory opening the model");
-        return NULL;
-    }
-    memset(m, 0, sizeof *m + layers);
-    m->config = small.config;
-    m->isa = small.isa;
-    m->directory = small.directory;
-    m->n_sections = small.n_sections;
-    m->file = *f;
-    m->tokenizer.slots = (uint32_t *)((char *)m + sizeof *m + layers);
-    m->tokenizer.user = m->tokenizer.slots + slots;
-    m->tokenizer.user_prefix = m->tokenizer.user + user;
-    return m;
-}
-
-static gemma2_model *make_model(struct file *f, const gemma2_open_params *p, struct errbuf *err)
-{
-    float_env env = float_env_enter();
-    gemma2_model *m = allocate_model(f, err);
-    if (m && !(read_model(m, err) && build_tokenizer(&m->tokenizer, err))) {
-        free(m);
-        m = NULL;
-    }
-    float_env_leave(env);
-    if (m)
-        choose_matrix(m, p);
-    return m;
 }
 
 static int read_open_params(gemma2_open_params *p, const gemma2_open_params *from)
@@ -3964,23 +3151,6 @@ int gemma2_get_section(const gemma2_model *m, size_t i, gemma2_section *out)
     return 1;
 }
 
-/* Whether every value of a tensor is finite.  Quantised types can only go wrong in S, the
- * first 64 bytes of a tile. */
-static int values_are_finite(const struct gemma2_model *m, const struct entry *e)
-{
-    const uint8_t *p = m->file.data + e->offset;
-    uint64_t tile = tile_bytes(e->type, e->cols), uses = is_quantised(e->type) ? 64 : tile;
-    uint32_t bad = 0;
-    for (uint64_t at = 0; at < e->bytes; at += tile)
-        if (e->type == TYPE_BF16)
-            for (uint64_t i = 0; i < uses; i += 2)
-                bad |= (p[at + i + 1] & 0x7f) == 0x7f && p[at + i] & 0x80;
-        else
-            for (uint64_t i = 0; i < uses; i += 4)
-                bad |= (get_u32(p + at + i) & 0x7f800000) == 0x7f800000;
-    return !bad;
-}
-
 int gemma2_check(const gemma2_model *m, size_t i, char *err_text, size_t err_size)
 {
     struct errbuf err = {err_text, err_size};
@@ -4000,11 +3170,8 @@ int gemma2_check(const gemma2_model *m, size_t i, char *err_text, size_t err_siz
         struct entry before = get_entry(m->directory, i - 1);
         gap = before.offset + before.bytes;
     }
-    struct sha256 sha;
     uint8_t digest[32];
-    sha256_init(&sha);
-    sha256_add(&sha, m->file.data + e.offset, (size_t)e.bytes);
-    sha256_end(&sha, digest);
+    digest_of(m->file.data + e.offset, (size_t)e.bytes, m->file.data, 0, digest);
     if (memcmp(digest, e.digest, 32))
         fail(&err, "%s does not match its checksum; copy or convert the file again", name);
     else if (!is_zero(m->file.data + gap, (size_t)(e.offset - gap)))
@@ -4452,10 +3619,866 @@ int gemma2_logprob(const float *logits, size_t n, int32_t id, float *logprob)
 }
 
 /* ===================================================================================
+ * 8. Back rooms: files, SHA-256, hostile headers, saved sessions, importance
+ * =================================================================================== */
+
+/* ---- files ---- */
+
+static void file_close(struct file *f)
+{
+#if defined(HAVE_MMAP)
+    if (f->mapping)
+        munmap(f->mapping, f->size);
+#elif defined(_WIN32)
+    if (f->mapping)
+        UnmapViewOfFile(f->mapping);
+#endif
+    free(f->memory);
+    memset(f, 0, sizeof *f);
+}
+
+#if defined(HAVE_MMAP) || defined(_WIN32)
+static int fail_too_large(uint64_t bytes, struct errbuf *err)
+{
+    return fail(err, "has %llu bytes, too large for this %d-bit program",
+                (unsigned long long)bytes, (int)sizeof(size_t) * 8);
+}
+#endif
+
+#ifdef HAVE_MMAP
+static int read_all(int fd, uint8_t *to, size_t n)
+{
+    while (n) {
+        errno = 0; /* what is left tells an error from an early end */
+        ssize_t got = read(fd, to, n < 1u << 30 ? n : 1u << 30);
+        if (got < 0 && errno == EINTR)
+            continue;
+        if (got <= 0)
+            return 0;
+        to += got, n -= (size_t)got;
+    }
+    return 1;
+}
+
+/* Maps the open file, or reads it into anonymous memory that asks for huge pages. */
+static int file_load(struct file *f, int fd, int read_in, struct errbuf *err)
+{
+    int protection = read_in ? PROT_READ | PROT_WRITE : PROT_READ;
+    int flags = read_in ? MAP_PRIVATE | MAP_ANONYMOUS : MAP_SHARED;
+    void *p = mmap(NULL, f->size, protection, flags, read_in ? -1 : fd, 0);
+    if (p == MAP_FAILED)
+        return fail(err, "cannot map %zu bytes: %s", f->size, strerror(errno));
+    f->mapping = p;
+    f->data = p;
+    if (!read_in)
+        return 1;
+#ifdef MADV_HUGEPAGE
+    madvise(p, f->size, MADV_HUGEPAGE);
+#endif
+    if (!read_all(fd, p, f->size))
+        return fail(err, "cannot read %zu bytes: %s", f->size,
+                    errno ? strerror(errno) : "the file became shorter");
+    return 1;
+}
+
+static int file_open(struct file *f, const char *path, int read_in, struct errbuf *err)
+{
+    struct stat st;
+    int fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
+    if (fd < 0)
+        return fail(err, "cannot open: %s; give the path of a file made by export.py",
+                    strerror(errno));
+    int ok = 0;
+    if (fstat(fd, &st) < 0)
+        fail(err, "cannot read: %s", strerror(errno));
+    else if (!S_ISREG(st.st_mode))
+        fail(err, "is %s, not a model file; convert a checkpoint with export.py first",
+             S_ISDIR(st.st_mode) ? "a directory" : "a device or pipe");
+    else if (st.st_size == 0)
+        fail(err, "is empty; convert a checkpoint with export.py");
+    else if ((uint64_t)st.st_size > SIZE_MAX / 2)
+        fail_too_large((uint64_t)st.st_size, err);
+    else {
+        f->size = (size_t)st.st_size;
+        ok = file_load(f, fd, read_in, err);
+    }
+    close(fd);
+    return ok;
+}
+#elif defined(_WIN32)
+static int fail_windows(struct errbuf *err, const char *doing)
+{
+    unsigned long code = GetLastError();
+    if (code == ERROR_FILE_NOT_FOUND || code == ERROR_PATH_NOT_FOUND)
+        return fail(err, "cannot %s: there is no such file; give the path of a file made by "
+                         "export.py", doing);
+    return fail(err, "cannot %s: %s (Windows error %lu)", doing,
+                code == ERROR_ACCESS_DENIED ? "access is denied" :
+                code == ERROR_NOT_ENOUGH_MEMORY ? "not enough memory" : "the system declined",
+                code);
+}
+
+/* Memory that starts on a multiple of 64, and in which it starts. */
+static int file_read(struct file *f, HANDLE in, struct errbuf *err)
+{
+    DWORD got;
+    f->memory = malloc(f->size + 63);
+    if (!f->memory)
+        return fail(err, "out of memory reading %zu bytes", f->size);
+    uint8_t *to = (uint8_t *)f->memory + (-(uintptr_t)f->memory & 63);
+    f->data = to;
+    for (size_t left = f->size; left; to += got, left -= got)
+        if (!ReadFile(in, to, left < 1u << 30 ? (DWORD)left : 1u << 30, &got, NULL) || !got)
+            return fail_windows(err, "read");
+    return 1;
+}
+
+static int file_map(struct file *f, HANDLE in, struct errbuf *err)
+{
+    HANDLE section = CreateFileMappingW(in, NULL, PAGE_READONLY, 0, 0, NULL);
+    f->mapping = section ? MapViewOfFile(section, FILE_MAP_READ, 0, 0, 0) : NULL;
+    f->data = f->mapping;
+    int ok = f->mapping || fail_windows(err, "map");
+    if (section)
+        CloseHandle(section);
+    return ok;
+}
+
+static int file_load(struct file *f, HANDLE in, int read_in, struct errbuf *err)
+{
+    LARGE_INTEGER size;
+    if (GetFileType(in) != FILE_TYPE_DISK)
+        return fail(err, "is a device or pipe, not a model file; convert a checkpoint with "
+                         "export.py first");
+    if (!GetFileSizeEx(in, &size))
+        return fail_windows(err, "read");
+    if (size.QuadPart == 0)
+        return fail(err, "is empty; convert a checkpoint with export.py");
+    if ((uint64_t)size.QuadPart > SIZE_MAX / 2)
+        return fail_too_large((uint64_t)size.QuadPart, err);
+    f->size = (size_t)size.QuadPart;
+    return read_in ? file_read(f, in, err) : file_map(f, in, err);
+}
+
+/* path is UTF-8, whatever the system's code page. */
+static int file_open(struct file *f, const char *path, int read_in, struct errbuf *err)
+{
+    WCHAR wide[4096];
+    if (!MultiByteToWideChar(CP_UTF8, MB_ERR_INVALID_CHARS, path, -1, wide, 4096))
+        return fail(err, "cannot open: the path is not UTF-8, or too long");
+    DWORD kind = GetFileAttributesW(wide);
+    if (kind != INVALID_FILE_ATTRIBUTES && kind & FILE_ATTRIBUTE_DIRECTORY)
+        return fail(err, "is a directory, not a model file; convert a checkpoint with export.py "
+                         "first");
+    HANDLE in = CreateFileW(wide, GENERIC_READ, FILE_SHARE_READ, NULL, OPEN_EXISTING,
+                            FILE_ATTRIBUTE_NORMAL, NULL);
+    if (in == INVALID_HANDLE_VALUE)
+        return fail_windows(err, "open");
+    int ok = file_load(f, in, read_in, err);
+    CloseHandle(in);
+    return ok;
+}
+#else /* plain C */
+static int file_open(struct file *f, const char *path, int read_in, struct errbuf *err)
+{
+    (void)read_in; /* there is no other way here */
+    FILE *in = fopen(path, "rb");
+    if (!in)
+        return fail(err, "cannot open: %s; give the path of a file made by export.py",
+                    strerror(errno));
+    for (size_t room = 1 << 20;; room *= 2) {
+        void *memory = room <= SIZE_MAX / 4 ? realloc(f->memory, room + 63) : NULL;
+        if (!memory)
+            break;
+        f->memory = memory;
+        f->size += fread((char *)memory + f->size, 1, room - f->size, in);
+        if (f->size < room)
+            break;
+    }
+    int ok = !ferror(in) && feof(in) && f->size;
+    fclose(in);
+    if (!ok)
+        return fail(err, "is a directory, is empty, or is too large to read");
+    uint8_t *aligned = (uint8_t *)f->memory + (-(uintptr_t)f->memory & 63);
+    f->data = memmove(aligned, f->memory, f->size);
+    return 1;
+}
+#endif
+
+/* ---- SHA-256, FIPS 180-4 ---- */
+
+struct sha256 {
+    uint32_t h[8];
+    uint8_t block[64];
+    uint64_t bytes;
+};
+
+static void sha256_init(struct sha256 *s)
+{
+    static const uint32_t start[8] = {
+        0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a,
+        0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19};
+    memcpy(s->h, start, sizeof start);
+    s->bytes = 0;
+}
+
+static uint32_t ror(uint32_t x, int n) { return x >> n | x << (32 - n); }
+
+/* One round; the working variable a is v[-j mod 8], b the next one, and so on. */
+INLINE void sha256_round(uint32_t v[8], int j, uint32_t kw)
+{
+    uint32_t a = v[-j & 7], b = v[(1 - j) & 7], c = v[(2 - j) & 7];
+    uint32_t e = v[(4 - j) & 7], f = v[(5 - j) & 7], g = v[(6 - j) & 7];
+    uint32_t t = v[(7 - j) & 7] + (ror(e, 6) ^ ror(e, 11) ^ ror(e, 25)) + ((e & f) ^ (~e & g)) + kw;
+    v[(3 - j) & 7] += t;
+    v[(7 - j) & 7] = t + (ror(a, 2) ^ ror(a, 13) ^ ror(a, 22)) + ((a & b) ^ (a & c) ^ (b & c));
+}
+
+static void sha256_block(uint32_t h[8], const uint8_t *p)
+{
+    static const uint32_t k[64] = {
+        0x428a2f98, 0x71374491, 0xb5c0fbcf, 0xe9b5dba5, 0x3956c25b, 0x59f111f1, 0x923f82a4,
+        0xab1c5ed5, 0xd807aa98, 0x12835b01, 0x243185be, 0x550c7dc3, 0x72be5d74, 0x80deb1fe,
+        0x9bdc06a7, 0xc19bf174, 0xe49b69c1, 0xefbe4786, 0x0fc19dc6, 0x240ca1cc, 0x2de92c6f,
+        0x4a7484aa, 0x5cb0a9dc, 0x76f988da, 0x983e5152, 0xa831c66d, 0xb00327c8, 0xbf597fc7,
+        0xc6e00bf3, 0xd5a79147, 0x06ca6351, 0x14292967, 0x27b70a85, 0x2e1b2138, 0x4d2c6dfc,
+        0x53380d13, 0x650a7354, 0x766a0abb, 0x81c2c92e, 0x92722c85, 0xa2bfe8a1, 0xa81a664b,
+        0xc24b8b70, 0xc76c51a3, 0xd192e819, 0xd6990624, 0xf40e3585, 0x106aa070, 0x19a4c116,
+        0x1e376c08, 0x2748774c, 0x34b0bcb5, 0x391c0cb3, 0x4ed8aa4a, 0x5b9cca4f, 0x682e6ff3,
+        0x748f82ee, 0x78a5636f, 0x84c87814, 0x8cc70208, 0x90befffa, 0xa4506ceb, 0xbef9a3f7,
+        0xc67178f2};
+    uint32_t w[64], v[8];
+    for (int i = 0; i < 16; i++)
+        w[i] = (uint32_t)p[4 * i] << 24 | (uint32_t)p[4 * i + 1] << 16 |
+               (uint32_t)p[4 * i + 2] << 8 | p[4 * i + 3];
+    for (int i = 16; i < 64; i++) {
+        uint32_t a = w[i - 15], b = w[i - 2];
+        w[i] = w[i - 16] + w[i - 7] + (ror(a, 7) ^ ror(a, 18) ^ a >> 3) +
+               (ror(b, 17) ^ ror(b, 19) ^ b >> 10);
+    }
+    memcpy(v, h, sizeof v);
+    for (int i = 0; i < 64; i += 8)
+        for (int j = 0; j < 8; j++) /* unrolled, the roles of v rotate by register */
+            sha256_round(v, j, k[i + j] + w[i + j]);
+    for (int i = 0; i < 8; i++)
+        h[i] += v[i];
+}
+
+static void sha256_add(struct sha256 *s, const uint8_t *p, size_t n)
+{
+    size_t held = s->bytes % 64;
+    s->bytes += n;
+    if (held) {
+        size_t take = n < 64 - held ? n : 64 - held;
+        memcpy(s->block + held, p, take);
+        p += take, n -= take;
+        if (held + take < 64)
+            return;
+        sha256_block(s->h, s->block);
+    }
+    for (; n >= 64; p += 64, n -= 64)
+        sha256_block(s->h, p);
+    if (n)
+        memcpy(s->block, p, n);
+}
+
+static void sha256_end(struct sha256 *s, uint8_t digest[32])
+{
+    uint64_t bits = s->bytes * 8;
+    uint8_t tail[72] = {0x80};
+    size_t n = 64 - (s->bytes + 8) % 64;
+    for (size_t i = 0; i < 8; i++)
+        tail[n + i] = (uint8_t)(bits >> (56 - 8 * i));
+    sha256_add(s, tail, n + 8);
+    for (int i = 0; i < 32; i++)
+        digest[i] = (uint8_t)(s->h[i / 4] >> (24 - 8 * (i % 4)));
+}
+
+/* The digest of a's n bytes followed by b's m. */
+static void digest_of(const uint8_t *a, size_t n, const uint8_t *b, size_t m, uint8_t digest[32])
+{
+    struct sha256 s;
+    sha256_init(&s);
+    sha256_add(&s, a, n);
+    sha256_add(&s, b, m);
+    sha256_end(&s, digest);
+}
+
+/* ---- opening: what a file says is believed only when it is checked ---- */
+
+static int read_field(const uint8_t *header, const struct header_field *f, gemma2_config *c,
+                      struct errbuf *err)
+{
+    const uint8_t *p = header + f->at;
+    double x = f->kind == 'i' ? get_u32(p) : f->kind == 'd' ? get_f64(p) : get_f32(p);
+    int zero = f->zero && c->n_layers == 0;
+    int ok = zero || (f->kind == 'c' && x == 0) ? x == 0 : x >= f->low && x <= f->high;
+    if (!ok)
+        return fail(err, "the model file is corrupted: its %s is %.10g, not %s%.10g to %.10g",
+                    f->name, x,
+                    f->kind == 'c' ? "0 or " : "", zero ? 0 : f->low, zero ? 0 : f->high);
+    void *to = (char *)c + f->member;
+    if (f->kind == 'i')
+        *(int32_t *)to = (int32_t)x;
+    else if (f->kind == 'd')
+        *(double *)to = x;
+    else
+        *(float *)to = (float)x;
+    return 1;
+}
+
+static int check_heads(const gemma2_config *c, struct errbuf *err)
+{
+    if (c->n_layers && c->n_heads % c->n_kv_heads)
+        return fail(err, "the model file is corrupted: %d query heads cannot share %d key/value "
+                         "heads", c->n_heads, c->n_kv_heads);
+    if (c->head_dim % 2)
+        return fail(err, "the model file is corrupted: head_dim %d is odd", c->head_dim);
+    return 1;
+}
+
+/* The last part of the header: which layers are local, which ids stop, zeros. */
+static int read_lists(const uint8_t *header, gemma2_config *c, struct errbuf *err)
+{
+    for (int l = 0; l < MAX_LAYERS; l++) {
+        c->is_local[l] = header[128 + l / 8] >> l % 8 & 1;
+        if (l >= c->n_layers && c->is_local[l])
+            return fail(err, "the model file is corrupted: it marks a layer it does not have");
+    }
+    uint32_t n = get_u32(header + 256);
+    if (n > 15)
+        return fail(err, "the model file is corrupted: %u stop ids, at most 15 fit", n);
+    c->n_stop = (int32_t)n;
+    for (uint32_t i = 0; i < 15; i++) {
+        uint32_t id = get_u32(header + 260 + 4 * i);
+        if (id >= (i < n ? (uint32_t)c->n_vocab : 1u))
+            return fail(err, "the model file is corrupted: stop id %u is not in the vocabulary",
+                        id);
+        c->stop[i] = (int32_t)id;
+    }
+    if (!is_zero(header + 60, 4) || !is_zero(header + 320, IDENTITY_AT - 320))
+        return fail(err, "the model file is corrupted: reserved bytes of its header are not zero");
+    return 1;
+}
+
+/* What a file that is not ours probably is. */
+static int fail_foreign(const uint8_t *p, size_t size, struct errbuf *err)
+{
+    static const struct {
+        const char *bytes;
+        size_t at, n;
+        const char *what;
+    } known[] = {
+        {"GGUF", 0, 4, "a GGUF file; gemma2.c runs files made by export.py from a checkpoint"},
+        {"\x1f\x8b", 0, 2, "gzip-compressed; unpack it first"},
+        {"\xfd" "7zXZ", 0, 5, "xz-compressed; unpack it first"},
+        {"PK\x03\x04", 0, 4, "a zip archive or PyTorch checkpoint; convert it with export.py"},
+        {"{\"", 8, 2, "a safetensors checkpoint; convert its directory with export.py"},
+        {"<", 0, 1, "a web page, not a model; the download went wrong"},
+        {"version https://git-lfs", 0, 23, "a Git LFS pointer, not the file; run git lfs pull"},
+    };
+    for (size_t i = 0; i < sizeof known / sizeof *known; i++)
+        if (size >= known[i].at + known[i].n &&
+            !memcmp(p + known[i].at, known[i].bytes, known[i].n))
+            return fail(err, "this is %s", known[i].what);
+    return fail(err, "this is not a gemma2.c model file; make one with export.py");
+}
+
+/* Everything before the directory's entries; sets n_sections, directory, file_bytes. */
+static int read_header(struct gemma2_model *m, const struct file *f, struct errbuf *err)
+{
+    static const uint8_t magic[8] = {0x89, 'G', 'E', 'M', 'M', 'A', '2', '\n'};
+    const uint8_t *p = f->data;
+    gemma2_config *c = &m->config;
+    if (f->size < 8 || memcmp(p, magic, 8))
+        return fail_foreign(p, f->size, err);
+    if (f->size < HEADER_BYTES)
+        return fail(err, "the model file is cut short: %zu bytes are less than its header's %d; "
+                         "copy or convert it again", f->size, HEADER_BYTES);
+    if (get_u32(p + 8) != 1)
+        return fail(err, "the model file has format version %u, this program reads version 1; use "
+                         "a newer gemma2.c or convert again", get_u32(p + 8));
+    if (get_u64(p + 16))
+        return fail(err, "the model file needs features (%#llx) that this version does not have; "
+                         "use a newer gemma2.c", (unsigned long long)get_u64(p + 16));
+    c->file_bytes = get_u64(p + 32);
+    if (c->file_bytes != f->size)
+        return fail(err, "the model file has %zu bytes, but should have %llu: it was %s; copy or "
+                         "convert it again", f->size, (unsigned long long)c->file_bytes,
+                    f->size < c->file_bytes ? "cut short" : "added to");
+    m->n_sections = get_u32(p + 48);
+    if (get_u32(p + 12) != HEADER_BYTES || get_u64(p + 40) != HEADER_BYTES ||
+        get_u32(p + 52) != ENTRY_BYTES || m->n_sections < 1 || m->n_sections > 65536 ||
+        HEADER_BYTES + (uint64_t)m->n_sections * ENTRY_BYTES > f->size)
+        return fail(err, "the model file is corrupted: its directory does not fit");
+    m->directory = p + HEADER_BYTES;
+    return 1;
+}
+
+static int check_identity(const struct gemma2_model *m, struct errbuf *err)
+{
+    uint8_t digest[32];
+    digest_of(m->directory - HEADER_BYTES, IDENTITY_AT, m->directory,
+              (size_t)m->n_sections * ENTRY_BYTES, digest);
+    if (memcmp(digest, m->directory - HEADER_BYTES + IDENTITY_AT, 32))
+        return fail(err, "the model file is corrupted: header and directory do not match their "
+                         "checksum; copy or convert it again");
+    return 1;
+}
+
+/* Checks a tensor's shape and size against its role and puts it in its place. */
+static int place_matrix(struct gemma2_model *m, const struct role *r, const struct entry *e,
+                        struct errbuf *err)
+{
+    uint64_t rows = dimension(&m->config, r->rows), cols = dimension(&m->config, r->cols);
+    int in_layer = r->id >= ROLE_LAYER_FIRST;
+    if (e->layer >= (in_layer ? (uint32_t)m->config.n_layers : 1) || !m->config.n_layers)
+        return fail(err, "the model file is corrupted: %s of layer %u does not belong", r->name,
+                    e->layer);
+    if (e->rows != rows || e->cols != cols)
+        return fail(err, "the model file is corrupted: %s has shape [%llu, %llu], not [%llu, %llu]",
+                    r->name, (unsigned long long)e->rows, (unsigned long long)e->cols,
+                    (unsigned long long)rows, (unsigned long long)cols);
+    if (e->type < TYPE_F32 || e->type >= N_TYPES || (r->cols == '1' && e->type != TYPE_F32))
+        return fail(err, "the model file is corrupted: %s has unknown type %u", r->name, e->type);
+    uint64_t tile = tile_bytes(e->type, cols);
+    if (e->bytes != (rows + 15) / 16 * tile)
+        return fail(err, "the model file is corrupted: %s has %llu bytes, not %llu", r->name,
+                    (unsigned long long)e->bytes, (unsigned long long)((rows + 15) / 16 * tile));
+    char *base = in_layer ? (char *)&m->layers[e->layer] : (char *)m;
+    struct matrix *x = (struct matrix *)(base + r->member);
+    if (x->data)
+        return fail(err, "the model file is corrupted: %s occurs twice", r->name);
+    struct matrix found = {m->file.data + e->offset, e->type, (uint32_t)rows, (uint32_t)cols,
+                           (size_t)tile};
+    *x = found;
+    return 1;
+}
+
+static int place_bytes(const uint8_t **data, size_t *size, const struct gemma2_model *m,
+                       const struct role *r, const struct entry *e, struct errbuf *err)
+{
+    if (*data || e->layer || e->type != TYPE_BYTES || e->rows || e->cols)
+        return fail(err, "the model file is corrupted: bad or second %s section", r->name);
+    *data = m->file.data + e->offset;
+    *size = (size_t)e->bytes;
+    return 1;
+}
+
+static int read_directory(struct gemma2_model *m, struct errbuf *err)
+{
+    uint64_t align = get_u32(m->file.data + 56), size = m->file.size;
+    uint64_t end = HEADER_BYTES + (uint64_t)m->n_sections * ENTRY_BYTES;
+    if (align < 64 || align > 1 << 21 || align & (align - 1))
+        return fail(err, "the model file is corrupted: alignment %llu", (unsigned long long)align);
+    for (uint32_t i = 0; i < m->n_sections; i++) {
+        struct entry e = get_entry(m->directory, i);
+        const struct role *r = find_role(e.role);
+        uint64_t start = (end + align - 1) & ~(align - 1);
+        if (e.offset != start || start > size || e.bytes > size - start)
+            return fail(err, "the model file is corrupted: section %u is out of its place", i);
+        end = start + e.bytes;
+        if (e.flags > 1 || !is_zero(e.reserved, 16) || (!r && !e.flags))
+            return fail(err, "the model file has a section of unknown kind %u; use a newer "
+                             "gemma2.c", e.role);
+        if (!r)
+            continue;
+        if (r->id == ROLE_FACTS ? !place_bytes(&m->facts, &m->facts_bytes, m, r, &e, err)
+            : r->id == ROLE_TOKENIZER
+                ? !place_bytes(&m->tokenizer_bytes, &m->tokenizer_size, m, r, &e, err)
+                : !place_matrix(m, r, &e, err))
+            return 0;
+    }
+    return end == size ? 1 : fail(err, "the model file is corrupted: its last section ends early");
+}
+
+/* Every role a model needs is there; the head may be the embedding. */
+static int check_complete(struct gemma2_model *m, struct errbuf *err)
+{
+    if (!m->tokenizer_bytes)
+        return fail(err, "the model file has no tokenizer; convert the checkpoint again");
+    for (int i = 0; i < N_ROLES && m->config.n_layers; i++) {
+        const struct role *r = &roles[i];
+        int in_layer = r->id >= ROLE_LAYER_FIRST;
+        if (r->rows == '-' || r->id == ROLE_HEAD)
+            continue;
+        for (int l = 0; l < (in_layer ? m->config.n_layers : 1); l++) {
+            char *base = in_layer ? (char *)&m->layers[l] : (char *)m;
+            if (!((struct matrix *)(base + r->member))->data)
+                return in_layer ? fail(err, "the model file lacks %s of layer %d; convert the "
+                                            "checkpoint again", r->name, l)
+                                : fail(err, "the model file lacks %s; convert the checkpoint "
+                                            "again", r->name);
+        }
+    }
+    if (!m->head.data)
+        m->head = m->embedding;
+    return 1;
+}
+
+/* The facts are read on demand; here only their lengths are checked. */
+static int check_facts(const struct gemma2_model *m, struct errbuf *err)
+{
+    size_t at = 4;
+    uint32_t n = m->facts_bytes >= 4 ? get_u32(m->facts) : 0;
+    int ok = !m->facts || m->facts_bytes >= 4;
+    for (uint32_t i = 0; ok && i < n; i++) {
+        ok = m->facts_bytes - at >= 8;
+        if (!ok)
+            break;
+        uint64_t bytes = 8 + (uint64_t)get_u32(m->facts + at) + get_u32(m->facts + at + 4);
+        ok = bytes <= m->facts_bytes - at;
+        at += (size_t)bytes;
+    }
+    if (ok && (!m->facts || at == m->facts_bytes))
+        return 1;
+    return fail(err, "the model file is corrupted: its facts section is inconsistent");
+}
+
+/* The header and the tokenizer in a model on the stack, to know how much to allocate. */
+static int measure_model(struct gemma2_model *m, const struct file *f, struct errbuf *err)
+{
+    const uint32_t one = 1;
+    if (*(const uint8_t *)&one != 1)
+        return fail(err, "gemma2.c needs a little-endian CPU");
+    if (!read_header(m, f, err) || !check_identity(m, err))
+        return 0;
+    for (int i = 0; i < N_HEADER_FIELDS; i++)
+        if (!read_field(f->data, &header_fields[i], &m->config, err))
+            return 0;
+    if (!check_heads(&m->config, err) || !read_lists(f->data, &m->config, err))
+        return 0;
+    m->isa = select_kernels(err);
+    return m->isa != NULL;
+}
+
+/* Everything that needs the layers' array. */
+static int read_model(struct gemma2_model *m, struct errbuf *err)
+{
+    gemma2_config *c = &m->config;
+    memcpy(c->identity, m->file.data + IDENTITY_AT, 32);
+    c->isa = m->isa->name;
+    if (!read_directory(m, err) || !check_complete(m, err) || !check_facts(m, err))
+        return 0;
+    return read_tokenizer(&m->tokenizer, m->tokenizer_bytes, m->tokenizer_size, c, err);
+}
+
+/* Only where the caller has not declined it: it may cost the process a permission. */
+static void choose_matrix(gemma2_model *m, const gemma2_open_params *p)
+{
+    if (m->isa->matrix && !all_weights_f32(m) && !p->exact_prefill)
+        m->matrix = permitted_matrix(m->isa->matrix);
+}
+
+/* One allocation: the struct, its layers, the tokenizer's indexes.  The indexes' size
+ * is known from V alone: at most every piece is user-defined. */
+static gemma2_model *allocate_model(struct file *f, struct errbuf *err)
+{
+    gemma2_model small = {0};
+    if (!measure_model(&small, f, err))
+        return NULL;
+    size_t layers = sizeof(struct layer) * (size_t)small.config.n_layers;
+    size_t slots = slot_count((uint32_t)small.config.n_vocab);
+    size_t user = (size_t)small.config.n_vocab;
+    gemma2_model *m = malloc(sizeof *m + layers + (slots + 2 * user) * sizeof(uint32_t));
+    if (!m) {
+        fail(err, "out of memory opening the model");
+        return NULL;
+    }
+    memset(m, 0, sizeof *m + layers);
+    m->config = small.config;
+    m->isa = small.isa;
+    m->directory = small.directory;
+    m->n_sections = small.n_sections;
+    m->file = *f;
+    m->tokenizer.slots = (uint32_t *)((char *)m + sizeof *m + layers);
+    m->tokenizer.user = m->tokenizer.slots + slots;
+    m->tokenizer.user_prefix = m->tokenizer.user + user;
+    return m;
+}
+
+static gemma2_model *make_model(struct file *f, const gemma2_open_params *p, struct errbuf *err)
+{
+    float_env env = float_env_enter();
+    gemma2_model *m = allocate_model(f, err);
+    if (m && !(read_model(m, err) && build_tokenizer(&m->tokenizer, err))) {
+        free(m);
+        m = NULL;
+    }
+    float_env_leave(env);
+    if (m)
+        choose_matrix(m, p);
+    return m;
+}
+
+/* Whether every value of a tensor is finite.  Quantised types can only go wrong in S, the
+ * first 64 bytes of a tile. */
+static int values_are_finite(const struct gemma2_model *m, const struct entry *e)
+{
+    const uint8_t *p = m->file.data + e->offset;
+    uint64_t tile = tile_bytes(e->type, e->cols), uses = is_quantised(e->type) ? 64 : tile;
+    uint32_t bad = 0;
+    for (uint64_t at = 0; at < e->bytes; at += tile)
+        if (e->type == TYPE_BF16)
+            for (uint64_t i = 0; i < uses; i += 2)
+                bad |= (p[at + i + 1] & 0x7f) == 0x7f && p[at + i] & 0x80;
+        else
+            for (uint64_t i = 0; i < uses; i += 4)
+                bad |= (get_u32(p + at + i) & 0x7f800000) == 0x7f800000;
+    return !bad;
+}
+
+/* ---- sessions that move: to another one, to bytes and back ----
+ * A saved session says what was computed, not how it lay in memory.  Little-endian:
+ *      0   u8[8] magic 89 47 45 4D 53 45 53 0A "\x89GEMSES\n"
+ *      8   u32   version, 1              32  u32   n, tokens held
+ *     12   u32   header bytes, 128       36  u32   first position of local layers, f
+ *     16   u64   bytes in all            40  u32   cache type, GEMMA2_CACHE_*
+ *     24   u64   zero                    44  u32   window
+ *     48   u8[16] zero
+ *     64   u8[32] identity of the model
+ *     96   u8[32] SHA-256 of the bytes before this and of those after it
+ *    128   u32[n] ids; then for each layer keys [K][n - first][H] and values, the same, in
+ *          f32 or f16, first being f in local layers, 0 in global ones */
+enum { SAVED_BYTES = 128, SAVED_DIGEST_AT = 96 };
+static const uint8_t saved_magic[8] = {0x89, 'G', 'E', 'M', 'S', 'E', 'S', '\n'};
+
+/* One key or value in the cache. */
+struct place {
+    int layer, values, head;
+    int32_t position;
+};
+static const struct place before_first = {0, 0, -1, INT32_MAX - 1};
+
+/* Steps through the places of a saved session in its order; returns 0 at their end. */
+static int next_place(const gemma2_session *s, struct place *at)
+{
+    const gemma2_config *c = &s->model->config;
+    at->position++;
+    while (at->position >= s->position) {
+        if (++at->head == c->n_kv_heads)
+            at->head = 0, at->values++;
+        if (at->values == 2)
+            at->values = 0, at->layer++;
+        if (at->layer == c->n_layers)
+            return 0;
+        at->position = c->is_local[at->layer] ? s->oldest : 0;
+    }
+    return 1;
+}
+
+/* Where number i of a place is, with number i + 1 *step bytes behind it. */
+static uint8_t *slot_of(const gemma2_session *s, const struct place *at, size_t *step)
+{
+    const struct layer_cache *c = &s->cache[at->layer];
+    size_t slot = (size_t)(at->position % c->slots), number = s->half ? 2 : 4;
+    size_t h = (size_t)s->model->config.head_dim;
+    uint8_t *base = (at->values ? c->values : c->keys) +
+                    (size_t)at->head * head_bytes(s, c, at->values);
+    *step = at->values ? number : TILE * number;
+    return base + (at->values ? slot * (size_t)s->width * number
+                              : (slot / TILE * h * TILE + slot % TILE) * number);
+}
+
+static size_t place_bytes_saved(const gemma2_session *s)
+{
+    return (size_t)s->model->config.head_dim * (s->half ? 2 : 4);
+}
+
+static void save_place(const gemma2_session *s, const struct place *at, uint8_t *to)
+{
+    size_t step, n = (size_t)s->model->config.head_dim;
+    const uint8_t *from = slot_of(s, at, &step);
+    for (size_t i = 0; i < n; i++, from += step)
+        if (s->half)
+            set_u16(to + 2 * i, *(const uint16_t *)from);
+        else
+            set_u32(to + 4 * i, bits_of(*(const float *)from));
+}
+
+static void restore_place(const gemma2_session *s, const struct place *at, const uint8_t *from)
+{
+    size_t step, n = (size_t)s->model->config.head_dim;
+    uint8_t *to = slot_of(s, at, &step);
+    for (size_t i = 0; i < n; i++, to += step)
+        if (s->half)
+            *(uint16_t *)to = (uint16_t)(from[2 * i] | from[2 * i + 1] << 8);
+        else
+            *(float *)to = get_f32(from + 4 * i);
+}
+
+/* Bytes of a saved session of n tokens, or, where a file claims as much, some number above
+ * 2^62: the sum stops before it wraps. */
+static uint64_t saved_bytes(const gemma2_session *s, int32_t n, int32_t first)
+{
+    const gemma2_config *c = &s->model->config;
+    uint64_t bytes = SAVED_BYTES + 4 * (uint64_t)n, a_slot = 2 * place_bytes_saved(s);
+    for (int l = 0; l < c->n_layers && bytes <= (uint64_t)1 << 62; l++)
+        bytes += (uint64_t)(n - (c->is_local[l] ? first : 0)) * (uint64_t)c->n_kv_heads * a_slot;
+    return bytes;
+}
+
+static void saved_digest(const uint8_t *p, size_t size, uint8_t digest[32])
+{
+    digest_of(p, SAVED_DIGEST_AT, p + SAVED_BYTES, size - SAVED_BYTES, digest);
+}
+
+static void save_session(const gemma2_session *s, uint8_t *p, size_t size)
+{
+    uint8_t *to = p + SAVED_BYTES;
+    memset(p, 0, SAVED_BYTES);
+    memcpy(p, saved_magic, sizeof saved_magic);
+    set_u32(p + 8, 1), set_u32(p + 12, SAVED_BYTES);
+    set_u64(p + 16, size);
+    set_u32(p + 32, (uint32_t)s->position), set_u32(p + 36, (uint32_t)s->oldest);
+    set_u32(p + 40, s->half ? GEMMA2_CACHE_F16 : GEMMA2_CACHE_F32);
+    set_u32(p + 44, (uint32_t)s->window);
+    memcpy(p + 64, s->model->config.identity, 32);
+    for (int32_t i = 0; i < s->position; i++, to += 4)
+        set_u32(to, (uint32_t)s->ids[i]);
+    for (struct place at = before_first; next_place(s, &at); to += place_bytes_saved(s))
+        save_place(s, &at, to);
+    saved_digest(p, size, p + SAVED_DIGEST_AT);
+}
+
+/* Whether the bytes are a saved session, of this model and these parameters, that fits. */
+static int check_saved(const gemma2_session *s, const uint8_t *p, size_t size)
+{
+    uint8_t digest[32];
+    if (size < SAVED_BYTES || memcmp(p, saved_magic, sizeof saved_magic))
+        return GEMMA2_ERR_CORRUPT;
+    if (get_u32(p + 8) != 1)
+        return GEMMA2_ERR_MISMATCH;
+    saved_digest(p, size, digest);
+    if (get_u32(p + 12) != SAVED_BYTES || get_u64(p + 16) != size || !is_zero(p + 24, 8) ||
+        !is_zero(p + 48, 16) || memcmp(digest, p + SAVED_DIGEST_AT, 32))
+        return GEMMA2_ERR_CORRUPT;
+    if (memcmp(p + 64, s->model->config.identity, 32) || get_u32(p + 44) != (uint32_t)s->window ||
+        get_u32(p + 40) != (s->half ? GEMMA2_CACHE_F16 : GEMMA2_CACHE_F32))
+        return GEMMA2_ERR_MISMATCH;
+    uint32_t n = get_u32(p + 32), first = get_u32(p + 36);
+    if (n > (uint32_t)s->n_context)
+        return GEMMA2_ERR_CONTEXT;
+    /* the next token sees from n - window + 1 on */
+    if (first > (uint32_t)max_i32(0, (int32_t)n - s->window + 1) ||
+        size != saved_bytes(s, (int32_t)n, (int32_t)first))
+        return GEMMA2_ERR_CORRUPT;
+    for (uint32_t i = 0; i < n; i++)
+        if (get_u32(p + SAVED_BYTES + 4 * (size_t)i) >= (uint32_t)s->model->config.n_vocab)
+            return GEMMA2_ERR_CORRUPT;
+    return GEMMA2_OK;
+}
+
+/* Prefill's kernels take values 16 positions at a time, with weights of zero in front of the
+ * window.  Of positions that came from elsewhere some of those were never written here, and
+ * zero times what the memory holds may be NaN. */
+static void clear_before_oldest(const gemma2_session *s)
+{
+    const gemma2_config *c = &s->model->config;
+    struct place at = {0, 1, 0, 0};
+    size_t step, bytes = (size_t)s->width * (s->half ? 2 : 4);
+    for (; at.layer < c->n_layers; at.layer++)
+        for (at.head = 0; c->is_local[at.layer] && at.head < c->n_kv_heads; at.head++)
+            for (at.position = s->oldest / TILE * TILE; at.position < s->oldest; at.position++)
+                memset(slot_of(s, &at, &step), 0, bytes);
+}
+
+/* A ring too small for all positions ends up with the last ones: places ascend. */
+static void restore_session(gemma2_session *s, const uint8_t *p)
+{
+    const uint8_t *from = p + SAVED_BYTES;
+    s->position = (int32_t)get_u32(p + 32);
+    s->oldest = (int32_t)get_u32(p + 36);
+    for (int32_t i = 0; i < s->position; i++, from += 4)
+        s->ids[i] = (int32_t)get_u32(from);
+    clear_before_oldest(s);
+    for (struct place at = before_first; next_place(s, &at); from += place_bytes_saved(s))
+        restore_place(s, &at, from);
+    s->oldest = max_i32(s->oldest, s->position - s->ring);
+}
+
+static void copy_session(gemma2_session *to, const gemma2_session *from)
+{
+    uint8_t numbers[MAX_HEAD_DIM * 4];
+    to->position = from->position;
+    to->oldest = from->oldest;
+    clear_before_oldest(to);
+    memcpy(to->ids, from->ids, (size_t)from->position * sizeof *to->ids);
+    for (struct place at = before_first; next_place(from, &at);) {
+        save_place(from, &at, numbers);
+        restore_place(to, &at, numbers);
+    }
+    to->oldest = max_i32(to->oldest, to->position - to->ring);
+}
+
+/* ---- importance: sums of products of neighbouring inputs, for gemma2_importance ---- */
+
+struct gather_job {
+    const float *x; /* [T][ldx], cols of them used */
+    size_t n, ldx, cols, block;
+    double *sums;   /* [block][cols] */
+};
+
+/* sums[r][c] += x[t][c] * x[t][c - c % block + r] for all t, one c after another up to last
+ * (they are in one block, unless block is 1). */
+static void add_products(const struct gather_job *job, size_t r, size_t c, size_t last)
+{
+    double sum[TILE];
+    size_t n = last - c, other = c - c % job->block + r, step = job->block == 1;
+    memcpy(sum, job->sums + r * job->cols + c, n * sizeof *sum);
+    for (size_t t = 0; t < job->n; t++) {
+        const float *x = job->x + t * job->ldx;
+        for (size_t i = 0; i < n; i++)
+            sum[i] += (double)x[c + i] * (double)x[other + i * step];
+    }
+    memcpy(job->sums + r * job->cols + c, sum, n * sizeof *sum);
+}
+
+/* 256 columns: what stands at or above the diagonal of a block, in pieces of 16, and its
+ * mirror image. */
+static void gather_task(void *context, size_t task)
+{
+    const struct gather_job *job = context;
+    size_t first = task * BLOCK_INPUTS, last = first + BLOCK_INPUTS;
+    last = last < job->cols ? last : job->cols;
+    for (size_t c = first; c < last; c += TILE)
+        for (size_t r = 0; r < job->block && r < c % job->block + TILE; r++)
+            if (c - c % job->block + r < job->cols)
+                add_products(job, r, c, c + TILE < last ? c + TILE : last);
+    for (size_t c = first; c < last; c++)
+        for (size_t r = c % job->block + 1; r < job->block; r++) {
+            size_t other = c - c % job->block + r;
+            if (other < job->cols)
+                job->sums[r * job->cols + c] = job->sums[c % job->block * job->cols + other];
+        }
+}
+
+/* Where the input's columns begin among those of all inputs. */
+static uint64_t input_first(const gemma2_config *c, int layer, int input)
+{
+    uint64_t first = 0;
+    for (int i = 0; i < INPUTS_A_LAYER; i++)
+        first += dimension(c, layer_inputs[i].cols) * ((uint64_t)layer + (i < input));
+    return first;
+}
+
+/* Adds the pass's rows of x, the input of a product, to the sums; if these are wanted. */
+static void gather(const struct pass *p, int layer, int input, const float *x, size_t ldx,
+                   size_t cols)
+{
+    if (!p->sums)
+        return;
+    double *sums = p->sums + p->block * input_first(&p->model->config, layer, input);
+    struct gather_job job = {x, p->n, ldx, cols, p->block, sums};
+    size_t tasks = (cols + BLOCK_INPUTS - 1) / BLOCK_INPUTS;
+    share(p->lead->n_threads, tasks, p->n * cols * p->block * sizeof *sums, gather_task, &job);
+}
+
+/* ===================================================================================
  * A. Appendix: the same kernels, faster
  *
  * A row of the table is an instruction set.  Element-wise kernels are the bodies of
- * section 4 compiled again for wider registers; products and attention are written with
+ * section 3 compiled again for wider registers; products and attention are written with
  * intrinsics, in the same order of the same roundings.  To add a row: a set of functions,
  * a line in all_kernels; the tests find it there and hold it against the scalar row.
  * =================================================================================== */
@@ -6355,7 +6378,7 @@ static const struct kernels avx2_kernels = {
 
 /* ---- NEON: every 64-bit ARM, then with SDOT, then with SMMLA ----
  *
- * NEON belongs to the base of the architecture, so the functions of section 4 already come
+ * NEON belongs to the base of the architecture, so the functions of section 3 already come
  * out of the compiler in vectors of four; the element-wise kernels are taken from there.
  * A register holds [4 rows][4 inputs] of a step, so a group is 8 registers for each quarter
  * of a tile.  The rows of the table differ in how they sum a group: */

@@ -111,7 +111,7 @@ $(LINKED): build/gemma2.o
 JOBS = $(if $(filter -j%,$(MAKEFLAGS)),,-j$(shell getconf _NPROCESSORS_ONLN || echo 1))
 test-programs: run $(addprefix build/,$(C_TESTS)) $(EXAMPLES)
 
-build/%: tests/%.c gemma2.c gemma2.h $(wildcard tests/*.h)
+build/%: tests/%.c gemma2.c gemma2.h $(wildcard tests/*.h tests/unit/*)
 	@mkdir -p build
 	$(BUILD) -pthread $< $(filter $(if $(filter $@,$(LINKED)),%.o),$^) -lm -o $@
 
@@ -124,7 +124,7 @@ FAULT = -pthread -D_GNU_SOURCE -Dmain=run_main -include tests/fault.h run.c gemm
 REPLAY = -pthread -DREPLAY -Dmain=run_main run.c tests/fuzz.c
 HOSTILE = -pthread tests/hostile.c
 
-build/hostile build/fault build/replay: run.c gemma2.c gemma2.h $(wildcard tests/*.[ch])
+build/hostile build/fault build/replay: run.c gemma2.c gemma2.h $(wildcard tests/*.[ch] tests/unit/*)
 	@mkdir -p build
 	$(BUILD) -O1 $($(shell echo $(@F) | tr a-z A-Z)) -lm -o $@
 
@@ -140,7 +140,7 @@ fuzz:
 test-emulated: build/test_emulated build/test_golden_emulated
 	@sh tests/all.sh build/test_emulated build/test_golden_emulated
 
-build/%_emulated: tests/%.c gemma2.c gemma2.h $(wildcard tests/*.h)
+build/%_emulated: tests/%.c gemma2.c gemma2.h $(wildcard tests/*.h tests/unit/*)
 	@mkdir -p build
 	$(BUILD) -DGEMMA2_EMULATE $< -lm -o $@
 

@@ -1,0 +1,791 @@
+/* Section 4, the pass, and sessions: chunks, rows, far positions, rewinding, refusals. */
+
+/* Feeds ids in chunks; how many chunks end in other logits than steps did. */
+static int chunks_differ(const gemma2_model *m, struct setup o, const int32_t *ids, size_t n,
+                         size_t chunk, const float *truth)
+{
+    gemma2_session *s = start(m, o);
+    float *logits = fresh(vocab(m) * sizeof *logits);
+    int bad = 0;
+    for (size_t at = 0; at < n;) {
+        size_t size = n - at < chunk ? n - at : chunk;
+        bad += gemma2_eval(s, ids + at, size, logits) != GEMMA2_OK;
+        at += size;
+        bad += logits_differ(m, logits, truth, at - 1);
+    }
+    bad += gemma2_position(s) != (int32_t)n || !!memcmp(gemma2_history(s), ids, n * sizeof *ids);
+    gemma2_session_free(s);
+    free(logits);
+    return bad;
+}
+
+/* Chunks of every kind, with rings of window 8 + n_batch slots, to the context's last place. */
+static void test_chunks(void)
+{
+    static const size_t chunks[] = {2, 3, 5, 7, 8, 9, 10, 13, 16, 17, 40};
+    int32_t ids[40];
+    for (int i = 0; i < N_SHAPES; i++) {
+        struct model x = make(&shapes[i]);
+        random_ids(x.m, ids, 40);
+        float *truth = step_by_step(x.m, (struct setup){40, 1, 1, 0, 0}, ids, 40);
+        for (int batch = 1; batch <= 9; batch++)
+            for (size_t k = (size_t)batch % 2; k < 11; k += 2)
+                check(!chunks_differ(x.m, (struct setup){40, batch, 1, 0, 0}, ids, 40, chunks[k],
+                                     truth),
+                      "%s: n_batch %d, chunks of %zu", shapes[i].name, batch, chunks[k]);
+        check(!chunks_differ(x.m, (struct setup){0, 0, 1, 0, 0}, ids, 40, 40, truth),
+              "%s: default context and batch", shapes[i].name);
+        free(truth);
+        unmake(&x);
+    }
+}
+
+/* Whole models on every row of kernels. */
+static void test_models_on_rows(void)
+{
+    int32_t ids[30];
+    for (int i = 0; i < N_SHAPES; i++) {
+        struct model x = make(&shapes[i]);
+        random_ids(x.m, ids, 30);
+        x.m->isa = &scalar_kernels;
+        float *truth = step_by_step(x.m, (struct setup){30, 1, 1, 0, 0}, ids, 30);
+        for (int k = 0; k < N_KERNELS; k++) {
+            x.m->isa = all_kernels[k];
+            if (all_kernels[k]->available())
+                check(!chunks_differ(x.m, (struct setup){30, 11, 1, 0, 0}, ids, 30, 12, truth) &&
+                          !chunks_differ(x.m, (struct setup){30, 4, 1, 0, 0}, ids, 30, 1, truth),
+                      "%s on %s differs from scalar", shapes[i].name, all_kernels[k]->name);
+        }
+        free(truth);
+        unmake(&x);
+    }
+}
+
+/* ---- gemma2_prefill in the matrix class ---- */
+
+/* Feeds ids in chunks: logits after every multiple of 10 tokens that ends a chunk. */
+static void prefill_chunks(const gemma2_model *m, struct setup o, const int32_t *ids, size_t n,
+                           size_t chunk, float *logits)
+{
+    gemma2_session *s = start(m, o);
+    for (size_t at = 0; at < n; at += chunk)
+        check(gemma2_prefill(s, ids + at, n - at < chunk ? n - at : chunk,
+                             logits + at / chunk * vocab(m)) == GEMMA2_OK, "prefill at %zu", at);
+    gemma2_session_free(s);
+}
+
+static double largest_difference(const float *a, const float *b, size_t n)
+{
+    double worst = 0;
+    for (size_t i = 0; i < n; i++) {
+        double d = fabs((double)a[i] - b[i]);
+        worst = d <= worst ? worst : d;
+    }
+    return worst;
+}
+
+/* Logits after n tokens, in chunks, each of which is taken back and read again where `twice`. */
+static int repeats_differ(const gemma2_model *m, struct setup o, const int32_t *ids, size_t n,
+                          size_t chunk, int twice, const float *truth)
+{
+    gemma2_session *s = start(m, o);
+    float *logits = fresh(vocab(m) * sizeof *logits);
+    int bad = 0;
+    for (size_t at = 0, size; at < n; at += size) {
+        size = n - at < chunk ? n - at : chunk;
+        for (int i = 0; i <= twice; i++) {
+            bad += gemma2_rewind(s, (int32_t)at) != GEMMA2_OK;
+            bad += gemma2_prefill(s, ids + at, size, logits) != GEMMA2_OK;
+        }
+    }
+    bad += logits_differ(m, logits, truth, 0);
+    gemma2_session_free(s);
+    free(logits);
+    return bad;
+}
+
+/* One model on one row: near the exact class, but not equal to it (it has been used); and
+ * equal to itself however tokens are cut and shared. */
+static void matrix_model(const struct model *x, const struct shape *shape, const int32_t *ids)
+{
+    static const struct setup setups[] = {{170, 1, 1, 0, 0}, {170, 7, 1, 0, 0},
+                                          {170, 16, 3, 0, 0}, {170, 170, 2, 0, 0},
+                                          {170, 100, 3, 0, 0}};
+    size_t floats = 17 * vocab(x->m);
+    float *truth = step_by_step(x->m, (struct setup){170, 1, 1, 0, 0}, ids, 170);
+    float *first = fresh(floats * 4), *logits = fresh(floats * 4);
+    double worst = 0;
+    for (size_t i = 0; i < 5; i++) {
+        prefill_chunks(x->m, setups[i], ids, 170, 10, i ? logits : first);
+        check(!i || !memcmp(first, logits, floats * 4), "%s on %s: prefill in batches of %d, "
+              "%d threads, differs", shape->name, x->m->isa->name, setups[i].batch,
+              setups[i].threads);
+    }
+    prefill_chunks(x->m, setups[3], ids, 170, 170, logits);
+    check(!logits_differ(x->m, logits, first, 16), "%s on %s: prefill at once differs",
+          shape->name, x->m->isa->name);
+    for (size_t chunk = 1; chunk <= 64; chunk = chunk * 5 - 1)
+        for (int twice = 0; twice < 2; twice++)
+            check(!repeats_differ(x->m, (struct setup){170, 64, 1, 0, 0}, ids, 170, chunk, twice,
+                                  first + 16 * vocab(x->m)),
+                  "%s on %s: prefill by %zu, %s, differs", shape->name, x->m->isa->name, chunk,
+                  twice ? "each twice" : "once");
+    for (size_t k = 0; k < 17; k++) {
+        double d = largest_difference(first + k * vocab(x->m),
+                                      truth + (k * 10 + 9) * vocab(x->m), vocab(x->m));
+        worst = d <= worst ? worst : d;
+    }
+    check(worst > 0, "%s on %s: prefill is the exact class", shape->name, x->m->isa->name);
+    /* four times the largest seen: inputs rounded to bf16, or to int8 at a small difference */
+    double most = x->m->matrix->cached_bytes == 2 ? 0.25 : shape->types[0] >= Q8 ? 0.035 : 1e-3;
+    check(worst < most, "%s on %s: prefill is off by %g", shape->name, x->m->isa->name, worst);
+    free(truth), free(first), free(logits);
+}
+
+static void test_matrix_models(void)
+{
+    static const struct shape shape[] = {
+        {"bf16 heads of 32", 3, 64, 4, 2, 32, 96, 70, 37, 300, 50, 30, 5, 0,
+         {BF16, BF16, BF16, BF16, BF16}, 64},
+        {"bf16 heads of 64", 2, 50, 3, 1, 64, 70, 71, 100, 300, 20, 0, 1, 1,
+         {BF16, BF16, BF16, BF16, BF16}, 64},
+        {"quantised heads of 32", 3, 300, 4, 2, 32, 520, 70, 37, 300, 50, 30, 5, 0,
+         {Q8, Q6, Q4, Q8, Q4}, 64}};
+    int32_t ids[170];
+    for (int i = 0; i < 3; i++) {
+        struct model x = make(&shape[i]);
+        random_ids(x.m, ids, 170);
+        for (int k = 0; k < N_KERNELS; k++)
+            if (has_matrix(all_kernels[k])) {
+                x.m->isa = all_kernels[k], x.m->matrix = all_kernels[k]->matrix;
+                matrix_model(&x, &shape[i], ids);
+            }
+        unmake(&x);
+    }
+}
+
+/* f32 weights never meet the matrix class, nor do the sessions of a model opened so, be it
+ * from a path or from memory. */
+static void test_matrix_declined(void)
+{
+    struct shape shape = {"exact", 2, 64, 4, 2, 32, 96, 70, 37, 64, 50, 30, 1, 0,
+                          {F32, F32, F32, F32, F32}, 64};
+    int32_t ids[40];
+    float *logits = fresh(100 * 4);
+    for (int i = 0; i < 3; i++) {
+        struct model x = {build(&shape), NULL};
+        const char *path = write_file("exact", x.image.data, x.image.size);
+        gemma2_open_params params;
+        gemma2_open_params_init(&params);
+        params.exact_prefill = i > 0;
+        x.m = i < 2 ? gemma2_open(path, &params, NULL, 0) :
+              gemma2_open_memory(x.image.data, x.image.size, &params, NULL, 0);
+        check(x.m && !x.m->matrix, "%s: the matrix class is in use", i ? "declined" : "f32");
+        random_ids(x.m, ids, 40);
+        float *truth = step_by_step(x.m, (struct setup){40, 1, 1, 0, 2}, ids, 40);
+        prefill_chunks(x.m, (struct setup){40, 40, 2, 0, 2}, ids, 40, 40, logits);
+        check(!logits_differ(x.m, logits, truth, 39), "%s: prefill is not exact",
+              i ? "declined" : "f32");
+        free(truth);
+        unmake(&x);
+        for (int k = 0; k < 5; k++)
+            shape.types[k] = BF16;
+    }
+    remove(in_dir("exact"));
+    free(logits);
+}
+
+/* Rows of several unlike sessions in shared passes, against each one alone. */
+enum { N_SHARING = 5 };
+
+static void share_passes(const gemma2_model *m, gemma2_session **s, int32_t (*ids)[30],
+                         float **truth, int *bad)
+{
+    gemma2_row rows[8];
+    float *logits = fresh(8 * vocab(m) * sizeof *logits);
+    int32_t position[8], owner[8];
+    for (int pass = 0; pass < 25; pass++) {
+        size_t n = 0;
+        for (int i = 0; i < N_SHARING; i++) {
+            int k = (i + pass) % N_SHARING; /* each leads in turn */
+            for (uint32_t r = below(4); r > 0 && n < 8; r--) {
+                int32_t at = gemma2_position(s[k]), before = 0;
+                for (size_t j = 0; j < n; j++)
+                    before += owner[j] == k;
+                if (at + before >= 30)
+                    break;
+                rows[n] = (gemma2_row){s[k], ids[k][at + before], logits + n * vocab(m)};
+                position[n] = at + before, owner[n++] = k;
+            }
+        }
+        if (!n)
+            continue;
+        *bad += gemma2_eval_rows(rows, n) != GEMMA2_OK;
+        for (size_t j = 0; j < n; j++)
+            *bad += logits_differ(m, rows[j].logits, truth[owner[j]], (size_t)position[j]);
+    }
+    free(logits);
+}
+
+static void test_shared_passes(void)
+{
+    static const struct setup setups[N_SHARING] = {{30, 8, 1, 8, 0}, {64, 9, 1, 3, 0},
+                                                   {30, 8, 1, 8, 1}, {50, 16, 1, 5, 2},
+                                                   {30, 8, 1, 1, 0}};
+    for (int i = 0; i < N_SHAPES; i++) {
+        struct model x = make(&shapes[i]);
+        gemma2_session *s[N_SHARING];
+        int32_t ids[N_SHARING][30];
+        float *truth[N_SHARING];
+        int bad = 0;
+        for (int k = 0; k < N_SHARING; k++) {
+            random_ids(x.m, ids[k], 30);
+            s[k] = start(x.m, setups[k]);
+            truth[k] = step_by_step(x.m, setups[k], ids[k], 30);
+        }
+        share_passes(x.m, s, ids, truth, &bad);
+        check(!bad, "%s: %d rows differ in shared passes", shapes[i].name, bad);
+        for (int k = 0; k < N_SHARING; k++)
+            gemma2_session_free(s[k]), free(truth[k]);
+        unmake(&x);
+    }
+}
+
+/* Far into a context: attention split over blocks of 256 keys for 1 to 4 rows, windows that
+ * cross the blocks' edges.  `at` are chunks that end at or around those edges. */
+static int far_differs(const gemma2_model *m, struct setup o, const int32_t *ids,
+                       const float *truth, const int *sizes)
+{
+    gemma2_session *s = start(m, o);
+    float *logits = fresh(vocab(m) * sizeof *logits);
+    size_t at = 0;
+    int bad = 0;
+    for (int i = 0; sizes[i]; i++) {
+        bad += gemma2_eval(s, ids + at, (size_t)sizes[i], logits) != GEMMA2_OK;
+        at += (size_t)sizes[i];
+        bad += logits_differ(m, logits, truth, at - 1);
+    }
+    gemma2_session_free(s);
+    free(logits);
+    return bad;
+}
+
+static void test_far(void)
+{
+    static const int sizes[] = {253, 1, 1, 1, 1, 1, 1, 2, 3, 4, 3, 240, 1, 1, 1, 2,
+                                1, 4, 100, 1, 0};
+    static const int32_t windows[] = {1, 8, 100, 255, 256, 257, 300};
+    int32_t ids[640];
+    struct model x = make(&long_shape);
+    random_ids(x.m, ids, 640);
+    for (int cache = 1; cache <= 2; cache++)
+        for (int k = cache - 1; k < 7; k += 2) {
+            struct setup o = {640, 1, 1, windows[k], cache};
+            float *truth = step_by_step(x.m, o, ids, 640);
+            for (o.batch = 4; o.batch <= 64; o.batch += 60)
+                for (o.threads = 1; o.threads <= 16; o.threads += 15)
+                    check(!far_differs(x.m, o, ids, truth, sizes),
+                          "window %d, n_batch %d, %d threads, cache %d: far logits differ",
+                          o.window, o.batch, o.threads, cache);
+            free(truth);
+        }
+    unmake(&x);
+}
+
+/* Two long sessions of unlike contexts share a pass that the shorter or longer one leads. */
+static void test_far_shared(void)
+{
+    int32_t ids[500];
+    struct model x = make(&long_shape);
+    float *logits = fresh(4 * vocab(x.m) * sizeof *logits);
+    random_ids(x.m, ids, 500);
+    float *truth = step_by_step(x.m, (struct setup){500, 1, 1, 0, 0}, ids, 500);
+    for (int lead = 0; lead < 2; lead++) {
+        gemma2_session *s[2] = {start(x.m, (struct setup){300, 16, 16, 0, 0}),
+                                start(x.m, (struct setup){500, 16, 16, 0, 0})};
+        gemma2_eval(s[0], ids, 280, NULL);
+        gemma2_eval(s[1], ids, 480, NULL);
+        gemma2_row rows[4];
+        for (int i = 0; i < 4; i++)
+            rows[i] = (gemma2_row){s[(i / 2 + lead) % 2], 0, logits + (size_t)i * vocab(x.m)};
+        for (int i = 0; i < 4; i++)
+            rows[i].id = ids[(rows[i].session == s[0] ? 280 : 480) + i % 2];
+        check(gemma2_eval_rows(rows, 4) == GEMMA2_OK, "far rows");
+        for (int i = 0; i < 4; i++)
+            check(!logits_differ(x.m, rows[i].logits, truth,
+                                 (rows[i].session == s[0] ? 280u : 480u) + (unsigned)i % 2),
+                  "far rows, lead %d, row %d", lead, i);
+        gemma2_session_free(s[0]), gemma2_session_free(s[1]);
+    }
+    free(logits), free(truth);
+    unmake(&x);
+}
+
+/* ---- traps of Gemma 2, where a direct test is cheap (the others: test_golden.c) ---- */
+
+/* In one local layer of window W, position p sees p - W + 1 and not p - W; a global one sees
+ * all. */
+static void window_edge(uint32_t window, uint32_t local)
+{
+    struct shape shape = shapes[0];
+    shape.layers = 1, shape.local = local, shape.window = window, shape.context = window + 4;
+    struct model x = make(&shape);
+    int32_t n = (int32_t)window + 4, *ids = fresh((size_t)n * 4);
+    float *truth = NULL, *logits = fresh(5 * vocab(x.m) * sizeof *logits);
+    random_ids(x.m, ids, (size_t)n);
+    for (int changed = -1; changed < 3; changed++) {
+        int32_t was = changed < 0 ? 0 : ids[changed];
+        if (changed >= 0)
+            ids[changed] = (was + 1) % (int)vocab(x.m);
+        gemma2_session *s = start(x.m, (struct setup){n, 256, 1, 0, 0});
+        gemma2_eval(s, ids, (size_t)n - 5, NULL);
+        for (int i = 0; i < 5; i++)
+            gemma2_eval(s, ids + n - 5 + i, 1, logits + (size_t)i * vocab(x.m));
+        gemma2_session_free(s);
+        for (int i = 0; i < 5 && changed >= 0; i++) {
+            int p = n - 5 + i; /* W - 1 .. W + 3 */
+            check(logits_differ(x.m, logits + (size_t)i * vocab(x.m), truth, (size_t)i) ==
+                      (!local || p - changed < (int)window),
+                  "window %u, local %u: position %d, change at %d", window, local, p, changed);
+        }
+        if (changed >= 0)
+            ids[changed] = was;
+        else
+            truth = logits, logits = fresh(5 * vocab(x.m) * sizeof *logits);
+    }
+    free(truth), free(logits), free(ids);
+    unmake(&x);
+}
+
+static void test_window_edge(void)
+{
+    for (uint32_t local = 0; local < 2; local++) {
+        window_edge(8, local);
+        window_edge(4096, local);
+    }
+}
+
+/* Contexts that end at, before and behind a window of 4096: filled to the last place, one
+ * token more is refused and changes nothing, whichever call brings it. */
+static void context_edge(const struct model *x, const int32_t *ids, int32_t context,
+                         const float *truth)
+{
+    float *logits = fresh(vocab(x->m) * sizeof *logits), *logprobs = fresh(5000 * 4);
+    gemma2_session *s = start(x->m, (struct setup){context, 100, 1, 0, 1});
+    size_t n = (size_t)context;
+    gemma2_row rows[2] = {{s, ids[n - 1], logits}, {s, ids[n], logits}};
+    int bad = gemma2_prefill(s, ids, n + 1, logits) != GEMMA2_ERR_CONTEXT;
+    bad += gemma2_eval(s, ids, n + 1, logits) != GEMMA2_ERR_CONTEXT;
+    bad += gemma2_score(s, ids, n + 1, -1, logprobs) != GEMMA2_ERR_CONTEXT;
+    check(!bad && gemma2_position(s) == 0, "context %d: a token more at once", context);
+    bad = gemma2_eval(s, ids, n - 1, logits) != GEMMA2_OK;
+    bad += logits_differ(x->m, logits, truth, n - 2);
+    check(!bad, "context %d: all but the last place", context);
+    bad = gemma2_eval(s, ids + n - 1, 2, logits) != GEMMA2_ERR_CONTEXT;
+    bad += gemma2_eval_rows(rows, 2) != GEMMA2_ERR_CONTEXT || gemma2_position(s) != context - 1;
+    check(!bad, "context %d: two tokens for the last place", context);
+    bad = gemma2_eval_rows(rows, 1) != GEMMA2_OK || logits_differ(x->m, logits, truth, n - 1);
+    check(!bad, "context %d: the last place", context);
+    bad = gemma2_eval(s, ids + n, 1, logits) != GEMMA2_ERR_CONTEXT;
+    bad += gemma2_prefill(s, ids + n, 1, logits) != GEMMA2_ERR_CONTEXT;
+    bad += gemma2_score(s, ids + n, 1, -1, logprobs) != GEMMA2_ERR_CONTEXT;
+    bad += gemma2_eval_rows(rows + 1, 1) != GEMMA2_ERR_CONTEXT;
+    check(!bad && gemma2_position(s) == context && gemma2_history(s)[n - 1] == ids[n - 1],
+          "context %d: it is full", context);
+    check(gemma2_rewind(s, context - 9) == GEMMA2_OK &&
+              gemma2_eval(s, ids + n - 9, 9, logits) == GEMMA2_OK &&
+              !logits_differ(x->m, logits, truth, n - 1), "context %d: its end again", context);
+    gemma2_session_free(s);
+    free(logits), free(logprobs);
+}
+
+/* Chunks that end around position 4096 of a window of 4096, where rings of every size wrap. */
+static void test_wide_window(void)
+{
+    static const struct shape shape = {"wide window", 2, 9, 2, 1, 4, 16, 40, 4096, 4200, 5, 10, 1,
+                                       0, {F32, BF16, F32, F32, F32}, 64};
+    static const int sizes[][9] = {{4095, 1, 1, 1, 1, 1, 90, 0}, {4096, 1, 1, 92, 0},
+                                   {4097, 1, 1, 91, 0}, {4094, 5, 3, 88, 0}, {4090, 90, 10, 0},
+                                   {1000, 1000, 1000, 1000, 94, 1, 1, 94, 0}};
+    struct model x = make(&shape);
+    int32_t *ids = fresh(4200 * 4);
+    random_ids(x.m, ids, 4200);
+    float *truth = step_by_step(x.m, (struct setup){4200, 1, 1, 0, 1}, ids, 4190);
+    for (int i = 0; i < 6; i++)
+        check(!far_differs(x.m, (struct setup){4200, i % 2 ? 16 : 250, 1, 0, 1}, ids,
+                           truth, sizes[i]), "chunks %d around position 4096", i);
+    for (int32_t context = 4095; context <= 4097; context++)
+        context_edge(&x, ids, context, truth);
+    free(truth), free(ids);
+    unmake(&x);
+}
+
+static void scale_f32(const struct image *m, int section, float factor)
+{
+    uint8_t *p = section_of(m, section);
+    for (uint64_t i = 0; i < get_u64(entry_of(m, section) + 40); i += 4)
+        put_u32(p + i, bits_of(get_f32(p + i) * factor));
+}
+
+/* Twice the query scale undoes half the q weights, twice the embedding scale half the
+ * embedding, to the bit: both scales are applied, once, and to nothing else. */
+static void test_scales(void)
+{
+    struct shape shape = shapes[0];
+    int32_t ids[20];
+    shape.untied = 1;
+    struct model x = make(&shape);
+    random_ids(x.m, ids, 20);
+    float *truth = step_by_step(x.m, (struct setup){20, 1, 1, 0, 0}, ids, 20);
+    for (int which = 0; which < 2; which++) {
+        size_t at = which ? 124 : 120;
+        uint32_t was = get_u32(x.image.data + at);
+        for (int step = 0; step < 2; step++) {
+            if (step == 0)
+                put_u32(x.image.data + at, bits_of(float_of(was) * 2));
+            for (int l = 0; l < 3 && step; l++)
+                if (which == 0)
+                    scale_f32(&x.image, 3 + 11 * l, 0.5f);
+            if (which && step)
+                scale_f32(&x.image, 2 + 33 + 1, 0.5f);
+            seal(&x.image);
+            gemma2_model *m = open_image(&x.image);
+            check(chunks_differ(m, (struct setup){20, 4, 1, 0, 0}, ids, 20, 20, truth) == !step,
+                  "%s scale, step %d", which ? "embedding" : "query", step);
+            gemma2_close(m);
+        }
+    }
+    free(truth);
+    unmake(&x);
+}
+
+/* Each layer's own bit decides: a global one holds the context, a local one its window. */
+static void test_layer_kinds(void)
+{
+    struct model x = make(&shapes[5]);
+    gemma2_session *s = start(x.m, (struct setup){64, 4, 1, 0, 0});
+    for (uint32_t l = 0; l < shapes[5].layers; l++)
+        check(s->cache[l].slots == (shapes[5].local >> l & 1 ? 16 : 64), "layer %u: slots", l);
+    gemma2_session_free(s);
+    unmake(&x);
+}
+
+/* Bytes of a cache: of a local layer the window and a batch, where the context is not less. */
+static void test_plans(void)
+{
+    static const int32_t contexts[] = {1, 10, 17, 64};
+    for (int i = 0; i < N_SHAPES * 4 * 2 * 2; i++) {
+        const struct shape *s = &shapes[i % N_SHAPES];
+        struct model x = make(s);
+        gemma2_session_params p;
+        gemma2_plan plan = {0, 0, 0, 0};
+        gemma2_session_params_init(&p);
+        p.n_context = contexts[i / N_SHAPES % 4], p.n_threads = 1;
+        p.n_batch = i / (N_SHAPES * 8) ? 20 : 1;
+        p.cache_type = i / (N_SHAPES * 4) % 2 ? GEMMA2_CACHE_F16 : GEMMA2_CACHE_F32;
+        uint64_t want = 0, number = p.cache_type == GEMMA2_CACHE_F16 ? 2 : 4;
+        for (uint32_t l = 0; l < s->layers; l++) {
+            int32_t slots = s->local >> l & 1 ? min_i32(p.n_context, 8 + p.n_batch) : p.n_context;
+            uint64_t heads = ((uint64_t)slots + 15) / 16 * 16 * s->k * number;
+            want += (heads * s->h + 63) / 64 * 64 + heads * ((s->h + 15) / 16 * 16);
+        }
+        check(gemma2_session_plan(x.m, &p, &plan) == GEMMA2_OK && plan.cache == want,
+              "%s, context %d: a cache of %llu bytes, not %llu", s->name, p.n_context,
+              (unsigned long long)plan.cache, (unsigned long long)want);
+        unmake(&x);
+    }
+}
+
+/* ---- rewinding ---- */
+
+/* A random walk of steps and rewinds, against sessions that never rewound. */
+static void rewind_walk(const gemma2_model *m, struct setup o, int *n_refused, int *bad)
+{
+    gemma2_session *s = start(m, o);
+    float *logits = fresh(vocab(m) * sizeof *logits);
+    int32_t ids[40], position = 0, high = 0;
+    for (int step = 0; step < 60; step++) {
+        int32_t back = (int32_t)below(step % 3 ? 4 : 12), to = max_i32(0, position - back);
+        if (step % 8 == 7)
+            to = min_i32(position, step / 8 % 3);
+        int status = gemma2_rewind(s, to);
+        *bad += status != GEMMA2_OK && status != GEMMA2_ERR_REWIND;
+        *bad += status == GEMMA2_ERR_REWIND && (!to || high <= o.window || high - to <= o.batch);
+        *n_refused += status == GEMMA2_ERR_REWIND;
+        position = status == GEMMA2_OK ? to : position;
+        high = position ? high : 0;
+        int32_t n = 1 + (int32_t)below(9);
+        if (position + n > o.context)
+            continue;
+        random_ids(m, ids + position, (size_t)n);
+        *bad += gemma2_eval(s, ids + position, (size_t)n, logits) != GEMMA2_OK;
+        position += n, high = max_i32(high, position);
+        *bad += gemma2_position(s) != position ||
+                memcmp(gemma2_history(s), ids, (size_t)position * 4);
+        gemma2_session *clean = start(m, o);
+        float *truth = fresh(vocab(m) * sizeof *truth);
+        gemma2_eval(clean, ids, (size_t)position, truth);
+        *bad += logits_differ(m, logits, truth, 0);
+        gemma2_session_free(clean), free(truth);
+    }
+    gemma2_session_free(s), free(logits);
+}
+
+static void test_rewind(void)
+{
+    for (int i = 0; i < N_SHAPES; i += 3) {
+        struct model x = make(&shapes[i]);
+        int refused = 0, bad = 0;
+        for (int32_t batch = 1; batch <= 9; batch += 2)
+            rewind_walk(x.m, (struct setup){40, batch, 1, 8, 0}, &refused, &bad);
+        check(!bad, "%s: %d wrong after rewinds", shapes[i].name, bad);
+        check(refused > 0, "%s: no rewind was too deep", shapes[i].name);
+        unmake(&x);
+    }
+}
+
+static void test_rewind_edges(void)
+{
+    struct model x = make(&shapes[0]);
+    int32_t ids[40], before;
+    random_ids(x.m, ids, 40);
+    float *truth = step_by_step(x.m, (struct setup){40, 4, 1, 0, 0}, ids, 40);
+    float *logits = fresh(vocab(x.m) * sizeof *logits);
+    gemma2_session *s = start(x.m, (struct setup){40, 4, 1, 0, 0});
+    gemma2_eval(s, ids, 39, NULL);
+    check(gemma2_rewind(s, 40) == GEMMA2_ERR_ARGUMENT &&
+              gemma2_rewind(s, -1) == GEMMA2_ERR_ARGUMENT, "rewind outside what is held");
+    check(gemma2_rewind(s, 5) == GEMMA2_ERR_REWIND, "a rewind too deep");
+    before = gemma2_position(s);
+    check(before == 39 && gemma2_eval(s, ids + 39, 1, logits) == GEMMA2_OK &&
+              !logits_differ(x.m, logits, truth, 39), "a refused rewind changes nothing");
+    check(gemma2_rewind(s, 36) == GEMMA2_OK && gemma2_eval(s, ids + 36, 4, logits) == GEMMA2_OK &&
+              !logits_differ(x.m, logits, truth, 39), "n_batch back");
+    check(gemma2_rewind(s, 0) == GEMMA2_OK && gemma2_eval(s, ids, 14, logits) == GEMMA2_OK &&
+              !logits_differ(x.m, logits, truth, 13), "back to 0");
+    check(gemma2_rewind(s, 14) == GEMMA2_OK && gemma2_rewind(s, 1) == GEMMA2_OK, "before the wrap");
+    gemma2_session_free(s);
+    free(truth), free(logits);
+    unmake(&x);
+}
+
+/* ---- refusals leave the session as it was ---- */
+
+static void test_refused_calls(void)
+{
+    struct model x = make(&shapes[0]), y = make(&shapes[1]);
+    int32_t v = (int32_t)vocab(x.m), ids[12], bad_ids[3] = {1, 2, 0};
+    float *logits = fresh(vocab(x.m) * sizeof *logits), logprobs[12];
+    random_ids(x.m, ids, 12);
+    float *truth = step_by_step(x.m, (struct setup){12, 3, 1, 0, 0}, ids, 12);
+    gemma2_session *s = start(x.m, (struct setup){12, 3, 1, 0, 0});
+    gemma2_session *t = start(x.m, (struct setup){12, 2, 1, 0, 0});
+    gemma2_session *u = start(y.m, (struct setup){12, 3, 1, 0, 0});
+    gemma2_row rows[4] = {{s, 1, NULL}, {s, 1, NULL}, {s, 1, NULL}, {s, 1, NULL}};
+    gemma2_eval(s, ids, 11, NULL);
+    check(gemma2_eval(s, ids, 2, logits) == GEMMA2_ERR_CONTEXT, "two tokens for one place");
+    check(gemma2_prefill(s, ids, SIZE_MAX, logits) == GEMMA2_ERR_CONTEXT, "SIZE_MAX tokens");
+    check(gemma2_score(s, ids, 2, -1, logprobs) == GEMMA2_ERR_CONTEXT, "score: context");
+    check(gemma2_eval_rows(rows, 2) == GEMMA2_ERR_CONTEXT, "rows: context");
+    check(gemma2_eval(s, ids, 0, logits) == GEMMA2_ERR_ARGUMENT, "no tokens");
+    check(gemma2_eval(s, NULL, 1, logits) == GEMMA2_ERR_ARGUMENT, "no ids");
+    for (int i = 0; i < 3; i++) {
+        bad_ids[2] = i == 0 ? -1 : i == 1 ? v : INT32_MAX;
+        check(gemma2_eval(t, bad_ids, 3, logits) == GEMMA2_ERR_TOKEN, "id %d", bad_ids[2]);
+        check(gemma2_score(t, bad_ids, 3, 1, logprobs) == GEMMA2_ERR_TOKEN, "score: id");
+        check(gemma2_eval_rows(&(gemma2_row){t, bad_ids[2], NULL}, 1) == GEMMA2_ERR_TOKEN,
+              "row id");
+    }
+    check(gemma2_score(s, ids, 1, v, logprobs) == GEMMA2_ERR_TOKEN, "score: next");
+    check(gemma2_score(s, ids, 1, -2, logprobs) == GEMMA2_ERR_ARGUMENT, "score: next -2");
+    check(gemma2_score(s, ids, 1, 1, NULL) == GEMMA2_ERR_ARGUMENT, "score: no room");
+    check(gemma2_eval_rows(rows, 0) == GEMMA2_ERR_ARGUMENT, "no rows");
+    check(gemma2_eval_rows(NULL, 1) == GEMMA2_ERR_ARGUMENT, "NULL rows");
+    check(gemma2_eval_rows(rows, 4) == GEMMA2_ERR_ARGUMENT, "more rows than n_batch");
+    rows[1].session = u;
+    check(gemma2_eval_rows(rows, 2) == GEMMA2_ERR_ARGUMENT, "rows of two models");
+    rows[1].session = NULL;
+    check(gemma2_eval_rows(rows, 2) == GEMMA2_ERR_ARGUMENT, "a row of no session");
+    gemma2_session *wide = start(x.m, (struct setup){12, 8, 1, 0, 0});
+    gemma2_row many[4] = {{wide, 1, NULL}, {t, 1, NULL}, {t, 1, NULL}, {t, 1, NULL}};
+    check(gemma2_eval_rows(many, 4) == GEMMA2_ERR_ARGUMENT, "3 rows of a session of n_batch 2");
+    check(gemma2_position(t) == 0 && gemma2_position(wide) == 0, "refused rows count");
+    check(gemma2_position(s) == 11 && gemma2_context(s) == 12, "position after refusals");
+    check(gemma2_eval(s, ids + 11, 1, logits) == GEMMA2_OK &&
+              !logits_differ(x.m, logits, truth, 11), "logits after refusals");
+    check(gemma2_eval(s, ids, 1, logits) == GEMMA2_ERR_CONTEXT, "the context is full");
+    gemma2_session_free(s), gemma2_session_free(t), gemma2_session_free(u);
+    gemma2_session_free(wide);
+    free(truth), free(logits);
+    unmake(&x), unmake(&y);
+}
+
+static void test_session_params(void)
+{
+    static const struct {
+        gemma2_session_params p;
+        int legal;
+    } cases[] = {
+        {{24, -1, 0, 0, 0, 0}, 0}, {{24, (1 << 30) + 1, 1, 0, 0, 0}, 0}, {{24, 1, 0, 0, 0, 0}, 1},
+        {{24, 8, -1, 0, 0, 0}, 0}, {{24, 8, 4097, 0, 0, 0}, 0}, {{24, 8, 4096, 0, 0, 0}, 1},
+        {{24, 8, 0, -1, 0, 0}, 0}, {{24, 8, 0, 1025, 0, 0}, 0}, {{24, 8, 0, 1024, 0, 0}, 1},
+        {{24, 8, 0, 0, -1, 0}, 0}, {{24, 8, 0, 0, 9, 0}, 0}, {{24, 8, 0, 0, 8, 0}, 1},
+        {{24, 8, 0, 0, 0, 3}, 0}, {{24, 8, 0, 0, 0, -1}, 0}, {{24, 8, 0, 0, 0, 2}, 1},
+        {{0, 8, 0, 0, 0, 0}, 0}, {{~0u, 8, 0, 0, 0, 0}, 0}, {{8, 8, -1, -1, -1, -1}, 1},
+        {{22, 8, 0, 0, 0, 0}, 0}, {{24, 0, 0, 0, 0, 0}, 1}, {{24, 100, 0, 0, 0, 0}, 1},
+    };
+    struct model x = make(&shapes[0]);
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        char err[256] = "";
+        gemma2_plan plan;
+        int status = gemma2_session_plan(x.m, &cases[i].p, &plan);
+        gemma2_session *s = gemma2_session_new(x.m, &cases[i].p, err, sizeof err);
+        check(status == (cases[i].legal ? GEMMA2_OK : GEMMA2_ERR_ARGUMENT), "params %zu: plan", i);
+        check(!!s == cases[i].legal && !!err[0] == !s, "params %zu: session", i);
+        if (s)
+            check(gemma2_context(s) == (cases[i].p.n_context ? cases[i].p.n_context : 64) &&
+                      plan.total == plan.cache + plan.scratch && plan.weights == x.image.size,
+                  "params %zu: context and plan", i);
+        gemma2_session_free(s);
+    }
+    unmake(&x);
+}
+
+/* In memory of the caller: exactly plan.total bytes, whatever they held before. */
+static void test_placed(void)
+{
+    int32_t ids[20];
+    for (int i = 0; i < N_SHAPES; i++) {
+        struct model x = make(&shapes[i]);
+        gemma2_session_params p;
+        gemma2_plan plan;
+        gemma2_session_params_init(&p);
+        p.n_context = 20, p.n_batch = 5, p.n_threads = 1;
+        random_ids(x.m, ids, 20);
+        float *truth = step_by_step(x.m, (struct setup){20, 1, 1, 0, 0}, ids, 20);
+        float *logits = fresh(vocab(x.m) * sizeof *logits);
+        check(gemma2_session_plan(x.m, &p, &plan) == GEMMA2_OK, "plan");
+        char *memory = fresh(plan.total);
+        memset(memory, 0xff, plan.total); /* NaN, in both cache types */
+        check(!gemma2_session_place(x.m, &p, memory, plan.total - 1, NULL, 0), "a byte too few");
+        check(!gemma2_session_place(x.m, &p, memory + 32, plan.total, NULL, 0), "misaligned");
+        check(!gemma2_session_place(x.m, &p, NULL, plan.total, NULL, 0), "placed at NULL");
+        gemma2_session *s = gemma2_session_place(x.m, &p, memory, plan.total, NULL, 0);
+        if (check(s != NULL, "%s: place", shapes[i].name)) {
+            gemma2_eval(s, ids, 13, NULL);
+            gemma2_eval(s, ids + 13, 7, logits);
+            check(!logits_differ(x.m, logits, truth, 19), "%s: a placed session", shapes[i].name);
+            gemma2_session_free(s);
+        }
+        free(memory), free(truth), free(logits);
+        unmake(&x);
+    }
+}
+
+/* gemma2_score says what logits and gemma2_logprob say, however it is cut. */
+static void test_score(void)
+{
+    int32_t ids[20];
+    for (int i = 0; i < N_SHAPES; i++) {
+        struct model x = make(&shapes[i]);
+        float truth[20], scores[20];
+        int32_t next = (int32_t)vocab(x.m) - 1;
+        random_ids(x.m, ids, 20);
+        float *logits = step_by_step(x.m, (struct setup){20, 1, 1, 0, 0}, ids, 20);
+        for (size_t k = 0; k < 20; k++)
+            gemma2_logprob(logits + k * vocab(x.m), vocab(x.m), k < 19 ? ids[k + 1] : next,
+                           truth + k);
+        for (size_t cut = 1; cut <= 20; cut += 3)
+            for (int32_t batch = 1; batch < 8; batch += 3) {
+                gemma2_session *s = start(x.m, (struct setup){20, batch, 1, 0, 0});
+                scores[19] = 77;
+                int status = gemma2_score(s, ids, cut, cut < 20 ? ids[cut] : next, scores);
+                if (cut < 20)
+                    status |= gemma2_score(s, ids + cut, 20 - cut, batch == 1 ? -1 : next,
+                                           scores + cut);
+                check(status == GEMMA2_OK && !memcmp(scores, truth, 19 * sizeof *truth),
+                      "%s: score, %zu first, n_batch %d", shapes[i].name, cut, batch);
+                check(scores[19] == (cut < 20 && batch == 1 ? 77 : truth[19]), "score of next");
+                gemma2_session_free(s);
+            }
+        free(logits);
+        unmake(&x);
+    }
+}
+
+/* Parts of an attention whose scores lie so far apart that exp of the distance overflows. */
+static void test_far_apart(void)
+{
+    for (int first = 0; first < 2; first++) {
+        struct partial parts[2] = {{first ? 100 : -100, 2}, {first ? -100 : 100, 2}};
+        float out[2][2] = {{1, 2}, {3, 4}}, *o = out[first ? 0 : 1], want[2] = {o[0], o[1]};
+        merge_partial(&parts[0], out[0], &parts[1], out[1], 2);
+        check(parts[0].max == 100 && parts[0].sum == 2 && !memcmp(out[0], want, sizeof want),
+              "far apart, the larger %s", first ? "first" : "last");
+    }
+}
+
+/* More logits than a task caps and a log-sum takes at once, candidates than a small pass has
+ * scratch for, and inputs one wider than attention's. */
+static void test_large_vocabulary(void)
+{
+    enum { N = 4, V = 16384 + 2047 };
+    static const struct shape shape = {"vocabulary", 1, 9, 2, 1, 4, 8, V, 8, 16, 50, 30, 1, 0,
+                                       {F32, F32, F32, F32, F32}, 64};
+    struct model x = make(&shape);
+    int32_t ids[N + 1] = {0, V - 1, 5, 16384, 2048}, same = 0;
+    float *logits = step_by_step(x.m, (struct setup){N, 1, 1, 0, 0}, ids, N), truth[N], scores[N];
+    float *got = fresh(N * V * sizeof *got);
+    gemma2_session *small = start(x.m, (struct setup){N, 1, 1, 0, 0});
+    gemma2_session *large = start(x.m, (struct setup){N, 256, 1, 0, 0});
+    gemma2_row rows[N];
+    for (int t = 0; t < N; t++) {
+        gemma2_logprob(logits + t * V, V, ids[t + 1], truth + t);
+        rows[t] = (gemma2_row){large, ids[t], got + t * V};
+    }
+    check(gemma2_eval_rows(rows, N) == GEMMA2_OK && !memcmp(got, logits, N * V * sizeof *got),
+          "many logits of many rows");
+    check(gemma2_score(small, ids, N, ids[N], scores) == GEMMA2_OK &&
+              !memcmp(scores, truth, sizeof truth), "scores of a large vocabulary");
+    for (uint64_t seed = 0; seed < 20; seed++) {
+        gemma2_sampler a, b;
+        gemma2_bias bias = {7, 0.5f};
+        gemma2_sampler_init(&a, seed);
+        a.bias = &bias, a.n_bias = 1, a.top_k = 0, a.top_p = 1;
+        b = a;
+        same += gemma2_sample(small, &a, logits) == gemma2_sample(large, &b, logits);
+    }
+    check(same == 20, "%d of 20 samples are the same", same);
+    gemma2_session_free(small), gemma2_session_free(large);
+    free(got), free(logits);
+    unmake(&x);
+}
+
+static void test_model(void)
+{
+    test_matrix_models();
+    test_matrix_declined();
+    test_chunks();
+    test_models_on_rows();
+    test_shared_passes();
+    test_scales();
+    test_layer_kinds();
+    test_plans();
+    test_rewind();
+    test_rewind_edges();
+    test_refused_calls();
+    test_session_params();
+    test_placed();
+    test_score();
+    test_large_vocabulary();
+    test_far_apart();
+}
+
+/* Hundreds and thousands of positions: the slow ones. */
+static void test_far_positions(void)
+{
+    test_far();
+    test_far_shared();
+    test_window_edge();
+    test_wide_window();
+}

@@ -1,0 +1,248 @@
+/* Section 4, sharing of work, and the floating-point environment. */
+
+/* Every task once, in the environment of the specification, whatever the host has. */
+struct shared_tasks {
+    int runs[1000], wrong_environment;
+};
+
+static void count_task(void *context, size_t task)
+{
+    struct shared_tasks *tasks = context;
+    volatile float tiny = 1e-38f;
+    tasks->runs[task]++;
+    if (tiny * 0.5f * 2 != tiny) /* flushed, or rounded otherwise */
+        tasks->wrong_environment = 1;
+}
+
+static void test_share(void)
+{
+    static const int threads[] = {1, 2, 3, 5, 16, 1024};
+    static struct shared_tasks tasks;
+    for (int i = 0; i < 6; i++)
+        for (size_t n = 0; n <= 1000; n += 1 + n * 3) {
+            int bad = 0;
+            memset(&tasks, 0, sizeof tasks);
+            share(threads[i] < 1024 || n < 20 ? threads[i] : 20, n, SIZE_MAX / 2, count_task,
+                  &tasks);
+            for (size_t k = 0; k < 1000; k++)
+                bad += tasks.runs[k] != (k < n);
+            check(!bad && !tasks.wrong_environment, "%zu tasks on %d threads", n, threads[i]);
+        }
+}
+
+/* A model large enough for teams, in two passes: where a team has more threads than the
+ * machine, each hand-over costs milliseconds. */
+static void test_threads(void)
+{
+    static const int threads[] = {2, 3, 5, 16};
+    struct shape shape = {"wide", 2, 264, 8, 4, 32, 600, 700, 100, 300, 50, 30, 1, 0,
+                          {Q8, F32, Q4, BF16, Q6}, 64};
+    int32_t ids[270];
+    struct model x = make(&shape);
+    float scores[2][270], *logits = fresh(2 * vocab(x.m) * sizeof *logits);
+    random_ids(x.m, ids, 270);
+    for (int i = 0; i < 5; i++) {
+        gemma2_session *s = start(x.m, (struct setup){270, 200, i ? threads[i - 1] : 1, 0, 0});
+        float *to = logits + (i > 0) * vocab(x.m);
+        int status = gemma2_prefill(s, ids, 200, NULL);
+        status |= gemma2_score(s, ids + 200, 60, 1, scores[i > 0]);
+        for (size_t k = 260; k < 265; k++)
+            status |= gemma2_eval(s, ids + k, 1, to);
+        check(status == GEMMA2_OK, "%d threads: %d", s->n_threads, status);
+        check(!i || (!logits_differ(x.m, to, logits, 0) && !memcmp(scores[0], scores[1], 60 * 4)),
+              "%d threads change results", s->n_threads);
+        gemma2_session_free(s);
+    }
+    free(logits);
+    unmake(&x);
+}
+
+#if defined(__SSE__) || defined(__aarch64__)
+/* Everything with numbers in it, as a host would call it: opening, text, logits, scores. */
+struct numbers {
+    float logits[3][128], score[3], logprob;
+    double sums[5000];
+    int32_t id, text[8];
+    char scratch[512];
+};
+
+static void compute_numbers(const struct image *image, int threads, struct numbers *out)
+{
+    int32_t ids[20];
+    gemma2_sampler sampler;
+    gemma2_model *m = open_image(image);
+    gemma2_session *s = start(m, (struct setup){32, 8, threads, 0, 0});
+    for (int i = 0; i < 20; i++)
+        ids[i] = i * 7 % (int)vocab(m);
+    memset(out, 0, sizeof *out);
+    gemma2_sampler_init(&sampler, 7);
+    gemma2_encode(m, "aw50bc", -1, 0, out->text, 8, out->scratch, sizeof out->scratch);
+    memset(out->scratch, 0, sizeof out->scratch);
+    gemma2_prefill(s, ids, 10, out->logits[0]);
+    gemma2_eval(s, ids + 10, 5, out->logits[1]);
+    gemma2_eval_rows(&(gemma2_row){s, ids[15], out->logits[2]}, 1);
+    gemma2_score(s, ids + 16, 3, 5, out->score);
+    gemma2_logprob(out->logits[0], vocab(m), 3, &out->logprob);
+    out->id = gemma2_sample(s, &sampler, out->logits[2]);
+    gemma2_importance(s, ids, 9, 1, out->sums);
+    gemma2_session_free(s);
+    gemma2_close(m);
+}
+
+#ifdef __SSE__
+/* Rounding down, up and to zero; FTZ and DAZ, alone and rounding down; no exception masked, so
+ * that any sum outside the engine's own environment ends the program. */
+static const unsigned host[] = {0x1f80 | 0x2000, 0x1f80 | 0x4000, 0x1f80 | 0x6000,
+                                0x1f80 | 0x8040, 0x1f80 | 0x8040 | 0x2000, 0};
+
+/* The x87's control word beside it, in 32-bit programs: the same rounding and masks; floats of
+ * 24 bits, as Direct3D wants them, in all settings but the usual one. */
+static uint16_t x87_control(unsigned bits)
+{
+    return (uint16_t)((bits == 0x1f80 ? 0x300 : 0) | (bits >> 3 & 0xc00) | (bits >> 7 & 0x3f));
+}
+
+static unsigned get_environment(void)
+{
+    unsigned bits = _mm_getcsr() & ~0x3fu;
+    uint16_t control = x87_control(bits);
+#ifdef __i386__
+    __asm__ volatile("fnstcw %0" : "=m"(control));
+#endif
+    return (control & 0xf3f) == x87_control(bits) ? bits : ~0u;
+}
+
+static void set_environment(unsigned bits)
+{
+#ifdef __i386__
+    const uint16_t control = x87_control(bits);
+    __asm__ volatile("fnclex\n\tfldcw %0" : : "m"(control));
+#endif
+    _mm_setcsr(bits);
+}
+#else
+/* Rounding up, down and to zero; 1 << 24: FZ; 1 << 25: one NaN; 1 << 26: halves without
+ * infinity. */
+static const unsigned host[] = {1 << 22, 2 << 22, 3 << 22, 1 << 24 | 1 << 25,
+                                1 << 24 | 1 << 26 | 2 << 22};
+
+static unsigned get_environment(void)
+{
+    uint64_t bits;
+    __asm__ volatile("mrs %0, fpcr" : "=r"(bits));
+    return (unsigned)bits;
+}
+
+static void set_environment(unsigned bits)
+{
+    __asm__ volatile("msr fpcr, %0" : : "r"((uint64_t)bits));
+}
+#endif
+enum { N_HOSTS = sizeof host / sizeof *host };
+
+/* The same on every thread of a team.  Some OpenMPs put the caller's back at a region's end. */
+static void set_environments(int threads, unsigned bits)
+{
+    (void)threads;
+#ifdef _OPENMP
+#pragma omp parallel num_threads(threads)
+    set_environment(bits);
+#endif
+    set_environment(bits);
+}
+
+static int environments_differ(int threads, unsigned bits)
+{
+    int differ = 0;
+    (void)threads;
+#ifdef _OPENMP
+#pragma omp parallel num_threads(threads) reduction(+ : differ)
+#endif
+    differ += get_environment() != bits;
+    return differ;
+}
+
+/* Workers compute in the engine's environment whatever theirs was, and find theirs again. */
+static void worker_environments(void)
+{
+    static struct shared_tasks tasks;
+    unsigned old = get_environment();
+    for (int k = 0; k < N_HOSTS; k++) {
+        memset(&tasks, 0, sizeof tasks);
+        set_environments(3, host[k]);
+        float_env caller = float_env_enter();
+        share(3, 1000, SIZE_MAX / 2, count_task, &tasks);
+        float_env_leave(caller);
+        int lost = environments_differ(3, host[k]);
+        set_environments(3, old);
+        check(!lost, "environment %#x: lost on %d threads", host[k], lost);
+        check(!tasks.wrong_environment, "environment %#x: workers compute in it", host[k]);
+    }
+}
+
+/* A host that flushes denormals, rounds in its own way or traps exceptions gets the same bits,
+ * and finds its setting again. */
+static void host_environments(const struct shape *shape, int threads)
+{
+    struct model x = make(shape);
+    struct numbers truth, other;
+    unsigned old = get_environment();
+    compute_numbers(&x.image, 1, &truth);
+    for (int k = 0; k < N_HOSTS; k++) {
+        set_environment(host[k]);
+        compute_numbers(&x.image, threads, &other);
+        unsigned after = get_environment();
+        set_environment(old);
+        check(after == host[k], "%s, %d threads: environment %#x lost", shape->name, threads,
+              host[k]);
+        check(!memcmp(&truth, &other, sizeof truth), "%s, %d threads: environment %#x changes "
+              "results", shape->name, threads, host[k]);
+    }
+    unmake(&x);
+}
+
+/* Scores so small that a host's setting makes them zero still rank the merges. */
+static void host_encodes(void)
+{
+    static struct pieces p;
+    unsigned old = get_environment();
+    start_pieces(&p);
+    add_piece(&p, "a", GEMMA2_PIECE_NORMAL, -3);
+    add_piece(&p, "b", GEMMA2_PIECE_NORMAL, -3);
+    add_piece(&p, "c", GEMMA2_PIECE_NORMAL, -3);
+    add_piece(&p, "ab", GEMMA2_PIECE_NORMAL, float_of(1));
+    add_piece(&p, "bc", GEMMA2_PIECE_NORMAL, float_of(2));
+    struct image image = build_tokenizer_file(&p);
+    gemma2_model *m = open_image(&image);
+    for (int k = 0; k < N_HOSTS; k++) {
+        char scratch[512];
+        int32_t ids[3] = {0};
+        set_environment(host[k]);
+        int64_t n = gemma2_encode(m, "abc", 3, 0, ids, 3, scratch, sizeof scratch);
+        set_environment(old);
+        check(n == 2 && ids[0] == 4 && ids[1] == 8, "environment %#x: a text's ids", host[k]);
+    }
+    gemma2_close(m);
+    free(image.data);
+}
+
+static void test_float_environment(void)
+{
+    struct shape wide = {"wide", 2, 264, 8, 4, 32, 600, 100, 100, 300, 50, 30, 1, 0,
+                         {Q8, F32, Q4, BF16, Q6}, 64};
+    for (int i = 0; i < N_SHAPES; i++)
+        host_environments(&shapes[i], 1);
+    host_environments(&wide, 3);
+    worker_environments();
+    host_encodes();
+}
+#else
+static void test_float_environment(void) { printf("not run: floating-point environments\n"); }
+#endif
+
+static void test_work_sharing(void)
+{
+    test_share();
+    test_threads();
+    test_float_environment();
+}

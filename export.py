@@ -1069,44 +1069,62 @@ def stored_tensors(shards):
     return stored
 
 
-def without_shard(path):
-    """A file that is one of a numbered series stands for its directory."""
-    is_shard = re.search(r"-\d+-of-(?!0*1\.)\d+\.\w+$", path) and os.path.isfile(path)
-    return os.path.dirname(path) or "." if is_shard else path
+def series(name):
+    """What the names of a checkpoint's numbered files share, this one's number and how many there
+    are, if it says so; None for a file that stands alone."""
+    m = re.fullmatch(r"(.*)-(\d+)-of-(\d+)(\.\w+)", name)
+    if m:
+        return m.group(1, 3, 4), int(m[2]), int(m[3])
+    m = re.fullmatch(r"(hf_model)_(\d+)(_\d+\.\w+)", name)  # torchtune's; an epoch follows
+    return (m.group(1, 3), int(m[2]), None) if m else None
+
+
+def weight_files(path, pattern, single):
+    """The files of a checkpoint: one, those of an index, or a numbered series.  path is their
+    directory or any of them."""
+    directory, given = path, None
+    if os.path.isfile(path):
+        directory, name = os.path.split(path)
+        directory, given = directory or ".", series(name)
+        if given is None:
+            return [path]
+    names = sorted(n for n in os.listdir(directory) if pattern.fullmatch(n))
+    index = os.path.join(directory, single + ".index.json")
+    if single in names and not given:
+        return [os.path.join(directory, single)]
+    if os.path.isfile(index) and not given:
+        return indexed_files(directory, index, pattern)
+    found = collections.defaultdict(list)
+    for n in names:
+        found[series(n)[0] if series(n) else n].append(n)
+    if len(found) > 1 and not given:
+        raise ExportError("%s holds several checkpoints (%s ...) and no %s: give a file of the "
+                          "right one, or fetch the index" % (
+                              directory, ", ".join(n[0] for n in list(found.values())[:2]),
+                              os.path.basename(index)))
+    names = found[given[0]] if given else next(iter(found.values()), [])
+    numbered = [series(n) for n in names if series(n)]
+    count = numbered[0][2] or len(names) if numbered else 0
+    if sorted(n for _, n, _ in numbered) != list(range(1, count + 1)):
+        raise ExportError("%s holds %d of the files that %s belongs to, and their numbers are not "
+                          "1 to %d: fetch the others" % (directory, len(names), names[0], count))
+    return [os.path.join(directory, n) for n in names]
+
+
+SAFETENSORS = re.compile(r".*\.safetensors")
 
 
 def safetensors_files(path):
-    """The files of a checkpoint: a single one, those of an index, or a numbered series."""
-    path = without_shard(path)
-    if os.path.isfile(path):
-        return [path]
-    single = os.path.join(path, "model.safetensors")
-    index = single + ".index.json"
-    if os.path.isfile(single):
-        return [single]
-    if os.path.isfile(index):
-        return indexed_files(path, index)
-    found = sorted(n for n in os.listdir(path) if n.endswith(".safetensors"))
-    series = [re.fullmatch(r"(.*)-(\d+)-of-(\d+)\.safetensors", n) for n in found]
-    if found and all(series):
-        count = int(series[0].group(3))
-        missing = set(range(1, count + 1)) - {int(m.group(2)) for m in series}
-        if missing or len(found) != count:
-            raise ExportError("%s holds %d of %d shards (*.safetensors): fetch the others"
-                              % (path, len(found), count))
-    elif len(found) > 1:
-        raise ExportError("%s holds several *.safetensors and no model.safetensors.index.json: "
-                          "fetch the index" % path)
-    return [os.path.join(path, n) for n in found]
+    return weight_files(path, SAFETENSORS, "model.safetensors")
 
 
-def indexed_files(path, index, ending=".safetensors"):
+def indexed_files(path, index, pattern):
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ExportError("%s has no weight_map: fetch it again" % index)
     names = sorted({n if isinstance(n, str) else json.dumps(n) for n in weight_map.values()})
     for n in names:
-        if n != os.path.basename(n) or not n.endswith(ending):
+        if n != os.path.basename(n) or not pattern.fullmatch(n):
             raise ExportError("%s names a shard %r, which is no file name: fetch it again"
                               % (index, n))
         if not os.path.isfile(os.path.join(path, n)):
@@ -1114,7 +1132,11 @@ def indexed_files(path, index, ending=".safetensors"):
     return [os.path.join(path, n) for n in names]
 
 
-# Hugging Face's name to ours; a prefix "model." is dropped before, {} is the layer
+# What programs put around a model, and so before the names of its tensors: torch.compile,
+# data parallelism, FSDP and checkpointed activations (also inside a name); PEFT and Lightning
+WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|module|_forward_module|_fsdp_wrapped_module|"
+                      r"_checkpoint_wrapped_module)\.|^(?:(?:base_)?model\.)+")
+# Hugging Face's name without them to ours; a layer's stand after "layers.N."
 HF_NAMES = {
     "embed_tokens.weight": "embedding", "norm.weight": "final_norm", "lm_head.weight": "head",
 }
@@ -1145,9 +1167,15 @@ REFUSED = [  # pattern of a name, what it means
 ]
 
 
+def unwrapped(name):
+    while (inner := WRAPPERS.sub("", name)) != name:
+        name = inner
+    return name
+
+
 def canonical_name(hf_name, holder="the checkpoint"):
     """Our name for one of Hugging Face's; None where it is to be dropped."""
-    name = hf_name[len("model."):] if hf_name.startswith("model.") else hf_name
+    name = unwrapped(hf_name)
     if name in HF_NAMES:
         return HF_NAMES[name]
     m = re.fullmatch(r"layers\.(0|[1-9]\d{0,4})\.(.+)", name)
@@ -2859,13 +2887,13 @@ def stored_members(path):
 # ---- PyTorch -------------------------------------------------------------------------------
 
 TORCH_ENDINGS = ".ckpt", ".bin", ".pth", ".pt"
-# In a directory; the rest of a trainer's files are no weights
-TORCH_NAMES = re.compile(r"(?!(optimizer|scheduler|scaler|rng_state.*)\.)"
-                         r"(pytorch_model.*\.bin|.*\.(ckpt|pth|pt))")
+# In a directory, where what else a trainer left is no weights
+TORCH_NAMES = re.compile(r"(?!(optimizer|scheduler|scaler|rng_state|recipe_state|training_args|"
+                         r"adapter_).*)(pytorch_model.*\.bin|.*-of-\d+\.bin|.*\.(ckpt|pth|pt))")
 TORCH_TYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64",
                "int8": "I8", "uint8": "U8", "int16": "I16", "int32": "I32", "int64": "I64",
                "complex64": "C64", "bool": "BOOL"}
-WRAPPERS = "model_state_dict", "state_dict", "model", "module"
+STATES = "model_state_dict", "state_dict", "model", "module"  # keys of a state dict in a file
 
 
 def torch_library():
@@ -2916,7 +2944,7 @@ def torch_tensors(path):
         raise ExportError("%s asks for a bytearray, which no checkpoint needs: get the weights "
                           "from someone you trust, as safetensors" % path)
     found = torch_pickle(path)
-    for key in WRAPPERS:
+    for key in STATES:
         if isinstance(found, dict) and isinstance(found.get(key), dict):
             found = found[key]
     if not isinstance(found, dict) or not all(isinstance(k, str) for k in found):
@@ -2950,21 +2978,7 @@ def torch_stored(path, name, t, places):
 
 
 def torch_files(path):
-    """The files of a checkpoint: one, those of an index, or the only one of a directory."""
-    path = without_shard(path)
-    if os.path.isfile(path):
-        return [path]
-    single = os.path.join(path, "pytorch_model.bin")
-    if os.path.isfile(single + ".index.json") and not os.path.isfile(single):
-        return indexed_files(path, single + ".index.json", TORCH_ENDINGS)
-    found = sorted(n for n in os.listdir(path) if TORCH_NAMES.fullmatch(n))
-    if os.path.isfile(single):
-        found = ["pytorch_model.bin"]
-    if len(found) > 1:
-        raise ExportError("%s holds several PyTorch files (%s, %s ...) and no "
-                          "pytorch_model.bin.index.json: give the right one, or fetch the index"
-                          % (path, found[0], found[1]))
-    return [os.path.join(path, n) for n in found]
+    return weight_files(path, TORCH_NAMES, "pytorch_model.bin")
 
 
 # H by D of the released models, which the fused rows do not tell
@@ -3009,7 +3023,7 @@ class PyTorch(HuggingFace):
                                       "stale file" % (name, every[name].path, t.path))
                 every[name] = t
         for name, t in every.items():
-            if name == "freqs_cis":
+            if unwrapped(name) == "freqs_cis":
                 angles = t.dims[1] if len(t.dims) == 2 else None
             elif not name.endswith(".weight_scaler"):
                 canonical = torch_name(name)
@@ -3067,9 +3081,10 @@ class PyTorch(HuggingFace):
 
 def torch_name(name):
     """Our name for one of gemma_pytorch's or Hugging Face's."""
-    if name == "embedder.weight":
+    inner = unwrapped(name)
+    if inner == "embedder.weight":
         return "embedding"
-    m = re.fullmatch(r"model\.layers\.(0|[1-9]\d{0,4})\.self_attn\.qkv_proj\.weight", name)
+    m = re.fullmatch(r"layers\.(0|[1-9]\d{0,4})\.self_attn\.qkv_proj\.weight", inner)
     return "layers.%s.qkv" % m.group(1) if m else canonical_name(name)
 
 
@@ -3763,22 +3778,19 @@ def check_shapes(reader):
 
 
 def settle_head(reader):
-    """Drops a head that repeats the embedding; a head of its own stays."""
+    """A head that repeats the embedding goes; a head of its own stays, whatever config.json says
+    of ties, as in transformers from 5 on."""
     tied, tensors = reader.model.tied, reader.tensors
     if "head" not in tensors:
         if tied is False:
             raise ExportError("config.json says tie_word_embeddings is false, but there is no "
                               "lm_head.weight: fetch all files, or set it to true if the head is "
                               "the embedding")
-        return
-    same = same_values(tensors["embedding"], tensors["head"])
-    if same or tied:
+    elif same_values(tensors["embedding"], tensors["head"]):
         del tensors["head"]
-        if not same:
-            warn("lm_head.weight differs from the embedding, but config.json ties the two; it is "
-                 "dropped, as transformers does (set tie_word_embeddings to false to keep it)")
-    elif tied is None:
-        warn("lm_head.weight differs from the embedding and is kept as a head of its own")
+    elif tied is not False:
+        warn("the output head differs from the embedding and is kept%s" % (
+            ", though config.json ties the two (tie_word_embeddings)" if tied else ""))
 
 
 def same_values(a, b):

@@ -203,6 +203,15 @@ def save(folder, state, name="model.ckpt", wrap=True):
     return path
 
 
+def save_parts(folder, state, names):
+    """The same cut into files of these names, without an index."""
+    import torch
+    path = fresh(folder)
+    for i, name in enumerate(names):
+        torch.save({n: state[n] for n in sorted(state)[i::len(names)]}, os.path.join(path, name))
+    return path
+
+
 def save_shards(folder, state, count=3, ending=".bin"):
     import torch
     path, where = fresh(folder), {}
@@ -237,7 +246,61 @@ def test_torch_good(engine, folder):
     write_json(os.path.join(path, "config.json"), source.facts.to_dict())
     exact(path, source, "config.json beside", expect=dict(W=8))
     test_torch_kaggle(folder)
+    test_torch_parts(folder)
+    test_torch_wrapped(folder)
     test_head_dim()
+
+
+PARTS = [  # torchtune's names, old and new, and others'
+    ["hf_model_0001_0.pt", "hf_model_0002_0.pt"],
+    ["ft-model-00001-of-00003.bin", "ft-model-00002-of-00003.bin", "ft-model-00003-of-00003.bin"],
+    ["model-1-of-2.pth", "model-2-of-2.pth"], ["pytorch_model-00001-of-00001.bin"]]
+
+
+def test_torch_parts(folder):
+    """Numbered files without an index, given by their directory or by any of them, beside what
+    else a trainer leaves there."""
+    import torch
+    source = Source(tie_word_embeddings=False)
+    for names in PARTS:
+        path = save_parts(folder, source.state, names)
+        write_json(os.path.join(path, "config.json"), source.facts.to_dict())
+        for n in "recipe_state.pt", "optimizer.pt", "training_args.bin", "adapter_0.pt":
+            torch.save({"seed": 1}, os.path.join(path, n))
+        exact(path, source, f"parts {names[0]}")
+        exact(os.path.join(path, names[-1]), source, f"a part {names[-1]}")
+        if len(names) > 1:
+            os.remove(os.path.join(path, names[0]))
+            refused(path, f"parts without {names[0]}", "fetch the others")
+    path = save_parts(folder, source.state, PARTS[0])
+    write_json(os.path.join(path, "config.json"), source.facts.to_dict())
+    for n in PARTS[0]:
+        torch.save({"norm.weight": torch.ones(3)}, os.path.join(path, n.replace("_0.", "_1.")))
+    refused(path, "two epochs", "several", "hf_model_0001_0.pt", "hf_model_0001_1.pt")
+    exact(os.path.join(path, PARTS[0][0]), source, "one epoch of two")
+
+
+def test_torch_wrapped(folder):
+    """State dicts of wrapped models, among what Lightning keeps beside them."""
+    source = Source()
+    state = {k: v for k, v in source.state.items() if k != "lm_head.weight"}
+    for what, made in (
+            ("Lightning", {"state_dict": {"model." + k: v for k, v in state.items()}, "epoch": 3,
+                           "loops": {"fit": [1.5, None, True]}, "lr_schedulers": []}),
+            ("DeepSpeed", {"module": {"_orig_mod." + k: v for k, v in state.items()}}),
+            ("DDP", {"module." + k: v for k, v in state.items()}),
+            ("PEFT", {"base_model.model." + k: v for k, v in state.items()})):
+        path = save(folder, made, "last.ckpt", wrap=False)
+        write_json(os.path.join(path, "config.json"), source.facts.to_dict())
+        exact(path, source, f"a state dict of {what}")
+    state = gemma_pytorch(source)
+    exact(save(folder, {"_orig_mod." + k: v for k, v in state.items()}), source, "fused, compiled",
+          expect=dict(W=4096))
+    head = Source(tie_word_embeddings=False)
+    path = save(folder, head.state, "pytorch_model.bin", wrap=False)
+    write_json(os.path.join(path, "config.json"), {**head.facts.to_dict(),
+                                                   "tie_word_embeddings": True})
+    exact(path, head, "a head of its own, tied", warns="is kept")
 
 
 def test_torch_kaggle(folder):

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pty
+import re
 import resource
 import shutil
 import signal
@@ -201,6 +202,57 @@ def test_good(folder):
     good(folder, "alignment", options=["--align", "4096"], expect=dict(alignment=4096))
     test_extended(folder)
     test_scalar_224(folder)
+    test_heads(folder)
+    test_wrapped(folder)
+
+
+def own_head(c):
+    """A head of its own beside a config.json that says the two are tied, which transformers keeps
+    (asked here), and which merges of adapters leave behind."""
+    head = c.tensors["model.embed_tokens.weight"] * 0.5 + 0.25
+    c.tensors["lm_head.weight"] = head
+    c.facts.tie_word_embeddings = False
+    c.hf.lm_head.weight = c.torch.nn.Parameter(head.clone())
+    c.write()
+    from transformers import AutoModelForCausalLM
+    loaded = AutoModelForCausalLM.from_pretrained(c.path, dtype=head.dtype).state_dict()
+    check(c.torch.equal(loaded["lm_head.weight"], head), "transformers drops a head of its own")
+
+
+def test_heads(folder):
+    """A head that differs stays, in one value too; a head that does not goes."""
+    def one_value(c):
+        own_head(c)
+        c.tensors["lm_head.weight"].copy_(c.tensors["model.embed_tokens.weight"])
+        c.tensors["lm_head.weight"].view(-1)[-1] += 1
+        c.hf.lm_head.weight.data.copy_(c.tensors["lm_head.weight"])
+    for what, edit in (("its own", own_head), ("one value", one_value)):
+        for shards in (1, 3):
+            f, run = good(folder, f"a head of {what}, tied", edit, shards=shards, run=convert_here)
+            check(not f or f.header and "is kept" in run.stderr, f"a head, {what}: {run.stderr!r}")
+
+
+# What programs put before the names of tensors
+PREFIXES = ("_orig_mod.", "module.", "base_model.model.", "model.", "module._orig_mod.",
+            "_forward_module.model.", "_orig_mod.base_model.model.", "model._orig_mod.module.")
+
+
+def test_wrapped(folder):
+    """Names as wrapped models save them, whole and layer by layer."""
+    def renamed(change):
+        def edit(c):
+            c.tensors = {change(n): t for n, t in c.tensors.items()}
+        return edit
+    for prefix in PREFIXES:
+        good(folder, f"names after {prefix}", renamed(lambda n: prefix + n), run=convert_here)
+    good(folder, "names after _orig_mod., untied", renamed(lambda n: "_orig_mod." + n),
+         run=convert_here, tie_word_embeddings=False)
+    for part in "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.":
+        good(folder, f"layers in {part}", renamed(
+            lambda n: re.sub(r"(layers\.\d+\.)(\w+\.)", r"\1" + part + r"\2", n)), run=convert_here)
+    bad(folder, "plain and wrapped", lambda c: c.tensors.update({
+        "_orig_mod.model.norm.weight": c.tensors["model.norm.weight"].clone()}), "twice",
+        "_orig_mod.model.norm.weight", run=convert_here)
 
 
 def test_extended(folder):

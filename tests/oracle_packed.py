@@ -350,6 +350,10 @@ def test_mlx(folder):
         good(folder, f"MLX {mode}", quantised(
             mlx_floats, {"group_size": group, "bits": bits, "mode": mode}, loss, every,
             "quantization", mode=mode), **WIDTHS)
+    good(folder, "MLX with a head of its own, tied", spoilt(quantised(
+        mlx, {"group_size": 32, "bits": 4}, 0.2, every + ["lm_head.weight"], "quantization"),
+        lambda c: (c.config.update(tie_word_embeddings=True), setattr(
+            c.facts, "tie_word_embeddings", False))), tie_word_embeddings=False, **WIDTHS)
     own = {DOWN: (8, 32), Q: (6, 64)}
     good(folder, "MLX with layers of their own", quantised(
         mlx, {"group_size": 32, "bits": 4, "mode": "affine", "lm_head": False, **{

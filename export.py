@@ -4,7 +4,7 @@
 What the file looks like, byte for byte, is written at the top of gemma2.c (sections 2
 and 3).  This script follows it and says here only how the numbers are chosen.
 
-  1. Ground         errors, warnings, signals, JSON
+  1. Ground         command line, errors, warnings, signals, JSON
   2. Number formats f32 and bf16 tiles; q8, q6, q4: search for scales, then packing
   3. The model      facts, roles of tensors and their shapes
   4. Checkpoints    the reader interface; Hugging Face safetensors, plain and quantised; GGUF;
@@ -13,7 +13,7 @@ and 3).  This script follows it and says here only how the numbers are chosen.
   5. Tokenizers     tokenizer.model, tokenizer.json, tokenizer.bin
   6. The file       sections, header, directory; written under a temporary name
   7. Conversion     which tensor gets which type; worker processes; the report
-  8. Command line
+  8. Main
 
 Notation, as in gemma2.c: D model width, N query heads, K key/value heads, H head_dim,
 F feed-forward width, V vocabulary, L layers; w a weight, S its row's scale, s its
@@ -47,16 +47,149 @@ from concurrent import futures
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # while libraries load: no traceback
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # processes share the work, not threads
-try:
-    import numpy as np
-except ImportError:
-    sys.exit("export.py needs numpy: python3 -m pip install numpy")
-
 VERSION = "0.1.0"
 
 # =====================================================================================
-# 1. Ground
+# 1. Ground: the command line, which needs no numpy; errors, warnings, signals, JSON
 # =====================================================================================
+
+# As called: an installed copy is gemma2-export
+NAME = os.path.basename(sys.argv[0]) if __name__ in ("__main__", "__mp_main__") else "export.py"
+TYPE_NAMES = "f32", "bf16", "q8", "q6", "q4"
+
+EPILOG = """
+Checkpoints, with the package that each needs beside numpy:
+  Hugging Face directory   *.safetensors; also quantised by MLX, GPTQ, AWQ, bitsandbytes,
+                           compressed-tensors or to FP8
+  GGUF                     the file, or the first of several
+  gemma.cpp                the .sbs file
+  PyTorch                  .ckpt, .bin, .pth, .pt, or their directory           torch >= 2.10
+  Keras                    preset directory, .weights.h5, .keras                h5py
+  Flax, Orbax              the directory                            tensorstore, zstandard
+  org/name[@revision]      from huggingface.co, or its cache when offline       huggingface_hub
+
+Types, with bits a weight and typical loss:
+  f32   32     exact          q8    8.25   none that can be noticed (the default)
+  bf16  16     as released    q6    6.25   barely any
+                              q4    4.25   little; embedding, head and v stay q6
+
+Names for --tensor: embedding, head, layers.N.q, .k, .v, .o, .gate, .up, .down, with * ? [].
+The last --tensor that matches counts, before --head, before --type.  Norms are always f32.
+
+The output head: Gemma 2 ties it to the embedding, one tensor serving both, and --head TYPE
+is that tensor's type.  Where a checkpoint has a head of its own, --head is the type of that.
+--tensor head=TYPE gives a tied model a second copy as its head, for instance a cheaper one
+that makes decoding faster while the embedding stays precise.
+
+LoRA adapters, also rsLoRA and DoRA, are added in f32 while the weights are converted.  Adapters
+of the embedding or the head alone part the two, which makes the file larger.
+
+Examples:
+  %(prog)s gemma-2-2b-it gemma-2-2b-it.bin
+  %(prog)s google/gemma-2-2b-it gemma-2-2b-it.bin
+  %(prog)s gemma-2-9b-it 9b-q4.bin --type q4
+  %(prog)s gemma-2-9b-it 9b-q4.bin --type q4 --tensor 'layers.*.down=q6' --head q8
+  %(prog)s gemma-2-2b-it 2b.bin --tensor head=q4
+  %(prog)s gemma-2-2b 2b-mine.bin --lora my-adapter --lora style=0.5
+  run 2b-q8.bin --importance 2b.imp --importance-block 256 -f some_text.txt
+  %(prog)s gemma-2-2b-it 2b-q4.bin --type q4 --importance 2b.imp
+  %(prog)s --tokenizer-only gemma-2-2b-it/tokenizer.model tokenizer.bin
+
+Exit codes: 0 done, 1 failed (no output is left behind), 2 wrong usage, 130 interrupted.
+"""
+
+
+def tensor_option(text):
+    pattern, equals, type_name = text.rpartition("=")
+    if not equals or not pattern or type_name not in TYPE_NAMES:
+        raise argparse.ArgumentTypeError("%r is not PATTERN=TYPE with a type of %s"
+                                         % (text, ", ".join(TYPE_NAMES)))
+    return pattern, type_name
+
+
+def lora_option(text):
+    """DIR or DIR=SCALE to (DIR, scale)."""
+    path, equals, scale = text.rpartition("=")
+    if not equals or os.path.exists(text):
+        return text, 1.0
+    try:
+        number = float(scale)
+    except ValueError:
+        number = math.nan
+    if not path or not math.isfinite(number):
+        raise argparse.ArgumentTypeError("%r is not DIR=SCALE with a number for SCALE" % text)
+    return path, number
+
+
+def align_option(text):
+    if not text.isdigit() or int(text) & (int(text) - 1) or not 64 <= int(text) <= 1 << 21:
+        raise argparse.ArgumentTypeError("%r is not a power of two from 64 to 2097152" % text)
+    return int(text)
+
+
+def jobs_option(text):
+    if not text.isdigit() or not 1 <= int(text) <= 1024:
+        raise argparse.ArgumentTypeError("%r is not a number from 1 to 1024" % text)
+    return int(text)
+
+
+def parse_options(arguments):
+    p = argparse.ArgumentParser(
+        prog=NAME, description="Convert a Gemma 2 checkpoint, in any form in which one was "
+        "released, into one file that gemma2.c runs.",
+        epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p.add_argument("input", metavar="CHECKPOINT",
+                   help="directory or file of the checkpoint, or its name on huggingface.co: "
+                   "org/name or org/name@revision")
+    p.add_argument("output", metavar="OUT.bin",
+                   help="file to write; an older one is replaced once all is well")
+    p.add_argument("--type", choices=TYPE_NAMES, default="q8",
+                   help="type of the matrices (default: q8)")
+    p.add_argument("--head", choices=TYPE_NAMES, metavar="TYPE",
+                   help="type of the output head, see below")
+    p.add_argument("--tensor", type=tensor_option, action="append", default=[],
+                   metavar="PATTERN=TYPE",
+                   help="type of the matrices whose names match; may be repeated")
+    p.add_argument("--lora", type=lora_option, action="append", default=[], metavar="DIR[=SCALE]",
+                   help="add a LoRA adapter (PEFT's adapter_config.json and adapter_model.*), "
+                   "or its name on huggingface.co, SCALE times as strongly as it was trained "
+                   "(default: 1); may be repeated")
+    p.add_argument("--importance", metavar="FILE",
+                   help="what `run MODEL --importance FILE -f TEXT` wrote, MODEL being the same "
+                   "checkpoint as bf16 or q8: quantised matrices then lose least in what they "
+                   "multiply, and errors are weighted so")
+    p.add_argument("--effort", type=int, choices=(0, 1, 2), default=0, metavar="N",
+                   help="0 to 2: how many scales to try (default: 0; each step costs about as much "
+                   "again, for one or two hundredths of the error)")
+    p.add_argument("--tokenizer", metavar="FILE",
+                   help="tokenizer.model, tokenizer.json (maybe .xz), a file made by %(prog)s, a "
+                   "directory, or a name on huggingface.co (default: the checkpoint's)")
+    p.add_argument("--tokenizer-only", action="store_true",
+                   help="CHECKPOINT is such a FILE; write only its tokenizer")
+    p.add_argument("--name", help="name to note in the file (default: the directory's)")
+    p.add_argument("--source", help="origin to note in the file")
+    p.add_argument("--license", metavar="TEXT", help="licence to note in the file (default: the "
+                   "Gemma terms for models with Gemma's vocabulary)")
+    p.add_argument("--align", type=align_option, metavar="N", help="start sections at multiples of "
+                   "N bytes (default: 4096; 64 for less than 1 MiB of weights)")
+    p.add_argument("-j", "--jobs", type=jobs_option, default=min(os.cpu_count() or 1, 64),
+                   metavar="N", help="worker processes (default: one a processor)")
+    p.add_argument("-q", "--quiet", action="store_true", help="no progress bar and no report")
+    p.add_argument("--version", action="version", version="%(prog)s " + VERSION)
+    options = p.parse_args(arguments)
+    if options.tokenizer_only and (options.tokenizer or options.head or options.tensor
+                                   or options.lora or options.importance or options.effort):
+        p.error("--tokenizer-only writes no weights: --tokenizer, --head, --tensor, --lora, "
+                "--importance and --effort do not go with it")
+    return options
+
+
+try:
+    import numpy as np
+except ImportError:
+    if __name__ == "__main__":
+        parse_options(sys.argv[1:])
+    sys.exit(NAME + " needs numpy: python3 -m pip install numpy")
 
 
 class ExportError(Exception):
@@ -126,7 +259,7 @@ def complain(text):
     if Progress.current:
         Progress.current.clear()
     text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-    print("export.py: " + (text if len(text) < 1000 else text[:800] + " ... " + text[-150:]),
+    print("%s: %s" % (NAME, text if len(text) < 1000 else text[:800] + " ... " + text[-150:]),
           file=sys.stderr)
 
 
@@ -2165,7 +2298,7 @@ class GgufHeader:
         kind = GGML_TYPES.get(number, "of unknown type %d" % number)
         if kind not in BLOCKS:
             raise ExportError(
-                "%s: the tensor %s is %s, which export.py does not read: fetch a file in F16, "
+                "%s: the tensor %s is %s, which cannot be read: fetch a file in F16, "
                 "BF16, Q8_0, Q2_K to Q6_K or the like, or the original checkpoint"
                 % (self.path, name, kind))
         return kind
@@ -2582,7 +2715,7 @@ def old_sbs_entries(path, blobs):
                                   % (path, name, what))
         kind = SBS_PREFIXES.get(name[:1])
         if kind == "NUQ":
-            raise ExportError("%s: %s is NUQ as it was before 2025, which export.py does not read: "
+            raise ExportError("%s: %s is NUQ as it was before 2025, which %s does not read: "
                               "fetch the file in SFP or BF16" % (path, name))
         if kind and name != "Fscales":
             weights, bytes_, _ = BLOCKS[kind]
@@ -2657,7 +2790,7 @@ class Sbs(Checkpoint):
         cols = self.model.dimension(cols)
         rows = weights // cols if rows == "V" else sum(map(self.model.dimension, rows.split("+")))
         if kind not in BLOCKS:
-            raise ExportError("%s: the tensor %s is %s, which export.py does not read: fetch the "
+            raise ExportError("%s: the tensor %s is %s, which cannot be read: fetch the "
                               "file in SFP, BF16 or F32" % (path, name, kind))
         offset, size = self.blobs[name]
         if rows * cols != weights or Blocks.size(kind, (rows, cols)) != size:
@@ -3623,7 +3756,7 @@ ZARR_DRIVERS = {".zarray": "zarr", "zarr.json": "zarr3"}  # by the file that des
 
 READERS = [HuggingFace, Gguf, Sbs, Keras, Orbax, PyTorch]  # the first that suits a path reads it
 
-ELSE = ": fetch the checkpoint in another form; export.py --help lists them"
+ELSE = ": fetch the checkpoint in another form; " + NAME + " --help lists them"
 OTHER_FORMATS = [  # endings in a directory (or of a file), what they are
     ((".tar.gz", ".tgz", ".tar", ".zip"), "an archive: unpack it and give the directory that was "
      "in it"),
@@ -5370,133 +5503,8 @@ def convert_tokenizer(options, _progress):
 
 
 # =====================================================================================
-# 8. Command line
+# 8. Main
 # =====================================================================================
-
-EPILOG = """
-Checkpoints, with the package that each needs beside numpy:
-  Hugging Face directory   *.safetensors; also quantised by MLX, GPTQ, AWQ, bitsandbytes,
-                           compressed-tensors or to FP8
-  GGUF                     the file, or the first of several
-  gemma.cpp                the .sbs file
-  PyTorch                  .ckpt, .bin, .pth, .pt, or their directory           torch >= 2.10
-  Keras                    preset directory, .weights.h5, .keras                h5py
-  Flax, Orbax              the directory                            tensorstore, zstandard
-  org/name[@revision]      from huggingface.co, or its cache when offline       huggingface_hub
-
-Types, with bits a weight and typical loss:
-  f32   32     exact          q8    8.25   none that can be noticed (the default)
-  bf16  16     as released    q6    6.25   barely any
-                              q4    4.25   little; embedding, head and v stay q6
-
-Names for --tensor: embedding, head, layers.N.q, .k, .v, .o, .gate, .up, .down, with * ? [].
-The last --tensor that matches counts, before --head, before --type.  Norms are always f32.
-
-The output head: Gemma 2 ties it to the embedding, one tensor serving both, and --head TYPE
-is that tensor's type.  Where a checkpoint has a head of its own, --head is the type of that.
---tensor head=TYPE gives a tied model a second copy as its head, for instance a cheaper one
-that makes decoding faster while the embedding stays precise.
-
-LoRA adapters, also rsLoRA and DoRA, are added in f32 while the weights are converted.  Adapters
-of the embedding or the head alone part the two, which makes the file larger.
-
-Examples:
-  export.py gemma-2-2b-it gemma-2-2b-it.bin
-  export.py google/gemma-2-2b-it gemma-2-2b-it.bin
-  export.py gemma-2-9b-it 9b-q4.bin --type q4
-  export.py gemma-2-9b-it 9b-q4.bin --type q4 --tensor 'layers.*.down=q6' --head q8
-  export.py gemma-2-2b-it 2b.bin --tensor head=q4
-  export.py gemma-2-2b 2b-mine.bin --lora my-adapter --lora style=0.5
-  run 2b-q8.bin --importance 2b.imp --importance-block 256 -f some_text.txt
-  export.py gemma-2-2b-it 2b-q4.bin --type q4 --importance 2b.imp
-  export.py --tokenizer-only gemma-2-2b-it/tokenizer.model tokenizer.bin
-
-Exit codes: 0 done, 1 failed (no output is left behind), 2 wrong usage, 130 interrupted.
-"""
-
-
-def tensor_option(text):
-    pattern, equals, type_name = text.rpartition("=")
-    if not equals or not pattern or type_name not in TYPES:
-        raise argparse.ArgumentTypeError("%r is not PATTERN=TYPE with a type of %s"
-                                         % (text, ", ".join(TYPES)))
-    return pattern, type_name
-
-
-def lora_option(text):
-    """DIR or DIR=SCALE to (DIR, scale)."""
-    path, equals, scale = text.rpartition("=")
-    if not equals or os.path.exists(text):
-        return text, 1.0
-    try:
-        number = float(scale)
-    except ValueError:
-        number = math.nan
-    if not path or not math.isfinite(number):
-        raise argparse.ArgumentTypeError("%r is not DIR=SCALE with a number for SCALE" % text)
-    return path, number
-
-
-def align_option(text):
-    if not text.isdigit() or int(text) & (int(text) - 1) or not 64 <= int(text) <= 1 << 21:
-        raise argparse.ArgumentTypeError("%r is not a power of two from 64 to 2097152" % text)
-    return int(text)
-
-
-def jobs_option(text):
-    if not text.isdigit() or not 1 <= int(text) <= 1024:
-        raise argparse.ArgumentTypeError("%r is not a number from 1 to 1024" % text)
-    return int(text)
-
-
-def parse_options(arguments):
-    p = argparse.ArgumentParser(
-        prog="export.py", description="Convert a Gemma 2 checkpoint, in any form in which one was "
-        "released, into one file that gemma2.c runs.",
-        epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    p.add_argument("input", metavar="CHECKPOINT",
-                   help="directory or file of the checkpoint, or its name on huggingface.co: "
-                   "org/name or org/name@revision")
-    p.add_argument("output", metavar="OUT.bin",
-                   help="file to write; an older one is replaced once all is well")
-    p.add_argument("--type", choices=TYPES, default="q8", help="type of the matrices (default: q8)")
-    p.add_argument("--head", choices=TYPES, metavar="TYPE",
-                   help="type of the output head, see below")
-    p.add_argument("--tensor", type=tensor_option, action="append", default=[],
-                   metavar="PATTERN=TYPE",
-                   help="type of the matrices whose names match; may be repeated")
-    p.add_argument("--lora", type=lora_option, action="append", default=[], metavar="DIR[=SCALE]",
-                   help="add a LoRA adapter (PEFT's adapter_config.json and adapter_model.*), "
-                   "or its name on huggingface.co, SCALE times as strongly as it was trained "
-                   "(default: 1); may be repeated")
-    p.add_argument("--importance", metavar="FILE",
-                   help="what `run MODEL --importance FILE -f TEXT` wrote, MODEL being the same "
-                   "checkpoint as bf16 or q8: quantised matrices then lose least in what they "
-                   "multiply, and errors are weighted so")
-    p.add_argument("--effort", type=int, choices=(0, 1, 2), default=0, metavar="N",
-                   help="0 to 2: how many scales to try (default: 0; each step costs about as much "
-                   "again, for one or two hundredths of the error)")
-    p.add_argument("--tokenizer", metavar="FILE",
-                   help="tokenizer.model, tokenizer.json (maybe .xz), a file made by export.py, a "
-                   "directory, or a name on huggingface.co (default: the checkpoint's)")
-    p.add_argument("--tokenizer-only", action="store_true",
-                   help="CHECKPOINT is such a FILE; write only its tokenizer")
-    p.add_argument("--name", help="name to note in the file (default: the directory's)")
-    p.add_argument("--source", help="origin to note in the file")
-    p.add_argument("--license", metavar="TEXT", help="licence to note in the file (default: the "
-                   "Gemma terms for models with Gemma's vocabulary)")
-    p.add_argument("--align", type=align_option, metavar="N", help="start sections at multiples of "
-                   "N bytes (default: 4096; 64 for less than 1 MiB of weights)")
-    p.add_argument("-j", "--jobs", type=jobs_option, default=min(os.cpu_count() or 1, 64),
-                   metavar="N", help="worker processes (default: one a processor)")
-    p.add_argument("-q", "--quiet", action="store_true", help="no progress bar and no report")
-    p.add_argument("--version", action="version", version="export.py " + VERSION)
-    options = p.parse_args(arguments)
-    if options.tokenizer_only and (options.tokenizer or options.head or options.tensor
-                                   or options.lora or options.importance or options.effort):
-        p.error("--tokenizer-only writes no weights: --tokenizer, --head, --tensor, --lora, "
-                "--importance and --effort do not go with it")
-    return options
 
 
 def complaint(error):

@@ -23,6 +23,7 @@ import numpy as np
 
 import make_golden
 import oracle_arrays
+import oracle_chat
 import oracle_export
 import oracle_gguf
 import oracle_lora
@@ -370,7 +371,7 @@ SECTIONS = {"models": test_models, "sessions": test_sessions, "formats": test_fo
             "gguf": oracle_gguf.test_gguf, "sbs": oracle_sbs.test_sbs,
             "arrays": oracle_arrays.test_arrays, "lora": oracle_lora.test_lora,
             "memory": oracle_memory.test_memory, "packed": oracle_packed.test_packed,
-            "quality": oracle_quality.test_quality, "traps": oracle_traps.test_traps}
+            "quality": oracle_quality.test_quality, "chat": oracle_chat.test_chat, "traps": oracle_traps.test_traps}
 
 
 def main():

@@ -33,6 +33,7 @@ import lzma
 import math
 import multiprocessing
 import os
+import pickletools
 import re
 import shutil
 import signal
@@ -63,7 +64,7 @@ Checkpoints, with the package that each needs beside numpy:
                            compressed-tensors or to FP8
   GGUF                     the file, or the first of several
   gemma.cpp                the .sbs file
-  PyTorch                  .ckpt, .bin, .pth, .pt, or their directory           torch >= 2.10
+  PyTorch                  .ckpt, .bin, .pth, .pt, or their directory
   Keras                    preset directory, .weights.h5, .keras                h5py
   Flax, Orbax              the directory                            tensorstore, zstandard
   org/name[@revision]      from huggingface.co, or its cache when offline       huggingface_hub
@@ -1190,11 +1191,11 @@ def check_layout(path, tensors, base, size):
                           "again" % (path, "truncated" if at > size else "too long", at, size))
 
 
-def stored_tensors(shards):
-    """Name to Stored, from all files."""
+def stored_tensors(files, read):
+    """Name to Stored, from all files; read is for one."""
     stored = {}
-    for path in shards:
-        for name, tensor in read_safetensors_header(path).items():
+    for path in files:
+        for name, tensor in read(path).items():
             if name in stored:
                 raise ExportError("the checkpoint holds %s twice (in %s and in %s): remove the "
                                   "stale file" % (name, stored[name].path, path))
@@ -1244,13 +1245,6 @@ def weight_files(path, pattern, single):
     return [os.path.join(directory, n) for n in names]
 
 
-SAFETENSORS = re.compile(r".*\.safetensors")
-
-
-def safetensors_files(path):
-    return weight_files(path, SAFETENSORS, "model.safetensors")
-
-
 def indexed_files(path, index, pattern):
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -1270,13 +1264,15 @@ def indexed_files(path, index, pattern):
 WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|module|_forward_module|_fsdp_wrapped_module|"
                       r"_checkpoint_wrapped_module)\.|^(?:(?:base_)?model\.)+")
 # Hugging Face's name without them to ours; a layer's stand after "layers.N."
-HF_NAMES = {
+HF_NAMES = {  # gemma_pytorch's embedding last
     "embed_tokens.weight": "embedding", "norm.weight": "final_norm", "lm_head.weight": "head",
+    "embedder.weight": "embedding",
 }
 HF_LAYER_NAMES = {
     "input_layernorm.weight": "attn_norm",
     "self_attn.q_proj.weight": "q", "self_attn.k_proj.weight": "k",
     "self_attn.v_proj.weight": "v", "self_attn.o_proj.weight": "o",
+    "self_attn.qkv_proj.weight": "qkv",  # gemma_pytorch's
     "post_attention_layernorm.weight": "post_attn_norm",  # Llama's ffn norm has this name
     "pre_feedforward_layernorm.weight": "ffn_norm",
     "mlp.gate_proj.weight": "gate", "mlp.up_proj.weight": "up", "mlp.down_proj.weight": "down",
@@ -1323,34 +1319,44 @@ def canonical_name(hf_name, holder="the checkpoint"):
                       % (holder, hf_name))
 
 
-class HuggingFace(Checkpoint):
-    """A directory with config.json and safetensors files, or one such file in it."""
+# H by D of the released models, where nothing else tells it
+HEAD_DIMS = {2304: 256, 3584: 256, 4608: 128}
 
-    @staticmethod
-    def suits(path):
+
+class HuggingFace(Checkpoint):
+    """A directory with config.json and safetensors files, or one of these.  Where config.json is
+    missing or says little, the shapes tell the model."""
+    what, endings, single = "Hugging Face safetensors", (".safetensors",), "model.safetensors"
+    pattern, read = re.compile(r".*\.safetensors"), staticmethod(read_safetensors_header)
+
+    @classmethod
+    def suits(cls, path):
         if os.path.isfile(path):
-            return path.endswith(".safetensors")
-        return bool(safetensors_files(path))
+            return path.endswith(cls.endings)
+        return bool(weight_files(path, cls.pattern, cls.single))
 
     def __init__(self, path):
         self.directory = path if os.path.isdir(path) else os.path.dirname(path) or "."
-        path_of_config = os.path.join(self.directory, "config.json")
-        if not os.path.isfile(path_of_config):
-            raise ExportError("%s has no config.json: give the directory that holds config.json, "
-                              "the tokenizer and *.safetensors" % self.directory)
-        config = Config(path_of_config)
-        self.model = model_of_config(config)
+        self.files = weight_files(path, self.pattern, self.single)
+        self.source = "%s, %s" % (self.name(), self.what)
+        config = Config(os.path.join(self.directory, "config.json"),
+                        optional_json(self.directory, "config.json"))
+        if config.doc.get("model_type"):
+            refuse_other_models(config)
+        stored = stored_tensors(self.files, self.read)
+        self.pieces = stored.pop("spiece_model", None)  # as ComfyUI keeps a tokenizer.model
+        angles = [stored.pop(n) for n in list(stored) if unwrapped(n) == "freqs_cis"]
+        dequantise(stored, config)
+        self.tensors = self.collect(stored)
+        self.model = (model_of_config(config) if "num_hidden_layers" in config.doc
+                      else self.model_of_shapes(angles))
         self.add_generation_config()
-        shards = safetensors_files(path)
-        self.files = shards + [config.path]
-        self.tensors = self.collect(shards, config)
-        self.source = "%s, Hugging Face safetensors" % self.name()
-        stored_vocab = config.doc.get("vocab_size")
-        if "embedding" in self.tensors:
-            rows = self.tensors["embedding"].shape[0]
-            if stored_vocab not in (None, rows):
-                warn("config.json says vocab_size %s, the embedding has %d rows; the rows count"
-                     % (json.dumps(stored_vocab), rows))
+        self.split_qkv()
+        self.files += [config.path] if config.doc else []
+        said, rows = config.doc.get("vocab_size"), self.tensors.get("embedding", Stored).shape
+        if "embedding" in self.tensors and said not in (None, rows[0]):
+            warn("config.json says vocab_size %s, the embedding has %d rows; the rows count"
+                 % (json.dumps(said), rows[0]))
 
     def add_generation_config(self):
         path = os.path.join(self.directory, "generation_config.json")
@@ -1358,9 +1364,8 @@ class HuggingFace(Checkpoint):
             self.model.stop_ids += id_list(Config(path), "eos_token_id")
 
     @staticmethod
-    def collect(shards, config):
-        stored = stored_tensors(shards)
-        dequantise(stored, config)
+    def collect(stored):
+        """By our names, those of fused projections included."""
         tensors, origin = {}, {}
         for hf_name, tensor in stored.items():
             name = canonical_name(hf_name)
@@ -1370,11 +1375,53 @@ class HuggingFace(Checkpoint):
                 raise ExportError("the checkpoint holds %s twice (as %s and as %s): remove the "
                                   "stale one" % (name, origin[name], hf_name))
             if isinstance(tensor, Stored) and tensor.dtype not in FLOATS:
-                raise ExportError("%s: %s has dtype %s, and config.json does not tell what its "
-                                  "numbers mean: convert the original checkpoint, in F32, BF16 or "
-                                  "F16" % (tensor.path, hf_name, tensor.dtype))
+                raise ExportError("%s: %s has dtype %s, and neither config.json nor a tensor of "
+                                  "scales tells what its numbers mean: convert the original "
+                                  "checkpoint, in F32, BF16 or F16"
+                                  % (tensor.path, hf_name, tensor.dtype))
             tensors[name], origin[name] = tensor, hf_name
         return tensors
+
+    def model_of_shapes(self, angles):
+        """o is [D, NH], qkv [NH + 2 KH, D], gate [F, D]; gemma_pytorch's angles are [..., H / 2]."""
+        found, where = self.tensors, self.files[0]
+        kv = "layers.0.k" if "layers.0.k" in found else "layers.0.qkv"
+        for name in "layers.0.o", "layers.0.gate", kv:
+            if name not in found:
+                raise ExportError("%s lacks %s: fetch all files of the checkpoint" % (where, name))
+        D, q_rows = found["layers.0.o"].shape
+        kv_rows = found[kv].shape[0] - q_rows >> 1 if kv.endswith("qkv") else found[kv].shape[0]
+        H = 2 * angles[0].shape[1] if angles else HEAD_DIMS.get(D)
+        layers = max(int(n.split(".")[1]) for n in found if n.startswith("layers.")) + 1
+        if not H or q_rows % H or kv_rows % H:
+            raise ExportError("%s has no config.json that tells its sizes, and its shapes (hidden "
+                              "size %d, %d layers, %d rows of q) are not those of 2B, 9B or 27B: "
+                              "put the model's config.json beside it" % (where, D, layers, q_rows))
+        sizes = {"L": layers, "D": D, "N": q_rows // H, "K": kv_rows // H, "H": H,
+                 "F": found["layers.0.gate"].shape[0]}
+        return model_of_sizes(sizes, found, where)
+
+    def split_qkv(self):
+        """qkv as q, k and v: all rows of q, then of k, then of v."""
+        m, tensors = self.model, self.tensors
+        ends = dict(zip("qkv", np.cumsum((m.N * m.H, m.K * m.H, m.K * m.H)).tolist()))
+        for name in [n for n in tensors if n.endswith(".qkv")]:
+            fused, start = tensors.pop(name), 0
+            if fused.shape != (ends["v"], m.D):
+                raise ExportError("%s_proj has shape %s where the model makes it %s: the files do "
+                                  "not belong together"
+                                  % (name, list(fused.shape), [ends["v"], m.D]))
+            for c, end in ends.items():
+                if name[:-3] + c in tensors:
+                    raise ExportError("the checkpoint holds %s twice, fused and by itself"
+                                      % (name[:-3] + c))
+                tensors[name[:-3] + c], start = Slice(fused, start, end), end
+
+    def tokenizer(self):
+        if self.pieces is None:
+            return super().tokenizer()
+        data = self.pieces.raw(0, self.pieces.shape[0]).tobytes()
+        return self.pieces.path, sentencepiece_tokenizer(data, self.pieces.path)
 
 
 # ---- Quantised checkpoints in Hugging Face's layout -----------------------------------
@@ -1849,6 +1896,12 @@ def compressed(parts, settings, codes, zero):
     return Scaled(codes, block, scale, zero, g_idx=g_idx)
 
 
+def scaled_rows(parts, settings):
+    """gemma_pytorch's int8."""
+    codes = parts.matrix("weight", ("I8",))
+    return Scaled(codes, (1, codes.shape[1]), parts.need("weight_scaler", FLOATS, codes.dims[:1]))
+
+
 def int8_matrix(parts, settings):
     codes = parts.matrix("weight", ("I8",))
     layout = parts.get("weight_format")
@@ -1913,6 +1966,8 @@ COMPRESSED = ["weight", "weight_packed", "weight_shape", "weight_zero_point", "w
 BNB4 = ["weight", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map",
         STATE + "nf4", STATE + "fp4"]
 
+# Where config.json names none
+PLAIN = Method("gemma_pytorch", (), (), [Layout("weight_scaler", ["weight"], scaled_rows)])
 METHODS = {  # by quant_method, or what stands for it
     "mlx": Method("MLX", ("mode",), ("affine", *MLX_FLOATS), [
         Layout("scales", ["weight", "biases"], mlx_matrix)]),
@@ -1962,24 +2017,30 @@ def form_of(settings, method):
     return form
 
 
-def dequantise(stored, config):
-    """Puts one tensor in the place of the parts of each quantised matrix."""
+def method_of(config):
+    """The Method that config.json names, with its settings."""
     kind, doc = quantisation(config)
     if kind is None:
-        return
+        return PLAIN, config
     method = METHODS.get(kind) if isinstance(kind, str) else None
     if method is None:
         raise ExportError("%s: the checkpoint is quantised by %s, which cannot be read (%s can): "
                           "convert the original one, in f32, bf16 or f16" % (
                               config.path, json.dumps(kind), ", ".join(METHODS)))
-    settings = Config(config.path, doc)
-    form_of(settings, method)
     for key in "transform_config", "sparsity_config":  # of compressed-tensors
         more = doc.get(key)
         if more and not (isinstance(more, dict) and more.get("format") == "dense"):
             raise ExportError("%s: %s tells that the weights were also transformed or packed as "
                               "sparse, which cannot be read: convert the original checkpoint, in "
                               "f32, bf16 or f16" % (config.path, key))
+    settings = Config(config.path, doc)
+    form_of(settings, method)
+    return method, settings
+
+
+def dequantise(stored, config):
+    """Puts one tensor in the place of the parts of each quantised matrix."""
+    method, settings = method_of(config)
     made = {}
     for marker, names, make in method.layouts:
         for name in [n for n in stored if n.endswith("." + marker)]:
@@ -3019,43 +3080,119 @@ def stored_members(path):
 
 # ---- PyTorch -------------------------------------------------------------------------------
 
-TORCH_ENDINGS = ".ckpt", ".bin", ".pth", ".pt"
-# In a directory, where what else a trainer left is no weights
-TORCH_NAMES = re.compile(r"(?!(optimizer|scheduler|scaler|rng_state|recipe_state|training_args|"
-                         r"adapter_).*)(pytorch_model.*\.bin|.*-of-\d+\.bin|.*\.(ckpt|pth|pt))")
-TORCH_TYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64",
-               "int8": "I8", "uint8": "U8", "int16": "I16", "int32": "I32", "int64": "I64",
-               "complex64": "C64", "bool": "BOOL"}
+TORCH_TYPES = {"Float": "F32", "BFloat16": "BF16", "Half": "F16", "Double": "F64", "Char": "I8",
+               "Byte": "U8", "Short": "I16", "Int": "I32", "Long": "I64", "ComplexFloat": "C64",
+               "Bool": "BOOL"}  # by storage
+TORCH_FLOAT8 = {"torch.float8_e4m3fn": "F8_E4M3", "torch.float8_e5m2": "F8_E5M2"}
 STATES = "model_state_dict", "state_dict", "model", "module"  # keys of a state dict in a file
 
 
-def torch_library():
-    """torch, not older than the last known hole in its reader."""
-    torch = library("torch", "torch", "a PyTorch checkpoint")
-    version = tuple(map(int, re.findall(r"\d+", str(torch.__version__))[:2]))
-    if version < (2, 10):
-        raise ExportError("torch %s is too old to read a PyTorch checkpoint: before 2.10 a file "
-                          "could run code or corrupt memory (CVE-2025-32434, CVE-2026-24747): "
-                          "python3 -m pip install --upgrade torch" % torch.__version__)
-    return torch
+class Named:
+    """What a pickle names, or what would come of calling it: nothing is ever called."""
+
+    def __init__(self, name):
+        self.name = name
 
 
-def torch_pickle(path):
-    """The object in a file, its tensors without data but with the places of their storages;
-    nothing that the file names is run."""
-    torch = torch_library()
-    fake = importlib.import_module("torch._subclasses.fake_tensor")  # as torch's manual has it
+# A tensor as a pickle describes it: in elements of its storage, which has a type and a key
+Torch = collections.namedtuple("Torch", "dtype key start dims strides")
+LITERALS = re.compile("(SHORT_)?(BIN)?(INT|LONG|FLOAT|STRING|UNICODE|BYTES)[1248]?|BYTEARRAY8")
+CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
+
+
+class Pickle:
+    """Follows the instructions of a pickle that build what a state dict is made of."""
+
+    def __init__(self, data):
+        self.stack, self.marks, self.memo = [], [], {}
+        for op, argument, _ in pickletools.genops(data):
+            self.follow(op.name, argument)
+        self.result = self.stack.pop()
+
+    def items(self):
+        """What came after the last mark."""
+        at = self.marks.pop()
+        found, self.stack[at:] = self.stack[at:], []
+        return found
+
+    def follow(self, op, argument):
+        stack = self.stack
+        if op in CONSTANTS or LITERALS.fullmatch(op):
+            stack.append(CONSTANTS.get(op, argument))
+        elif op == "MARK":
+            self.marks.append(len(stack))
+        elif op in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            self.memo[len(self.memo) if op == "MEMOIZE" else argument] = stack[-1]
+        elif op in ("GET", "BINGET", "LONG_BINGET"):
+            stack.append(self.memo[argument])
+        elif op in ("EMPTY_DICT", "EMPTY_LIST", "EMPTY_SET"):
+            stack.append({} if op == "EMPTY_DICT" else [])
+        elif op in ("TUPLE", "LIST", "FROZENSET"):
+            stack.append(tuple(self.items()) if op == "TUPLE" else self.items())
+        elif op in ("TUPLE1", "TUPLE2", "TUPLE3"):
+            n = int(op[5:])
+            stack[-n:] = [(*stack[-n:],)]
+        elif op in ("APPEND", "APPENDS", "ADDITEMS"):
+            found = [stack.pop()] if op == "APPEND" else self.items()
+            if isinstance(stack[-1], list):
+                stack[-1].extend(found)
+        elif op in ("SETITEM", "SETITEMS", "DICT"):
+            found = [stack.pop(-2), stack.pop()] if op == "SETITEM" else self.items()
+            if op == "DICT":
+                stack.append({})
+            if isinstance(stack[-1], dict):  # a state dict's keys are texts
+                stack[-1].update((k, v) for k, v in zip(found[::2], found[1::2])
+                                 if isinstance(k, (str, int)))
+        elif op in ("GLOBAL", "STACK_GLOBAL"):
+            words = argument.split(" ") if op == "GLOBAL" else [stack.pop(-2), stack.pop()]
+            stack.append(Named(".".join(words)))
+        elif op in ("INST", "OBJ"):
+            found = self.items()
+            stack.append(Named(argument.replace(" ", ".") if op == "INST" else found[0].name))
+        elif op in ("REDUCE", "NEWOBJ"):
+            stack.append(self.call(stack.pop(-2), stack.pop()))
+        elif op == "NEWOBJ_EX":
+            stack[-3:] = [Named(stack[-3].name)]
+        elif op == "BINPERSID":
+            stack.append(self.storage(stack.pop()))
+        elif op in ("BUILD", "POP"):  # a state dict has attributes, which mean nothing here
+            stack.pop()
+        elif op not in ("PROTO", "FRAME", "STOP"):
+            raise ValueError("it holds the instruction %s" % op)
+
+    @staticmethod
+    def storage(given):
+        """The type, None where the tensor tells it, and the key of a storage."""
+        _, kind, key, *_ = given
+        return TORCH_TYPES.get(kind.name.split(".")[-1].replace("Storage", "")), key
+
+    def call(self, function, given):
+        """What a call makes, where that is a tensor or a dictionary."""
+        name = function.name
+        if name == "torch._tensor._rebuild_from_type_v2":  # its function, its type, its arguments
+            return self.call(given[0], given[2])
+        if name.startswith("torch._utils._rebuild_parameter"):
+            return given[0]
+        if name == "torch._utils._rebuild_tensor_v2" and not any(given[6:]):
+            (dtype, key), start, dims, strides = given[:4]
+            return Torch(dtype, key, start, dims, strides)
+        if name == "torch._utils._rebuild_tensor_v3" and not any(given[7:]):
+            (_, key), start, dims, strides = given[:4]
+            return Torch(TORCH_FLOAT8.get(given[6].name), key, start, dims, strides)
+        return {} if name == "collections.OrderedDict" and given == () else Named(name)
+
+
+def torch_pickle(path, offset, size):
+    """The object in a file, its tensors without data; nothing that the file names is run."""
+    if size > 1 << 26:
+        raise ExportError("%s has a pickle of %d bytes, too long for a checkpoint: save the "
+                          "model's state_dict() alone" % (path, size))
     try:
-        with fake.FakeTensorMode():
-            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as e:  # whatever hostile bytes make of torch's reader
-        named = re.search(r"GLOBAL ([\w.]+)", str(e))
-        if named:
-            raise ExportError("%s asks to run %s, which no checkpoint needs; nothing was run: get "
-                              "the weights from someone you trust, as safetensors"
-                              % (path, named.group(1))) from None
-        raise ExportError("%s cannot be read by torch.load (%s): fetch it again" % (
-            path, (str(e).strip() or type(e).__name__).split("\n")[0][:200])) from None
+        return Pickle(path_bytes(path, offset, size)).result
+    except Exception as e:  # whatever hostile bytes make of it
+        raise ExportError("%s is no PyTorch checkpoint, or damaged (its pickle: %s): fetch it again"
+                          % (path, (str(e).strip() or type(e).__name__).split("\n")[0][:200])
+                          ) from None
 
 
 def torch_tensors(path):
@@ -3068,22 +3205,27 @@ def torch_tensors(path):
             path, "a file of gemma2.c already: convert the original checkpoint" if ours else
             "no PyTorch checkpoint, or damaged, or older than PyTorch 1.6 (no zip archive): fetch "
             "it again, or load and save it with a new torch"))
-    if any(size != 6 or path_bytes(path, at, 6) != b"little" for name, (at, size)
-           in members.items() if name.endswith("/byteorder")):
+    pickles = [n for n in members if n.count("/") == 1 and n.endswith("/data.pkl")]
+    if len(pickles) != 1:
+        raise ExportError("%s is no PyTorch checkpoint, or damaged (it holds %d data.pkl): fetch it "
+                          "again" % (path, len(pickles)))
+    place = pickles[0][:-len("data.pkl")]
+    if path_bytes(path, *members.get(place + "byteorder", (0, 0))) not in (b"", b"little"):
         raise ExportError("%s was written on a big-endian machine: save it on another" % path)
-    # The only call that torch allows a pickle and that fills memory of any size
-    if any(b"bytearray\n" in path_bytes(path, at, size) for name, (at, size) in members.items()
-           if name.lower().endswith(".pkl")):
-        raise ExportError("%s asks for a bytearray, which no checkpoint needs: get the weights "
-                          "from someone you trust, as safetensors" % path)
-    found = torch_pickle(path)
+    found = torch_pickle(path, *members[pickles[0]])
     for key in STATES:
         if isinstance(found, dict) and isinstance(found.get(key), dict):
             found = found[key]
-    if not isinstance(found, dict) or not all(isinstance(k, str) for k in found):
-        raise ExportError("%s holds no dictionary of tensors: save the model's state_dict()" % path)
-    places = dict(members.values())
-    return {name: torch_stored(path, name, t, places) for name, t in found.items()}
+    if isinstance(found, dict) and all(isinstance(k, str) for k in found):
+        return {name: torch_stored(path, name, t, members, place) for name, t in found.items()}
+    if isinstance(found, Named):
+        raise runs(path, found)
+    raise ExportError("%s holds no dictionary of tensors: save the model's state_dict()" % path)
+
+
+def runs(path, named):
+    return ExportError("%s asks to run %s, which no checkpoint needs; nothing was run: get the "
+                       "weights from someone you trust, as safetensors" % (path, named.name))
 
 
 def path_bytes(path, offset, size):
@@ -3092,148 +3234,37 @@ def path_bytes(path, offset, size):
         return f.read(size)
 
 
-def torch_stored(path, name, t, places):
-    """Where a tensor lies in its file; places: offset to size of what the archive holds."""
+def torch_stored(path, name, t, members, place):
+    """Where a tensor lies in its file."""
     def bad(what):
         return ExportError("%s: %s %s: save the model's state_dict() again" % (path, name, what))
-    if not hasattr(t, "untyped_storage"):
-        raise bad("is no tensor")
-    dtype = TORCH_TYPES.get(str(t.dtype).rpartition(".")[2])
-    if dtype is None or t.is_sparse or t.is_neg():
-        raise bad("is no plain tensor (%s, %s)" % (t.dtype, t.layout))
-    if not t.is_contiguous():
+    if isinstance(t, Named) and not t.name.startswith("torch._utils._rebuild"):
+        raise runs(path, t)
+    if not isinstance(t, Torch):
+        raise bad("is no plain tensor" if isinstance(t, Named) else "is no tensor")
+    dims, strides = t.dims, t.strides
+    if not (t.dtype and isinstance(t.key, str) and isinstance(dims, tuple) and len(dims) <= 8
+            and isinstance(strides, tuple) and len(strides) == len(dims)
+            and all(map(is_size, (t.start, *dims)))):
+        raise bad("is no plain tensor")
+    if any(n > 1 and stride != math.prod(dims[i + 1:])
+           for i, (n, stride) in enumerate(zip(dims, strides))):
         raise bad("does not lie row by row, but as a view of another tensor; .contiguous() helps")
-    at = getattr(t.untyped_storage(), "_checkpoint_offset", None)
-    start, size = t.storage_offset() * WIDTHS[dtype], t.numel() * WIDTHS[dtype]
-    if at not in places or start < 0 or start + size > places[at]:
+    at, room = members.get("%sdata/%s" % (place, t.key), (0, -1))
+    start, size = t.start * WIDTHS[t.dtype], math.prod(dims) * WIDTHS[t.dtype]
+    if start + size > room:
         raise bad("needs bytes that the file does not have")
-    return Stored(path, dtype, tuple(t.shape), at + start)
-
-
-def torch_files(path):
-    return weight_files(path, TORCH_NAMES, "pytorch_model.bin")
-
-
-# H by D of the released models, which the fused rows do not tell
-HEAD_DIMS = {2304: 256, 3584: 256, 4608: 128}
+    return Stored(path, t.dtype, dims, at + start)
 
 
 class PyTorch(HuggingFace):
-    """torch.save of a state dict, with Hugging Face's names or gemma_pytorch's: the latter
-    fuse q, k and v into qkv_proj, may be int8 with a weight_scaler, and bring no config."""
-
-    @staticmethod
-    def suits(path):
-        if os.path.isfile(path):
-            return path.endswith(TORCH_ENDINGS)
-        return bool(torch_files(path))
-
-    def __init__(self, path):
-        self.directory = path if os.path.isdir(path) else os.path.dirname(path) or "."
-        self.files = torch_files(path)
-        self.source = "%s, PyTorch" % self.name()
-        stored, angles = self.merged([torch_tensors(p) for p in self.files])
-        doc = optional_json(self.directory, "config.json")
-        config = Config(os.path.join(self.directory, "config.json"), doc)
-        if doc.get("model_type"):
-            refuse_other_models(config)
-        if doc.get("model_type") and "num_hidden_layers" in doc:
-            self.model = model_of_config(config)
-        else:  # beside gemma_pytorch's files it says little or nothing
-            self.model = self.model_of(stored, angles)
-        self.add_generation_config()
-        self.files += [config.path] if doc else []
-        self.tensors = self.split(stored)
-
-    @staticmethod
-    def merged(shards):
-        """Canonical name (and layers.N.qkv) to tensor; H / 2 where the rotary angles tell."""
-        every, tensors, angles = {}, {}, None
-        for found in shards:
-            for name, t in found.items():
-                if name in every:
-                    raise ExportError("the checkpoint holds %s twice (in %s and %s): remove the "
-                                      "stale file" % (name, every[name].path, t.path))
-                every[name] = t
-        for name, t in every.items():
-            if unwrapped(name) == "freqs_cis":
-                angles = t.dims[1] if len(t.dims) == 2 else None
-            elif not name.endswith(".weight_scaler"):
-                canonical = torch_name(name)
-                if canonical in tensors:
-                    raise ExportError("the checkpoint holds %s under two names" % canonical)
-                if canonical:
-                    tensors[canonical] = plain_or_scaled(name, t, every)
-        stray = [n for n in every if n.endswith(".weight_scaler") and n[:-7] not in every]
-        if stray:
-            raise ExportError("the checkpoint holds %s and not what it scales: fetch all files"
-                              % stray[0])
-        return tensors, angles
-
-    def model_of(self, stored, angles):
-        """Sizes from shapes: o is [D, NH], qkv [NH + 2 KH, D], gate [F, D]."""
-        where = self.files[0]
-        for name in "layers.0.o", "layers.0.gate":
-            if name not in stored:
-                raise ExportError("%s lacks %s: fetch all files of the checkpoint" % (where, name))
-        D, q_rows = stored["layers.0.o"].shape
-        fused, k = stored.get("layers.0.qkv"), stored.get("layers.0.k")
-        if not fused and not k:
-            raise ExportError("%s lacks layers.0.k: fetch all files of the checkpoint" % where)
-        kv_rows = k.shape[0] if k else (fused.shape[0] - q_rows) // 2
-        H = 2 * angles if angles else HEAD_DIMS.get(D)
-        if not H or q_rows % H or kv_rows % H:
-            raise ExportError("%s does not tell its head_dim (hidden size %d, %d rows of q): put "
-                              "the model's config.json beside it" % (where, D, q_rows))
-        layers = [int(n.split(".")[1]) for n in stored if n.startswith("layers.")]
-        sizes = {"L": max(layers) + 1, "D": D, "N": q_rows // H, "K": kv_rows // H, "H": H,
-                 "F": stored["layers.0.gate"].shape[0]}
-        return model_of_sizes(sizes, stored, where)
-
-    def split(self, stored):
-        """qkv_proj as q, k and v: all rows of q, then of k, then of v."""
-        tensors, m = {}, self.model
-        parts = list(zip("qkv", (m.N * m.H, m.K * m.H, m.K * m.H)))
-        for name, t in stored.items():
-            if not name.endswith(".qkv"):
-                parts_of_it = [(name, t)]
-            elif t.shape != (sum(n for _, n in parts), m.D):
-                raise ExportError("%s_proj has shape %s where the model makes it %s: the files do "
-                                  "not belong together"
-                                  % (name, list(t.shape), [sum(n for _, n in parts), m.D]))
-            else:
-                ends = np.cumsum([n for _, n in parts]).tolist()
-                parts_of_it = [(name[:-3] + c, Slice(t, end - n, end))
-                               for (c, n), end in zip(parts, ends)]
-            for part, tensor in parts_of_it:
-                if part in tensors:
-                    raise ExportError("the checkpoint holds %s twice, fused and by itself" % part)
-                tensors[part] = tensor
-        return tensors
-
-
-def torch_name(name):
-    """Our name for one of gemma_pytorch's or Hugging Face's."""
-    inner = unwrapped(name)
-    if inner == "embedder.weight":
-        return "embedding"
-    m = re.fullmatch(r"layers\.(0|[1-9]\d{0,4})\.self_attn\.qkv_proj\.weight", inner)
-    return "layers.%s.qkv" % m.group(1) if m else canonical_name(name)
-
-
-def plain_or_scaled(name, t, every):
-    """A tensor of floats, or of int8 with its weight_scaler."""
-    scales = every.get(name + "_scaler")
-    if t.dtype != "I8" and t.dtype in FLOATS and scales is None:
-        return t
-    if t.dtype != "I8" or scales is None:
-        raise ExportError("%s: %s has type %s %s: convert the original checkpoint, in f32, bf16 or "
-                          "f16" % (t.path, name, t.dtype, "and no weight_scaler"
-                                   if scales is None else "and a weight_scaler"))
-    if scales.dtype not in FLOATS or scales.shape != (t.shape[0], 1):
-        raise ExportError("%s: %s_scaler is no scale for each of %d rows: fetch it again"
-                          % (t.path, name, t.shape[0]))
-    return Scaled(t, (1, t.shape[1]), scales)
+    """torch.save of a state dict, with Hugging Face's names or gemma_pytorch's: the latter fuse
+    q, k and v into qkv_proj, may be int8 with a weight_scaler, and bring no config."""
+    what, endings, single = "PyTorch", (".ckpt", ".bin", ".pth", ".pt"), "pytorch_model.bin"
+    # In a directory, where what else a trainer left is no weights
+    pattern = re.compile(r"(?!(optimizer|scheduler|scaler|rng_state|recipe_state|training_args|"
+                         r"adapter_).*)(pytorch_model.*\.bin|.*-of-\d+\.bin|.*\.(ckpt|pth|pt))")
+    read = staticmethod(torch_tensors)
 
 
 # ---- Keras -----------------------------------------------------------------------------------

@@ -91,8 +91,7 @@ def write_json(path, value):
 
 # Every conversion is a process of its own, forked off one that has imported the libraries.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["__main__", "export", "torch._subclasses.fake_tensor",
-                              "torch._dynamo", "h5py", "tensorstore"])
+FORKS.set_forkserver_preload(["__main__", "export", "h5py", "tensorstore"])
 
 
 def run_export(arguments, log):
@@ -242,13 +241,14 @@ def test_torch_good(engine, folder):
         exact(path, source, "Hugging Face names")
     source = Source(sliding_window=8)
     path = save(folder, gemma_pytorch(source, angles=False))
-    refused(path, "no head_dim", "head_dim", "config.json")
+    refused(path, "no head_dim", "hidden size 42", "2B, 9B or 27B", "config.json")
     write_json(os.path.join(path, "config.json"), source.facts.to_dict())
     exact(path, source, "config.json beside", expect=dict(W=8))
     test_torch_kaggle(folder)
     test_torch_parts(folder)
     test_torch_wrapped(folder)
     test_head_dim()
+    test_one_file(folder)
 
 
 PARTS = [  # torchtune's names, old and new, and others'
@@ -333,6 +333,43 @@ def test_torch_kaggle(folder):
         refused(path, "an archive in a directory", "holds an archive")
 
 
+def released(folder, D, N, K, H, F, L):
+    """A file as ComfyUI has it: f16 of zeros that take no room, the tokenizer as a tensor, and no
+    config.json."""
+    import oracle_memory  # which imports this
+    path = fresh(folder, tokenizer=False)
+    widths = dict(D=D, N=N, K=K, H=H, F=F)
+    shapes = {"model.embed_tokens.weight": [256000, D], "model.norm.weight": [D]}
+    for i in range(L):
+        at = f"model.layers.{i}."
+        shapes.update({at + n + ".weight": s for n, s in oracle_memory.matrices(**widths).items()})
+        shapes.update({at + ref.HF_NAMES[n] + ".weight": [D] for n in NORMS})
+    text = make_golden.tiny_tokenizer()
+    file = os.path.join(path, "gemma_2_fp16.safetensors")
+    oracle_memory.sparse_safetensors(file, "BF16", shapes, {"spiece_model": text})
+    return file, text
+
+
+def test_one_file(folder):
+    """The released sizes are known by their shapes, and a tensor is the tokenizer."""
+    for D, N, K, H, F, L, scale in ((2304, 8, 4, 256, 9216, 26, 1 / 16),
+                                    (3584, 16, 8, 256, 14336, 42, 1 / 16),
+                                    (4608, 32, 16, 128, 36864, 46, 1 / 12)):
+        file, text = released(folder, D, N, K, H, F, L)
+        for given in file, os.path.dirname(file):
+            reader = export.open_checkpoint(given)
+            export.check_shapes(reader)
+            m = reader.model
+            check((m.L, m.N, m.K, m.H, m.F, m.V) == (L, N, K, H, F, 256000),
+                  f"one file of {D}: {vars(m)}")
+            check(m.query_scale == np.float32(scale) and m.window == 4096, f"one file of {D}")
+            path, tokenizer = reader.tokenizer()
+            check(path == file and tokenizer.pieces == export.sentencepiece_tokenizer(
+                text, "x").pieces, f"one file of {D}: tokenizer")
+        export.handles.clear()
+    os.remove(file)
+
+
 def test_head_dim():
     """The sizes of the released models from the shapes of their checkpoints alone."""
     for D, N, K, H, F, scalar in ((2304, 8, 4, 256, 9216, 256), (3584, 16, 8, 256, 14336, 256),
@@ -342,10 +379,23 @@ def test_head_dim():
         stored = {"layers.0.o": shape(D, N * H), "layers.0.qkv": shape((N + 2 * K) * H, D),
                   "layers.0.gate": shape(F, D), "layers.0.post_ffn_norm": shape(D)}
         reader = export.PyTorch.__new__(export.PyTorch)
-        reader.files = ["x"]
-        m = reader.model_of(stored, None)
+        reader.files, reader.tensors = ["x"], stored
+        m = reader.model_of_shapes([])
         check((m.D, m.N, m.K, m.H, m.F) == (D, N, K, H, F), f"sizes of {D}: {vars(m)}")
         check(m.query_scale == np.float32(scalar ** -0.5), f"query scale of {D}: {m.query_scale}")
+
+
+PICKLES = [  # what, bytes, of what the sentence speaks
+    ("a gigabyte asked for", b"\x80\x02cbuiltins\nbytearray\nJ\0\0\0@\x85R.", "bytearray"),
+    ("a large memo", b"\x80\x02Nr\xff\xff\xff\xff.", "no dictionary"),
+    ("a large text", b"\x80\x04\x8d\xff\xff\xff\xff\xff\xff\xff\x7f.", "pickle"),
+    ("a call of no function", b"\x80\x02N)R.", "pickle"), ("no mark", b"\x80\x02t.", "pickle"),
+    ("nothing", b"\x80\x02.", "pickle"), ("an extension", b"\x80\x02\x82\x01.", "EXT1"),
+    ("a memo never written", b"\x80\x02h\x05.", "pickle"),
+    ("a storage of numbers", b"\x80\x02K\x01K\x02K\x03\x87Q.", "pickle"),
+    ("tuples in tuples", b"\x80\x02)" + b"\x85" * 200000 + b"}N.", "no dictionary"),
+    ("a key of tuples", b"\x80\x02})" + b"\x85" * 200000 + b"Ns.", "lacks"),
+]
 
 
 class Evil:
@@ -389,18 +439,18 @@ def test_torch_bad(folder):
     spoilt("a column too few", put(qkv, torch.ones(100, 41)), "layers.1.qkv", "shape")
     spoilt("fused and not", put(qkv.replace("qkv", "q"), torch.ones(60, 42)), "twice")
     spoilt("f64", put(o, torch.ones(42, 60).double()), "F64")
-    spoilt("int8 without scale", put(o, torch.ones(42, 60, dtype=torch.int8)), "weight_scaler")
-    spoilt("scale without int8", put(o + "_scaler", torch.ones(42)), "weight_scaler")
-    spoilt("stray scale", put("x.weight_scaler", torch.ones(42)), "x.weight_scaler")
+    spoilt("int8 without scale", put(o, torch.ones(42, 60, dtype=torch.int8)), "I8", "scales")
+    spoilt("scale without int8", put(o + "_scaler", torch.ones(42)), "o_proj", "not I8")
+    spoilt("stray scale", put("x.weight_scaler", torch.ones(42)), "x is", "part weight")
     spoilt("short scale", lambda s: s.update({o: s[o].to(torch.int8), o + "_scaler":
                                               torch.ones(41)}), "weight_scaler")
     spoilt("columns first", put(o, torch.ones(60, 42).t()), "row by row", "contiguous")
     spoilt("negated when read", put(o, torch._neg_view(state[o])), o, "no plain tensor")
     spoilt("sparse", put(o, torch.ones(42, 60).to_sparse()), o, "no plain tensor")
-    spoilt("odd angles", put("freqs_cis", torch.ones(4, 7)), "head_dim")
+    spoilt("odd angles", put("freqs_cis", torch.ones(4, 7)), "hidden size 42")
     spoilt("no norms after", lambda s: [s.pop(n) for n in list(s) if "feedforward" in n], "Gemma 1")
     spoilt("no tensor", put("epoch", 3), "epoch")
-    refused(save(folder, state | {"norm.weight": state["model.norm.weight"]}), "two names",
+    refused(save(folder, state | {"norm.weight": state["model.norm.weight"]}), "two names", "twice",
             "final_norm")
     refused(save(folder, [torch.ones(3)], wrap=False), "a list", "state_dict")
     refused(save(folder, {1: torch.ones(3)}), "numbers as names", "state_dict")
@@ -439,10 +489,14 @@ def test_torch_files(folder, state):
     save(folder, state)
     rewritten(file, lambda n, d: d[:50] if n.endswith("data.pkl") else d)
     refused(path, "half a pickle", "model.ckpt")
-    save(folder, state)  # this pickle would take a gigabyte
-    rewritten(file, lambda n, d: b"\x80\x02cbuiltins\nbytearray\nJ\0\0\0@\x85R."
-              if n.endswith("data.pkl") else d)
-    refused(path, "a large object", "bytearray")
+    for what, data, words in PICKLES:
+        save(folder, state)
+        rewritten(file, lambda n, d: data if n.endswith("data.pkl") else d)
+        refused(path, what, "model.ckpt", words)
+    test_torch_bytes(save(folder, state))
+    save(folder, state)
+    rewritten(file, lambda n, d: d + b"\0" * (1 << 26) if n.endswith("data.pkl") else d)
+    refused(path, "a long pickle", "too long")
     save(folder, state)
     rewritten(file, lambda n, d: d, zipfile.ZIP_DEFLATED)
     refused(path, "compressed", "compressed")
@@ -468,11 +522,40 @@ def test_torch_files(folder, state):
     shutil.copy(*(os.path.join(path, f"pytorch_model-0000{i}-of-00003.bin") for i in (1, 2)))
     refused(path, "a shard twice", "twice")
     path = save(folder, state)
-    refused_without(path, "torch", "pip install torch")
-    refused_without(path, "torch", "2.9.1", "2.10", text="__version__ = '2.9.1'\n")
+    stubs = fresh(folder, "stubs", tokenizer=False)
+    with open(os.path.join(stubs, "torch.py"), "w") as f:
+        f.write("raise ImportError('not here')\n")
+    run = convert(path, path + ".bin", env={**os.environ, "PYTHONPATH": stubs})
+    check(run.returncode == 0, f"without torch: {run.stderr}")
     os.remove(os.path.join(path, "model.ckpt"))
     torch.save({}, os.path.join(path, "optimizer.pt"))
     refused(path, "an optimizer alone", "holds no")
+
+
+def test_torch_bytes(path, times=3000):
+    """Any byte of the pickle changed: the same tensors or others that lie in the file, or one
+    sentence."""
+    path, rng = os.path.join(path, "model.ckpt"), np.random.default_rng(4)
+    at, size = next(v for n, v in export.stored_members(path).items() if n.endswith("/data.pkl"))
+    ends, most = {True: 0, False: 0}, os.path.getsize(path)
+    with open(path, "rb") as f:
+        whole = f.read()
+    for _ in range(times):
+        i, n = at + rng.integers(0, size), rng.integers(1, 3)
+        with open(path, "r+b") as f:
+            f.seek(i), f.write(rng.bytes(n)), f.seek(at + size), f.write(whole[at + size:][:2])
+        try:
+            found = export.torch_tensors(path)
+            fits = all(t.offset + np.prod(t.dims, dtype=object) * export.WIDTHS[t.dtype] <= most
+                       for t in found.values())
+            check(fits, f"byte {i - at} of a pickle: tensors beyond the file")
+            ends[True] += 1
+        except export.ExportError as e:
+            check(len(str(e)) < 600 and "\n" not in str(e), f"a pickle: says {str(e)[:300]!r}")
+            ends[False] += 1
+        with open(path, "r+b") as f:
+            f.seek(at), f.write(whole[at:at + size])
+    check(min(ends.values()) > times // 20, f"bytes of a pickle: {ends}")
 
 
 # ---- Keras ----------------------------------------------------------------------------------

@@ -31,9 +31,12 @@ GB = 1e9
 # ---- files of the right size, which take no room ------------------------------------------
 
 
-def sparse_safetensors(path, dtype, shapes):
-    """{name: shape} as zeros: a header, then a hole."""
-    width, at, header = {"BF16": 2, "F32": 4}[dtype], 0, {}
+def sparse_safetensors(path, dtype, shapes, first=None):
+    """{name: shape} as zeros: a header, then a hole; first is {name: bytes} before the hole."""
+    width, at, header, first = {"BF16": 2, "F32": 4}[dtype], 0, {}, first or {}
+    for name, data in first.items():
+        header[name] = {"dtype": "U8", "shape": [len(data)], "data_offsets": [at, at + len(data)]}
+        at += len(data)
     for name, shape in shapes.items():
         size = width
         for n in shape:
@@ -42,7 +45,7 @@ def sparse_safetensors(path, dtype, shapes):
         at += size
     text = json.dumps(header).encode()
     with open(path, "wb") as f:
-        f.write(struct.pack("<Q", len(text)) + text)
+        f.write(struct.pack("<Q", len(text)) + text + b"".join(first.values()))
         f.truncate(8 + len(text) + at)
 
 

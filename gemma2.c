@@ -266,14 +266,19 @@ struct layer {
     struct matrix ffn_norm, gate, up, down, post_ffn_norm;
 };
 
+struct text {
+    const uint8_t *p; /* not terminated */
+    uint32_t n;
+};
+
 /* What section 5 needs: views into the file, and two indexes built at open. */
 struct tokenizer {
     const uint8_t *scores, *ends, *kinds, *blob;
     uint32_t n;
     uint32_t *slots, mask; /* hash of matchable pieces, see piece_insert */
-    uint32_t *user, n_user; /* ids of USER and MARKER pieces, sorted by bytes; and the */
-    uint32_t *user_prefix;  /* place in user of the longest other that each starts with */
-    uint32_t user_first[257]; /* user pieces that begin with byte c: [c] .. [c + 1] */
+    uint32_t *whole, n_whole; /* ids of pieces found whole, sorted by bytes; and the place */
+    uint32_t *whole_prefix;   /* in that list of the longest other that each starts with */
+    uint32_t whole_first[257]; /* pieces in it that begin with byte c: [c] .. [c + 1] */
     int by_words;             /* no merge crosses the front of a U+2581 */
     int32_t byte_id[256]; /* -1 where absent */
     int32_t unk;
@@ -289,6 +294,14 @@ struct file {
 
 struct kernels; /* section 3 */
 
+/* The facts that say how a conversation is written, see encode_messages. */
+enum chat_part {
+    CHAT_REFUSED, CHAT_BOS, CHAT_TRIM, CHAT_START, CHAT_SYSTEM_BEFORE, CHAT_SYSTEM_AFTER,
+    CHAT_SYSTEM_JOIN, CHAT_USER_BEFORE, CHAT_USER_AFTER, CHAT_MODEL_BEFORE, CHAT_MODEL_AFTER,
+    CHAT_GENERATE, N_CHAT_PARTS
+};
+enum { MAX_TURN_PIECE = 64, MAX_OWN_TURN = MAX_TURN_PIECE + 8 };
+
 struct gemma2_model {
     gemma2_config config;
     struct file file;
@@ -301,6 +314,8 @@ struct gemma2_model {
     const uint8_t *tokenizer_bytes;
     size_t tokenizer_size;
     struct tokenizer tokenizer;
+    struct text chat[N_CHAT_PARTS]; /* p NULL: absent */
+    uint8_t own_turns[3][MAX_OWN_TURN];
     struct matrix embedding, head, final_norm;
     struct layer layers[];
 };
@@ -2310,12 +2325,7 @@ static int score_rows(struct pass *p, const int32_t *targets, float *logprobs)
  * =================================================================================== */
 
 enum { MAX_PIECE_BYTES = 4096, MAX_PROBES = 256 };
-static const uint32_t EMPTY_SLOT = 0xffffffff, NO_USER = 0xffffffff;
-
-struct text {
-    const uint8_t *p;
-    uint32_t n;
-};
+static const uint32_t EMPTY_SLOT = 0xffffffff, NO_PIECE = 0xffffffff;
 
 static struct text piece_text(const struct tokenizer *t, uint32_t id)
 {
@@ -2331,7 +2341,15 @@ static int is_matchable(int kind)
     return kind == GEMMA2_PIECE_NORMAL || kind == GEMMA2_PIECE_USER || kind == GEMMA2_PIECE_MARKER;
 }
 
-static int is_user(int kind) { return kind == GEMMA2_PIECE_USER || kind == GEMMA2_PIECE_MARKER; }
+/* Sets of kinds: what is found whole, before anything is merged, in a text, in a stranger's
+ * text, and in a chat template. */
+enum {
+    WHOLE_PLAIN = 1 << GEMMA2_PIECE_USER,
+    WHOLE_TEXT = WHOLE_PLAIN | 1 << GEMMA2_PIECE_MARKER,
+    WHOLE_MARKS = 1 << GEMMA2_PIECE_MARKER | 1 << GEMMA2_PIECE_CONTROL
+};
+
+static int is_whole(int kind) { return (WHOLE_TEXT | WHOLE_MARKS) >> kind & 1; }
 
 /* ---- the hash of matchable pieces: linear probing, at most half full; a slot holds the
  * id in its low 22 bits and 10 bits of hash above them ---- */
@@ -2377,7 +2395,7 @@ static int32_t find_piece(const struct tokenizer *t, struct text s, int plain)
     return plain && t->kinds[id] == GEMMA2_PIECE_MARKER ? -1 : (int32_t)id;
 }
 
-/* ---- the sorted list of user-defined pieces, for longest-prefix search ---- */
+/* ---- the sorted list of pieces that are found whole, for longest-prefix search ---- */
 
 /* Order by bytes, a prefix first: below 0, 0 or above it. */
 static int compare_text(struct text a, struct text b)
@@ -2386,86 +2404,87 @@ static int compare_text(struct text a, struct text b)
     return order ? order : (a.n > b.n) - (a.n < b.n);
 }
 
-/* Equal ones by id. */
-static int user_before(const struct tokenizer *t, uint32_t a, uint32_t b)
+/* Equal ones by id, those that no text finds last. */
+static int whole_before(const struct tokenizer *t, uint32_t a, uint32_t b)
 {
     int order = compare_text(piece_text(t, a), piece_text(t, b));
+    if (!order)
+        order = is_matchable(t->kinds[b]) - is_matchable(t->kinds[a]);
     return order ? order < 0 : a < b;
 }
 
-static void sift_user(const struct tokenizer *t, uint32_t at, uint32_t n)
+static void sift_whole(const struct tokenizer *t, uint32_t at, uint32_t n)
 {
     for (uint32_t child; (child = 2 * at + 1) < n; at = child) {
-        if (child + 1 < n && user_before(t, t->user[child], t->user[child + 1]))
+        if (child + 1 < n && whole_before(t, t->whole[child], t->whole[child + 1]))
             child++;
-        if (!user_before(t, t->user[at], t->user[child]))
+        if (!whole_before(t, t->whole[at], t->whole[child]))
             return;
-        uint32_t id = t->user[at];
-        t->user[at] = t->user[child];
-        t->user[child] = id;
+        uint32_t id = t->whole[at];
+        t->whole[at] = t->whole[child];
+        t->whole[child] = id;
     }
 }
 
 /* Heapsort: bounded whatever the file holds. */
-static void sort_user(const struct tokenizer *t)
+static void sort_whole(const struct tokenizer *t)
 {
-    for (uint32_t i = t->n_user / 2; i-- > 0;)
-        sift_user(t, i, t->n_user);
-    for (uint32_t n = t->n_user; n-- > 1;) {
-        uint32_t id = t->user[0];
-        t->user[0] = t->user[n];
-        t->user[n] = id;
-        sift_user(t, 0, n);
+    for (uint32_t i = t->n_whole / 2; i-- > 0;)
+        sift_whole(t, i, t->n_whole);
+    for (uint32_t n = t->n_whole; n-- > 1;) {
+        uint32_t id = t->whole[0];
+        t->whole[0] = t->whole[n];
+        t->whole[n] = id;
+        sift_whole(t, 0, n);
     }
 }
 
 /* Drops all but the first of equal pieces, then notes where first bytes begin and which piece
  * is the longest that another one starts with: the one before it in the list, or the longest
  * that this one starts with, and so on. */
-static void link_user(struct tokenizer *t)
+static void link_whole(struct tokenizer *t)
 {
     uint32_t n = 0;
-    memset(t->user_first, 0, sizeof t->user_first);
-    for (uint32_t i = 0; i < t->n_user; i++) {
-        struct text s = piece_text(t, t->user[i]), p;
-        uint32_t up = n ? n - 1 : NO_USER;
-        if (n && !compare_text(piece_text(t, t->user[up]), s))
+    memset(t->whole_first, 0, sizeof t->whole_first);
+    for (uint32_t i = 0; i < t->n_whole; i++) {
+        struct text s = piece_text(t, t->whole[i]), p;
+        uint32_t up = n ? n - 1 : NO_PIECE;
+        if (n && !compare_text(piece_text(t, t->whole[up]), s))
             continue;
-        for (; up != NO_USER; up = t->user_prefix[up]) {
-            p = piece_text(t, t->user[up]);
+        for (; up != NO_PIECE; up = t->whole_prefix[up]) {
+            p = piece_text(t, t->whole[up]);
             if (p.n < s.n && !memcmp(p.p, s.p, p.n))
                 break;
         }
-        t->user[n] = t->user[i];
-        t->user_prefix[n++] = up;
-        t->user_first[s.p[0] + 1]++;
+        t->whole[n] = t->whole[i];
+        t->whole_prefix[n++] = up;
+        t->whole_first[s.p[0] + 1]++;
     }
     for (int c = 0; c < 256; c++)
-        t->user_first[c + 1] += t->user_first[c];
+        t->whole_first[c + 1] += t->whole_first[c];
 }
 
-/* The longest user-defined piece that s starts with, or -1: of those up to s in the list, all
- * that s starts with are the last one or what that starts with. */
-static int32_t longest_user(const struct tokenizer *t, struct text s, int plain)
+/* The longest piece of the kinds that s starts with, or -1.  Among the pieces up to s in the
+ * list, s starts with the last one, or with a prefix of it, or with none. */
+static int32_t longest_whole(const struct tokenizer *t, struct text s, int kinds)
 {
-    uint32_t first = t->user_first[s.p[0]], low = first, high = t->user_first[s.p[0] + 1];
+    uint32_t first = t->whole_first[s.p[0]], low = first, high = t->whole_first[s.p[0] + 1];
     while (low < high) {
         uint32_t middle = low + (high - low) / 2;
-        if (compare_text(piece_text(t, t->user[middle]), s) <= 0)
+        if (compare_text(piece_text(t, t->whole[middle]), s) <= 0)
             low = middle + 1;
         else
             high = middle;
     }
     if (low == first)
         return -1;
-    struct text p = piece_text(t, t->user[--low]);
+    struct text p = piece_text(t, t->whole[--low]);
     uint32_t same = 0;
     while (same < p.n && same < s.n && p.p[same] == s.p[same])
         same++;
-    for (; low != NO_USER; low = t->user_prefix[low])
-        if (piece_text(t, t->user[low]).n <= same &&
-            !(plain && t->kinds[t->user[low]] == GEMMA2_PIECE_MARKER))
-            return (int32_t)t->user[low];
+    for (; low != NO_PIECE; low = t->whole_prefix[low])
+        if (piece_text(t, t->whole[low]).n <= same && kinds >> t->kinds[t->whole[low]] & 1)
+            return (int32_t)t->whole[low];
     return -1;
 }
 
@@ -2528,7 +2547,7 @@ static int joins_words(struct text s, int kind)
     return is_matchable(kind) && inside && !(spaces && kind == GEMMA2_PIECE_USER);
 }
 
-/* One piece: legal kind, length, score; counts user pieces, notes bytes. */
+/* One piece: legal kind, length, score; counts whole pieces, notes bytes. */
 static int check_piece(struct tokenizer *t, uint32_t id, uint32_t start, uint32_t blob_bytes,
                        gemma2_config *c, struct errbuf *err)
 {
@@ -2545,7 +2564,7 @@ static int check_piece(struct tokenizer *t, uint32_t id, uint32_t start, uint32_
         return fail(err, "the model file is corrupted: tokenizer piece %u is not UTF-8", id);
     c->max_piece_bytes = max_i32(c->max_piece_bytes, (int32_t)(end - start));
     t->by_words &= !joins_words(piece_text(t, id), kind);
-    t->n_user += (uint32_t)is_user(kind);
+    t->n_whole += (uint32_t)is_whole(kind);
     if (kind != GEMMA2_PIECE_BYTE)
         return 1;
     int byte = byte_piece(piece_text(t, id));
@@ -2612,15 +2631,15 @@ static size_t slot_count(uint32_t n_pieces)
     return n;
 }
 
-/* Fills the indexes, whose memory is there: slots[slot_count], user and user_prefix[n_user]. */
+/* Fills the indexes, whose memory is there: slots[slot_count], whole and whole_prefix[V]. */
 static int build_tokenizer(struct tokenizer *t, struct errbuf *err)
 {
     t->mask = (uint32_t)slot_count(t->n) - 1;
     memset(t->slots, 0xff, ((size_t)t->mask + 1) * sizeof *t->slots);
-    uint32_t n_user = 0, tag;
+    uint32_t n_whole = 0, tag;
     for (uint32_t id = 0; id < t->n; id++) {
-        if (is_user(t->kinds[id]))
-            t->user[n_user++] = id;
+        if (is_whole(t->kinds[id]))
+            t->whole[n_whole++] = id;
         if (!is_matchable(t->kinds[id]))
             continue;
         uint32_t *slot = find_slot(t, piece_text(t, id), &tag);
@@ -2629,8 +2648,8 @@ static int build_tokenizer(struct tokenizer *t, struct errbuf *err)
         if (*slot == EMPTY_SLOT)
             *slot = tag | id;
     }
-    sort_user(t);
-    link_user(t);
+    sort_whole(t);
+    link_whole(t);
     return 1;
 }
 
@@ -2798,20 +2817,20 @@ static void finish_symbols(struct encoder *e)
     e->n_symbols = 0;
 }
 
-/* Cuts the text into user-defined pieces, which stand for themselves, and stretches of
- * characters between them, which are merged; where no piece joins two words, a word is
- * a stretch of its own. */
-static void encode_text(struct encoder *e)
+/* Encodes the text from byte `at` up to `to`.  Cuts it into pieces that are found whole and
+ * stretches of characters between them, which are merged; where no piece joins two words, a
+ * word is a stretch of its own. */
+static void encode_text(struct encoder *e, size_t at, size_t to)
 {
-    for (size_t at = 0; at < e->n;) {
-        struct text rest = {e->text + at, (uint32_t)(e->n - at)};
-        int32_t user = longest_user(e->t, rest, e->plain), i;
-        if (user >= 0 || (e->t->by_words && starts_word(rest)))
+    while (at < to) {
+        struct text rest = {e->text + at, (uint32_t)(to - at)};
+        int32_t whole = longest_whole(e->t, rest, e->plain ? WHOLE_PLAIN : WHOLE_TEXT), i;
+        if (whole >= 0 || (e->t->by_words && starts_word(rest)))
             finish_symbols(e);
-        if (user >= 0) {
-            emit(e, user);
+        if (whole >= 0) {
+            emit(e, whole);
             e->after_unk = 0;
-            at += piece_text(e->t, (uint32_t)user).n;
+            at += piece_text(e->t, (uint32_t)whole).n;
             continue;
         }
         i = e->n_symbols++;
@@ -2820,6 +2839,238 @@ static void encode_text(struct encoder *e)
         at += s.bytes;
     }
     finish_symbols(e);
+}
+
+/* The encoder of n bytes, in scratch of gemma2_encode_scratch(n) bytes. */
+static struct encoder start_encoder(const gemma2_model *m, int plain, int32_t *ids, size_t max_ids,
+                                    void *scratch, size_t n)
+{
+    uint8_t *p = (uint8_t *)scratch + (-(uintptr_t)scratch & 7);
+    struct encoder e = {.t = &m->tokenizer, .plain = plain,
+                        .max_piece = (uint32_t)m->config.max_piece_bytes, .text = p,
+                        .ids = ids, .max_ids = max_ids};
+    e.symbols = (struct symbol *)(p + round_up(3 * n, 8));
+    e.heap = (int32_t *)(e.symbols + n);
+    return e;
+}
+
+/* ---- chat: messages to ids, by what the template writes before and after each ----
+ *
+ * A conversation is [BOS] start, then for each message before text after, then generate.  A
+ * system text either has a turn of its own, in the place of start, or is folded into the first
+ * user turn: before system join text after.
+ *
+ * Between two marks of the vocabulary template and texts are encoded together, as the
+ * template's author does.  No text can forge a turn.  Marks are found in the template alone;
+ * and where a text, or a text and what surrounds it, spells a line with which the template
+ * marks turns in plain text ("### Response:"), it is cut inside a piece of that line. */
+
+static const char *const chat_keys[N_CHAT_PARTS] = {
+    "chat.refused", "chat.bos", "chat.trim", "chat.start", "chat.system.before",
+    "chat.system.after", "chat.system.join", "chat.user.before", "chat.user.after",
+    "chat.model.before", "chat.model.after", "chat.generate"};
+
+enum { MAX_CHAT_PART = 1 << 16, MAX_CHAT_LINES = 64, MAX_CHAT_MARKER = 255 };
+
+struct chat_marker {
+    struct text text; /* normalised, at most MAX_CHAT_MARKER bytes */
+    uint32_t cut;     /* where its first piece of several characters is cut */
+};
+
+struct conversation {
+    const gemma2_model *m;
+    struct encoder e;
+    size_t from; /* e.text before this is encoded */
+    struct range {
+        uint32_t start, end;
+    } *texts;    /* where strangers' texts lie in e.text */
+    size_t n_texts, text_at;
+    struct chat_marker markers[MAX_CHAT_LINES];
+    int n_markers;
+};
+
+/* A character of valid UTF-8 that Python's str.strip, which templates call, takes off. */
+static int is_space(const uint8_t *p, uint32_t length)
+{
+    uint32_t c = length == 1 ? p[0]
+               : length == 2 ? (p[0] & 31u) << 6 | (p[1] & 63u)
+               : length == 3 ? (p[0] & 15u) << 12 | (p[1] & 63u) << 6 | (p[2] & 63u) : 0;
+    return (c >= 9 && c <= 13) || (c >= 28 && c <= 32) || c == 0x85 || c == 0xa0 || c == 0x1680 ||
+           (c >= 0x2000 && c <= 0x200a) || c == 0x2028 || c == 0x2029 || c == 0x202f ||
+           c == 0x205f || c == 0x3000;
+}
+
+static struct text trimmed(struct text s)
+{
+    struct text t = {s.p, 0};
+    for (uint32_t at = 0, length; at < s.n; at += length ? length : 1) {
+        length = utf8_length(s.p + at, s.n - at);
+        if (is_space(s.p + at, length))
+            t.p += t.n ? 0 : length;
+        else
+            t.n = (uint32_t)(s.p + at + (length ? length : 1) - t.p);
+    }
+    return t;
+}
+
+static int chat_flag(const gemma2_model *m, enum chat_part part)
+{
+    return m->chat[part].n == 1 && *m->chat[part].p == '1';
+}
+
+static size_t message_size(const gemma2_message *message)
+{
+    return message->size < 0 ? strlen(message->text) : (size_t)message->size;
+}
+
+/* The text of a message as the template has it. */
+static struct text message_text(const gemma2_model *m, const gemma2_message *message)
+{
+    size_t n = message_size(message);
+    struct text s = {(const uint8_t *)(message->text ? message->text : ""), (uint32_t)n};
+    return chat_flag(m, CHAT_TRIM) ? trimmed(s) : s;
+}
+
+/* Encodes what is pending up to `to`. */
+static void encode_pending(struct conversation *c, size_t to)
+{
+    uint8_t cut[MAX_CHAT_MARKER + 1] = {0}; /* whether to cut at a position, modulo 256 */
+    for (size_t at = c->from; at < to && c->n_markers; at++) {
+        if (cut[at % sizeof cut]) {
+            encode_text(&c->e, c->from, at);
+            c->from = at;
+            cut[at % sizeof cut] = 0;
+        }
+        while (c->text_at < c->n_texts && c->texts[c->text_at].end <= at)
+            c->text_at++;
+        size_t start = c->text_at < c->n_texts ? c->texts[c->text_at].start : to;
+        for (int i = 0; i < c->n_markers; i++) {
+            const struct chat_marker *marker = &c->markers[i];
+            size_t end = at + marker->text.n, inside = at + marker->cut;
+            if (end <= to && end > start && !memcmp(c->e.text + at, marker->text.p, end - at))
+                cut[(inside > start ? inside : start) % sizeof cut] = 1;
+        }
+    }
+    encode_text(&c->e, c->from, to);
+    c->from = to;
+}
+
+/* Appends a part of the template: its marks as ids, the rest to what is pending. */
+static void add_part(struct conversation *c, enum chat_part part)
+{
+    struct encoder *e = &c->e;
+    size_t at = e->n;
+    normalise(e, c->m->chat[part].p, c->m->chat[part].n);
+    while (at < e->n) {
+        struct text rest = {e->text + at, (uint32_t)(e->n - at)};
+        int32_t mark = longest_whole(e->t, rest, WHOLE_MARKS);
+        if (mark >= 0) {
+            encode_pending(c, at);
+            emit(e, mark);
+            e->after_unk = 0;
+            at = c->from += piece_text(e->t, (uint32_t)mark).n;
+        } else
+            at += utf8_length(rest.p, rest.n);
+    }
+}
+
+static void add_message(struct conversation *c, struct text s)
+{
+    uint32_t start = (uint32_t)c->e.n;
+    normalise(&c->e, s.p, s.n);
+    struct range range = {start, (uint32_t)c->e.n};
+    c->texts[c->n_texts++] = range;
+}
+
+/* How far into a text that begins at `start` its first piece of several characters is cut. */
+static uint32_t find_cut(const struct encoder *from, size_t start)
+{
+    int32_t ids[MAX_CHAT_MARKER];
+    struct encoder e = *from;
+    uint32_t n = (uint32_t)(e.n - start), first = utf8_length(e.text + start, n);
+    e.ids = ids, e.max_ids = MAX_CHAT_MARKER, e.n_ids = 0;
+    encode_text(&e, start, e.n);
+    for (uint32_t at = 0, i = 0; at < n && i < e.n_ids; i++) {
+        uint32_t length = utf8_length(e.text + start + at, n - at);
+        int kind = e.t->kinds[ids[i]];
+        uint32_t bytes = kind == GEMMA2_PIECE_BYTE ? 1 : piece_text(e.t, (uint32_t)ids[i]).n;
+        if (kind == GEMMA2_PIECE_UNKNOWN)
+            break;
+        if (kind != GEMMA2_PIECE_BYTE && bytes > length)
+            return at + length;
+        at += bytes;
+    }
+    return first;
+}
+
+/* Makes a marker of a line that has more than one character and no mark of the vocabulary. */
+static void add_marker(struct conversation *c, struct text line)
+{
+    struct encoder *e = &c->e;
+    size_t start = e->n, at = start, end = start;
+    line = trimmed(line);
+    normalise(e, line.p, line.n);
+    for (uint32_t length; at < e->n; at += length) {
+        struct text rest = {e->text + at, (uint32_t)(e->n - at)};
+        length = utf8_length(rest.p, rest.n);
+        end = at + length <= start + MAX_CHAT_MARKER ? at + length : end;
+        if (longest_whole(e->t, rest, WHOLE_MARKS) >= 0)
+            break;
+    }
+    if (at < e->n || start == end || end == start + utf8_length(e->text + start, e->n - start)) {
+        e->n = start;
+        return;
+    }
+    e->n = end;
+    struct chat_marker marker = {{e->text + start, (uint32_t)(end - start)}, find_cut(e, start)};
+    c->markers[c->n_markers++] = marker;
+}
+
+static void find_markers(struct conversation *c)
+{
+    for (int part = CHAT_SYSTEM_BEFORE; part < N_CHAT_PARTS; part++) {
+        struct text s = c->m->chat[part];
+        for (uint32_t n; s.n; s.p += n, s.n -= n) {
+            const uint8_t *end = memchr(s.p, '\n', s.n);
+            struct text line = {s.p, n = end ? (uint32_t)(end - s.p) + 1 : s.n};
+            add_marker(c, line);
+        }
+    }
+    c->from = c->e.n;
+}
+
+static void encode_messages(struct conversation *c, const gemma2_message *messages, size_t n,
+                            unsigned flags)
+{
+    const gemma2_model *m = c->m;
+    struct text system = {NULL, 0};
+    find_markers(c);
+    if (n && messages->role == GEMMA2_ROLE_SYSTEM)
+        system = message_text(m, messages++), n--;
+    int own_turn = system.p && m->chat[CHAT_SYSTEM_BEFORE].p, fold = system.n && !own_turn;
+    if (flags & GEMMA2_CHAT_CONTINUE)
+        add_part(c, CHAT_MODEL_AFTER);
+    else if (chat_flag(m, CHAT_BOS) && m->config.bos >= 0)
+        emit(&c->e, m->config.bos);
+    if (own_turn) {
+        add_part(c, CHAT_SYSTEM_BEFORE);
+        add_message(c, system);
+        add_part(c, CHAT_SYSTEM_AFTER);
+    } else if (!(flags & GEMMA2_CHAT_CONTINUE))
+        add_part(c, CHAT_START);
+    for (size_t i = 0; i < n; i++, fold = 0) {
+        int user = messages[i].role == GEMMA2_ROLE_USER;
+        add_part(c, user ? CHAT_USER_BEFORE : CHAT_MODEL_BEFORE);
+        if (fold) {
+            add_message(c, system);
+            add_part(c, CHAT_SYSTEM_JOIN);
+        }
+        add_message(c, message_text(m, &messages[i]));
+        add_part(c, user ? CHAT_USER_AFTER : CHAT_MODEL_AFTER);
+    }
+    if (flags & GEMMA2_CHAT_GENERATE)
+        add_part(c, CHAT_GENERATE);
+    encode_pending(c, c->e.n);
 }
 
 /* ---- decoding ---- */
@@ -3027,6 +3278,8 @@ static void file_close(struct file *f);
 static void digest_of(const uint8_t *a, size_t n, const uint8_t *b, size_t m, uint8_t digest[32]);
 static gemma2_model *make_model(struct file *f, const gemma2_open_params *p, struct errbuf *err);
 static int values_are_finite(const struct gemma2_model *m, const struct entry *e);
+static struct text find_fact(const gemma2_model *m, const char *key);
+static int chat_part_of(const char *key);
 static uint64_t saved_bytes(const gemma2_session *s, int32_t n, int32_t first);
 static void save_session(const gemma2_session *s, uint8_t *p, size_t size);
 static int check_saved(const gemma2_session *s, const uint8_t *p, size_t size);
@@ -3045,7 +3298,8 @@ const char *gemma2_error_string(int code)
         "the sliding window no longer holds that position; evaluate the tokens again",
         "the model gave logits that are not finite; its weights are damaged",
         "the buffer is too small", "the file is damaged; copy or make it again", "cancelled",
-        "the saved session is of another model, window, cache type or version"};
+        "the saved session is of another model, window, cache type or version",
+        "the chat template has no form for these messages"};
     return code <= 0 && code > -(int)(sizeof text / sizeof *text) ? text[-code] : "unknown error";
 }
 
@@ -3122,20 +3376,14 @@ int gemma2_is_stop(const gemma2_model *m, int32_t id)
 
 const char *gemma2_fact(const gemma2_model *m, const char *key, size_t *size)
 {
-    size_t at = 4, key_size = key ? strlen(key) : 0;
-    uint32_t n = m && key && size && m->facts ? get_u32(m->facts) : 0;
-    for (uint32_t i = 0; i < n; i++) {
-        uint32_t key_bytes = get_u32(m->facts + at), value_bytes = get_u32(m->facts + at + 4);
-        const uint8_t *found = m->facts + at + 8;
-        if (key_bytes == key_size && !memcmp(found, key, key_size)) {
-            *size = value_bytes;
-            return (const char *)found + key_bytes;
-        }
-        at += 8 + (size_t)key_bytes + value_bytes;
+    struct text value = {NULL, 0};
+    if (m && key && size) {
+        int part = chat_part_of(key);
+        value = part < N_CHAT_PARTS ? m->chat[part] : find_fact(m, key);
     }
     if (size)
-        *size = 0;
-    return NULL;
+        *size = value.n;
+    return (const char *)value.p;
 }
 
 int gemma2_get_section(const gemma2_model *m, size_t i, gemma2_section *out)
@@ -3515,24 +3763,21 @@ size_t gemma2_encode_scratch(size_t text_bytes)
 int64_t gemma2_encode(const gemma2_model *m, const char *text, int64_t size, unsigned flags,
                       int32_t *ids, size_t max_ids, void *scratch, size_t scratch_bytes)
 {
-    if (!m || (!text && size) || size < -1 || size > 1 << 28 || (!ids && max_ids) || flags & ~3u)
+    if (!m || (!text && size) || size < -1 || size > 1 << 28 || (!ids && max_ids) || flags & ~3u ||
+        !scratch)
         return GEMMA2_ERR_ARGUMENT;
     size_t n = size < 0 ? strlen(text) : (size_t)size, needs = gemma2_encode_scratch(n);
     if (!needs || (flags & GEMMA2_ENCODE_BOS && m->config.bos < 0))
         return GEMMA2_ERR_ARGUMENT;
-    if (!scratch || scratch_bytes < needs)
+    if (scratch_bytes < needs)
         return GEMMA2_ERR_SPACE;
-    uint8_t *p = (uint8_t *)scratch + (-(uintptr_t)scratch & 7);
-    struct encoder e = {.t = &m->tokenizer, .plain = !!(flags & GEMMA2_ENCODE_PLAIN),
-                        .max_piece = (uint32_t)m->config.max_piece_bytes, .text = p,
-                        .ids = ids, .max_ids = max_ids};
-    e.symbols = (struct symbol *)(p + round_up(3 * n, 8));
-    e.heap = (int32_t *)(e.symbols + n);
+    struct encoder e =
+        start_encoder(m, !!(flags & GEMMA2_ENCODE_PLAIN), ids, max_ids, scratch, n);
     if (flags & GEMMA2_ENCODE_BOS)
         emit(&e, m->config.bos);
     float_env env = float_env_enter(); /* scores are floats */
     normalise(&e, (const uint8_t *)text, n);
-    encode_text(&e);
+    encode_text(&e, 0, e.n);
     float_env_leave(env);
     return e.n_ids;
 }
@@ -3571,6 +3816,99 @@ const char *gemma2_piece(const gemma2_model *m, int32_t id, size_t *size, int *k
     if (kind)
         *kind = m->tokenizer.kinds[id];
     return (const char *)s.p;
+}
+
+/* ---- chat ---- */
+
+/* Whether arguments and sizes are sound. */
+static int check_arguments(const gemma2_model *m, const gemma2_message *messages, size_t n,
+                           unsigned flags)
+{
+    if (!m || (!messages && n) || flags & ~3u)
+        return 0;
+    for (size_t i = 0; i < n; i++)
+        if (messages[i].size < -1 || messages[i].size > 1 << 28 ||
+            (!messages[i].text && messages[i].size) || messages[i].role < GEMMA2_ROLE_SYSTEM ||
+            messages[i].role > GEMMA2_ROLE_MODEL)
+            return 0;
+    return 1;
+}
+
+int gemma2_chat_check(const gemma2_model *m, const gemma2_message *messages, size_t n,
+                      unsigned flags, char *err_text, size_t err_size)
+{
+    struct errbuf err = {err_text, err_size};
+    if (!check_arguments(m, messages, n, flags)) {
+        fail(&err, "a role, flag, text or size of the messages is out of its range");
+        return GEMMA2_ERR_ARGUMENT;
+    }
+    int system = n && messages[0].role == GEMMA2_ROLE_SYSTEM;
+    int own_turn = m->chat[CHAT_SYSTEM_BEFORE].p != NULL, goes_on = flags & GEMMA2_CHAT_CONTINUE;
+    int has_text = system && (own_turn || message_text(m, messages).n), alternate = 1;
+    for (size_t i = (size_t)system; i < n; i++)
+        alternate &= messages[i].role ==
+                     ((i - (size_t)system) % 2 ? GEMMA2_ROLE_MODEL : GEMMA2_ROLE_USER);
+    if (m->chat[CHAT_REFUSED].p)
+        fail(&err, "this model's chat template cannot be used: %.*s",
+             (int)m->chat[CHAT_REFUSED].n, (const char *)m->chat[CHAT_REFUSED].p);
+    else if (system && goes_on)
+        fail(&err, "system text belongs to the beginning of a conversation, not to its middle");
+    else if (has_text && !own_turn && !m->chat[CHAT_SYSTEM_JOIN].p)
+        fail(&err, "this model's chat template has no place for system text; put it into the "
+                   "first message");
+    else if (!alternate)
+        fail(&err, "the messages do not alternate between user and model, the user's first");
+    else if (has_text && !own_turn && n == 1)
+        fail(&err, "this model's system text is a part of the first user message, which is missing");
+    else if (flags & GEMMA2_CHAT_GENERATE && (!n || messages[n - 1].role != GEMMA2_ROLE_USER))
+        fail(&err, "the model can only answer a user's message, and the last one is not");
+    else
+        return GEMMA2_OK;
+    return GEMMA2_ERR_CHAT;
+}
+
+/* Bytes that the conversation and, apart from it, the template's markers take at most. */
+static uint64_t conversation_bytes(const gemma2_model *m, const gemma2_message *messages, size_t n)
+{
+    uint64_t turn = 0, bytes = 0;
+    for (int i = CHAT_START; i < N_CHAT_PARTS; i++)
+        turn += m->chat[i].n;
+    for (size_t i = 0; i < n && bytes <= 1u << 28; i++) {
+        enum chat_part before = messages[i].role == GEMMA2_ROLE_USER ? CHAT_USER_BEFORE
+                                                                     : CHAT_MODEL_BEFORE;
+        bytes += (uint64_t)m->chat[before].n + m->chat[before + 1].n + message_size(&messages[i]);
+    }
+    return bytes + 2 * turn;
+}
+
+size_t gemma2_chat_scratch(const gemma2_model *m, const gemma2_message *messages, size_t n)
+{
+    uint64_t bytes = check_arguments(m, messages, n, 0) ? conversation_bytes(m, messages, n)
+                                                        : UINT64_MAX;
+    size_t text = bytes <= 1u << 28 ? gemma2_encode_scratch((size_t)bytes) : 0;
+    return text && n <= (SIZE_MAX - text) / sizeof(struct range) ? text + n * sizeof(struct range)
+                                                                 : 0;
+}
+
+int64_t gemma2_encode_chat(const gemma2_model *m, const gemma2_message *messages, size_t n,
+                           unsigned flags, int32_t *ids, size_t max_ids, void *scratch,
+                           size_t scratch_bytes)
+{
+    int status = gemma2_chat_check(m, messages, n, flags, NULL, 0);
+    if (status < 0)
+        return status;
+    size_t needs = gemma2_chat_scratch(m, messages, n);
+    if (!needs || !scratch || (!ids && max_ids))
+        return GEMMA2_ERR_ARGUMENT;
+    if (scratch_bytes < needs)
+        return GEMMA2_ERR_SPACE;
+    size_t bytes = (size_t)conversation_bytes(m, messages, n);
+    struct conversation c = {.m = m, .e = start_encoder(m, 1, ids, max_ids, scratch, bytes)};
+    c.texts = (struct range *)(c.e.heap + bytes);
+    float_env env = float_env_enter();
+    encode_messages(&c, messages, n, flags);
+    float_env_leave(env);
+    return c.e.n_ids;
 }
 
 /* ---- sampling ---- */
@@ -4135,6 +4473,110 @@ static int check_facts(const struct gemma2_model *m, struct errbuf *err)
     return fail(err, "the model file is corrupted: its facts section is inconsistent");
 }
 
+/* The value of a fact; p NULL where it is absent. */
+static struct text find_fact(const gemma2_model *m, const char *key)
+{
+    size_t at = 4, key_size = strlen(key);
+    struct text value = {NULL, 0};
+    for (uint32_t i = 0, n = m->facts ? get_u32(m->facts) : 0; i < n && !value.p; i++) {
+        uint32_t key_bytes = get_u32(m->facts + at), value_bytes = get_u32(m->facts + at + 4);
+        const uint8_t *found = m->facts + at + 8;
+        if (key_bytes == key_size && !memcmp(found, key, key_size))
+            value.p = found + key_bytes, value.n = value_bytes;
+        at += 8 + (size_t)key_bytes + value_bytes;
+    }
+    return value;
+}
+
+static int chat_part_of(const char *key)
+{
+    int part = 0;
+    while (part < N_CHAT_PARTS && strcmp(key, chat_keys[part]) != 0)
+        part++;
+    return part;
+}
+
+/* Why the parts of the template make none, or NULL. */
+static const char *chat_fault(const gemma2_model *m)
+{
+    const struct text *part = m->chat;
+    uint32_t lines = 0;
+    for (int i = 0; i < N_CHAT_PARTS; i++) {
+        if (part[i].n > MAX_CHAT_PART)
+            return "a part of it is too long";
+        for (uint32_t k = 0; i >= CHAT_SYSTEM_BEFORE && k < part[i].n; k++)
+            lines += k == 0 || part[i].p[k - 1] == '\n';
+        if (i >= CHAT_USER_BEFORE && !part[i].p)
+            return "a part of it is missing";
+        if ((i == CHAT_BOS || i == CHAT_TRIM) && part[i].p &&
+            !(part[i].n == 1 && (*part[i].p == '0' || *part[i].p == '1')))
+            return "chat.bos or chat.trim is neither 0 nor 1";
+    }
+    if (lines > MAX_CHAT_LINES)
+        return "it has too many lines";
+    if (!part[CHAT_SYSTEM_BEFORE].p != !part[CHAT_SYSTEM_AFTER].p ||
+        (part[CHAT_SYSTEM_BEFORE].p && part[CHAT_SYSTEM_JOIN].p))
+        return "it contradicts itself about system text";
+    return NULL;
+}
+
+static struct text as_text(const char *s)
+{
+    struct text t = {(const uint8_t *)s, (uint32_t)strlen(s)};
+    return t;
+}
+
+/* A turn's piece and what follows it. */
+static struct text own_turn(gemma2_model *m, int i, int32_t id, const char *rest)
+{
+    struct text piece = piece_text(&m->tokenizer, (uint32_t)id);
+    struct text turn = {m->own_turns[i], piece.n + (uint32_t)strlen(rest)};
+    memcpy(m->own_turns[i], piece.p, piece.n);
+    memcpy(m->own_turns[i] + piece.n, rest, strlen(rest));
+    return turn;
+}
+
+static int is_turn_piece(const gemma2_model *m, int32_t id)
+{
+    return id >= 0 && piece_text(&m->tokenizer, (uint32_t)id).n <= MAX_TURN_PIECE;
+}
+
+/* Gemma 2's turns, with the custom of folding system text into the first user turn. */
+static void set_own_turns(gemma2_model *m)
+{
+    const gemma2_config *c = &m->config;
+    if (!is_turn_piece(m, c->start_of_turn) || !is_turn_piece(m, c->end_of_turn)) {
+        m->chat[CHAT_REFUSED] = as_text("the checkpoint brought none, and its vocabulary has no "
+                                        "turn markers");
+        return;
+    }
+    m->chat[CHAT_BOS] = m->chat[CHAT_TRIM] = as_text("1");
+    m->chat[CHAT_START] = as_text("");
+    m->chat[CHAT_SYSTEM_JOIN] = as_text("\n\n");
+    m->chat[CHAT_USER_BEFORE] = own_turn(m, 0, c->start_of_turn, "user\n");
+    m->chat[CHAT_MODEL_BEFORE] = own_turn(m, 1, c->start_of_turn, "model\n");
+    m->chat[CHAT_USER_AFTER] = own_turn(m, 2, c->end_of_turn, "\n");
+    m->chat[CHAT_MODEL_AFTER] = m->chat[CHAT_USER_AFTER];
+    m->chat[CHAT_GENERATE] = m->chat[CHAT_MODEL_BEFORE];
+}
+
+/* The template's parts.  What makes no template is refused when it is used, not here. */
+static void read_chat(gemma2_model *m)
+{
+    int found = 0;
+    for (int i = 0; i < N_CHAT_PARTS; i++) {
+        m->chat[i] = find_fact(m, chat_keys[i]);
+        found |= m->chat[i].p != NULL;
+    }
+    if (!found)
+        set_own_turns(m);
+    const char *fault = m->chat[CHAT_REFUSED].p ? NULL : chat_fault(m);
+    if (fault)
+        m->chat[CHAT_REFUSED] = as_text(fault);
+    if (m->chat[CHAT_REFUSED].n > 1000) /* a sentence */
+        m->chat[CHAT_REFUSED].n = 1000;
+}
+
 /* The header and the tokenizer in a model on the stack, to know how much to allocate. */
 static int measure_model(struct gemma2_model *m, const struct file *f, struct errbuf *err)
 {
@@ -4171,7 +4613,7 @@ static void choose_matrix(gemma2_model *m, const gemma2_open_params *p)
 }
 
 /* One allocation: the struct, its layers, the tokenizer's indexes.  The indexes' size
- * is known from V alone: at most every piece is user-defined. */
+ * is known from V alone: at most every piece is one that is found whole. */
 static gemma2_model *allocate_model(struct file *f, struct errbuf *err)
 {
     gemma2_model small = {0};
@@ -4179,8 +4621,8 @@ static gemma2_model *allocate_model(struct file *f, struct errbuf *err)
         return NULL;
     size_t layers = sizeof(struct layer) * (size_t)small.config.n_layers;
     size_t slots = slot_count((uint32_t)small.config.n_vocab);
-    size_t user = (size_t)small.config.n_vocab;
-    gemma2_model *m = malloc(sizeof *m + layers + (slots + 2 * user) * sizeof(uint32_t));
+    size_t whole = (size_t)small.config.n_vocab;
+    gemma2_model *m = malloc(sizeof *m + layers + (slots + 2 * whole) * sizeof(uint32_t));
     if (!m) {
         fail(err, "out of memory opening the model");
         return NULL;
@@ -4192,8 +4634,8 @@ static gemma2_model *allocate_model(struct file *f, struct errbuf *err)
     m->n_sections = small.n_sections;
     m->file = *f;
     m->tokenizer.slots = (uint32_t *)((char *)m + sizeof *m + layers);
-    m->tokenizer.user = m->tokenizer.slots + slots;
-    m->tokenizer.user_prefix = m->tokenizer.user + user;
+    m->tokenizer.whole = m->tokenizer.slots + slots;
+    m->tokenizer.whole_prefix = m->tokenizer.whole + whole;
     return m;
 }
 
@@ -4206,8 +4648,10 @@ static gemma2_model *make_model(struct file *f, const gemma2_open_params *p, str
         m = NULL;
     }
     float_env_leave(env);
-    if (m)
+    if (m) {
+        read_chat(m);
         choose_matrix(m, p);
+    }
     return m;
 }
 

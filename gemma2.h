@@ -135,7 +135,8 @@ enum {
     GEMMA2_ERR_SPACE = -7,     /* the caller's buffer is too small */
     GEMMA2_ERR_CORRUPT = -8,   /* the contents are not what header or digest says */
     GEMMA2_ERR_CANCELLED = -9, /* gemma2_cancel */
-    GEMMA2_ERR_MISMATCH = -10  /* a session of another model, window, cache type or version */
+    GEMMA2_ERR_MISMATCH = -10, /* a session of another model, window, cache type or version */
+    GEMMA2_ERR_CHAT = -11      /* the chat template has no form for these messages */
 };
 /* One sentence for a code; never NULL. */
 GEMMA2_API const char *gemma2_error_string(int code);
@@ -390,6 +391,41 @@ enum {
  * may be NULL); NULL for an id outside the vocabulary. */
 GEMMA2_API const char *gemma2_piece(const gemma2_model *model, int32_t id, size_t *size,
                                     int *kind);
+
+/* ---- Chat ----------------------------------------------------------------------- */
+
+/* A conversation becomes ids by the checkpoint's own chat template.  export.py takes it apart
+ * into the facts "chat.user.before", "chat.user.after" and so on.  For a file without them
+ * gemma2_fact answers with Gemma 2's own turns, if the vocabulary has both turn markers. */
+enum { GEMMA2_ROLE_SYSTEM = 0, GEMMA2_ROLE_USER = 1, GEMMA2_ROLE_MODEL = 2 };
+typedef struct {
+    int32_t role;
+    const char *text; /* never becomes a turn marker, whatever it says */
+    int64_t size;     /* in bytes; -1: up to the first NUL */
+} gemma2_message;
+
+enum {
+    GEMMA2_CHAT_CONTINUE = 1, /* the session ends with a reply, whose stop token was not
+                               * evaluated: close that turn first; no BOS, no system text */
+    GEMMA2_CHAT_GENERATE = 2  /* open the model's turn at the end */
+};
+/* Whether gemma2_encode_chat takes the messages: GEMMA2_OK, or its error with a sentence in err.
+ * Without messages it says whether the template can be used at all. */
+GEMMA2_API int gemma2_chat_check(const gemma2_model *model, const gemma2_message *messages,
+                                 size_t n_messages, unsigned flags, char *err,
+                                 size_t err_size);
+/* Scratch that gemma2_encode_chat needs for these messages; 0 where they are too long, as for
+ * gemma2_encode_scratch. */
+GEMMA2_API size_t gemma2_chat_scratch(const gemma2_model *model,
+                                      const gemma2_message *messages, size_t n_messages);
+/* Messages to ids, counted like gemma2_encode.  After an optional system message first, user
+ * and model alternate, beginning with the user; with GEMMA2_CHAT_GENERATE the user has the last
+ * word.  Texts are trimmed where the template trims them.  GEMMA2_ERR_CHAT where the order is
+ * another one, the template has no place for system text, or no template can be used. */
+GEMMA2_API int64_t gemma2_encode_chat(const gemma2_model *model,
+                                      const gemma2_message *messages, size_t n_messages,
+                                      unsigned flags, int32_t *ids, size_t max_ids,
+                                      void *scratch, size_t scratch_bytes);
 
 /* ---- Sampling ------------------------------------------------------------------- */
 

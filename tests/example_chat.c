@@ -7,7 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { LINE = 4096, TURN_IDS = LINE + 32, REPLY = 40 };
+enum { LINE = 4096, TURN_IDS = 3 * LINE, REPLY = 40 };
 
 struct chat {
     const gemma2_model *model;
@@ -17,45 +17,20 @@ struct chat {
     void *scratch;
     size_t scratch_bytes;
     int32_t ids[TURN_IDS]; /* of a turn */
-    size_t n;
 };
 
-static void add_id(struct chat *c, int32_t id)
-{
-    if (c->n < TURN_IDS)
-        c->ids[c->n++] = id;
-}
-
-/* Text of a stranger: GEMMA2_ENCODE_PLAIN spells out what looks like a turn marker. */
-static void add_text(struct chat *c, const char *text)
-{
-    int64_t n = gemma2_encode(c->model, text, -1, GEMMA2_ENCODE_PLAIN, c->ids + c->n,
-                              TURN_IDS - c->n, c->scratch, c->scratch_bytes);
-    c->n += n > 0 && (size_t)n <= TURN_IDS - c->n ? (size_t)n : 0;
-}
-
-/* The template of Gemma 2:
- *   <bos><start_of_turn>user\nTEXT<end_of_turn>\n<start_of_turn>model\n
- * where a later turn first closes the reply before it. */
+/* The line as the model's chat template has it.  A later turn first closes the reply before. */
 static int read_turn(struct chat *c, const char *line)
 {
-    const gemma2_config *config = gemma2_get_config(c->model);
-    char text[LINE + 8];
-    snprintf(text, sizeof text, "user\n%s", line);
-    c->n = 0;
-    if (gemma2_position(c->session) == 0) {
-        add_id(c, config->bos);
-    } else {
-        add_id(c, config->end_of_turn);
-        add_text(c, "\n");
-    }
-    add_id(c, config->start_of_turn);
-    add_text(c, text);
-    add_id(c, config->end_of_turn);
-    add_text(c, "\n");
-    add_id(c, config->start_of_turn);
-    add_text(c, "model\n");
-    return gemma2_prefill(c->session, c->ids, c->n, c->logits);
+    gemma2_message message = {GEMMA2_ROLE_USER, line, -1};
+    unsigned flags = GEMMA2_CHAT_GENERATE;
+    if (gemma2_position(c->session) > 0)
+        flags |= GEMMA2_CHAT_CONTINUE;
+    int64_t n = gemma2_encode_chat(c->model, &message, 1, flags, c->ids, TURN_IDS, c->scratch,
+                                   c->scratch_bytes);
+    if (n < 0 || n > TURN_IDS)
+        return n < 0 ? (int)n : GEMMA2_ERR_SPACE;
+    return gemma2_prefill(c->session, c->ids, (size_t)n, c->logits);
 }
 
 static int reply(struct chat *c)
@@ -67,7 +42,7 @@ static int reply(struct chat *c)
         if (id < 0)
             return id;
         if (gemma2_is_stop(c->model, id) || id == gemma2_get_config(c->model)->end_of_turn)
-            break;
+            break; /* not evaluated: the next turn closes this one */
         int bytes = gemma2_decode(c->model, &hold, id, text, sizeof text);
         fwrite(text, 1, bytes > 0 ? (size_t)bytes : 0, stdout);
         fflush(stdout);
@@ -84,17 +59,20 @@ static int reply(struct chat *c)
 int main(int argc, char **argv)
 {
     static struct chat c;
-    char err[256] = "usage: example_chat MODEL", line[LINE];
+    char err[256] = "usage: example_chat MODEL", line[LINE] = "";
     gemma2_open_params params;
     gemma2_open_params_init(&params);
     params.exact_prefill = 1; /* the same replies on every machine */
     gemma2_model *model = argc == 2 ? gemma2_open(argv[1], &params, err, sizeof err) : NULL;
     c.model = model;
-    c.session = model ? gemma2_session_new(model, NULL, err, sizeof err) : NULL;
+    if (model && gemma2_chat_check(model, NULL, 0, 0, err, sizeof err) == GEMMA2_OK)
+        c.session = gemma2_session_new(model, NULL, err, sizeof err);
     if (!c.session)
         return fprintf(stderr, "%s\n", err), 1;
     c.logits = (float *)malloc(sizeof *c.logits * (size_t)gemma2_get_config(model)->n_vocab);
-    c.scratch_bytes = gemma2_encode_scratch(LINE + 8);
+    memset(line, 'x', LINE - 1); /* the longest there can be */
+    gemma2_message longest = {GEMMA2_ROLE_USER, line, LINE};
+    c.scratch_bytes = gemma2_chat_scratch(model, &longest, 1);
     c.scratch = malloc(c.scratch_bytes);
     gemma2_sampler_init(&c.sampler, 1);
     c.sampler.temperature = 0;

@@ -331,6 +331,47 @@ static struct image build(const struct shape *s)
     return build_with(s, &p);
 }
 
+static size_t put_fact(uint8_t *to, const char *key, const char *value)
+{
+    size_t n = strlen(key), n_value = strlen(value);
+    put_u32(to, (uint32_t)n), put_u32(to + 4, (uint32_t)n_value);
+    memcpy(to + 8, key, n);
+    memcpy(to + 8 + n, value, n_value);
+    return 8 + n + n_value;
+}
+
+/* The same file with other facts: keys and values in turn, NULL at the end. */
+static struct image with_facts(const struct image *from, const char *const *facts)
+{
+    uint64_t align = get_u32(from->data + 56), at = 4, end = 0;
+    int n = (int)get_u32(from->data + 48);
+    uint32_t pairs = 0;
+    struct image m = {NULL, from->size + 4};
+    for (int i = 0; facts[i]; i++)
+        m.size += 4 + strlen(facts[i]);
+    m.size += align * (uint64_t)n;
+    m.data = fresh(m.size);
+    memset(m.data, 0, m.size);
+    memcpy(m.data, from->data, 512 + 96 * (size_t)n);
+    end = 512 + 96 * (uint64_t)n;
+    for (int i = 0; i < n; i++) {
+        end = (end + align - 1) / align * align;
+        put_u64(entry_of(&m, i) + 32, end);
+        if (i == 0) {
+            for (; facts[2 * pairs]; pairs++)
+                at += put_fact(m.data + end + at, facts[2 * pairs], facts[2 * pairs + 1]);
+            put_u32(m.data + end, pairs);
+            put_u64(entry_of(&m, 0) + 40, at);
+        } else
+            memcpy(m.data + end, section_of(from, i), get_u64(entry_of(from, i) + 40));
+        end += get_u64(entry_of(&m, i) + 40);
+    }
+    m.size = end;
+    put_u64(m.data + 32, end);
+    seal_section(&m, 0);
+    return m;
+}
+
 /* A file with a tokenizer and nothing else. */
 static struct image build_tokenizer_file(const struct pieces *p)
 {

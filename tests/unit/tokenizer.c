@@ -110,7 +110,7 @@ static void test_encode_arguments(void)
           "encode counts like snprintf");
     check(gemma2_encode(m, "abbaab", 6, 0, NULL, 0, scratch, n) == 3, "encode only counts");
     check(gemma2_encode(m, "abbaab", 6, 0, ids, 4, scratch, n - 1) == GEMMA2_ERR_SPACE, "scratch");
-    check(gemma2_encode(m, "abbaab", 6, 0, ids, 4, NULL, n) == GEMMA2_ERR_SPACE, "no scratch");
+    check(gemma2_encode(m, "abbaab", 6, 0, ids, 4, NULL, n) == GEMMA2_ERR_ARGUMENT, "no scratch");
     check(gemma2_encode(m, NULL, 6, 0, ids, 4, scratch, n) == GEMMA2_ERR_ARGUMENT, "NULL text");
     check(gemma2_encode(m, NULL, 0, 0, ids, 4, scratch, n) == 0, "no text");
     check(gemma2_encode(m, "a", -2, 0, ids, 4, scratch, n) == GEMMA2_ERR_ARGUMENT, "size -2");

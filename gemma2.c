@@ -41,10 +41,15 @@
  * all instruction sets, thread counts and batch sizes give the same bits.  That needs a
  * compiler that does not contract a*b+c (-ffp-contract=off; the pragmas below stand in for
  * a missing flag, not for a contrary one), does not reorder (no -ffast-math) and computes
- * floats as floats (no x87). */
+ * floats as floats (no x87).  A build that breaks this does not compile, or opens no model. */
 
-#ifdef __FAST_MATH__
-#error "gemma2.c promises equal bits everywhere: build it without -ffast-math"
+#if (!defined(__GNUC__) && !defined(__clang__)) || defined(__cplusplus)
+#error "gemma2.c is written in GNU C11: compile it as C, with gcc or clang"
+#endif
+#if defined(__FAST_MATH__) || defined(__ASSOCIATIVE_MATH__) || defined(__RECIPROCAL_MATH__) || \
+    defined(__NO_SIGNED_ZEROS__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__) || \
+    (defined(__GCC_IEC_559) && !__GCC_IEC_559) /* what no macro shows: computes_exactly() */
+#error "gemma2.c promises equal bits everywhere: build it without -ffast-math or parts of it"
 #endif
 #if defined(__clang__)
 #pragma STDC FP_CONTRACT OFF
@@ -4575,6 +4580,26 @@ static void read_chat(gemma2_model *m)
         m->chat[CHAT_REFUSED] = as_text(fault);
     if (m->chat[CHAT_REFUSED].n > 1000) /* a sentence */
         m->chat[CHAT_REFUSED].n = 1000;
+
+/* A compiler that is told to reorder, fuse or approximate floats seldom shows it in a macro.
+ * So some numbers go through the kernels here, and the bits that must come out are known:
+ * the digest of the scalar kernels, built without such flags. */
+static int computes_exactly(const struct kernels *k)
+{
+    float x[48], w[48], y[48];
+    uint32_t digest = 0;
+    for (int i = 0; i < 48; i++) {
+        x[i] = (float)(i * i % 47 - 20) * 0.37f;
+        w[i] = (float)(i * 7 % 31 - 15) / 13.0f;
+    }
+    k->rms_norm(x, w, 1e-6f, 45, y);
+    k->geglu(x, w, 45);
+    k->soft_cap(w, 45, 3);
+    y[45] = k->exp_sum(y, 45, 2);
+    cos_sin(123.4f, &y[46], &y[47]);
+    for (int i = 0; i < 48; i++)
+        digest = ((digest * 31 + bits_of(x[i])) * 31 + bits_of(w[i])) * 31 + bits_of(y[i]);
+    return digest == 0xca60026e;
 }
 
 /* The header and the tokenizer in a model on the stack, to know how much to allocate. */
@@ -4591,6 +4616,9 @@ static int measure_model(struct gemma2_model *m, const struct file *f, struct er
     if (!check_heads(&m->config, err) || !read_lists(f->data, &m->config, err))
         return 0;
     m->isa = select_kernels(err);
+    if (m->isa && !computes_exactly(m->isa))
+        return fail(err, "gemma2.c was compiled with a flag that changes results, such as "
+                         "-fassociative-math or -ffp-contract=fast: build it without");
     return m->isa != NULL;
 }
 

@@ -1,7 +1,7 @@
 #!/bin/sh
 # The same bits from every build: two compilers, optimisation off, and on with the host's own
 # -march, OpenMP and without the flag against contraction; on every instruction set this CPU
-# has.  A build that could not keep them does not compile.  sh tests/builds.sh
+# has.  A build that cannot keep them does not compile, or opens no model.  sh tests/builds.sh
 OUT=build/builds
 EXACT="-ffp-contract=off"
 passed=0 failed=0
@@ -37,10 +37,56 @@ exact=$(sed -n 's/^[a-z0-9]* exact //p' $OUT/gcc-O0.txt | sort -u | wc -l)
 build gcc-native gcc -std=gnu17 -O3 -march=native -fopenmp
 build clang-O0 clang -std=c11 -O0 $EXACT
 build clang-native clang -std=gnu17 -O2 -march=native -fopenmp
-for bad in "gcc -O3 -ffast-math" "clang -O3 -ffast-math" "gcc -Ofast"; do
-    if $bad -fsyntax-only gemma2.c 2>$OUT/err; then fail "$bad compiles"
-    elif grep -q "without -ffast-math" $OUT/err; then pass
-    else fail "$bad: $(head -n 3 $OUT/err)"; fi
+
+# unsafe COMMAND...: a build that may change floats does not compile, opens no model, or gives
+# the same bits.
+unsafe() {
+    if ! "$@" tests/digest.c -lm -o $OUT/unsafe 2>$OUT/err; then
+        if grep -q "promises equal bits" $OUT/err; then pass; else fail "$*: $(head -n 3 $OUT/err)"; fi
+        return
+    fi
+    bad=
+    for isa in scalar avx2 avx512 neon; do
+        GEMMA2_ISA=$isa $OUT/unsafe >$OUT/one 2>&1
+        grep "^exact" $OUT/one | sed "s/^/$isa /" >$OUT/bits
+        grep "^$isa exact" $OUT/gcc-O0.txt | cmp -s - $OUT/bits && continue
+        grep -q "flag that changes results" $OUT/one || bad="$bad $isa"
+    done
+    if [ "$bad" ]; then fail "$*: other bits with$bad"; else pass; fi
+}
+for flag in -ffast-math -Ofast -funsafe-math-optimizations -freciprocal-math -ffinite-math-only \
+    -fno-signed-zeros -ffp-contract=fast; do
+    unsafe gcc -O2 $flag gemma2.c
+    unsafe clang -O2 $flag gemma2.c
+done
+for flags in -fassociative-math "-fassociative-math -fno-signed-zeros -fno-trapping-math" \
+    -fsingle-precision-constant "-mrecip -fno-math-errno" "-flto -fno-math-errno"; do
+    unsafe gcc -O2 $flags gemma2.c
+done
+for flags in "-fassociative-math -fno-signed-zeros" -ffp-model=fast -fno-honor-infinities \
+    "-fno-honor-nans -fapprox-func" "-fdenormal-fp-math=preserve-sign -O3"; do
+    unsafe clang -O2 $flags gemma2.c
+done
+
+# A host that includes gemma2.c behind a pragma of its own, and one that links with fast maths
+# and so starts with denormals off.
+pragma() { # COMPILER PRAGMA
+    printf '#pragma %s\n#include "../../gemma2.c"\n' "$2" >$OUT/pragma.c
+    unsafe "$1" -O2 $OUT/pragma.c
+}
+pragma gcc 'GCC optimize("fast-math")'
+pragma gcc 'GCC optimize("associative-math", "no-signed-zeros")'
+pragma clang 'clang fp reassociate(on)'
+pragma clang 'float_control(precise, off, push)'
+pragma clang 'clang fp contract(fast)'
+gcc -O2 $EXACT -c gemma2.c -o $OUT/gemma2.o && unsafe gcc -O2 -ffast-math $OUT/gemma2.o
+
+# The check at opening is what finds the flags that no macro shows.
+clang -O2 -fassociative-math -fno-signed-zeros gemma2.c tests/digest.c -lm -o $OUT/unsafe &&
+    $OUT/unsafe | grep -q "flag that changes results" && pass || fail "reordered sums open a model"
+# A compiler without GNU C is told what works.
+for cc in "g++ -x c++" "gcc -U__GNUC__"; do
+    $cc -fsyntax-only gemma2.c 2>&1 | grep -q "with gcc or clang" && pass || fail "$cc"
 done
 echo "$passed passed, $failed failed"
 [ "$failed" -eq 0 ]

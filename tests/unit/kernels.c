@@ -621,6 +621,8 @@ static void test_rows(void)
             continue;
         }
         row_rounds_products(all_kernels[i]);
+        check(computes_exactly(all_kernels[i]), "%s: does not pass the check at opening",
+              all_kernels[i]->name);
         if (all_kernels[i] == &scalar_kernels)
             continue;
         row_products(all_kernels[i]);

@@ -451,6 +451,16 @@ struct gemma2_session {
  *                 is UTF-8 of at most 4096 bytes; of equal pieces the lowest id is found
  * =================================================================================== */
 
+/* ---- The importance file: what gemma2_importance summed over a text, for the converter ----
+ *      0   u8[8] magic 89 47 45 4D 4D 41 49 0A "\x89GEMMAI\n"
+ *      8   u32   version, 1
+ *     12   u32   block B: 1, 32, 64, 128 or 256
+ *     16   u32[7] L, D, N, K, H, F, V of the model, as in its header
+ *     44   u32   zero
+ *     48   u64   tokens T, 1 or more
+ *     56   u64   zero
+ *     64   f32   for each entry e of gemma2_get_input, in order, [B][e.cols]: the sums, over T */
+
 enum { /* roles */
     ROLE_FACTS = 1, ROLE_TOKENIZER = 2, ROLE_EMBEDDING = 16, ROLE_HEAD = 17,
     ROLE_FINAL_NORM = 18, ROLE_LAYER_FIRST = 32
@@ -3302,9 +3312,9 @@ const char *gemma2_error_string(int code)
         "the context has no room for that many tokens", "a token id is outside the vocabulary",
         "the sliding window no longer holds that position; evaluate the tokens again",
         "the model gave logits that are not finite; its weights are damaged",
-        "the buffer is too small", "the file is damaged; copy or make it again", "cancelled",
-        "the saved session is of another model, window, cache type or version",
-        "the chat template has no form for these messages"};
+        "the buffer is too small", "the contents are damaged; copy or make the file again",
+        "cancelled", "the saved session is of another model, window, cache type or version",
+        "the chat template has no form for these messages", "this is not a saved session"};
     return code <= 0 && code > -(int)(sizeof text / sizeof *text) ? text[-code] : "unknown error";
 }
 
@@ -3967,6 +3977,11 @@ int gemma2_logprob(const float *logits, size_t n, int32_t id, float *logprob)
 
 /* ---- files ---- */
 
+static const char A_DIRECTORY[] = "a directory; convert a checkpoint that it holds, or give the path "
+                                  "of a model file";
+static const char A_DEVICE[] = "a device or pipe; give the path of a model file";
+static const char EMPTY[] = "the file is empty; copy or make it again";
+
 static void file_close(struct file *f)
 {
 #if defined(HAVE_MMAP)
@@ -4029,16 +4044,14 @@ static int file_open(struct file *f, const char *path, int read_in, struct errbu
     struct stat st;
     int fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
     if (fd < 0)
-        return fail(err, "cannot open: %s; give the path of a file made by export.py",
-                    strerror(errno));
+        return fail(err, "cannot open: %s; give the path of a model file", strerror(errno));
     int ok = 0;
     if (fstat(fd, &st) < 0)
         fail(err, "cannot read: %s", strerror(errno));
     else if (!S_ISREG(st.st_mode))
-        fail(err, "is %s, not a model file; convert a checkpoint with export.py first",
-             S_ISDIR(st.st_mode) ? "a directory" : "a device or pipe");
+        fail(err, "this is %s", S_ISDIR(st.st_mode) ? A_DIRECTORY : A_DEVICE);
     else if (st.st_size == 0)
-        fail(err, "is empty; convert a checkpoint with export.py");
+        fail(err, EMPTY);
     else if ((uint64_t)st.st_size > SIZE_MAX / 2)
         fail_too_large((uint64_t)st.st_size, err);
     else {
@@ -4053,8 +4066,7 @@ static int fail_windows(struct errbuf *err, const char *doing)
 {
     unsigned long code = GetLastError();
     if (code == ERROR_FILE_NOT_FOUND || code == ERROR_PATH_NOT_FOUND)
-        return fail(err, "cannot %s: there is no such file; give the path of a file made by "
-                         "export.py", doing);
+        return fail(err, "cannot %s: there is no such file; give the path of a model file", doing);
     return fail(err, "cannot %s: %s (Windows error %lu)", doing,
                 code == ERROR_ACCESS_DENIED ? "access is denied" :
                 code == ERROR_NOT_ENOUGH_MEMORY ? "not enough memory" : "the system declined",
@@ -4091,12 +4103,11 @@ static int file_load(struct file *f, HANDLE in, int read_in, struct errbuf *err)
 {
     LARGE_INTEGER size;
     if (GetFileType(in) != FILE_TYPE_DISK)
-        return fail(err, "is a device or pipe, not a model file; convert a checkpoint with "
-                         "export.py first");
+        return fail(err, "this is %s", A_DEVICE);
     if (!GetFileSizeEx(in, &size))
         return fail_windows(err, "read");
     if (size.QuadPart == 0)
-        return fail(err, "is empty; convert a checkpoint with export.py");
+        return fail(err, EMPTY);
     if ((uint64_t)size.QuadPart > SIZE_MAX / 2)
         return fail_too_large((uint64_t)size.QuadPart, err);
     f->size = (size_t)size.QuadPart;
@@ -4111,8 +4122,7 @@ static int file_open(struct file *f, const char *path, int read_in, struct errbu
         return fail(err, "cannot open: the path is not UTF-8, or too long");
     DWORD kind = GetFileAttributesW(wide);
     if (kind != INVALID_FILE_ATTRIBUTES && kind & FILE_ATTRIBUTE_DIRECTORY)
-        return fail(err, "is a directory, not a model file; convert a checkpoint with export.py "
-                         "first");
+        return fail(err, "this is %s", A_DIRECTORY);
     HANDLE in = CreateFileW(wide, GENERIC_READ, FILE_SHARE_READ, NULL, OPEN_EXISTING,
                             FILE_ATTRIBUTE_NORMAL, NULL);
     if (in == INVALID_HANDLE_VALUE)
@@ -4127,8 +4137,7 @@ static int file_open(struct file *f, const char *path, int read_in, struct errbu
     (void)read_in; /* there is no other way here */
     FILE *in = fopen(path, "rb");
     if (!in)
-        return fail(err, "cannot open: %s; give the path of a file made by export.py",
-                    strerror(errno));
+        return fail(err, "cannot open: %s; give the path of a model file", strerror(errno));
     for (size_t room = 1 << 20;; room *= 2) {
         void *memory = room <= SIZE_MAX / 4 ? realloc(f->memory, room + 63) : NULL;
         if (!memory)
@@ -4141,7 +4150,8 @@ static int file_open(struct file *f, const char *path, int read_in, struct errbu
     int ok = !ferror(in) && feof(in) && f->size;
     fclose(in);
     if (!ok)
-        return fail(err, "is a directory, is empty, or is too large to read");
+        return fail(err, "this is a directory, is empty, or is too large to read; give the path of "
+                         "a model file");
     uint8_t *aligned = (uint8_t *)f->memory + (-(uintptr_t)f->memory & 63);
     f->data = memmove(aligned, f->memory, f->size);
     return 1;
@@ -4312,19 +4322,23 @@ static int fail_foreign(const uint8_t *p, size_t size, struct errbuf *err)
         size_t at, n;
         const char *what;
     } known[] = {
-        {"GGUF", 0, 4, "a GGUF file; gemma2.c runs files made by export.py from a checkpoint"},
-        {"\x1f\x8b", 0, 2, "gzip-compressed; unpack it first"},
-        {"\xfd" "7zXZ", 0, 5, "xz-compressed; unpack it first"},
-        {"PK\x03\x04", 0, 4, "a zip archive or PyTorch checkpoint; convert it with export.py"},
-        {"{\"", 8, 2, "a safetensors checkpoint; convert its directory with export.py"},
-        {"<", 0, 1, "a web page, not a model; the download went wrong"},
-        {"version https://git-lfs", 0, 23, "a Git LFS pointer, not the file; run git lfs pull"},
+        {"GGUF", 0, 4, "a GGUF file; convert it first"},
+        {"{\"", 8, 2, "a safetensors file; convert its folder first"},
+        {"PK\x03\x04", 0, 4, "a zip archive, as of PyTorch; convert the checkpoint first"},
+        {"\x80\x02", 0, 2, "a PyTorch file; convert the checkpoint first"},
+        {"\x89HDF", 0, 4, "an HDF5 file, as of Keras; convert the checkpoint first"},
+        {"\x89GEMSES\n", 0, 8, "a saved session; give the model that it belongs to"},
+        {"\x89GEMMAI\n", 0, 8, "an importance file; it serves to convert a checkpoint"},
+        {"\x1f\x8b", 0, 2, "compressed with gzip; unpack it first"},
+        {"\xfd" "7zXZ", 0, 5, "compressed with xz; unpack it first"},
+        {"<", 0, 1, "a web page; the download went wrong"},
+        {"version https://git-lfs", 0, 23, "a Git LFS pointer; fetch the file with git lfs pull"},
     };
     for (size_t i = 0; i < sizeof known / sizeof *known; i++)
         if (size >= known[i].at + known[i].n &&
             !memcmp(p + known[i].at, known[i].bytes, known[i].n))
             return fail(err, "this is %s", known[i].what);
-    return fail(err, "this is not a gemma2.c model file; make one with export.py");
+    return fail(err, "this is not a gemma2.c model file; convert a checkpoint to get one");
 }
 
 /* Everything before the directory's entries; sets n_sections, directory, file_bytes. */
@@ -4817,7 +4831,9 @@ static void save_session(const gemma2_session *s, uint8_t *p, size_t size)
 static int check_saved(const gemma2_session *s, const uint8_t *p, size_t size)
 {
     uint8_t digest[32];
-    if (size < SAVED_BYTES || memcmp(p, saved_magic, sizeof saved_magic))
+    if (size < sizeof saved_magic || memcmp(p, saved_magic, sizeof saved_magic))
+        return GEMMA2_ERR_FOREIGN;
+    if (size < SAVED_BYTES)
         return GEMMA2_ERR_CORRUPT;
     if (get_u32(p + 8) != 1)
         return GEMMA2_ERR_MISMATCH;

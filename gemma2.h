@@ -133,10 +133,11 @@ enum {
     GEMMA2_ERR_REWIND = -5,    /* the window's cache no longer holds that position */
     GEMMA2_ERR_NONFINITE = -6, /* logits hold NaN or infinity */
     GEMMA2_ERR_SPACE = -7,     /* the caller's buffer is too small */
-    GEMMA2_ERR_CORRUPT = -8,   /* the contents are not what header or digest says */
+    GEMMA2_ERR_CORRUPT = -8,   /* the contents are not what header or digest say */
     GEMMA2_ERR_CANCELLED = -9, /* gemma2_cancel */
     GEMMA2_ERR_MISMATCH = -10, /* a session of another model, window, cache type or version */
-    GEMMA2_ERR_CHAT = -11      /* the chat template has no form for these messages */
+    GEMMA2_ERR_CHAT = -11,     /* the chat template has no form for these messages */
+    GEMMA2_ERR_FOREIGN = -12   /* not a saved session at all */
 };
 /* One sentence for a code; never NULL. */
 GEMMA2_API const char *gemma2_error_string(int code);
@@ -342,8 +343,8 @@ GEMMA2_API int gemma2_session_copy(gemma2_session *to, const gemma2_session *fro
  * a mapped file. */
 GEMMA2_API int64_t gemma2_session_save(const gemma2_session *session, void *buffer, size_t size);
 /* Makes the session continue where the saved one stood, with the same bits; the next call
- * evaluates a token, for logits are not saved.  Bytes that are not a saved session are
- * GEMMA2_ERR_CORRUPT; GEMMA2_ERR_MISMATCH and GEMMA2_ERR_CONTEXT as for a copy.  After any
+ * evaluates a token, for logits are not saved.  Other bytes than a saved session
+ * are GEMMA2_ERR_FOREIGN, a damaged one is GEMMA2_ERR_CORRUPT; GEMMA2_ERR_MISMATCH and GEMMA2_ERR_CONTEXT as for a copy.  After any
  * of them the session is as it was. */
 GEMMA2_API int gemma2_session_restore(gemma2_session *session, const void *data, size_t size);
 

@@ -2094,16 +2094,8 @@ static int perplexity(program *p, size_t length)
     return DONE;
 }
 
-/* The file of --importance, little-endian, written under a temporary name:
- *    0  u8[8]   89 47 45 4D 4D 41 49 0A "\x89GEMMAI\n"
- *    8  u32     version, 1
- *   12  u32     block B: 1, 32, 64, 128 or 256
- *   16  u32[7]  L, D, N, K, H, F, V of the model, as in its header
- *   44  u32     zero
- *   48  u64     number of tokens T, 1 or more
- *   56  u64     zero
- *   64  f32     for each entry e of gemma2_get_input in order [B][e.cols]: what
- *               gemma2_importance summed, over T */
+/* The file of --importance, as section 2 of gemma2.c describes it, written under a temporary
+ * name. */
 enum { IMPORTANCE_HEADER = 64 };
 
 static void put_u32(uint8_t *to, uint32_t value)

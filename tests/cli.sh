@@ -285,8 +285,8 @@ fi
 refuses "not a file" "importance in a directory" 1 "$STORY" --importance "$TMP" x
 refuses "not a file" "session in a directory" 1 "$STORY" --session "$TMP" x
 head -c 5000 "$S" >"$TMP/cut"; refuses "damaged" "session cut short" 1 "$STORY" --session "$TMP/cut" x
-: >"$TMP/cut"; refuses "damaged" "empty session" 1 "$STORY" --load "$TMP/cut" x
-refuses "damaged" "a model is no session" 1 "$STORY" --load "$STORY" x
+: >"$TMP/cut"; refuses "not a saved session" "empty session" 1 "$STORY" --load "$TMP/cut" x
+refuses "not a saved session" "a model is no session" 1 "$STORY" --load "$STORY" x
 same "$S" "$TMP/same" "a refused session was changed"
 for path in "$TMP/none/kept" ""; do # before the work, not after it
     refuses "cannot save" "session in '$path'" 1 "$STORY" -n 1 -q --session "$path" x

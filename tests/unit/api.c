@@ -2,7 +2,7 @@
 
 static void test_strings(void)
 {
-    static const int codes[] = {1, GEMMA2_ERR_CHAT - 1, 1000, -1000, INT32_MAX, INT32_MIN, INT32_MIN + 1};
+    static const int codes[] = {1, GEMMA2_ERR_FOREIGN - 1, 1000, -1000, INT32_MAX, INT32_MIN, INT32_MIN + 1};
     char version[32];
     snprintf(version, sizeof version, "%d.%d.%d", GEMMA2_VERSION_MAJOR, GEMMA2_VERSION_MINOR,
              GEMMA2_VERSION_PATCH);
@@ -11,7 +11,7 @@ static void test_strings(void)
     sscanf(gemma2_version(), "%d.%d.%d", &major, &minor, &patch);
     check(gemma2_version_number() == GEMMA2_VERSION_NUMBER &&
               GEMMA2_VERSION_NUMBER == major * 10000 + minor * 100 + patch, "version number");
-    for (int i = GEMMA2_ERR_CHAT; i <= 0; i++)
+    for (int i = GEMMA2_ERR_FOREIGN; i <= 0; i++)
         for (int k = i + 1; k <= 0; k++)
             check(strcmp(gemma2_error_string(i), gemma2_error_string(k)) != 0, "codes %d, %d",
                   i, k);

@@ -4594,6 +4594,7 @@ static void read_chat(gemma2_model *m)
         m->chat[CHAT_REFUSED] = as_text(fault);
     if (m->chat[CHAT_REFUSED].n > 1000) /* a sentence */
         m->chat[CHAT_REFUSED].n = 1000;
+}
 
 /* A compiler that is told to reorder, fuse or approximate floats seldom shows it in a macro.
  * So some numbers go through the kernels here, and the bits that must come out are known:

@@ -69,16 +69,19 @@
 #include <fenv.h>
 #include <float.h>
 #include <math.h>
+#include <stdatomic.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 #ifdef _OPENMP
 #include <omp.h>
 #endif
 #if defined(__unix__) || defined(__APPLE__)
 #define HAVE_MMAP 1
 #include <fcntl.h>
+#include <sched.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -119,12 +122,6 @@ ANY_ADDRESS("vmovapd", "vmovupd")
 ANY_ADDRESS("vmovdqa", "vmovdqu")
 ANY_ADDRESS("vmovdqa32", "vmovdqu32")
 ANY_ADDRESS("vmovdqa64", "vmovdqu64")
-#endif
-
-/* The tracing seam: define it before including this file to be handed every named
- * activation, data[rows][cols] with stride floats from row to row. */
-#ifndef GEMMA2_TRACE
-#define GEMMA2_TRACE(name, layer, data, rows, cols, stride) ((void)0)
 #endif
 
 /* AVX-VNNI came to assemblers with these compilers.  AMX needs Linux's permission. */
@@ -333,7 +330,7 @@ struct layer_cache {
 struct row { /* one token of a pass */
     gemma2_session *session;
     float *logits;
-    int32_t id, position;
+    int32_t position;
 };
 
 struct candidate { /* sampling */
@@ -345,7 +342,7 @@ struct gemma2_session {
     const gemma2_model *model;
     void *owned; /* to free, or NULL */
     int32_t n_context, n_batch, n_threads, window;
-    int half;      /* cache type: 1 f16, 0 f32 */
+    int is_f16;    /* the cache; else f32 */
     int32_t width; /* H' */
     int32_t position;      /* tokens held */
     int32_t ring, oldest;  /* slots of a local layer; the first position they still hold */
@@ -353,26 +350,29 @@ struct gemma2_session {
     _Atomic int cancelled; /* see gemma2_cancel */
     int32_t *ids;           /* [n_context] */
     struct layer_cache *cache; /* [L] */
+    gemma2_hook *hook; /* or NULL */
+    void *hook_context;
     /* scratch for a pass of n_batch rows */
-    struct row *rows;
+    _Atomic int status; /* of the pass */
+    struct row *rows, **wanted; /* [B]; those whose logits the caller wants */
     float *x;                 /* [B][D] the residual stream */
-    float *h;                 /* [B][ldh] what products read, ldh = max(D, N*H) */
+    float *normed;            /* [B][D] what attention, ffn and head read */
     float *q, *k, *v;         /* [B][N*H], [B][K*H], [B][K*H] */
-    float *o;                 /* [B][D] what attention and ffn add */
-    float *ffn;               /* [B][F] */
+    float *attended;          /* [B][N*H] what the heads mixed from the values */
+    float *gated;             /* [B][F] gelu(gate) * up */
+    float *added;             /* [B][D] what attention and ffn add to x */
     float *cosine, *sine;     /* [B][H/2] */
     float *inverse_frequency; /* [H/2] */
     uint16_t *in_pairs;       /* [B rounded up to 16][ldq] bf16 inputs of products */
     int8_t *in_q;             /* [B][ldq] quantised inputs of products */
     float *in_scale;          /* [B][ldq/32] */
     int32_t *in_sum;
-    float **outputs;          /* [B] rows of logits */
     struct log_sum *sums;     /* [B] */
     int32_t *targets;         /* [B] */
     float *partial;           /* attention split over blocks, see attend_split */
     struct candidate *candidates; /* [V]; log_sum blocks [B][HEAD_BLOCK] share it */
     float *adjusted;              /* [V] */
-    size_t ldh, ldq, partial_rows, partial_blocks;
+    size_t ldq, partial_rows, partial_blocks;
 };
 
 /* ===================================================================================
@@ -1207,6 +1207,12 @@ static void cos_sin(double x, float *cosine, float *sine)
 
 /* ===================================================================================
  * 4. The pass: sharing of work, the only OpenMP of the file
+ *
+ * All threads of a pass run the same program, each on its own, with its own copy of what
+ * the program remembers.  What changes memory of all happens in phases of tasks: share()
+ * draws tasks from a common count until the phase has none left, and waits for those that
+ * other threads still do.  Nobody waits for a thread that has no task: one that lost its
+ * processor comes late, finds its share taken and runs on until it meets the others.
  * =================================================================================== */
 
 /* The floating-point environment the specification assumes: round to nearest even,
@@ -1263,31 +1269,100 @@ static void float_env_leave(float_env old) { fesetenv(&old); }
 
 typedef void task_fn(void *context, size_t task);
 
-enum { BYTES_A_THREAD = 128 << 10 }; /* less work than this is not worth waking a thread for */
+struct team {
+    _Alignas(64) _Atomic size_t drawn; /* tasks given out, of all phases so far */
+    _Alignas(64) _Atomic size_t done;  /* tasks finished */
+};
 
-/* Runs tasks 0 .. n-1, in any order, on up to n_threads threads; work is about how many
- * bytes all of them together go through.  Tasks write to places of their own, so their
- * order and owner cannot show in a result. */
-static void share(int n_threads, size_t n, size_t work, task_fn *task, void *context)
+/* One thread's place in the program. */
+struct member {
+    struct team *team; /* NULL: the thread is alone */
+    int index;         /* 0: the thread that called */
+    size_t first;      /* tasks of all phases that this thread has met so far */
+};
+
+/* A moment's wait: a thread that waits long lets others have the processor. */
+static void wait_turn(int *turns)
+{
+    enum { SPINS = 2000, YIELDS = 2000 }; /* tens of microseconds; some milliseconds */
+    if (++*turns < SPINS) {
+#ifdef HAVE_X86
+        _mm_pause();
+#elif defined(__aarch64__)
+        __asm__ volatile("yield");
+#endif
+        return;
+    }
+#if defined(_WIN32)
+    *turns < SPINS + YIELDS ? (void)SwitchToThread() : Sleep(1);
+#elif defined(HAVE_MMAP)
+    if (*turns < SPINS + YIELDS)
+        sched_yield();
+    else
+        nanosleep(&(struct timespec){0, 50000}, NULL);
+#endif
+}
+
+/* Ends a phase of n tasks: returns when all of them are done. */
+static void end_phase(struct member *me, size_t n)
+{
+    int turns = 0;
+    while (atomic_load_explicit(&me->team->done, memory_order_acquire) - me->first < n)
+        wait_turn(&turns);
+    me->first += n;
+}
+
+/* One phase: tasks 0 .. n - 1, in any order and by any thread.  Tasks write to places of
+ * their own, so their order and owner cannot show in a result. */
+static void share(struct member *me, size_t n, task_fn *task, void *context)
+{
+    if (!me->team) {
+        for (size_t i = 0; i < n; i++)
+            task(context, i);
+        return;
+    }
+    size_t drawn = atomic_load_explicit(&me->team->drawn, memory_order_relaxed);
+    while (drawn - me->first < n)
+        if (atomic_compare_exchange_weak_explicit(&me->team->drawn, &drawn, drawn + 1,
+                                                  memory_order_relaxed, memory_order_relaxed)) {
+            task(context, drawn - me->first);
+            atomic_fetch_add_explicit(&me->team->done, 1, memory_order_release);
+            drawn = atomic_load_explicit(&me->team->drawn, memory_order_relaxed);
+        }
+    end_phase(me, n);
+}
+
+/* A phase of one task, which the calling thread has done by now. */
+static void await_caller(struct member *me)
+{
+    if (me->team && me->index == 0) {
+        atomic_fetch_add_explicit(&me->team->drawn, 1, memory_order_relaxed);
+        atomic_fetch_add_explicit(&me->team->done, 1, memory_order_release);
+    }
+    if (me->team)
+        end_phase(me, 1);
+}
+
+typedef void program_fn(struct member *me, void *context);
+
+/* Runs the program on a team of up to n_threads; one thread never enters OpenMP. */
+static void run_team(int n_threads, program_fn *program, void *context)
 {
 #ifdef _OPENMP
-    size_t useful = work / BYTES_A_THREAD < n ? work / BYTES_A_THREAD : n;
-    int team = useful < (size_t)n_threads ? (int)useful : n_threads;
-    if (team > 1) {
-#pragma omp parallel num_threads(team)
+    if (n_threads > 1) {
+        struct team team = {0, 0};
+#pragma omp parallel num_threads(n_threads)
         {
+            struct member me = {&team, omp_get_thread_num(), 0};
             float_env env = float_env_enter();
-#pragma omp for schedule(dynamic) nowait
-            for (size_t i = 0; i < n; i++)
-                task(context, i);
+            program(&me, context);
             float_env_leave(env);
         }
         return;
     }
 #endif
-    (void)n_threads, (void)work;
-    for (size_t i = 0; i < n; i++)
-        task(context, i);
+    (void)n_threads;
+    program(&(struct member){NULL, 0, 0}, context);
 }
 
 static int default_threads(void)
@@ -1344,17 +1419,19 @@ static void place_scratch(gemma2_session *s, struct arena *a)
     const gemma2_config *c = &s->model->config;
     size_t b = (size_t)s->n_batch, d = (size_t)c->d_model, heads = (size_t)dimension(c, 'q');
     size_t f = (size_t)c->d_ffn, kv = (size_t)dimension(c, 'k'), v = (size_t)c->n_vocab;
-    s->ldh = d > heads ? d : heads;
-    s->ldq = round_up(s->ldh > f ? s->ldh : f, BLOCK_INPUTS);
+    size_t widest = d > heads ? d : heads;
+    s->ldq = round_up(widest > f ? widest : f, BLOCK_INPUTS);
     s->partial_rows = (size_t)min_i32(s->n_batch, SPLIT_ROWS);
     s->rows = take(a, b, sizeof *s->rows);
+    s->wanted = take(a, b, sizeof *s->wanted);
     s->x = take(a, b, d * sizeof(float));
-    s->h = take(a, b, s->ldh * sizeof(float));
+    s->normed = take(a, b, d * sizeof(float));
     s->q = take(a, b, heads * sizeof(float));
     s->k = take(a, b, kv * sizeof(float));
     s->v = take(a, b, kv * sizeof(float));
-    s->o = take(a, b, d * sizeof(float));
-    s->ffn = take(a, b, f * sizeof(float));
+    s->attended = take(a, b, heads * sizeof(float));
+    s->gated = take(a, b, f * sizeof(float));
+    s->added = take(a, b, d * sizeof(float));
     s->cosine = take(a, b * (size_t)c->head_dim / 2, sizeof(float));
     s->sine = take(a, b * (size_t)c->head_dim / 2, sizeof(float));
     s->inverse_frequency = take(a, (size_t)c->head_dim / 2, sizeof(float));
@@ -1363,7 +1440,6 @@ static void place_scratch(gemma2_session *s, struct arena *a)
     s->in_q = take(a, b, s->ldq);
     s->in_scale = take(a, b, s->ldq / GROUP * sizeof(float));
     s->in_sum = take(a, b, s->ldq / GROUP * sizeof(int32_t));
-    s->outputs = take(a, b, sizeof *s->outputs);
     s->sums = take(a, b, sizeof *s->sums);
     s->targets = take(a, b, sizeof *s->targets);
     s->partial_blocks = ((size_t)s->n_context + KEY_BLOCK - 1) / KEY_BLOCK + 1;
@@ -1376,7 +1452,7 @@ static void place_scratch(gemma2_session *s, struct arena *a)
 static size_t head_bytes(const gemma2_session *s, const struct layer_cache *c, int values)
 {
     size_t width = values ? (size_t)s->width : (size_t)s->model->config.head_dim;
-    return (size_t)c->slots * width * (s->half ? 2 : 4);
+    return (size_t)c->slots * width * (s->is_f16 ? 2 : 4);
 }
 
 /* Returns the bytes of the cache alone. */
@@ -1392,7 +1468,7 @@ static size_t place_cache(gemma2_session *s, struct arena *a)
         layer.slots = (int32_t)round_up((size_t)slots, TILE);
         if (c->is_local[l])
             s->ring = layer.slots;
-        size_t a_slot = (size_t)c->n_kv_heads * (s->half ? 2 : 4);
+        size_t a_slot = (size_t)c->n_kv_heads * (s->is_f16 ? 2 : 4);
         layer.keys = take(a, (size_t)layer.slots, a_slot * (size_t)c->head_dim);
         layer.values = take(a, (size_t)layer.slots, a_slot * (size_t)s->width);
         if (a->base)
@@ -1441,7 +1517,7 @@ static int read_session_params(gemma2_session *s, const gemma2_model *m,
     s->n_batch = p.n_batch ? p.n_batch : min_i32(256, s->n_context);
     s->n_threads = p.n_threads ? p.n_threads : default_threads();
     s->window = p.window ? p.window : c->window;
-    s->half = p.cache_type ? p.cache_type == GEMMA2_CACHE_F16 : !all_weights_f32(m);
+    s->is_f16 = p.cache_type ? p.cache_type == GEMMA2_CACHE_F16 : !all_weights_f32(m);
     s->width = (int32_t)round_up((size_t)c->head_dim, TILE);
     s->ring = INT32_MAX; /* no layer is local */
     if (!c->n_layers || s->n_context < 1 || s->n_context > 1 << 30 || s->n_batch < 1 ||
@@ -1453,26 +1529,45 @@ static int read_session_params(gemma2_session *s, const gemma2_model *m,
 
 /* ---- a pass: n rows through all layers ---- */
 
+/* Every thread has a copy of its own; what it points to is shared. */
 struct pass {
     const gemma2_model *model;
     gemma2_session *lead; /* whose scratch and threads serve the pass */
-    size_t n;
-    int layer;
+    size_t n, n_wanted;   /* rows; those of lead->wanted */
     const struct matrix_kernels *matrix; /* NULL: the exact class */
-    uint32_t block;                      /* of the sums that gemma2_importance wants ... */
-    double *sums;                        /* ... or NULL */
+    float *logprobs;     /* [T] of lead->targets, or NULL */
+    double *sums;        /* what gemma2_importance wants, or NULL ... */
+    uint32_t block;      /* ... in blocks of so many inputs */
+    int layer;
+    struct member *me;
 };
 
-static struct input pass_input(const struct pass *p, float *x, size_t ldx)
+static void share_rows(struct pass *p, task_fn *task) { share(p->me, p->n, task, p); }
+
+/* Shows an activation [rows][cols] to the session's hook, by the thread that called. */
+static void trace(const struct pass *p, const char *name, int layer, float *data, size_t rows,
+                  size_t cols)
+{
+    const gemma2_session *s = p->lead;
+    if (!s->hook)
+        return;
+    if (p->me->index == 0) {
+        gemma2_activation a = {name, layer, rows, cols, data};
+        s->hook(s->hook_context, &a);
+    }
+    await_caller(p->me);
+}
+
+static struct input input_of(const struct pass *p, float *x, size_t ldx)
 {
     const gemma2_session *s = p->lead;
     struct input in = {x, ldx, s->in_q, s->in_scale, s->in_sum, s->in_pairs, s->ldq};
     return in;
 }
 
-/* Rounds row t of the input for the n weights that read it: to int8 for quantised ones, to
- * bf16 for those that the matrix class multiplies. */
-static void prepare_row(const struct pass *p, const struct input *in, size_t t,
+/* Rounds row t of x, whose width is that of the n weights that read it: to int8 for
+ * quantised ones, to bf16 for those that the matrix class multiplies. */
+static void prepare_row(const struct pass *p, float *x, size_t t,
                         const struct matrix *const *weights, int n)
 {
     int as_int8 = 0, as_bf16 = 0;
@@ -1481,191 +1576,139 @@ static void prepare_row(const struct pass *p, const struct input *in, size_t t,
             as_bf16 |= p->matrix->pack_row != NULL;
         else
             as_int8 |= is_quantised(weights[i]->type);
-    const float *x = in->x + t * in->ldx;
-    size_t groups = in->ldq / GROUP;
+    uint32_t cols = weights[0]->cols;
+    struct input in = input_of(p, x, cols);
+    size_t groups = in.ldq / GROUP;
+    x += t * cols;
     if (as_int8)
-        p->model->isa->quantise(x, weights[0]->cols, in->q + t * in->ldq, in->scale + t * groups,
-                                in->sum + t * groups);
+        p->model->isa->quantise(x, cols, in.q + t * in.ldq, in.scale + t * groups,
+                                in.sum + t * groups);
     if (as_bf16)
-        p->matrix->pack_row(x, weights[0]->cols, pairs_row(in, t));
+        p->matrix->pack_row(x, cols, pairs_row(&in, t));
 }
 
-/* ---- products: y = W x for all rows of the pass, several W over the same input ---- */
+/* ---- products ----
+ * Up to three products over the same n rows, y[i] = W[i] x.  A task is a run of pairs of
+ * tiles, because some kernels unpack two tiles for many rows at a time. */
 
 struct product {
-    const struct matrix *w;
-    float *y;   /* [T][ldy], or NULL: row t goes to rows[t] */
-    size_t ldy;
-    float *const *rows;
-};
-
-struct product_job {
-    const struct kernels *isa;
-    const struct matrix_kernels *matrix;
+    const struct pass *pass;
+    float *x;                  /* [n][cols of W] */
+    size_t n;
+    const struct matrix *w[3]; /* NULL behind the last */
+    float *y[3];               /* [n][rows of W[i]] */
+    struct row *const *to;     /* or y[0] goes to the logits of these rows */
+    int gated;                 /* y[0] = gelu(W[0] x) * W[1] x */
     struct input in;
-    size_t n; /* T */
-    struct product products[3];
-    int gated;           /* two products, gelu(first) * second, stored as the first */
-    uint32_t first_tile; /* of a single product that covers only some tiles */
-    size_t n_tiles, tiles_a_task;
+    size_t n_pairs, pairs_a_task;
 };
 
-/* y goes to row t's output, which starts at the job's first tile; padding does not. */
-static void store_tile(const struct product_job *job, const struct product *p, uint32_t tile,
-                       size_t t, const float y[TILE])
+/* y[i][which] of n <= 256 rows from t on, for one tile: no kernel takes it with another. */
+static void multiply_tile(const struct product *job, const struct matrix *w,
+                          const uint8_t *tile, size_t t, int n, float (*y)[2][TILE], int which)
 {
-    uint32_t row = tile * TILE, n_rows = p->w->rows - row < TILE ? p->w->rows - row : TILE;
-    float *to = p->y ? p->y + t * p->ldy : p->rows[t];
-    memcpy(to + (tile - job->first_tile) * TILE, y, n_rows * sizeof *y);
-}
-
-/* One tile, n <= 8 rows of the pass. */
-static void multiply_tile(const struct product_job *job, const struct product *p, uint32_t tile,
-                          size_t t, int n, float (*y)[TILE])
-{
-    const uint8_t *w = p->w->data + tile * p->w->tile_bytes;
-    panel_fn *matrix = job->matrix ? job->matrix->panel[p->w->type] : NULL;
-    if (!matrix) {
-        job->isa->product[p->w->type](w, p->w->cols, &job->in, t, n, y);
-        return;
-    }
-    const uint8_t *const tiles[2] = {w, w};
-    _Alignas(64) float twice[MAX_PRODUCT_ROWS][2][TILE];
-    matrix(tiles, p->w->cols, &job->in, t, n, twice);
-    for (int i = 0; i < n; i++)
-        memcpy(y[i], twice[i][0], sizeof y[i]);
-}
-
-/* One tile of one product (or of both of a gated pair), all rows of the pass. */
-static void product_tile(const struct product_job *job, const struct product *p, uint32_t tile)
-{
-    float y[MAX_PRODUCT_ROWS][TILE], up[MAX_PRODUCT_ROWS][TILE];
-    for (size_t t = 0; t < job->n; t += MAX_PRODUCT_ROWS) {
-        int n = job->n - t < MAX_PRODUCT_ROWS ? (int)(job->n - t) : MAX_PRODUCT_ROWS;
-        multiply_tile(job, p, tile, t, n, y);
-        if (job->gated) {
-            multiply_tile(job, p + 1, tile, t, n, up);
-            job->isa->geglu(y[0], up[0], (size_t)n * TILE);
-        }
-        for (int i = 0; i < n; i++)
-            store_tile(job, p, tile, t + (size_t)i, y[i]);
+    const struct pass *p = job->pass;
+    panel_fn *matrix = p->matrix ? p->matrix->panel[w->type] : NULL;
+    const uint8_t *const twice[2] = {tile, tile};
+    _Alignas(64) float out[MAX_PRODUCT_ROWS][2][TILE];
+    for (int first = 0; first < n; first += MAX_PRODUCT_ROWS) {
+        int rows = min_i32(n - first, MAX_PRODUCT_ROWS), apart = matrix ? 2 : 1;
+        if (matrix)
+            matrix(twice, w->cols, &job->in, t + (size_t)first, rows, out);
+        else
+            p->model->isa->product[w->type](tile, w->cols, &job->in, t + (size_t)first, rows,
+                                            out[0]);
+        for (int i = 0; i < rows; i++)
+            memcpy(y[first + i][which], out[0][i * apart], sizeof y[0][0]);
     }
 }
 
-/* What can take two tiles at once, neighbours or a gated pair's, or NULL. */
-static panel_fn *panel_of(const struct product_job *job, const struct product *p, uint32_t tile)
+/* The kernel that takes two tiles of these matrices at once, or NULL. */
+static panel_fn *panel_of(const struct product *job, const struct matrix *a,
+                          const struct matrix *b)
 {
-    if (job->gated ? p[1].w->type != p->w->type : (tile + 1) * TILE >= p->w->rows)
+    const struct pass *p = job->pass;
+    if (a->type != b->type)
         return NULL;
-    if (job->matrix && job->matrix->panel[p->w->type])
-        return job->matrix->panel[p->w->type];
-    return job->n > MAX_PRODUCT_ROWS ? job->isa->panel[p->w->type] : NULL;
+    if (p->matrix && p->matrix->panel[a->type])
+        return p->matrix->panel[a->type];
+    return job->n > MAX_PRODUCT_ROWS ? p->model->isa->panel[a->type] : NULL;
 }
 
-static void product_panel(const struct product_job *job, panel_fn *panel,
-                          const struct product *p, uint32_t tile)
+/* 16 outputs, from row `row` of W[which] on, of row t; padding is left out. */
+static void store_tile(const struct product *job, int which, size_t row, size_t t,
+                       const float y[TILE])
+{
+    size_t rows = job->w[which]->rows, n = rows - row < TILE ? rows - row : TILE;
+    float *to = job->to ? job->to[t]->logits : job->y[which] + t * rows;
+    memcpy(to + row, y, n * sizeof *y);
+}
+
+/* Two neighbouring tiles of W[which], or one of W[0] and its fellow of W[1]. */
+static void multiply_pair(const struct product *job, int which, size_t pair)
 {
     _Alignas(64) float y[MAX_PANEL_ROWS][2][TILE];
-    const uint8_t *first = p->w->data + tile * p->w->tile_bytes;
-    const uint8_t *tiles[2] = {first, job->gated ? p[1].w->data + tile * p[1].w->tile_bytes
-                                                 : first + p->w->tile_bytes};
+    const struct matrix *w[2] = {job->w[which], job->w[job->gated ? 1 : which]};
+    size_t tile = job->gated ? pair : 2 * pair;
+    int both = job->gated || (tile + 1) * TILE < w[0]->rows;
+    const uint8_t *const tiles[2] = {w[0]->data + tile * w[0]->tile_bytes,
+                                     w[1]->data + (tile + !job->gated) * w[1]->tile_bytes};
+    panel_fn *panel = both ? panel_of(job, w[0], w[1]) : NULL;
     for (size_t t = 0; t < job->n; t += MAX_PANEL_ROWS) {
         int n = job->n - t < MAX_PANEL_ROWS ? (int)(job->n - t) : MAX_PANEL_ROWS;
-        panel(tiles, p->w->cols, &job->in, t, n, y);
+        if (panel)
+            panel(tiles, w[0]->cols, &job->in, t, n, y);
+        else
+            for (int i = 0; i < 1 + both; i++)
+                multiply_tile(job, w[i], tiles[i], t, n, y, i);
         for (int i = 0; i < n; i++) {
             if (job->gated)
-                job->isa->geglu(y[i][0], y[i][1], TILE);
-            store_tile(job, p, tile, t + (size_t)i, y[i][0]);
-            if (!job->gated)
-                store_tile(job, p, tile + 1, t + (size_t)i, y[i][1]);
+                job->pass->model->isa->geglu(y[i][0], y[i][1], TILE);
+            store_tile(job, which, tile * TILE, t + (size_t)i, y[i][0]);
+            if (both && !job->gated)
+                store_tile(job, which, (tile + 1) * TILE, t + (size_t)i, y[i][1]);
         }
     }
+}
+
+static size_t count_pairs(const struct product *job, int which)
+{
+    size_t a_pair = job->gated ? TILE : 2 * TILE;
+    return (job->w[which]->rows + a_pair - 1) / a_pair;
 }
 
 static void product_task(void *context, size_t task)
 {
-    const struct product_job *job = context;
-    size_t first = task * job->tiles_a_task, last = first + job->tiles_a_task;
-    last = last < job->n_tiles ? last : job->n_tiles;
-    for (size_t i = first; i < last; i++) {
-        size_t tile = i + job->first_tile;
-        const struct product *p = job->products;
-        while (!job->gated && tile >= (p->w->rows + TILE - 1) / TILE) {
-            tile -= (p->w->rows + TILE - 1) / TILE;
-            p++;
-        }
-        panel_fn *panel = panel_of(job, p, (uint32_t)tile);
-        if (panel && (job->gated || i + 1 < last)) {
-            product_panel(job, panel, p, (uint32_t)tile);
-            i += !job->gated;
-        } else
-            product_tile(job, p, (uint32_t)tile);
+    const struct product *job = context;
+    size_t first = task * job->pairs_a_task, last = first + job->pairs_a_task;
+    for (size_t i = first; i < last && i < job->n_pairs; i++) {
+        size_t pair = i;
+        int which = 0;
+        for (; pair >= count_pairs(job, which); which++)
+            pair -= count_pairs(job, which);
+        multiply_pair(job, which, pair);
     }
 }
 
 /* Tasks of up to 512 KB of weights: long streams, yet enough of them to share evenly. */
-static void run_products(const gemma2_session *lead, struct product_job *job)
+static void multiply(const struct pass *p, struct product job)
 {
-    size_t bytes = job->products[0].w->tile_bytes * (job->gated ? 2 : 1);
-    size_t tiles = (512 << 10) / bytes, fair = job->n_tiles / ((size_t)lead->n_threads * 4);
-    job->tiles_a_task = tiles > fair ? fair : tiles;
-    job->tiles_a_task += job->tiles_a_task % 2; /* panels take two */
-    if (!job->tiles_a_task)
-        job->tiles_a_task = 1 + (job->n > MAX_PRODUCT_ROWS);
-    size_t reuse = 1 + job->n / MAX_PRODUCT_ROWS; /* a row's work beside reading its weights */
-    share(lead->n_threads, (job->n_tiles + job->tiles_a_task - 1) / job->tiles_a_task,
-          job->n_tiles * bytes * reuse, product_task, job);
+    job.pass = p;
+    job.in = input_of(p, job.x, job.w[0]->cols);
+    for (int i = 0; i < 3 && job.w[i] && !(i && job.gated); i++)
+        job.n_pairs += count_pairs(&job, i);
+    size_t most = (512 << 10) / (2 * job.w[0]->tile_bytes);
+    size_t fair = job.n_pairs / ((size_t)p->lead->n_threads * 4);
+    job.pairs_a_task = most < fair ? most : fair;
+    job.pairs_a_task += !job.pairs_a_task;
+    share(p->me, (job.n_pairs + job.pairs_a_task - 1) / job.pairs_a_task, product_task, &job);
 }
 
-static void multiply(const struct pass *p, struct input in, const struct product *products,
-                     int n_products, int gated)
-{
-    struct product_job job = {p->model->isa, p->matrix, in, p->n, {{0}}, gated, 0, 0, 0};
-    memcpy(job.products, products, (size_t)n_products * sizeof *products);
-    for (int i = 0; i < (gated ? 1 : n_products); i++)
-        job.n_tiles += (products[i].w->rows + TILE - 1) / TILE;
-    run_products(p->lead, &job);
-}
-
-/* ---- tasks over the rows of a pass ---- */
-
-static void share_rows(struct pass *p, task_fn *task)
-{
-    share(p->lead->n_threads, p->n, p->n * p->lead->ldq * sizeof(float), task, p);
-}
+/* ---- the parts of attention that go row by row ---- */
 
 static void norm(const struct pass *p, const struct matrix *w, const float *x, float *y)
 {
     p->model->isa->rms_norm(x, (const float *)w->data, p->model->config.rms_norm_eps, w->rows, y);
-}
-
-/* x = embedding[id] * embedding_scale (the scale is sqrt(D) rounded to bf16, as in
- * gemma_pytorch and transformers Gemma2Model; the product stays f32), and the angles of
- * the row's position: position * theta^(-2i/H), in float as transformers computes them. */
-static void embed_task(void *context, size_t t)
-{
-    const struct pass *p = context;
-    const gemma2_session *s = p->lead;
-    const gemma2_config *c = &p->model->config;
-    size_t d = (size_t)c->d_model, half = (size_t)c->head_dim / 2;
-    float *x = s->x + t * d;
-    read_row(&p->model->embedding, (uint32_t)s->rows[t].id, x);
-    for (size_t i = 0; i < d; i++)
-        x[i] *= c->embedding_scale;
-    for (size_t i = 0; i < half; i++) {
-        float angle = (float)s->rows[t].position * s->inverse_frequency[i];
-        cos_sin(angle, s->cosine + t * half + i, s->sine + t * half + i);
-    }
-}
-
-static void attention_enter_task(void *context, size_t t)
-{
-    const struct pass *p = context;
-    const gemma2_session *s = p->lead;
-    const struct layer *w = &p->model->layers[p->layer];
-    struct input in = pass_input(p, s->h, s->ldh);
-    norm(p, &w->attn_norm, s->x + t * w->q.cols, in.x + t * in.ldx);
-    prepare_row(p, &in, t, (const struct matrix *[]){&w->q, &w->k, &w->v}, 3);
 }
 
 /* What gemma2_importance sums up, by the product that reads it. */
@@ -1676,22 +1719,23 @@ static const struct {
     char cols;
 } layer_inputs[INPUTS_A_LAYER] = {{"q", 'D'}, {"o", 'q'}, {"gate", 'D'}, {"down", 'F'}};
 
-static void gather(const struct pass *p, int layer, int input, const float *x, size_t ldx,
+static void gather(const struct pass *p, int layer, int input, const float *x,
                    size_t cols); /* section 8 */
 
 /* RoPE on one head: pairs (i, i + H/2) turn by the row's angles (half-split, as in
  * transformers apply_rotary_pos_emb), then times scale. */
-static void rotate(float *x, size_t half, const float *cosine, const float *sine, float scale)
+static void rotate(float *x, size_t n_pairs, const float *cosine, const float *sine, float scale)
 {
-    for (size_t i = 0; i < half; i++) {
-        float a = x[i], b = x[i + half];
+    for (size_t i = 0; i < n_pairs; i++) {
+        float a = x[i], b = x[i + n_pairs];
         x[i] = (a * cosine[i] - b * sine[i]) * scale;
-        x[i + half] = (b * cosine[i] + a * sine[i]) * scale;
+        x[i + n_pairs] = (b * cosine[i] + a * sine[i]) * scale;
     }
 }
 
-/* Rows that do not see a position multiply its value by 0, which must give 0.  So one that is
- * not finite becomes 0, and its key NaN, which spoils the rows that see it alone. */
+/* A row that does not see a position multiplies its value by 0, which must give 0.  So a
+ * value that is not finite is stored as 0 and its key as NaN: only rows that attend to it
+ * become NaN. */
 static void confine(float *key, float *value, size_t n)
 {
     for (size_t i = 0, bad = !all_finite(value, n); bad && i < n; i++)
@@ -1706,11 +1750,11 @@ static void store_head(const gemma2_session *s, const struct layer_cache *cache,
     uint8_t *keys = cache->keys + (size_t)head * head_bytes(s, cache, 0);
     uint8_t *values = cache->values + (size_t)head * head_bytes(s, cache, 1);
     size_t key_at = slot / TILE * h * TILE + slot % TILE, value_at = slot * (size_t)s->width;
-    if (s->half) {
-        uint16_t half[MAX_HEAD_DIM];
-        s->model->isa->to_half(key, h, half);
+    if (s->is_f16) {
+        uint16_t rounded[MAX_HEAD_DIM];
+        s->model->isa->to_half(key, h, rounded);
         for (size_t i = 0; i < h; i++)
-            ((uint16_t *)keys)[key_at + i * TILE] = half[i];
+            ((uint16_t *)keys)[key_at + i * TILE] = rounded[i];
         s->model->isa->to_half(value, h, (uint16_t *)values + value_at);
     } else {
         for (size_t i = 0; i < h; i++)
@@ -1724,15 +1768,15 @@ static void rotate_and_store_task(void *context, size_t t)
     const struct pass *p = context;
     const gemma2_session *s = p->lead;
     const gemma2_config *c = &p->model->config;
-    size_t h = (size_t)c->head_dim, half = h / 2;
-    const float *cosine = s->cosine + t * half, *sine = s->sine + t * half;
+    size_t h = (size_t)c->head_dim, n_pairs = h / 2;
+    const float *cosine = s->cosine + t * n_pairs, *sine = s->sine + t * n_pairs;
     float *q = s->q + t * (size_t)c->n_heads * h, *k = s->k + t * (size_t)c->n_kv_heads * h;
     float *v = s->v + t * (size_t)c->n_kv_heads * h;
     const struct row *row = &s->rows[t];
     for (int i = 0; i < c->n_heads; i++)
-        rotate(q + (size_t)i * h, half, cosine, sine, c->query_scale);
+        rotate(q + (size_t)i * h, n_pairs, cosine, sine, c->query_scale);
     for (int i = 0; i < c->n_kv_heads; i++) {
-        rotate(k + (size_t)i * h, half, cosine, sine, 1.0f);
+        rotate(k + (size_t)i * h, n_pairs, cosine, sine, 1.0f);
         confine(k + (size_t)i * h, v + (size_t)i * h, h);
         store_head(row->session, &row->session->cache[p->layer], i, row->position,
                    k + (size_t)i * h, v + (size_t)i * h);
@@ -1770,10 +1814,10 @@ static struct kv_head kv_head_of(const gemma2_session *s, int layer, int head)
     const gemma2_config *config = &s->model->config;
     struct kv_head kv = {c->keys + (size_t)head * head_bytes(s, c, 0),
                          c->values + (size_t)head * head_bytes(s, c, 1),
-                         0, 0, c->slots / TILE, s->half, config->head_dim, s->width,
+                         0, 0, c->slots / TILE, s->is_f16, config->head_dim, s->width,
                          config->attn_softcap};
-    kv.key_group = (size_t)kv.head_dim * TILE * (s->half ? 2 : 4);
-    kv.value_group = (size_t)kv.width * TILE * (s->half ? 2 : 4);
+    kv.key_group = (size_t)kv.head_dim * TILE * (s->is_f16 ? 2 : 4);
+    kv.value_group = (size_t)kv.width * TILE * (s->is_f16 ? 2 : 4);
     return kv;
 }
 
@@ -1887,7 +1931,7 @@ static struct query query_of(const struct pass *p, size_t t, int head)
     size_t h = (size_t)c->head_dim;
     int32_t window = c->is_local[p->layer] ? row->session->window : row->position + 1;
     struct query q = {lead->q + (t * (size_t)c->n_heads + (size_t)head) * h,
-                      lead->h + t * lead->ldh + (size_t)head * h,
+                      lead->attended + (t * (size_t)c->n_heads + (size_t)head) * h,
                       max_i32(0, row->position - window + 1), row->position};
     return q;
 }
@@ -1969,19 +2013,20 @@ static void attend_split_task(void *context, size_t task)
     }
 }
 
-static void merge_split(const struct pass *p, size_t t)
+static void merge_split_task(void *context, size_t task)
 {
+    const struct pass *p = context;
     const gemma2_config *c = &p->model->config;
-    for (int i = 0; i < c->n_heads; i++) {
-        struct query q = query_of(p, t, i);
-        struct partial total = {-INFINITY, 0}, add;
-        for (int32_t b = 0; b < count_blocks(p, t); b++) {
-            const float *from = partial_of(p, t, b, i);
-            memcpy(&add, from, sizeof add);
-            merge_partial(&total, q.out, &add, from + TILE, c->head_dim);
-        }
-        finish_attention(&total, q.out, c->head_dim);
+    size_t t = task / (size_t)c->n_heads;
+    int head = (int)(task % (size_t)c->n_heads);
+    struct query q = query_of(p, t, head);
+    struct partial total = {-INFINITY, 0}, add;
+    for (int32_t b = 0; b < count_blocks(p, t); b++) {
+        const float *from = partial_of(p, t, b, head);
+        memcpy(&add, from, sizeof add);
+        merge_partial(&total, q.out, &add, from + TILE, c->head_dim);
     }
+    finish_attention(&total, q.out, c->head_dim);
 }
 
 /* ---- attention of the matrix class: many queries of one session ----
@@ -2000,7 +2045,7 @@ struct many_queries {
 static int can_attend_many(const struct pass *p)
 {
     const gemma2_config *c = &p->model->config;
-    return p->matrix && p->lead->half && c->attn_softcap > 0 && c->attn_softcap <= 60 &&
+    return p->matrix && p->lead->is_f16 && c->attn_softcap > 0 && c->attn_softcap <= 60 &&
            c->head_dim % GROUP == 0 && c->head_dim <= CACHE_PANEL / (4 * TILE) &&
            c->n_heads / c->n_kv_heads <= MANY_QUERIES;
 }
@@ -2102,88 +2147,101 @@ static void attend_rows(struct pass *p)
 {
     const gemma2_config *c = &p->model->config;
     size_t kv_heads = (size_t)c->n_kv_heads, rows = rows_a_task(c), blocks = 0;
-    size_t tasks = (p->n + rows - 1) / rows * kv_heads, work = 0;
+    size_t tasks = (p->n + rows - 1) / rows * kv_heads;
     int few = p->n <= p->lead->partial_rows && p->lead->n_threads > 1 &&
               tasks < 4 * (size_t)p->lead->n_threads;
     for (size_t t = 0; t < p->n; t++) {
         few &= p->lead->rows[t].position < p->lead->n_context; /* another's may be longer */
         blocks += (size_t)count_blocks(p, t);
     }
-    work = blocks * KEY_BLOCK * kv_heads * (size_t)p->lead->width * 2 * sizeof(uint16_t);
     if (can_attend_many(p)) {
         tasks = (p->n + (size_t)rows_of_many(p) - 1) / (size_t)rows_of_many(p) * kv_heads;
-        share(p->lead->n_threads, tasks, work, attend_many_task, p);
+        share(p->me, tasks, attend_many_task, p);
         return;
     }
     if (!few || blocks <= p->n) {
-        share(p->lead->n_threads, tasks, work, attend_task, p);
+        share(p->me, tasks, attend_task, p);
         return;
     }
-    share(p->lead->n_threads, blocks * kv_heads, work, attend_split_task, p);
-    for (size_t t = 0; t < p->n; t++)
-        merge_split(p, t);
+    share(p->me, blocks * kv_heads, attend_split_task, p);
+    share(p->me, p->n * (size_t)c->n_heads, merge_split_task, p);
 }
 
 /* ---- one layer ---- */
 
-static void prepare_attention_task(void *context, size_t t)
+/* x = x + norm(added): the output of attention and of feed-forward is normed before it is
+ * added. */
+static void add_normed(const struct pass *p, const struct matrix *w, size_t t)
+{
+    size_t d = w->rows;
+    float *x = p->lead->x + t * d, *added = p->lead->added + t * d;
+    norm(p, w, added, added);
+    for (size_t i = 0; i < d; i++)
+        x[i] += added[i];
+}
+
+static void attention_enter_task(void *context, size_t t)
+{
+    const struct pass *p = context;
+    const struct layer *w = &p->model->layers[p->layer];
+    size_t at = t * w->q.cols;
+    norm(p, &w->attn_norm, p->lead->x + at, p->lead->normed + at);
+    prepare_row(p, p->lead->normed, t, (const struct matrix *[]){&w->q, &w->k, &w->v}, 3);
+}
+
+static void prepare_attended_task(void *context, size_t t)
 {
     const struct pass *p = context;
     const struct matrix *w = &p->model->layers[p->layer].o;
-    struct input in = pass_input(p, p->lead->h, p->lead->ldh);
-    prepare_row(p, &in, t, &w, 1);
+    prepare_row(p, p->lead->attended, t, &w, 1);
 }
 
+static void attention_leave_task(void *context, size_t t)
+{
+    const struct pass *p = context;
+    add_normed(p, &p->model->layers[p->layer].post_attn_norm, t);
+}
+
+/* x = x + post_attn_norm(o(attend(q, k, v of attn_norm(x)))) */
 static void attention(struct pass *p)
 {
     gemma2_session *s = p->lead;
     const struct layer *w = &p->model->layers[p->layer];
-    struct product qkv[3] = {{&w->q, s->q, w->q.rows, NULL}, {&w->k, s->k, w->k.rows, NULL},
-                             {&w->v, s->v, w->v.rows, NULL}};
-    struct product out = {&w->o, s->o, w->o.rows, NULL};
+    uint32_t d = w->q.cols;
     share_rows(p, attention_enter_task);
-    GEMMA2_TRACE("attn_norm", p->layer, s->h, p->n, w->q.cols, s->ldh);
-    gather(p, p->layer, INPUT_Q, s->h, s->ldh, w->q.cols);
-    multiply(p, pass_input(p, s->h, s->ldh), qkv, 3, 0);
+    trace(p, "attn_norm", p->layer, s->normed, p->n, d);
+    gather(p, p->layer, INPUT_Q, s->normed, d);
+    multiply(p, (struct product){.x = s->normed, .n = p->n, .w = {&w->q, &w->k, &w->v},
+                                 .y = {s->q, s->k, s->v}});
     share_rows(p, rotate_and_store_task);
-    GEMMA2_TRACE("q", p->layer, s->q, p->n, w->q.rows, w->q.rows);
-    GEMMA2_TRACE("k", p->layer, s->k, p->n, w->k.rows, w->k.rows);
-    GEMMA2_TRACE("v", p->layer, s->v, p->n, w->v.rows, w->v.rows);
+    trace(p, "q", p->layer, s->q, p->n, w->q.rows);
+    trace(p, "k", p->layer, s->k, p->n, w->k.rows);
+    trace(p, "v", p->layer, s->v, p->n, w->v.rows);
     attend_rows(p);
-    GEMMA2_TRACE("attn", p->layer, s->h, p->n, w->o.cols, s->ldh);
-    gather(p, p->layer, INPUT_O, s->h, s->ldh, w->o.cols);
-    share_rows(p, prepare_attention_task);
-    multiply(p, pass_input(p, s->h, s->ldh), &out, 1, 0);
-    GEMMA2_TRACE("o", p->layer, s->o, p->n, w->o.rows, w->o.rows);
-}
-
-/* x = x + norm(o): the output of attention or ffn is normed before it is added. */
-static void add_normed(const struct pass *p, const struct matrix *w, size_t t)
-{
-    size_t d = w->rows;
-    float *x = p->lead->x + t * d, *o = p->lead->o + t * d;
-    norm(p, w, o, o);
-    for (size_t i = 0; i < d; i++)
-        x[i] += o[i];
+    trace(p, "attn", p->layer, s->attended, p->n, w->o.cols);
+    gather(p, p->layer, INPUT_O, s->attended, w->o.cols);
+    share_rows(p, prepare_attended_task);
+    multiply(p, (struct product){.x = s->attended, .n = p->n, .w = {&w->o}, .y = {s->added}});
+    trace(p, "o", p->layer, s->added, p->n, d);
+    share_rows(p, attention_leave_task);
+    trace(p, "post_attn_norm", p->layer, s->added, p->n, d);
+    trace(p, "attn_residual", p->layer, s->x, p->n, d);
 }
 
 static void ffn_enter_task(void *context, size_t t)
 {
     const struct pass *p = context;
-    const gemma2_session *s = p->lead;
     const struct layer *w = &p->model->layers[p->layer];
-    struct input in = pass_input(p, s->h, s->ldh);
-    add_normed(p, &w->post_attn_norm, t);
-    norm(p, &w->ffn_norm, s->x + t * w->gate.cols, in.x + t * in.ldx);
-    prepare_row(p, &in, t, (const struct matrix *[]){&w->gate, &w->up}, 2);
+    size_t at = t * w->gate.cols;
+    norm(p, &w->ffn_norm, p->lead->x + at, p->lead->normed + at);
+    prepare_row(p, p->lead->normed, t, (const struct matrix *[]){&w->gate, &w->up}, 2);
 }
 
-static void prepare_down_task(void *context, size_t t)
+static void prepare_gated_task(void *context, size_t t)
 {
     const struct pass *p = context;
     const struct matrix *w = &p->model->layers[p->layer].down;
-    struct input in = pass_input(p, p->lead->ffn, w->cols);
-    prepare_row(p, &in, t, &w, 1);
+    prepare_row(p, p->lead->gated, t, &w, 1);
 }
 
 static void ffn_leave_task(void *context, size_t t)
@@ -2192,63 +2250,92 @@ static void ffn_leave_task(void *context, size_t t)
     add_normed(p, &p->model->layers[p->layer].post_ffn_norm, t);
 }
 
+/* x = x + post_ffn_norm(down(gelu(gate(y)) * up(y))), y = ffn_norm(x) */
 static void feed_forward(struct pass *p)
 {
     gemma2_session *s = p->lead;
     const struct layer *w = &p->model->layers[p->layer];
     uint32_t d = w->gate.cols, f = w->gate.rows;
-    struct product gate_up[2] = {{&w->gate, s->ffn, f, NULL}, {&w->up, s->ffn, f, NULL}};
-    struct product down = {&w->down, s->o, d, NULL};
     share_rows(p, ffn_enter_task);
-    GEMMA2_TRACE("post_attn_norm", p->layer, s->o, p->n, d, d);
-    GEMMA2_TRACE("attn_residual", p->layer, s->x, p->n, d, d);
-    GEMMA2_TRACE("ffn_norm", p->layer, s->h, p->n, d, s->ldh);
-    gather(p, p->layer, INPUT_GATE, s->h, s->ldh, d);
-    multiply(p, pass_input(p, s->h, s->ldh), gate_up, 2, 1);
-    GEMMA2_TRACE("geglu", p->layer, s->ffn, p->n, f, f);
-    gather(p, p->layer, INPUT_DOWN, s->ffn, f, f);
-    share_rows(p, prepare_down_task);
-    multiply(p, pass_input(p, s->ffn, f), &down, 1, 0);
-    GEMMA2_TRACE("down", p->layer, s->o, p->n, d, d);
+    trace(p, "ffn_norm", p->layer, s->normed, p->n, d);
+    gather(p, p->layer, INPUT_GATE, s->normed, d);
+    multiply(p, (struct product){.x = s->normed, .n = p->n, .w = {&w->gate, &w->up},
+                                 .y = {s->gated}, .gated = 1});
+    trace(p, "geglu", p->layer, s->gated, p->n, f);
+    gather(p, p->layer, INPUT_DOWN, s->gated, f);
+    share_rows(p, prepare_gated_task);
+    multiply(p, (struct product){.x = s->gated, .n = p->n, .w = {&w->down}, .y = {s->added}});
+    trace(p, "down", p->layer, s->added, p->n, d);
     share_rows(p, ffn_leave_task);
-    GEMMA2_TRACE("post_ffn_norm", p->layer, s->o, p->n, d, d);
-    GEMMA2_TRACE("residual", p->layer, s->x, p->n, d, d);
+    trace(p, "post_ffn_norm", p->layer, s->added, p->n, d);
+    trace(p, "residual", p->layer, s->x, p->n, d);
 }
 
-/* GEMMA2_ERR_CANCELLED once the owner of any row asked for that. */
-static int ask_rows(const struct pass *p)
+/* x = embedding[id] * embedding_scale (the scale is sqrt(D) rounded to bf16, as in
+ * gemma_pytorch and transformers Gemma2Model; the product stays f32), and the angles of
+ * the row's position: position * theta^(-2i/H), in float as transformers computes them. */
+static void embed_task(void *context, size_t t)
 {
-    for (size_t t = 0; t < p->n; t++)
+    const struct pass *p = context;
+    const gemma2_session *s = p->lead;
+    const gemma2_config *c = &p->model->config;
+    const struct row *row = &s->rows[t];
+    size_t d = (size_t)c->d_model, n_pairs = (size_t)c->head_dim / 2;
+    float *x = s->x + t * d;
+    read_row(&p->model->embedding, (uint32_t)row->session->ids[row->position], x);
+    for (size_t i = 0; i < d; i++)
+        x[i] *= c->embedding_scale;
+    for (size_t i = 0; i < n_pairs; i++) {
+        float angle = (float)row->position * s->inverse_frequency[i];
+        cos_sin(angle, s->cosine + t * n_pairs + i, s->sine + t * n_pairs + i);
+    }
+}
+
+/* Ends the pass once the owner of any row asked for that. */
+static void ask_task(void *context, size_t task)
+{
+    const struct pass *p = context;
+    for (size_t t = task; t < p->n; t++)
         if (p->lead->rows[t].session->cancelled)
-            return GEMMA2_ERR_CANCELLED;
-    return GEMMA2_OK;
+            p->lead->status = GEMMA2_ERR_CANCELLED;
+}
+
+/* All threads get the same answer, or a late one that the others get further on. */
+static int is_cancelled(struct pass *p)
+{
+    share(p->me, 1, ask_task, p);
+    return p->lead->status < 0;
 }
 
 /* The residual stream of all rows, from embedding to last layer, in lead->x. */
 static int forward(struct pass *p)
 {
     share_rows(p, embed_task);
-    GEMMA2_TRACE("embedding", 0, p->lead->x, p->n, (size_t)p->model->config.d_model,
-                 (size_t)p->model->config.d_model);
+    trace(p, "embedding", 0, p->lead->x, p->n, (size_t)p->model->config.d_model);
     for (p->layer = 0; p->layer < p->model->config.n_layers; p->layer++) {
-        if (ask_rows(p) < 0)
-            return GEMMA2_ERR_CANCELLED;
+        if (is_cancelled(p))
+            return 0;
         attention(p);
         feed_forward(p);
     }
-    return ask_rows(p);
+    return !is_cancelled(p);
 }
 
 /* ---- the output head ---- */
 
-/* Norms and quantises row t of the residual stream into row `to` of h. */
+/* Norms row t of the residual stream into row `to` of normed. */
 static void head_enter(const struct pass *p, size_t t, size_t to)
 {
-    const gemma2_session *s = p->lead;
+    gemma2_session *s = p->lead;
     const struct matrix *head = &p->model->head;
-    struct input in = pass_input(p, s->h, s->ldh);
-    norm(p, &p->model->final_norm, s->x + t * head->cols, in.x + to * in.ldx);
-    prepare_row(p, &in, to, &head, 1);
+    norm(p, &p->model->final_norm, s->x + t * head->cols, s->normed + to * head->cols);
+    prepare_row(p, s->normed, to, &head, 1);
+}
+
+static void head_enter_task(void *context, size_t t)
+{
+    const struct pass *p = context;
+    head_enter(p, (size_t)(p->lead->wanted[t] - p->lead->rows), t);
 }
 
 enum { CAP_CHUNK = 16384 };
@@ -2258,7 +2345,7 @@ static void cap_logits_task(void *context, size_t task)
     const struct pass *p = context;
     size_t v = (size_t)p->model->config.n_vocab, chunks = (v + CAP_CHUNK - 1) / CAP_CHUNK;
     size_t first = task % chunks * CAP_CHUNK, n = v - first < CAP_CHUNK ? v - first : CAP_CHUNK;
-    p->model->isa->soft_cap(p->lead->outputs[task / chunks] + first, n,
+    p->model->isa->soft_cap(p->lead->wanted[task / chunks]->logits + first, n,
                             p->model->config.final_softcap);
 }
 
@@ -2267,43 +2354,40 @@ static void cap_logits_task(void *context, size_t task)
 static void head(struct pass *p)
 {
     gemma2_session *s = p->lead;
-    size_t n = 0, v = (size_t)p->model->config.n_vocab;
-    for (size_t t = 0; t < p->n; t++)
-        if (s->rows[t].logits) {
-            head_enter(p, t, n);
-            s->outputs[n++] = s->rows[t].logits;
-        }
+    size_t n = p->n_wanted, v = (size_t)p->model->config.n_vocab;
     if (!n)
         return;
-    struct pass wanted = {p->model, s, n, p->layer, p->matrix, 0, NULL};
-    struct product logits = {&p->model->head, NULL, 0, s->outputs};
-    GEMMA2_TRACE("final_norm", 0, s->h, n, p->model->head.cols, s->ldh);
-    multiply(&wanted, pass_input(p, s->h, s->ldh), &logits, 1, 0);
+    share(p->me, n, head_enter_task, p);
+    trace(p, "final_norm", 0, s->normed, n, p->model->head.cols);
+    multiply(p, (struct product){.x = s->normed, .n = n, .w = {&p->model->head}, .to = s->wanted});
     if (p->model->config.final_softcap > 0)
-        share(s->n_threads, n * ((v + CAP_CHUNK - 1) / CAP_CHUNK), n * v * sizeof(float),
-              cap_logits_task, &wanted);
+        share(p->me, n * ((v + CAP_CHUNK - 1) / CAP_CHUNK), cap_logits_task, p);
     for (size_t i = 0; i < n; i++)
-        GEMMA2_TRACE("logits", (int)i, s->outputs[i], 1, v, v);
+        trace(p, "logits", (int)i, s->wanted[i]->logits, 1, v);
 }
 
 /* Log-probabilities of one target a row, without a row of logits: the head runs in blocks
  * of 2048 rows, and each block of logits joins its row's running log-sum-exp. */
 struct score_job {
-    struct pass *pass;
-    size_t first, n;        /* logits first .. first + n - 1 are in buf */
-    float *buf;             /* [T][HEAD_BLOCK] */
-    const int32_t *targets; /* [T] */
+    const struct pass *pass;
+    size_t first, n; /* logits first .. first + n - 1 are in buf */
+    float *buf;      /* [T][n] */
 };
 
-static void score_enter_task(void *context, size_t t) { head_enter(context, t, t); }
+static void score_enter_task(void *context, size_t t)
+{
+    const struct pass *p = context;
+    head_enter(p, t, t);
+    p->lead->sums[t] = (struct log_sum){-INFINITY, 0, 0};
+}
 
 static void score_block_task(void *context, size_t t)
 {
     const struct score_job *job = context;
     const gemma2_model *m = job->pass->model;
     struct log_sum *sum = &job->pass->lead->sums[t];
-    float *x = job->buf + t * HEAD_BLOCK;
-    size_t target = (size_t)job->targets[t];
+    float *x = job->buf + t * job->n;
+    size_t target = (size_t)job->pass->lead->targets[t];
     if (m->config.final_softcap > 0)
         m->isa->soft_cap(x, job->n, m->config.final_softcap);
     if (target >= job->first && target < job->first + job->n)
@@ -2311,28 +2395,55 @@ static void score_block_task(void *context, size_t t)
     log_sum_add(sum, x, job->n, m->isa->exp_sum);
 }
 
-static int score_rows(struct pass *p, const int32_t *targets, float *logprobs)
+static void score_rows(struct pass *p)
 {
     gemma2_session *s = p->lead;
-    const struct matrix *w = &p->model->head;
-    struct score_job score = {p, 0, 0, (float *)s->candidates, targets};
-    struct product_job job = {p->model->isa, p->matrix, pass_input(p, s->h, s->ldh), p->n,
-                              {{w, score.buf, HEAD_BLOCK, NULL}}, 0, 0, 0, 0};
+    struct score_job score = {p, 0, 0, (float *)s->candidates};
     share_rows(p, score_enter_task);
-    for (size_t t = 0; t < p->n; t++)
-        s->sums[t] = (struct log_sum){-INFINITY, 0, 0};
-    for (; score.first < w->rows; score.first += HEAD_BLOCK) {
-        if (ask_rows(p) < 0)
-            return GEMMA2_ERR_CANCELLED;
-        score.n = w->rows - score.first < HEAD_BLOCK ? w->rows - score.first : HEAD_BLOCK;
-        job.first_tile = (uint32_t)(score.first / TILE);
-        job.n_tiles = (score.n + TILE - 1) / TILE;
-        run_products(s, &job);
-        share(s->n_threads, p->n, p->n * score.n * sizeof(float), score_block_task, &score);
+    for (; score.first < p->model->head.rows && !is_cancelled(p); score.first += score.n) {
+        struct matrix w = p->model->head;
+        w.data += score.first / TILE * w.tile_bytes;
+        w.rows = w.rows - score.first < HEAD_BLOCK ? w.rows - (uint32_t)score.first : HEAD_BLOCK;
+        score.n = w.rows;
+        multiply(p, (struct product){.x = s->normed, .n = p->n, .w = {&w}, .y = {score.buf}});
+        share(p->me, p->n, score_block_task, &score);
     }
-    for (size_t t = 0; t < p->n; t++)
-        logprobs[t] = log_sum_end(&s->sums[t]);
-    return GEMMA2_OK;
+}
+
+/* The program of every thread of a pass. */
+static void run_pass(struct member *me, void *context)
+{
+    struct pass p = *(const struct pass *)context;
+    p.me = me;
+    if (!forward(&p))
+        return;
+    head(&p);
+    p.n -= p.logprobs && p.lead->targets[p.n - 1] < 0;
+    if (p.logprobs && p.n)
+        score_rows(&p);
+    if (p.sums) { /* the head's input, of every row */
+        share_rows(&p, score_enter_task);
+        gather(&p, p.layer, INPUT_Q, p.lead->normed, p.model->head.cols);
+    }
+}
+
+/* Less work than this is not worth waking a thread for: bytes of weights, each counted again
+ * for every 8 rows. */
+enum { BYTES_A_THREAD = 128 << 10 };
+
+/* Runs n rows.  If a session cancels the pass, its rows do not count: what they wrote to the
+ * rings lies outside all windows. */
+static int evaluate(struct pass *p)
+{
+    gemma2_session *s = p->lead;
+    uint64_t useful = p->model->config.file_bytes / BYTES_A_THREAD * (1 + p->n / 8);
+    s->status = GEMMA2_OK;
+    run_team(useful < (uint64_t)s->n_threads ? (int)useful : s->n_threads, run_pass, p);
+    for (size_t t = 0; t < p->n && s->status < 0; t++)
+        s->rows[t].session->position--;
+    for (size_t t = 0; p->logprobs && t < p->n && s->status == GEMMA2_OK && s->targets[t] >= 0; t++)
+        p->logprobs[t] = log_sum_end(&s->sums[t]);
+    return s->status;
 }
 
 /* ===================================================================================
@@ -3551,69 +3662,57 @@ static int check_ids(const gemma2_session *s, const int32_t *ids, size_t n)
     return GEMMA2_OK;
 }
 
-/* Appends row t of the pass to its session. */
-static void add_row(gemma2_session *lead, size_t t, gemma2_session *s, int32_t id, float *logits)
+/* Appends a row to the pass and its token to its session. */
+static void add_row(struct pass *p, gemma2_session *s, int32_t id, float *logits)
 {
-    struct row row = {s, logits, id, s->position++};
-    s->ids[row.position] = id;
+    struct row *row = &p->lead->rows[p->n++];
+    *row = (struct row){s, logits, s->position++};
+    s->ids[row->position] = id;
     s->oldest = max_i32(s->oldest, s->position - s->ring);
-    lead->rows[t] = row;
+    if (logits)
+        p->lead->wanted[p->n_wanted++] = row;
 }
 
-/* Ends a pass.  Of one that was cancelled the sessions forget the rows; what these wrote to
- * the rings lies outside all windows. */
-static int end_pass(const struct pass *p, size_t n_rows, int status)
+/* Evaluates ids of one session in passes of n_batch rows, until one is cancelled; shape is
+ * what the passes have in common.  With logprobs, targets are the ids that follow, and
+ * `next` for the last. */
+static int run_ids(struct pass shape, const int32_t *ids, size_t n, float *logits, int32_t next)
 {
-    for (size_t t = 0; t < n_rows && status < 0; t++)
-        p->lead->rows[t].session->position--;
-    return status;
-}
-
-/* What follows ids[at], or `next` behind the last. */
-static int score_pass(struct pass *p, const int32_t *ids, size_t at, size_t n, int32_t next,
-                      float *logprobs)
-{
-    int32_t *targets = p->lead->targets;
-    for (size_t t = 0; t < p->n; t++)
-        targets[t] = at + t + 1 < n ? ids[at + t + 1] : next;
-    p->n -= targets[p->n - 1] < 0;
-    return score_rows(p, targets, logprobs + at);
-}
-
-/* Evaluates ids of one session in passes of n_batch rows, until one is cancelled.  With
- * logprobs, targets are the ids that follow, and `next` for the last. */
-static int run_ids(gemma2_session *s, const int32_t *ids, size_t n,
-                   const struct matrix_kernels *matrix, float *logits, int32_t next,
-                   float *logprobs)
-{
+    gemma2_session *s = shape.lead;
     float_env env = float_env_enter();
     int status = GEMMA2_OK;
-    for (size_t done = 0, rows; done < n && status == GEMMA2_OK; done += rows) {
-        rows = n - done < (size_t)s->n_batch ? n - done : (size_t)s->n_batch;
-        struct pass p = {s->model, s, rows, 0, matrix, 0, NULL};
-        for (size_t t = 0; t < rows; t++)
-            add_row(s, t, s, ids[done + t], done + t + 1 == n ? logits : NULL);
-        status = forward(&p);
-        if (status == GEMMA2_OK)
-            head(&p);
-        if (status == GEMMA2_OK && logprobs)
-            status = score_pass(&p, ids, done, n, next, logprobs);
-        status = end_pass(&p, rows, status);
+    for (size_t done = 0; done < n && status == GEMMA2_OK;) {
+        struct pass p = shape;
+        for (; p.n < (size_t)s->n_batch && done < n; done++) {
+            int last = done + 1 == n;
+            s->targets[p.n] = last ? next : ids[done + 1];
+            add_row(&p, s, ids[done], last ? logits : NULL);
+        }
+        status = evaluate(&p);
+        if (shape.logprobs)
+            shape.logprobs += p.n;
     }
     float_env_leave(env);
     return status;
 }
 
-int gemma2_prefill(gemma2_session *s, const int32_t *ids, size_t n, float *logits)
+static int evaluate_ids(gemma2_session *s, const int32_t *ids, size_t n,
+                        const struct matrix_kernels *matrix, float *logits)
 {
     int status = check_ids(s, ids, n);
-    return status < 0 ? status : run_ids(s, ids, n, s->model->matrix, logits, -1, NULL);
+    if (status < 0)
+        return status;
+    return run_ids((struct pass){.model = s->model, .lead = s, .matrix = matrix}, ids, n, logits, -1);
+}
+
+int gemma2_prefill(gemma2_session *s, const int32_t *ids, size_t n, float *logits)
+{
+    return evaluate_ids(s, ids, n, s ? s->model->matrix : NULL, logits);
 }
 
 int gemma2_eval(gemma2_session *s, const int32_t *ids, size_t n, float *logits)
 {
-    int status = check_ids(s, ids, n);
-    return status < 0 ? status : run_ids(s, ids, n, NULL, logits, -1, NULL);
+    return evaluate_ids(s, ids, n, NULL, logits);
 }
 
 /* Every row fits: ids known, sessions of one model with room in context and ring. */
@@ -3644,13 +3743,11 @@ int gemma2_eval_rows(const gemma2_row *rows, size_t n)
     if (status < 0)
         return status;
     gemma2_session *lead = rows[0].session;
-    struct pass p = {lead->model, lead, n, 0, NULL, 0, NULL};
+    struct pass p = {.model = lead->model, .lead = lead};
     float_env env = float_env_enter();
     for (size_t t = 0; t < n; t++)
-        add_row(lead, t, rows[t].session, rows[t].id, rows[t].logits);
-    status = end_pass(&p, n, forward(&p));
-    if (status == GEMMA2_OK)
-        head(&p);
+        add_row(&p, rows[t].session, rows[t].id, rows[t].logits);
+    status = evaluate(&p);
     float_env_leave(env);
     return status;
 }
@@ -3662,7 +3759,8 @@ int gemma2_score(gemma2_session *s, const int32_t *ids, size_t n, int32_t next, 
         return status;
     if (!logprobs || next < -1 || next >= s->model->config.n_vocab)
         return next >= s->model->config.n_vocab ? GEMMA2_ERR_TOKEN : GEMMA2_ERR_ARGUMENT;
-    status = run_ids(s, ids, n, NULL, NULL, next, logprobs);
+    struct pass shape = {.model = s->model, .lead = s, .logprobs = logprobs};
+    status = run_ids(shape, ids, n, NULL, next);
     if (status == GEMMA2_OK && !all_finite(logprobs, next < 0 ? n - 1 : n))
         status = GEMMA2_ERR_NONFINITE;
     return status;
@@ -3673,6 +3771,15 @@ int gemma2_cancel(gemma2_session *s, int on)
     if (!s)
         return GEMMA2_ERR_ARGUMENT;
     s->cancelled = on != 0;
+    return GEMMA2_OK;
+}
+
+int gemma2_set_hook(gemma2_session *s, gemma2_hook *hook, void *context)
+{
+    if (!s)
+        return GEMMA2_ERR_ARGUMENT;
+    s->hook = hook;
+    s->hook_context = context;
     return GEMMA2_OK;
 }
 
@@ -3700,21 +3807,8 @@ int gemma2_importance(gemma2_session *s, const int32_t *ids, size_t n, uint32_t 
         return status;
     if (!sums || (block != 1 && block != 32 && block != 64 && block != 128 && block != 256))
         return GEMMA2_ERR_ARGUMENT;
-    float_env env = float_env_enter();
-    for (size_t done = 0, rows; done < n && status == GEMMA2_OK; done += rows) {
-        rows = n - done < (size_t)s->n_batch ? n - done : (size_t)s->n_batch;
-        struct pass p = {s->model, s, rows, 0, NULL, block, sums};
-        for (size_t t = 0; t < rows; t++)
-            add_row(s, t, s, ids[done + t], NULL);
-        status = forward(&p);
-        if (status == GEMMA2_OK) {
-            share_rows(&p, score_enter_task); /* the head's input, of every row */
-            gather(&p, p.layer, INPUT_Q, s->h, s->ldh, s->model->head.cols);
-        }
-        status = end_pass(&p, rows, status);
-    }
-    float_env_leave(env);
-    return status;
+    struct pass shape = {.model = s->model, .lead = s, .block = block, .sums = sums};
+    return run_ids(shape, ids, n, NULL, -1);
 }
 
 int gemma2_rewind(gemma2_session *s, int32_t n)
@@ -3735,7 +3829,7 @@ int gemma2_session_copy(gemma2_session *to, const gemma2_session *from)
     if (!to || !from)
         return GEMMA2_ERR_ARGUMENT;
     if (memcmp(to->model->config.identity, from->model->config.identity, 32) ||
-        to->window != from->window || to->half != from->half)
+        to->window != from->window || to->is_f16 != from->is_f16)
         return GEMMA2_ERR_MISMATCH;
     if (to->n_context < from->position)
         return GEMMA2_ERR_CONTEXT;
@@ -4758,7 +4852,7 @@ static int next_place(const gemma2_session *s, struct place *at)
 static uint8_t *slot_of(const gemma2_session *s, const struct place *at, size_t *step)
 {
     const struct layer_cache *c = &s->cache[at->layer];
-    size_t slot = (size_t)(at->position % c->slots), number = s->half ? 2 : 4;
+    size_t slot = (size_t)(at->position % c->slots), number = s->is_f16 ? 2 : 4;
     size_t h = (size_t)s->model->config.head_dim;
     uint8_t *base = (at->values ? c->values : c->keys) +
                     (size_t)at->head * head_bytes(s, c, at->values);
@@ -4769,7 +4863,7 @@ static uint8_t *slot_of(const gemma2_session *s, const struct place *at, size_t 
 
 static size_t place_bytes_saved(const gemma2_session *s)
 {
-    return (size_t)s->model->config.head_dim * (s->half ? 2 : 4);
+    return (size_t)s->model->config.head_dim * (s->is_f16 ? 2 : 4);
 }
 
 static void save_place(const gemma2_session *s, const struct place *at, uint8_t *to)
@@ -4777,7 +4871,7 @@ static void save_place(const gemma2_session *s, const struct place *at, uint8_t 
     size_t step, n = (size_t)s->model->config.head_dim;
     const uint8_t *from = slot_of(s, at, &step);
     for (size_t i = 0; i < n; i++, from += step)
-        if (s->half)
+        if (s->is_f16)
             set_u16(to + 2 * i, *(const uint16_t *)from);
         else
             set_u32(to + 4 * i, bits_of(*(const float *)from));
@@ -4788,7 +4882,7 @@ static void restore_place(const gemma2_session *s, const struct place *at, const
     size_t step, n = (size_t)s->model->config.head_dim;
     uint8_t *to = slot_of(s, at, &step);
     for (size_t i = 0; i < n; i++, to += step)
-        if (s->half)
+        if (s->is_f16)
             *(uint16_t *)to = (uint16_t)(from[2 * i] | from[2 * i + 1] << 8);
         else
             *(float *)to = get_f32(from + 4 * i);
@@ -4818,7 +4912,7 @@ static void save_session(const gemma2_session *s, uint8_t *p, size_t size)
     set_u32(p + 8, 1), set_u32(p + 12, SAVED_BYTES);
     set_u64(p + 16, size);
     set_u32(p + 32, (uint32_t)s->position), set_u32(p + 36, (uint32_t)s->oldest);
-    set_u32(p + 40, s->half ? GEMMA2_CACHE_F16 : GEMMA2_CACHE_F32);
+    set_u32(p + 40, s->is_f16 ? GEMMA2_CACHE_F16 : GEMMA2_CACHE_F32);
     set_u32(p + 44, (uint32_t)s->window);
     memcpy(p + 64, s->model->config.identity, 32);
     for (int32_t i = 0; i < s->position; i++, to += 4)
@@ -4843,7 +4937,7 @@ static int check_saved(const gemma2_session *s, const uint8_t *p, size_t size)
         !is_zero(p + 48, 16) || memcmp(digest, p + SAVED_DIGEST_AT, 32))
         return GEMMA2_ERR_CORRUPT;
     if (memcmp(p + 64, s->model->config.identity, 32) || get_u32(p + 44) != (uint32_t)s->window ||
-        get_u32(p + 40) != (s->half ? GEMMA2_CACHE_F16 : GEMMA2_CACHE_F32))
+        get_u32(p + 40) != (s->is_f16 ? GEMMA2_CACHE_F16 : GEMMA2_CACHE_F32))
         return GEMMA2_ERR_MISMATCH;
     uint32_t n = get_u32(p + 32), first = get_u32(p + 36);
     if (n > (uint32_t)s->n_context)
@@ -4865,7 +4959,7 @@ static void clear_before_oldest(const gemma2_session *s)
 {
     const gemma2_config *c = &s->model->config;
     struct place at = {0, 1, 0, 0};
-    size_t step, bytes = (size_t)s->width * (s->half ? 2 : 4);
+    size_t step, bytes = (size_t)s->width * (s->is_f16 ? 2 : 4);
     for (; at.layer < c->n_layers; at.layer++)
         for (at.head = 0; c->is_local[at.layer] && at.head < c->n_kv_heads; at.head++)
             for (at.position = s->oldest / TILE * TILE; at.position < s->oldest; at.position++)
@@ -4903,8 +4997,8 @@ static void copy_session(gemma2_session *to, const gemma2_session *from)
 /* ---- importance: sums of products of neighbouring inputs, for gemma2_importance ---- */
 
 struct gather_job {
-    const float *x; /* [T][ldx], cols of them used */
-    size_t n, ldx, cols, block;
+    const float *x; /* [T][cols] */
+    size_t n, cols, block;
     double *sums;   /* [block][cols] */
 };
 
@@ -4916,7 +5010,7 @@ static void add_products(const struct gather_job *job, size_t r, size_t c, size_
     size_t n = last - c, other = c - c % job->block + r, step = job->block == 1;
     memcpy(sum, job->sums + r * job->cols + c, n * sizeof *sum);
     for (size_t t = 0; t < job->n; t++) {
-        const float *x = job->x + t * job->ldx;
+        const float *x = job->x + t * job->cols;
         for (size_t i = 0; i < n; i++)
             sum[i] += (double)x[c + i] * (double)x[other + i * step];
     }
@@ -4952,15 +5046,13 @@ static uint64_t input_first(const gemma2_config *c, int layer, int input)
 }
 
 /* Adds the pass's rows of x, the input of a product, to the sums; if these are wanted. */
-static void gather(const struct pass *p, int layer, int input, const float *x, size_t ldx,
-                   size_t cols)
+static void gather(const struct pass *p, int layer, int input, const float *x, size_t cols)
 {
     if (!p->sums)
         return;
     double *sums = p->sums + p->block * input_first(&p->model->config, layer, input);
-    struct gather_job job = {x, p->n, ldx, cols, p->block, sums};
-    size_t tasks = (cols + BLOCK_INPUTS - 1) / BLOCK_INPUTS;
-    share(p->lead->n_threads, tasks, p->n * cols * p->block * sizeof *sums, gather_task, &job);
+    struct gather_job job = {x, p->n, cols, p->block, sums};
+    share(p->me, (cols + BLOCK_INPUTS - 1) / BLOCK_INPUTS, gather_task, &job);
 }
 
 /* ===================================================================================

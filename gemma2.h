@@ -63,7 +63,8 @@
  * leaves the session as it was, unless its comment says otherwise.  A handle or pointer
  * that is NULL where the comment does not allow it is GEMMA2_ERR_ARGUMENT, or NULL or 0
  * from functions that return pointers, answers of yes and no, or sizes.  The library never
- * exits, aborts, prints, installs signal handlers, calls back or keeps global state; what
+ * exits, aborts, prints, installs signal handlers or keeps global state, and calls back only
+ * what gemma2_set_hook was given; what
  * the OpenMP runtime does is its own affair.  The one environment variable it reads is
  * GEMMA2_ISA, at open (see gemma2_open).  A call takes up to 200 KB of stack, also in
  * OpenMP's threads (their default, or OMP_STACKSIZE, is more).
@@ -302,6 +303,24 @@ GEMMA2_API int gemma2_score(gemma2_session *session, const int32_t *ids, size_t 
  * sessions ends for all.  May be called from any thread and from a signal handler, while
  * the session exists. */
 GEMMA2_API int gemma2_cancel(gemma2_session *session, int on);
+
+/* One step of a pass: the values [rows][cols] that it gave, a row for each token of the pass.
+ * In order of use: "embedding"; in each layer "attn_norm", "q", "k", "v" (q and k turned by
+ * RoPE, q scaled), "attn", "o", "post_attn_norm", "attn_residual", "ffn_norm", "geglu",
+ * "down", "post_ffn_norm" and "residual"; where logits are wanted "final_norm" and, once for
+ * each row, "logits" (layer is then the row's number among those). */
+typedef struct {
+    const char *name;
+    int32_t layer; /* 0 outside of layers */
+    size_t rows, cols;
+    float *data;
+} gemma2_activation;
+typedef void gemma2_hook(void *context, const gemma2_activation *activation);
+/* Calls hook with context after each step of every pass that this session leads (it is the
+ * only one, or that of the first row).  The thread that evaluates makes the call; the hook
+ * may change data, which the following steps then read, and may not use the session but for
+ * gemma2_cancel and what only asks.  hook NULL: no calls, and no cost. */
+GEMMA2_API int gemma2_set_hook(gemma2_session *session, gemma2_hook *hook, void *context);
 
 /* What the products of a model read, in order of use: entry i is the input of "q" (and of k
  * and v), "o", "gate" (and up) and "down" of each layer, at last that of "head". */

@@ -32,6 +32,8 @@
  * on the values. */
 #include "../gemma2.c"
 
+#include "team.h"
+
 #include <stddef.h>
 #include <sys/resource.h>
 #include <sys/utsname.h>
@@ -326,7 +328,7 @@ static double read_bandwidth(const gemma2_model *m, int threads, const struct re
     job.ahead = way->ahead, job.streams = way->streams;
     for (int i = 0; i < READ_RUNS; i++) {
         double start = now();
-        share(threads, chunks, job.size, read_task, &job);
+        share_out(threads, chunks, read_task, &job);
         speed[i] = (double)(chunks * READ_CHUNK) / (now() - start) / 1e9;
     }
     return summarise(speed, READ_RUNS).median;
@@ -486,7 +488,7 @@ static double measure_peak(const struct peak *k, int threads)
     }
     for (int i = 0; i < PEAK_RUNS; i++) {
         double start = now(), ops = (double)k->ops * PEAK_SUMS * (double)job.steps * threads;
-        share(threads, (size_t)threads, SIZE_MAX, peak_task, &job);
+        share_out(threads, (size_t)threads, peak_task, &job);
         double speed = ops / (now() - start) / 1e9;
         best = speed > best ? speed : best;
     }
@@ -577,7 +579,7 @@ static size_t cache_bytes_read(const gemma2_session *s, int depth)
     size_t n = 0;
     for (int l = 0; l < c->n_layers; l++) {
         int seen = c->is_local[l] && depth > s->window ? s->window : depth;
-        n += 2 * (size_t)seen * (size_t)c->n_kv_heads * (size_t)c->head_dim * (s->half ? 2 : 4);
+        n += 2 * (size_t)seen * (size_t)c->n_kv_heads * (size_t)c->head_dim * (s->is_f16 ? 2 : 4);
     }
     return n;
 }
@@ -731,7 +733,7 @@ static void run_threads(struct report *report, int threads)
     gemma2_session *s = gemma2_session_new(report->m, &params, err, sizeof err);
     if (!s)
         die(err);
-    report->batch = s->n_batch, report->half = s->half;
+    report->batch = s->n_batch, report->half = s->is_f16;
     struct limits *l = &report->limits[report->n_limits++];
     l->threads = s->n_threads;
     if (!o->no_limits)

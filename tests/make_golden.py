@@ -19,7 +19,7 @@ NAME.trace      what transformers computes for it in float32 with eager attentio
                   f32  data[rows][cols]
                 The first record, "tokens" [1, T], holds the prompt's ids; the second,
                 "rows" [1, R], the positions that the records after it have rows for.
-                These are named as GEMMA2_TRACE in gemma2.c names them.
+                These are named as gemma2_set_hook in gemma2.h names them.
 
 story.txt       the demo model's greedy text: a line E with the prompt, a line D with the
                 continuation, in the format of tokens.txt; made by the engine, checked

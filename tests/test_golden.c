@@ -7,10 +7,6 @@
  * -v prints the largest deviations seen.  From the repository's root. */
 #include <stddef.h> /* and no libc header before gemma2.c, which chooses its features */
 
-static void on_trace(const char *name, int layer, const float *data, size_t rows,
-                     size_t cols, size_t stride);
-#define GEMMA2_TRACE(name, layer, data, rows, cols, stride)                              \
-    on_trace((name), (int)(layer), (data), (size_t)(rows), (size_t)(cols), (size_t)(stride))
 #ifdef GEMMA2_EMULATE /* the tale alone, with the "amx" row */
 #include "emulate.h"
 enum { EMULATED = 1 };
@@ -168,8 +164,7 @@ static struct {
     size_t block;
 } traced;
 
-static void add_traced(const char *name, int layer, const float *x, size_t rows, size_t cols,
-                       size_t stride)
+static void add_traced(const char *name, int layer, const float *x, size_t rows, size_t cols)
 {
     static const char *const traces[] = {"attn_norm", "attn", "ffn_norm", "geglu", "final_norm"};
     int which = 0;
@@ -181,22 +176,24 @@ static void add_traced(const char *name, int layer, const float *x, size_t rows,
         return;
     check(input.cols == cols, "importance: %s has %zu columns", name, cols);
     double *sums = traced.sums + traced.block * input.first;
-    for (size_t t = 0; t < rows; t++, x += stride)
+    for (size_t t = 0; t < rows; t++, x += cols)
         for (size_t c = 0; c < cols; c++)
             for (size_t r = 0; r < traced.block && c - c % traced.block + r < cols; r++)
                 sums[r * cols + c] += (double)x[c] * (double)x[c - c % traced.block + r];
 }
 
-static void on_trace(const char *name, int layer, const float *data, size_t rows,
-                     size_t cols, size_t stride)
+static void on_trace(void *context, const gemma2_activation *a)
 {
+    const char *name = a->name;
+    size_t rows = a->rows, cols = a->cols;
+    (void)context;
     if (traced.sums)
-        add_traced(name, layer, data, rows, cols, stride);
+        add_traced(name, a->layer, a->data, rows, cols);
     if (!watch.golden)
         return;
     if (!strcmp(name, "embedding"))
         watch.first = watch.next, watch.next += (int)rows;
-    record *r = find_record(watch.golden, name, layer < 0 ? 0 : layer);
+    record *r = find_record(watch.golden, name, a->layer);
     if (!r || !strcmp(name, "logits")) /* logits are compared where the caller gets them */
         return;
     if (cols != r->cols) {
@@ -206,7 +203,7 @@ static void on_trace(const char *name, int layer, const float *data, size_t rows
     /* Where only some rows go on to the head, they are the last ones. */
     int position = watch.next - (int)rows;
     for (size_t i = 0; i < rows; i++)
-        compare_row(r, data + i * stride, position + (int)i);
+        compare_row(r, a->data + i * cols, position + (int)i);
 }
 
 static void begin_watch(golden *g, const char *model, const char *way, float tolerance)
@@ -265,6 +262,7 @@ static gemma2_session *new_session(const gemma2_model *m, int n_batch, int n_thr
     params.cache_type = GEMMA2_CACHE_F32; /* transformers rounds no keys either */
     gemma2_session *s = gemma2_session_new(m, &params, err, sizeof err);
     check(s != NULL, "session: %s", s ? "" : err);
+    gemma2_set_hook(s, on_trace, NULL);
     return s;
 }
 

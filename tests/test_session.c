@@ -32,9 +32,6 @@ static void *counted_calloc(size_t n, size_t size)
     return calloc(n, size);
 }
 
-static void on_trace(const char *name, int layer);
-
-#define GEMMA2_TRACE(name, layer, data, rows, cols, stride) on_trace(name, layer)
 #define malloc counted_malloc
 #define calloc counted_calloc
 #include "../gemma2.c"
@@ -48,13 +45,14 @@ static struct {
     int pass, layer, passes, layers_after;
 } watch;
 
-static void on_trace(const char *name, int layer)
+static void on_trace(void *context, const gemma2_activation *a)
 {
-    if (!watch.session || strcmp(name, "attn_norm"))
+    (void)context;
+    if (!watch.session || strcmp(a->name, "attn_norm"))
         return;
     watch.layers_after += watch.session->cancelled != 0;
-    watch.passes += layer == 0;
-    if (watch.passes == watch.pass && layer == watch.layer)
+    watch.passes += a->layer == 0;
+    if (watch.passes == watch.pass && a->layer == watch.layer)
         gemma2_cancel(watch.session, 1);
 }
 
@@ -62,6 +60,7 @@ static void cancel_in(gemma2_session *s, int pass, int layer)
 {
     watch.session = s, watch.pass = pass, watch.layer = layer;
     watch.passes = watch.layers_after = 0;
+    gemma2_set_hook(s, on_trace, NULL);
 }
 
 /* ---- What a host may get wrong: NULL, struct sizes ---- */

@@ -6,6 +6,7 @@
 #include "../gemma2.c"
 
 #include "model.h"
+#include "team.h"
 
 #include <pthread.h>
 #include <time.h>
@@ -77,7 +78,7 @@ int main(int argc, char **argv)
 {
     size_t sum = 0;
     if (argc > 1 && !strcmp(argv[1], "race"))
-        share(4, 8, SIZE_MAX / 2, racing_task, &sum);
+        share_out(4, 8, racing_task, &sum);
     else
         test_hosts();
     printf("%d passed, %d failed\n", n_passed, n_failed);

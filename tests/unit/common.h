@@ -91,6 +91,7 @@ enum { EMULATED = 0 };
 #endif
 
 #include "../model.h"
+#include "../team.h"
 
 static float *random_floats(size_t n, float scale)
 {

@@ -22,8 +22,7 @@ static void test_share(void)
         for (size_t n = 0; n <= 1000; n += 1 + n * 3) {
             int bad = 0;
             memset(&tasks, 0, sizeof tasks);
-            share(threads[i] < 1024 || n < 20 ? threads[i] : 20, n, SIZE_MAX / 2, count_task,
-                  &tasks);
+            share_out(threads[i] < 1024 || n < 20 ? threads[i] : 20, n, count_task, &tasks);
             for (size_t k = 0; k < 1000; k++)
                 bad += tasks.runs[k] != (k < n);
             check(!bad && !tasks.wrong_environment, "%zu tasks on %d threads", n, threads[i]);
@@ -171,7 +170,7 @@ static void worker_environments(void)
         memset(&tasks, 0, sizeof tasks);
         set_environments(3, host[k]);
         float_env caller = float_env_enter();
-        share(3, 1000, SIZE_MAX / 2, count_task, &tasks);
+        share_out(3, 1000, count_task, &tasks);
         float_env_leave(caller);
         int lost = environments_differ(3, host[k]);
         set_environments(3, old);

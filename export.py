@@ -62,7 +62,7 @@ EPILOG = """
 Checkpoints, with the package that each needs beside numpy:
   Hugging Face directory   *.safetensors; also quantised by MLX, GPTQ, AWQ, bitsandbytes,
                            compressed-tensors or to FP8
-  GGUF                     the file, or the first of several
+  GGUF                     the file, or the first of several                    gguf
   gemma.cpp                the .sbs file
   PyTorch                  .ckpt, .bin, .pth, .pt, or their directory
   Keras                    preset directory, .weights.h5, .keras                h5py
@@ -2058,99 +2058,8 @@ def dequantise(stored, config):
 # ---- Blocks: the formats of GGUF and gemma.cpp ----------------------------------------
 #
 # A format packs so many weights into so many bytes; its function takes bytes
-# [blocks, bytes] and returns f32 [blocks, weights].  GGUF's are ggml's, from its
-# structures block_q4_0 and so on; the last three are gemma.cpp's.
-
-
-def half(b, at):
-    """The f16 at a byte of every block: f32 [blocks, 1]."""
-    return np.ascontiguousarray(b[:, at:at + 2]).view("<f2").astype(np.float32)
-
-
-def bit_fields(b, width, run):
-    """Fields of width bits: of every run of bytes first all the lowest, then the next."""
-    shifts = np.arange(0, 8, width, dtype=np.uint8)[:, None]
-    parts = b.reshape(len(b), -1, 1, run) >> shifts & np.uint8((1 << width) - 1)
-    return parts.reshape(len(b), -1)
-
-
-def grouped(scale, q, minimum=None):
-    """scale * q - minimum, with one of each for every group of a block: [blocks, groups]."""
-    w = q.reshape(*scale.shape, -1) * scale[:, :, None]
-    if minimum is not None:
-        w -= minimum[:, :, None]
-    return w.reshape(len(w), -1)
-
-
-def q4_0(b):
-    return half(b, 0) * (bit_fields(b[:, 2:], 4, 16) - np.float32(8))
-
-
-def q4_1(b):
-    return half(b, 0) * bit_fields(b[:, 4:], 4, 16) + half(b, 2)
-
-
-def q5_0(b):
-    q = bit_fields(b[:, 6:], 4, 16) | bit_fields(b[:, 2:6], 1, 1) << 4
-    return half(b, 0) * (q - np.float32(16))
-
-
-def q5_1(b):
-    q = bit_fields(b[:, 8:], 4, 16) | bit_fields(b[:, 4:8], 1, 1) << 4
-    return half(b, 0) * q + half(b, 2)
-
-
-def q8_0(b):
-    return half(b, 0) * b[:, 2:].view(np.int8)
-
-
-def q2_k(b):
-    s = b[:, :16]
-    return grouped(half(b, 80) * (s & 15), bit_fields(b[:, 16:80], 2, 32), half(b, 82) * (s >> 4))
-
-
-def q3_k(b):
-    s = bit_fields(b[:, 96:104], 4, 8) | bit_fields(b[:, 104:108], 2, 4) << 4
-    q = bit_fields(b[:, 32:96], 2, 32) | bit_fields(b[:, :32], 1, 32) << 2
-    return grouped(half(b, 108) * (s - np.float32(32)), q - np.float32(4))
-
-
-def q45_scales(s):
-    """12 bytes: 6 bits of scale and of minimum for each of 8 groups of 32; the upper two
-    bits of groups 4 .. 7 lie above the six of groups 0 .. 3."""
-    low, low_min, rest = s[:, :4], s[:, 4:8], s[:, 8:]
-    scale = np.concatenate((low & 63, rest & 15 | low >> 2 & 48), axis=1)
-    minimum = np.concatenate((low_min & 63, rest >> 4 | low_min >> 2 & 48), axis=1)
-    return scale, minimum
-
-
-def q4_k(b):
-    s, m = q45_scales(b[:, 4:16])
-    return grouped(half(b, 0) * s, bit_fields(b[:, 16:], 4, 32), half(b, 2) * m)
-
-
-def q5_k(b):
-    s, m = q45_scales(b[:, 4:16])
-    q = bit_fields(b[:, 48:], 4, 32) | bit_fields(b[:, 16:48], 1, 32) << 4
-    return grouped(half(b, 0) * s, q, half(b, 2) * m)
-
-
-def q6_k(b):
-    q = bit_fields(b[:, :128], 4, 64) | bit_fields(b[:, 128:192], 2, 32) << 4
-    return grouped(half(b, 208) * b[:, 192:208].view(np.int8), q - np.float32(32))
-
-
-IQ4 = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113],
-               np.float32)
-
-
-def iq4_nl(b):
-    return half(b, 0) * IQ4[bit_fields(b[:, 2:], 4, 16)]
-
-
-def iq4_xs(b):
-    s = bit_fields(b[:, 4:8], 4, 1) | bit_fields(b[:, 2:4], 2, 1) << 4
-    return grouped(half(b, 0) * (s - np.float32(32)), IQ4[bit_fields(b[:, 8:], 4, 16)])
+# [blocks, bytes] and returns as many f32 weights.  GGUF's own are decoded by the gguf package.
+# ---------------------------------------------------------------------------------------
 
 
 def sfp_values():
@@ -2167,7 +2076,8 @@ SFP = sfp_values()
 
 def nuq(b):
     """16 values in SFP, then an index of 4 bits for each weight."""
-    return np.take_along_axis(SFP[b[:, :16]], bit_fields(b[:, 16:], 4, 1).astype(np.intp), axis=1)
+    index = np.stack((b[:, 16:] & 15, b[:, 16:] >> 4), axis=2).reshape(len(b), -1)
+    return np.take_along_axis(SFP[b[:, :16]], index.astype(np.intp), axis=1)
 
 
 def i8(b):
@@ -2181,12 +2091,27 @@ BLOCKS = {
     "F32": (1, 4, lambda b: b.view("<f4").astype(np.float32, copy=False)),
     "F16": (1, 2, lambda b: b.view("<f2").astype(np.float32)),
     "BF16": (1, 2, lambda b: bf16_value(b.view("<u2"))),
-    "Q4_0": (32, 18, q4_0), "Q4_1": (32, 20, q4_1), "Q5_0": (32, 22, q5_0),
-    "Q5_1": (32, 24, q5_1), "Q8_0": (32, 34, q8_0), "IQ4_NL": (32, 18, iq4_nl),
-    "Q2_K": (256, 84, q2_k), "Q3_K": (256, 110, q3_k), "Q4_K": (256, 144, q4_k),
-    "Q5_K": (256, 176, q5_k), "Q6_K": (256, 210, q6_k), "IQ4_XS": (256, 136, iq4_xs),
     "SFP": (1, 1, lambda b: SFP[b]), "NUQ": (256, 144, nuq), "INT8": (128, 132, i8),
 }
+
+
+@functools.lru_cache(maxsize=None)
+def block_format(kind):
+    """The same for GGUF's formats, too; NotImplementedError for those that gguf cannot decode."""
+    if kind in BLOCKS:
+        return BLOCKS[kind]
+    gguf = gguf_library()
+    number = gguf.GGMLQuantizationType[kind]
+    weights, size = gguf.GGML_QUANT_SIZES[number]
+
+    def values(b):  # as one row: gguf loops over rows
+        return gguf.dequantize(b.reshape(1, -1), number)
+    values(np.zeros(size, np.uint8))
+    return weights, size, values
+
+
+def gguf_library():
+    return library("gguf", "gguf", "a GGUF file")
 
 
 class Blocks:
@@ -2200,12 +2125,12 @@ class Blocks:
     @staticmethod
     def size(kind, shape):
         """Bytes of such a stream, None where the weights fill no whole number of blocks."""
-        weights, size, _ = BLOCKS[kind]
+        weights, size, _ = block_format(kind)
         blocks, rest = divmod(math.prod(shape), weights)
         return None if rest else blocks * size
 
     def rows(self, start, stop):
-        weights, size, values = BLOCKS[self.kind]
+        weights, size, values = block_format(self.kind)
         start, stop, cols = start * self.shape[1], stop * self.shape[1], self.shape[1]
         first, end = start // weights, -(-stop // weights)
         raw = read_at(self.path, self.offset + first * size, (end - first) * size)
@@ -2219,15 +2144,6 @@ class Blocks:
 
 # ---- GGUF -----------------------------------------------------------------------------
 
-GGML_TYPES = {
-    0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 4: "Q4_2", 5: "Q4_3", 6: "Q5_0", 7: "Q5_1",
-    8: "Q8_0", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 15: "Q8_K",
-    16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S",
-    22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M",
-    30: "BF16", 31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8", 34: "TQ1_0", 35: "TQ2_0",
-    36: "IQ4_NL_4_4", 37: "IQ4_NL_4_8", 38: "IQ4_NL_8_8", 39: "MXFP4", 40: "NVFP4", 41: "Q1_0",
-    42: "Q2_0",
-}
 GGUF_NUMBERS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?",
                 10: "<u8", 11: "<i8", 12: "<f8"}  # by type of a value
 GGUF_STRING, GGUF_ARRAY = 8, 9
@@ -2335,7 +2251,7 @@ class GgufHeader:
         for name, (dims, kind, offset) in sorted(entries.items(), key=lambda e: e[1][2]):
             shape, kind = self.shape(name, dims), self.kind(name, kind)
             size = Blocks.size(kind, shape)
-            if size is None or shape[1] > 1 and shape[1] % BLOCKS[kind][0]:
+            if size is None or shape[1] > 1 and shape[1] % block_format(kind)[0]:
                 raise self.bad("has the tensor %s with rows of %d weights, which %s cannot hold"
                                % (name, shape[1], kind))
             if offset % align or offset < free:
@@ -2356,12 +2272,15 @@ class GgufHeader:
         return (dims[0], 1) if len(dims) == 1 else (dims[1], dims[0])
 
     def kind(self, name, number):
-        kind = GGML_TYPES.get(number, "of unknown type %d" % number)
-        if kind not in BLOCKS:
+        kind = "of the unknown type %d" % number
+        try:
+            kind = gguf_library().GGMLQuantizationType(number).name
+            block_format(kind)
+        except (ValueError, AttributeError, NotImplementedError):
             raise ExportError(
-                "%s: the tensor %s is %s, which cannot be read: fetch a file in F16, "
-                "BF16, Q8_0, Q2_K to Q6_K or the like, or the original checkpoint"
-                % (self.path, name, kind))
+                "%s: the tensor %s is %s, which the gguf package cannot decode: python3 -m pip "
+                "install --upgrade gguf, or fetch a file of another type, or the original "
+                "checkpoint" % (self.path, name, kind)) from None
         return kind
 
 
@@ -2776,7 +2695,7 @@ def old_sbs_entries(path, blobs):
                                   % (path, name, what))
         kind = SBS_PREFIXES.get(name[:1])
         if kind == "NUQ":
-            raise ExportError("%s: %s is NUQ as it was before 2025, which %s does not read: "
+            raise ExportError("%s: %s is NUQ as it was before 2025, which cannot be read: "
                               "fetch the file in SFP or BF16" % (path, name))
         if kind and name != "Fscales":
             weights, bytes_, _ = BLOCKS[kind]

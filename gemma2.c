@@ -3968,7 +3968,7 @@ int gemma2_chat_check(const gemma2_model *m, const gemma2_message *messages, siz
     else if (!alternate)
         fail(&err, "the messages do not alternate between user and model, the user's first");
     else if (has_text && !own_turn && n == 1)
-        fail(&err, "this model's system text is a part of the first user message, which is missing");
+        fail(&err, "system text belongs to the first user message, which is missing");
     else if (flags & GEMMA2_CHAT_GENERATE && (!n || messages[n - 1].role != GEMMA2_ROLE_USER))
         fail(&err, "the model can only answer a user's message, and the last one is not");
     else
@@ -4071,8 +4071,8 @@ int gemma2_logprob(const float *logits, size_t n, int32_t id, float *logprob)
 
 /* ---- files ---- */
 
-static const char A_DIRECTORY[] = "a directory; convert a checkpoint that it holds, or give the path "
-                                  "of a model file";
+static const char A_DIRECTORY[] = "a directory; convert the checkpoint that it holds, or give the "
+                                  "path of a model file";
 static const char A_DEVICE[] = "a device or pipe; give the path of a model file";
 static const char EMPTY[] = "the file is empty; copy or make it again";
 

@@ -1,10 +1,11 @@
-/* Fuzzing: six targets, each a function from bytes to a use of the library or the program, in
+/* Fuzzing: seven targets, each a function from bytes to a use of the library or the program, in
  * which nothing may crash, leak, hang or break a promise of gemma2.h.
  *
  *   weights    a file image: open, check, encode, plan, sessions, every way to evaluate
  *   tokenizer  a vocabulary and a text: what is encoded comes back, for any vocabulary
  *   encode     a text, by the real vocabulary and by a small one
  *   decode     ids, by the same
+ *   chat       facts of a template, then messages: no text forges a mark of the vocabulary
  *   session    a saved session: restored and used, or refused and nothing changed
  *   cli        arguments and standard input of ./run
  *
@@ -502,23 +503,32 @@ static void fuzz_tokenizer(const uint8_t *data, size_t size)
 
 /* ---- Targets: encode, decode ------------------------------------------------------------- */
 
-/* The vocabulary of Gemma and a small one with every kind of piece. */
-static const gemma2_model *vocabulary(int small)
+/* A small vocabulary with every kind of piece. */
+static const struct image *vocabulary_image(void)
 {
-    static gemma2_model *models[2];
     static struct pieces p;
-    char err[256];
-    if (!models[0]) {
-        models[0] = gemma2_open("tokenizer.bin", NULL, err, sizeof err);
-        if (!models[0])
-            printf("%s; run this from the repository's root\n", err), exit(1);
+    static struct image m;
+    if (!m.data) {
         plain_pieces(&p, 40);
         add_bytes_pieces(&p);
         add_piece(&p, "", GEMMA2_PIECE_UNUSED, 0);
         add_piece(&p, "\xe2\x96\x81" "a\xe2\x96\x81", GEMMA2_PIECE_NORMAL, 3);
         add_piece(&p, "\n\n", GEMMA2_PIECE_USER, 0);
-        struct image m = build_tokenizer_file(&p);
-        models[1] = open_image(&m);
+        m = build_tokenizer_file(&p);
+    }
+    return &m;
+}
+
+/* The vocabulary of Gemma and the small one. */
+static const gemma2_model *vocabulary(int small)
+{
+    static gemma2_model *models[2];
+    char err[256];
+    if (!models[0]) {
+        models[0] = gemma2_open("tokenizer.bin", NULL, err, sizeof err);
+        if (!models[0])
+            printf("%s; run this from the repository's root\n", err), exit(1);
+        models[1] = open_image(vocabulary_image());
     }
     return models[small];
 }
@@ -570,6 +580,73 @@ static void fuzz_decode(const uint8_t *data, size_t size)
         holds(hold.n < 4 && (id >= 0 || !hold.n), "what is held");
     }
     free(text), free(repaired_text);
+}
+
+/* ---- Target: chat -------------------------------------------------------------------------- */
+
+/* Renders the messages in exactly the scratch they need; returns how many of the ids are marks
+ * of the vocabulary. */
+static int count_marks(const gemma2_model *m, const gemma2_message *messages, size_t n,
+                       unsigned flags)
+{
+    char err[300] = "";
+    size_t bytes = gemma2_chat_scratch(m, messages, n);
+    void *scratch = fresh(bytes);
+    int status = gemma2_chat_check(m, messages, n, flags, err, sizeof err), marks = 0, kind;
+    int64_t count = gemma2_encode_chat(m, messages, n, flags, NULL, 0, scratch, bytes);
+    holds(bytes > 0, "sizes are known");
+    holds(status == GEMMA2_OK ? count >= 0 : count == status && err[0], "check and encode agree");
+    int32_t *ids = fresh((size_t)max_i32(0, (int32_t)count) * sizeof *ids);
+    if (count >= 0)
+        holds(gemma2_encode_chat(m, messages, n, flags, ids, (size_t)count, scratch, bytes) ==
+                  count, "counting gives the same count");
+    for (int64_t i = 0; i < count; i++) {
+        holds(gemma2_piece(m, ids[i], NULL, &kind) != NULL, "ids lie in the vocabulary");
+        marks += kind == GEMMA2_PIECE_MARKER || kind == GEMMA2_PIECE_CONTROL;
+    }
+    free(scratch), free(ids);
+    return marks;
+}
+
+/* Bytes 0 and 1: which parts there are; 2: flags, and whether system text comes first.  Then
+ * strings that end with 0xfe: the parts, and messages in turn. */
+static void fuzz_chat(const uint8_t *data, size_t size)
+{
+    enum { MOST_MESSAGES = 12 };
+    static char text[MOST_TEXT + 1];
+    const char *facts[2 * N_CHAT_PARTS + 1] = {NULL}, *at = text;
+    gemma2_message messages[MOST_MESSAGES], empty[MOST_MESSAGES];
+    size_t n_facts = 0, n = 0;
+    if (size < 3)
+        return;
+    size_t n_text = size - 3 < MOST_TEXT ? size - 3 : MOST_TEXT;
+    memcpy(text, data + 3, n_text);
+    text[n_text] = 0;
+    for (size_t i = 0; i < n_text; i++)
+        text[i] = (char)(data[3 + i] == 0xfe ? 0 : data[3 + i]);
+    for (int i = 0; i < N_CHAT_PARTS; i++)
+        if ((data[0] | data[1] << 8) >> i & 1) {
+            facts[n_facts++] = chat_keys[i];
+            int is_flag = i == CHAT_BOS || i == CHAT_TRIM;
+            facts[n_facts++] = is_flag ? data[2] & 64 ? "1" : "0" : at;
+            at += is_flag ? 0 : strlen(at);
+            at += !is_flag && at < text + n_text;
+        }
+    int system = data[2] & 4;
+    for (; at < text + n_text && n < MOST_MESSAGES; n++) {
+        int32_t role = system && n == 0 ? GEMMA2_ROLE_SYSTEM
+                       : (n - (system != 0)) % 2 ? GEMMA2_ROLE_MODEL : GEMMA2_ROLE_USER;
+        messages[n] = (gemma2_message){data[2] & 8 && n == 2 ? 0 : role, at, -1};
+        empty[n] = (gemma2_message){messages[n].role, n == 0 && system ? at : "", -1};
+        at += strlen(at) + 1;
+    }
+    struct image image = with_facts(vocabulary_image(), facts);
+    gemma2_model *m = open_image(&image);
+    int marks = count_marks(m, messages, n, data[2] & 3);
+    if (!system)
+        holds(marks == count_marks(m, empty, n, data[2] & 3), "no text forges a mark");
+    gemma2_close(m);
+    free(image.data);
 }
 
 /* ---- Target: session ----------------------------------------------------------------------- */
@@ -791,6 +868,7 @@ static const struct target {
     {"tokenizer", fuzz_tokenizer, NULL, 300},
     {"encode", fuzz_encode, NULL, 100},
     {"decode", fuzz_decode, NULL, 100},
+    {"chat", fuzz_chat, NULL, 300},
     {"session", fuzz_session, mutate_session, 16 << 10},
     {"cli", fuzz_cli, NULL, 200},
 };

@@ -680,6 +680,40 @@ static void test_slow_vocabularies(void)
     }
 }
 
+/* 36: a template with as many marks of plain text as there can be, each of which a text goes
+ * along with for long at each of its letters. */
+static void test_slow_template(const gemma2_model *tokenizer)
+{
+    static char part[MAX_CHAT_LINES * (MAX_CHAT_MARKER + 3)], text[1 << 17];
+    const char *facts[] = {"chat.user.before", part, "chat.user.after", "", "chat.model.before", "",
+                           "chat.model.after", "", "chat.generate", "", NULL};
+    for (size_t at = 0, i = 0; i < MAX_CHAT_LINES; i++, at += MAX_CHAT_MARKER - 1) {
+        memset(part + at, 'a', MAX_CHAT_MARKER - 2);
+        part[at + MAX_CHAT_MARKER - 3] = (char)('b' + i % 20);
+        part[at + MAX_CHAT_MARKER - 2] = '\n';
+    }
+    memset(text, 'a', sizeof text);
+    struct image from = {fresh(tokenizer->file.size), tokenizer->file.size};
+    memcpy(from.data, tokenizer->file.data, from.size);
+    struct image image = with_facts(&from, facts);
+    gemma2_model *m = open_image(&image);
+    gemma2_message message = {GEMMA2_ROLE_USER, text, 1 << 13};
+    size_t bytes[2];
+    unsigned long work[2];
+    for (int i = 0; i < 2; i++, message.size = sizeof text) {
+        bytes[i] = gemma2_chat_scratch(m, &message, 1);
+        void *scratch = fresh(bytes[i]);
+        n_compared = 0;
+        check(gemma2_encode_chat(m, &message, 1, 0, NULL, 0, scratch, bytes[i]) > 0, "a template");
+        work[i] = n_compared;
+        free(scratch);
+    }
+    check(work[1] < 17 * work[0] && work[1] < 120ul << 17, "a slow template: %lu comparisons for "
+          "8 KB, %lu for 128 KB", work[0], work[1]);
+    gemma2_close(m);
+    free(image.data), free(from.data);
+}
+
 static void test_text(void)
 {
     char err[256] = "";
@@ -688,6 +722,7 @@ static void test_text(void)
         return;
     test_texts(m);
     test_linear(m);
+    test_slow_template(m);
     gemma2_close(m);
 }
 
@@ -797,8 +832,8 @@ static void test_saved_sessions(void)
         uint32_t at, value;
         int status;
     } cases[] = {
-        {0, 0, F}, {4, 0, F}, {8, 0, M}, {8, 2, M}, {12, 127, C}, {12, ~0u, C}, {16, 0, C}, {20, 1, C},
-        {24, 1, C}, {28, 1, C}, {32, 0, C}, {32, 19, C}, {32, 21, C}, {32, 41, X},
+        {0, 0, F}, {4, 0, F}, {8, 0, M}, {8, 2, M}, {12, 127, C}, {12, ~0u, C}, {16, 0, C},
+        {20, 1, C}, {24, 1, C}, {28, 1, C}, {32, 0, C}, {32, 19, C}, {32, 21, C}, {32, 41, X},
         {32, 1u << 31, X}, {32, ~0u, X}, {36, 1, C}, {36, 20, C}, {36, 1u << 31, C}, {36, ~0u, C},
         {40, 0, M}, {40, 2, M}, {40, ~0u, M}, {44, 0, M}, {44, 7, M}, {48, 1, C}, {60, 1, C},
         {64, 0, M}, {128, 83, C}, {128, ~0u, C}, {128 + 4 * 19, 1u << 31, C}, {128, 82, 0},

@@ -317,7 +317,8 @@ static void test_bad_templates(const struct image *tokenizer)
         {"chat.start", long_part, "too long"}, {"chat.system.join", lines, "too many lines"},
         {"chat.system.before", "", "system text"}, {"chat.system.after", "", "system text"}};
     const char *facts[] = {"", "", "chat.user.before", "u", "chat.user.after", "",
-                           "chat.model.before", "m", "chat.model.after", "\n", "chat.generate", "m", NULL};
+                           "chat.model.before", "m", "chat.model.after", "\n", "chat.generate", "m",
+                           NULL};
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
         facts[0] = bad[i].key, facts[1] = bad[i].value;
         check_template_refused(tokenizer, facts, bad[i].needle);

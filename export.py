@@ -28,6 +28,7 @@ import fnmatch
 import functools
 import hashlib
 import importlib
+import inspect
 import json
 import lzma
 import math
@@ -39,6 +40,7 @@ import shutil
 import signal
 import stat
 import struct
+import subprocess
 import sys
 import threading
 import time
@@ -2413,6 +2415,8 @@ class Gguf(Checkpoint):
         self.tensors = self.collect(headers)
         self.own_tokenizer = gguf_tokenizer(config, facts)
         self.model.stop_ids = gguf_stop_ids(config, self.own_tokenizer)
+        self.names = {name + "_token": self.own_tokenizer.text(i) for name, i in gguf_ids(
+            config, len(self.own_tokenizer)).items()} if self.own_tokenizer else {}
         texts = (config.doc.get(k) for k in ("tokenizer.chat_template", "general.name"))
         self.template, self.title = (t if isinstance(t, str) else None for t in texts)
         kinds = {t.kind for t in self.tensors.values() if t.shape[1] > 1}
@@ -2463,7 +2467,7 @@ class Gguf(Checkpoint):
         return self.files[0] if self.own_tokenizer else None, self.own_tokenizer
 
     def chat_template(self):
-        return self.template
+        return self.template, self.names
 
 
 # ---- gemma.cpp's .sbs -----------------------------------------------------------------
@@ -2827,7 +2831,7 @@ class Sbs(Checkpoint):
         return tokenizer_of_directory(self.directory)
 
     def chat_template(self):
-        return None
+        return None, {}
 
 
 # ---- arrays of more axes -----------------------------------------------------------------
@@ -4325,26 +4329,24 @@ class Adapted(Checkpoint):
                                                  for a in self.adapters)])
 
     def tokenizer(self):
-        """With what ends the texts that the adapters were trained with."""
-        path, tokenizer = self.tokenizer_itself()
-        for directory in [a.directory for a in self.adapters] if tokenizer else []:
-            added = added_tokens(directory, json_of_tokenizer(directory)[1])
-            tokenizer.stop_ids += eos_tokens(directory, added, tokenizer)
+        """The model's; an adapter's directory may bring another, or more tokens, with which the
+        adapter was trained."""
+        path, tokenizer = self.reader.tokenizer()
+        for directory in (a.directory for a in self.adapters):
+            own_path, own = tokenizer_of_directory(directory)
+            if own is None and tokenizer is not None:
+                add_directory(tokenizer, directory, {})
+            elif own is not None:
+                if tokenizer is not None and not own.same(tokenizer):
+                    warn("the adapter %s brings another tokenizer than the model's, which is used"
+                         % directory)
+                path, tokenizer = own_path, own
         return path, tokenizer
-
-    def tokenizer_itself(self):
-        """An adapter that trained the embedding may have pieces of its own."""
-        for adapter in reversed(self.adapters):
-            path, tokenizer = (tokenizer_of_directory(adapter.directory)
-                               if "embedding" in adapter.parts else (None, None))
-            if tokenizer:
-                return path, tokenizer
-        return self.reader.tokenizer()
 
     def chat_template(self):
         """The last adapter's, which it was trained with; else the model's."""
         found = (chat_template(a.directory) for a in reversed(self.adapters))
-        return next((t for t in found if t), None) or self.reader.chat_template()
+        return next((t for t in found if t[0] is not None), None) or self.reader.chat_template()
 
 
 def with_adapters(reader, given):
@@ -4386,6 +4388,12 @@ class Tokenizer:
         """Lowest id of a piece that is not merely unused, or None."""
         return next((i for i, p in enumerate(self.pieces)
                      if p == piece and self.kinds[i] != UNUSED), None)
+
+    def text(self, i):
+        return self.pieces[i].replace(SPACE, " ")
+
+    def same(self, other):
+        return self.pieces == other.pieces and self.kinds == other.kinds
 
     def append_unused(self, n_pieces):
         more = n_pieces - len(self)
@@ -4587,6 +4595,10 @@ def json_scores(bpe, pieces, kinds, path):
 # ---- Pieces beyond tokenizer.model ---------------------------------------------------------
 
 
+# Control pieces that text does not become, as in SentencePiece; renamed, they are markers
+OWN_NAMES = "<pad>", "<eos>", "<bos>", "<unk>", "<s>", "</s>"
+
+
 def added_tokens_of(doc):
     """id to (content, special) of tokenizer.json's added_tokens."""
     tokens = doc.get("added_tokens")
@@ -4595,31 +4607,54 @@ def added_tokens_of(doc):
             if isinstance(t, dict) and is_size(t.get("id")) and isinstance(t.get("content"), str)}
 
 
+def token_settings(directory):
+    """tokenizer_config.json, to which older fine-tunes add special_tokens_map.json."""
+    settings = optional_json(directory, "tokenizer_config.json")
+    if "added_tokens_decoder" not in settings:
+        settings = {**settings, **optional_json(directory, "special_tokens_map.json")}
+    return settings
+
+
+def token_text(value):
+    """The text of a token's entry, a string or an object; None for neither."""
+    value = value.get("content") if isinstance(value, dict) else value
+    return value if isinstance(value, str) else None
+
+
+def special_texts(settings):
+    """Texts that are special tokens by their name, whatever kind the piece has."""
+    more = settings.get("extra_special_tokens") or settings.get("additional_special_tokens")
+    more = more.values() if isinstance(more, dict) else more if isinstance(more, list) else []
+    named = [value for key, value in settings.items() if key.endswith("_token")]
+    texts = filter(None, map(token_text, [*named, *more]))
+    return {t for t in texts if t not in OWN_NAMES and not GEMMA_TAGS.fullmatch(t)}
+
+
 def added_tokens(directory, doc):
-    """The same from all the places where fine-tunes put them."""
-    found = {}
-    for content, i in optional_json(directory, "added_tokens.json").items():
-        if is_size(i):
-            found[i] = content, False
+    """id to (content, special) from all the places where fine-tunes put them."""
+    found = {i: (content, False) for content, i in
+             optional_json(directory, "added_tokens.json").items() if is_size(i)}
     found.update(added_tokens_of(doc))
     decoder = optional_json(directory, "tokenizer_config.json").get("added_tokens_decoder")
     for i, t in (decoder if isinstance(decoder, dict) else {}).items():
-        if (re.fullmatch("[0-9]{1,9}", i) and isinstance(t, dict)
-                and isinstance(t.get("content"), str)):
+        if re.fullmatch("[0-9]{1,9}", i) and isinstance(t, dict) and token_text(t) is not None:
             found[int(i)] = t["content"], bool(t.get("special"))
     return found
 
 
-def eos_tokens(directory, added, tokenizer):
-    """Ids of tokenizer_config.json's eos_token: fine-tunes that end their turns with a token of
-    their own, as ChatML's, often name it nowhere else.  (</s> is an HTML tag of Gemma's.)"""
-    text = optional_json(directory, "tokenizer_config.json").get("eos_token")
-    text = text.get("content") if isinstance(text, dict) else text
-    if not isinstance(text, str) or GEMMA_TAGS.fullmatch(text):
-        return ()
-    i = next((i for i, (content, _) in added.items() if content == text), None)
-    i = tokenizer.find(text.replace(" ", SPACE)) if i is None else i
-    return (i,) if i is not None and i < len(tokenizer) else ()
+def add_directory(tokenizer, directory, doc):
+    """What the files of a directory, tokenizer.json among them, add to a tokenizer."""
+    settings = token_settings(directory)
+    add_tokens(tokenizer, added_tokens(directory, doc), special_texts(settings))
+    warn_of_flags(directory, doc)
+    # Fine-tunes that end their turns with a token of their own often name it only here
+    eos = token_text(settings.get("eos_token"))
+    if eos and not GEMMA_TAGS.fullmatch(eos):  # </s> is an HTML tag of Gemma's
+        i = tokenizer.find(eos.replace(" ", SPACE))
+        tokenizer.stop_ids += (i,) if i is not None else ()
+    bos = tokenizer.find((token_text(settings.get("bos_token")) or "").replace(" ", SPACE))
+    if bos is not None and tokenizer.kinds[bos] in (CONTROL, MARKER):
+        tokenizer.ids["bos"] = bos
 
 
 FLAGS = "lstrip", "rstrip", "single_word"
@@ -4640,34 +4675,47 @@ def warn_of_flags(directory, doc):
                  len(flagged), some, " ..." if len(flagged) > 3 else ""))
 
 
-def add_tokens(tokenizer, added):
-    """Appends added tokens, renames reused ones and marks the special ones."""
-    n = max(added, default=-1) + 1
+def add_tokens(tokenizer, added, special=()):
+    """Appends added tokens and renames pieces; marks what is special.  As in transformers a text
+    that is a piece already counts where it stands, whatever id is said beside it."""
+    t, n = tokenizer, max(added, default=-1) + 1
     if n >= 1 << 22:
         raise ExportError("an added token has the id %d: fetch the tokenizer again" % (n - 1))
-    tokenizer.append_unused(n)
-    renamed = []
-    for i, (content, special) in sorted(added.items()):
+    t.append_unused(n)
+    where = {p: i for i, p in reversed(list(enumerate(t.pieces))) if t.kinds[i] != UNUSED}
+    renamed, ordinary = [], []
+    for i, (content, is_special) in sorted(added.items()):
         content = content.replace(" ", SPACE)
-        kind, old = tokenizer.kinds[i], tokenizer.pieces[i]
-        if not content or kind == BYTE or kind == NORMAL and old != content:
-            continue  # an ordinary piece is what the model was trained with
-        if old and old != content:
+        i = where.get(content, i)
+        old, kind = t.pieces[i], t.kinds[i]
+        if not content or kind == BYTE:
+            continue
+        if kind == NORMAL and old != content:  # the model was trained with it
+            ordinary.append("%d %r (is %r)" % (i, content, old))
+        elif old != content and kind != UNUSED:
             renamed.append("%d %r (was %r)" % (i, content, old))
-        tokenizer.pieces[i] = content
-        if kind in (NORMAL, USER, UNUSED, MARKER):
-            tokenizer.kinds[i] = MARKER if special else USER
-            tokenizer.scores[i] = 0.0
-    if renamed:
-        warn("added tokens rename %d pieces: %s%s" % (
-            len(renamed), ", ".join(renamed[:3]), " ..." if len(renamed) > 3 else ""))
+            where.pop(old, None)
+        if kind != NORMAL or old == content:
+            t.pieces[i], where[content] = content, i
+            if content not in OWN_NAMES or kind not in (CONTROL, UNKNOWN):
+                is_special |= kind == CONTROL or content.replace(SPACE, " ") in special
+                t.kinds[i], t.scores[i] = MARKER if is_special else USER, 0.0
+    for content in special:
+        i = where.get(content.replace(" ", SPACE))
+        if i is not None and t.kinds[i] != BYTE:
+            t.kinds[i], t.scores[i] = MARKER, 0.0
+    for what, found in (("rename %d pieces", renamed),
+                        ("have the ids of %d ordinary pieces and are left out", ordinary)):
+        if found:
+            warn("added tokens %s: %s%s" % (what % len(found), ", ".join(found[:3]),
+                                            " ..." if len(found) > 3 else ""))
 
 
 # ---- A GGUF file's vocabulary ---------------------------------------------------------------
 
 # Pieces of Gemma's vocabulary by which it is known: id of the first, pieces
 GEMMA_PIECES = [
-    (0, ["<pad>", "<eos>", "<bos>", "<unk>"]), (108, ["\n" * n for n in range(1, 32)]),
+    (108, ["\n" * n for n in range(1, 32)]),
     (139, [SPACE * n for n in range(2, 32)]), (217, BYTES), (473, ["in", SPACE + "t", "er"]),
     (235248, [SPACE, "e", "a"]), (255969, ["\t" * n for n in range(2, 32)]),
 ]
@@ -4701,8 +4749,6 @@ def gguf_tokenizer(config, facts):
     elif config.doc.get(key + "add_space_prefix"):
         raise config.bad(key + "add_space_prefix", True, "false, as in Gemma 2")
     for i in range(n):
-        if kinds[i] == CONTROL and i not in ids.values():
-            kinds[i] = MARKER  # special in Hugging Face's sense
         if kinds[i] == UNUSED and re.fullmatch(r"\[PAD\d+\]", pieces[i]):
             pieces[i] = ""
     scores = [s if k == NORMAL else 0.0 for s, k in zip(scores, kinds)]
@@ -4734,6 +4780,8 @@ def gemma_kinds(pieces, kinds):
     for i in range(4, min(n, 256000)):
         if known[i] == USER and kinds[i] == CONTROL and not GEMMA_TAGS.fullmatch(pieces[i]):
             known[i] = MARKER
+    if pieces[3] != "<unk>" and kinds[3] in (CONTROL, USER):
+        known[3] = MARKER
     return known[:n]
 
 
@@ -4753,8 +4801,8 @@ def gguf_stop_ids(config, tokenizer):
 
 
 SIDE_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer.json.xz", "added_tokens.json",
-              "tokenizer_config.json", "chat_template.jinja", "chat_template.json",
-              "generation_config.json")
+              "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+              "chat_template.json", "generation_config.json")
 
 
 def side_files(directory):
@@ -4815,19 +4863,17 @@ def tokenizer_of_directory(directory):
         tokenizer = tokenizer_of_file(path)
         bpe = doc.get("model") if isinstance(doc.get("model"), dict) else {}
         vocab = bpe.get("vocab") if isinstance(bpe.get("vocab"), dict) else {}
-        learnt = [i for i in vocab.values()
-                  if is_size(i) and i >= len(tokenizer) and i not in added]
-        if learnt:  # new merges, which only tokenizer.json knows
-            warn("tokenizer.json knows %d pieces more than tokenizer.model and is used instead"
-                 % len(learnt))
+        others = [i for piece, i in vocab.items() if is_size(i) and i not in added and (
+            i >= len(tokenizer) or tokenizer.kinds[i] != BYTE and tokenizer.pieces[i] != piece)]
+        if others:  # new merges or names, which only tokenizer.json knows
+            warn("tokenizer.json has %d pieces that tokenizer.model has not, and is used instead"
+                 % len(others))
             path, tokenizer = json_path, json_tokenizer(doc, json_path)
     elif json_path:
         path, tokenizer = json_path, json_tokenizer(doc, json_path)
     else:
         return None, None
-    add_tokens(tokenizer, added)
-    tokenizer.stop_ids = eos_tokens(directory, added, tokenizer)
-    warn_of_flags(directory, doc)
+    add_directory(tokenizer, directory, doc)
     return path, tokenizer
 
 
@@ -4861,7 +4907,8 @@ def finish_tokenizer(tokenizer, n_vocab, path):
     """Marks control pieces, pads to the embedding's rows, and checks what the file demands."""
     t = tokenizer
     for i, piece in enumerate(t.pieces):
-        if t.kinds[i] == USER and MARKERS.fullmatch(piece):
+        if (t.kinds[i] == USER and MARKERS.fullmatch(piece)
+                or t.kinds[i] == CONTROL and piece not in OWN_NAMES):
             t.kinds[i] = MARKER
     while n_vocab and len(t) > n_vocab and t.kinds[-1] == UNUSED and not t.pieces[-1]:
         t.cut(len(t) - 1)
@@ -4944,19 +4991,314 @@ def container_tokenizer(f, path):
 
 
 def chat_template(directory):
-    """The template of -it models, from whichever file holds it."""
+    """The template, as transformers picks it, and the names of special tokens that it is given."""
     path = os.path.join(directory, "chat_template.jinja")
+    names = {key: token_text(value) for key, value in token_settings(directory).items()
+             if key.endswith("_token") and token_text(value)}
     if os.path.isfile(path):
         with open(path, encoding="utf-8", errors="replace", newline="") as f:
-            return f.read()
-    for name in ("chat_template.json", "tokenizer_config.json"):
+            return f.read(), names
+    for name in ("tokenizer_config.json", "chat_template.json"):
         found = optional_json(directory, name).get("chat_template")
         if isinstance(found, list):  # several, by name
-            found = next((t.get("template") for t in found
-                          if isinstance(t, dict) and t.get("name") == "default"), None)
+            found = {t.get("name"): t.get("template") for t in found
+                     if isinstance(t, dict)}.get("default")
         if isinstance(found, str):
+            return found, names
+    return None, {}
+
+
+# ---- Chat templates --------------------------------------------------------------------------
+#
+# A chat template is a program in Jinja.  gemma2.c knows no Jinja: it is given the texts that
+# the template writes around the messages, the facts "chat.*":
+#
+#   chat.bos, chat.trim                        1 or 0: BOS comes first; messages are stripped (or
+#                                              the names of the roles whose messages are)
+#   chat.start                                 first text where there is no system message
+#   chat.system.before, chat.system.after      a system turn of its own, in the place of start
+#   chat.system.join                           or: between system and first user message
+#   chat.user.before, .after, chat.model.before, .after
+#   chat.generate                              opens the model's turn at the end
+#   chat.refused                               alone: why the template cannot be used
+#
+# They are found by rendering conversations of marked messages, and must give all renderings.
+
+# A system message that may be empty (e), or none; user and model by turns
+CONVERSATIONS = [system + "umumu"[:n] for system in ("", "s", "e") for n in range(1, 6)]
+CHAT_ROLES = ["system", "user", "model"]
+ROLE_NAMES = {"s": "system", "e": "system", "u": "user", "m": "assistant"}
+PADS = "\u2003\t\n ", " \n\u2003"  # white space before and behind a text, or none
+CHAT_SECONDS, CHAT_BYTES = 10, 1 << 30  # what rendering may take
+MAX_CHAT_PART, MAX_CHAT_LINES = 1 << 16, 64  # as in gemma2.c
+NOW = "?now?"  # what a template is told of the time
+GEMMA_TEMPLATE = "1e51d5c0fec2f83da1953fb850b7b532b7da02d0dc35f9201e671e0b9a35a123"
+GEMMA_CHAT = {
+    "chat.bos": "1", "chat.trim": "1", "chat.start": "",
+    "chat.user.before": "<start_of_turn>user\n", "chat.user.after": "<end_of_turn>\n",
+    "chat.model.before": "<start_of_turn>model\n", "chat.model.after": "<end_of_turn>\n",
+    "chat.generate": "<start_of_turn>model\n",
+}
+
+
+class Inexpressible(Exception):
+    """What a template does that the facts cannot say."""
+
+
+def messages_of(conversation, pads=("", "")):
+    """Pairs of a role and a marked text, which for a model looks like reasoning and its end."""
+    text = {"e": "", "s": "(system %d)", "u": "(user %d)", "m": "(model %d </think> end)"}
+    return [(ROLE_NAMES[c], pads[0] + text[c] % i + pads[1] if text[c] else "")
+            for i, c in enumerate(conversation)]
+
+
+def render_conversations():
+    """A program of its own, run apart: it renders on behalf of render() as transformers would,
+    and is killed if the template asks for too much."""
+    import json
+    import sys
+
+    import jinja2
+    import jinja2.ext
+    import jinja2.sandbox
+    asked = json.load(sys.stdin)
+    try:
+        import resource
+        for what, most in (resource.RLIMIT_AS, asked["bytes"]), (resource.RLIMIT_CPU,
+                                                                 asked["seconds"]):
+            resource.setrlimit(what, (most, most))
+    except (ImportError, ValueError, OSError):  # Windows, macOS: the parent watches the clock
+        pass
+
+    class Generation(jinja2.ext.Extension):
+        """{% generation %} marks what a model is trained on, and writes nothing."""
+        tags = {"generation"}
+
+        def parse(self, parser):
+            next(parser.stream)
+            return parser.parse_statements(["name:endgeneration"], drop_needle=True)
+
+    class Namespace(jinja2.utils.Namespace):
+        def __init__(self, *args, **kwargs):
+            super().__init__()
+            for name, value in dict(*args, **kwargs).items():
+                self[name] = value
+
+        def __setitem__(self, name, value):
+            if name.startswith("_"):
+                raise jinja2.exceptions.SecurityError("it names an attribute " + name)
+            super().__setitem__(name, value)
+
+    def raise_exception(text):
+        raise jinja2.exceptions.TemplateError(text)
+
+    def tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+        return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
+                          sort_keys=sort_keys)
+
+    def attempt(action):
+        try:
+            return action()
+        except Exception as e:  # whatever the template provokes
+            return [" ".join(("%s: %s" % (type(e).__name__, e)).split())[:200]]
+
+    def rendered(messages, generate):
+        text = template.render(
+            messages=[{"role": role, "content": content} for role, content in messages],
+            add_generation_prompt=generate, tools=None, documents=None, **asked["names"])
+        return text if len(text) < 1 << 20 else ["it writes a megabyte for a short conversation"]
+
+    env = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols])
+    env.filters["tojson"] = tojson
+    env.globals.update(raise_exception=raise_exception, namespace=Namespace,
+                       strftime_now=lambda _: asked["now"], dict=lambda *a, **k: dict(*a, **k))
+    template = attempt(lambda: env.from_string(asked["template"]))
+    json.dump([template if isinstance(template, list) else attempt(lambda: rendered(*case))
+               for case in asked["cases"]], sys.stdout)
+
+
+def render(template, names):
+    """{(conversation, generate, padded): text, or a list with the reason why there is none}"""
+    cases = [(c, g, p) for c in CONVERSATIONS for g in (False, True) for p in (False, True)]
+    asked = {"template": template, "names": names, "now": NOW, "seconds": CHAT_SECONDS,
+             "bytes": CHAT_BYTES, "cases": [(messages_of(c, PADS if p else ("", "")), g)
+                                            for c, g, p in cases]}
+    program = "import sys\nsys.path[:] = %r\n%s\nrender_conversations()" % (
+        sys.path, inspect.getsource(render_conversations))  # not what lies in this directory
+    try:
+        run = subprocess.run([sys.executable, "-c", program], input=json.dumps(asked).encode(),
+                             capture_output=True, timeout=2 * CHAT_SECONDS)
+        found = json.loads(run.stdout) if run.returncode == 0 else []
+    except (subprocess.TimeoutExpired, ValueError):
+        found = []
+    if len(found) != len(cases):
+        raise Inexpressible("it takes more than %d seconds or a gigabyte" % CHAT_SECONDS)
+    return dict(zip(cases, found))
+
+
+def written(facts, conversation, generate=False, padded=False):
+    """What the facts make of a conversation, as gemma2.c does."""
+    trim, parts = facts["chat.trim"], []
+    trimmed = {"0": (), "1": CHAT_ROLES}.get(trim, trim.split())
+    for role, text in messages_of(conversation, PADS if padded else ("", "")):
+        role = role.replace("assistant", "model")
+        parts.append((role, text.strip() if role in trimmed else text))
+    system = parts.pop(0)[1] if parts[0][0] == "system" else None
+    out, fold = facts["chat.start"], ""
+    if system is not None and "chat.system.before" in facts:
+        out = facts["chat.system.before"] + system + facts["chat.system.after"]
+    elif system:
+        fold = system + facts["chat.system.join"]
+    for role, text in parts:
+        out += facts["chat.%s.before" % role] + fold + text + facts["chat.%s.after" % role]
+        fold = ""
+    return out + (facts["chat.generate"] if generate else "")
+
+
+class Renderings:
+    """A template's renderings, and the facts that give them all."""
+
+    def __init__(self, found, bos):
+        self.found, self.bos = found, bos
+
+    def text(self, conversation, generate=False, padded=False):
+        text = self.found[conversation, generate, padded]
+        if isinstance(text, list):
+            raise Inexpressible("it fails: " + text[0])
+        if not text.startswith(self.bos):
+            raise Inexpressible("it writes %s only before some conversations" % self.bos)
+        return text[len(self.bos):]
+
+    def around(self, conversation, generate=False):
+        """What stands before, between and behind the messages that are not empty."""
+        parts, rest = [], self.text(conversation, generate)
+        for text in filter(None, (text for _, text in messages_of(conversation))):
+            before, found, rest = rest.partition(text)
+            if not found or text in rest:
+                raise Inexpressible("it does not write each message once and in its place")
+            parts.append(before)
+        return parts + [rest]
+
+    def turns(self, system):
+        """The facts of user and model turns, from conversations that begin with `system`."""
+        start, answer, again = self.around(system + "umu")[:3]
+        user, model = self.around(system + "u")[-1], self.around(system + "um")[-1]
+        opened = self.around(system + "u", True)[-1]
+        for whole, end in (answer, user), (again, model), (opened, user):
+            if not whole.startswith(end):
+                raise Inexpressible("how it ends a turn depends on what follows")
+        before = again[len(model):]
+        if not start.endswith(before):
+            raise Inexpressible("it begins the first turn differently from later ones")
+        return {"chat.bos": "1" if self.bos else "0", "chat.start": without_end(start, before),
+                "chat.user.before": before, "chat.user.after": user,
+                "chat.model.before": answer[len(user):], "chat.model.after": model,
+                "chat.generate": opened[len(user):]}
+
+    def system(self, turns):
+        """The facts of system text."""
+        before, between = self.around("su")[:2]
+        if between.endswith(turns["chat.user.before"]):
+            return {"chat.system.before": before,
+                    "chat.system.after": without_end(between, turns["chat.user.before"])}
+        if before == turns["chat.start"] + turns["chat.user.before"]:
+            return {"chat.system.join": between}
+        raise Inexpressible("it puts system text into a place of its own")
+
+    def with_trim(self, facts, systems, roles):
+        """The facts with the chat.trim that gives all conversations which begin so."""
+        for n in range(1 << len(roles)):
+            names = [role for i, role in enumerate(roles) if not n >> i & 1]
+            trim = {0: "0", len(roles): "1"}.get(len(names), " ".join(names))
+            found = {**facts, "chat.trim": trim}
+            if all(written(found, c, g, p) == self.text(c, g, p) for c, g, p in self.found
+                   if c.rstrip("um") in systems):
+                return found
+        raise Inexpressible("no texts before and after each message give what it writes")
+
+    def facts(self):
+        needs_system = isinstance(self.found["u", False, False], list) and not isinstance(
+            self.found["su", False, False], list)
+        turns = self.turns("e" if needs_system else "")
+        if needs_system:
+            found = self.with_trim({**turns, **self.system(turns)}, ["s", "e"], CHAT_ROLES)
+            warn("the chat template demands system text: without any, conversations begin with "
+                 "an empty system message")
             return found
-    return None
+        found = self.with_trim(turns, [""], CHAT_ROLES[1:])
+        if isinstance(self.found["su", False, False], list):
+            return found
+        try:
+            return self.with_trim({**turns, **self.system(turns)}, ["", "s"], CHAT_ROLES)
+        except Inexpressible as e:
+            warn("the chat template is used without its system text: %s" % e)
+            return found
+
+
+def without_end(text, end):
+    return text[:len(text) - len(end)]
+
+
+def facts_of_template(template, names, bos):
+    found = render(template, names)
+    if any(NOW in text for text in found.values() if isinstance(text, str)):
+        raise Inexpressible("it writes the time of day")
+    has_bos = bos and all(text.startswith(bos) for text in found.values() if isinstance(text, str))
+    try:
+        facts = Renderings(found, bos if has_bos else "").facts()
+    except Inexpressible:
+        if not has_bos:
+            raise
+        facts = Renderings(found, "").facts()  # BOS before every user turn
+    n_lines = sum(len(re.findall("[^\n]*\n|[^\n]+", text)) for text in facts.values())
+    if max(map(len, facts.values())) > MAX_CHAT_PART // 4 or n_lines > MAX_CHAT_LINES:
+        raise Inexpressible("it writes more than %d lines around the messages" % MAX_CHAT_LINES)
+    return facts
+
+
+def chat_facts(template, names, tokenizer):
+    """The facts of a chat template, {} without one; what marks its turns becomes a marker."""
+    if template is None:
+        return {}
+    of_ids = {name + "_token": tokenizer.text(i) for name, i in tokenizer.ids.items()
+              if i is not None}
+    bos = of_ids.get("bos_token", "")
+    try:
+        if has_jinja2():
+            facts = facts_of_template(template, {**of_ids, **names}, bos)
+        elif hashlib.sha256(template.encode()).hexdigest() == GEMMA_TEMPLATE:
+            facts = GEMMA_CHAT
+        else:
+            raise Inexpressible("it could not be read without jinja2 3.1.6 or newer: install that "
+                                "(python3 -m pip install jinja2) and export again")
+    except Inexpressible as e:
+        warn("conversations are refused by the chat template: %s" % e)
+        return {"chat_template": template, "chat.refused": str(e)}
+    mark_turns(tokenizer, facts)
+    return {"chat_template": template, **facts}
+
+
+def has_jinja2():
+    try:
+        import jinja2
+    except ImportError:
+        return False
+    return tuple(map(int, re.findall("[0-9]+", jinja2.__version__)[:3])) >= (3, 1, 6)
+
+
+def mark_turns(tokenizer, facts):
+    """Pieces with which the template marks turns become markers, and what ends the model's
+    turn ends a text."""
+    ids = {tokenizer.text(i): i for i, kind in reversed(list(enumerate(tokenizer.kinds)))
+           if kind in (CONTROL, USER, MARKER) and tokenizer.text(i).strip()}
+    pieces = re.compile("|".join(map(re.escape, sorted(ids, key=len, reverse=True))) or "(?!)")
+    for text in facts.values():
+        for found in pieces.findall(text):
+            tokenizer.kinds[ids[found]] = MARKER
+    end = pieces.match(facts["chat.model.after"].lstrip())
+    if end:
+        tokenizer.stop_ids += (ids[end.group()],)
 
 
 # =====================================================================================
@@ -5365,11 +5707,11 @@ GEMMA_NOTICE = ("Gemma is provided under and subject to the Gemma Terms of Use f
                 "ai.google.dev/gemma/terms")
 
 
-def gather_facts(options, name, source, is_gemma, template, how):
+def gather_facts(options, name, source, is_gemma, chat, how):
     facts = {"name": options.name or name, "source": options.source or source,
              "license": options.license or (GEMMA_NOTICE if is_gemma else None),
-             "chat_template": template, "export": "export.py %s %s" % (VERSION, how)}
-    return {k: v for k, v in facts.items() if v}
+             "export": "export.py %s %s" % (VERSION, how)}
+    return {**{k: v for k, v in facts.items() if v}, **chat}
 
 
 def options_text(options):
@@ -5392,11 +5734,12 @@ def convert(options, progress):
     model = reader.model
     tokenizer_path, tokenizer = find_tokenizer(options.tokenizer, reader, model.V)
     finish_tokenizer(tokenizer, model.V, tokenizer_path)
+    chat = chat_facts(*reader.chat_template(), tokenizer)
     model.stop_ids = stop_ids(model, tokenizer)
     plan = plan_tensors(reader, options)
     importance = Importance(options.importance, model) if options.importance else None
     facts = gather_facts(options, reader.name(), reader.source, model.V >= 256000,
-                         reader.chat_template(), options_text(options))
+                         chat, options_text(options))
     sections = [bytes_section("facts", FACTS, facts_section(facts)),
                 bytes_section("tokenizer", TOKENIZER, tokenizer_section(tokenizer))]
     sections += [s for s, _ in plan]
@@ -5436,10 +5779,11 @@ def convert_tokenizer(options, _progress):
     finish_tokenizer(tokenizer, 0, path)
     model = Model()
     model.V = len(tokenizer)
+    template, names = chat_template(place) if os.path.isdir(place) else (None, {})
+    chat = chat_facts(template, names, tokenizer)
     model.stop_ids = stop_ids(model, tokenizer)
-    template = chat_template(place) if os.path.isdir(place) else None
     facts = gather_facts(options, "Gemma 2 tokenizer" if model.V >= 256000 else "tokenizer",
-                         os.path.basename(path), False, template, "--tokenizer-only")
+                         os.path.basename(path), False, chat, "--tokenizer-only")
     sections = [bytes_section("facts", FACTS, facts_section(facts)),
                 bytes_section("tokenizer", TOKENIZER, tokenizer_section(tokenizer))]
     with Container(options.output, sections, options.align or 64, tokenizer_files(path)) as out:

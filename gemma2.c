@@ -3049,12 +3049,24 @@ static size_t message_size(const gemma2_message *message)
     return message->size < 0 ? strlen(message->text) : (size_t)message->size;
 }
 
+/* Whether chat.trim, which is 1, 0 or names of roles, has a role's texts trimmed. */
+static int is_trimmed(const gemma2_model *m, int32_t role)
+{
+    static const char *const names[] = {"system", "user", "model"};
+    struct text trim = m->chat[CHAT_TRIM];
+    uint32_t n = (uint32_t)strlen(names[role]);
+    for (; trim.n >= n; trim.p++, trim.n--)
+        if (!memcmp(trim.p, names[role], n))
+            return 1;
+    return chat_flag(m, CHAT_TRIM);
+}
+
 /* The text of a message as the template has it. */
 static struct text message_text(const gemma2_model *m, const gemma2_message *message)
 {
     size_t n = message_size(message);
     struct text s = {(const uint8_t *)(message->text ? message->text : ""), (uint32_t)n};
-    return chat_flag(m, CHAT_TRIM) ? trimmed(s) : s;
+    return is_trimmed(m, message->role) ? trimmed(s) : s;
 }
 
 /* Encodes what is pending up to `to`. */
@@ -4621,9 +4633,12 @@ static const char *chat_fault(const gemma2_model *m)
             lines += k == 0 || part[i].p[k - 1] == '\n';
         if (i >= CHAT_USER_BEFORE && !part[i].p)
             return "a part of it is missing";
-        if ((i == CHAT_BOS || i == CHAT_TRIM) && part[i].p &&
-            !(part[i].n == 1 && (*part[i].p == '0' || *part[i].p == '1')))
-            return "chat.bos or chat.trim is neither 0 nor 1";
+        int is_flag = part[i].n == 1 && (*part[i].p == '0' || *part[i].p == '1');
+        if (i == CHAT_BOS && part[i].p && !is_flag)
+            return "chat.bos is neither 0 nor 1";
+        if (i == CHAT_TRIM && part[i].p && !is_flag && !is_trimmed(m, GEMMA2_ROLE_SYSTEM) &&
+            !is_trimmed(m, GEMMA2_ROLE_USER) && !is_trimmed(m, GEMMA2_ROLE_MODEL))
+            return "chat.trim is neither 0 nor 1, nor names of roles";
     }
     if (lines > MAX_CHAT_LINES)
         return "it has too many lines";

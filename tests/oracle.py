@@ -371,7 +371,8 @@ SECTIONS = {"models": test_models, "sessions": test_sessions, "formats": test_fo
             "gguf": oracle_gguf.test_gguf, "sbs": oracle_sbs.test_sbs,
             "arrays": oracle_arrays.test_arrays, "lora": oracle_lora.test_lora,
             "memory": oracle_memory.test_memory, "packed": oracle_packed.test_packed,
-            "quality": oracle_quality.test_quality, "chat": oracle_chat.test_chat, "traps": oracle_traps.test_traps}
+            "quality": oracle_quality.test_quality, "chat": oracle_chat.test_chat,
+            "traps": oracle_traps.test_traps}
 
 
 def main():

@@ -365,13 +365,22 @@ def test_real_vocabulary(folder):
         export.finish_tokenizer(tokenizer, 256000, path)
         check(export.tokenizer_section(tokenizer) == bytes(f.bytes("tokenizer")),
               f"gguf: Gemma's vocabulary, listed {with_config}")
-    # a fine-tune that gives a reserved piece another name and adds three
-    tokens[7], types[7] = b"<|im_start|>", ref.CONTROL
+    # a fine-tune that gives pieces other names, control pieces among them, and adds three
+    for i, name in (1, b"<|im_end|>"), (3, b"<|user|>"), (7, b"<|im_start|>"), (106, b"<|sys|>"):
+        tokens[i], types[i] = name, ref.CONTROL
     more = [b"<tool>", b"word", b"new"], [-1000.0, -9.0, -1000.0], [ref.CONTROL, 1, ref.USER]
-    write_gguf(path, model, [a + b for a, b in zip((tokens, scores, types), more)])
-    t = export.Gguf(path).own_tokenizer
-    check([t.kinds[i] for i in (7, 256000, 256001, 256002)] == [
-        ref.MARKER, ref.MARKER, ref.NORMAL, ref.USER], "gguf: kinds of a fine-tune")
+    write_gguf(path, model, [a + b for a, b in zip((tokens, scores, types), more)],
+               lambda w: w.add_chat_template("{% for m in messages %}<|im_start|>{{ m['role'] + '\n' "
+                                             "+ m['content'] + eos_token }}\n{% endfor %}"),
+               drop=["tokenizer.chat_template"])
+    t = (reader := export.Gguf(path)).own_tokenizer
+    export.finish_tokenizer(t, 256003, path)
+    check([t.kinds[i] for i in (0, 1, 2, 3, 7, 106, 107, 108, 256000, 256001, 256002)] == [
+        ref.CONTROL, ref.MARKER, ref.CONTROL, ref.MARKER, ref.MARKER, ref.MARKER, ref.MARKER,
+        ref.USER, ref.MARKER, ref.NORMAL, ref.USER], "gguf: kinds of a fine-tune")
+    check(t.ids["eos"] == 1 and t.ids["start_of_turn"] is None, f"gguf: ids of a fine-tune {t.ids}")
+    chat = export.chat_facts(*reader.chat_template(), t)
+    check(chat.get("chat.model.after") == "<|im_end|>\n", f"gguf: turns of a fine-tune {chat}")
     check(t.scores[256000:] == [0, -9, 0] and t.pieces[7] == "<|im_start|>", "gguf: its scores")
 
 

@@ -224,7 +224,8 @@ static void test_chatml(void)
 static const char *const alpaca[] = {
     "chat.bos", "0", "chat.start", "Below is an instruction.\n\n", "chat.user.before",
     "### Instruction:\n", "chat.user.after", "\n\n", "chat.model.before", "### Response:\n",
-    "chat.model.after", "<eos>\n\n", "chat.generate", "### Response:\n", "chat.trim", "1", NULL};
+    "chat.model.after", "<eos>\n\n", "chat.generate", "### Response:\n",
+    "chat.trim", "system user", NULL};
 
 /* Marks that are plain text, with Gemma's vocabulary: rendered as the whole text is encoded,
  * but for a text that spells one. */
@@ -232,11 +233,11 @@ static void test_alpaca(const struct image *tokenizer)
 {
     struct image image = with_facts(tokenizer, alpaca);
     gemma2_model *m = open_image(&image);
-    static const gemma2_message talk[] = {USER("Why ### is 1 < 2:\n"), MODEL("Response: so."),
+    static const gemma2_message talk[] = {USER("Why ### is 1 < 2:\n"), MODEL("Response: so. "),
                                           USER("Below is an instruction.")};
     struct rendering want = {0, {0}}, got = render(m, talk, 3, GEMMA2_CHAT_GENERATE);
     push_text(&want, m, "Below is an instruction.\n\n### Instruction:\nWhy ### is 1 < 2:\n\n"
-              "### Response:\nResponse: so.", 0);
+              "### Response:\nResponse: so. ", 0);
     push(&want, 1);
     push_text(&want, m, "\n\n### Instruction:\nBelow is an instruction.\n\n### Response:\n", 0);
     check_same(&got, &want, "Alpaca");

@@ -28,13 +28,14 @@ umask 077 # of the installer alone: what is installed is for all
 claim "install" $MAKE -s install DESTDIR="$D" PREFIX=/opt/gemma
 claim "all can read it" test -z "$(find "$D" ! -perm -444 -o -type d ! -perm -555)"
 files "$ROOT" >"$TMP/files"
-for file in bin/gemma2 include/gemma2.h lib/libgemma2.a lib/pkgconfig/gemma2.pc \
+for file in bin/gemma2 bin/gemma2-export include/gemma2.h lib/libgemma2.a lib/pkgconfig/gemma2.pc \
     share/man/man1/gemma2.1 share/bash-completion/completions/gemma2 \
     share/zsh/site-functions/_gemma2 share/fish/vendor_completions.d/gemma2.fish; do
     claim "$file" test -s "$ROOT/$file"
 done
-claim "11 files" test "$(wc -l <"$TMP/files")" -eq 11
-claim "no file outside" test "$(files "$D" | wc -l)" -eq 11
+claim "12 files" test "$(wc -l <"$TMP/files")" -eq 12
+claim "no file outside" test "$(files "$D" | wc -l)" -eq 12
+claim "the converter runs" sh -c "'$ROOT/bin/gemma2-export' --help | grep -q 'usage: gemma2-export'"
 claim "the header is this one" cmp gemma2.h "$ROOT/include/gemma2.h"
 LIB=$ROOT/lib
 VERSION=$(sed -n 's/.*GEMMA2_VERSION_STRING "\(.*\)"/\1/p' gemma2.h)
@@ -83,6 +84,8 @@ for kind in c-shared c-static c++-shared c++-static; do
     claim "the header's program, $kind" test "$(wc -c <"$TMP/$kind.txt")" -gt 100
     claim "the same text" cmp "$TMP/c-shared.txt" "$TMP/$kind.txt"
 done
+claim "compiles a program that unloads it" $CC $STRICT -std=c11 $(pc --cflags) "$HERE/unload.c" -o "$TMP/unload" -ldl
+claim "unloaded, its host goes on" "$TMP/unload" "$SHARED" "$HERE/demo/story-q8.bin"
 claim "shared is shared" sh -c "! LD_LIBRARY_PATH= '$TMP/c-shared/example_chat'  2>&1 | grep -q usage"
 
 # ---- The program, its page, its completions --------------------------------------------------
@@ -116,6 +119,17 @@ claim "zsh puts no letters together" sh -c "! grep -q '_arguments -s' '$ROOT/sha
 claim "completes a file" completes "a" "a model.bin,a text.txt"
 claim "completes a file after its option" completes "m.bin -f a" "a model.bin,a text.txt"
 claim "completes no number" completes "m.bin -n 1" ""
+
+# ---- What make says -----------------------------------------------------------------------
+claim "make help in whole lines" sh -c "$MAKE -s help | awk 'length > 79 || !/^[a-z0-9-]+  *[A-Z].*[.]$/ { exit 1 }'"
+cp -R Makefile gemma2.c gemma2.h run.c "$TMP"; mkdir "$TMP/tests"; cp tests/tools.mk "$TMP/tests"
+claim "says what it built" sh -c "cd '$TMP' && $MAKE run CFLAGS=-O0 OPENMP= CC='$CC' | grep -q 'Built ./run with .*without OpenMP'"
+# A compiler like tcc takes any flag and removes its output before it fails: run by root, it
+# removes a device.
+printf '#!/bin/sh\nfor a; do [ "$last" = -o ] && echo "$a" >>outputs; last=$a; done\nexit 1\n' >"$TMP/bad"
+chmod +x "$TMP/bad"
+claim "a failed build names compilers" sh -c "cd '$TMP' && rm run && $MAKE run CC=./bad 2>&1 | grep -q 'CC=gcc or CC=clang'"
+claim "outputs stay here" sh -c "cd '$TMP' && grep -q build/ outputs && ! grep -v '^build/\|^run$' outputs"
 
 # ---- And gone again -----------------------------------------------------------------------
 claim "uninstall" $MAKE -s uninstall DESTDIR="$D" PREFIX=/opt/gemma

@@ -1,6 +1,55 @@
-# Other compilers, machines and tools, included by the Makefile.  Each target closes with
-# "N passed, N failed"; a tool that is not there is a failure.  The tools are what CI installs:
-# .ci/run names their packages.
+# For developers: how the tests are built, other compilers, machines and tools.  The Makefile
+# includes it.  Each target closes with "N passed, N failed".  A tool that is not there is a
+# failure; .ci/run installs all of them and so names their packages.
+
+EXAMPLES = build/example_minimal build/example_chat build/example_sampler
+C_TESTS = test test_session test_header test_golden hostile fault replay
+
+# These use the library; the other tests include gemma2.c.
+LINKED = $(addprefix build/,test_header check_model) $(EXAMPLES)
+$(LINKED): build/gemma2.o
+
+JOBS = $(if $(filter -j%,$(MAKEFLAGS)),,-j$(shell getconf _NPROCESSORS_ONLN || echo 1))
+test-programs: run $(addprefix build/,$(C_TESTS)) $(EXAMPLES)
+
+build/%: tests/%.c gemma2.c gemma2.h $(wildcard tests/*.h tests/unit/*)
+	@mkdir -p build
+	$(BUILD) -pthread $< $(filter $(if $(filter $@,$(LINKED)),%.o),$^) -lm -o $@
+
+# Installs into a folder, builds C and C++ programs against it.
+test-install: run lib
+	@MAKE="$(MAKE)" CC="$(CC)" CXX="$(CXX)" sh tests/install.sh
+
+# Hostile input, failing calls, the corpus of the fuzzer: nothing where speed matters.
+FAULT = -pthread -D_GNU_SOURCE -Dmain=run_main -include tests/fault.h run.c gemma2.c tests/fault.c
+REPLAY = -pthread -DREPLAY -Dmain=run_main run.c tests/fuzz.c
+HOSTILE = -pthread tests/hostile.c
+
+build/hostile build/fault build/replay: run.c gemma2.c gemma2.h $(wildcard tests/*.[ch] tests/unit/*)
+	@mkdir -p build
+	$(BUILD) -O1 $($(shell echo $(@F) | tr a-z A-Z)) -lm -o $@
+
+# Searches for input that breaks something (SECONDS=60 a target).
+fuzz:
+	@mkdir -p build
+	clang -std=c11 -ffp-contract=off -O1 -g -fsanitize=fuzzer,address,undefined \
+		-fno-sanitize-recover=all -fno-sanitize-coverage=trace-cmp -pthread \
+		-Dmain=run_main run.c tests/fuzz.c -lm -o build/fuzz
+	@sh tests/fuzz.sh build/fuzz $(or $(SECONDS),60) $(TARGETS)
+
+# Tests the AMX and AVX-VNNI kernels on any CPU with AVX-512.
+# AMX's six tile instructions are C there, AVX-VNNI's have AVX-512's encoding.
+test-emulated: build/test_emulated build/test_golden_emulated
+	@sh tests/all.sh build/test_emulated build/test_golden_emulated
+
+build/%_emulated: tests/%.c gemma2.c gemma2.h $(wildcard tests/*.h tests/unit/*)
+	@mkdir -p build
+	$(BUILD) -DGEMMA2_EMULATE $< -lm -o $@
+
+# Tests against transformers and sentencepiece, and export.py.
+# They need the Python packages of tests/requirements.txt.
+test-oracle: run
+	$(PYTHON) tests/oracle.py
 
 STRICT = $(WARNINGS) -Wconversion -Wsign-conversion -Wcast-qual -Wundef -Wvla -Wformat=2 -Werror
 PLAIN = -std=c11 -ffp-contract=off
@@ -28,7 +77,7 @@ build/digest: tests/digest.c gemma2.c gemma2.h
 SANITIZE = $(CC) $(PLAIN) -O1 -g -pthread -fsanitize=address,undefined \
 	-fno-sanitize-recover=all
 
-# The C tests and the command line again under AddressSanitizer and UndefinedBehaviorSanitizer.
+# Repeats the tests under sanitizers (address, undefined).
 test-sanitize:
 	@mkdir -p build/sanitize
 	@for t in test test_session test_golden; do \
@@ -44,8 +93,9 @@ test-sanitize:
 ARCHER ?= $(firstword $(wildcard /usr/lib/llvm-*/lib/libarcher.so))
 TSAN = clang $(PLAIN) -O1 -g -fopenmp -fsanitize=thread
 
-# Threads under ThreadSanitizer, which learns what OpenMP orders from LLVM's Archer (without
-# it, it reports a hundred races that are none); and a race on purpose, which it must report.
+# Tests threads under ThreadSanitizer, with a race planted.
+# It learns what OpenMP orders from LLVM's Archer.  Without Archer it reports a hundred races
+# that are none.
 test-tsan:
 	@$(call need,clang $(or $(ARCHER),libarcher.so))
 	@mkdir -p build/tsan
@@ -57,7 +107,8 @@ test-tsan:
 VALGRIND = valgrind -q --error-exitcode=9 --leak-check=full \
 	--errors-for-leak-kinds=definite,possible
 
-# Under valgrind, which knows AVX2 but not AVX-512: what reads files, text and options.
+# Tests what reads files, text and options under valgrind.
+# Valgrind knows AVX2, but not AVX-512.
 test-valgrind: build/test run
 	@$(call need,valgrind)
 	@export OMP_NUM_THREADS=1; for isa in scalar avx2; do \
@@ -65,15 +116,16 @@ test-valgrind: build/test run
 	@sh tests/all.sh "$(VALGRIND) build/test ground file formats sampler api" \
 		"sh tests/fails.sh 3 1 not.a.gemma2.c.model $(VALGRIND) ./run tests/demo/README.md x"
 
-# gcc -fanalyzer, clang-tidy and cppcheck find nothing that tests/analyze.known does not explain.
+# Runs gcc -fanalyzer, clang-tidy and cppcheck.
+# They may find what tests/analyze.known explains, and nothing else.
 analyze:
 	@$(call need,gcc clang-tidy cppcheck)
 	@sh tests/analyze.sh
 
-# No warning from gcc and clang as C11 to C23, and of the header alone as C99 and C++17.
+# Compiles with every warning, in gcc and clang, C11 to C23.
 warnings:
 	@$(call need,gcc clang g++ clang++)
-	@n=0; ok() { "$$@" || { echo "FAIL $$*"; echo "$$n passed, 1 failed"; exit 1; }; \
+	@mkdir -p build; n=0; ok() { "$$@" || { echo "FAIL $$*"; echo "$$n passed, 1 failed"; exit 1; }; \
 		n=$$((n + 1)); }; \
 	for cc in gcc clang; do \
 		for std in c11 c17 c2x; do \
@@ -82,20 +134,20 @@ warnings:
 			for t in $(filter-out tests/fault.c,$(wildcard tests/*.c)) \
 				"-D_GNU_SOURCE -include tests/fault.h tests/fault.c"; do \
 				ok $$cc -std=$$std -I. $(WARNINGS) -Werror -fsyntax-only $$t; done; done; \
-		ok $$cc $(PLAIN) -O2 $(STRICT) -c gemma2.c -o /dev/null; \
-		ok $$cc $(PLAIN) -O2 $(STRICT) -c run.c -o /dev/null; \
+		ok $$cc $(PLAIN) -O2 $(STRICT) -c gemma2.c -o build/warnings.o; \
+		ok $$cc $(PLAIN) -O2 $(STRICT) -c run.c -o build/warnings.o; \
 		ok $$cc -x c -std=c99 $(STRICT) -Wno-pragma-once-outside-header -fsyntax-only gemma2.h; \
 	done; \
 	ok g++ -x c++ -std=c++17 $(STRICT) -fsyntax-only gemma2.h; \
 	ok clang++ -x c++ -std=c++17 $(STRICT) -fsyntax-only gemma2.h; \
 	echo "$$n passed, 0 failed"
 
-# The same bits from gcc and clang, unoptimised and optimised for this CPU alone.
+# Compares the bits of gcc's and clang's builds, with many flags.
 test-builds:
 	@$(call need,gcc clang)
 	@sh tests/builds.sh
 
-# 32-bit x86 with SSE arithmetic: the same bits; a file too large to map is refused.
+# Tests a 32-bit build for x86.
 test-32bit: build/digest
 	@$(call need,i686-linux-gnu-gcc)
 	@mkdir -p build/32bit && truncate -s 5G build/32bit/large
@@ -104,7 +156,7 @@ test-32bit: build/digest
 		"sh tests/fails.sh 1 0 needs.floats i686-linux-gnu-gcc -mfpmath=387 -fsyntax-only gemma2.c")
 	@rm -f build/32bit/large
 
-# Big-endian (s390x under qemu-user): compiles, and refuses every model in one sentence.
+# Tests that a big-endian build (s390x) refuses every model.
 test-big-endian:
 	@$(call need,s390x-linux-gnu-gcc qemu-s390x)
 	@mkdir -p build/s390x
@@ -116,7 +168,7 @@ test-big-endian:
 ARM_CC = aarch64-linux-gnu-gcc
 QEMU = qemu-aarch64
 
-# The ARM kernels under qemu: needs gcc-aarch64-linux-gnu, libc6-dev-arm64-cross, qemu-user.
+# Tests the ARM kernels under qemu.
 # Sections that hold no instruction of ARM's, and the long way to far positions, are left to
 # this machine.
 test-arm: run build/digest
@@ -124,7 +176,7 @@ test-arm: run build/digest
 	$(call foreign,arm,$(ARM_CC) -static $(PLAIN) $(CFLAGS),$(QEMU) -cpu max,\
 		formats kernels sharing model,"sh tests/arm.sh $(QEMU) ./run build/arm/run.exe")
 
-# A static build with musl.
+# Tests a static build with musl.
 test-musl: build/digest
 	@$(call need,musl-gcc)
 	$(call foreign,musl,musl-gcc -static $(PLAIN) -O2,,ground file text sharing api,\
@@ -132,7 +184,7 @@ test-musl: build/digest
 
 WINE ?= $(firstword $(shell command -v wine64 wine) $(wildcard /usr/lib/wine/wine64))
 
-# Windows, built with mingw-w64: tests and command line under wine, in a prefix of its own.
+# Tests a Windows build (mingw-w64) under wine.
 test-windows: build/digest
 	@$(call need,x86_64-w64-mingw32-gcc $(or $(WINE),wine64))
 	@mkdir -p build/windows
@@ -146,8 +198,8 @@ windows-tests:
 
 ZIG ?= $(PYTHON) -m ziglang
 
-# macOS on both architectures, and Windows on ARM: compiled and linked by zig's clang (pip
-# install ziglang), not run.
+# Compiles for macOS and for Windows on ARM; runs nothing.
+# The compiler is zig's clang: pip install ziglang.
 check-macos:
 	@mkdir -p build/zig
 	@export ZIG_LOCAL_CACHE_DIR=$(CURDIR)/build/zig ZIG_GLOBAL_CACHE_DIR=$(CURDIR)/build/zig; n=0; \
@@ -156,17 +208,18 @@ check-macos:
 			-o build/zig/run-$$target && n=$$((n + 1)); done; \
 	echo "$$n passed, $$((3 - n)) failed"; test $$n = 3
 
-# Without OpenMP; and where the system is not known, so that files are read with plain C.
+# Tests builds without OpenMP, and for an unknown system.
 test-plain:
 	@mkdir -p build/plain
 	@gcc $(PLAIN) -O2 $(WARNINGS) -Werror tests/test.c -lm -o build/plain/test
 	@gcc $(PLAIN) -O2 $(WARNINGS) -Werror -U__unix__ -U__linux__ run.c gemma2.c -lm -o build/plain/run
 	@sh tests/all.sh build/plain/test "sh tests/cli.sh build/plain/run plain"
 
-# Lines and branches that the C tests reach on this CPU, by section; what they miss, by function.
+# Counts the lines and branches that the C tests reach.
 coverage:
 	@$(call need,gcc gcov)
 	@$(PYTHON) tests/coverage.py
 
-.PHONY: test-sanitize test-tsan test-valgrind analyze warnings test-builds test-32bit \
-	test-big-endian test-arm test-musl test-windows windows-tests check-macos test-plain coverage
+.PHONY: test-programs test-install fuzz test-emulated test-oracle test-sanitize \
+	test-tsan test-valgrind analyze warnings test-builds test-32bit test-big-endian \
+	test-arm test-musl test-windows windows-tests check-macos test-plain coverage

@@ -101,10 +101,10 @@ install: run lib
 		'Version: $(VERSION)' 'Cflags: -I$${includedir}' 'Libs: -L$${libdir} -lgemma2' \
 		'Libs.private: $(OPENMP) -lm' > "$(DESTDIR)$(pkgconfigdir)/gemma2.pc"
 	@ln -sf ../run build/gemma2
-	@umask 022; build/gemma2 --man > "$(DESTDIR)$(mandir)/man1/gemma2.1"
-	@umask 022; build/gemma2 --completion bash > "$(DESTDIR)$(BASH_DIR)/gemma2"
-	@umask 022; build/gemma2 --completion zsh > "$(DESTDIR)$(ZSH_DIR)/_gemma2"
-	@umask 022; build/gemma2 --completion fish > "$(DESTDIR)$(FISH_DIR)/gemma2.fish"
+	@umask 022; build/gemma2 --help > build/help; \
+	page() { awk -v form=$$1 -v version=$(VERSION) -f tests/pages.awk build/help > "$(DESTDIR)$$2"; }; \
+	page man "$(mandir)/man1/gemma2.1" && page bash "$(BASH_DIR)/gemma2" && \
+	page zsh "$(ZSH_DIR)/_gemma2" && page fish "$(FISH_DIR)/gemma2.fish"
 
 # Removes what install put there (PREFIX=, DESTDIR=).
 uninstall:

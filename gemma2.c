@@ -3579,6 +3579,14 @@ void gemma2_session_params_init(gemma2_session_params *params)
     params->struct_size = sizeof *params;
 }
 
+int32_t gemma2_threads(int32_t n_threads)
+{
+#ifndef _OPENMP
+    n_threads = 0;
+#endif
+    return n_threads ? n_threads : default_threads();
+}
+
 int gemma2_session_plan(const gemma2_model *m, const gemma2_session_params *params,
                         gemma2_plan *plan)
 {

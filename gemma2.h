@@ -237,6 +237,10 @@ typedef struct {
 } gemma2_session_params;
 GEMMA2_API void gemma2_session_params_init(gemma2_session_params *params);
 
+/* How many threads a session with that n_threads runs on: for 0 the default, and 1 for any
+ * number where the library was built without OpenMP. */
+GEMMA2_API int32_t gemma2_threads(int32_t n_threads);
+
 /* Bytes that a session with these params takes.  Returns GEMMA2_OK, or
  * GEMMA2_ERR_ARGUMENT where the params or the sizes they lead to are out of range. */
 typedef struct {

@@ -1,18 +1,19 @@
 /* run.c - the command line of gemma2.c, on nothing but gemma2.h and libc.
  *
- *   1 Platform     terminals, interrupts, the clock, a seed: all that is not plain C11
- *   2 Ground       exit codes, messages, growable arrays, checked output
- *   3 Options      one table that drives parsing, --help, man page, completion, suggestions
- *   4 Text         UTF-8, what a terminal may see, JSON strings, lists of ids
- *   5 The prompt   where it comes from, its ids, the chat template
- *   6 The reply    prefill, sampling, stop strings, streaming, timings, saved sessions
- *   7 Modes        generate, converse, tokenize, logits, score, perplexity, importance,
- *                  info, check
+ *   1 Platform      what is not plain C11, declared; sections 9 and 10 hold it
+ *   2 Ground        exit codes, messages, growable arrays, checked output
+ *   3 Options       one table that drives parsing, --help and suggestions
+ *   4 Text          UTF-8, what a terminal may see, JSON strings, what a file seems to be
+ *   5 The prompt    where it comes from, its ids, the chat template
+ *   6 The reply     prefill, sampling, stop strings, streaming, timings, saved sessions
+ *   7 Modes         generate, converse, tokenize, logits, score, perplexity, importance,
+ *                   info, check
  *   8 main
+ *   9 POSIX   10 Windows
  *
  * Standard output carries what was asked for and nothing else.  A function that returns
- * int returns an exit code, 0 to go on, unless its comment says otherwise; whoever finds
- * the failure prints the sentence.  */
+ * int returns an exit code, 0 to go on, unless its comment says otherwise.  The function that
+ * finds a failure prints its sentence.  */
 #if !defined(_WIN32) && !defined(_XOPEN_SOURCE)
 #define _XOPEN_SOURCE 700
 #endif
@@ -41,20 +42,22 @@
 #include <shellapi.h>
 #undef IN
 #else
+#include <poll.h>
 #include <sys/stat.h>
+#include <termios.h>
 #include <unistd.h>
 #endif
 
 /* ===================================================================================
- * 1. Platform
+ * 1. Platform: what is not plain C11; section 9 has it for POSIX, section 10 for Windows
  * =================================================================================== */
 
 enum { DONE = 0, FAILED = 1, USAGE = 2, BAD_MODEL = 3, INTERRUPTED = 130 };
 
 static const char *program_name = "run"; /* as it was called: installed it is gemma2 */
 
-/* What Ctrl-C does.  While a reply is made it asks for a stop and uses up some patience
- * (a second one may just be what timeout(1) sends along); without patience it ends the
+/* What Ctrl-C does.  While a reply is made, Ctrl-C asks for a stop and uses up some patience
+ * (a second one may just be what timeout(1) sends along).  Without patience it ends the
  * program at once. */
 enum { PATIENCE = 2 };
 static volatile sig_atomic_t patience, stop_asked;
@@ -62,274 +65,43 @@ static volatile sig_atomic_t ended_by; /* SIGTERM, SIGHUP: the same, and no more
 static volatile sig_atomic_t mid_line; /* a terminal may show text without its newline */
 static gemma2_session *volatile interruptible; /* whose evaluation it cuts short, or NULL */
 
-/* Calls nothing but what a signal handler may. */
-static void on_interrupt(int signal_number)
-{
-#ifdef _WIN32
-    signal(signal_number, on_interrupt);
-#else
-    if (signal_number != SIGINT)
-        ended_by = signal_number;
-#endif
-    if (patience > 0) {
-        patience--;
-        stop_asked = 1;
-        gemma2_cancel(interruptible, 1); /* NULL is refused, and that is all */
-        return;
-    }
-#ifndef _WIN32
-    ssize_t written = write(STDERR_FILENO, "\n", 1); /* the terminal stands behind ^C */
-    (void)written;
-#endif
-    _Exit(128 + signal_number);
-}
-
-#ifndef _WIN32
-/* A page of the mapped model file that is not there any more: the file became shorter, or its
- * disk fails.  No instruction can go on from there; what is left is to say so.  Calls nothing
- * but what a signal handler may. */
-static void on_lost_page(int signal_number, siginfo_t *info, void *context)
-{
-    static const char sentence[] = ": the model file can no longer be read: it became "
-                                   "shorter while in use, or its disk failed; copy it again\n";
-    (void)context;
-    if (info->si_code != BUS_ADRERR) { /* not about a file */
-        signal(signal_number, SIG_DFL);
-        raise(signal_number);
-        return;
-    }
-    ssize_t written = mid_line ? write(STDERR_FILENO, "\n", 1) : 0;
-    written += write(STDERR_FILENO, program_name, strlen(program_name));
-    written += write(STDERR_FILENO, sentence, sizeof sentence - 1);
-    (void)written;
-    _Exit(BAD_MODEL);
-}
-#else
-static UINT console_input, console_output;
-
-static void restore_console(void)
-{
-    SetConsoleCP(console_input);
-    SetConsoleOutputCP(console_output);
-}
-#endif
-
-/* Signals as above, but those that whoever started us ignores; whether they end a waiting
- * read. */
-static void catch_interrupts(int ends_reading)
-{
-#ifdef _WIN32
-    (void)ends_reading; /* it always does */
-    signal(SIGINT, on_interrupt);
-#else
-    struct sigaction interrupt = {0}, inherited;
-    interrupt.sa_handler = on_interrupt;
-    interrupt.sa_flags = ends_reading ? 0 : SA_RESTART;
-    sigemptyset(&interrupt.sa_mask);
-    static const int numbers[] = {SIGINT, SIGTERM, SIGHUP};
-    for (int i = 0; i < 3; i++)
-        if (sigaction(numbers[i], NULL, &inherited) == 0 && inherited.sa_handler != SIG_IGN)
-            sigaction(numbers[i], &interrupt, NULL);
-#endif
-}
-
 /* Standard streams byte for byte, a terminal in UTF-8, a broken pipe as a failed write, and a
- * file that shrinks while it is mapped. */
-static void platform_init(void)
-{
-#ifdef _WIN32
-    _setmode(_fileno(stdin), _O_BINARY);
-    _setmode(_fileno(stdout), _O_BINARY);
-    _setmode(_fileno(stderr), _O_BINARY);
-    console_input = GetConsoleCP(), console_output = GetConsoleOutputCP();
-    SetConsoleCP(CP_UTF8), SetConsoleOutputCP(CP_UTF8);
-    atexit(restore_console);
-#else
-    struct sigaction lost_page = {0};
-    lost_page.sa_sigaction = on_lost_page;
-    lost_page.sa_flags = SA_SIGINFO;
-    sigemptyset(&lost_page.sa_mask);
-    sigaction(SIGBUS, &lost_page, NULL);
-    signal(SIGPIPE, SIG_IGN);
-#endif
-}
-
-/* Arguments in UTF-8, to the end of the program; argv may be in a code page that lacks most
- * characters.  NULL without memory. */
-static char **utf8_arguments(int *argc, char **argv)
-{
-#ifdef _WIN32
-    wchar_t **wide = CommandLineToArgvW(GetCommandLineW(), argc);
-    argv = wide ? calloc((size_t)*argc + 1, sizeof *argv) : NULL;
-    for (int i = 0; argv && i < *argc; i++) {
-        int n = WideCharToMultiByte(CP_UTF8, 0, wide[i], -1, NULL, 0, NULL, NULL);
-        argv[i] = malloc((size_t)n);
-        if (!argv[i])
-            return NULL;
-        WideCharToMultiByte(CP_UTF8, 0, wide[i], -1, argv[i], n, NULL, NULL);
-    }
-    LocalFree(wide);
-#else
-    (void)argc;
-#endif
-    return argv;
-}
-
-#ifdef _WIN32
-/* A path as Windows takes it; 0 where it is not UTF-8 or too long. */
-static int widen(const char *path, wchar_t wide[4096])
-{
-    errno = ENOENT;
-    return MultiByteToWideChar(CP_UTF8, MB_ERR_INVALID_CHARS, path, -1, wide, 4096);
-}
-#endif
+ * sentence for a file that shrinks while it is mapped. */
+static void platform_init(void);
+/* Catches interrupts, except those that whoever started us ignores; ends_reading: whether
+ * they end a waiting read. */
+static void catch_interrupts(int ends_reading);
+/* Arguments in UTF-8, to the end of the program.  NULL without memory. */
+static char **utf8_arguments(int *argc, char **argv);
+static double seconds(void);
+static int random_bits(uint32_t *bits); /* 1, or 0 where there is no source */
 
 /* fopen and remove; the path is UTF-8. */
-static FILE *open_path(const char *path, const char *mode)
-{
-#ifdef _WIN32
-    wchar_t wide[4096];
-    return widen(path, wide) ? _wfopen(wide, *mode == 'r' ? L"rb" : L"wb") : NULL;
-#else
-    return fopen(path, mode);
-#endif
-}
-
-static void remove_path(const char *path)
-{
-#ifdef _WIN32
-    wchar_t wide[4096];
-    if (widen(path, wide))
-        _wremove(wide);
-#else
-    remove(path);
-#endif
-}
-
-/* Whether a write failed because the reader of a pipe has left. */
-static int reader_left(int error)
-{
-#ifdef _WIN32
-    return error == EPIPE || error == EINVAL;
-#else
-    return error == EPIPE;
-#endif
-}
-
-static int is_terminal(FILE *file)
-{
-#ifdef _WIN32
-    DWORD mode; /* _isatty takes NUL for a terminal */
-    return GetConsoleMode((HANDLE)_get_osfhandle(_fileno(file)), &mode) != 0;
-#else
-    return isatty(fileno(file));
-#endif
-}
-
-static double seconds(void)
-{
-#ifdef _WIN32
-    LARGE_INTEGER ticks, a_second;
-    QueryPerformanceCounter(&ticks), QueryPerformanceFrequency(&a_second);
-    return (double)ticks.QuadPart / (double)a_second.QuadPart;
-#else
-    struct timespec now = {0};
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
-#endif
-}
-
-/* 32 bits: easy to type again, and exact as a number in any reader of JSON. */
-static uint64_t random_seed(void)
-{
-#ifdef _WIN32
-    unsigned seed = 0;
-    if (rand_s(&seed) == 0)
-        return seed;
-#else
-    uint32_t seed = 0;
-    FILE *source = fopen("/dev/urandom", "rb");
-    if (source) {
-        setvbuf(source, NULL, _IONBF, 0);
-        size_t got = fread(&seed, sizeof seed, 1, source);
-        fclose(source);
-        if (got == 1)
-            return seed;
-    }
-#endif
-    uint64_t mix = (uint64_t)time(NULL) ^ (uint64_t)(seconds() * 1e9) ^ (uintptr_t)&seed;
-    return (mix * 6364136223846793005u) >> 32;
-}
-
+static FILE *open_path(const char *path, const char *mode);
+static void remove_path(const char *path);
+static int is_directory(const char *path);
 /* Whether there is something at path that is no file: a device, a pipe, a directory. */
-static int is_special(const char *path)
-{
-#ifdef _WIN32
-    wchar_t wide[4096];
-    DWORD kind = widen(path, wide) ? GetFileAttributesW(wide) : INVALID_FILE_ATTRIBUTES;
-    return kind != INVALID_FILE_ATTRIBUTES &&
-           kind & (FILE_ATTRIBUTE_DIRECTORY | FILE_ATTRIBUTE_DEVICE);
-#else
-    struct stat st;
-    return stat(path, &st) == 0 && !S_ISREG(st.st_mode);
-#endif
-}
-
+static int is_special(const char *path);
 /* What path leads to over links, to be freed; a link is not replaced by a file.  NULL without
  * memory. */
-static char *follow_links(const char *path)
-{
-#ifndef _WIN32
-    char *target = realpath(path, NULL);
-    if (target || errno == ENOMEM)
-        return target;
-#endif
-    size_t n = strlen(path) + 1;
-    char *copy = malloc(n);
-    return copy ? memcpy(copy, path, n) : NULL;
-}
-
+static char *follow_links(const char *path);
 /* Makes a new file beside path, readable by its owner only; its name goes to name. */
-static FILE *open_beside(const char *path, char *name, size_t size)
-{
-#ifdef _WIN32
-    int n = snprintf(name, size, "%s.%lx", path, (unsigned long)GetCurrentProcessId());
-#else
-    int n = snprintf(name, size, "%s.XXXXXX", path);
-#endif
-    if (n >= (int)size || !*path) {
-        errno = *path ? ENAMETOOLONG : ENOENT;
-        return NULL;
-    }
-#ifdef _WIN32
-    return open_path(name, "wb");
-#else
-    int fd = mkstemp(name);
-    FILE *file = fd < 0 ? NULL : fdopen(fd, "wb");
-    int reason = errno;
-    if (fd >= 0 && !file)
-        close(fd), remove(name);
-    errno = reason;
-    return file;
-#endif
-}
-
+static FILE *open_beside(const char *path, char *name, size_t size);
 /* Writes the bytes through to the disk and puts the file in the place of path; 1 or 0. */
-static int replace_file(FILE *file, const char *name, const char *path, const void *bytes, size_t n)
-{
-    int ok = fwrite(bytes, 1, n, file) == n && fflush(file) == 0;
-#ifdef _WIN32
-    wchar_t from[4096], to[4096];
-    if (fclose(file) != 0 || !ok || !widen(name, from) || !widen(path, to))
-        return 0;
-    errno = EACCES;
-    return MoveFileExW(from, to, MOVEFILE_REPLACE_EXISTING | MOVEFILE_WRITE_THROUGH);
-#else
-    ok = ok && fsync(fileno(file)) == 0;
-    ok = fclose(file) == 0 && ok;
-    return ok && rename(name, path) == 0;
-#endif
-}
+static int replace_file(FILE *file, const char *name, const char *path, const void *bytes,
+                        size_t n);
+
+static int is_terminal(FILE *file);
+static int reader_left(int error); /* a write failed because the reader of a pipe has left */
+
+/* Makes the terminal of standard input hand over keys one at a time and show none itself, until
+ * the end of the program; 0 where it hands over lines, shows and edits them. */
+static int terminal_raw(void);
+static void terminal_restore(void); /* a signal handler may call it */
+/* Up to n bytes that were typed; 0 at the end, below 0 with errno. */
+static long read_terminal(char *bytes, size_t n);
+static int input_waits(void);           /* some was typed already */
+static int is_cut(size_t line);         /* a line of so many bytes may have lost its end */
 
 /* ===================================================================================
  * 2. Ground
@@ -396,6 +168,21 @@ PRINTF_LIKE(1, 2) static void remark(const char *format, ...)
 static int out_of_memory(void)
 {
     return fail(FAILED, "out of memory");
+}
+
+/* To be freed; NULL without memory. */
+static char *copy_of(const char *text)
+{
+    size_t n = strlen(text) + 1;
+    char *copy = malloc(n);
+    return copy ? memcpy(copy, text, n) : NULL;
+}
+
+/* "PATH.END" into name; 0, with errno, where that cannot be. */
+static int has_name_beside(const char *path, const char *end, char *name, size_t size)
+{
+    errno = *path ? ENAMETOOLONG : ENOENT;
+    return *path && snprintf(name, size, "%s.%s", path, end) < (int)size;
 }
 
 typedef struct {
@@ -482,11 +269,38 @@ static int finish_output(output *out, int status)
  * 3. Options
  * =================================================================================== */
 
+typedef enum {
+    GENERATE, CONVERSE, TOKENIZE, DETOKENIZE, LOGITS, SCORE, PERPLEXITY, IMPORTANCE, INFO, CHECK
+} mode_kind;
+
+/* What a mode does with the rest of the command line. */
+enum { READS_PROMPT = 1, EVALUATES = 2, TAKES_JSON = 4, TAKES_SESSION = 8 };
+static const unsigned TRAITS[] = {
+    [GENERATE] = READS_PROMPT | EVALUATES | TAKES_JSON | TAKES_SESSION,
+    [CONVERSE] = EVALUATES | TAKES_SESSION,
+    [TOKENIZE] = READS_PROMPT | TAKES_JSON,
+    [LOGITS] = READS_PROMPT | EVALUATES,
+    [SCORE] = READS_PROMPT | EVALUATES,
+    [PERPLEXITY] = EVALUATES,
+    [IMPORTANCE] = READS_PROMPT | EVALUATES,
+    [CHECK] = 0,
+};
+
+typedef struct option option;
+
 typedef struct {
     const char *model;
-    const char *positional, *text, *file, *ids; /* the prompt: at most one of them */
+    const char *positional[2]; /* MODEL and PROMPT, or PROMPT alone after -m MODEL */
+    int n_positional;
+    const char *text, *file, *ids; /* the prompt: at most one of them */
     int n_prompts;
+    mode_kind mode;
+    const option *asked; /* the option that chose the mode, or NULL */
+    const char *subject; /* its text */
+    int32_t logits;
+    int32_t block; /* of the importance */
     int chat;
+    const char *after_chat; /* the number behind a -c: a llama.cpp user's context */
     const char *system;
     int32_t max_tokens; /* -1: no limit */
     gemma2_sampler sampler;
@@ -496,41 +310,40 @@ typedef struct {
     int seed_given;
     const char **stops; /* room for one per argument */
     size_t n_stops;
-    int ignore_eos, echo, json, quiet, verbose, help, version, man;
-    int tokenize, score, info, check;
-    int32_t logits;
-    const char *detokenize, *perplexity, *importance;
+    gemma2_bias *biases; /* room for one per argument and all stop ids */
+    int ignore_eos, echo, json, quiet, verbose, help, version;
     const char *kept, *loaded; /* files of sessions */
-    const char *completion;    /* the shell that it is for */
-    int32_t block; /* of the importance */
 } options;
 
 typedef enum {
     HEADING, /* a line of --help */
     FLAG,    /* int field becomes 1 */
+    MODE,    /* without a value; the other modes have one of the kinds below */
     TEXT,    /* const char * field */
     PROMPT,  /* the same, and counts as a source of the prompt */
     STOP,    /* one more stop string */
-    WHOLE,   /* int32_t field */
+    BIAS,    /* one more logit bias */
+    WHOLE,   /* int32_t field; least -1: "-1" is allowed, too */
     REAL,    /* float field */
     SEED,
-    CACHE,
-    SHELL
+    CACHE
 } option_kind;
 
-typedef struct {
+struct option {
     char letter;
     const char *name, *argument, *help;
     option_kind kind;
     size_t field;      /* offset in options */
     const char *takes; /* "it takes ...", for values that can be wrong */
     double least, most;
-} option;
+    mode_kind mode; /* what the option asks for, or GENERATE */
+};
 
-#define HEAD(text) {0, NULL, NULL, text, HEADING, 0, NULL, 0, 0}
-#define IS(kind, member) kind, offsetof(options, member), NULL, 0, 0
-#define IN(kind, member, takes, least, most) kind, offsetof(options, member), takes, least, most
-#define FROM_0(member) IN(WHOLE, member, "a whole number from 0 to 2147483647", 0, INT32_MAX)
+#define HEAD(text) {.help = text, .kind = HEADING}
+#define IS(kind, member) kind, offsetof(options, member), NULL, 0, 0, GENERATE
+#define ASKS(mode, kind, member) kind, offsetof(options, member), NULL, 0, 0, mode
+#define IN(kind, member, takes, least, most) \
+    kind, offsetof(options, member), takes, least, most, GENERATE
 #define FROM_1(member) IN(WHOLE, member, "a whole number from 1 to 2147483647", 1, INT32_MAX)
 
 static const option OPTIONS[] = {
@@ -538,32 +351,51 @@ static const option OPTIONS[] = {
     {'c', "chat", NULL, "use the chat template; without a prompt, on a\n"
      "terminal: a conversation (Ctrl-C stops a reply)", IS(FLAG, chat)},
     {'S', "system", "TEXT", "instructions for a chat, before its first message", IS(TEXT, system)},
-    {'n', "max-tokens", "N", "at most N tokens of reply (default: until the\n"
-     "model stops or the context is full)", FROM_0(max_tokens)},
+    {'n', "max-tokens", "N", "at most N tokens of reply; -1: until the model\n"
+     "stops or the context is full (default)",
+     IN(WHOLE, max_tokens, "a whole number from 0 to 2147483647, or -1 for no limit", -1,
+        INT32_MAX)},
     {'t', "temperature", "F", "randomness; 0 is greedy (default 1.0)",
      IN(REAL, sampler.temperature, "a number from 0 to 1000000", 0, 1e6)},
     {'s', "seed", "N", "same seed, same text, on CPUs of one kind or with\n"
      "--exact on all (default: random, shown)",
      IN(SEED, seed, "a whole number from 0 to 18446744073709551615", 0, 0)},
+    {'m', "model", "FILE", "the model, where it is not the first argument", IS(TEXT, model)},
     {'q', "quiet", NULL, "nothing on standard error but errors", IS(FLAG, quiet)},
-    {'v', "verbose", NULL, "also show model, memory and instruction set", IS(FLAG, verbose)},
+    {'v', "verbose", NULL, "also show model, memory, threads, instruction set",
+     IS(FLAG, verbose)},
     {'h', "help", NULL, "this text", IS(FLAG, help)},
     {0, "version", NULL, "the version", IS(FLAG, version)},
 
     HEAD("The prompt: PROMPT, or one of these, or else standard input"),
     {'p', "prompt", "TEXT", "the prompt; may start with a dash", IS(PROMPT, text)},
-    {'f', "file", "FILE", "the prompt, byte for byte; - is standard input", IS(PROMPT, file)},
+    {'f', "file", "FILE", "the prompt, byte for byte, but for a last newline in\n"
+     "a chat; - is standard input", IS(PROMPT, file)},
     {0, "ids", "\"IDS\"", "the prompt as token ids; no BOS is added", IS(PROMPT, ids)},
     {0, "echo", NULL, "print the prompt before the reply", IS(FLAG, echo)},
 
     HEAD("Choosing and stopping"),
     {'k', "top-k", "N", "among the N best tokens; 0: all (default 64)",
-     FROM_0(sampler.top_k)},
+     IN(WHOLE, sampler.top_k, "a whole number from 0 to 2147483647", 0, INT32_MAX)},
     {'P', "top-p", "F", "among the best tokens that together have\n"
      "probability F (default 0.95)",
      IN(REAL, sampler.top_p, "a number above 0, at most 1", FLT_MIN, 1)},
     {0, "min-p", "F", "among tokens at least F times as likely as the\n"
      "best (default 0: off)", IN(REAL, sampler.min_p, "a number from 0 to 1", 0, 1)},
+    {0, "repeat-penalty", "F", "divide logits of tokens seen lately by F, multiply\n"
+     "negative ones (default 1: off)",
+     IN(REAL, sampler.repetition_penalty, "a number above 0, at most 1000000", FLT_MIN, 1e6)},
+    {0, "presence-penalty", "F", "take F off the logits of tokens seen lately ...",
+     IN(REAL, sampler.presence_penalty, "a number from -1000000 to 1000000", -1e6, 1e6)},
+    {0, "frequency-penalty", "F", "... and F for each time they were seen (defaults 0)",
+     IN(REAL, sampler.frequency_penalty, "a number from -1000000 to 1000000", -1e6, 1e6)},
+    {0, "repeat-last-n", "N", "lately: among the last N tokens; -1: in all of the\n"
+     "context (default 64)",
+     IN(WHOLE, sampler.penalty_last, "a whole number from 0 to 2147483647, or -1 for all", -1,
+        INT32_MAX)},
+    {0, "logit-bias", "ID+F", "add F to a token's logit; also ID-F, and ID-inf bans\n"
+     "the token; may be repeated",
+     IN(BIAS, biases, "a token id, a sign and a number, as in 235+1.5 or 235-inf", 0, 0)},
     {0, "stop", "TEXT", "end the reply before TEXT; may be repeated",
      IN(STOP, stops, "a text that is not empty", 0, 0)},
     {0, "ignore-eos", NULL, "never choose a token that ends the text", IS(FLAG, ignore_eos)},
@@ -575,8 +407,8 @@ static const option OPTIONS[] = {
      IN(WHOLE, session.n_threads, "a whole number from 1 to 1024", 1, 1024)},
     {0, "window", "N", "let local layers see only N tokens (default: as\ntrained)",
      FROM_1(session.window)},
-    {0, "kv", "TYPE", "keep keys and values in f32 or f16 (default:\n"
-     "f32 for f32 weights, else f16)", IN(CACHE, session.cache_type, "f32 or f16", 0, 0)},
+    {0, "kv", "f32|f16", "type of the cached keys and values (default: f32\n"
+     "for f32 weights, else f16)", IN(CACHE, session.cache_type, "f32 or f16", 0, 0)},
     {0, "exact", NULL, "read prompts in the arithmetic of decoding: slower,\n"
      "the same result on every CPU", IS(FLAG, open.exact_prefill)},
     {0, "in-memory", NULL, "read the weights into memory, huge pages asked for:\n"
@@ -584,52 +416,110 @@ static const option OPTIONS[] = {
 
     HEAD("Going on another time"),
     {0, "session", "FILE", "go on from FILE where it exists, and keep there what\n"
-     "was read and said; the prompt is what comes next", IS(TEXT, kept)},
+     "was read and shown; the prompt is what comes next", IS(TEXT, kept)},
     {0, "load", "FILE", "go on from such a file, and leave it as it is", IS(TEXT, loaded)},
 
     HEAD("Instead of plain text"),
-    {0, "json", NULL, "one JSON object: text, prompt_ids, ids,\n"
-     "logprobs, finish_reason, seed, timings", IS(FLAG, json)},
-    {0, "tokenize", NULL, "the prompt's ids on one line, BOS first", IS(FLAG, tokenize)},
-    {0, "detokenize", "\"IDS\"", "the text of ids, byte for byte", IS(TEXT, detokenize)},
-    {0, "logits", "N", "the N best next tokens: id, logit, piece", FROM_1(logits)},
-    {0, "score", NULL, "log-probability of every prompt token, total", IS(FLAG, score)},
-    {0, "perplexity", "FILE", "perplexity of a text; the method is below", IS(TEXT, perplexity)},
+    {0, "json", NULL, "one JSON object: text, prompt_ids, ids, logprobs,\n"
+     "finish_reason, seed, timings (or ids and pieces)", IS(FLAG, json)},
+    {0, "tokenize", NULL, "the prompt's ids on one line, BOS first",
+     ASKS(TOKENIZE, MODE, asked)},
+    {0, "detokenize", "\"IDS\"", "the text of ids, byte for byte",
+     ASKS(DETOKENIZE, TEXT, subject)},
+    {0, "logits", "N", "the N best next tokens: id, logit, piece",
+     WHOLE, offsetof(options, logits), "a whole number from 1 to 2147483647", 1, INT32_MAX,
+     LOGITS},
+    {0, "score", NULL, "log-probability of every prompt token, total",
+     ASKS(SCORE, MODE, asked)},
+    {0, "perplexity", "FILE", "perplexity of a text; the method is below",
+     ASKS(PERPLEXITY, TEXT, subject)},
     {0, "importance", "OUT", "how large the inputs of every product are, over the\n"
-     "text of the prompt, for export.py --importance OUT", IS(TEXT, importance)},
+     "text of the prompt, for export.py --importance OUT", ASKS(IMPORTANCE, TEXT, subject)},
     {0, "importance-block", "N", "also how N neighbouring inputs go together, so that\n"
      "export.py rounds better: 32, 64, 128 or 256 (the\nfile grows N-fold; default 1)",
      IN(WHOLE, block, "1, 32, 64, 128 or 256", 1, 256)},
-    {0, "info", NULL, "facts, sections and memory plan of the model", IS(FLAG, info)},
-    {0, "check", NULL, "verify every digest and value of the model file", IS(FLAG, check)},
-    {0, "man", NULL, "this text as a manual page", IS(FLAG, man)},
-    {0, "completion", "SHELL", "what makes a shell complete these options",
-     IN(SHELL, completion, "bash, zsh or fish", 0, 0)},
+    {0, "info", NULL, "facts, sections and memory plan of the model",
+     ASKS(INFO, MODE, asked)},
+    {0, "check", NULL, "verify every digest and value of the model file",
+     ASKS(CHECK, MODE, asked)},
 };
 enum { N_OPTIONS = sizeof OPTIONS / sizeof OPTIONS[0], HELP_COLUMN = 27 };
 
-/* The words an option chooses from; NULL where any text will do. */
-static const char *words_of(const option *o)
+/* What llama.cpp, ollama and transformers call things: an option of ours that means the same,
+ * nothing where it is so here anyway, or a sentence.  An underscore counts as a dash. */
+static const struct {
+    const char *names, *meaning;
+} FOREIGN[] = {
+    {" --temp ", "--temperature"},
+    {" --ctx-size --num-ctx --n-ctx --max-seq-len --max-model-len ", "--context"},
+    {" --n-predict --predict --num-predict --max-new-tokens ", "--max-tokens"},
+    {" --num-thread --num-threads --n-threads ", "--threads"},
+    {" --repetition-penalty ", "--repeat-penalty"},
+    {" -l ", "--logit-bias"},
+    {" -sys --system-prompt ", "--system"},
+    {" -cnv --conversation ", "--chat"},
+    {" -r --reverse-prompt ", "--stop"},
+    {" --no-mmap ", "--in-memory"},
+    {" -ctk -ctv --cache-type-k --cache-type-v ", "--kv"},
+    {" --log-disable ", "--quiet"},
+    {" --no-display-prompt --no-cnv -no-cnv --no-conversation --jinja -st --single-turn "
+     "--no-warmup --no-context-shift ", ""},
+    {" -i --interactive ", "a conversation is -c, a prompt is -p TEXT"},
+    {" --grammar --grammar-file --json-schema --json-schema-file --format ",
+     "this version cannot hold a reply to a grammar or a schema"},
+    {" -ngl --gpu-layers --n-gpu-layers --num-gpu -dev --device -sm --split-mode -ts "
+     "--tensor-split -mg --main-gpu -fa --flash-attn ",
+     "everything runs on the CPU here, so leave it out"},
+    {" -b -ub --batch-size --ubatch-size --num-batch -tb --threads-batch ",
+     "a prompt is cut into pieces and shared out by itself here, so leave it out"},
+    {" --mlock --numa --low-vram --f16-kv ",
+     "there is nothing to set here; --in-memory and --kv are what decides about memory"},
+    {" --mirostat --mirostat-lr --mirostat-ent --mirostat-eta --mirostat-tau --tfs --tfs-z "
+     "--typical --typical-p --xtc-probability --xtc-threshold --dry-multiplier --dry-base "
+     "--dry-allowed-length --dynatemp-range --dynatemp-exp --top-nsigma --samplers "
+     "--sampling-seq ",
+     "tokens are chosen here by --temperature, --top-k, --top-p, --min-p and the penalties"},
+    {" --rope-scaling --rope-scale --rope-freq-base --rope-freq-scale --yarn-orig-ctx "
+     "--yarn-ext-factor --yarn-attn-factor ",
+     "positions are always as the model was trained; its file says how"},
+    {" --lora --lora-scaled --lora-base --adapter ",
+     "an adapter is merged when the model is converted: export.py --lora DIR"},
+    {" --chat-template --chat-template-file --template ",
+     "the chat template is the one in the model file, where export.py put it"},
+    {" -hf -hfr -hff --hf-repo --hf-file -mu --model-url ",
+     "nothing is downloaded here; give the path of a file that export.py made"},
+    {" --prompt-cache --prompt-cache-all --prompt-cache-ro ",
+     "--session FILE keeps what was read and shown, and --load FILE goes on from it"},
+    {" -e --escape ", "a prompt is taken as it is; your shell can write newlines into it"},
+    {" --tokenizer ", "the tokenizer is in the model file"},
+    {" --keep --num-keep --context-shift ",
+     "a full context ends the reply here, and nothing is dropped from it"},
+};
+
+/* The meaning of another program's spelling, or NULL. */
+static const char *foreign_meaning(const char *argument)
 {
-    return o->kind == CACHE ? "f32 f16" : o->kind == SHELL ? "bash zsh fish" : NULL;
+    char name[40] = " ";
+    size_t n = strcspn(argument, "=");
+    if (n < 2 || n > sizeof name - 3)
+        return NULL;
+    for (size_t i = 0; i < n; i++)
+        name[i + 1] = argument[i] == '_' ? '-' : argument[i];
+    name[n + 1] = ' ';
+    for (size_t i = 0; i < sizeof FOREIGN / sizeof *FOREIGN; i++)
+        if (strstr(FOREIGN[i].names, name))
+            return FOREIGN[i].meaning;
+    return NULL;
 }
 
-static int is_word_of(const option *o, const char *value)
-{
-    size_t n = strlen(value), length;
-    for (const char *word = words_of(o); *word; word += length + (word[length] == ' ')) {
-        length = strcspn(word, " ");
-        if (length == n && strncmp(word, value, n) == 0)
-            return 1;
-    }
-    return 0;
-}
-
-/* ---- --help: in these texts @ is the program's name ---- */
+/* ---- --help: in these texts @ is the program's name.  tests/pages.awk makes the manual page
+ * and the shell completions of this text, so its form counts: a heading begins its line, all
+ * else stands two blanks or more from the left. ---- */
 
 static const char USAGE_LINE[] = "usage: @ MODEL [options] [PROMPT]\n";
-static const char SUMMARY[] = "Runs a Gemma 2 model that export.py made.\n";
-static const char EXAMPLES[] =
+static const char INTRODUCTION[] =
+    "\nRuns a Gemma 2 model that export.py made.\n\n"
+    "Examples\n"
     "  @ story.bin \"Once upon a time\"              continue a text\n"
     "  @ gemma-2-2b-it.bin -c                      hold a conversation\n"
     "  @ gemma-2-2b-it.bin -c \"Why is it dark?\"    one answer, then exit\n"
@@ -637,39 +527,40 @@ static const char EXAMPLES[] =
     "  @ gemma-2-2b-it.bin -c --session moon.chat  a conversation to go on with\n"
     "  @ story.bin -t 0 -n 64 --stop \"The end\" -f start.txt\n"
     "  @ story.bin --json -s 7 \"Hello\" | jq -r .text\n";
-
-static const struct {
-    const char *title, *text; /* titles are for the manual page */
-} NOTES[] = {
-    {"PERPLEXITY",
-     "--perplexity follows llama.cpp: the text, after one BOS, is cut into chunks of 512\n"
-     "tokens (-C N: of N; a shorter trained context: of that), a rest is dropped, BOS takes\n"
-     "the place of each chunk's first token, and the tokens after the first half of each\n"
-     "chunk are scored, in the exact arithmetic of decoding.  Printed are exp of the mean\n"
-     "negative log-probability and its standard error.\n"},
-    {"IMPORTANCE",
-     "--importance cuts its text as --perplexity does, but drops nothing and counts every\n"
-     "token.  About 100 KB of text are enough.\n"},
-    {"SESSIONS",
-     "A session's file holds ids, keys and values (as large as the cache, see --info) and fits\n"
-     "one model, --window and --kv.  With -c it is a conversation, without a text; --system\n"
-     "counts in the first turn only.  It is replaced whole when all went well (and when Ctrl-C\n"
-     "at its prompt, SIGTERM or SIGHUP ends a conversation), and stays as it was after an\n"
-     "error or an interrupted answer.  Under --exact what follows is the same, to the bit,\n"
-     "as in one go.\n"},
-    {"OUTPUT",
-     "Text goes to standard output, speed, seed and warnings to standard error.  On a\n"
-     "terminal control characters of the text are shown as U+FFFD.  --json's seed may\n"
-     "exceed 2^53 when you chose it so.\n"},
-    {"ENVIRONMENT",
-     "GEMMA2_ISA=scalar|avx2|avxvnni|avx512|avx512bf16|amx, on ARM scalar|neon|dotprod|i8mm,\n"
-     "forces an instruction set.\n"},
-    {"EXIT STATUS",
-     "Exit codes: 0 done (also when the reader of a pipe left), 1 failed while running,\n"
-     "2 wrong usage, 3 bad, missing or unreadable model file, 130 interrupted\n"
-     "(143 by SIGTERM, 129 by SIGHUP).\n"},
-};
-enum { N_NOTES = sizeof NOTES / sizeof NOTES[0] };
+static const char NOTES[] =
+    "\nConversation\n"
+    "  A line is a message.  A pasted text of several lines is one message.  A line that\n"
+    "  ends in \\ goes on in the next, and so does all between \"\"\" and \"\"\".  /clear starts\n"
+    "  over, /exit or Ctrl-D leaves, Ctrl-C stops a reply.\n"
+    "\nPerplexity\n"
+    "  --perplexity follows llama.cpp: the text, after one BOS, is cut into chunks of 512\n"
+    "  tokens (-C N: of N; a shorter trained context: of that), a rest is dropped, BOS takes\n"
+    "  the place of each chunk's first token, and the tokens after the first half of each\n"
+    "  chunk are scored, in the exact arithmetic of decoding.  It prints exp of the mean\n"
+    "  negative log-probability and its standard error.\n"
+    "\nImportance\n"
+    "  --importance cuts its text as --perplexity does, but drops nothing and counts every\n"
+    "  token.  About 100 KB of text are enough.\n"
+    "\nSessions\n"
+    "  A session's file holds ids, keys and values (as large as the cache, see --info) and\n"
+    "  fits one model, --window and --kv.  What it keeps is what was shown: a stop string\n"
+    "  and what came after it are not in it.  With -c it is a conversation, else a text;\n"
+    "  --system counts in the first turn only.  The file is replaced whole when all went\n"
+    "  well (and when Ctrl-C at its prompt, SIGTERM or SIGHUP ends a conversation).  It stays\n"
+    "  as it was after an error or an interrupted answer.  Under --exact what follows is the\n"
+    "  same, to the bit, as in one go.\n"
+    "\nOutput\n"
+    "  Text goes to standard output, speed, seed and warnings to standard error.  On a\n"
+    "  terminal control characters of the text are shown as U+FFFD.  The ids of --json are\n"
+    "  all that were generated, its text ends before a stop string.  Its seed may exceed 2^53\n"
+    "  when you chose it so.\n"
+    "\nEnvironment\n"
+    "  GEMMA2_ISA=scalar|avx2|avxvnni|avx512|avx512bf16|amx forces an instruction set, on\n"
+    "  ARM scalar|neon|dotprod|i8mm.\n"
+    "\nExit status\n"
+    "  Exit codes: 0 done (also when the reader of a pipe left), 1 failed while running,\n"
+    "  2 wrong usage, 3 bad, missing or unreadable model file, 130 interrupted\n"
+    "  (143 by SIGTERM, 129 by SIGHUP).\n";
 
 /* The lines of a text, each but the first after that many blanks. */
 static void put_indented(output *out, const char *text, int column)
@@ -682,192 +573,21 @@ static void put_indented(output *out, const char *text, int column)
 static void print_help(output *out)
 {
     put_named(out, USAGE_LINE);
-    put_format(out, "\n%s\nExamples\n", SUMMARY);
-    put_named(out, EXAMPLES);
+    put_named(out, INTRODUCTION);
     for (const option *o = OPTIONS; o < OPTIONS + N_OPTIONS; o++) {
         if (o->kind == HEADING) {
             put_format(out, "\n%s\n", o->help);
             continue;
         }
         char left[64], letter[] = {'-', o->letter, ',', '\0'};
-        snprintf(left, sizeof left, "  %3s --%s %s", o->letter ? letter : "", o->name,
-                 o->argument ? o->argument : "");
+        int n = snprintf(left, sizeof left, "  %3s --%s %s", o->letter ? letter : "", o->name,
+                         o->argument ? o->argument : "");
         put_format(out, "%-*s", HELP_COLUMN, left);
+        if (n >= HELP_COLUMN)
+            put_format(out, "\n%*s", HELP_COLUMN, "");
         put_indented(out, o->help, HELP_COLUMN);
     }
-    for (int i = 0; i < N_NOTES; i++)
-        put_format(out, "\n%s", NOTES[i].text);
-}
-
-/* ---- --man ---- */
-
-/* Text as roff takes it literally; @ is the program's name. */
-static void put_roff(output *out, const char *text)
-{
-    for (const char *c = text; *c; c++) {
-        if ((c == text || c[-1] == '\n') && (*c == '.' || *c == '\''))
-            put_bytes(out, "\\&", 2);
-        if (*c == '@')
-            put_roff(out, program_name);
-        else if (*c == '-' || *c == '\\')
-            put_bytes(out, *c == '-' ? "\\-" : "\\e", 2);
-        else
-            put_bytes(out, c, 1);
-    }
-}
-
-static void put_roff_option(output *out, const option *o)
-{
-    put_format(out, ".TP\n");
-    if (o->letter)
-        put_format(out, "\\fB\\-%c\\fR, ", o->letter);
-    put_format(out, "\\fB");
-    put_roff(out, "--");
-    put_roff(out, o->name);
-    put_format(out, "\\fR");
-    if (o->argument) {
-        put_format(out, " \\fI");
-        put_roff(out, o->argument);
-        put_format(out, "\\fR");
-    }
-    put_bytes(out, "\n", 1);
-    put_roff(out, o->help);
-    put_bytes(out, "\n", 1);
-}
-
-static void print_man(output *out)
-{
-    put_format(out, ".TH \"");
-    put_roff(out, program_name);
-    put_format(out, "\" 1 \"\" \"gemma2.c %s\" \"User Commands\"\n.SH NAME\n", gemma2_version());
-    put_roff(out, "@");
-    put_format(out, " \\- run Gemma 2 language models\n.SH SYNOPSIS\n\\fB");
-    put_roff(out, "@");
-    put_format(out, "\\fR \\fIMODEL\\fR [\\fIoptions\\fR] [\\fIPROMPT\\fR]\n.SH DESCRIPTION\n");
-    put_roff(out, SUMMARY);
-    put_format(out, ".SH EXAMPLES\n.nf\n");
-    put_roff(out, EXAMPLES);
-    put_format(out, ".fi\n.SH OPTIONS\n");
-    for (const option *o = OPTIONS; o < OPTIONS + N_OPTIONS; o++)
-        if (o->kind == HEADING)
-            put_format(out, ".SS \"%s\"\n", o->help);
-        else
-            put_roff_option(out, o);
-    for (int i = 0; i < N_NOTES; i++) {
-        put_format(out, ".SH \"%s\"\n", NOTES[i].title);
-        put_roff(out, NOTES[i].text);
-    }
-}
-
-/* ---- --completion ---- */
-
-/* Text inside single quotes, on one line; the characters in `escaped` get a backslash. */
-static void put_quoted(output *out, const char *text, const char *escaped)
-{
-    for (; *text; text++) {
-        if (*text == '\'')
-            put_bytes(out, "'\\'", 3);
-        else if (strchr(escaped, *text))
-            put_bytes(out, "\\", 1);
-        put_bytes(out, *text == '\n' ? " " : text, 1);
-    }
-}
-
-static int takes_file(const option *o)
-{
-    return o->argument && (strcmp(o->argument, "FILE") == 0 || strcmp(o->argument, "OUT") == 0);
-}
-
-static const char BASH_FILES[] = "local IFS=$'\\n'; COMPREPLY=($(compgen -f -- \"$word\"));";
-
-/* One arm of a case statement: what follows the option. */
-static void put_bash_case(output *out, const option *o)
-{
-    put_format(out, "    --%s", o->name);
-    if (o->letter)
-        put_format(out, "|-%c", o->letter);
-    put_format(out, ") ");
-    if (words_of(o))
-        put_format(out, "COMPREPLY=($(compgen -W '%s' -- \"$word\")); ", words_of(o));
-    else if (takes_file(o))
-        put_format(out, "%s ", BASH_FILES);
-    put_format(out, "return ;;\n");
-}
-
-static void print_bash(output *out)
-{
-    put_named(out, "_@() {\n    local word=${COMP_WORDS[COMP_CWORD]}\n"
-                   "    local before=${COMP_WORDS[COMP_CWORD-1]}\n    COMPREPLY=()\n"
-                   "    [[ $word == = ]] && word=\n" /* --name=value comes as three words */
-                   "    [[ $before == = ]] && before=${COMP_WORDS[COMP_CWORD-2]}\n"
-                   "    case $before in\n");
-    for (const option *o = OPTIONS; o < OPTIONS + N_OPTIONS; o++)
-        if (o->kind != HEADING && o->argument)
-            put_bash_case(out, o);
-    put_format(out, "    esac\n    case $word in\n    -*) COMPREPLY=($(compgen -W '");
-    for (const option *o = OPTIONS; o < OPTIONS + N_OPTIONS; o++)
-        if (o->kind != HEADING)
-            put_format(out, " --%s", o->name);
-    put_format(out, "' -- \"$word\")) ;;\n    *) %s ;;\n    esac\n}\n", BASH_FILES);
-    put_named(out, "complete -o filenames -F _@ @\n");
-}
-
-static void print_zsh(output *out)
-{
-    put_named(out, "#compdef @\n_arguments");
-    for (const option *o = OPTIONS; o < OPTIONS + N_OPTIONS; o++) {
-        const char *more = o->kind == STOP ? "*" : "", *value = o->argument ? "=" : "";
-        if (o->kind == HEADING)
-            continue;
-        if (o->letter)
-            put_format(out, " \\\n  '(-%c --%s)'{-%c%s,--%s%s}'[", o->letter, o->name, o->letter,
-                       o->argument ? "+" : "", o->name, value);
-        else
-            put_format(out, " \\\n  '%s--%s%s[", more, o->name, value);
-        put_quoted(out, o->help, "[]\\");
-        put_format(out, "]");
-        if (o->argument) {
-            put_format(out, ":");
-            put_quoted(out, o->argument, ":\\");
-            if (words_of(o))
-                put_format(out, ":(%s)", words_of(o));
-            else
-                put_format(out, takes_file(o) ? ":_files" : ": ");
-        }
-        put_format(out, "'");
-    }
-    put_format(out, " \\\n  '1:MODEL:_files' '2:PROMPT: '\n");
-}
-
-static void print_fish(output *out)
-{
-    for (const option *o = OPTIONS; o < OPTIONS + N_OPTIONS; o++) {
-        if (o->kind == HEADING)
-            continue;
-        put_named(out, "complete -c @");
-        if (o->letter)
-            put_format(out, " -s %c", o->letter);
-        put_format(out, " -l %s%s", o->name, !o->argument ? "" : takes_file(o) ? " -r -F" : " -x");
-        if (words_of(o))
-            put_format(out, " -a '%s'", words_of(o));
-        put_format(out, " -d '");
-        for (const char *c = o->help; *c; c++) {
-            if (*c == '\'' || *c == '\\')
-                put_bytes(out, "\\", 1);
-            put_bytes(out, *c == '\n' ? " " : c, 1);
-        }
-        put_format(out, "'\n");
-    }
-}
-
-static void print_completion(output *out, const char *shell)
-{
-    if (strcmp(shell, "bash") == 0)
-        print_bash(out);
-    else if (strcmp(shell, "zsh") == 0)
-        print_zsh(out);
-    else
-        print_fish(out);
+    put_bytes(out, NOTES, sizeof NOTES - 1);
 }
 
 /* ---- parsing ---- */
@@ -894,34 +614,39 @@ static size_t edit_distance(const char *a, const char *b)
     return row[n];
 }
 
-/* Names the option that was likely meant: the other case of a letter, a name that the
- * given one abbreviates, else the name fewest edits away. */
+/* How far an option is from the name that was given, SIZE_MAX where it was hardly meant: the
+ * other case of its letter, a name cut short, a few wrong letters, a part of its name. */
+static size_t remoteness(const option *o, const char *argument, const char *name)
+{
+    size_t length = strlen(name), distance = edit_distance(name, o->name);
+    if (length == 1)
+        return tolower((unsigned char)*name) == o->letter ? 0 : SIZE_MAX;
+    if (length && strncmp(o->name, name, length) == 0)
+        return 1;
+    if (argument[1] != '-' && argument[1] == o->letter) /* -qc */
+        return 2;
+    if (distance <= length / 3)
+        return 1 + distance;
+    return length > 3 && strstr(o->name, name) ? length : SIZE_MAX;
+}
+
+/* Names the option that was likely meant, if there is one. */
 static int unknown_option(const char *argument)
 {
     char name[32];
-    size_t length = strcspn(argument + strspn(argument, "-"), "=");
+    size_t length = strcspn(argument + strspn(argument, "-"), "="), best = SIZE_MAX;
+    const option *nearest = NULL;
     snprintf(name, sizeof name, "%.*s", (int)(length < 31 ? length : 31),
              argument + strspn(argument, "-"));
-    length = strlen(name);
-    const option *nearest = NULL;
-    size_t best = SIZE_MAX;
     for (const option *o = OPTIONS; o < OPTIONS + N_OPTIONS; o++) {
-        if (o->kind == HEADING)
-            continue;
-        int other_case = length == 1 && tolower((unsigned char)name[0]) == o->letter;
-        int abbreviated = length && strncmp(o->name, name, length) == 0;
-        int its_letter = argument[1] != '-' && argument[1] == o->letter; /* -qc */
-        size_t distance = other_case    ? 0
-                          : abbreviated ? 1
-                          : its_letter  ? 2
-                                        : 1 + edit_distance(name, o->name);
+        size_t distance = o->kind == HEADING ? SIZE_MAX : remoteness(o, argument, name);
         if (distance < best) {
             best = distance;
             nearest = o;
         }
     }
-    return fail(USAGE, "unknown option %s; the nearest is --%s (--help lists all)", argument,
-                nearest ? nearest->name : "help");
+    return fail(USAGE, "unknown option %s%s%s (--help lists all)", argument,
+                nearest ? "; the nearest is --" : "", nearest ? nearest->name : "");
 }
 
 /* Digits only, at most `most`; returns 1 or 0. */
@@ -939,8 +664,8 @@ static int parse_whole(const char *text, uint64_t most, uint64_t *value)
     return *text != '\0';
 }
 
-/* A decimal number in the range of o and of float; returns 1 or 0. */
-static int parse_real(const char *text, const option *o, float *value)
+/* A decimal number from least to most that float can hold; returns 1 or 0. */
+static int parse_real(const char *text, double least, double most, float *value)
 {
     char *end;
     if (!*text || text[strspn(text, "0123456789.eE+-")])
@@ -949,7 +674,24 @@ static int parse_real(const char *text, const option *o, float *value)
     double number = strtod(text, &end);
     *value = (float)number;
     int underflow = number != 0 && !(*value != 0);
-    return !*end && errno != ERANGE && !underflow && number >= o->least && number <= o->most;
+    return !*end && errno != ERANGE && !underflow && number >= least && number <= most;
+}
+
+/* "235+1.5", "235-1.5" or "235-inf"; returns 1 or 0. */
+static int parse_bias(const char *text, gemma2_bias *bias)
+{
+    char id[16];
+    uint64_t number;
+    size_t digits = strspn(text, "0123456789");
+    const char *sign = text + digits;
+    if (digits >= sizeof id || (*sign != '+' && *sign != '-') || sign[1] == '+' || sign[1] == '-')
+        return 0;
+    snprintf(id, sizeof id, "%.*s", (int)digits, text);
+    if (!parse_whole(id, INT32_MAX, &number))
+        return 0;
+    bias->id = (int32_t)number;
+    bias->bias = -INFINITY;
+    return strcmp(sign, "-inf") == 0 || parse_real(sign, -FLT_MAX, FLT_MAX, &bias->bias);
 }
 
 /* Stores the value of an option; returns 1, or 0 where the value is not one it takes. */
@@ -960,6 +702,8 @@ static int set_option(options *opts, const option *o, const char *value)
     switch (o->kind) {
     case HEADING:
         return 0;
+    case MODE:
+        return 1;
     case FLAG:
         *(int *)field = 1;
         return 1;
@@ -973,146 +717,164 @@ static int set_option(options *opts, const option *o, const char *value)
     case STOP:
         opts->stops[opts->n_stops] = value;
         return opts->stops[opts->n_stops++][0] != '\0';
+    case BIAS:
+        return parse_bias(value, &opts->biases[opts->sampler.n_bias++]);
     case WHOLE:
-        if (!parse_whole(value, (uint64_t)o->most, &number) || number < (uint64_t)o->least)
+        if (o->least < 0 && strcmp(value, "-1") == 0) {
+            *(int32_t *)field = -1;
+            return 1;
+        }
+        if (!parse_whole(value, (uint64_t)o->most, &number) || (double)number < o->least)
             return 0;
         *(int32_t *)field = (int32_t)number;
         return 1;
     case REAL:
-        return parse_real(value, o, field);
+        return parse_real(value, o->least, o->most, field);
     case SEED:
         opts->seed_given = 1;
         return parse_whole(value, UINT64_MAX, &opts->seed);
     case CACHE:
         opts->session.cache_type = strcmp(value, "f32") == 0 ? GEMMA2_CACHE_F32 : GEMMA2_CACHE_F16;
-        return is_word_of(o, value);
-    case SHELL:
-        opts->completion = value;
-        return is_word_of(o, value);
+        return strcmp(value, "f32") == 0 || strcmp(value, "f16") == 0;
     }
     return 0;
 }
 
+/* Whether the first n bytes of text are the name; an underscore counts as a dash. */
+static int is_name(const char *name, const char *text, size_t n)
+{
+    size_t i = 0;
+    while (i < n && (text[i] == name[i] || (text[i] == '_' && name[i] == '-')))
+        i++;
+    return i == n && name[n] == '\0';
+}
+
 /* The option that an argument names, and the value it carries itself: --name=value or
- * -nvalue; *value is NULL where it carries none. */
+ * -nvalue; *value is NULL where it carries none.  A long name behind one dash is a slip. */
 static const option *find_option(const char *argument, const char **value)
 {
+    const option *found = NULL;
+    int dashes = argument[1] == '-' ? 2 : 1;
+    size_t length = strcspn(argument + dashes, "=");
     *value = NULL;
-    const char *name = argument + 2;
-    size_t length = strcspn(name, "=");
     for (const option *o = OPTIONS; o < OPTIONS + N_OPTIONS; o++) {
         if (o->kind == HEADING)
             continue;
-        if (argument[1] == '-' && strlen(o->name) == length && !strncmp(o->name, name, length)) {
-            *value = name[length] ? name + length + 1 : NULL;
-            return o;
+        if (is_name(o->name, argument + dashes, length)) {
+            *value = argument[2 + length] ? argument + 3 + length : NULL;
+            return dashes == 2 ? o : NULL;
         }
         if (argument[1] == o->letter && (o->argument || !argument[2])) {
             *value = argument[2] ? argument + 2 : NULL;
-            return o;
+            found = o;
         }
     }
-    return NULL;
+    return found;
 }
 
-static int take_positional(options *opts, const char *argument)
+/* Takes the option that argv[*i] begins, with its value, and moves *i to the last of it. */
+static int take_option(options *opts, int argc, char **argv, int *i)
 {
-    if (!opts->model) {
-        opts->model = argument;
-    } else if (!opts->positional) {
-        opts->positional = argument;
-        opts->n_prompts++;
-    } else {
-        return fail(USAGE, "one argument too many: %s; put quotes around the whole prompt",
-                    argument);
+    const char *argument = argv[*i], *value, *meaning = foreign_meaning(argument);
+    if (meaning && !*meaning)
+        return DONE;
+    if (meaning && *meaning != '-')
+        return fail(USAGE, "%s: %s", argument, meaning);
+    const option *o = find_option(meaning ? meaning : argument, &value);
+    if (!o)
+        return unknown_option(argument);
+    if (meaning && argument[strcspn(argument, "=")])
+        value = strchr(argument, '=') + 1;
+    if (!o->argument && value)
+        return fail(USAGE, "--%s takes no value", o->name);
+    if (o->argument && !value && ++*i == argc)
+        return fail(USAGE, "--%s needs a value: %s", o->name, o->argument);
+    if (!value)
+        value = o->argument ? argv[*i] : "";
+    if (!set_option(opts, o, value))
+        return fail(USAGE, "--%s '%s': it takes %s", o->name, value, o->takes);
+    if (o->mode && opts->asked && opts->asked != o)
+        return fail(USAGE, "--%s and --%s do not go together", opts->asked->name, o->name);
+    if (o->mode) {
+        opts->mode = o->mode;
+        opts->asked = o;
     }
+    if (strcmp(argument, "-c") == 0 && *i + 1 < argc && argv[*i + 1][0] &&
+        !argv[*i + 1][strspn(argv[*i + 1], "0123456789")])
+        opts->after_chat = argv[*i + 1];
     return DONE;
 }
 
-/* What is answered without a model. */
-static int asks_about_program(const options *opts)
-{
-    return opts->help || opts->version || opts->man || opts->completion;
-}
-
-/* --help and its like end the parsing: whatever follows them is not looked at. */
+/* --help and --version end the parsing: whatever follows them is not looked at. */
 static int parse_options(options *opts, int argc, char **argv)
 {
     int options_ended = 0, status = DONE;
-    for (int i = 1; i < argc && status == DONE && !asks_about_program(opts); i++) {
-        const char *argument = argv[i], *value;
-        if (options_ended || argument[0] != '-' || argument[1] == '\0') {
-            status = take_positional(opts, argument);
-            continue;
-        }
-        if (strcmp(argument, "--") == 0) {
+    for (int i = 1; i < argc && status == DONE && !opts->help && !opts->version; i++) {
+        int is_option = !options_ended && argv[i][0] == '-' && argv[i][1];
+        if (is_option && strcmp(argv[i], "--") == 0)
             options_ended = 1;
-            continue;
-        }
-        const option *o = find_option(argument, &value);
-        if (!o)
-            return unknown_option(argument);
-        if (!o->argument && value)
-            return fail(USAGE, "--%s takes no value", o->name);
-        if (o->argument && !value && ++i == argc)
-            return fail(USAGE, "--%s needs a value: %s", o->name, o->argument);
-        if (!value)
-            value = o->argument ? argv[i] : "";
-        if (!set_option(opts, o, value))
-            return fail(USAGE, "--%s '%s': it takes %s", o->name, value, o->takes);
+        else if (is_option)
+            status = take_option(opts, argc, argv, &i);
+        else if (opts->n_positional < 2)
+            opts->positional[opts->n_positional++] = argv[i];
+        else
+            return fail(USAGE, "one argument too many: %s; put quotes around the whole prompt",
+                        argv[i]);
     }
     return status;
 }
 
-typedef enum {
-    GENERATE, CONVERSE, TOKENIZE, DETOKENIZE, LOGITS, SCORE, PERPLEXITY, IMPORTANCE, INFO,
-    CHECK
-} mode_kind;
-
-/* What is asked for, into *mode, and whether it makes sense together. */
-static int choose_mode(const options *opts, mode_kind *mode)
+/* MODEL and PROMPT; says where a number was likely meant for another option. */
+static int place_positional(options *opts)
 {
-    const struct {
-        int asked;
-        mode_kind mode;
-        const char *name;
-    } modes[] = {
-        {opts->json, GENERATE, "--json"},
-        {opts->tokenize, TOKENIZE, "--tokenize"},
-        {opts->detokenize != NULL, DETOKENIZE, "--detokenize"},
-        {opts->logits > 0, LOGITS, "--logits"},
-        {opts->score, SCORE, "--score"},
-        {opts->perplexity != NULL, PERPLEXITY, "--perplexity"},
-        {opts->importance != NULL, IMPORTANCE, "--importance"},
-        {opts->info, INFO, "--info"},
-        {opts->check, CHECK, "--check"},
-    };
-    const char *name = NULL;
-    *mode = GENERATE;
-    for (size_t i = 0; i < sizeof modes / sizeof modes[0]; i++) {
-        if (modes[i].asked && name)
-            return fail(USAGE, "%s and %s do not go together", name, modes[i].name);
-        if (modes[i].asked) {
-            name = modes[i].name;
-            *mode = modes[i].mode;
-        }
-    }
-    int needs_prompt = *mode == GENERATE || *mode == TOKENIZE || *mode == LOGITS ||
-                       *mode == SCORE || *mode == IMPORTANCE;
+    const char **prompt = opts->positional + !opts->model, *number = opts->after_chat;
     if (!opts->model)
-        return fail(USAGE, "no model file given; --help shows examples");
+        opts->model = opts->positional[0];
+    opts->n_prompts += prompt < opts->positional + opts->n_positional;
+    if (number && (number == opts->model || opts->n_prompts > 1))
+        return fail(USAGE, "-c %s: -c is --chat here; a context of %s tokens is -C %s", number,
+                    number, number);
+    if (prompt + 1 < opts->positional + opts->n_positional)
+        return fail(USAGE, "one argument too many: %s; the model is the one of -m", prompt[1]);
     if (opts->n_prompts > 1)
         return fail(USAGE, "more than one prompt: give PROMPT, -p, -f or --ids, and only once");
-    if (opts->n_prompts && !needs_prompt)
-        return fail(USAGE, "%s takes no prompt", name);
+    if (prompt < opts->positional + opts->n_positional)
+        opts->text = *prompt;
+    if (opts->quiet)
+        return DONE;
+    if (number && number == opts->text)
+        remark("note: -c is --chat here and %s the message; a context of %s tokens is -C %s",
+               number, number, number);
+    float temperature = opts->sampler.temperature;
+    if (temperature >= 2 && temperature <= 1024 && temperature == floorf(temperature))
+        remark("note: -t is --temperature here; %g threads are -j %g", (double)temperature,
+               (double)temperature);
+    return DONE;
+}
+
+/* Whether what is asked for makes sense together.  A chat without a prompt on a terminal is a
+ * conversation. */
+static int check_options(options *opts)
+{
+    const char *name = opts->asked ? opts->asked->name : opts->json ? "json" : NULL;
+    int status = place_positional(opts);
+    if (status != DONE)
+        return status;
+    unsigned traits = TRAITS[opts->mode];
+    if (opts->json && !(traits & TAKES_JSON))
+        return fail(USAGE, "--%s and --json do not go together", name);
+    if (!opts->model)
+        return fail(USAGE, "no model file given; --help shows examples");
+    if (opts->n_prompts && !(traits & READS_PROMPT))
+        return fail(USAGE, "--%s takes no prompt", name);
     if (opts->kept && opts->loaded)
         return fail(USAGE, "--session and --load do not go together");
-    if ((opts->kept || opts->loaded) && *mode != GENERATE)
-        return fail(USAGE, "%s and %s do not go together", opts->kept ? "--session" : "--load",
+    if ((opts->kept || opts->loaded) && !(traits & TAKES_SESSION))
+        return fail(USAGE, "--%s and --%s do not go together", opts->kept ? "session" : "load",
                     name);
-    if (opts->chat && *mode == IMPORTANCE)
+    if (opts->chat && opts->mode == IMPORTANCE)
         return fail(USAGE, "--importance and --chat do not go together: it takes plain text");
-    if (opts->block && *mode != IMPORTANCE)
+    if (opts->block && opts->mode != IMPORTANCE)
         return fail(USAGE, "--importance-block belongs to --importance OUT");
     if (opts->block > 1 && (opts->block < 32 || opts->block & (opts->block - 1)))
         return fail(USAGE, "--importance-block '%" PRId32 "': it takes 1, 32, 64, 128 or 256",
@@ -1121,12 +883,12 @@ static int choose_mode(const options *opts, mode_kind *mode)
         return fail(USAGE, "--system belongs to a chat; add -c");
     if (opts->ids && opts->chat)
         return fail(USAGE, "--ids and --chat do not go together: ids are taken as they are");
-    if (!needs_prompt || opts->n_prompts || !is_terminal(stdin))
+    if (!(traits & READS_PROMPT) || opts->n_prompts || !is_terminal(stdin))
         return DONE;
     if (!opts->chat || name)
         return fail(USAGE, "no prompt: put one after the model file%s; --help shows examples",
                     name ? "" : ", or -c for a conversation");
-    *mode = CONVERSE;
+    opts->mode = CONVERSE;
     return DONE;
 }
 
@@ -1257,6 +1019,59 @@ static void format_bytes(char text[32], uint64_t bytes)
     snprintf(text, 32, "%.*f %s", unit ? 1 : 0, value, units[unit]);
 }
 
+#define SESSION_MAGIC "\x89GEMSES\n"
+#define IMPORTANCE_MAGIC "\x89GEMMAI\n"
+enum { MAGIC_BYTES = 8, HEAD_BYTES = 4096 };
+
+/* What a file seems to be. */
+typedef struct {
+    const char *bytes; /* that stand at `at` */
+    size_t at, n;
+    const char *what;
+    int is_text, converts; /* export.py reads it */
+} kind;
+
+static const kind KINDS[] = {
+    {"\x89GEMMA2\n", 0, 8, "a model of gemma2.c", 0, 0},
+    {SESSION_MAGIC, 0, 8, "a saved session", 0, 0},
+    {IMPORTANCE_MAGIC, 0, 8, "an importance file", 0, 0},
+    {"GGUF", 0, 4, "a GGUF file", 0, 1},
+    {"{\"", 8, 2, "a safetensors file", 0, 1},
+    {"PK\3\4", 0, 4, "a PyTorch file or a zip archive", 0, 1},
+    {"\x80\2", 0, 2, "a PyTorch file", 0, 1},
+    {"\x1f\x8b", 0, 2, "gzip-compressed", 0, 0},
+    {"\x7f" "ELF", 0, 4, "a program", 0, 0},
+    {"\x89PNG", 0, 4, "an image", 0, 0},
+    {"\xff\xd8\xff", 0, 3, "an image", 0, 0},
+    {"%PDF", 0, 4, "a PDF file", 0, 0},
+    {"\xff\xfe", 0, 2, "UTF-16", 0, 0},
+    {"\xfe\xff", 0, 2, "UTF-16", 0, 0},
+    {"version https://git-lfs", 0, 23, "a Git LFS pointer", 1, 0},
+    {"<!DOCTYPE", 0, 9, "a web page", 1, 0},
+    {"<html", 0, 5, "a web page", 1, 0},
+};
+static const kind BINARY = {"", 0, 0, "binary data", 0, 0}, PLAIN_TEXT = {"", 0, 0, "text", 1, 0},
+                  EMPTY = {"", 0, 0, "empty", 1, 0}, UTF_16 = {"", 0, 0, "UTF-16", 0, 0};
+
+/* By the first bytes of n.  A tenth of control characters and stray bytes is too much for a
+ * text.  In UTF-16 of Latin script every second byte is zero. */
+static const kind *kind_of(const char *bytes, size_t n)
+{
+    for (size_t i = 0; i < sizeof KINDS / sizeof *KINDS; i++)
+        if (n >= KINDS[i].at + KINDS[i].n && !memcmp(bytes + KINDS[i].at, KINDS[i].bytes, KINDS[i].n))
+            return KINDS + i;
+    size_t odd = 0, zeros[2] = {0, 0}, length, most = n < HEAD_BYTES ? n : HEAD_BYTES;
+    for (size_t i = 0; i < most; i += length) {
+        uint32_t code = next_char(bytes + i, n - i, &length);
+        odd += code == REPLACEMENT || code == 0x7F || code == 0 ||
+               (code < 0x20 && !strchr("\t\n\f\r\033", (int)code));
+        zeros[i % 2] += code == 0;
+    }
+    if (n > 16 && (zeros[0] > most / 4) != (zeros[1] > most / 4))
+        return &UTF_16;
+    return n == 0 ? &EMPTY : n > 16 && odd > most / 10 ? &BINARY : &PLAIN_TEXT;
+}
+
 /* ===================================================================================
  * 5. The prompt
  * =================================================================================== */
@@ -1272,6 +1087,7 @@ static const char *const FINISH_REASONS[] = {
 typedef struct {
     array text;       /* char: all of it, up to a stop string */
     array logprobs;   /* float: one an id, under --json */
+    array ends;       /* size_t: bytes of text after each id */
     size_t shown;     /* bytes of text that no stop string can take back */
     gemma2_utf8 hold; /* bytes of a character still incomplete */
     size_t n_ids;     /* the last n_ids of program.ids are the reply */
@@ -1280,6 +1096,16 @@ typedef struct {
     size_t prefill_tokens;
     size_t decode_passes; /* n_ids less one, most times: the prompt's logits give the first */
 } reply;
+
+/* What is typed in a conversation; the message itself is in program.prompt. */
+typedef struct {
+    int raw;                     /* the terminal neither shows nor edits it */
+    int in_paste, marks_pastes;  /* between ESC [ 200 ~ and ESC [ 201 ~; it sent such marks */
+    int ended;                   /* nothing comes after this message */
+    size_t shown, line;          /* bytes of the message shown, and before its last line */
+    char escape[16], bytes[4096]; /* a sequence so far; what was read and not looked at */
+    size_t n_escape, at, n;
+} keyboard;
 
 /* One run of the program. */
 typedef struct {
@@ -1290,13 +1116,13 @@ typedef struct {
     gemma2_session *session;
     float *logits; /* [V] after the last token of the session */
     gemma2_sampler sampler;
-    gemma2_bias bans[16]; /* stop ids, under --ignore-eos */
     uint64_t seed;
     double load_s;
     array prompt; /* char: its bytes */
     array echo;   /* char: what --echo puts before the reply */
     array ids;    /* int32_t: all said so far; the session holds the first of them */
     reply reply;
+    keyboard keys;
     int shows_progress, progress_shown;
 } program;
 
@@ -1347,7 +1173,7 @@ static int read_file(FILE *file, const char *name, uint64_t most, array *bytes)
 
 static int read_path(const char *path, array *bytes)
 {
-    if (strcmp(path, "-") == 0)
+    if (!path || strcmp(path, "-") == 0)
         return read_file(stdin, "standard input", LONGEST_TEXT, bytes);
     FILE *file = open_path(path, "rb");
     if (!file)
@@ -1463,27 +1289,62 @@ static int push_turn(program *p, const char *text, size_t n)
     return status;
 }
 
-/* The prompt's bytes and ids, from wherever they come. */
+static const char *prompt_name(const options *opts)
+{
+    if (opts->text)
+        return "the prompt";
+    return opts->file && strcmp(opts->file, "-") != 0 ? opts->file : "standard input";
+}
+
+/* Says what is odd about the prompt's bytes, which are taken as they are all the same. */
+static void warn_of_prompt(const program *p)
+{
+    const char *text = p->prompt.items, *name = prompt_name(p->opts);
+    size_t n = p->prompt.n;
+    const kind *seems = kind_of(text, n);
+    if (p->opts->quiet || n == 0)
+        return;
+    if (strcmp(seems->what, "UTF-16") == 0)
+        remark("warning: %s seems to be UTF-16, and only UTF-8 is read as text; convert it, as "
+               "with iconv -f UTF-16 -t UTF-8", name);
+    else if (!seems->is_text)
+        remark("warning: %s seems to be %s, not text", name, seems->what);
+    else if (n >= 3 && memcmp(text, "\xEF\xBB\xBF", 3) == 0)
+        remark("warning: %s begins with a byte-order mark, which counts as text; save it without",
+               name);
+}
+
+/* The prompt's bytes, from wherever they come.  The newline that ends a file is no part of a
+ * message. */
+static int read_prompt(program *p)
+{
+    const options *opts = p->opts;
+    array *prompt = &p->prompt;
+    if (!opts->text) {
+        int status = read_path(opts->file, prompt);
+        const char *bytes = prompt->items;
+        prompt->n -= opts->chat && prompt->n && bytes[prompt->n - 1] == '\n';
+        prompt->n -= opts->chat && prompt->n && bytes[prompt->n - 1] == '\r';
+        return status;
+    }
+    size_t n = strlen(opts->text);
+    char *copy = extend(prompt, n, 1);
+    if (!copy)
+        return out_of_memory();
+    memcpy(copy, opts->text, n);
+    return DONE;
+}
+
 static int load_prompt(program *p)
 {
     const options *opts = p->opts;
-    const char *text = opts->positional ? opts->positional : opts->text;
     if (opts->ids)
         return push_list(p, opts->ids);
-    if (text) {
-        size_t n = strlen(text);
-        char *copy = extend(&p->prompt, n, 1);
-        if (!copy)
-            return out_of_memory();
-        memcpy(copy, text, n);
-    } else {
-        int status = read_path(opts->file ? opts->file : "-", &p->prompt);
-        if (status != DONE)
-            return status;
-    }
-    if (opts->chat)
+    int status = read_prompt(p);
+    if (status == DONE && opts->chat)
         return push_turn(p, p->prompt.items, p->prompt.n);
-    int status = p->config->bos >= 0 && !p->ids.n ? push_id(p, p->config->bos) : DONE;
+    if (status == DONE && p->config->bos >= 0 && !p->ids.n)
+        status = push_id(p, p->config->bos);
     return status ? status : push_text(p, p->prompt.items, p->prompt.n, 0);
 }
 
@@ -1609,9 +1470,15 @@ static int step(program *p)
         if (code < 0)
             return engine_failed(p, "generating", code);
     }
-    r->n_ids++;
     int status = push_id(p, id);
-    return status ? status : append_text(p, id);
+    if (status == DONE)
+        status = append_text(p, id);
+    size_t *end = status == DONE ? extend(&r->ends, 1, sizeof *end) : NULL;
+    if (!end)
+        return status ? status : out_of_memory();
+    *end = r->text.n;
+    r->n_ids++;
+    return DONE;
 }
 
 /* Generates from the session's logits until something ends it. */
@@ -1642,9 +1509,9 @@ static int decode(program *p)
 static int make_reply(program *p)
 {
     reply *r = &p->reply;
-    array text = r->text, logprobs = r->logprobs;
-    text.n = logprobs.n = 0;
-    *r = (reply){.text = text, .logprobs = logprobs};
+    array text = r->text, logprobs = r->logprobs, ends = r->ends;
+    text.n = logprobs.n = ends.n = 0;
+    *r = (reply){.text = text, .logprobs = logprobs, .ends = ends};
     stop_asked = 0;
     gemma2_cancel(p->session, 0);
     interruptible = p->session;
@@ -1658,6 +1525,35 @@ static int make_reply(program *p)
         put_bytes(&p->out, "\n", 1);
     put_flush(&p->out);
     return status;
+}
+
+/* Takes the session back to the first n ids, or to none where its window has moved on.  The
+ * next prefill catches up. */
+static void forget_after(program *p, size_t n)
+{
+    p->ids.n = n;
+    if ((size_t)gemma2_position(p->session) > n && gemma2_rewind(p->session, (int32_t)n) < 0)
+        gemma2_rewind(p->session, 0);
+}
+
+/* Makes the ids those of what was shown: a stop string and what came with it goes.  Where the
+ * string began inside a token, the part before it is encoded anew. */
+static int keep_shown(program *p)
+{
+    reply *r = &p->reply;
+    const char *text = r->text.items;
+    const size_t *ends = r->ends.items;
+    size_t kept = 0, shown = 0;
+    if (r->finish != AT_STOP_STRING)
+        return DONE;
+    for (size_t i = 0; i < r->n_ids && ends[i] <= r->text.n; i++)
+        if (ends[i] > shown) {
+            shown = ends[i];
+            kept = i + 1;
+        }
+    forget_after(p, p->ids.n - r->n_ids + kept);
+    r->finish = RUNNING; /* once is enough */
+    return push_text(p, text + shown, r->text.n - shown, GEMMA2_ENCODE_PLAIN);
 }
 
 static double rate(size_t tokens, double time)
@@ -1708,32 +1604,55 @@ static uint64_t longest_session(const program *p)
     return (uint64_t)gemma2_context(p->session) * 4 * (numbers + 1) + 4096;
 }
 
+/* Reads the first bytes of a file, and says so where there are some and they are not those of
+ * `what`. */
+static int read_head(FILE *file, const char *path, const char *magic, const char *what, array *head)
+{
+    char *bytes = extend(head, HEAD_BYTES, 1);
+    if (!bytes)
+        return out_of_memory();
+    head->n = fread(bytes, 1, HEAD_BYTES, file);
+    if (head->n >= MAGIC_BYTES && memcmp(bytes, magic, MAGIC_BYTES) == 0)
+        return DONE;
+    return ferror(file) ? fail(FAILED, "cannot read %s: %s", path, strerror(errno))
+                        : fail(FAILED, "%s is not %s: it seems to be %s; give another name", path,
+                               what, kind_of(bytes, head->n)->what);
+}
+
+/* All of a session's file; none where there is none yet. */
+static int read_session(program *p, const char *path, array *bytes)
+{
+    FILE *file = open_path(path, "rb");
+    if (!file && errno == ENOENT && p->opts->kept)
+        return DONE; /* the first time */
+    if (!file)
+        return fail(FAILED, "cannot open %s: %s", path, strerror(errno));
+    int status = read_head(file, path, SESSION_MAGIC, "a saved session", bytes);
+    if (status == DONE)
+        status = read_file(file, path, longest_session(p), bytes);
+    fclose(file);
+    return status;
+}
+
 /* Puts the session where the file's stood, but for its last token: that is evaluated with
  * what follows, to have logits. */
 static int load_session(program *p)
 {
     const options *opts = p->opts;
     const char *path = opts->kept ? opts->kept : opts->loaded;
+    array bytes = {0};
     if (!path)
         return DONE;
     if (is_special(path))
         return fail(FAILED, "%s is not a file that can hold a session", path);
     int status = opts->kept ? save_file("the session", path, NULL, 0) : DONE;
-    if (status != DONE)
-        return status;
-    FILE *file = open_path(path, "rb");
-    if (!file && errno == ENOENT && opts->kept)
-        return DONE; /* the first time */
-    if (!file)
-        return fail(FAILED, "cannot open %s: %s", path, strerror(errno));
-    array bytes = {0};
-    status = read_file(file, path, longest_session(p), &bytes);
-    fclose(file);
-    int code = status ? 0 : gemma2_session_restore(p->session, bytes.items, bytes.n);
+    if (status == DONE)
+        status = read_session(p, path, &bytes);
+    int code = status || !bytes.n ? 0 : gemma2_session_restore(p->session, bytes.items, bytes.n);
     free(bytes.items);
     if (code < 0)
         return fail(FAILED, "%s: %s", path, gemma2_error_string(code));
-    int32_t n = gemma2_position(p->session);
+    int32_t n = status ? 0 : gemma2_position(p->session);
     for (int32_t i = 0; i < n && status == DONE; i++)
         status = push_id(p, gemma2_history(p->session)[i]);
     if (n && gemma2_rewind(p->session, n - 1) < 0) /* saved after a rewind as deep as can be */
@@ -1833,13 +1752,15 @@ static int load_echo(program *p)
         return out_of_memory();
     if (n)
         memcpy(copy, p->prompt.items, n);
-    copy[n] = '\n';
+    copy[n] = '\n'; /* ends a message, and is no part of a text */
     p->echo.n = p->opts->chat ? n + 1 : n;
     return DONE;
 }
 
 static int generate(program *p)
 {
+    if (p->ids.n == 1 && !p->opts->ids && !p->opts->quiet)
+        remark("note: the prompt is empty, so the text begins with anything");
     int status = p->opts->echo ? load_echo(p) : DONE;
     if (status == DONE)
         status = make_reply(p);
@@ -1853,38 +1774,212 @@ static int generate(program *p)
     return p->reply.finish == AT_INTERRUPT ? INTERRUPTED : DONE;
 }
 
-/* Reads a line, of any length, without its newline; *at_end where there is none.  A signal
- * ends it, and so the conversation, which is kept. */
-static int read_line(array *line, int *at_end)
+/* ---- what is typed ---- */
+
+/* How many columns of a terminal a character takes, about. */
+static int columns(uint32_t code)
 {
-    int c;
-    line->n = 0;
-    patience = 1, stop_asked = 0;
-    if (ended_by)
-        return INTERRUPTED;
-    catch_interrupts(1);
-    while ((c = getc(stdin)) != '\n' && c != EOF) {
-        char *end = extend(line, 1, 1);
-        if (!end)
-            return out_of_memory();
-        *end = (char)c;
+    static const uint32_t wide[][2] = {{0x1100, 0x115F}, {0x2E80, 0xA4CF}, {0xAC00, 0xD7A3},
+                                       {0xF900, 0xFAFF}, {0xFE30, 0xFE6F}, {0xFF00, 0xFF60},
+                                       {0xFFE0, 0xFFE6}, {0x1F300, 0x1FAFF}, {0x20000, 0x3FFFD}};
+    for (size_t i = 0; i < sizeof wide / sizeof *wide; i++)
+        if (code >= wide[i][0] && code <= wide[i][1])
+            return 2;
+    return code < 0x300 || code > 0x36F; /* accents */
+}
+
+/* Shows what the terminal has not shown yet of the message; a character that is still
+ * incomplete waits, and what could control the terminal is a question mark. */
+static void show_typed(program *p)
+{
+    static const char room[] = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2, 2, 3, 4}; /* by 4 bits */
+    keyboard *k = &p->keys;
+    const char *text = p->prompt.items;
+    size_t length;
+    for (; k->raw && k->shown < p->prompt.n; k->shown += length) {
+        const char *c = text + k->shown;
+        size_t left = p->prompt.n - k->shown;
+        uint32_t code = next_char(c, left, &length);
+        if (code == REPLACEMENT && length == 1 && left < (size_t)room[(unsigned char)*c >> 4])
+            break;
+        if (code == '\n' || !(is_control(code) || code == REPLACEMENT))
+            fwrite(c, 1, length, stderr);
+        else
+            fputc(code == '\t' ? ' ' : '?', stderr);
     }
-    catch_interrupts(0);
-    if (c == EOF && stop_asked)
-        return INTERRUPTED;
-    if (c == EOF && ferror(stdin))
-        return fail(FAILED, "cannot read standard input: %s", strerror(errno));
-    *at_end = c == EOF && line->n == 0;
+    fflush(stderr);
+}
+
+/* Takes back the last character of the line; 0 where there is none. */
+static int erase_typed(program *p)
+{
+    keyboard *k = &p->keys;
+    const char *text = p->prompt.items;
+    size_t at = p->prompt.n, length;
+    if (at == k->line)
+        return 0;
+    show_typed(p);
+    while (at > k->line && at + 3 >= p->prompt.n && is_inside_char(text[--at]))
+        ;
+    uint32_t code = next_char(text + at, p->prompt.n - at, &length);
+    if (length != p->prompt.n - at) { /* a stray byte */
+        at = p->prompt.n - 1;
+        code = REPLACEMENT;
+    }
+    for (int i = k->shown > at ? columns(code) : 0; i > 0; i--)
+        fputs("\b \b", stderr);
+    p->prompt.n = at;
+    k->shown = k->shown < at ? k->shown : at;
+    return 1;
+}
+
+static int type(program *p, const char *bytes, size_t n)
+{
+    char *end = extend(&p->prompt, n, 1);
+    if (!end)
+        return out_of_memory();
+    memcpy(end, bytes, n);
     return DONE;
 }
 
-/* Takes the session back to the first n ids, or to none where its window has moved on;
- * the next prefill catches up. */
-static void forget_after(program *p, size_t n)
+/* One more byte of an escape sequence.  A paste's marks count, keys that move or delete do
+ * nothing yet, and inside a paste all else is text. */
+static int take_escape(program *p, char c)
 {
-    p->ids.n = n;
-    if ((size_t)gemma2_position(p->session) > n && gemma2_rewind(p->session, (int32_t)n) < 0)
-        gemma2_rewind(p->session, 0);
+    keyboard *k = &p->keys;
+    size_t n = k->n_escape;
+    k->escape[k->n_escape++] = c;
+    int introduced = k->escape[1] == '[' || k->escape[1] == 'O';
+    if (n < sizeof k->escape - 1 && (n == 0 || (introduced && (n == 1 || c < 0x40))))
+        return DONE;
+    k->n_escape = 0;
+    int is_mark = n == 5 && (memcmp(k->escape, "\033[200~", 6) == 0 ||
+                             memcmp(k->escape, "\033[201~", 6) == 0);
+    if (is_mark) {
+        k->in_paste = k->escape[4] == '0';
+        k->marks_pastes = 1;
+        return DONE;
+    }
+    return k->in_paste ? type(p, k->escape, n + 1) : DONE;
+}
+
+/* One key; *key becomes '\n' or Ctrl-D where it ends a line or the message, else 0. */
+static int take_key(program *p, int *key)
+{
+    enum { CTRL_D = 4, BACKSPACE = 8, CTRL_U = 21, CTRL_W = 23, ESCAPE = 27, DELETE = 127 };
+    keyboard *k = &p->keys;
+    char c = (char)*key;
+    int typed = *key;
+    *key = 0;
+    if (k->n_escape || typed == ESCAPE)
+        return take_escape(p, c);
+    if (k->in_paste)
+        return type(p, typed == '\r' ? "\n" : &c, 1);
+    if (typed == '\n' || (typed == CTRL_D && p->prompt.n == k->line)) {
+        *key = typed;
+    } else if (typed == BACKSPACE || typed == DELETE) {
+        erase_typed(p);
+    } else if (typed == CTRL_U || typed == CTRL_W) {
+        const char *text = p->prompt.items;
+        while (p->prompt.n > k->line && typed == CTRL_W && text[p->prompt.n - 1] == ' ')
+            erase_typed(p);
+        while (p->prompt.n > k->line && (typed == CTRL_U || text[p->prompt.n - 1] != ' '))
+            erase_typed(p);
+    } else if (typed >= ' ' || typed == '\t') {
+        return type(p, &c, 1);
+    } else {
+        fputc('\a', stderr);
+    }
+    return DONE;
+}
+
+/* Whether the message begins with """ and has no second one at its end. */
+static int is_quoting(const program *p)
+{
+    const char *text = p->prompt.items;
+    size_t n = p->prompt.n;
+    return n >= 3 && memcmp(text, "\"\"\"", 3) == 0 &&
+           (n < 6 || memcmp(text + n - 3, "\"\"\"", 3) != 0);
+}
+
+/* Ends a line.  Returns whether the message goes on: behind a \, inside """, and where more was
+ * there at once, as of a paste that the terminal does not mark. */
+static int goes_on(program *p)
+{
+    keyboard *k = &p->keys;
+    char *text = p->prompt.items;
+    size_t n = p->prompt.n;
+    if (n > k->line && text[n - 1] == '\\') {
+        p->prompt.n--;
+        k->shown -= k->shown == n;
+        fputs(". ", stderr);
+        return 1;
+    }
+    if (is_quoting(p)) {
+        fputs(". ", stderr);
+        return 1;
+    }
+    return !k->marks_pastes && (k->at < k->n || input_waits());
+}
+
+/* Reads a message, of any length, without its last newline; *at_end where there is none.  A
+ * signal ends the reading, and so the conversation, which is kept. */
+static int read_message(program *p, int *at_end)
+{
+    keyboard *k = &p->keys;
+    int status = ended_by ? INTERRUPTED : DONE, key = 0, cut = 0;
+    p->prompt.n = k->shown = k->line = 0;
+    patience = 1, stop_asked = 0;
+    catch_interrupts(1);
+    while (status == DONE && !k->ended) {
+        if (k->at == k->n) {
+            show_typed(p);
+            long got = read_terminal(k->bytes, sizeof k->bytes);
+            k->at = 0, k->n = got > 0 ? (size_t)got : 0;
+            k->ended = got <= 0;
+            if (got < 0 && !stop_asked)
+                status = fail(FAILED, "cannot read standard input: %s", strerror(errno));
+            continue;
+        }
+        key = (unsigned char)k->bytes[k->at++];
+        if (k->raw)
+            status = take_key(p, &key);
+        else if (key != '\n')
+            status = type(p, (const char *)&k->bytes[k->at - 1], 1);
+        if (status == DONE && key == 4)
+            k->ended = 1;
+        if (status != DONE || key != '\n')
+            continue;
+        cut |= !k->raw && is_cut(p->prompt.n - k->line);
+        show_typed(p);
+        if (k->raw)
+            fputc('\n', stderr);
+        if (!goes_on(p))
+            break;
+        status = type(p, "\n", 1);
+        k->shown = k->line = p->prompt.n;
+    }
+    catch_interrupts(0);
+    if (k->ended && stop_asked)
+        return INTERRUPTED;
+    *at_end = status == DONE && k->ended && p->prompt.n == 0;
+    if (cut) {
+        p->prompt.n = 0;
+        fprintf(stderr, "The terminal cuts a line at 4,095 bytes, so the end of this one may be "
+                        "lost.  Put the\ntext into a file for -f, or into shorter lines that end "
+                        "in \\.\n");
+    }
+    return status;
+}
+
+/* The message without what stands around it. */
+static const char *message_text(const program *p, size_t *n)
+{
+    const char *text = trim(p->prompt.items, n);
+    if (*n < 6 || memcmp(text, "\"\"\"", 3) != 0 || memcmp(text + *n - 3, "\"\"\"", 3) != 0)
+        return text;
+    *n -= 6;
+    return trim(text + 3, n);
 }
 
 static int answer(program *p, const char *text, size_t n)
@@ -1908,14 +2003,16 @@ static int answer(program *p, const char *text, size_t n)
         fprintf(stderr, "The context of %zu tokens is full.  /clear starts over.\n", context);
     if (p->opts->verbose && !p->opts->quiet)
         print_speed(p);
-    return DONE;
+    return keep_shown(p);
 }
 
 /* A conversation on a terminal.  The prompt sign and all remarks go to standard error. */
 static int converse(program *p)
 {
-    static const char commands[] = "/clear starts over, /exit or Ctrl-D leaves, Ctrl-C stops a "
-                                   "reply, /help shows this.\n";
+    static const char commands[] =
+        "/clear starts over, /exit or Ctrl-D leaves, Ctrl-C stops a reply, /help shows this.  For "
+        "more\nlines end one in \\, or put \"\"\" around them; a pasted text is one message.\n";
+    p->keys.raw = terminal_raw();
     if (!p->opts->quiet)
         fprintf(stderr, "%s", commands);
     if (!p->opts->quiet && p->sampler.temperature > 0)
@@ -1925,13 +2022,13 @@ static int converse(program *p)
         fprintf(stderr, "> ");
         fflush(stderr);
         int at_end = 0;
-        status = read_line(&p->prompt, &at_end);
+        status = read_message(p, &at_end);
         if (at_end || status == INTERRUPTED)
             fputc('\n', stderr);
         if (at_end || status != DONE)
             break;
         size_t n = p->prompt.n;
-        const char *line = trim(p->prompt.items, &n);
+        const char *line = message_text(p, &n);
         if (n == 5 && memcmp(line, "/exit", 5) == 0)
             break;
         if (n == 5 && memcmp(line, "/help", 5) == 0)
@@ -1941,7 +2038,30 @@ static int converse(program *p)
         else if (n > 0)
             status = answer(p, line, n);
     }
+    terminal_restore();
     return status;
+}
+
+static void put_piece(program *p, int32_t id)
+{
+    size_t n;
+    const char *piece = gemma2_piece(p->model, id, &n, NULL);
+    put_bytes(&p->out, "\"", 1);
+    put_json(&p->out, piece, n);
+    put_bytes(&p->out, "\"", 1);
+}
+
+static void print_pieces(program *p)
+{
+    const int32_t *ids = p->ids.items;
+    put_format(&p->out, "{\"ids\": [");
+    put_ids(&p->out, ids, p->ids.n, ", ");
+    put_format(&p->out, "], \"pieces\": [");
+    for (size_t i = 0; i < p->ids.n; i++) {
+        put_format(&p->out, i ? ", " : "");
+        put_piece(p, ids[i]);
+    }
+    put_format(&p->out, "]}\n");
 }
 
 static int tokenize(program *p)
@@ -1949,14 +2069,19 @@ static int tokenize(program *p)
     int status = load_prompt(p);
     if (status != DONE)
         return status;
-    put_ids(&p->out, p->ids.items, p->ids.n, " ");
-    put_bytes(&p->out, "\n", 1);
+    warn_of_prompt(p);
+    if (p->opts->json)
+        print_pieces(p);
+    else {
+        put_ids(&p->out, p->ids.items, p->ids.n, " ");
+        put_bytes(&p->out, "\n", 1);
+    }
     return DONE;
 }
 
 static int detokenize(program *p)
 {
-    int status = push_list(p, p->opts->detokenize);
+    int status = push_list(p, p->opts->subject);
     if (status == DONE)
         status = decode_ids(p, &p->prompt);
     if (status == DONE)
@@ -1997,11 +2122,9 @@ static int best_logits(program *p)
     }
     qsort(ranked, (size_t)n_vocab, sizeof *ranked, by_logit);
     for (int32_t i = 0; i < p->opts->logits && i < n_vocab; i++) {
-        size_t n;
-        const char *piece = gemma2_piece(p->model, ranked[i].id, &n, NULL);
-        put_format(&p->out, "%" PRId32 "\t%.9g\t\"", ranked[i].id, (double)ranked[i].logit);
-        put_json(&p->out, piece, n);
-        put_bytes(&p->out, "\"\n", 2);
+        put_format(&p->out, "%" PRId32 "\t%.9g\t", ranked[i].id, (double)ranked[i].logit);
+        put_piece(p, ranked[i].id);
+        put_bytes(&p->out, "\n", 1);
     }
     free(ranked);
     return DONE;
@@ -2064,13 +2187,13 @@ static int perplexity(program *p, size_t length)
 {
     int status = p->config->bos >= 0 ? push_id(p, p->config->bos) : DONE;
     if (status == DONE)
-        status = read_path(p->opts->perplexity, &p->prompt);
+        status = read_path(p->opts->subject, &p->prompt);
     if (status == DONE)
         status = push_text(p, p->prompt.items, p->prompt.n, 0);
     if (status != DONE)
         return status;
     if (p->ids.n < 2 * length)
-        return fail(USAGE, "%s has %zu tokens; chunks of %zu need %zu", p->opts->perplexity,
+        return fail(USAGE, "%s has %zu tokens; chunks of %zu need %zu", p->opts->subject,
                     p->ids.n, length, 2 * length);
     int32_t *ids = p->ids.items;
     size_t n_chunks = p->ids.n / length;
@@ -2110,7 +2233,7 @@ static void importance_header(const program *p, uint32_t block, uint8_t header[I
     const int32_t sizes[] = {c->n_layers, c->d_model, c->n_heads, c->n_kv_heads, c->head_dim,
                              c->d_ffn, c->n_vocab};
     memset(header, 0, IMPORTANCE_HEADER);
-    memcpy(header, "\x89GEMMAI\n", 8);
+    memcpy(header, IMPORTANCE_MAGIC, MAGIC_BYTES);
     put_u32(header + 8, 1);
     put_u32(header + 12, block);
     for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
@@ -2134,7 +2257,26 @@ static int save_importance(program *p, uint32_t block, double *memory, size_t n)
         put_u32(image + IMPORTANCE_HEADER + 4 * i, bits);
     }
     importance_header(p, block, image);
-    return save_file("the importance", p->opts->importance, image, IMPORTANCE_HEADER + 4 * n);
+    return save_file("the importance", p->opts->subject, image, IMPORTANCE_HEADER + 4 * n);
+}
+
+/* A file that is there and no importance is not replaced: a slip would cost a model. */
+static int check_target(const program *p)
+{
+    const char *path = p->opts->subject;
+    array head = {0};
+    if (is_special(path))
+        return fail(FAILED, "%s is not a file that can hold the importance", path);
+    FILE *file = open_path(path, "rb");
+    int c = file ? getc(file) : EOF, status = DONE;
+    if (c != EOF) {
+        rewind(file);
+        status = read_head(file, path, IMPORTANCE_MAGIC, "an importance file", &head);
+    }
+    if (file)
+        fclose(file);
+    free(head.items);
+    return status ? status : save_file("the importance", path, NULL, 0);
 }
 
 static int importance(program *p, size_t length)
@@ -2142,9 +2284,7 @@ static int importance(program *p, size_t length)
     gemma2_input last;
     size_t columns = 0, n = 0;
     uint32_t block = p->opts->block ? (uint32_t)p->opts->block : 1;
-    if (is_special(p->opts->importance))
-        return fail(FAILED, "%s is not a file that can hold the importance", p->opts->importance);
-    int status = save_file("the importance", p->opts->importance, NULL, 0);
+    int status = check_target(p);
     if (status != DONE)
         return status;
     while (gemma2_get_input(p->model, n++, &last))
@@ -2176,7 +2316,7 @@ static int importance(program *p, size_t length)
         status = save_importance(p, block, memory, columns * block);
     free(memory);
     if (status == DONE && !p->opts->quiet)
-        remark("%s: %zu tokens", p->opts->importance, p->ids.n);
+        remark("%s: %zu tokens", p->opts->subject, p->ids.n);
     return status;
 }
 
@@ -2284,7 +2424,8 @@ static int info(program *p)
     put_sections(p);
     if (c->n_layers)
         put_format(out, "memory: %s\n", plan);
-    put_format(out, "instruction set: %s\n", c->isa);
+    put_format(out, "instruction set: %s\nthreads: %" PRId32 "\n", c->isa,
+               gemma2_threads(p->opts->session.n_threads));
     return DONE;
 }
 
@@ -2314,18 +2455,81 @@ static int check(program *p)
  * 8. main
  * =================================================================================== */
 
+/* What stands for path as one word of a shell; size is at least 8. */
+static void quote_path(const char *path, char *word, size_t size)
+{
+    size_t n = 0;
+    int plain = *path && *path != '-';
+    for (const char *c = path; *c; c++)
+        plain = plain && (isalnum((unsigned char)*c) || strchr("/._+-", *c));
+    snprintf(word, size, "%s", path);
+    if (plain)
+        return;
+    word[n++] = '\'';
+    for (const char *c = path; *c && n + 6 < size; c++) {
+        memcpy(word + n, *c == '\'' ? "'\\''" : c, *c == '\'' ? 4 : 1);
+        n += *c == '\'' ? 4 : 1;
+    }
+    word[n++] = '\'';
+    word[n] = '\0';
+}
+
+/* The command that makes a model of what is at path: the name of the result is that of the
+ * checkpoint, in the directory one is in. */
+static void converting(const char *path, char *command, size_t size)
+{
+    char name[256], from[SENTENCE / 3], to[SENTENCE / 3];
+    size_t end = strlen(path), start, dot;
+    while (end > 1 && (path[end - 1] == '/' || path[end - 1] == '\\'))
+        end--;
+    for (start = end; start && path[start - 1] != '/' && path[start - 1] != '\\'; start--)
+        ;
+    static const char *const endings[] = {".gguf", ".safetensors", ".bin", ".pt", ".pth", ".zip"};
+    for (size_t i = 0; i < sizeof endings / sizeof *endings; i++) {
+        dot = strlen(endings[i]);
+        if (end - start > dot && strncmp(path + end - dot, endings[i], dot) == 0)
+            end -= dot;
+    }
+    int is_name = strspn(path + start, "./\\") < end - start;
+    snprintf(name, sizeof name, "%.*s%s.bin", is_name ? (int)(end - start) : 5,
+             is_name ? path + start : "model", strncmp(path + end, ".bin", 4) ? "" : "-gemma2");
+    quote_path(path, from, sizeof from);
+    quote_path(name, to, sizeof to);
+    snprintf(command, size, "%s %s %s", strncmp(program_name, "gemma2", 6) == 0 ?
+             "gemma2-export" : "python3 export.py", from, to);
+}
+
+/* The library's sentence on a file that is no model, and for a checkpoint the command that makes
+ * a model of it. */
+static int refuse_model(const char *path, const char *sentence)
+{
+    char command[SENTENCE], head[HEAD_BYTES];
+    FILE *file = is_special(path) ? NULL : open_path(path, "rb");
+    size_t n = file ? fread(head, 1, sizeof head, file) : 0;
+    if (file)
+        fclose(file);
+    if (!is_directory(path) && !kind_of(head, n)->converts)
+        return fail(BAD_MODEL, "%s", sentence);
+    converting(path, command, sizeof command);
+    return fail(BAD_MODEL, "%s, with: %s", sentence, command);
+}
+
 /* What the model file must have for what is asked. */
-static int check_model_fits(const program *p, mode_kind mode)
+static int check_model_fits(const program *p)
 {
     const gemma2_config *c = p->config;
     const options *opts = p->opts;
-    if (c->n_layers == 0 && mode != TOKENIZE && mode != DETOKENIZE && mode != INFO && mode != CHECK)
+    if (c->n_layers == 0 && TRAITS[opts->mode] & EVALUATES)
         return fail(BAD_MODEL, "%s holds a tokenizer but no model; give a model file", opts->model);
     if (opts->chat && (c->start_of_turn < 0 || c->end_of_turn < 0))
         return fail(USAGE, "--chat: the vocabulary of %s has no turn markers", opts->model);
     if (c->n_layers && opts->session.window > c->window)
         return fail(USAGE, "--window %" PRId32 " is above the model's window of %" PRId32,
                     opts->session.window, c->window);
+    for (uint32_t i = 0; i < opts->sampler.n_bias; i++)
+        if (opts->biases[i].id >= c->n_vocab)
+            return fail(USAGE, "--logit-bias: token id %" PRId32 " is outside the vocabulary of "
+                        "%" PRId32 " pieces", opts->biases[i].id, c->n_vocab);
     return DONE;
 }
 
@@ -2341,10 +2545,15 @@ static int open_session(program *p, const gemma2_session_params *params)
         fprintf(stderr, "warning: a context of %" PRId32 " is more than the %" PRId32
                         " that the model was trained for\n",
                 params->n_context, p->config->n_context);
+    int32_t threads = gemma2_threads(params->n_threads);
+    if (!opts->quiet && threads < params->n_threads)
+        remark("warning: this program was built without OpenMP, so -j %" PRId32 " is one thread",
+               params->n_threads);
     if (opts->verbose && !opts->quiet)
         fprintf(stderr, "%" PRId32 " layers, width %" PRId32 ", vocabulary %" PRId32
-                        "; instruction set %s\n%s\n",
-                p->config->n_layers, p->config->d_model, p->config->n_vocab, p->config->isa, plan);
+                        "; instruction set %s, threads %" PRId32 "\n%s\n",
+                p->config->n_layers, p->config->d_model, p->config->n_vocab, p->config->isa,
+                threads, plan);
     p->session = gemma2_session_new(p->model, params, err, sizeof err);
     if (!p->session)
         return fail(FAILED, "%s", err);
@@ -2353,82 +2562,103 @@ static int open_session(program *p, const gemma2_session_params *params)
     return p->logits ? DONE : out_of_memory();
 }
 
+/* 32 bits: easy to type again, and exact as a number in any reader of JSON. */
+static uint64_t random_seed(void)
+{
+    uint32_t bits;
+    if (random_bits(&bits))
+        return bits;
+    uint64_t mix = (uint64_t)time(NULL) ^ (uint64_t)(seconds() * 1e9) ^ (uintptr_t)&bits;
+    return (mix * 6364136223846793005u) >> 32;
+}
+
 static void init_sampler(program *p)
 {
     const gemma2_config *c = p->config;
     const options *opts = p->opts;
-    gemma2_sampler seeded;
+    gemma2_sampler seeded, *sampler = &p->sampler;
     p->seed = opts->seed_given ? opts->seed : random_seed();
     gemma2_sampler_init(&seeded, p->seed);
-    p->sampler = opts->sampler;
-    p->sampler.rng = seeded.rng;
-    if (!opts->ignore_eos)
-        return;
-    uint32_t n = 0;
-    for (; n < (uint32_t)c->n_stop; n++)
-        p->bans[n] = (gemma2_bias){c->stop[n], -INFINITY};
-    if (opts->chat)
-        p->bans[n++] = (gemma2_bias){c->end_of_turn, -INFINITY};
-    p->sampler.bias = p->bans;
-    p->sampler.n_bias = n;
+    *sampler = opts->sampler;
+    sampler->rng = seeded.rng;
+    sampler->bias = opts->biases;
+    if (sampler->penalty_last < 0)
+        sampler->penalty_last = gemma2_context(p->session);
+    for (int32_t i = 0; opts->ignore_eos && i < c->n_stop; i++)
+        opts->biases[sampler->n_bias++] = (gemma2_bias){c->stop[i], -INFINITY};
+    if (opts->ignore_eos && opts->chat)
+        opts->biases[sampler->n_bias++] = (gemma2_bias){c->end_of_turn, -INFINITY};
 }
 
 /* Modes that evaluate a prompt. */
-static int run_prompt(program *p, mode_kind mode)
+static int run_prompt(program *p)
 {
     int status = load_prompt(p);
     if (status != DONE)
         return status;
     int32_t context = gemma2_context(p->session);
+    const kind *seems = kind_of(p->prompt.items, p->prompt.n);
     if (p->ids.n == 0)
         return fail(USAGE, "the prompt has no tokens to go on from");
+    if (p->ids.n > (size_t)context && !seems->is_text)
+        return fail(USAGE, "%s seems to be %s, not text, and is longer than the context of %" PRId32
+                    " tokens", prompt_name(p->opts), seems->what, context);
     if (p->ids.n > (size_t)context)
         return fail(USAGE, "the prompt has %zu tokens and the context holds %" PRId32
                            "; shorten it or raise --context", p->ids.n, context);
-    return mode == LOGITS ? best_logits(p) : mode == SCORE ? score(p) : generate(p);
+    warn_of_prompt(p);
+    return p->opts->mode == LOGITS ? best_logits(p)
+           : p->opts->mode == SCORE ? score(p) : generate(p);
 }
 
-static int run(program *p, mode_kind mode)
+/* Modes that need no session. */
+static int run_on_file(program *p)
+{
+    switch (p->opts->mode) {
+    case TOKENIZE: return tokenize(p);
+    case DETOKENIZE: return detokenize(p);
+    case INFO: return info(p);
+    default: return check(p);
+    }
+}
+
+static int run(program *p)
 {
     char err[SENTENCE];
     const options *opts = p->opts;
+    int chunks = opts->mode == PERPLEXITY || opts->mode == IMPORTANCE;
     double began = seconds();
     p->model = gemma2_open(opts->model, &opts->open, err, sizeof err);
     p->load_s = seconds() - began;
     if (!p->model)
-        return fail(BAD_MODEL, "%s", err);
+        return refuse_model(opts->model, err);
     p->config = gemma2_get_config(p->model);
-    int status = check_model_fits(p, mode);
-    if (status != DONE)
-        return status;
-    if (mode == TOKENIZE)
-        return tokenize(p);
-    if (mode == DETOKENIZE)
-        return detokenize(p);
-    if (mode == INFO)
-        return info(p);
-    if (mode == CHECK)
-        return check(p);
+    int status = check_model_fits(p);
+    if (status != DONE || !(TRAITS[opts->mode] & EVALUATES))
+        return status ? status : run_on_file(p);
 
     gemma2_session_params params = opts->session;
-    if ((mode == PERPLEXITY || mode == IMPORTANCE) && params.n_context == 0)
+    if (chunks && params.n_context == 0)
         params.n_context = p->config->n_context < 512 ? p->config->n_context : 512;
-    if (mode == PERPLEXITY && params.n_context < 3)
+    if (opts->mode == PERPLEXITY && params.n_context < 3)
         return fail(USAGE, "--perplexity needs chunks of 3 tokens or more");
     status = open_session(p, &params);
     if (status != DONE)
         return status;
-    if (mode == PERPLEXITY)
-        return perplexity(p, (size_t)params.n_context);
-    if (mode == IMPORTANCE)
-        return importance(p, (size_t)params.n_context);
+    if (chunks)
+        return opts->mode == PERPLEXITY ? perplexity(p, (size_t)params.n_context)
+                                        : importance(p, (size_t)params.n_context);
     init_sampler(p);
     status = load_session(p);
     if (status != DONE)
         return status;
-    status = mode == CONVERSE ? converse(p) : run_prompt(p, mode);
-    int all_said = status == DONE || (status == INTERRUPTED && mode == CONVERSE);
-    int saved = all_said && !p->out.error ? save_session(p) : DONE; /* what was shown was said */
+    status = opts->mode == CONVERSE ? converse(p) : run_prompt(p);
+    int all_said = status == DONE || (status == INTERRUPTED && opts->mode == CONVERSE);
+    if (!all_said || p->out.error || !opts->kept)
+        return status;
+    int saved = keep_shown(p);
+    if (saved == DONE)
+        saved = save_session(p);
     return saved != DONE ? saved : status;
 }
 
@@ -2443,7 +2673,6 @@ static void init_options(options *opts)
 int main(int argc, char **argv)
 {
     options opts;
-    mode_kind mode;
     init_options(&opts);
     program p = {.opts = &opts};
     platform_init();
@@ -2459,8 +2688,11 @@ int main(int argc, char **argv)
         return USAGE;
     }
     opts.stops = malloc(sizeof *opts.stops * (size_t)argc);
-    if (!opts.stops)
+    opts.biases = malloc(sizeof *opts.biases * ((size_t)argc + 16));
+    if (!opts.stops || !opts.biases) {
+        free(opts.stops), free(opts.biases);
         return out_of_memory();
+    }
     p.out.terminal = is_terminal(stdout);
     mid_line = p.out.terminal;
     int status = parse_options(&opts, argc, argv);
@@ -2469,12 +2701,8 @@ int main(int argc, char **argv)
         print_help(&p.out);
     else if (status == DONE && opts.version)
         put_format(&p.out, "%s (gemma2.c) %s\n", program_name, gemma2_version());
-    else if (status == DONE && opts.man)
-        print_man(&p.out);
-    else if (status == DONE && opts.completion)
-        print_completion(&p.out, opts.completion);
-    else if (status == DONE && (status = choose_mode(&opts, &mode)) == DONE)
-        status = run(&p, mode);
+    else if (status == DONE && (status = check_options(&opts)) == DONE)
+        status = run(&p);
     status = finish_output(&p.out, status);
 
     interruptible = NULL;
@@ -2486,6 +2714,376 @@ int main(int argc, char **argv)
     free(p.ids.items);
     free(p.reply.text.items);
     free(p.reply.logprobs.items);
+    free(p.reply.ends.items);
     free(opts.stops);
+    free(opts.biases);
     return status == INTERRUPTED && ended_by ? 128 + ended_by : status;
 }
+
+/* ===================================================================================
+ * 9. POSIX
+ * =================================================================================== */
+#ifndef _WIN32
+
+/* Calls nothing but what a signal handler may. */
+static void on_interrupt(int signal_number)
+{
+    if (signal_number != SIGINT)
+        ended_by = signal_number;
+    if (patience > 0) {
+        patience--;
+        stop_asked = 1;
+        gemma2_cancel(interruptible, 1); /* NULL is refused, and that is all */
+        return;
+    }
+    ssize_t written = write(STDERR_FILENO, "\n", 1); /* the terminal stands behind ^C */
+    (void)written;
+    terminal_restore();
+    _Exit(128 + signal_number);
+}
+
+/* A page of the mapped model file is no longer there: the file became shorter, or its disk
+ * fails.  No instruction can go on from there, so what is left is to say so.  Calls nothing
+ * but what a signal handler may. */
+static void on_lost_page(int signal_number, siginfo_t *info, void *context)
+{
+    static const char sentence[] = ": the model file can no longer be read: it became "
+                                   "shorter while in use, or its disk failed; copy it again\n";
+    (void)context;
+    terminal_restore();
+    if (info->si_code != BUS_ADRERR) { /* not about a file */
+        signal(signal_number, SIG_DFL);
+        raise(signal_number);
+        return;
+    }
+    ssize_t written = mid_line ? write(STDERR_FILENO, "\n", 1) : 0;
+    written += write(STDERR_FILENO, program_name, strlen(program_name));
+    written += write(STDERR_FILENO, sentence, sizeof sentence - 1);
+    (void)written;
+    _Exit(BAD_MODEL);
+}
+
+/* SIGQUIT: ends the program as always. */
+static void on_quit(int signal_number)
+{
+    terminal_restore();
+    signal(signal_number, SIG_DFL);
+    raise(signal_number);
+}
+
+static void catch_interrupts(int ends_reading)
+{
+    struct sigaction interrupt = {0}, inherited;
+    interrupt.sa_handler = on_interrupt;
+    interrupt.sa_flags = ends_reading ? 0 : SA_RESTART;
+    sigemptyset(&interrupt.sa_mask);
+    static const int numbers[] = {SIGINT, SIGTERM, SIGHUP};
+    for (int i = 0; i < 3; i++)
+        if (sigaction(numbers[i], NULL, &inherited) == 0 && inherited.sa_handler != SIG_IGN)
+            sigaction(numbers[i], &interrupt, NULL);
+}
+
+static void platform_init(void)
+{
+    struct sigaction lost_page = {0};
+    lost_page.sa_sigaction = on_lost_page;
+    lost_page.sa_flags = SA_SIGINFO;
+    sigemptyset(&lost_page.sa_mask);
+    sigaction(SIGBUS, &lost_page, NULL);
+    signal(SIGPIPE, SIG_IGN);
+}
+
+static char **utf8_arguments(int *argc, char **argv)
+{
+    (void)argc;
+    return argv;
+}
+
+static double seconds(void)
+{
+    struct timespec now = {0};
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
+}
+
+static int random_bits(uint32_t *bits)
+{
+    FILE *source = fopen("/dev/urandom", "rb");
+    if (!source)
+        return 0;
+    setvbuf(source, NULL, _IONBF, 0);
+    size_t got = fread(bits, sizeof *bits, 1, source);
+    fclose(source);
+    return got == 1;
+}
+
+static FILE *open_path(const char *path, const char *mode) { return fopen(path, mode); }
+static void remove_path(const char *path) { remove(path); }
+
+static int is_directory(const char *path)
+{
+    struct stat st;
+    return stat(path, &st) == 0 && S_ISDIR(st.st_mode);
+}
+
+static int is_special(const char *path)
+{
+    struct stat st;
+    return stat(path, &st) == 0 && !S_ISREG(st.st_mode);
+}
+
+static char *follow_links(const char *path)
+{
+    char *target = realpath(path, NULL);
+    return target || errno == ENOMEM ? target : copy_of(path);
+}
+
+static FILE *open_beside(const char *path, char *name, size_t size)
+{
+    if (!has_name_beside(path, "XXXXXX", name, size))
+        return NULL;
+    int fd = mkstemp(name);
+    FILE *file = fd < 0 ? NULL : fdopen(fd, "wb");
+    int reason = errno;
+    if (fd >= 0 && !file)
+        close(fd), remove(name);
+    errno = reason;
+    return file;
+}
+
+static int replace_file(FILE *file, const char *name, const char *path, const void *bytes,
+                        size_t n)
+{
+    int ok = fwrite(bytes, 1, n, file) == n && fflush(file) == 0 && fsync(fileno(file)) == 0;
+    return fclose(file) == 0 && ok && rename(name, path) == 0;
+}
+
+static int is_terminal(FILE *file) { return isatty(fileno(file)); }
+static int reader_left(int error) { return error == EPIPE; }
+
+/* A terminal's lines have at most 4,095 bytes; keys that are handed over one at a time have no
+ * such limit. */
+static struct termios lines, keys;
+static volatile sig_atomic_t is_raw;
+
+/* The settings, and whether pastes are marked (bracketed paste, which TERM=dumb would show). */
+static void set_terminal(const struct termios *settings, int marks_pastes)
+{
+    const char *name = getenv("TERM");
+    if (name && strcmp(name, "dumb") != 0) {
+        ssize_t written = write(STDERR_FILENO, marks_pastes ? "\033[?2004h" : "\033[?2004l", 8);
+        (void)written;
+    }
+    tcsetattr(STDIN_FILENO, TCSANOW, settings);
+}
+
+static void terminal_restore(void)
+{
+    if (!is_raw)
+        return;
+    is_raw = 0;
+    signal(SIGTTOU, SIG_IGN); /* also from the background */
+    set_terminal(&lines, 0);
+}
+
+/* Ctrl-Z, and what sends the program back to the foreground. */
+static void on_suspend(int signal_number)
+{
+    int reason = errno;
+    (void)signal_number;
+    if (is_raw)
+        set_terminal(&lines, 0);
+    raise(SIGSTOP);
+    if (is_raw)
+        set_terminal(&keys, 1);
+    errno = reason;
+}
+
+static int terminal_raw(void)
+{
+    struct sigaction suspend = {0};
+    if (!isatty(STDERR_FILENO) || tcgetattr(STDIN_FILENO, &lines) != 0)
+        return 0;
+    keys = lines;
+    keys.c_lflag &= ~(tcflag_t)(ICANON | ECHO | IEXTEN);
+    keys.c_iflag |= ICRNL;
+    keys.c_cc[VMIN] = 1;
+    keys.c_cc[VTIME] = 0;
+    suspend.sa_handler = on_suspend;
+    suspend.sa_flags = SA_RESTART;
+    sigemptyset(&suspend.sa_mask);
+    sigaction(SIGTSTP, &suspend, NULL);
+    signal(SIGQUIT, on_quit);
+    atexit(terminal_restore);
+    is_raw = 1;
+    set_terminal(&keys, 1);
+    return 1;
+}
+
+static long read_terminal(char *bytes, size_t n) { return (long)read(STDIN_FILENO, bytes, n); }
+
+static int input_waits(void)
+{
+    struct pollfd input = {STDIN_FILENO, POLLIN, 0};
+    return poll(&input, 1, 20) > 0 && input.revents & POLLIN;
+}
+
+static int is_cut(size_t line) { return line >= 4095; }
+
+#else
+/* ===================================================================================
+ * 10. Windows: wide paths, a console with a code page, no links
+ * =================================================================================== */
+
+static UINT console_input, console_output;
+
+static void restore_console(void)
+{
+    SetConsoleCP(console_input);
+    SetConsoleOutputCP(console_output);
+}
+
+static void on_interrupt(int signal_number)
+{
+    signal(signal_number, on_interrupt);
+    if (patience <= 0)
+        _Exit(128 + signal_number);
+    patience--;
+    stop_asked = 1;
+    gemma2_cancel(interruptible, 1); /* NULL is refused, and that is all */
+}
+
+static void catch_interrupts(int ends_reading)
+{
+    (void)ends_reading; /* it always does */
+    signal(SIGINT, on_interrupt);
+}
+
+static void platform_init(void)
+{
+    _setmode(_fileno(stdin), _O_BINARY);
+    _setmode(_fileno(stdout), _O_BINARY);
+    _setmode(_fileno(stderr), _O_BINARY);
+    console_input = GetConsoleCP(), console_output = GetConsoleOutputCP();
+    SetConsoleCP(CP_UTF8), SetConsoleOutputCP(CP_UTF8);
+    atexit(restore_console);
+}
+
+/* argv may be in a code page that lacks most characters. */
+static char **utf8_arguments(int *argc, char **argv)
+{
+    wchar_t **wide = CommandLineToArgvW(GetCommandLineW(), argc);
+    argv = wide ? calloc((size_t)*argc + 1, sizeof *argv) : NULL;
+    for (int i = 0; argv && i < *argc; i++) {
+        int n = WideCharToMultiByte(CP_UTF8, 0, wide[i], -1, NULL, 0, NULL, NULL);
+        argv[i] = malloc((size_t)n);
+        if (!argv[i])
+            return NULL;
+        WideCharToMultiByte(CP_UTF8, 0, wide[i], -1, argv[i], n, NULL, NULL);
+    }
+    LocalFree(wide);
+    return argv;
+}
+
+static double seconds(void)
+{
+    LARGE_INTEGER ticks, a_second;
+    QueryPerformanceCounter(&ticks), QueryPerformanceFrequency(&a_second);
+    return (double)ticks.QuadPart / (double)a_second.QuadPart;
+}
+
+static int random_bits(uint32_t *bits)
+{
+    unsigned number = 0;
+    int failed = rand_s(&number);
+    *bits = number;
+    return !failed;
+}
+
+/* A path as Windows takes it; 0 where it is not UTF-8 or too long. */
+static int widen(const char *path, wchar_t wide[4096])
+{
+    errno = ENOENT;
+    return MultiByteToWideChar(CP_UTF8, MB_ERR_INVALID_CHARS, path, -1, wide, 4096);
+}
+
+static FILE *open_path(const char *path, const char *mode)
+{
+    wchar_t wide[4096];
+    return widen(path, wide) ? _wfopen(wide, *mode == 'r' ? L"rb" : L"wb") : NULL;
+}
+
+static void remove_path(const char *path)
+{
+    wchar_t wide[4096];
+    if (widen(path, wide))
+        _wremove(wide);
+}
+
+static int has_attributes(const char *path, DWORD which)
+{
+    wchar_t wide[4096];
+    DWORD kind = widen(path, wide) ? GetFileAttributesW(wide) : INVALID_FILE_ATTRIBUTES;
+    return kind != INVALID_FILE_ATTRIBUTES && kind & which;
+}
+
+static int is_directory(const char *path) { return has_attributes(path, FILE_ATTRIBUTE_DIRECTORY); }
+
+static int is_special(const char *path)
+{
+    return has_attributes(path, FILE_ATTRIBUTE_DIRECTORY | FILE_ATTRIBUTE_DEVICE);
+}
+
+static char *follow_links(const char *path) { return copy_of(path); }
+
+static FILE *open_beside(const char *path, char *name, size_t size)
+{
+    char process[16];
+    snprintf(process, sizeof process, "%lx", (unsigned long)GetCurrentProcessId());
+    return has_name_beside(path, process, name, size) ? open_path(name, "wb") : NULL;
+}
+
+static int replace_file(FILE *file, const char *name, const char *path, const void *bytes,
+                        size_t n)
+{
+    wchar_t from[4096], to[4096];
+    int ok = fwrite(bytes, 1, n, file) == n && fflush(file) == 0;
+    if (fclose(file) != 0 || !ok || !widen(name, from) || !widen(path, to))
+        return 0;
+    errno = EACCES;
+    return MoveFileExW(from, to, MOVEFILE_REPLACE_EXISTING | MOVEFILE_WRITE_THROUGH);
+}
+
+static int is_terminal(FILE *file)
+{
+    DWORD mode; /* _isatty takes NUL for a terminal */
+    return GetConsoleMode((HANDLE)_get_osfhandle(_fileno(file)), &mode) != 0;
+}
+
+static int reader_left(int error) { return error == EPIPE || error == EINVAL; }
+
+/* The console edits lines of any length. */
+static int terminal_raw(void) { return 0; }
+static void terminal_restore(void) {}
+static int is_cut(size_t line) { return (void)line, 0; }
+
+static long read_terminal(char *bytes, size_t n)
+{
+    return _read(_fileno(stdin), bytes, (unsigned)n);
+}
+
+/* A key that stands for a character. */
+static int input_waits(void)
+{
+    INPUT_RECORD records[128];
+    DWORD n = 0;
+    Sleep(20);
+    if (!PeekConsoleInputW(GetStdHandle(STD_INPUT_HANDLE), records, 128, &n))
+        return 0;
+    for (DWORD i = 0; i < n; i++)
+        if (records[i].EventType == KEY_EVENT && records[i].Event.KeyEvent.bKeyDown &&
+            records[i].Event.KeyEvent.uChar.UnicodeChar)
+            return 1;
+    return 0;
+}
+#endif

@@ -2511,7 +2511,9 @@ static int refuse_model(const char *path, const char *sentence)
     if (!is_directory(path) && !kind_of(head, n)->converts)
         return fail(BAD_MODEL, "%s", sentence);
     converting(path, command, sizeof command);
-    return fail(BAD_MODEL, "%s, with: %s", sentence, command);
+    const char *advice = strrchr(sentence, ';'); /* of the library, which knows no command */
+    return fail(BAD_MODEL, "%.*s; convert it with: %s",
+                advice ? (int)(advice - sentence) : SENTENCE, sentence, command);
 }
 
 /* What the model file must have for what is asked. */

@@ -126,6 +126,24 @@ printf '<!DOCTYPE html><html>' >"$TMP/model";       refuses "" "HTML" 3 "$TMP/mo
 printf '\037\213\010\000' >"$TMP/model";            refuses "" "gzip" 3 "$TMP/model" x
 printf 'GGUF\003\000\000\000' >"$TMP/model";        refuses "" "GGUF" 3 "$TMP/model" x
 printf '\100\0\0\0\0\0\0\0{"a":' >"$TMP/model";     refuses "" "safetensors" 3 "$TMP/model" x
+# A checkpoint is answered with the command that converts it, ready for a shell.
+converts() { # PATH COMMAND
+    refuses "; convert it with: $2" "a checkpoint to convert, $1" 3 "$1" x
+}
+cp "$TMP/model" "$TMP/model.safetensors"
+converts "$TMP/model.safetensors" "python3 export.py $TMP/model.safetensors model.bin"
+printf 'GGUF\003\000\000\000' >"$TMP/gemma-2-2b-it-Q4_K_M.gguf"
+converts "$TMP/gemma-2-2b-it-Q4_K_M.gguf" "python3 export.py $TMP/gemma-2-2b-it-Q4_K_M.gguf gemma-2-2b-it-Q4_K_M.bin"
+printf 'PK\003\004' >"$TMP/pytorch_model.bin"
+converts "$TMP/pytorch_model.bin" "python3 export.py $TMP/pytorch_model.bin pytorch_model-gemma2.bin"
+printf '\200\002' >"$TMP/model.pt"
+converts "$TMP/model.pt" "python3 export.py $TMP/model.pt model.bin"
+mkdir "$TMP/gemma-2-2b-it"
+converts "$TMP/gemma-2-2b-it/" "python3 export.py $TMP/gemma-2-2b-it/ gemma-2-2b-it.bin"
+cp "$TMP/model.pt" "$TMP/it's a.pt"
+run "a name with a quote" 3 "$TMP/it's a.pt" x
+claim "$(sed 's/.* with: //' "$TMP/err")" = "python3 export.py '$TMP/it'\\''s a.pt' 'it'\\''s a.bin'" "command"
+rm -r "$TMP/gemma-2-2b-it" "$TMP/pytorch_model.bin" "$TMP"/*.pt "$TMP"/*.gguf "$TMP"/*.safetensors
 size=$(wc -c <"$STORY")
 size=$((size))
 for bytes in 1 8 511 512 600 100000 $((size - 1)); do

@@ -92,6 +92,8 @@ claim "shared is shared" sh -c "! LD_LIBRARY_PATH= '$TMP/c-shared/example_chat' 
 "$ROOT/bin/gemma2" --help >"$TMP/help"
 claim "calls itself gemma2" grep -q '^usage: gemma2 MODEL' "$TMP/help"
 claim "nowhere else" sh -c "! grep -w run '$TMP/help' | grep -vi 'runs\|running'"
+printf 'GGUF\003\000\000\000' >"$TMP/model.gguf"
+claim "names the installed converter" sh -c "'$ROOT/bin/gemma2' '$TMP/model.gguf' x 2>&1 | grep -q 'with: gemma2-export $TMP/model.gguf model.bin'"
 PAGE=$ROOT/share/man/man1/gemma2.1
 groff -ww -man -Tascii -P-c -P-b -P-u "$PAGE" >"$TMP/page" 2>"$TMP/warnings"
 claim "roff without warnings" test -s "$TMP/page" -a ! -s "$TMP/warnings"

@@ -4368,7 +4368,7 @@ MAX_TOKENIZER = 1 << 28  # bytes of a file that is read whole
 SPACE = "\u2581"
 # USER pieces that must not come from a stranger's text
 MARKERS = re.compile(r"<mask>|<2mass>|\[@BOS@\]|<unused\d+>|<start_of_turn>|<end_of_turn>|"
-                     r"\[toxicity=0\]")
+                     r"\[toxicity=0\]|<\|[^|]*\|>")
 BYTES = ["<0x%02X>" % b for b in range(256)]
 
 

@@ -580,6 +580,10 @@ class Row(C.Structure):
     _fields_ = [("session", C.c_void_p), ("id", C.c_int32), ("logits", C.c_void_p)]
 
 
+class Message(C.Structure):
+    _fields_ = [("role", C.c_int32), ("text", C.c_char_p), ("size", C.c_int64)]
+
+
 class Utf8(C.Structure):
     _fields_ = [("bytes", C.c_uint8 * 4), ("n", C.c_uint8)]
 
@@ -601,6 +605,7 @@ class Engine:
                 ("eval_rows", C.c_int, "pz"), ("rewind", C.c_int, "pi"),
                 ("score", C.c_int, "ppzip"), ("encode_scratch", C.c_size_t, "z"),
                 ("encode", C.c_int64, "pslupzpz"), ("decode", C.c_int, "ppipz"),
+                ("chat_scratch", C.c_size_t, "ppz"), ("encode_chat", C.c_int64, "ppzupzpz"),
                 ("is_stop", C.c_int, "pi"), ("position", C.c_int32, "p"),
                 ("error_string", C.c_char_p, "i")):
             f = getattr(lib, "gemma2_" + name)
@@ -640,6 +645,18 @@ class Model:
                                    len(ids), C.addressof(scratch), size)
         if n < 0:
             raise EngineError(f"encode: {n}")
+        return list(ids[:n])
+
+    def encode_chat(self, messages, flags=0):
+        """Messages are pairs of a role (0 system, 1 user, 2 model) and a text."""
+        given = (Message * len(messages))(*[
+            Message(role, text.encode(), len(text.encode())) for role, text in messages])
+        size = self.lib.gemma2_chat_scratch(self.handle, C.addressof(given), len(given))
+        scratch, ids = C.create_string_buffer(size + 64), (C.c_int32 * 20000)()
+        n = self.lib.gemma2_encode_chat(self.handle, C.addressof(given), len(given), flags,
+                                        C.addressof(ids), len(ids), C.addressof(scratch), size)
+        if n < 0:
+            raise EngineError(f"encode_chat: {n}")
         return list(ids[:n])
 
     def decode(self, ids):

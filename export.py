@@ -63,7 +63,7 @@ TYPE_NAMES = "f32", "bf16", "q8", "q6", "q4"
 EPILOG = """
 Checkpoints, with the package that each needs beside numpy:
   Hugging Face directory   *.safetensors; also quantised by MLX, GPTQ, AWQ, bitsandbytes,
-                           compressed-tensors or to FP8
+                           AutoRound, compressed-tensors or to FP8
   GGUF                     the file, or the first of several                    gguf
   gemma.cpp                the .sbs file
   PyTorch                  .ckpt, .bin, .pth, .pt, or their directory
@@ -1086,20 +1086,16 @@ def to_f32(a):
     return a.astype(np.float32, copy=False)
 
 
-def float8_values(mantissa_bits, bias, finite):
-    """f32 by byte.  Without infinities (e4m3fn) only all ones but the sign is NaN."""
+def float8_values():
+    """f32 by byte of F8_E4M3, which has no infinities: all ones but the sign is NaN."""
     code = np.arange(128)
-    exponent, mantissa = code >> mantissa_bits, code & (1 << mantissa_bits) - 1
-    fraction = mantissa / (1 << mantissa_bits)
-    value = np.where(exponent, np.ldexp(1 + fraction, exponent - bias),
-                     np.ldexp(fraction, 1 - bias))
-    value[127 if finite else 128 - (1 << mantissa_bits):] = np.nan  # or infinite
+    exponent, fraction = code >> 3, (code & 7) / 8
+    value = np.where(exponent, np.ldexp(1 + fraction, exponent - 7), np.ldexp(fraction, -6))
+    value[127] = np.nan
     return np.concatenate((value, -value)).astype(np.float32)
 
 
-E4M3, E5M2 = float8_values(3, 7, True), float8_values(2, 15, False)
-E8M0 = np.append(np.ldexp(1.0, np.arange(255) - 127), np.nan).astype(np.float32)
-E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6] + [-0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+E4M3 = float8_values()
 
 # how numpy reads a type, how it becomes f32
 FLOATS = {
@@ -1109,8 +1105,7 @@ FLOATS = {
 }
 NUMBERS = {  # those and the codes of quantised checkpoints
     **FLOATS, "I8": ("i1", to_f32), "U8": ("u1", to_f32),
-    "F8_E4M3": ("u1", lambda a: np.take(E4M3, a)), "F8_E5M2": ("u1", lambda a: np.take(E5M2, a)),
-    "F8_E8M0": ("u1", lambda a: np.take(E8M0, a)),
+    "F8_E4M3": ("u1", lambda a: np.take(E4M3, a)),
 }
 WIDTHS = {"F64": 8, "I64": 8, "U64": 8, "C64": 8, "F32": 4, "I32": 4, "U32": 4, "BF16": 2, "F16": 2,
           "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1}
@@ -1290,6 +1285,8 @@ REFUSED = [  # pattern of a name, what it means
      "part of a vision model such as PaliGemma"),
     (r".*(lora_|\.dora_).*", "part of a LoRA adapter: give the base model here and the adapter "
      "with --lora"),
+    (r".*\.(q_(weight|invperm|scale|scale_max|groups|perm)|trellis|suh|svh)", "part of a matrix "
+     "in EXL2 or EXL3 (ExLlama), which cannot be read: fetch the same model as safetensors or GGUF"),
     (r".*\.(qweight|qzeros|g_idx|scales|biases|(nested_)?(absmax|quant_map)|SCB|quant_state\..*|"
      r"weight_\w+)",
      "part of a quantised matrix whose other parts are missing, or which config.json (under "
@@ -1434,14 +1431,16 @@ class HuggingFace(Checkpoint):
 #
 #   method              codes                                     w
 #   MLX                 bit stream along a row                    s q + b   group of a row
-#   MLX mxfp4 and such  bit stream of floats of 4 or 8 bits       s q       group of a row
 #   GPTQ                bit stream down a column of W^T           s (q - z) group of a row
 #   AWQ                 8 columns of W^T in a word, shuffled      s (q - z) group of a row
-#   AWQ GEMV            bit stream along a row                    s (q - z) group of a row
 #   bitsandbytes 4-bit  two to a byte, first one high, flat       s map[q]  run of the flat array
 #   bitsandbytes int8   int8                                      s q / 127 row
-#   compressed-tensors  bit stream along a row, int8 or float8    s (q - z) group, row, block, all
-#   FP8                 float8                                    s q, q/s  block, row, all
+#   compressed-tensors  bit stream along a row, int8 or float8    s q       group, row, all
+#   FP8                 float8                                    s q       row, all
+#   gemma_pytorch       int8                                      s q       row
+#
+# AutoRound packs as GPTQ or AWQ does.  Other methods and forms of these exist, in which no Gemma
+# 2 is known to have been released: they are refused by name.
 #
 # Everything is computed in f32, from the numbers as stored.
 # ---------------------------------------------------------------------------------------
@@ -1472,50 +1471,22 @@ class Bits:
         return codes.astype(np.float32) - np.float32(self.less)
 
 
-class Listed:
-    """Codes that count in a list of numbers."""
-
-    def __init__(self, codes, numbers):
-        self.codes, self.numbers, self.shape = codes, numbers, codes.shape
-
-    def rows(self, start, stop):
-        return self.numbers[self.codes.rows(start, stop).astype(np.uint8)]
-
-
-class BitsDown:
-    """The same, each column a bit stream; 32 rows are `bits` rows of words."""
-
-    def __init__(self, words, bits, n_rows, less):
-        self.words, self.bits, self.less = words, bits, less
-        self.shape = n_rows, words.shape[1]
-
-    def rows(self, start, stop):
-        first, last = start // 32, -(-stop // 32)
-        end = min(last * self.bits, self.words.shape[0])
-        words = self.words.raw(first * self.bits, end).view("<u4")
-        stream = np.ascontiguousarray(words.T).view(np.uint8)
-        codes = unpack_bits(stream, self.bits, (last - first) * 32).T
-        return codes[start - first * 32:stop - first * 32].astype(np.float32) - self.less
-
-
 def column_groups(g_idx, size, cols):
     """The group of each column: what g_idx says, else size columns after each other."""
     return np.arange(cols) // size if g_idx is None else g_idx_values(g_idx)
 
 
 class Scaled:
-    """w = (q - zero) * scale + bias.  q is a tensor of codes; each of the others has one
-    number for a block (rows, columns) of them, or is None.  With g_idx, column c uses the
-    numbers of group g_idx[c]."""
+    """w = q * scale + bias.  q is a tensor of codes; each of the others has one number for a
+    block (rows, columns) of them, or is None.  With g_idx, column c uses the numbers of group
+    g_idx[c]."""
 
-    def __init__(self, codes, block, scale, zero=None, bias=None, g_idx=None):
+    def __init__(self, codes, block, scale, bias=None, g_idx=None):
         self.codes, self.block, self.shape = codes, block, codes.shape
-        self.scale, self.zero, self.bias, self.g_idx = scale, zero, bias, g_idx
+        self.scale, self.bias, self.g_idx = scale, bias, g_idx
 
     def rows(self, start, stop):
         w = self.codes.rows(start, stop)
-        if self.zero is not None:
-            w -= self.spread(self.zero, start, stop)
         w *= self.spread(self.scale, start, stop)
         if self.bias is not None:
             w += self.spread(self.bias, start, stop)
@@ -1534,13 +1505,6 @@ class Int8(Scaled):
 
     def rows(self, start, stop):
         return super().rows(start, stop) * np.float32(1 / 127)
-
-
-class Divided(Scaled):
-    """GPTQModel's float8: what it stores is one over the scale."""
-
-    def rows(self, start, stop):
-        return self.codes.rows(start, stop) / self.spread(self.scale, start, stop)
 
 
 def spread_runs(scales, run, start, stop):
@@ -1627,18 +1591,6 @@ class TurnedFirst(Turned):
         return (super().zeros() + 1) % (1 << self.bits)
 
 
-class TurnedWords(TurnedFirst):
-    """GPTQModel takes all ones of a word off at once, so that a zero of 0 borrows from the
-    next; but of 3 bits, which cross words, one by one."""
-
-    def zeros(self):
-        if self.bits == 3:
-            return super().zeros()
-        words = self.qzeros.raw(0, self.qzeros.shape[0]).view("<u4")
-        words += np.uint32(sum(1 << n for n in range(0, 32, self.bits)))
-        return unpack_bits(words.view(np.uint8), self.bits, self.shape[0]).astype(np.float32)
-
-
 AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]  # where a word keeps each of its eight columns
 
 
@@ -1718,33 +1670,20 @@ def checked_g_idx(parts, name, cols, groups):
     return g_idx
 
 
-MLX_FLOATS = {  # by mode: bits of a code, what they mean, what bytes the scales are
-    "mxfp4": (4, E2M1, "F8_E8M0"), "mxfp8": (8, E4M3, "F8_E8M0"), "nvfp4": (4, E2M1, "F8_E4M3"),
-}
-
-
 def mlx_matrix(parts, settings):
     own = settings.doc.get(parts.module)  # layers may have settings of their own
     if isinstance(own, dict):
         settings = Config(settings.path, {**settings.doc, **own})
-    mode = form_of(settings, METHODS["mlx"])
-    floats = MLX_FLOATS.get(mode)
+    form_of(settings, METHODS["mlx"])
     bits = settings.number(("bits",), None, 1, 8, int)
     group = settings.number(("group_size",), None, 1, 1 << 20, int)
-    words, scales = parts.matrix("weight", WORDS), parts.matrix(
-        "scales", ("U8",) if floats else FLOATS)
+    words, scales = parts.matrix("weight", WORDS), parts.matrix("scales", FLOATS)
     cols = scales.shape[1] * group
     if words.dims != (scales.shape[0], cols * bits / 32):
         raise parts.bad("its shapes, %s and %s, are not those of %d bits in groups of %d" % (
             list(words.dims), list(scales.dims), bits, group))
-    codes = Bits(words, bits, cols)
-    if not floats:
-        return Scaled(codes, (1, group), scales, bias=parts.need("biases", FLOATS, scales.dims))
-    width, numbers, kind = floats
-    if bits != width:
-        raise parts.bad("has codes of %d bits, where %s has %d" % (bits, mode, width))
-    scales = Stored(scales.path, kind, scales.dims, scales.offset)
-    return Scaled(Listed(codes, numbers), (1, group), scales)
+    return Scaled(Bits(words, bits, cols), (1, group), scales,
+                  parts.need("biases", FLOATS, scales.dims))
 
 
 def refuse_bias(parts):
@@ -1764,31 +1703,34 @@ def group_size(parts, settings, cols, groups):
     return cols // groups
 
 
-def gptq_matrix(parts, settings):
+def gptq_matrix(parts, settings, form=None):
     """bits and group size by the shapes, as config.json may give some layers others."""
     refuse_bias(parts)
     qweight, scales = parts.matrix("qweight", ("I32",)), parts.matrix("scales", FLOATS)
     qzeros = parts.matrix("qzeros", ("I32",))
     groups, out = scales.dims
     bits = qzeros.dims[1] * 32 // out
-    cols = qweight.dims[0] * 32 // max(bits, 1)
-    if (bits not in (2, 3, 4, 8) or qzeros.dims != (groups, out * bits / 32)
-            or qweight.dims != (cols * bits / 32, out) or groups > cols):
+    if bits not in (4, 8):
+        raise parts.bad("its codes have %d bits, where 4 and 8 can be read" % bits)
+    cols = qweight.dims[0] * 32 // bits
+    if (qzeros.dims != (groups, out * bits / 32) or qweight.dims != (cols * bits / 32, out)
+            or groups > cols):
         raise parts.bad("its shapes, %s, %s and %s, do not belong together" % (
             list(qweight.dims), list(qzeros.dims), list(scales.dims)))
     parts.found["g_idx"] = checked_g_idx(parts, "g_idx", cols, groups)
     if groups > 1 and parts.found["g_idx"] is None and settings.doc.get("desc_act"):
         raise parts.bad("has its columns in an order (desc_act) that no part g_idx tells")
-    by_words = "gptqmodel:" in json.dumps(settings.doc.get("meta"))
-    kind = (Turned if form_of(settings, METHODS["gptq"]) == "gptq_v2" else
-            TurnedWords if by_words else TurnedFirst)
+    form = form or form_of(settings, METHODS["gptq"])
+    if form == "gptq" and settings.doc.get("sym") is False and (
+            "gptqmodel:" in json.dumps(settings.doc.get("meta"))):
+        raise parts.bad("was packed by GPTQModel with zeros of its own (sym is false), whose "
+                        "borrows cannot be told")
+    kind = Turned if form == "gptq_v2" else TurnedFirst
     return kind(parts, bits, group_size(parts, settings, cols, groups))
 
 
 def awq_matrix(parts, settings):
     refuse_bias(parts)
-    if form_of(settings, METHODS["awq"]) == "gemv":
-        return awq_gemv_matrix(parts, settings)
     qweight, scales = parts.matrix("qweight", ("I32",)), parts.matrix("scales", FLOATS)
     (cols, words), groups = qweight.dims, scales.dims[0]
     parts.need("qzeros", ("I32",), (groups, words))
@@ -1798,104 +1740,63 @@ def awq_matrix(parts, settings):
     return TurnedAwq(parts, 4, group_size(parts, settings, cols, groups))
 
 
-def awq_gemv_matrix(parts, settings):
-    """Rows of zeros and scales are padded."""
-    qweight, scales = parts.matrix("qweight", ("I32",)), parts.matrix("scales", FLOATS)
-    out, cols = qweight.dims[0], qweight.dims[1] * 8
-    group = settings.number(("group_size", "q_group_size"), 128, -1, 1 << 20, int)
-    group = group if group > 0 else cols
-    qzeros = parts.need("qzeros", ("I32",), (out, scales.dims[1] // 8))
-    if scales.dims[0] != out or scales.dims[1] % 8 or scales.dims[1] * group < cols:
-        raise parts.bad("its shapes, %s and %s, are not those of groups of %d" % (
-            list(qweight.dims), list(scales.dims), group))
-    zeros = Bits(qzeros, 4, scales.dims[1])
-    return Scaled(Bits(qweight, 4, cols), (1, group), scales, zero=zeros)
+def auto_round_matrix(parts, settings):
+    """How it packs is told by words between colons; those for a kernel change nothing."""
+    words = set(form_of(settings, METHODS["auto-round"]).replace("auto_", "").split(":"))
+    if "awq" in words:
+        return awq_matrix(parts, settings)
+    return gptq_matrix(parts, settings, "gptq" if "gptq" in words else "gptq_v2")
 
 
-def block_of(parts, shape, grid, known):
-    """Rows and columns of the blocks that share a number: a size that config.json gives
-    where it fits, else a whole division."""
-    for tall, wide in known:
-        if (-(-shape[0] // tall), -(-shape[1] // wide)) == grid:
-            return tall, wide
-    if 0 in grid or shape[0] % grid[0] or shape[1] % grid[1]:
-        raise parts.bad("has scales of shape %s for weights of shape %s" % (list(grid),
-                                                                            list(shape)))
-    return shape[0] // grid[0], shape[1] // grid[1]
-
-
-def pairs_of(found):
-    """The block sizes among JSON values: lists of two positive numbers."""
-    return [tuple(v) for v in found
-            if isinstance(v, list) and len(v) == 2 and all(is_size(n) and n for n in v)]
+def block_of(parts, shape, grid):
+    """Rows and columns of the blocks that share a number: all, a row or a group of a row."""
+    (rows, cols), (tall, wide) = shape, grid
+    if tall not in (1, rows) or not wide or cols % wide:
+        raise parts.bad("has scales of shape %s for weights of shape %s, where one for all, for a "
+                        "row or for a group of a row can be read" % (list(grid), list(shape)))
+    return rows // tall, cols // wide
 
 
 def float8_matrix(parts, settings):
-    codes = parts.matrix("weight", ("F8_E4M3", "F8_E5M2"))
-    name = "weight_scale_inv" if parts.get("weight_scale_inv") is not None else "weight_scale"
-    scale = parts.need(name, (*FLOATS, "F8_E8M0"))
-    known = pairs_of([settings.doc.get("weight_block_size")])
-    kind = Divided if settings.doc.get("weight_scale_semantics") == "inverse" else Scaled
-    return kind(codes, block_of(parts, codes.shape, scale.shape, known), scale)
-
-
-def weight_settings(settings):
-    """What compressed-tensors says of weights, group by group."""
-    groups = settings.doc.get("config_groups")
-    found = [g.get("weights") for g in groups.values() if isinstance(g, dict)] if isinstance(
-        groups, dict) else []
-    return [w for w in found if isinstance(w, dict)]
+    codes = parts.matrix("weight", ("F8_E4M3",))
+    scale = parts.need("weight_scale", FLOATS)
+    return Scaled(codes, block_of(parts, codes.shape, scale.shape), scale)
 
 
 def compressed_matrix(parts, settings):
-    if parts.get("weight_packed") is not None:
-        return compressed_packed_matrix(parts, settings)
-    types, zero = ("F8_E4M3", "F8_E5M2", "I8"), None
-    if parts.get("weight_zero_point") is not None:
-        zero = parts.need("weight_zero_point", types)
-    return compressed(parts, settings, parts.matrix("weight", types), zero)
+    """Released symmetric (neuralmagic's gemma-2-*-FP8 and quantized.w4a16, .w8a16, .w8a8): zero
+    points, where there are any, are 0."""
+    zeros = parts.get("weight_zero_point")
+    groups = settings.doc.get("config_groups")
+    groups = groups.values() if isinstance(groups, dict) else []
+    said = [g["weights"] for g in groups if isinstance(g, dict) and isinstance(
+        g.get("weights"), dict)]
+    if (zeros is None and said and all(w.get("symmetric") is False for w in said)
+            or zeros is not None and zeros.raw(0, zeros.shape[0]).any()):
+        raise parts.bad("has zero points other than 0 (it is not symmetric), which cannot be read")
+    if parts.get("weight_packed") is None:
+        codes = parts.matrix("weight", ("F8_E4M3", "I8"))
+    else:
+        codes = compressed_codes(parts, [w.get("num_bits") for w in said])
+    scale = parts.need("weight_scale", FLOATS)
+    g_idx = checked_g_idx(parts, "weight_g_idx", codes.shape[1], scale.shape[1])
+    return Scaled(codes, block_of(parts, codes.shape, scale.shape), scale, g_idx=g_idx)
 
 
-def compressed_packed_matrix(parts, settings):
-    """The codes' width is the one of config.json's that fits the shapes."""
+def compressed_codes(parts, said):
+    """Packed codes, whose width is the one of config.json's that fits the shapes."""
     if parts.get("weight") is not None:
         raise parts.bad("is there both packed and plain")
     words, shape = parts.matrix("weight_packed", ("I32",)), parts.need("weight_shape",
                                                                        ("I64", "I32"), (2,))
     out, cols = map(int, shape.raw(0, 2).view("<i%d" % WIDTHS[shape.dtype])[:, 0])
-    said = [w.get("num_bits") for w in weight_settings(settings)]
     widths = [b for b in range(1, 9) if b in said]
     fits = [b for b in widths if words.dims == (out, -(-cols * b // 32))]
     if cols <= 0 or len(fits) != 1:
         raise parts.bad("its shape, %s for weights of shape %s, is not that of codes of %s bits" % (
             list(words.dims), [out, cols], " or ".join(map(str, widths)) or "unknown"))
     bits, = fits
-    half, zero = 1 << bits - 1, None  # codes and zeros are stored larger by half their range
-    if parts.get("weight_zero_point") is not None:
-        zero = packed_zeros(parts, bits, half)
-    return compressed(parts, settings, Bits(words, bits, cols, half), zero)
-
-
-def packed_zeros(parts, bits, half):
-    """Zeros packed down the columns; until April 2025 compressed-tensors left them int8."""
-    if parts.get("weight_zero_point").dtype == "I8":
-        return parts.need("weight_zero_point", ("I8",))
-    grid = parts.need("weight_scale", FLOATS)
-    dims = -(-grid.shape[0] * bits // 32), grid.shape[1]
-    return BitsDown(parts.need("weight_zero_point", ("I32",), dims), bits, grid.shape[0], half)
-
-
-def compressed(parts, settings, codes, zero):
-    scale, said = parts.need("weight_scale", FLOATS), weight_settings(settings)
-    if zero is None and said and all(w.get("symmetric") is False for w in said):
-        raise parts.bad("lacks its part weight_zero_point")
-    known = pairs_of(w.get("block_structure") for w in said)
-    block = block_of(parts, codes.shape, scale.shape, known)
-    if zero is not None and zero.shape != scale.shape:
-        raise parts.bad("has scales of shape %s and zero points of shape %s" % (
-            list(scale.shape), list(zero.shape)))
-    g_idx = checked_g_idx(parts, "weight_g_idx", codes.shape[1], scale.shape[1])
-    return Scaled(codes, block, scale, zero, g_idx=g_idx)
+    return Bits(words, bits, cols, 1 << bits - 1)  # stored larger by half their range
 
 
 def scaled_rows(parts, settings):
@@ -1971,23 +1872,24 @@ BNB4 = ["weight", "weight.quant_map", "weight.nested_absmax", "weight.nested_qua
 # Where config.json names none
 PLAIN = Method("gemma_pytorch", (), (), [Layout("weight_scaler", ["weight"], scaled_rows)])
 METHODS = {  # by quant_method, or what stands for it
-    "mlx": Method("MLX", ("mode",), ("affine", *MLX_FLOATS), [
+    "mlx": Method("MLX", ("mode",), ("affine",), [
         Layout("scales", ["weight", "biases"], mlx_matrix)]),
     "gptq": Method("GPTQ", ("checkpoint_format", "format"), ("gptq", "gptq_v2"), [
         Layout("qweight", QWEIGHT, gptq_matrix)]),
-    "awq": Method("AWQ", ("version", "format"), ("gemm", "gemv"), [
+    "awq": Method("AWQ", ("version", "format"), ("gemm",), [
         Layout("qweight", QWEIGHT, awq_matrix)]),
+    "auto-round": Method("AutoRound", ("packing_format", "backend"), (
+        *("auto_round:%sgptq%s" % (auto, kernel) for auto in ("auto_", "")
+          for kernel in ("", ":exllamav2", ":tritonv2")),
+        "auto_round:auto_awq", "auto_round:awq", "auto_round:exllamav2", "auto_round:tritonv2"), [
+            Layout("qweight", QWEIGHT, auto_round_matrix)]),
     "bitsandbytes": Method("bitsandbytes", (), (), [
         Layout("weight.absmax", BNB4, four_bit_matrix),
         Layout("SCB", ["weight", "weight_format"], int8_matrix)]),
     "compressed-tensors": Method("compressed-tensors", ("format",), (
         "pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "dense",
         "mixed-precision"), [Layout("weight_scale", COMPRESSED, compressed_matrix)]),
-    "fp8": Method("FP8", (), (), [
-        Layout("weight_scale_inv", ["weight"], float8_matrix),
-        Layout("weight_scale", ["weight"], float8_matrix)]),
-    "fbgemm_fp8": Method("FBGEMM FP8", (), (), [
-        Layout("weight_scale", ["weight"], float8_matrix)]),
+    "fp8": Method("FP8", (), (), [Layout("weight_scale", ["weight"], float8_matrix)]),
 }
 
 
@@ -2002,7 +1904,8 @@ def quantisation(config):
     if not isinstance(found, dict):
         raise config.bad("quantization_config", found, "an object")
     if "quant_method" in found:
-        return found["quant_method"], found
+        kind = found["quant_method"]
+        return "auto-round" if kind in ("intel/auto-round", "auto_round") else kind, found
     older = found.get("load_in_4bit") or found.get("load_in_8bit")
     return "bitsandbytes" if older else None, found
 
@@ -2011,10 +1914,11 @@ def form_of(settings, method):
     """Which form of a method config.json names; one that cannot be read is refused."""
     named = [settings.doc[k] for k in method.keys if settings.doc.get(k) is not None]
     form = str(named[0]).lower() if named else method.forms[0] if method.forms else ""
-    if named and form not in method.forms:
-        raise ExportError("%s: the checkpoint is quantised by %s in its form %s, which cannot be "
-                          "read (%s can): convert the original one, in f32, bf16 or f16" % (
-                              settings.path, method.name, json.dumps(named[0]),
+    if named and form not in method.forms or not named and method.name == "AutoRound":
+        raise ExportError("%s: the checkpoint is quantised by %s in %s, which cannot be read (%s "
+                          "can): convert the original one, in f32, bf16 or f16" % (
+                              settings.path, method.name, "its form " + json.dumps(named[0])
+                              if named else "a form that it does not tell",
                               ", ".join(method.forms)))
     return form
 
@@ -2029,12 +1933,13 @@ def method_of(config):
         raise ExportError("%s: the checkpoint is quantised by %s, which cannot be read (%s can): "
                           "convert the original one, in f32, bf16 or f16" % (
                               config.path, json.dumps(kind), ", ".join(METHODS)))
-    for key in "transform_config", "sparsity_config":  # of compressed-tensors
+    for key in "transform_config", "sparsity_config", "weight_block_size", "weight_scale_semantics":
         more = doc.get(key)
         if more and not (isinstance(more, dict) and more.get("format") == "dense"):
-            raise ExportError("%s: %s tells that the weights were also transformed or packed as "
-                              "sparse, which cannot be read: convert the original checkpoint, in "
-                              "f32, bf16 or f16" % (config.path, key))
+            raise ExportError("%s: %s tells that the weights were also transformed, packed as "
+                              "sparse or scaled by blocks or inverses, which cannot be read: "
+                              "convert the original checkpoint, in f32, bf16 or f16"
+                              % (config.path, key))
     settings = Config(config.path, doc)
     form_of(settings, method)
     return method, settings

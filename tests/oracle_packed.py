@@ -1,7 +1,7 @@
 """The part of oracle.py about quantised Hugging Face directories, hub names and derivatives.
 
 What a quantised matrix means is asked of the library that writes it (bitsandbytes, mlx,
-compressed-tensors, transformers' own FP8), in float32, and compared bit for bit.  GPTQ and
+compressed-tensors), in float32, and compared bit for bit.  GPTQ and
 AWQ come from the writers below, as their libraries want a GPU; AutoGPTQ's QuantLinear.pack
 and AutoAWQ's dequantize_gemm were run beside them once and agreed."""
 import contextlib
@@ -14,7 +14,6 @@ import os
 import pickle
 import shutil
 import threading
-import types
 
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # bitsandbytes would compile for seconds
 
@@ -66,10 +65,8 @@ def bit_stream(q, bits):
                        bitorder="little").view("<i4")
 
 
-def gptq(w, module, rng, bits=4, group=32, first=True, order=False, dtype="float16",
-         by_words=False):
-    """order: the columns' groups are shuffled, as by desc_act; first: zeros less one; by_words:
-    taken off whole words, as by GPTQModel's convert_gptq_v2_to_v1_format_module."""
+def gptq(w, module, rng, bits=4, group=32, first=True, order=False, dtype="float16"):
+    """order: the columns' groups are shuffled, as by desc_act; first: zeros less one."""
     import torch
     g_idx = np.arange(w.shape[1]) // group
     if order:
@@ -80,12 +77,9 @@ def gptq(w, module, rng, bits=4, group=32, first=True, order=False, dtype="float
     scale = torch.tensor(scale).to(getattr(torch, dtype))
     scale32 = scale.float().numpy()
     back = (q.astype(np.float32) - zero[:, g_idx]) * scale32[:, g_idx]
-    zero = (zero - 1) % 2 ** bits if first and not by_words else zero
-    zeros = bit_stream(zero.T, bits)
-    if by_words:
-        zeros = (zeros.view(np.uint32) - np.uint32(0xFFFFFFFF // (2 ** bits - 1))).view(np.int32)
+    zero = (zero - 1) % 2 ** bits if first else zero
     return {"qweight": torch.tensor(np.ascontiguousarray(bit_stream(q, bits).T)),
-            "qzeros": torch.tensor(zeros), "scales": scale.T.contiguous(),
+            "qzeros": torch.tensor(bit_stream(zero.T, bits)), "scales": scale.T.contiguous(),
             "g_idx": torch.tensor(g_idx.astype(np.int32))}, back
 
 
@@ -105,19 +99,6 @@ def awq(w, module, rng, group=32):
             "scales": torch.tensor(scale.T.copy())}, back.reshape(w.shape)
 
 
-def awq_gemv(w, module, rng, group=32):
-    """Natural order; zeros and scales padded to whole words, and further."""
-    import torch
-    q, scale, zero = affine(w, 4, group, rng)
-    back = (by_group(q.astype(np.float32), group) - zero[..., None]) * scale.astype(
-        np.float32)[..., None]
-    width = -(-scale.shape[1] // 8) * 8 + 8
-    more = (0, 0), (0, width - scale.shape[1])
-    return {"qweight": torch.tensor(bit_stream(q, 4)),
-            "qzeros": torch.tensor(bit_stream(np.pad(zero, more), 4)),
-            "scales": torch.tensor(np.pad(scale, more))}, back.reshape(w.shape)
-
-
 def mlx(w, module, rng, bits=4, group=32, dtype="float32", own=None):
     """own: {module: (bits, group)} that differ."""
     import mlx.core as mx
@@ -131,15 +112,6 @@ def mlx(w, module, rng, bits=4, group=32, dtype="float32", own=None):
     scales, biases = (torch.tensor(np.array(a)).to(kind) for a in wide)
     return {"weight": torch.tensor(np.array(codes)), "scales": scales, "biases": biases}, np.array(
         back)
-
-
-def mlx_floats(w, module, rng, mode):
-    import mlx.core as mx
-    import torch
-    codes, scales = mx.quantize(mx.array(w.numpy()), mode=mode)
-    back = mx.dequantize(codes, scales, mode=mode, dtype=mx.float32)
-    return {"weight": torch.tensor(np.array(codes)), "scales": torch.tensor(np.array(scales))}, (
-        np.array(back))
 
 
 def bnb4(w, module, rng, kind="nf4", nested=False, run=64, storage="uint8"):
@@ -207,45 +179,8 @@ def compressed(w, module, rng, form="pack-quantized", dtype="float32", **weights
     return parts, back["weight"].float().numpy()
 
 
-def fp8(w, module, rng, block=None, power_of_two=False):
-    """transformers' fine-grained FP8: a scale for each block, or one for all."""
-    import torch
-    from transformers.integrations import finegrained_fp8 as hf
-    config = types.SimpleNamespace(weight_block_size=block,
-                                   scale_fmt="ue8m0" if power_of_two else "float")
-    maker = types.SimpleNamespace(quantization_config=config)
-    made = hf.Fp8Quantize(maker)._quantize_one("weight", w)
-    codes, scale = made["weight"], made["weight_scale_inv"]
-    back = hf.Fp8Dequantize(maker)._dequantize_one(codes, scale, torch.float32)
-    scale = scale if block else scale.reshape(())
-    return {"weight": codes, "weight_scale_inv": scale}, back.numpy()
-
-
-def fp8_divided(w, module, rng, by="row"):
-    """GPTQModel's: one over the scale; its quantize_fp8_weight gave these bits."""
-    import torch
-    top = w.abs().reshape(len(w) // 16, 16, -1, 32).amax((1, 3)) if by == "block" else (
-        w.abs().amax(1) if by == "row" else w.abs().max())
-    inverse = 448 / top
-    spread = inverse.repeat_interleave(16, 0).repeat_interleave(32, 1) if by == "block" else (
-        inverse[:, None] if by == "row" else inverse)
-    codes = (w * spread).clamp(-448, 448).to(torch.float8_e4m3fn)
-    return {"weight": codes, "weight_scale_inv": inverse}, (codes.float() / spread).numpy()
-
-
-def fp8_uneven(w, module, rng, block=(40, 48)):
-    """Blocks that the matrix does not fill."""
-    import torch
-    grid = [-(-n // b) for n, b in zip(w.shape, block)]
-    scale = torch.tensor(rng.uniform(0.5, 2, grid).astype(np.float32) / 300)
-    spread = scale.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
-    spread = spread[:w.shape[0], :w.shape[1]]
-    codes = (w / spread).clamp(-448, 448).to(torch.float8_e4m3fn)
-    return {"weight": codes, "weight_scale_inv": scale}, (codes.float() * spread).numpy()
-
-
-def fp8_rows(w, module, rng, name="weight_scale", by_row=True, kind="float8_e4m3fn"):
-    """FBGEMM's scale of a row; vLLM's older files have one for all."""
+def fp8(w, module, rng, name="weight_scale", by_row=True, kind="float8_e4m3fn"):
+    """AutoFP8's: a scale for a row, or one for all."""
     import torch
     top = w.abs().amax(1, keepdim=True) if by_row else w.abs().max()
     scale = (top / torch.finfo(getattr(torch, kind)).max).float()
@@ -285,22 +220,43 @@ def gptq_settings(**more):
 
 
 def test_gptq(folder):
-    for bits, loss in ((2, 1), (3, 0.6), (4, 0.4), (8, 0.3)):
+    for bits, loss in ((4, 0.4), (8, 0.3)):
         for first in (True, False):
             form = "gptq" if first else "gptq_v2"
             good(folder, f"GPTQ {bits} bits {form}", quantised(
                 gptq, gptq_settings(bits=bits, checkpoint_format=form), loss, bits=bits,
                 first=first), **WIDTHS)
     meta = {"quantizer": ["gptqmodel:7.7.0"]}
-    for bits, loss in ((2, 1), (3, 0.6), (4, 0.4), (8, 0.3)):
-        good(folder, f"GPTQModel {bits} bits", quantised(
-            gptq, gptq_settings(bits=bits, meta=meta), loss, bits=bits, by_words=bits != 3),
-            **WIDTHS)
+    good(folder, "GPTQModel", quantised(gptq, gptq_settings(meta=meta, sym=True), 0.4), **WIDTHS)
+    bad(folder, "GPTQModel's zeros", quantised(gptq, gptq_settings(meta=meta)), "GPTQModel",
+        "sym is false", **WIDTHS)
+    for bits in (2, 3):
+        bad(folder, f"GPTQ {bits} bits", quantised(gptq, gptq_settings(bits=bits), bits=bits),
+            f"{bits} bits", **WIDTHS)
     good(folder, "GPTQ desc_act", quantised(gptq, gptq_settings(desc_act=True), 0.4, order=True),
          **WIDTHS)
     good(folder, "GPTQ bf16 scales", quantised(gptq, gptq_settings(), 0.4, dtype="bfloat16"),
          **WIDTHS)
     test_gptq_leftovers(folder)
+    test_auto_round(folder)
+
+
+def test_auto_round(folder):
+    """AutoRound's names for how GPTQ packs, zeros less one, for how AWQ does, and for zeros as
+    they are; in both of the keys that its versions use.  A form that is not told is refused."""
+    for key in "packing_format", "backend":
+        for form, make, options in (
+                ("auto_round:auto_gptq", gptq, {}), ("auto_round:gptq:exllamav2", gptq, {}),
+                ("auto_round:exllamav2", gptq, dict(first=False)),
+                ("auto_round:auto_awq", awq, {})):
+            for method in "auto-round", "intel/auto-round":
+                good(folder, f"{method} {form}", quantised(make, {
+                    "quant_method": method, "bits": 4, "group_size": 32, key: form}, 0.4,
+                    **options), **WIDTHS)
+    for form in "auto_round", "auto_round:llm_compressor", "auto_round:fp8", None:
+        bad(folder, f"AutoRound's {form}", quantised(gptq, {
+            "quant_method": "auto-round", "packing_format": form}), "AutoRound",
+            json.dumps(form) if form else "does not tell", **WIDTHS)
 
 
 def test_gptq_leftovers(folder):
@@ -332,7 +288,6 @@ def test_awq(folder):
         quantised(awq, {**settings, "version": "gemm"}, 0.4)(c)
         c.tensors["lm_head.weight"] = c.tensors["model.embed_tokens.weight"].clone()
     good(folder, "AWQ with a copied head", with_head, **WIDTHS)
-    good(folder, "AWQ GEMV", quantised(awq_gemv, {**settings, "version": "gemv"}, 0.4), **WIDTHS)
 
 
 def test_mlx(folder):
@@ -345,11 +300,6 @@ def test_mlx(folder):
         good(folder, f"MLX {dtype}", quantised(mlx, {"group_size": 64, "bits": 4}, 0.2, every,
                                                "quantization", group=64, dtype=dtype),
              **{**WIDTHS, "intermediate_size": 128})
-    for mode, bits, group, loss in (("mxfp4", 4, 32, 0.2), ("mxfp8", 8, 32, 0.05),
-                                    ("nvfp4", 4, 16, 0.2)):
-        good(folder, f"MLX {mode}", quantised(
-            mlx_floats, {"group_size": group, "bits": bits, "mode": mode}, loss, every,
-            "quantization", mode=mode), **WIDTHS)
     good(folder, "MLX with a head of its own, tied", spoilt(quantised(
         mlx, {"group_size": 32, "bits": 4}, 0.2, every + ["lm_head.weight"], "quantization"),
         lambda c: (c.config.update(tie_word_embeddings=True), setattr(
@@ -383,40 +333,39 @@ def test_compressed(folder):
     for bits, loss in ((2, 1), (3, 0.5), (4, 0.2), (5, 0.1), (6, 0.05), (7, 0.03), (8, 0.02)):
         one(f"{bits} bits by group", "pack-quantized", loss, num_bits=bits, strategy="group",
             group_size=32)
-        one(f"{bits} bits uneven", "pack-quantized", 1, num_bits=bits, strategy="group",
-            group_size=16, symmetric=False)
     one("4 bits by row, bf16", "pack-quantized", 0.3, "bfloat16", num_bits=4, strategy="channel")
     one("int8 by row", "int-quantized", 0.02, num_bits=8, strategy="channel")
-    one("int8 uneven", "int-quantized", 1, num_bits=8, strategy="channel", symmetric=False)
     one("int8 in one", "naive-quantized", 0.02, num_bits=8, strategy="tensor")
     one("float8 by row", "float-quantized", 0.05, num_bits=8, type="float", strategy="channel")
     one("float8 in one", "float-quantized", 0.05, "bfloat16", num_bits=8, type="float",
         strategy="tensor")
-    one("float8 by block", "float-quantized", 0.05, num_bits=8, type="float", strategy="block",
-        block_structure=[40, 48])
     test_ordered(folder)
-    test_plain_zeros(folder)
+    test_zeros(folder)
 
 
-def test_plain_zeros(folder):
-    """Older compressed-tensors files leave the zero points of packed weights as they are; some
-    carry a scale of the cached keys and values."""
+def test_zeros(folder):
+    """Older symmetric files have zero points of 0; some carry a scale of cached keys and values.
+    Others, and scales for blocks, are refused."""
     def older(w, module, rng, **weights):
         import torch
-        from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
         parts, back = compressed(w, module, rng, **weights)
-        grid = parts["weight_scale"].shape
-        parts["weight_zero_point"] = unpack_from_int32(
-            parts["weight_zero_point"], 4, torch.Size(grid), packed_dim=0)
-        check(parts["weight_zero_point"].dtype == torch.int8, "zero points unpacked")
+        parts["weight_zero_point"] = torch.zeros(parts["weight_scale"].shape, dtype=torch.int8)
         if "k_proj" in module:
             parts["kv_scale"] = torch.ones(1)
         return parts, back
-    weights = dict(num_bits=4, strategy="group", group_size=32, symmetric=False)
+    weights = dict(num_bits=4, strategy="group", group_size=32)
     form = quantised(older, compressed_settings("pack-quantized", **weights), **weights)
-    good(folder, "zero points as int8", form, **WIDTHS)
-    bad(folder, "int8 zero points, shape", spoilt(form, put(
-        Q + ".weight_zero_point", lambda t, a: a[1:].clone())), "zero points", **WIDTHS)
+    good(folder, "zero points of 0", form, **WIDTHS)
+    bad(folder, "a zero point", spoilt(form, spoil(Q + ".weight_zero_point", 3, 1)), "zero points",
+        **WIDTHS)
+    for form, weights in (
+            ("pack-quantized", dict(num_bits=4, strategy="group", group_size=32, symmetric=False)),
+            ("int-quantized", dict(num_bits=8, strategy="channel", symmetric=False))):
+        bad(folder, f"{form} uneven", quantised(compressed, compressed_settings(form, **weights),
+                                                form=form, **weights), "symmetric", **WIDTHS)
+    block = dict(num_bits=8, type="float", strategy="block", block_structure=[16, 32])
+    bad(folder, "float8 by block", quantised(compressed, compressed_settings(
+        "float-quantized", **block), form="float-quantized", **block), "scales of shape", **WIDTHS)
 
 
 def test_ordered(folder):
@@ -442,22 +391,12 @@ def test_ordered(folder):
 
 
 def test_fp8(folder):
-    settings = {"quant_method": "fp8", "activation_scheme": "dynamic"}
-    good(folder, "FP8 by block", quantised(
-        fp8, {**settings, "weight_block_size": [16, 32]}, 0.05, block=[16, 32]), **WIDTHS)
-    good(folder, "FP8 by block, powers of two", quantised(
-        fp8, {**settings, "weight_block_size": [16, 32]}, 0.05, block=[16, 32],
-        power_of_two=True), **WIDTHS)
-    for by in ("block", "row", "tensor"):
-        good(folder, f"FP8 of GPTQModel by {by}", quantised(
-            fp8_divided, {**settings, "weight_scale_semantics": "inverse"}, 0.05, by=by), **WIDTHS)
-    good(folder, "FP8 by uneven block", quantised(
-        fp8_uneven, {**settings, "weight_block_size": [40, 48]}, 0.05), **WIDTHS)
-    good(folder, "FP8 in one", quantised(fp8, settings, 0.05), **WIDTHS)
-    good(folder, "FP8, older", quantised(fp8_rows, {**settings, "activation_scheme": "static"},
-                                         0.05, by_row=False), **WIDTHS)
-    good(folder, "FP8 e5m2", quantised(fp8_rows, settings, 0.08, kind="float8_e5m2"), **WIDTHS)
-    good(folder, "FBGEMM FP8", quantised(fp8_rows, {"quant_method": "fbgemm_fp8"}, 0.05))
+    settings = {"quant_method": "fp8", "activation_scheme": "static"}
+    good(folder, "FP8 by row", quantised(fp8, settings, 0.05), **WIDTHS)
+    good(folder, "FP8 in one", quantised(fp8, settings, 0.05, by_row=False), **WIDTHS)
+    bad(folder, "FP8 e5m2", quantised(fp8, settings, kind="float8_e5m2"), "F8_E5M2", **WIDTHS)
+    bad(folder, "FP8 with its scales elsewhere", quantised(fp8, settings, name="weight_scale_inv"),
+        "weight_scale_inv", **WIDTHS)
 
 
 def test_engine(engine, folder):
@@ -509,7 +448,7 @@ def state_of(**changes):
 
 def test_bad_methods(folder):
     """Methods and forms that cannot be read, by name."""
-    for method in ("hqq", "torchao", "quanto", "aqlm", "auto-round", ["gptq"], None, 5):
+    for method in ("hqq", "torchao", "quanto", "aqlm", "exl2", "fbgemm_fp8", ["gptq"], None, 5):
         settings = {"quant_method": method}
         words = [] if method is None else ["quantised", json.dumps(method)]
         if method is not None:
@@ -519,6 +458,9 @@ def test_bad_methods(folder):
         quantization_config=[1]), "quantization_config")
     forms = [("marlin", gptq_settings(checkpoint_format="marlin")),
              ("gemv_fast", {"quant_method": "awq", "version": "gemv_fast"}),
+             ("gemv", {"quant_method": "awq", "version": "gemv"}),
+             ("weight_block_size", {"quant_method": "fp8", "weight_block_size": [128, 128]}),
+             ("inverse", {"quant_method": "fp8", "weight_scale_semantics": "inverse"}),
              ("nvfp4-pack-quantized", compressed_settings("nvfp4-pack-quantized")),
              ("marlin-24", compressed_settings("marlin-24"))]
     forms += [(key, {**compressed_settings("pack-quantized"), key: value}) for key, value in (
@@ -526,8 +468,12 @@ def test_bad_methods(folder):
         ("sparsity_config", {"format": "sparse-24-bitmask"}))]
     for form, settings in forms:
         bad(folder, f"form {form}", lambda c: c.config.update(quantization_config=settings), form)
-    bad(folder, "form mxfp5", lambda c: c.config.update(
-        quantization={"mode": "mxfp5", "bits": 5, "group_size": 32}), "mxfp5")
+    for mode in "mxfp4", "mxfp8", "nvfp4":
+        bad(folder, f"form {mode}", lambda c: c.config.update(
+            quantization={"mode": mode, "bits": 4, "group_size": 32}), "MLX", mode)
+    for part in "q_weight", "q_scale_max", "trellis":  # also without a quantization_config
+        bad(folder, f"EXL2's {part}", lambda c: c.tensors.update({
+            f"{Q}.{part}": c.tensors.pop(Q + ".weight")}), "EXL2", "safetensors or GGUF")
 
 
 def test_bad_parts(folder):
@@ -538,11 +484,9 @@ def test_bad_parts(folder):
     ordered = quantised(gptq, gptq_settings(desc_act=True), order=True)
     a4 = quantised(awq, {"quant_method": "awq", "version": "gemm"})
     m4 = quantised(mlx, {"group_size": 32, "bits": 4}, key="quantization")
-    m8 = quantised(mlx_floats, {"group_size": 32, "bits": 8, "mode": "mxfp8"}, key="quantization",
-                   mode="mxfp8")
-    c4 = quantised(compressed, compressed_settings("pack-quantized", num_bits=4, symmetric=False),
-                   num_bits=4, strategy="group", group_size=32, symmetric=False)
-    f8 = quantised(fp8, {"quant_method": "fp8", "weight_block_size": [16, 32]}, block=[16, 32])
+    c4 = quantised(compressed, compressed_settings("pack-quantized", num_bits=4),
+                   num_bits=4, strategy="group", group_size=32)
+    f8 = quantised(fp8, {"quant_method": "fp8"})
     nan = float("nan")
     cases = [
         ("GPTQ without zeros", g4, drop(Q + ".qzeros"), "qzeros"),
@@ -570,10 +514,6 @@ def test_bad_parts(folder):
          "group_size"),
         ("MLX layer's mode", m4, lambda c: c.config.update(quantization={
             "group_size": 32, "bits": 4, Q: {"mode": "nvfp5"}}), "nvfp5"),
-        ("MLX layer's scales", m4, lambda c: c.config["quantization"].update(
-            {Q: {"mode": "mxfp4"}}), "U8"),
-        ("MLX mode's bits", m8, lambda c: c.config["quantization"].update(
-            {Q: {"bits": 4, "group_size": 64}}), "4 bits"),
         ("MLX no settings", m4, lambda c: c.config.pop("quantization"), "quantization_config"),
         ("4 bits, no absmax", four, drop(Q + ".weight.absmax"), "quant"),
         ("4 bits, no map", four, drop(Q + ".weight.quant_map"), "quant_map"),
@@ -610,19 +550,11 @@ def test_bad_parts(folder):
         ("packed, bits no number", c4, lambda c: c.config["quantization_config"].update(
             compressed_settings("pack-quantized", num_bits=[4])), "bits"),
         ("packed, no scale", c4, drop(Q + ".weight_scale"), "other parts are missing"),
-        ("packed, no zero points", c4, drop(Q + ".weight_zero_point"), "weight_zero_point"),
         ("packed and plain", c4, put(Q + ".weight", lambda t, _: t.ones(64, 64)), "plain"),
-        ("packed, zero points", c4, put(Q + ".weight_zero_point", lambda t, a: a[1:].clone()),
-         "weight_zero_point"),
-        ("FP8 scales", f8, put(Q + ".weight_scale_inv", lambda t, a: t.ones(3, 7)), "scales"),
-        ("FP8 huge blocks", f8, lambda c: (
-            c.config["quantization_config"].update(weight_block_size=[2 ** 49, 2 ** 49]),
-            c.tensors.update({Q + ".weight_scale_inv": c.torch.full((1, 1), nan)})), "NaN"),
-        ("FP8 scales of two kinds", f8, put(Q + ".weight_scale", lambda t, a: t.ones(1)),
-         "part weight"),
-        ("FP8 without scales", f8, drop(Q + ".weight_scale_inv"), "F8_E4M3"),
-        ("FP8 empty scales", f8, put(Q + ".weight_scale_inv", lambda t, a: t.ones(0, 0)), "scales"),
-        ("FP8 infinite scales", f8, spoil(Q + ".weight_scale_inv", 2, float("inf")), "NaN"),
+        ("FP8 scales", f8, put(Q + ".weight_scale", lambda t, a: t.ones(3, 7)), "scales"),
+        ("FP8 without scales", f8, drop(Q + ".weight_scale"), "F8_E4M3"),
+        ("FP8 empty scales", f8, put(Q + ".weight_scale", lambda t, a: t.ones(0, 0)), "scales"),
+        ("FP8 infinite scales", f8, spoil(Q + ".weight_scale", 2, float("inf")), "NaN"),
         ("FP8 codes not finite", f8, put(Q + ".weight", lambda t, a: (a.float() * 0 + nan).to(
             t.float8_e4m3fn)), "NaN"),
     ]
@@ -672,20 +604,18 @@ def shuffle_header(path, rng):
 
 def one_of_each():
     four = {"quant_method": "bitsandbytes", "load_in_4bit": True}
-    group = dict(num_bits=4, strategy="group", group_size=32, symmetric=False)
-    block = dict(num_bits=8, type="float", strategy="block", block_structure=[40, 48])
-    row = dict(num_bits=8, strategy="channel", symmetric=False)
+    group = dict(num_bits=4, strategy="group", group_size=32)
+    whole = dict(num_bits=8, type="float", strategy="tensor")
+    row = dict(num_bits=8, strategy="channel")
     return [quantised(gptq, gptq_settings(), order=True),
             quantised(awq, {"quant_method": "awq"}),
-            quantised(awq_gemv, {"quant_method": "awq", "version": "gemv", "group_size": 32}),
+            quantised(awq, {"quant_method": "auto-round", "backend": "auto_round:awq"}),
             quantised(mlx, {"group_size": 32, "bits": 4}, key="quantization"),
-            quantised(mlx_floats, {"group_size": 16, "bits": 4, "mode": "nvfp4"},
-                      key="quantization", mode="nvfp4"),
             quantised(bnb4, four), quantised(bnb4, four, nested=True),
             quantised(bnb8, {"quant_method": "bitsandbytes"}),
             *(quantised(compressed, compressed_settings(form, **w), form=form, **w) for form, w in (
-                ("pack-quantized", group), ("float-quantized", block), ("int-quantized", row))),
-            quantised(fp8, {"quant_method": "fp8", "weight_block_size": [16, 32]}, block=[16, 32])]
+                ("pack-quantized", group), ("float-quantized", whole), ("int-quantized", row))),
+            quantised(fp8, {"quant_method": "fp8"})]
 
 
 def test_ranges(folder):

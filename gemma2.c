@@ -3725,22 +3725,24 @@ static int evaluate_ids(gemma2_session *s, const int32_t *ids, size_t n,
     return run_ids((struct pass){.model = s->model, .lead = s, .matrix = matrix}, ids, n, logits, -1);
 }
 
-int gemma2_prefill(gemma2_session *s, const int32_t *ids, size_t n, float *logits)
-{
-    return evaluate_ids(s, ids, n, s ? s->model->matrix : NULL, logits);
-}
-
 int gemma2_eval(gemma2_session *s, const int32_t *ids, size_t n, float *logits)
 {
     return evaluate_ids(s, ids, n, NULL, logits);
+}
+
+int gemma2_prefill(gemma2_session *s, const int32_t *ids, size_t n, float *logits)
+{
+    return evaluate_ids(s, ids, n, s ? s->model->matrix : NULL, logits);
 }
 
 /* Every row fits: ids known, sessions of one model with room in context and ring. */
 static int check_rows(const gemma2_row *rows, size_t n)
 {
     for (size_t i = 0; i < n; i++) {
-        if (!rows[i].session || rows[i].session->model != rows[0].session->model)
+        if (!rows[i].session)
             return GEMMA2_ERR_ARGUMENT;
+        if (rows[i].session->model != rows[0].session->model)
+            return GEMMA2_ERR_MISMATCH;
         rows[i].session->pending = 0;
     }
     for (size_t i = 0; i < n; i++) {
@@ -3803,34 +3805,6 @@ int gemma2_set_hook(gemma2_session *s, gemma2_hook *hook, void *context)
     return GEMMA2_OK;
 }
 
-int gemma2_get_input(const gemma2_model *m, size_t i, gemma2_input *out)
-{
-    if (!m || !out)
-        return 0;
-    const gemma2_config *c = &m->config;
-    size_t layer = i / INPUTS_A_LAYER, input = i % INPUTS_A_LAYER;
-    int is_head = i == (size_t)c->n_layers * INPUTS_A_LAYER;
-    if (!c->n_layers || layer > (size_t)c->n_layers - !is_head)
-        return 0;
-    out->role = is_head ? "head" : layer_inputs[input].role;
-    out->layer = is_head ? -1 : (int32_t)layer;
-    out->cols = (uint32_t)(is_head ? dimension(c, 'D') : dimension(c, layer_inputs[input].cols));
-    out->first = input_first(c, (int)layer, (int)input);
-    return 1;
-}
-
-int gemma2_importance(gemma2_session *s, const int32_t *ids, size_t n, uint32_t block,
-                      double *sums)
-{
-    int status = check_ids(s, ids, n);
-    if (status < 0)
-        return status;
-    if (!sums || (block != 1 && block != 32 && block != 64 && block != 128 && block != 256))
-        return GEMMA2_ERR_ARGUMENT;
-    struct pass shape = {.model = s->model, .lead = s, .block = block, .sums = sums};
-    return run_ids(shape, ids, n, NULL, -1);
-}
-
 int gemma2_rewind(gemma2_session *s, int32_t n)
 {
     if (!s || n < 0 || n > s->position)
@@ -3876,6 +3850,36 @@ int gemma2_session_restore(gemma2_session *s, const void *data, size_t size)
     if (status == GEMMA2_OK)
         restore_session(s, data);
     return status;
+}
+
+/* ---- importance ---- */
+
+int gemma2_get_input(const gemma2_model *m, size_t i, gemma2_input *out)
+{
+    if (!m || !out)
+        return 0;
+    const gemma2_config *c = &m->config;
+    size_t layer = i / INPUTS_A_LAYER, input = i % INPUTS_A_LAYER;
+    int is_head = i == (size_t)c->n_layers * INPUTS_A_LAYER;
+    if (!c->n_layers || layer > (size_t)c->n_layers - !is_head)
+        return 0;
+    out->role = is_head ? "head" : layer_inputs[input].role;
+    out->layer = is_head ? -1 : (int32_t)layer;
+    out->cols = (uint32_t)(is_head ? dimension(c, 'D') : dimension(c, layer_inputs[input].cols));
+    out->first = input_first(c, (int)layer, (int)input);
+    return 1;
+}
+
+int gemma2_importance(gemma2_session *s, const int32_t *ids, size_t n, uint32_t block,
+                      double *sums)
+{
+    int status = check_ids(s, ids, n);
+    if (status < 0)
+        return status;
+    if (!sums || (block != 1 && block != 32 && block != 64 && block != 128 && block != 256))
+        return GEMMA2_ERR_ARGUMENT;
+    struct pass shape = {.model = s->model, .lead = s, .block = block, .sums = sums};
+    return run_ids(shape, ids, n, NULL, -1);
 }
 
 /* ---- text ---- */

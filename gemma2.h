@@ -50,52 +50,47 @@
  *       return status < 0;
  *   }
  *
- * RULES THAT HOLD FOR EVERY CALL
+ * RULES FOR EVERY CALL
  *
- * Ownership.  gemma2_open* gives a model that gemma2_close frees; gemma2_session_new
- * gives a session that gemma2_session_free frees.  Buffers you pass in stay yours and
- * are not kept, except the bytes of gemma2_open_memory and of gemma2_session_place,
- * which must outlive the model and the session.  Pointers you get back live as long as
- * the model or session they came from.  A model must outlive its sessions.
+ * Ownership.  gemma2_close frees what gemma2_open* gave, gemma2_session_free what
+ * gemma2_session_new gave.  Your buffers stay yours and are not kept, except the bytes of
+ * gemma2_open_memory and gemma2_session_place, which must outlive the model or the session.
+ * Pointers you get live as long as the model or session they came from.  A model must outlive
+ * its sessions.
  *
- * Errors.  Opening returns NULL and writes one sentence to err (always terminated; err
- * may be NULL).  Everything else returns a negative GEMMA2_ERR_ code.  A call that fails
- * leaves the session as it was, unless its comment says otherwise.  A handle or pointer
- * that is NULL where the comment does not allow it is GEMMA2_ERR_ARGUMENT, or NULL or 0
- * from functions that return pointers, answers of yes and no, or sizes.  The library never
- * exits, aborts, prints, installs signal handlers or keeps global state, and calls back only
- * what gemma2_set_hook was given; what
- * the OpenMP runtime does is its own affair.  The one environment variable it reads is
- * GEMMA2_ISA, at open (see gemma2_open).  A call takes up to 200 KB of stack, also in
- * OpenMP's threads (their default, or OMP_STACKSIZE, is more).
+ * Errors.  Functions that make something return NULL on failure and write one sentence to err,
+ * which is always terminated and may be NULL.  The others return a negative GEMMA2_ERR_ code.  A
+ * call that fails leaves the session as it was, unless its comment says otherwise.  A NULL that
+ * the comment does not allow is GEMMA2_ERR_ARGUMENT; functions that return a pointer, a size, or
+ * yes or no then return NULL or 0.  The library never exits, aborts, prints, installs signal
+ * handlers or keeps global state.  It calls back only what gemma2_set_hook was given.  The one
+ * environment variable it reads is GEMMA2_ISA, at open.  A call takes up to 200 KB of stack, also
+ * in OpenMP's threads.
  *
- * Threads.  A model never changes after it is opened: any number of threads may use it.
- * A session belongs to one thread at a time; gemma2_cancel alone may be called from any
- * thread, and from a signal handler.  With n_threads = 1 the OpenMP runtime is never
- * entered.  With more, OpenMP keeps a pool of threads between calls, one pool for each
- * calling thread.  Inside a host's own parallel region OpenMP may grant fewer threads than
- * asked for, often one; results do not depend on the number.  If the host runs more threads
- * than there are processors, let its sessions have n_threads = 1 or set
- * OMP_WAIT_POLICY=passive, because OpenMP's threads spin while they wait.
+ * Threads.  A model never changes after it was opened: any number of threads may use it.  A
+ * session belongs to one thread at a time; only gemma2_cancel may be called from any thread and
+ * from a signal handler.  With n_threads = 1 OpenMP is never entered.  With more, OpenMP keeps a
+ * pool of threads for each calling thread, which spin while they wait: a host with more threads
+ * than processors should set n_threads = 1 or OMP_WAIT_POLICY=passive.  Inside a parallel region
+ * of the host OpenMP may grant fewer threads than asked for.  Results do not depend on it.
  *
- * Processes.  After fork() the child may use models and sessions, each process its own copy
- * of the session, as long as n_threads is 1: threads do not survive a fork, and GNU's
- * OpenMP then waits for its own forever.  A session of more threads can be moved to one of a
- * single thread with gemma2_session_copy.
+ * Processes.  After fork() the child may use models and its copies of sessions whose n_threads is
+ * 1.  With more, GNU's OpenMP waits forever for threads that did not survive the fork.
+ * gemma2_session_copy moves such a session to one with a single thread.
  *
- * Signals and floating point.  A mapped file that someone cuts short raises SIGBUS where it
- * is read (read_into_memory is proof against that).  Rounding mode, flush-to-zero and trap
- * masks of the calling thread are set for the length of a call and then put back.
+ * Signals and floating point.  Reading a mapped file that someone cuts short raises SIGBUS;
+ * read_into_memory is proof against that.  A call sets rounding mode, flush-to-zero and trap
+ * masks of its thread and puts them back.
  *
- * Versions.  MAJOR changes when programs must change, MINOR when something is added, PATCH
- * when something is mended.  Structs with struct_size, and gemma2_config, may grow at their
- * ends; the others never change within a major version.  The struct_size of an older version
- * leaves the rest at its defaults; that of a newer one (up to 4096) is accepted if all that
- * lies beyond is zero; any other is GEMMA2_ERR_ARGUMENT: a request is never overlooked.
+ * Versions.  MAJOR changes when programs must change, MINOR when something is added, PATCH when
+ * something is mended.  gemma2_config and structs with struct_size may grow at their ends; other
+ * structs never change within a major version.  A smaller struct_size, of an older version, leaves
+ * the rest at its defaults.  A larger one, up to 4096, is accepted if all that lies beyond is zero.
+ * Any other is GEMMA2_ERR_ARGUMENT: no request is overlooked.
  *
- * Numbers.  Positions and ids start at 0.  Logits are float, after the final soft-cap.
- * The same calls give the same bits for any number of threads and, but for
- * gemma2_prefill, for any way of cutting tokens into calls and rows into batches. */
+ * Numbers.  Positions and ids start at 0.  Logits are float, after the final soft-cap.  The same
+ * calls give the same bits for any number of threads.  Except in gemma2_prefill, so does any way
+ * of cutting tokens into calls and rows into batches. */
 #ifndef GEMMA2_H
 #define GEMMA2_H
 
@@ -121,22 +116,22 @@ extern "C" {
 #endif
 #endif
 
-/* Of the library at run time: "MAJOR.MINOR.PATCH", and GEMMA2_VERSION_NUMBER. */
+/* The library's own at run time: "MAJOR.MINOR.PATCH", and GEMMA2_VERSION_NUMBER. */
 GEMMA2_API const char *gemma2_version(void);
 GEMMA2_API int gemma2_version_number(void);
 
 enum {
     GEMMA2_OK = 0,
     GEMMA2_ERR_ARGUMENT = -1,  /* a missing buffer, a count or value out of its range */
-    GEMMA2_ERR_MEMORY = -2,    /* memory could not be had (for callers: no call returns it) */
+    GEMMA2_ERR_MEMORY = -2,    /* out of memory; for callers, no call returns it */
     GEMMA2_ERR_CONTEXT = -3,   /* more tokens than the context has room for */
     GEMMA2_ERR_TOKEN = -4,     /* a token id outside the vocabulary */
-    GEMMA2_ERR_REWIND = -5,    /* the window's cache no longer holds that position */
+    GEMMA2_ERR_REWIND = -5,    /* the sliding window no longer holds that position */
     GEMMA2_ERR_NONFINITE = -6, /* logits hold NaN or infinity */
     GEMMA2_ERR_SPACE = -7,     /* the caller's buffer is too small */
     GEMMA2_ERR_CORRUPT = -8,   /* the contents are not what header or digest say */
     GEMMA2_ERR_CANCELLED = -9, /* gemma2_cancel */
-    GEMMA2_ERR_MISMATCH = -10, /* a session of another model, window, cache type or version */
+    GEMMA2_ERR_MISMATCH = -10, /* another model, window, cache type or version */
     GEMMA2_ERR_CHAT = -11,     /* the chat template has no form for these messages */
     GEMMA2_ERR_FOREIGN = -12   /* not a saved session at all */
 };
@@ -147,37 +142,34 @@ GEMMA2_API const char *gemma2_error_string(int code);
 
 typedef struct gemma2_model gemma2_model;
 
-/* How to open.  gemma2_open_params_init fills in the defaults and struct_size. */
+/* gemma2_open_params_init fills in the defaults and struct_size. */
 typedef struct {
     uint32_t struct_size;
-    uint32_t read_into_memory; /* 0: map the file (default).  1: read it into anonymous
-                                * memory, huge pages asked for: the last tenth of decode
-                                * speed for the price of load time and memory */
-    uint32_t exact_prefill;    /* 1: gemma2_prefill returns the bits of gemma2_eval; it
-                                * uses no matrix units, bf16 arithmetic or fused sums */
+    uint32_t read_into_memory; /* 0: map the file (default).  1: read it into memory with huge
+                                * pages: a tenth faster to decode, slower to open */
+    uint32_t exact_prefill;    /* 1: gemma2_prefill returns the bits of gemma2_eval; no matrix
+                                * units, bf16 arithmetic or fused sums */
 } gemma2_open_params;
 GEMMA2_API void gemma2_open_params_init(gemma2_open_params *params);
 
-/* Opens a file made by export.py.  Checks header, directory, identity and tokenizer, and
- * reads no weights.  params may be NULL.  A mapped file must not be changed or cut short
- * while it is open (the system would signal the process); read_into_memory is proof
- * against that.  The instruction set is the best this CPU has; in the environment
- * GEMMA2_ISA=scalar|avx2|avxvnni|avx512|avx512bf16|amx|neon|dotprod|i8mm forces one, and a
- * name that is unknown or that the CPU lacks fails the call.
- * On Linux and a CPU with AMX the process asks the kernel for the use of its tile registers,
- * unless exact_prefill is set or all weights are f32; it keeps that permission, which makes
- * the signal frames of threads that use them 8 KB larger and sigaltstack refuse stacks too
- * small for that.  If the kernel declines, prefill does without. */
+/* Opens a model file.  Checks header, directory, identity and tokenizer; reads no weights.
+ * params may be NULL.  A mapped file must not change while it is open.  The instruction set is
+ * the best that this CPU has.  GEMMA2_ISA=scalar|avx2|avxvnni|avx512|avx512bf16|amx|neon|dotprod|
+ * i8mm in the environment forces one; an unknown one, or one that the CPU lacks, is an error.
+ * On Linux with AMX the process asks the kernel for the use of tile registers, unless
+ * exact_prefill is set or all weights are f32.  This permission stays: signal frames of threads
+ * that use tiles grow by 8 KB, and sigaltstack refuses stacks too small for them.  If the kernel
+ * declines, prefill does without. */
 GEMMA2_API gemma2_model *gemma2_open(const char *path, const gemma2_open_params *params,
                                      char *err, size_t err_size);
-/* The same for a file image of size bytes at data, aligned to 64, which the caller keeps
- * unchanged until after gemma2_close.  read_into_memory must be 0. */
+/* The same for a file in memory, aligned to 64, which must not change until gemma2_close.
+ * read_into_memory must be 0. */
 GEMMA2_API gemma2_model *gemma2_open_memory(const void *data, size_t size,
                                             const gemma2_open_params *params, char *err,
                                             size_t err_size);
 GEMMA2_API void gemma2_close(gemma2_model *model); /* NULL is fine */
 
-/* Facts of the model, read-only, owned by it.  New members come at the end. */
+/* What the model is.  New members come at the end. */
 typedef struct {
     int32_t n_layers; /* L; 0: the file holds only a tokenizer */
     int32_t d_model;  /* D, width of the residual stream */
@@ -198,13 +190,13 @@ typedef struct {
     uint8_t is_local[1024];  /* per layer: 1 sliding window, 0 global */
     uint8_t identity[32];    /* SHA-256 of header and directory */
     uint64_t file_bytes;
-    const char *isa; /* the row of kernels in use, "avx512" */
+    const char *isa; /* the instruction set in use, "avx512" */
 } gemma2_config;
 GEMMA2_API const gemma2_config *gemma2_get_config(const gemma2_model *model);
 GEMMA2_API int gemma2_is_stop(const gemma2_model *model, int32_t id); /* 1 or 0 */
 
-/* The value of a key of the file's facts ("name", "source", "license", "chat_template",
- * "export"), UTF-8, not terminated, its size in *size; NULL, size 0, where absent. */
+/* One of the file's facts: "name", "source", "license", "chat_template", "export" and others.
+ * UTF-8, not terminated, its size in *size.  NULL and size 0 where absent. */
 GEMMA2_API const char *gemma2_fact(const gemma2_model *model, const char *key, size_t *size);
 
 /* One entry of the file's directory. */
@@ -214,10 +206,10 @@ typedef struct {
     int32_t layer;      /* -1 where it belongs to no layer */
     uint64_t rows, cols, bytes;
 } gemma2_section;
-/* Fills *out with entry i.  Returns 1, or 0 where the directory has no entry i. */
+/* Fills *out with entry i.  Returns 1, or 0 where there is no entry i. */
 GEMMA2_API int gemma2_get_section(const gemma2_model *model, size_t i, gemma2_section *out);
-/* Reads all of entry i: digest, finite values, zero padding.  Returns 1 when it is sound,
- * 0 where there is no entry i, GEMMA2_ERR_CORRUPT with a sentence in err. */
+/* Reads all of entry i: digest, finite values, zero padding.  Returns 1 when it is sound, 0 where
+ * there is no entry i, or GEMMA2_ERR_CORRUPT with a sentence in err. */
 GEMMA2_API int gemma2_check(const gemma2_model *model, size_t i, char *err, size_t err_size);
 
 /* ---- Session -------------------------------------------------------------------- */
@@ -226,10 +218,10 @@ typedef struct gemma2_session gemma2_session;
 
 enum { GEMMA2_CACHE_AUTO = 0, GEMMA2_CACHE_F32 = 1, GEMMA2_CACHE_F16 = 2 };
 
-/* gemma2_session_params_init fills in zeros, which mean the defaults, and struct_size. */
+/* gemma2_session_params_init sets struct_size, and zeros, which mean the defaults. */
 typedef struct {
     uint32_t struct_size;
-    int32_t n_context;  /* positions, 1 or more; 0: as trained.  Above: allowed, untrained */
+    int32_t n_context;  /* positions; 0: as trained; more than that is allowed */
     int32_t n_batch;    /* rows of one pass, 1..4096; 0: 256, or the context if shorter */
     int32_t n_threads;  /* 1..1024; 0: one a processor */
     int32_t window;     /* local layers' window, 1..W; 0: W */
@@ -237,26 +229,27 @@ typedef struct {
 } gemma2_session_params;
 GEMMA2_API void gemma2_session_params_init(gemma2_session_params *params);
 
-/* How many threads a session with that n_threads runs on: for 0 the default, and 1 for any
- * number where the library was built without OpenMP. */
-GEMMA2_API int32_t gemma2_threads(int32_t n_threads);
-
-/* Bytes that a session with these params takes.  Returns GEMMA2_OK, or
- * GEMMA2_ERR_ARGUMENT where the params or the sizes they lead to are out of range. */
+/* How many bytes a session with these params takes. */
 typedef struct {
     uint64_t weights; /* of the file, mapped, shared by all sessions */
     uint64_t cache;   /* keys and values; touched only as positions fill up */
     uint64_t scratch; /* activations, sampling, ids */
     uint64_t total;   /* cache + scratch: what gemma2_session_place needs */
 } gemma2_plan;
+/* params may be NULL.  GEMMA2_ERR_ARGUMENT where they, or the sizes they lead to, are out of
+ * range. */
 GEMMA2_API int gemma2_session_plan(const gemma2_model *model,
                                    const gemma2_session_params *params, gemma2_plan *plan);
+
+/* How many threads a session with that n_threads runs on: for 0 the default, and 1 for any
+ * number where the library was built without OpenMP. */
+GEMMA2_API int32_t gemma2_threads(int32_t n_threads);
 
 /* A session at position 0.  params may be NULL.  One allocation; none follow it. */
 GEMMA2_API gemma2_session *gemma2_session_new(const gemma2_model *model,
                                               const gemma2_session_params *params,
                                               char *err, size_t err_size);
-/* The same in memory of the caller: plan.total bytes, aligned to 64. */
+/* The same in the caller's memory: plan.total bytes, aligned to 64. */
 GEMMA2_API gemma2_session *gemma2_session_place(const gemma2_model *model,
                                                 const gemma2_session_params *params,
                                                 void *memory, size_t size,
@@ -267,45 +260,43 @@ GEMMA2_API int32_t gemma2_position(const gemma2_session *session);  /* tokens he
 GEMMA2_API int32_t gemma2_context(const gemma2_session *session);   /* room in all */
 GEMMA2_API const int32_t *gemma2_history(const gemma2_session *session); /* ids of those held */
 
-/* Appends n >= 1 tokens; logits, V floats or NULL, receives those after the last one.
- * Prompts go through here: faster than gemma2_eval, because inputs of products may be
- * rounded to bf16 and sums fused, as the instruction set has it.  So the bits depend on
- * the CPU (not on threads, batches or cuts), but are no further from those of f32 weights
- * and f32 arithmetic: on the demo model q8's divergence from them, 0.00016 nats a token
- * for gemma2_eval, grows by at most 5 %; bf16 weights stay below a fifth of it.  f32
- * weights, and attention over an f32 cache, stay exact.  Long prompts may be fed in
- * pieces, to show progress or to be cancelled.  GEMMA2_ERR_CONTEXT when they do not fit,
- * before any is evaluated. */
-GEMMA2_API int gemma2_prefill(gemma2_session *session, const int32_t *ids, size_t n,
-                              float *logits);
-/* The same with the exact arithmetic of single steps, whatever n is. */
+/* Appends n >= 1 tokens with the exact arithmetic of single steps.  logits, V floats or NULL,
+ * receives those after the last token.  GEMMA2_ERR_CONTEXT when the tokens do not fit, before any
+ * is evaluated. */
 GEMMA2_API int gemma2_eval(gemma2_session *session, const int32_t *ids, size_t n,
                            float *logits);
+/* The same, faster, for prompts: inputs of products may be rounded to bf16 and sums fused.  So the
+ * bits depend on the CPU, but not on threads or batches.  They stay as close to those of f32 weights
+ * and arithmetic: on the demo model q8's divergence from them, 0.00016 nats a token
+ * for gemma2_eval, grows by at most 5 %, and bf16 weights stay below a fifth of it.  f32 weights,
+ * and attention over an f32 cache, stay exact.  A long prompt may come in pieces, to show
+ * progress or to be cancelled. */
+GEMMA2_API int gemma2_prefill(gemma2_session *session, const int32_t *ids, size_t n,
+                              float *logits);
 
-/* One token of one session in a shared pass.  Rows of the same session follow one
- * another in order.  Sessions must be of one model; at most n_batch rows of each session,
- * and in all at most the n_batch of the first row's, whose scratch and threads are used. */
+/* One token of one session in a pass that sessions share. */
 typedef struct {
     gemma2_session *session;
     int32_t id;
     float *logits; /* V floats, or NULL where not wanted */
 } gemma2_row;
+/* Evaluates the rows like gemma2_eval; those of one session follow one another in order.  The
+ * first row's session lends its scratch and threads.  GEMMA2_ERR_ARGUMENT for more rows than its
+ * n_batch, or more of one session than that session's; GEMMA2_ERR_MISMATCH for sessions of two
+ * models. */
 GEMMA2_API int gemma2_eval_rows(const gemma2_row *rows, size_t n_rows);
 
-/* Appends n >= 1 tokens and writes the natural log-probability of each as predicted by
- * those before it: logprobs[i] belongs to ids[i + 1] for i < n - 1, and logprobs[n - 1]
- * to next, or is left alone when next is -1.  Exact arithmetic, no logits buffer.  On
- * GEMMA2_ERR_NONFINITE the tokens have been appended. */
+/* Appends n >= 1 tokens like gemma2_eval and writes natural log-probabilities: logprobs[i] is that
+ * of ids[i + 1] after those before it, and logprobs[n - 1] that of next, or left alone when next is
+ * -1.  After GEMMA2_ERR_NONFINITE the tokens have been appended. */
 GEMMA2_API int gemma2_score(gemma2_session *session, const int32_t *ids, size_t n,
                             int32_t next, float *logprobs);
 
-/* on = 1: what evaluates this session, now or later, ends after the layer it is at with
- * GEMMA2_ERR_CANCELLED; on = 0 withdraws that.  A call that is past its last layer still
- * succeeds, after the output head (gemma2_score asks again all along the head).  Whatever
- * passes of n_batch rows were complete stay, and gemma2_position tells; the one that was
- * cut counts as held and then taken back by gemma2_rewind.  A pass shared by several
- * sessions ends for all.  May be called from any thread and from a signal handler, while
- * the session exists. */
+/* on = 1: calls that evaluate this session, now or later, end after the layer they are at with
+ * GEMMA2_ERR_CANCELLED.  on = 0 withdraws that.  Past its last layer a call succeeds, but for
+ * gemma2_score, which asks again all along the head.  Passes of n_batch rows that were complete
+ * stay, see gemma2_position; the rows of the cut pass count as taken back by gemma2_rewind.  A
+ * shared pass ends for all its sessions. */
 GEMMA2_API int gemma2_cancel(gemma2_session *session, int on);
 
 /* One step of a pass: the values [rows][cols] that it gave, a row for each token of the pass.
@@ -326,82 +317,79 @@ typedef void gemma2_hook(void *context, const gemma2_activation *activation);
  * gemma2_cancel and what only asks.  hook NULL: no calls, and no cost. */
 GEMMA2_API int gemma2_set_hook(gemma2_session *session, gemma2_hook *hook, void *context);
 
-/* What the products of a model read, in order of use: entry i is the input of "q" (and of k
- * and v), "o", "gate" (and up) and "down" of each layer, at last that of "head". */
+/* Goes back to the first n tokens, exactly.  Rewinding to 0 always works.  Any other position
+ * works while the session has held at most window + n_batch tokens since 0; after that n_batch tokens back
+ * from the most it ever held do, and further back is GEMMA2_ERR_REWIND: rewind to 0 and evaluate
+ * the ids again.  A session that was copied or restored goes back no further than the one that it
+ * continues. */
+GEMMA2_API int gemma2_rewind(gemma2_session *session, int32_t n);
+
+/* Makes `to` continue where `from` stands, with the same bits; what it held is gone.  Context,
+ * batch, threads and memory may differ.  GEMMA2_ERR_MISMATCH where model, window or cache type do,
+ * GEMMA2_ERR_CONTEXT where `to` has too little room. */
+GEMMA2_API int gemma2_session_copy(gemma2_session *to, const gemma2_session *from);
+
+/* Writes the session to a buffer: ids, keys and values, the model's identity and a digest.
+ * Returns the bytes it takes; buffer NULL only asks.  GEMMA2_ERR_SPACE when size is too small. */
+GEMMA2_API int64_t gemma2_session_save(const gemma2_session *session, void *buffer, size_t size);
+/* Makes the session continue where the saved one stood, with the same bits, on any instruction
+ * set, context, batch and number of threads.  Logits are not saved: the next call evaluates a
+ * token.  GEMMA2_ERR_FOREIGN where the bytes are no saved session, GEMMA2_ERR_CORRUPT where they
+ * are a damaged one; GEMMA2_ERR_MISMATCH and GEMMA2_ERR_CONTEXT as for a copy. */
+GEMMA2_API int gemma2_session_restore(gemma2_session *session, const void *data, size_t size);
+
+/* ---- Importance: how large the inputs of products are, for quantisation ----------- */
+
+/* Input i in order of use: "q" (which k and v read, too), "o", "gate" (and up) and "down" of each
+ * layer, at last "head". */
 typedef struct {
     const char *role;
     int32_t layer;  /* -1 for the head */
     uint32_t cols;  /* values of one input */
     uint64_t first; /* columns of all entries before it */
 } gemma2_input;
-/* Returns 1, or 0 where there is no entry i. */
+/* Returns 1, or 0 where there is no input i. */
 GEMMA2_API int gemma2_get_input(const gemma2_model *model, size_t i, gemma2_input *out);
 
-/* Appends n >= 1 tokens as gemma2_eval does and adds to sums, which the caller set to 0, how
- * large the inputs x of every product were: for entry e, sums[block * e.first + c] += x[c]^2
- * over the tokens.  That is block 1; with a block of 32, 64, 128 or 256 inputs that many
- * rows, row r adding x[c] * x[c - c % block + r] (nothing where that is past the end):
- * sums[block * e.first + r * e.cols + c].  Sums are in double, tokens in order, the same
- * bits for any number of threads and any way of cutting tokens into calls.  After
- * GEMMA2_ERR_CANCELLED they hold part of a pass and are of no use. */
+/* Appends n >= 1 tokens like gemma2_eval.  For each input e, and its values x at each token, adds
+ * x[c]^2 to sums[block * e.first + c]: that is block 1.  With a block of 32, 64, 128 or 256 there
+ * are as many rows of sums, sums[block * e.first + r * e.cols + c], and row r adds
+ * x[c] * x[c - c % block + r], or nothing where that lies past the end.  The same bits for any
+ * threads and any way of cutting tokens into calls.  Set sums to 0 before the first call; after
+ * GEMMA2_ERR_CANCELLED they are of no use. */
 GEMMA2_API int gemma2_importance(gemma2_session *session, const int32_t *ids, size_t n,
                                  uint32_t block, double *sums);
-
-/* Goes back to the first n tokens, exactly.  Possible to 0 always; to anywhere while at most
- * window + n_batch tokens were ever held since position 0; after that for n_batch tokens
- * back from the most ever held, and GEMMA2_ERR_REWIND some tokens beyond (then rewind to 0
- * and evaluate the ids again).  A session that was copied or restored goes back no further
- * than the one it continues. */
-GEMMA2_API int gemma2_rewind(gemma2_session *session, int32_t n);
-
-/* Makes `to` continue where `from` stands, with the same bits; what it held is gone.  So a
- * session forks: a new one, then this.  Context, batch, threads and memory may differ.
- * GEMMA2_ERR_MISMATCH where model, window or cache type do, GEMMA2_ERR_CONTEXT where `to`
- * has too little room. */
-GEMMA2_API int gemma2_session_copy(gemma2_session *to, const gemma2_session *from);
-
-/* Writes the session to a buffer: ids, keys and values, the model's identity and a digest.
- * Any instruction set, context, batch or number of threads restores it.  Returns the bytes it
- * takes; buffer NULL only asks.  GEMMA2_ERR_SPACE when size is too small.  The buffer may be
- * a mapped file. */
-GEMMA2_API int64_t gemma2_session_save(const gemma2_session *session, void *buffer, size_t size);
-/* Makes the session continue where the saved one stood, with the same bits; the next call
- * evaluates a token, for logits are not saved.  Other bytes than a saved session
- * are GEMMA2_ERR_FOREIGN, a damaged one is GEMMA2_ERR_CORRUPT; GEMMA2_ERR_MISMATCH and GEMMA2_ERR_CONTEXT as for a copy.  After any
- * of them the session is as it was. */
-GEMMA2_API int gemma2_session_restore(gemma2_session *session, const void *data, size_t size);
 
 /* ---- Text ----------------------------------------------------------------------- */
 
 enum {
     GEMMA2_ENCODE_BOS = 1,  /* put BOS first */
-    GEMMA2_ENCODE_PLAIN = 2 /* text of strangers: never a control piece (turn markers,
-                             * mask, unusedN); they are spelled out instead */
+    GEMMA2_ENCODE_PLAIN = 2 /* text of strangers: turn markers, mask and unusedN in it are spelled
+                             * out, never the pieces themselves */
 };
-/* Scratch that encoding text of that many bytes needs; 0 where it is too long: above 2^28
- * bytes, and in a 32-bit program above 69 MB. */
+/* Scratch for encoding a text of that many bytes; 0 where it is too long: above 2^28 bytes, in a
+ * 32-bit program above 69 MB. */
 GEMMA2_API size_t gemma2_encode_scratch(size_t text_bytes);
-/* Text to ids, exactly as SentencePiece does for vocabularies without UNUSED pieces, as
- * Gemma's are (bad UTF-8 becomes U+FFFD).  size -1: the text ends at its first NUL.
- * Returns how many ids the text has and writes the first max_ids of them (ids may be NULL
- * when max_ids is 0).  GEMMA2_ERR_SPACE where scratch is too small, GEMMA2_ERR_ARGUMENT
- * where the text is too long or the vocabulary lacks the BOS asked for. */
+/* Text to ids, exactly as SentencePiece does; bytes that are not UTF-8 become U+FFFD.  UNUSED
+ * pieces are not supported; Gemma's vocabularies have none.  size -1: up to the first NUL.  Returns
+ * how many ids the text has and writes the first max_ids of them; ids may be NULL when max_ids is
+ * 0.  GEMMA2_ERR_SPACE where scratch is too small, GEMMA2_ERR_ARGUMENT where the text is too long
+ * or the vocabulary lacks the BOS asked for. */
 GEMMA2_API int64_t gemma2_encode(const gemma2_model *model, const char *text, int64_t size,
                                  unsigned flags, int32_t *ids, size_t max_ids,
                                  void *scratch, size_t scratch_bytes);
 
-/* Bytes of a character still incomplete between calls of gemma2_decode with one model;
- * start at {0}. */
+/* Bytes of a character that is not complete yet, between calls of gemma2_decode; start at {0}. */
 typedef struct {
     uint8_t bytes[4];
     uint8_t n;
 } gemma2_utf8;
-/* One id to the text it completes.  Returns the bytes written (not terminated), maybe 0.
- * max_piece_bytes + 12 bytes of room always suffice.  id -1 flushes what is held. */
+/* One id to the text that it completes; -1 flushes what is held.  Returns the bytes written, maybe
+ * 0, not terminated.  max_piece_bytes + 12 bytes of room always suffice. */
 GEMMA2_API int gemma2_decode(const gemma2_model *model, gemma2_utf8 *hold, int32_t id,
                              char *text, size_t text_size);
 
-/* SentencePiece's kinds, and one more that export.py tells from USER. */
+/* SentencePiece's kinds of pieces, and MARKER. */
 enum {
     GEMMA2_PIECE_NORMAL = 1,
     GEMMA2_PIECE_UNKNOWN = 2,
@@ -411,15 +399,15 @@ enum {
     GEMMA2_PIECE_BYTE = 6,
     GEMMA2_PIECE_MARKER = 7   /* as USER, but never under GEMMA2_ENCODE_PLAIN */
 };
-/* The stored bytes of a piece (a space is U+2581), size in *size and kind in *kind (both
- * may be NULL); NULL for an id outside the vocabulary. */
+/* The stored bytes of a piece, where a space is U+2581.  Its size and kind go to *size and *kind,
+ * which may be NULL.  NULL for an id outside the vocabulary. */
 GEMMA2_API const char *gemma2_piece(const gemma2_model *model, int32_t id, size_t *size,
                                     int *kind);
 
 /* ---- Chat ----------------------------------------------------------------------- */
 
-/* A conversation becomes ids by the checkpoint's own chat template.  export.py takes it apart
- * into the facts "chat.user.before", "chat.user.after" and so on.  For a file without them
+/* A conversation becomes ids by the checkpoint's own chat template, which the file holds taken
+ * apart: the facts "chat.user.before", "chat.user.after" and so on.  For a file without them
  * gemma2_fact answers with Gemma 2's own turns, if the vocabulary has both turn markers. */
 enum { GEMMA2_ROLE_SYSTEM = 0, GEMMA2_ROLE_USER = 1, GEMMA2_ROLE_MODEL = 2 };
 typedef struct {
@@ -429,8 +417,8 @@ typedef struct {
 } gemma2_message;
 
 enum {
-    GEMMA2_CHAT_CONTINUE = 1, /* the session ends with a reply, whose stop token was not
-                               * evaluated: close that turn first; no BOS, no system text */
+    GEMMA2_CHAT_CONTINUE = 1, /* the session ends with a reply, whose stop token was not evaluated:
+                               * close that turn first; no BOS, no system text */
     GEMMA2_CHAT_GENERATE = 2  /* open the model's turn at the end */
 };
 /* Whether gemma2_encode_chat takes the messages: GEMMA2_OK, or its error with a sentence in err.
@@ -442,10 +430,10 @@ GEMMA2_API int gemma2_chat_check(const gemma2_model *model, const gemma2_message
  * gemma2_encode_scratch. */
 GEMMA2_API size_t gemma2_chat_scratch(const gemma2_model *model,
                                       const gemma2_message *messages, size_t n_messages);
-/* Messages to ids, counted like gemma2_encode.  After an optional system message first, user
- * and model alternate, beginning with the user; with GEMMA2_CHAT_GENERATE the user has the last
- * word.  Texts are trimmed where the template trims them.  GEMMA2_ERR_CHAT where the order is
- * another one, the template has no place for system text, or no template can be used. */
+/* Messages to ids, counted like gemma2_encode.  After an optional system message first, user and
+ * model alternate, beginning with the user; with GEMMA2_CHAT_GENERATE the user has the last word.
+ * Texts are trimmed where the template trims them.  GEMMA2_ERR_CHAT where the order is another
+ * one, the template has no place for system text, or no template can be used. */
 GEMMA2_API int64_t gemma2_encode_chat(const gemma2_model *model,
                                       const gemma2_message *messages, size_t n_messages,
                                       unsigned flags, int32_t *ids, size_t max_ids,
@@ -458,36 +446,36 @@ typedef struct {
     float bias; /* added to the logit; -INFINITY bans the token, NaN and +INFINITY are errors */
 } gemma2_bias;
 
-/* In the order they are applied.  gemma2_sampler_init fills in gemma_pytorch's defaults.
- * What is out of its range, NaN included, is GEMMA2_ERR_ARGUMENT. */
+/* In the order they are applied, top_p and min_p together.  gemma2_sampler_init fills in
+ * gemma_pytorch's defaults, named here.  Values out of range are GEMMA2_ERR_ARGUMENT. */
 typedef struct {
     uint32_t struct_size;
     uint32_t n_bias;
     const gemma2_bias *bias;
-    int32_t penalty_last;      /* last tokens of the session that penalties look at, 0 or
-                                * more; 64.  Takes the square of its time */
-    float repetition_penalty;  /* divides positive, multiplies negative logits; above 0, at
-                                * most 1e6; 1 is off */
-    float presence_penalty;    /* taken off once; -1e6..1e6; 0 is off */
-    float frequency_penalty;   /* taken off per occurrence; -1e6..1e6; 0 is off */
-    float temperature;         /* 0..1e6; 1; 0: greedy */
+    int32_t penalty_last;      /* how many last tokens of the session penalties look at; 64.  Takes
+                                * the square of its time */
+    float repetition_penalty;  /* divides positive, multiplies negative logits; above 0, at most
+                                * 1e6; 1: off */
+    float presence_penalty;    /* taken off once; -1e6..1e6; 0: off */
+    float frequency_penalty;   /* taken off per occurrence; -1e6..1e6; 0: off */
     int32_t top_k;             /* 0 or more; 64; 0: all */
+    float temperature;         /* 0..1e6; 1; 0: greedy */
     float top_p;               /* above 0, at most 1; 0.95; 1: all */
-    float min_p;               /* relative to the best token; 0..1; 0 is off */
+    float min_p;               /* relative to the best token; 0..1; 0: off */
     uint64_t rng;              /* state of PCG32 (XSH-RR 64/32, increment 1442695040888963407,
-                                * seeded as pcg32_srandom does): one draw a token, none
-                                * when greedy */
+                                * seeded as by pcg32_srandom); one draw a token, none if greedy */
 } gemma2_sampler;
 GEMMA2_API void gemma2_sampler_init(gemma2_sampler *sampler, uint64_t seed);
 
-/* Draws an id from logits (V floats, left alone).  Equal logits rank by lower id.  The
- * session lends its scratch and, for the penalties, its history.  Negative on error:
- * GEMMA2_ERR_ARGUMENT also when every token is banned or a bias or penalty makes a logit NaN
- * or +infinity, GEMMA2_ERR_TOKEN for a bias of an unknown id.  The sampler is then as it was. */
+/* Draws an id from logits (V floats, left alone).  Equal logits rank by lower id.  The session
+ * lends its scratch and, to the penalties, its history.  GEMMA2_ERR_ARGUMENT also when every token
+ * is banned or a bias or penalty makes a logit NaN or +infinity, GEMMA2_ERR_TOKEN for a bias of an
+ * unknown id, GEMMA2_ERR_NONFINITE for logits that are not finite.  After an error the sampler is
+ * as it was. */
 GEMMA2_API int32_t gemma2_sample(gemma2_session *session, gemma2_sampler *sampler,
                                  const float *logits);
-/* Natural log-probability of id under logits (n floats), before temperature and cuts,
- * into *logprob. */
+/* Natural log-probability of id under logits (n floats), before temperature and cuts, into
+ * *logprob. */
 GEMMA2_API int gemma2_logprob(const float *logits, size_t n, int32_t id, float *logprob);
 
 #ifdef __cplusplus

@@ -77,6 +77,9 @@ static void test_null_model(const gemma2_model *m)
     gemma2_utf8 hold = {{0}, 0};
     check(!gemma2_open(NULL, NULL, err, sizeof err) && err[0], "open NULL");
     check(!gemma2_open(NULL, NULL, NULL, 0), "open NULL without a buffer");
+    err[0] = err[1] = 'x';
+    check(!gemma2_open("none", NULL, err, 1) && !err[0] && err[1] == 'x', "err of one byte");
+    check(!gemma2_open("none", NULL, err, 0) && !err[0], "err of no bytes");
     err[0] = 0;
     check(!gemma2_open_memory(NULL, 9, NULL, err, sizeof err) && err[0], "open no memory");
     gemma2_close(NULL), gemma2_session_free(NULL);
@@ -116,6 +119,9 @@ static void test_null_session(const gemma2_model *m)
               gemma2_score(NULL, &id, 1, 1, x) == GEMMA2_ERR_ARGUMENT, "no session: eval");
     check(gemma2_prefill(s, NULL, 1, x) == GEMMA2_ERR_ARGUMENT &&
               gemma2_score(s, NULL, 1, 1, x) == GEMMA2_ERR_ARGUMENT, "no ids");
+    check(gemma2_set_hook(NULL, NULL, NULL) == GEMMA2_ERR_ARGUMENT &&
+              gemma2_eval_rows(&(gemma2_row){NULL, 1, x}, 1) == GEMMA2_ERR_ARGUMENT &&
+              gemma2_importance(s, &id, 1, 1, NULL) == GEMMA2_ERR_ARGUMENT, "NULL: hook, row, sums");
     check(gemma2_rewind(NULL, 0) == GEMMA2_ERR_ARGUMENT &&
               gemma2_cancel(NULL, 1) == GEMMA2_ERR_ARGUMENT, "no session: rewind, cancel");
     check(gemma2_session_copy(NULL, s) == GEMMA2_ERR_ARGUMENT &&

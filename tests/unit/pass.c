@@ -603,7 +603,7 @@ static void test_refused_calls(void)
     check(gemma2_eval_rows(NULL, 1) == GEMMA2_ERR_ARGUMENT, "NULL rows");
     check(gemma2_eval_rows(rows, 4) == GEMMA2_ERR_ARGUMENT, "more rows than n_batch");
     rows[1].session = u;
-    check(gemma2_eval_rows(rows, 2) == GEMMA2_ERR_ARGUMENT, "rows of two models");
+    check(gemma2_eval_rows(rows, 2) == GEMMA2_ERR_MISMATCH, "rows of two models");
     rows[1].session = NULL;
     check(gemma2_eval_rows(rows, 2) == GEMMA2_ERR_ARGUMENT, "a row of no session");
     gemma2_session *wide = start(x.m, (struct setup){12, 8, 1, 0, 0});

@@ -9,6 +9,7 @@
  *   --prefill N[,N]    lengths of prompts, or none          (default 32,512,2048,8000)
  *   --decode N[,N]     tokens already there, or none        (default 0,4096,8000)
  *   --sessions N[,N]   sessions that decode in one pass      (default none)
+ *   --plan             only the size of the file and the memory of sessions
  *   --quick            --prefill 512 --decode 0,4096
  *   --batch N          rows of one pass                     (default: the session's)
  *   --kv auto|f32|f16  numbers of the cache
@@ -48,7 +49,7 @@ struct list {
 
 struct options {
     const char *model, *shape, *type, *head, *json, *kv;
-    int batch, runs, quick, read, no_limits;
+    int batch, runs, quick, read, no_limits, plan;
     struct list threads, prefill, decode, sessions;
 };
 
@@ -151,7 +152,7 @@ static void put_tokenizer(uint8_t *p)
 }
 
 /* Lays out the sections at base, or only counts when base is NULL; returns the size. */
-static uint64_t build_image(uint8_t *base, size_t shape, uint32_t type, uint32_t head)
+static uint64_t build_image(uint8_t *base, size_t shape, uint32_t type, uint32_t head, int fill)
 {
     gemma2_config c = {.n_vocab = 256000, .d_model = (int32_t)shapes[shape].d,
                        .n_heads = (int32_t)shapes[shape].n, .d_ffn = (int32_t)shapes[shape].f,
@@ -176,9 +177,9 @@ static uint64_t build_image(uint8_t *base, size_t shape, uint32_t type, uint32_t
             if (base) {
                 put_entry(base + HEADER_BYTES + (size_t)at * ENTRY_BYTES, r->id, in_layer ? l : 0,
                           t, t ? rows : 0, t ? cols : 0, end, bytes);
-                if (t)
+                if (t && fill)
                     fill_tensor(base + end, t, bytes, tile);
-                else
+                else if (!t)
                     put_tokenizer(base + end);
             }
             at++;
@@ -218,24 +219,39 @@ static gemma2_model *make_shape(const struct options *o)
         die("--shape is 2b, 9b or 27b");
     uint32_t type = type_named(o->type);
     uint32_t head = o->head ? type_named(o->head) : type == TYPE_Q4 ? TYPE_Q6 : type;
-    uint64_t size = build_image(NULL, i, type, head);
-    if (size + (2u << 30) > free_memory()) {
+    uint64_t size = build_image(NULL, i, type, head, 0);
+    if (!o->plan && size + (2u << 30) > free_memory()) {
         fprintf(stderr, "bench: %s in %s needs %.1f GB and 2 more for the session; %.1f are free\n",
                 o->shape, o->type, (double)size / 1e9, (double)free_memory() / 1e9);
         exit(1);
     }
-    void *p = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    void *p = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | (o->plan ? MAP_NORESERVE : 0), -1,
+                   0);
     if (p == MAP_FAILED)
         die("cannot map the weights");
 #ifdef MADV_HUGEPAGE
     madvise(p, size, o->read ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
 #endif
-    build_image(p, i, type, head);
+    build_image(p, i, type, head, !o->plan);
     char err[256];
     gemma2_model *m = gemma2_open_memory(p, size, NULL, err, sizeof err);
     if (!m)
         die(err);
     return m;
+}
+
+/* The size of the file, and what sessions take beside it. */
+static void print_plan(const struct options *o, const gemma2_model *m)
+{
+    gemma2_session_params params;
+    gemma2_plan plan;
+    gemma2_session_params_init(&params);
+    printf("%s %s: file %.2f GB", o->shape ? o->shape : o->model, o->shape ? o->type : "",
+           (double)gemma2_get_config(m)->file_bytes / 1e9);
+    for (params.n_context = 4096; params.n_context <= 8192; params.n_context *= 2)
+        if (gemma2_session_plan(m, &params, &plan) == GEMMA2_OK)
+            printf(", a session of %d tokens %.2f GB", params.n_context, (double)plan.total / 1e9);
+    printf("\n");
 }
 
 /* ---- medians ---- */
@@ -874,6 +890,7 @@ static const struct option {
     {"--sessions", LIST, offsetof(struct options, sessions), 1, MAX_SESSIONS},
     {"--batch", NUMBER, offsetof(struct options, batch), 1, 4096},
     {"--runs", NUMBER, offsetof(struct options, runs), 1, MAX_RUNS},
+    {"--plan", FLAG, offsetof(struct options, plan), 0, 0},
     {"--quick", FLAG, offsetof(struct options, quick), 0, 0},
     {"--read", FLAG, offsetof(struct options, read), 0, 0},
     {"--no-limits", FLAG, offsetof(struct options, no_limits), 0, 0},
@@ -885,7 +902,7 @@ static void usage(const char *what, const char *which)
             "usage: bench MODEL | --shape 2b|9b|27b [--type TYPE] [--head TYPE]\n"
             "       [--threads N,N] [--prefill N,N|none] [--decode N,N|none] [--quick]\n"
             "       [--sessions N,N] [--batch N] [--kv auto|f32|f16] [--runs N] [--read]\n"
-            "       [--no-limits] [--json FILE]\n", which, what);
+            "       [--plan] [--no-limits] [--json FILE]\n", which, what);
     exit(2);
 }
 
@@ -969,6 +986,8 @@ int main(int argc, char **argv)
     gemma2_model *m = o.shape ? make_shape(&o) : gemma2_open(o.model, &params, err, sizeof err);
     if (!m)
         die(err);
+    if (o.plan)
+        return print_plan(&o, m), 0;
     report.o = &o, report.m = m;
     printf("%s, %s row\n%s, weights %.2f GB%s\n", cpu_name(), m->isa->name,
            o.shape ? o.shape : o.model, (double)weight_bytes(m) / 1e9,

@@ -40,7 +40,7 @@ fuzz:
 # Tests the AMX and AVX-VNNI kernels on any CPU with AVX-512.
 # AMX's six tile instructions are C there, AVX-VNNI's have AVX-512's encoding.
 test-emulated: build/test_emulated build/test_golden_emulated
-	@sh tests/all.sh build/test_emulated build/test_golden_emulated
+	@sh tests/add_up.sh build/test_emulated build/test_golden_emulated
 
 build/%_emulated: tests/%.c gemma2.c gemma2.h $(wildcard tests/*.h tests/unit/*)
 	@mkdir -p build
@@ -65,7 +65,7 @@ define foreign
 	$(2) $(WARNINGS) -Werror tests/$$t.c -lm -o build/$(1)/$$t.exe || exit 1; done
 @$(2) $(WARNINGS) -Werror tests/digest.c gemma2.c -lm -o build/$(1)/digest.exe
 @$(2) $(WARNINGS) -Werror run.c gemma2.c -lm -o build/$(1)/run.exe
-@sh tests/all.sh "$(strip $(3) build/$(1)/test.exe $(4))" \
+@sh tests/add_up.sh "$(strip $(3) build/$(1)/test.exe $(4))" \
 	"$(strip $(3) build/$(1)/test_golden.exe --no-tale)" \
 	"sh tests/same_bits.sh build/digest $(strip $(3) build/$(1)/digest.exe)" $(5)
 endef
@@ -87,7 +87,7 @@ test-sanitize:
 	@$(SANITIZE) $(FAULT) -lm -o build/sanitize/fault
 	@$(SANITIZE) $(REPLAY) -lm -o build/sanitize/replay
 	@$(SANITIZE) run.c gemma2.c -lm -o build/sanitize/run
-	@sh tests/all.sh $(addprefix build/sanitize/,test test_session test_golden test_emulated \
+	@sh tests/add_up.sh $(addprefix build/sanitize/,test test_session test_golden test_emulated \
 		hostile fault replay) "sh tests/cli.sh build/sanitize/run"
 
 ARCHER ?= $(firstword $(wildcard /usr/lib/llvm-*/lib/libarcher.so))
@@ -101,8 +101,8 @@ test-tsan:
 	@mkdir -p build/tsan
 	@for t in test threads; do $(TSAN) tests/$$t.c -lm -lpthread -o build/tsan/$$t || exit 1; done
 	@export OMP_TOOL_LIBRARIES=$(ARCHER) TSAN_OPTIONS=ignore_noninstrumented_modules=1; \
-	sh tests/all.sh build/tsan/threads "build/tsan/test sharing kernels" \
-		"sh tests/fails.sh 66 0 data.race build/tsan/threads race"
+	sh tests/add_up.sh build/tsan/threads "build/tsan/test sharing kernels" \
+		"sh tests/must_fail.sh 66 0 data.race build/tsan/threads race"
 
 VALGRIND = valgrind -q --error-exitcode=9 --leak-check=full \
 	--errors-for-leak-kinds=definite,possible
@@ -113,8 +113,8 @@ test-valgrind: build/test run
 	@$(call need,valgrind)
 	@export OMP_NUM_THREADS=1; for isa in scalar avx2; do \
 		GEMMA2_ISA=$$isa $(VALGRIND) ./run $(DEMO) -q -j 1 -s 3 -n 3 --json "Once upon" || exit 9; done
-	@sh tests/all.sh "$(VALGRIND) build/test ground file formats sampler api" \
-		"sh tests/fails.sh 3 1 not.a.gemma2.c.model $(VALGRIND) ./run tests/demo/README.md x"
+	@sh tests/add_up.sh "$(VALGRIND) build/test ground file formats sampler api" \
+		"sh tests/must_fail.sh 3 1 not.a.gemma2.c.model $(VALGRIND) ./run tests/demo/README.md x"
 
 # Runs gcc -fanalyzer, clang-tidy and cppcheck.
 # They may find what tests/analyze.known explains, and nothing else.
@@ -152,8 +152,8 @@ test-32bit: build/digest
 	@$(call need,i686-linux-gnu-gcc)
 	@mkdir -p build/32bit && truncate -s 5G build/32bit/large
 	$(call foreign,32bit,i686-linux-gnu-gcc -static -msse2 -mfpmath=sse $(PLAIN) -O2,,,\
-		"sh tests/fails.sh 3 1 5368709120.bytes..too.large build/32bit/run.exe build/32bit/large x" \
-		"sh tests/fails.sh 1 0 needs.floats i686-linux-gnu-gcc -mfpmath=387 -fsyntax-only gemma2.c")
+		"sh tests/must_fail.sh 3 1 5368709120.bytes..too.large build/32bit/run.exe build/32bit/large x" \
+		"sh tests/must_fail.sh 1 0 needs.floats i686-linux-gnu-gcc -mfpmath=387 -fsyntax-only gemma2.c")
 	@rm -f build/32bit/large
 
 # Tests that a big-endian build (s390x) refuses every model.
@@ -161,9 +161,9 @@ test-big-endian:
 	@$(call need,s390x-linux-gnu-gcc qemu-s390x)
 	@mkdir -p build/s390x
 	@s390x-linux-gnu-gcc -static $(PLAIN) -O1 $(WARNINGS) -Werror run.c gemma2.c -lm -o build/s390x/run
-	@sh tests/all.sh \
-		"sh tests/fails.sh 3 1 needs.a.little-endian.CPU qemu-s390x build/s390x/run $(DEMO) x" \
-		"sh tests/fails.sh 3 1 needs.a.little-endian.CPU qemu-s390x build/s390x/run tokenizer.bin --info"
+	@sh tests/add_up.sh \
+		"sh tests/must_fail.sh 3 1 needs.a.little-endian.CPU qemu-s390x build/s390x/run $(DEMO) x" \
+		"sh tests/must_fail.sh 3 1 needs.a.little-endian.CPU qemu-s390x build/s390x/run tokenizer.bin --info"
 
 ARM_CC = aarch64-linux-gnu-gcc
 QEMU = qemu-aarch64
@@ -174,7 +174,7 @@ QEMU = qemu-aarch64
 test-arm: run build/digest
 	@$(call need,$(ARM_CC) $(QEMU))
 	$(call foreign,arm,$(ARM_CC) -static $(PLAIN) $(CFLAGS),$(QEMU) -cpu max,\
-		formats kernels sharing model,"sh tests/arm.sh $(QEMU) ./run build/arm/run.exe")
+		formats kernels sharing model,"sh tests/arm_demo.sh $(QEMU) ./run build/arm/run.exe")
 
 # Tests a static build with musl.
 test-musl: build/digest
@@ -213,7 +213,7 @@ test-plain:
 	@mkdir -p build/plain
 	@gcc $(PLAIN) -O2 $(WARNINGS) -Werror tests/test.c -lm -o build/plain/test
 	@gcc $(PLAIN) -O2 $(WARNINGS) -Werror -U__unix__ -U__linux__ run.c gemma2.c -lm -o build/plain/run
-	@sh tests/all.sh build/plain/test "sh tests/cli.sh build/plain/run plain"
+	@sh tests/add_up.sh build/plain/test "sh tests/cli.sh build/plain/run plain"
 
 # Counts the lines and branches that the C tests reach.
 coverage:

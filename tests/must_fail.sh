@@ -1,5 +1,5 @@
 #!/bin/sh
-# Passes when a command fails as it must: sh tests/fails.sh STATUS LINES PATTERN COMMAND...
+# Passes when a command fails as it must: sh tests/must_fail.sh STATUS LINES PATTERN COMMAND...
 # with that exit status and, in at most LINES lines (0: any number), the pattern.
 status=$1 lines=$2 pattern=$3
 shift 3

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Runs each command, adds up their closing lines "N passed, N failed", and closes with
+# Runs commands and adds up their closing lines "N passed, N failed", and closes with
 # such a line of its own.  A command that dies without its line counts as a failure.
 passed=0 failed=0
 for command in "$@"; do

@@ -102,7 +102,7 @@ def test_pieces(engine, folder):
     model = make_golden.tiny_tokenizer()
     renamed = sentencepiece({1: END, 4: START})
     settings = {"eos_token": END}
-    special = {"eos_token": END, "pad_token": {"content": START}}
+    special = {"eos_token": END, "pad_token": START}
     both = {**settings, "added_tokens_decoder": decoder(_1=END, _4=START)}
     path = write_directory(os.path.join(folder, "json"), {"tokenizer.model": renamed,
                                                           "tokenizer_config.json": both})

@@ -1219,7 +1219,8 @@ def weight_files(path, pattern, single):
         directory, given = directory or ".", series(name)
         if given is None:
             return [path]
-    names = sorted(n for n in os.listdir(directory) if pattern.fullmatch(n))
+    names = sorted(n for n in os.listdir(directory) if pattern.fullmatch(n)
+                   and not n.startswith("adapter_model."))
     index = os.path.join(directory, single + ".index.json")
     if single in names and not given:
         return [os.path.join(directory, single)]
@@ -3624,9 +3625,11 @@ OTHER_FORMATS = [  # endings in a directory (or of a file), what they are
 ]
 
 
-def is_adapter(directory):
-    return os.path.isfile(os.path.join(directory, "adapter_config.json")) and not os.path.isfile(
-        os.path.join(directory, "config.json"))
+def is_adapter(path):
+    """A directory with an adapter and no model's weights."""
+    return os.path.isfile(os.path.join(path, "adapter_config.json")) and not any(
+        n.endswith(tuple(WEIGHTS)) and not n.startswith("adapter_model.")
+        for n in os.listdir(path))
 
 
 # ---- Hugging Face's hub ---------------------------------------------------------------
@@ -4254,13 +4257,33 @@ class Adapted(Checkpoint):
         return next((t for t in found if t[0] is not None), None) or self.reader.chat_template()
 
 
+def adapter_beside(reader, given):
+    """The adapter that lies in the directory of the weights themselves, as a list of one or none.
+    transformers adds it, whatever base model it names."""
+    here = reader.directory
+    files = [os.path.join(here, n) for n in ("adapter_model.safetensors", "adapter_model.bin")]
+    if not (isinstance(reader, HuggingFace) and all(os.path.isfile(os.path.join(here, n))
+            for n in ("config.json", "adapter_config.json"))):
+        return []
+    if not any(map(os.path.isfile, files)):
+        warn("%s holds adapter_config.json but no adapter_model.safetensors: no adapter is added"
+             % here)
+    elif re.match("(hf_model_|ft-model-)", os.path.basename(reader.files[0])):
+        warn("the adapter in %s does not count: torchtune has merged it into the weights beside it"
+             % here)
+    elif not any(os.path.isdir(path) and os.path.samefile(path, here) for path, _ in given):
+        warn("the adapter in %s is added to the weights beside it, as transformers does: remove "
+             "adapter_config.json if they hold it already" % here)
+        return [(here, 1.0)]
+    return []
+
+
 def with_adapters(reader, given):
     """The reader with the adapters of (directory or hub name, scale) added."""
-    if not given:
-        return reader
+    given = adapter_beside(reader, given) + given
     return Adapted(reader, [
         Adapter(located(path, "the directory of a LoRA adapter"), scale, i)
-        for i, (path, scale) in enumerate(given)])
+        for i, (path, scale) in enumerate(given)]) if given else reader
 
 
 # =====================================================================================

@@ -10,6 +10,7 @@ import time
 import unittest.mock
 
 import make_golden
+import oracle_lora
 import reference as ref
 from oracle_export import convert_here
 from reference import check
@@ -167,6 +168,66 @@ def test_pieces(engine, folder):
         made[2].close()
 
 
+def test_adapters(engine, folder):
+    """An adapter's directory brings a tokenizer, more tokens, a template: they count although
+    it leaves the embedding alone."""
+    a, out = oracle_lora.Adapter(folder), os.path.join(folder, "out.bin")
+    files = {"tokenizer.model": sentencepiece({1: END, 4: START}), "tokenizer_config.json": {
+        "eos_token": END, "chat_template": CHATML}}
+    more = {"tokenizer_config.json": {"eos_token": END, "added_tokens_decoder": decoder(
+        _7=END, _4=START)}, "chat_template.jinja": CHATML}
+    for what, given, end, said in (("a tokenizer", files, 1, "brings another tokenizer"),
+                                   ("tokens", more, 7, "rename 2 pieces")):
+        for name, content in given.items():
+            with open(os.path.join(a.path, name), "wb") as f:
+                f.write(content if isinstance(content, bytes) else content.encode()
+                        if isinstance(content, str) else json.dumps(content).encode())
+        run = convert_here(a.base, out, "--lora", a.path)
+        if not check(run.returncode == 0 and said in run.stderr, f"{what}: {run.stderr}"):
+            continue
+        f, m = ref.Bin(out), ref.Model(engine, out)
+        got = m.encode_chat([(1, "the"), (2, END), (1, "was")], GENERATE)
+        check(got.count(end) == 3 and got.count(4) == 4, f"{what} of an adapter: {got}")
+        check(end in f.header["stop"], f"{what} of an adapter: ends at {f.header['stop']}")
+        check(f.facts()["chat.user.before"] == START + "user\n", f"{what}: {f.facts()}")
+        m.close()
+        for name in given:
+            os.remove(os.path.join(a.path, name))
+
+
+def test_beside(engine, folder):
+    """An adapter beside a full model is added as transformers adds it, unless torchtune did."""
+    a, out = oracle_lora.Adapter(folder), os.path.join(folder, "out.bin")
+    for name in "adapter_config.json", "adapter_model.safetensors":
+        shutil.copy(os.path.join(a.path, name), a.base)
+    hf = a.load({})  # both, as from_pretrained finds them
+    ids = [2, 300, 7, 19, 3, 4, 5, 211]
+    want = ref.hf_logits(hf, ids)
+
+    def off(what, said, *options):
+        run = convert_here(a.base, out, "--type", "f32", *options)
+        if not check(run.returncode == 0 and said in run.stderr, f"{what}: {run.stderr}"):
+            return 0
+        model = ref.Model(engine, out)
+        session = ref.Session(model, n_batch=len(ids), cache_type=1)
+        found = abs(session.rows(ids) - want).max()
+        session.close(), model.close()
+        return found
+    check(off("beside", "is added to the weights beside it") <= oracle_lora.LOGITS,
+          "an adapter beside the weights: logits")
+    check(off("beside and given", "", "--lora", a.base) <= oracle_lora.LOGITS,
+          "an adapter beside the weights, given by --lora too: logits")
+    os.rename(os.path.join(a.base, "adapter_model.safetensors"), os.path.join(folder, "a"))
+    check(off("no weights of it", "no adapter is added") > 0.1, "without its tensors: logits")
+    os.rename(os.path.join(folder, "a"), os.path.join(a.base, "adapter_model.safetensors"))
+    os.rename(os.path.join(a.base, "model.safetensors"),
+              os.path.join(a.base, "ft-model-00001-of-00001.safetensors"))
+    check(off("torchtune's", "does not count") > 0.1, "merged by torchtune: logits")
+    os.remove(os.path.join(a.base, "ft-model-00001-of-00001.safetensors"))
+    run = convert_here(a.base, out)
+    check(run.returncode == 1 and "is a LoRA adapter" in run.stderr, f"alone: {run.stderr}")
+
+
 # ---- templates ----------------------------------------------------------------------------
 
 # The official one: ids of its turns also where jinja2 is not installed
@@ -184,7 +245,8 @@ OPEN = "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 FOLDED = ("{{ bos_token }}{% set ns = namespace(first='') %}{% for m in messages %}{% if m.role == "
           "'system' %}{% set ns.first = m.content + '\n' %}{% continue %}{% endif %}"
           "{{ '<start_of_turn>' + ('model' if m.role == 'assistant' else m.role) + '\n' }}"
-          "{{ ns.first }}{{ m.content | trim + '<end_of_turn>\n' }}{% set ns.first = '' %}{% endfor %}" + OPEN)
+          "{{ ns.first }}{{ m.content | trim + '<end_of_turn>\n' }}{% set ns.first = '' %}"
+          "{% endfor %}" + OPEN)
 CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
           "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 ALPACA = ("{{ bos_token }}{% if messages[0].role != 'system' %}Below is an instruction.\n\n\n"
@@ -196,8 +258,8 @@ ZEPHYR = ("{% for m in messages %}\n{{ '<|' + m.role + '|>\n' + m.content + eos_
           "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n"
           "{% endfor %}")
 VICUNA = ("{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ 'USER: ' + m.content"
-          " + ' ' }}{% elif m.role == 'system' %}{{ m.content + '\n' }}{% else %}{{ 'ASSISTANT: ' + "
-          "m.content + eos_token }}{% endif %}{% endfor %}"
+          " + ' ' }}{% elif m.role == 'system' %}{{ m.content + '\n' }}{% else %}"
+          "{{ 'ASSISTANT: ' + m.content + eos_token }}{% endif %}{% endfor %}"
           "{% if add_generation_prompt %}ASSISTANT:{% endif %}")
 LLAMA = ("{% for m in messages %}{% if m.role == 'user' %}{{ bos_token + '[INST] ' + "
          "m.content.strip() + ' [/INST]' }}{% elif m.role == 'assistant' %}{{ ' ' + "
@@ -369,6 +431,8 @@ def test_picked(engine, folder):
 def test_chat(engine, folder):
     test_without_numpy(folder)
     test_pieces(engine, folder)
+    test_adapters(engine, folder)
+    test_beside(engine, folder)
     test_turns(engine, folder)
     test_official(engine, folder)
     test_inexpressible(engine, folder)

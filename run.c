@@ -290,7 +290,7 @@ typedef struct option option;
 
 typedef struct {
     const char *model;
-    const char *positional[2]; /* MODEL and PROMPT, or PROMPT alone after -m MODEL */
+    const char *positional[3]; /* MODEL and PROMPT, or PROMPT alone with -m; one too many */
     int n_positional;
     const char *text, *file, *ids; /* the prompt: at most one of them */
     int n_prompts;
@@ -489,7 +489,7 @@ static const struct {
     {" -hf -hfr -hff --hf-repo --hf-file -mu --model-url ",
      "nothing is downloaded here; give the path of a file that export.py made"},
     {" --prompt-cache --prompt-cache-all --prompt-cache-ro ",
-     "--session FILE keeps what was read and shown, and --load FILE goes on from it"},
+     "what was read and shown is kept by --session FILE, and --load FILE goes on from it"},
     {" -e --escape ", "a prompt is taken as it is; your shell can write newlines into it"},
     {" --tokenizer ", "the tokenizer is in the model file"},
     {" --keep --num-keep --context-shift ",
@@ -815,11 +815,8 @@ static int parse_options(options *opts, int argc, char **argv)
             options_ended = 1;
         else if (is_option)
             status = take_option(opts, argc, argv, &i);
-        else if (opts->n_positional < 2)
+        else if (opts->n_positional < 3)
             opts->positional[opts->n_positional++] = argv[i];
-        else
-            return fail(USAGE, "one argument too many: %s; put quotes around the whole prompt",
-                        argv[i]);
     }
     return status;
 }
@@ -827,26 +824,27 @@ static int parse_options(options *opts, int argc, char **argv)
 /* MODEL and PROMPT; says where a number was likely meant for another option. */
 static int place_positional(options *opts)
 {
-    const char **prompt = opts->positional + !opts->model, *number = opts->after_chat;
+    const char *number = opts->after_chat;
+    int at = opts->model == NULL, n = opts->n_positional; /* at: the prompt's place */
     if (!opts->model)
         opts->model = opts->positional[0];
-    opts->n_prompts += prompt < opts->positional + opts->n_positional;
-    if (number && (number == opts->model || opts->n_prompts > 1))
+    opts->n_prompts += n > at;
+    if (number && (number == opts->model || n > at + 1 || opts->n_prompts > 1))
         return fail(USAGE, "-c %s: -c is --chat here; a context of %s tokens is -C %s", number,
                     number, number);
-    if (prompt + 1 < opts->positional + opts->n_positional)
-        return fail(USAGE, "one argument too many: %s; the model is the one of -m", prompt[1]);
+    if (n > at + 1)
+        return fail(USAGE, "one argument too many: %s; put quotes around the whole prompt",
+                    opts->positional[at + 1]);
     if (opts->n_prompts > 1)
         return fail(USAGE, "more than one prompt: give PROMPT, -p, -f or --ids, and only once");
-    if (prompt < opts->positional + opts->n_positional)
-        opts->text = *prompt;
-    if (opts->quiet)
-        return DONE;
-    if (number && number == opts->text)
+    if (n > at)
+        opts->text = opts->positional[at];
+    float temperature = opts->sampler.temperature;
+    if (number && number == opts->text && !opts->quiet)
         remark("note: -c is --chat here and %s the message; a context of %s tokens is -C %s",
                number, number, number);
-    float temperature = opts->sampler.temperature;
-    if (temperature >= 2 && temperature <= 1024 && temperature == floorf(temperature))
+    if (temperature >= 2 && temperature <= 1024 && temperature == floorf(temperature) &&
+        !opts->quiet)
         remark("note: -t is --temperature here; %g threads are -j %g", (double)temperature,
                (double)temperature);
     return DONE;
@@ -935,27 +933,16 @@ static int is_control(uint32_t code)
     return code < 0x20 || (code >= 0x7F && code <= 0x9F);
 }
 
-/* Python's str.strip, which chat templates call. */
-static int is_space(uint32_t code)
-{
-    return (code >= 0x09 && code <= 0x0D) || (code >= 0x1C && code <= 0x20) || code == 0x85 ||
-           code == 0xA0 || code == 0x1680 || (code >= 0x2000 && code <= 0x200A) ||
-           code == 0x2028 || code == 0x2029 || code == 0x202F || code == 0x205F || code == 0x3000;
-}
-
 /* The text without white space at both ends. */
 static const char *trim(const char *text, size_t *n)
 {
-    size_t start = 0, end = 0, length;
-    for (size_t i = 0; i < *n; i += length) {
-        if (is_space(next_char(text + i, *n - i, &length)))
-            continue;
-        if (end == 0)
-            start = i;
-        end = i + length;
+    while (*n && isspace((unsigned char)text[*n - 1]))
+        --*n;
+    while (*n && isspace((unsigned char)*text)) {
+        text++;
+        --*n;
     }
-    *n = end - start;
-    return text ? text + start : "";
+    return text;
 }
 
 /* Control characters and stray bytes of a sentence become question marks. */
@@ -1117,6 +1104,7 @@ typedef struct {
     float *logits; /* [V] after the last token of the session */
     gemma2_sampler sampler;
     uint64_t seed;
+    int32_t end_of_reply; /* the mark of the chat template, or -1 */
     double load_s;
     array prompt; /* char: its bytes */
     array echo;   /* char: what --echo puts before the reply */
@@ -1192,19 +1180,18 @@ static int push_id(program *p, int32_t id)
     return DONE;
 }
 
-/* Appends the ids of a text. */
-static int push_text(program *p, const char *text, size_t size, unsigned flags)
+/* Appends the ids of a text, or of a chat's messages. */
+static int push_encoded(program *p, const gemma2_message *text, size_t n_messages, unsigned flags)
 {
-    if (size == 0)
-        return DONE;
-    size_t scratch_bytes = gemma2_encode_scratch(size);
+    size_t size = (size_t)text[n_messages ? n_messages - 1 : 0].size, room = size / 2 + 64;
+    size_t held = p->ids.n, scratch_bytes = n_messages
+        ? gemma2_chat_scratch(p->model, text, n_messages) : gemma2_encode_scratch(size);
     if (scratch_bytes == 0)
         return fail(FAILED, "a text of %zu bytes is too long", size);
     void *scratch = malloc(scratch_bytes);
     if (!scratch)
         return out_of_memory();
-    int64_t n = (int64_t)(size / 2 + 16); /* a guess; the second round is never short */
-    size_t held = p->ids.n, room;
+    int64_t n = (int64_t)room; /* a guess; the second round is never short */
     int32_t *ids;
     do {
         p->ids.n = held;
@@ -1212,13 +1199,22 @@ static int push_text(program *p, const char *text, size_t size, unsigned flags)
         ids = extend(&p->ids, room, sizeof *ids);
         if (!ids)
             break;
-        n = gemma2_encode(p->model, text, (int64_t)size, flags, ids, room, scratch, scratch_bytes);
+        n = n_messages ? gemma2_encode_chat(p->model, text, n_messages, flags, ids, room, scratch,
+                                            scratch_bytes)
+                       : gemma2_encode(p->model, text->text, text->size, flags, ids, room, scratch,
+                                       scratch_bytes);
     } while (n > (int64_t)room);
     free(scratch);
     p->ids.n = held + (ids && n > 0 ? (size_t)n : 0);
     if (!ids)
         return out_of_memory();
     return n < 0 ? fail(FAILED, "cannot encode the text: %s", gemma2_error_string((int)n)) : DONE;
+}
+
+static int push_text(program *p, const char *text, size_t size, unsigned flags)
+{
+    gemma2_message whole = {GEMMA2_ROLE_USER, text, (int64_t)size};
+    return size ? push_encoded(p, &whole, 0, flags) : DONE;
 }
 
 /* Appends the ids of a list, "2 651, 6037". */
@@ -1244,49 +1240,42 @@ static int push_list(program *p, const char *list)
     return DONE;
 }
 
-/* Appends a user's turn and the opening of the model's:
- *
- *   <bos><start_of_turn>user
- *   SYSTEM                           (in the first turn, where there is one,
- *                                     and an empty line after it)
- *   TEXT<end_of_turn>
- *   <start_of_turn>model
- *
- * A later turn first closes the reply before it.  Markers go in as ids and everything
- * else as plain text, so that no text can forge one. */
-static int push_turn(program *p, const char *text, size_t n)
+/* Appends a user's turn, which closes the reply before it, and what opens the model's. */
+static int push_turn(program *p, const char *text, size_t size)
 {
-    const gemma2_config *config = p->config;
-    const char *system = p->opts->system ? p->opts->system : "";
-    size_t n_system = strlen(system);
-    int first = p->ids.n == 0;
-    system = trim(system, &n_system);
-    text = trim(text, &n);
-    array turn = {0};
-    char *bytes = extend(&turn, 5 + n_system + 2 + n, 1);
-    if (!bytes)
-        return out_of_memory();
-    bytes = (char *)memcpy(bytes, "user\n", 5) + 5;
-    if (first && n_system) {
-        bytes = (char *)memcpy(bytes, system, n_system) + n_system;
-        bytes = (char *)memcpy(bytes, "\n\n", 2) + 2;
-    }
-    bytes = (char *)memcpy(bytes, text, n) + n;
-    size_t size = (size_t)(bytes - (char *)turn.items);
+    const char *system = p->opts->system;
+    gemma2_message turn[2] = {{GEMMA2_ROLE_SYSTEM, system, -1},
+                              {GEMMA2_ROLE_USER, text ? text : "", (int64_t)size}};
+    int first = p->ids.n == 0, has_system = first && system;
+    return push_encoded(p, has_system ? turn : turn + 1, has_system ? 2 : 1,
+                        GEMMA2_CHAT_GENERATE | (first ? 0 : GEMMA2_CHAT_CONTINUE));
+}
 
-    int status = DONE;
-    if (first && config->bos >= 0)
-        status = push_id(p, config->bos);
-    if (!first && !(status = push_id(p, config->end_of_turn)))
-        status = push_text(p, "\n", 1, GEMMA2_ENCODE_PLAIN);
-    if (!status && !(status = push_id(p, config->start_of_turn)))
-        status = push_text(p, turn.items, size, GEMMA2_ENCODE_PLAIN);
-    if (!status && !(status = push_id(p, config->end_of_turn)))
-        status = push_text(p, "\n", 1, GEMMA2_ENCODE_PLAIN);
-    if (!status && !(status = push_id(p, config->start_of_turn)))
-        status = push_text(p, "model\n", 6, GEMMA2_ENCODE_PLAIN);
-    free(turn.items);
-    return status;
+/* Whether the model's chat template can be used for what is asked, and which token ends a reply
+ * by it. */
+static int open_chat(program *p)
+{
+    char err[512];
+    const options *opts = p->opts;
+    gemma2_message turn[2] = {{GEMMA2_ROLE_SYSTEM, opts->system, -1}, {GEMMA2_ROLE_USER, "x", 1}};
+    p->end_of_reply = -1;
+    if (!opts->chat)
+        return DONE;
+    if (gemma2_chat_check(p->model, opts->system ? turn : turn + 1, opts->system ? 2 : 1,
+                          GEMMA2_CHAT_GENERATE, err, sizeof err) < 0)
+        return fail(USAGE, "%s: %s", opts->model, err);
+    size_t size = gemma2_chat_scratch(p->model, NULL, 0);
+    void *scratch = malloc(size);
+    int32_t id;
+    if (!scratch)
+        return out_of_memory();
+    int64_t n = gemma2_encode_chat(p->model, NULL, 0, GEMMA2_CHAT_CONTINUE, &id, 1, scratch, size);
+    free(scratch);
+    int type = 0;
+    if (n > 0 && gemma2_piece(p->model, id, NULL, &type) && type != GEMMA2_PIECE_NORMAL &&
+        type != GEMMA2_PIECE_BYTE)
+        p->end_of_reply = id;
+    return DONE;
 }
 
 static const char *prompt_name(const options *opts)
@@ -1458,7 +1447,7 @@ static int step(program *p)
     int32_t id = gemma2_sample(p->session, &p->sampler, p->logits);
     if (id < 0)
         return engine_failed(p, "choosing a token", id);
-    if (gemma2_is_stop(p->model, id) || (p->opts->chat && id == p->config->end_of_turn)) {
+    if (gemma2_is_stop(p->model, id) || id == p->end_of_reply) {
         r->finish = AT_STOP;
         return DONE;
     }
@@ -1761,6 +1750,8 @@ static int generate(program *p)
 {
     if (p->ids.n == 1 && !p->opts->ids && !p->opts->quiet)
         remark("note: the prompt is empty, so the text begins with anything");
+    else if (p->opts->chat && !p->prompt.n && !p->opts->quiet)
+        remark("note: the message is empty");
     int status = p->opts->echo ? load_echo(p) : DONE;
     if (status == DONE)
         status = make_reply(p);
@@ -1972,14 +1963,15 @@ static int read_message(program *p, int *at_end)
     return status;
 }
 
-/* The message without what stands around it. */
-static const char *message_text(const program *p, size_t *n)
+/* The message without the """ around it, if there are. */
+static const char *without_quotes(const char *text, size_t *n)
 {
-    const char *text = trim(p->prompt.items, n);
-    if (*n < 6 || memcmp(text, "\"\"\"", 3) != 0 || memcmp(text + *n - 3, "\"\"\"", 3) != 0)
+    size_t size = *n;
+    const char *inside = trim(text, &size);
+    if (size < 6 || memcmp(inside, "\"\"\"", 3) != 0 || memcmp(inside + size - 3, "\"\"\"", 3) != 0)
         return text;
-    *n -= 6;
-    return trim(text + 3, n);
+    *n = size - 6;
+    return inside + 3;
 }
 
 static int answer(program *p, const char *text, size_t n)
@@ -2027,8 +2019,10 @@ static int converse(program *p)
             fputc('\n', stderr);
         if (at_end || status != DONE)
             break;
-        size_t n = p->prompt.n;
-        const char *line = message_text(p, &n);
+        size_t size = p->prompt.n;
+        const char *text = without_quotes(p->prompt.items, &size);
+        size_t n = size;
+        const char *line = trim(text, &n);
         if (n == 5 && memcmp(line, "/exit", 5) == 0)
             break;
         if (n == 5 && memcmp(line, "/help", 5) == 0)
@@ -2036,7 +2030,7 @@ static int converse(program *p)
         else if (n == 6 && memcmp(line, "/clear", 6) == 0)
             forget_after(p, 0);
         else if (n > 0)
-            status = answer(p, line, n);
+            status = answer(p, text, size);
     }
     terminal_restore();
     return status;
@@ -2352,6 +2346,36 @@ static void put_architecture(program *p)
     put_format(out, "trained context: %" PRId32 "\n", c->n_context);
 }
 
+/* A conversation as the chat template writes it, control pieces by their names. */
+static void put_turns(program *p)
+{
+    static const char space[] = "\xE2\x96\x81";
+    gemma2_message talk[] = {{GEMMA2_ROLE_SYSTEM, "SYSTEM", 6}, {GEMMA2_ROLE_USER, "USER", 4},
+                             {GEMMA2_ROLE_MODEL, "MODEL", 5}};
+    char err[512];
+    int bare = gemma2_chat_check(p->model, talk, 3, 0, err, sizeof err) < 0;
+    put_format(&p->out, "chat: ");
+    if (bare && gemma2_chat_check(p->model, talk + 1, 2, 0, err, sizeof err) < 0) {
+        put_format(&p->out, "%s\n", err);
+        return;
+    }
+    p->ids.n = 0;
+    if (push_encoded(p, talk + bare, bare ? 2 : 3, 0) != DONE)
+        return;
+    put_bytes(&p->out, "\"", 1);
+    for (size_t i = 0; i < p->ids.n; i++) {
+        size_t n;
+        const char *piece = gemma2_piece(p->model, ((int32_t *)p->ids.items)[i], &n, NULL);
+        for (size_t at = 0, end; at < n; at = end) {
+            int is_space = n - at >= 3 && memcmp(piece + at, space, 3) == 0;
+            for (end = at + 1; end < n && (is_space ? end < at + 3 : piece[end] != space[0]); end++)
+                ;
+            put_json(&p->out, is_space ? " " : piece + at, is_space ? 1 : end - at);
+        }
+    }
+    put_format(&p->out, bare ? "\", and no place for system text\n" : "\"\n");
+}
+
 /* One line for each type of section: how many, how many values, how many bytes. */
 static void put_sections(program *p)
 {
@@ -2421,6 +2445,7 @@ static int info(program *p)
     put_format(out, "stop ids: ");
     put_ids(out, c->stop, (size_t)c->n_stop, " ");
     put_bytes(out, "\n", 1);
+    put_turns(p);
     put_sections(p);
     if (c->n_layers)
         put_format(out, "memory: %s\n", plan);
@@ -2517,14 +2542,12 @@ static int refuse_model(const char *path, const char *sentence)
 }
 
 /* What the model file must have for what is asked. */
-static int check_model_fits(const program *p)
+static int check_model_fits(program *p)
 {
     const gemma2_config *c = p->config;
     const options *opts = p->opts;
     if (c->n_layers == 0 && TRAITS[opts->mode] & EVALUATES)
         return fail(BAD_MODEL, "%s holds a tokenizer but no model; give a model file", opts->model);
-    if (opts->chat && (c->start_of_turn < 0 || c->end_of_turn < 0))
-        return fail(USAGE, "--chat: the vocabulary of %s has no turn markers", opts->model);
     if (c->n_layers && opts->session.window > c->window)
         return fail(USAGE, "--window %" PRId32 " is above the model's window of %" PRId32,
                     opts->session.window, c->window);
@@ -2532,7 +2555,7 @@ static int check_model_fits(const program *p)
         if (opts->biases[i].id >= c->n_vocab)
             return fail(USAGE, "--logit-bias: token id %" PRId32 " is outside the vocabulary of "
                         "%" PRId32 " pieces", opts->biases[i].id, c->n_vocab);
-    return DONE;
+    return open_chat(p);
 }
 
 static int open_session(program *p, const gemma2_session_params *params)
@@ -2588,8 +2611,8 @@ static void init_sampler(program *p)
         sampler->penalty_last = gemma2_context(p->session);
     for (int32_t i = 0; opts->ignore_eos && i < c->n_stop; i++)
         opts->biases[sampler->n_bias++] = (gemma2_bias){c->stop[i], -INFINITY};
-    if (opts->ignore_eos && opts->chat)
-        opts->biases[sampler->n_bias++] = (gemma2_bias){c->end_of_turn, -INFINITY};
+    if (opts->ignore_eos && p->end_of_reply >= 0)
+        opts->biases[sampler->n_bias++] = (gemma2_bias){p->end_of_reply, -INFINITY};
 }
 
 /* Modes that evaluate a prompt. */

@@ -88,6 +88,35 @@ refuses "add -c" "--system without --chat" 2 "$STORY" -S Rhyme. x
 refuses "not empty" "empty stop string" 2 "$STORY" --stop "" x
 refuses "f32 or f16" "cache type" 2 "$STORY" --kv q8 x
 
+# ---- Other programs' spellings: ours where the meaning is the same, else a sentence -------
+explains() { # SAID ARGUMENT...
+    explained=$1
+    shift
+    refuses "$explained" "$*" 2 "$STORY" -p x "$@"
+    claim "$(grep -c nearest "$TMP/err")" -eq 0 "suggestions"
+}
+for option in --grammar --json-schema --format; do explains "a grammar or a schema" $option g.gbnf; done
+for option in -ngl --n-gpu-layers --n_gpu_layers -fa --flash-attn; do explains "on the CPU" $option 99; done
+for option in -b --batch-size -ub -tb; do explains "leave it out" $option 512; done
+for option in --mirostat --typical --dry-multiplier --xtc-probability; do explains "--top-k" $option 2; done
+for option in --rope-freq-base --rope-scaling; do explains "as the model was trained" $option 2; done
+explains "export.py --lora" --lora a.gguf
+explains "export.py put it" --chat-template=chatml
+explains "nothing is downloaded" -hf google/gemma-2-2b-it
+explains "--load FILE" --prompt-cache cache
+explains "-c" -i
+explains "in the model file" --tokenizer t.model
+explains "your shell" -e
+explains "--in-memory" --mlock
+explains "-C 4096" -c 4096
+refuses "-C 4096" "-c N before the model" 2 -c 4096 "$STORY" x
+explains "drop" --keep 5
+run "-c and a number as the message" 0 "$STORY" -n 1 -c 42; err_has "note: -c is --chat here and 42 the message"
+run "-c and a text of figures and letters" 0 "$STORY" -n 1 -c 42nd; claim "$(grep -c note "$TMP/err")" -eq 0 "notes"
+run "-t 8" 0 "$STORY" -n 1 -t 8 x;              err_has "8 threads are -j 8"
+run "-t 8, quiet" 0 "$STORY" -q -n 1 -t 8 x;    err_empty
+run "-t 1.5" 0 "$STORY" -n 1 -t 1.5 x;          claim "$(grep -c note "$TMP/err")" -eq 0 "notes"
+
 # ---- Numbers -----------------------------------------------------------------------
 number() { # OPTION VALUE...: each is refused
     option=$1
@@ -162,6 +191,7 @@ refuses "tokenizer" "tokenizer cannot generate" 3 "$VOCAB" x
 refuses "tokenizer" "tokenizer cannot score" 3 "$VOCAB" --score x
 run "info" 0 "$STORY" --info;            err_empty
 out_has "^identity: [0-9a-f]\{64\}$"; out_has "^layers: 6"; out_has "^memory: .*mapped"
+out_has '^chat: "<bos><start_of_turn>user\\nSYSTEM\\n\\nUSER<end_of_turn>\\n<start_of_turn>model\\nMODEL<end_of_turn>\\n"$'
 out_has "^attention: LGLGLG (L local, window 128; G global)"; out_has "^scales: query 0.125, embedding 16, rope"
 claim "$(grep '^sections' "$TMP/out" | tr '\n' ';')" = "sections of bytes: 2, 61.3 KiB;sections of f32: 25, 6400 values, 25.0 KiB;sections of q8: 43, 5767168 values, 5.7 MiB;" "sections"
 name="unknown instruction set"
@@ -242,6 +272,46 @@ run "echo" 0 "$STORY" -q -t 0 -n 24 --echo "$P"
 run "echo of ids" 0 "$STORY" -q -t 0 -n 24 --echo --ids "2 2740 688 266 538"
 same "$TMP/out" "$TMP/want" "echo of ids"
 run "no tokens" 0 "$STORY" -q -n 0 "$P"; out_is "\n"
+as() { # NAME STANDARD OTHER: two ways to say the same
+    run "$1" 0 "$STORY" -q -s 5 -p "$P" $2; keep standard
+    run "$1: $3" 0 $3 -q -s 5 -p "$P"; err_empty
+    same "$TMP/out" "$TMP/standard" "$3 is not $2"
+}
+as "a model by its option" "-n 9" "-n 9 -m $STORY"
+as "the same, long" "-n 9" "-n 9 --model=$STORY"
+as "tokens of the reply" "-n 9" "$STORY --n-predict 9"
+as "of ollama" "-n 9" "$STORY --num_predict 9"
+as "of transformers" "-n 9" "$STORY --max_new_tokens=9"
+as "no limit" "-n 2000" "$STORY -n -1"
+as "context" "-C 12" "$STORY --ctx-size 12"
+as "context of ollama" "-C 12" "$STORY --num_ctx=12"
+as "temperature" "-n 9 -t 0.3" "$STORY -n 9 --temp 0.3"
+as "underscores" "-n 9 --top-k 3" "$STORY -n 9 --top_k 3"
+as "penalty" "-n 30 --repeat-penalty 1.3" "$STORY -n 30 --repetition_penalty 1.3"
+as "system text" "-n 9 -c -S Rhyme." "$STORY -n 9 -cnv -sys Rhyme."
+as "a stop string" "-n 30 --stop e" "$STORY -n 30 -r e"
+as "cache" "-n 9 --kv f32" "$STORY -n 9 -ctk f32 -ctv f32"
+as "what is so anyway" "-n 9" "$STORY -n 9 --no-display-prompt --jinja -st"
+run "a prompt before -m" 0 -q -t 0 -n 24 "$P" -m "$STORY"; same "$TMP/out" "$TMP/greedy" "it is another text"
+refuses "too many: x" "two prompts and -m" 2 "$P" x -m "$STORY"
+
+# Penalties and biases.
+json_ids() { sed 's/.*"ids": \[\([^]]*\)\], "logprobs.*/\1/' "$TMP/out" | tr -d ' ' | tr ',' '\n'; }
+most() { json_ids | sort | uniq -c | sort -rn | awk 'NR == 1 { print $1 }'; }
+run "no penalty" 0 "$STORY" -q --json -t 0 -n 60 --ignore-eos "$P"; plain=$(most)
+for penalty in "--repeat-penalty 1000" "--presence-penalty 100" "--frequency-penalty 100"; do
+    run "$penalty" 0 "$STORY" -q --json -t 0 -n 60 --ignore-eos $penalty --repeat-last-n -1 "$P"
+    claim "$(most)" -eq 1 "most of one token"
+    run "$penalty, of none" 0 "$STORY" -q --json -t 0 -n 60 --ignore-eos $penalty --repeat-last-n 0 "$P"
+    claim "$(most)" -eq "$plain" "most of one token"
+done
+first=$("$RUN" "$STORY" --logits 1 "$P" </dev/null | cut -f 1)
+run "a banned token" 0 "$STORY" -q --json -t 0 -n 1 --logit-bias "$first-inf" "$P"
+claim "$(json_ids)" != "$first" "token"
+run "a bias" 0 "$STORY" -q --json -t 0 -n 3 --logit-bias 77+1000 --logit-bias=77-50.5 "$P"
+claim "$(json_ids | tr '\n' ' ')" = "77 77 77 " "tokens"
+run "a bias and no end" 0 "$STORY" -q --json -n 3 --logit-bias 1+1e6 --ignore-eos "$P"
+claim "$(json_ids | wc -l)" -eq 3 "tokens"
 run "a random seed is shown" 0 "$STORY" -n 20 "$P"; keep sampled
 seed=$(sed 's/.*seed //' "$TMP/err")
 run "another seed" 0 "$STORY" -n 1 "$P"; claim "$(sed 's/.*seed //' "$TMP/err")" != "$seed" "seed"
@@ -262,6 +332,52 @@ run "in memory" 0 "$STORY" -q --exact --in-memory --logits 20 "$P"
 same "$TMP/out" "$TMP/exact" "--in-memory changes results"
 printf 'Hello' >"$TMP/in"; run "chat from standard input" 0 "$STORY" -c -q -n 5
 
+# ---- What a prompt may look like ---------------------------------------------------------
+run "a message" 0 "$STORY" --tokenize -c "Hello"; keep message
+for newline in '\n' '\r\n'; do
+    printf "Hello$newline" >"$TMP/file"; cp "$TMP/file" "$TMP/in"
+    run "newline at the end of a message" 0 "$STORY" --tokenize -c; same "$TMP/out" "$TMP/message" "it counts"
+    run "of a file" 0 "$STORY" --tokenize -c -f "$TMP/file"; same "$TMP/out" "$TMP/message" "it counts"
+    run "and of its echo" 0 "$STORY" -q -n 0 --echo -c -f "$TMP/file"; out_is 'Hello\n\n'
+done
+printf 'Hello\n' >"$TMP/in"; run "outside a chat it counts" 0 "$STORY" -q -n 0 --echo; out_is 'Hello\n\n'
+warns() { # SAID NAME: of the prompt $TMP/file, in one line, unless quiet; it is taken all the same
+    for way in "--tokenize" "-n 1" "-n 1 -c" "--score"; do
+        run "$2, $way" 0 "$STORY" $way -C 4000 -f "$TMP/file"; err_has "^warning: $TMP/file $1"
+        run "$2, quiet" 0 "$STORY" $way -C 4000 -q -f "$TMP/file"; err_empty
+    done
+}
+printf '\357\273\277Hello' >"$TMP/file";          warns "begins with a byte-order mark" "a byte-order mark"
+printf '\377\376H\000i\000' >"$TMP/file";          warns "seems to be UTF-16" "UTF-16"
+printf '\376\377\000H\000i' >"$TMP/file";          warns "seems to be UTF-16" "UTF-16, the other order"
+printf 'H\000e\000l\000l\000o\000,\000 \000h\000i\000!\000' >"$TMP/file"
+warns "seems to be UTF-16" "UTF-16 without a mark"
+printf '\211PNG\r\n\032\n\000\000\000\rIHDR' >"$TMP/file"; warns "seems to be an image, not text" "an image"
+head -c 3000 "$STORY" | tail -c 1000 >"$TMP/file";  warns "seems to be binary data, not text" "binary data"
+head -c 900 /dev/zero >"$TMP/file";                 warns "seems to be binary data, not text" "zeros"
+for text in 'Tab\there' 'a\033[1mb' 'Hello\000' '\303\251t\303\251' '\344\270\255\346\226\207'; do
+    printf "$text" >"$TMP/file"; run "text: $text" 0 "$STORY" --tokenize -f "$TMP/file"; err_empty
+done
+refuses "seems to be a model of gemma2.c, not text" "a model as prompt" 2 "$STORY" -f "$STORY"
+cp "$STORY" "$TMP/in"; refuses "standard input seems to be a model" "a model as input" 2 "$STORY"
+run "an empty prompt" 0 "$STORY" -n 1 "";           err_has "the prompt is empty"
+run "no input" 0 "$STORY" -n 1;                     err_has "the prompt is empty"
+run "an empty message" 0 "$STORY" -n 1 -c "";       err_has "the message is empty"
+run "empty and quiet" 0 "$STORY" -q -n 1 "";        err_empty
+run "pieces" 0 "$STORY" --tokenize --json 'Once "upon"'
+out_has '^{"ids": \[2, 2740, .*\], "pieces": \["<bos>", "Once", .*"\\""\]}$'
+printf '\377\n' >"$TMP/in"; run "pieces of bytes" 0 "$STORY" --tokenize --json; out_has '"<0x0A>"\|"\\n"'
+run "threads" 0 "$STORY" --info -j 3
+if grep -q "^threads: 3$" "$TMP/out"; then # built with OpenMP
+    run "threads, verbose" 0 "$STORY" -v -n 1 -j 3 x; err_has "threads 3"
+    claim "$(grep -c warning "$TMP/err")" -eq 0 "warnings"
+else
+    out_has "^threads: 1$"
+    run "threads, verbose" 0 "$STORY" -v -n 1 -j 3 x; err_has "threads 1"; err_has "warning: .*without OpenMP.*-j 3 is one"
+    run "threads, quiet" 0 "$STORY" -q -n 1 -j 3 x; err_empty
+    run "one thread" 0 "$STORY" -n 1 -j 1 x; claim "$(grep -c warning "$TMP/err")" -eq 0 "warnings"
+fi
+
 # ---- Sessions in files ---------------------------------------------------------------
 S=$TMP/kept
 said() { "$RUN" "$STORY" -q -t 0 --exact "$@" </dev/null 2>"$TMP/err"; }
@@ -276,6 +392,51 @@ same "$TMP/half" "$TMP/same" "--load writes its file"
 name="a session in a smaller batch, on the scalar kernels"
 GEMMA2_ISA=scalar said -n 25 -C 300 -j 1 --load "$TMP/half" -p "" >"$TMP/out"
 said -n 25 --load "$TMP/half" -p "" >"$TMP/want"; same "$TMP/out" "$TMP/want" "it goes on otherwise"
+# A stop string, wherever it falls in tokens, how they end, and what follows it is not kept.
+keeps() { # WANTED ARGUMENT...: what a session holds, as text
+    wanted=$1
+    shift
+    rm -f "$TMP/stopped"
+    name="kept: $*"
+    said --session "$TMP/stopped" "$@" >"$TMP/out"
+    cp "$TMP/out" "$TMP/shown"
+    said -n 0 --json --load "$TMP/stopped" -p "" >"$TMP/out"
+    kept=$(sed 's/.*"prompt_ids": \[\([^]]*\)\].*/\1/' "$TMP/out")
+    [ "$wanted" != shown ] || wanted=$(printf %s "$P"; cat "$TMP/shown")
+    claim "$("$RUN" "$STORY" -q --detokenize "$kept" </dev/null)" = "$wanted" "text"
+}
+told=$(said -n 24 "$P")
+for at in 1 3 5-9 8 12-17 21-22 30-40 36; do
+    keeps shown -n 24 --stop "$(printf %s "$told" | cut -c $at)" "$P"
+    claim "$(grep -c . "$TMP/shown")" -le 1 "lines"
+done
+keeps shown -n 24 --stop "never in it" "$P"
+keeps shown -n 7 "$P"
+keeps shown -n 0 "$P"
+keeps shown -C 20 "$P"
+keeps "$P$(printf %s "$told" | cut -c 1-20)" -n 24 --stop "$(printf %s "$told" | cut -c 21-22)" --json "$P"
+# A reply of byte pieces, C3 A9 C3 A9 ..: a character is two tokens.
+"$RUN" "$STORY" --logits 4096 x </dev/null >"$TMP/pieces"
+byte() { awk -v piece="\"<0x$1>\"" '$3 == piece { print $1 }' "$TMP/pieces"; }
+accents() {
+    keeps "$1" --logit-bias "$(byte C3)+1000" --logit-bias "$(byte A9)+900" \
+        --presence-penalty 200 --repeat-last-n 1 "$2" "$3" "$4" "$5" "$P"
+}
+accents shown -n 8 -k 0; claim "$(cat "$TMP/shown")" = "$(printf '\303\251\303\251\303\251\303\251')" "reply"
+accents shown -n 7 -k 0 # half a character is shown as U+FFFD, and kept
+accents "$P" -n 8 --stop "$(printf '\303\251')"
+accents "$P$(printf '\303\251\303\251\303\251')" -n 7 --stop "$(printf '\357\277\275')"
+accents shown -C 12 -k 0
+# In a chat the reply's turn is closed behind what was shown.
+rm -f "$TMP/stopped"
+said -c -n 20 --session "$TMP/stopped" --stop e Hello >"$TMP/shown"
+said -c -n 0 --json --load "$TMP/stopped" x >"$TMP/out"
+name="kept of a chat"
+ids=$(sed 's/.*"prompt_ids": \[\([^]]*\)\].*/\1/' "$TMP/out")
+claim "$("$RUN" "$STORY" -q --detokenize "$ids" </dev/null)" = "$(
+    printf '<start_of_turn>user\nHello<end_of_turn>\n<start_of_turn>model\n%s<end_of_turn>\n' \
+        "$(cat "$TMP/shown")"
+    printf '<start_of_turn>user\nx<end_of_turn>\n<start_of_turn>model')" "turns"
 name="a conversation goes on"
 said -c -n 6 --json --session "$TMP/chat" Hello >"$TMP/first"
 said -c -n 6 --json --session "$TMP/chat" "And then?" >"$TMP/out"

@@ -2347,7 +2347,7 @@ static void put_architecture(program *p)
 }
 
 /* A conversation as the chat template writes it, control pieces by their names. */
-static void put_turns(program *p)
+static int put_turns(program *p)
 {
     static const char space[] = "\xE2\x96\x81";
     gemma2_message talk[] = {{GEMMA2_ROLE_SYSTEM, "SYSTEM", 6}, {GEMMA2_ROLE_USER, "USER", 4},
@@ -2355,13 +2355,14 @@ static void put_turns(program *p)
     char err[512];
     int bare = gemma2_chat_check(p->model, talk, 3, 0, err, sizeof err) < 0;
     put_format(&p->out, "chat: ");
+    p->ids.n = 0;
     if (bare && gemma2_chat_check(p->model, talk + 1, 2, 0, err, sizeof err) < 0) {
         put_format(&p->out, "%s\n", err);
-        return;
+        return DONE;
     }
-    p->ids.n = 0;
-    if (push_encoded(p, talk + bare, bare ? 2 : 3, 0) != DONE)
-        return;
+    int status = push_encoded(p, talk + bare, bare ? 2 : 3, 0);
+    if (status != DONE)
+        return status;
     put_bytes(&p->out, "\"", 1);
     for (size_t i = 0; i < p->ids.n; i++) {
         size_t n;
@@ -2374,6 +2375,7 @@ static void put_turns(program *p)
         }
     }
     put_format(&p->out, bare ? "\", and no place for system text\n" : "\"\n");
+    return DONE;
 }
 
 /* One line for each type of section: how many, how many values, how many bytes. */
@@ -2445,7 +2447,9 @@ static int info(program *p)
     put_format(out, "stop ids: ");
     put_ids(out, c->stop, (size_t)c->n_stop, " ");
     put_bytes(out, "\n", 1);
-    put_turns(p);
+    status = put_turns(p);
+    if (status != DONE)
+        return status;
     put_sections(p);
     if (c->n_layers)
         put_format(out, "memory: %s\n", plan);

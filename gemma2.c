@@ -281,7 +281,6 @@ struct tokenizer {
     uint32_t *whole, n_whole; /* ids of pieces found whole, sorted by bytes; and the place */
     uint32_t *whole_prefix;   /* in that list of the longest other that each starts with */
     uint32_t whole_first[257]; /* pieces in it that begin with byte c: [c] .. [c + 1] */
-    int by_words;             /* no merge crosses the front of a U+2581 */
     int32_t byte_id[256]; /* -1 where absent */
     int32_t unk;
 };
@@ -311,10 +310,10 @@ struct gemma2_model {
     const struct matrix_kernels *matrix; /* what prefill uses; NULL: the exact class */
     const uint8_t *directory;
     uint32_t n_sections;
-    const uint8_t *facts;
-    size_t facts_bytes;
-    const uint8_t *tokenizer_bytes;
-    size_t tokenizer_size;
+    struct bytes {
+        const uint8_t *p; /* NULL: not there */
+        size_t n;
+    } facts, tokenizer_bytes;
     struct tokenizer tokenizer;
     struct text chat[N_CHAT_PARTS]; /* p NULL: absent */
     uint8_t own_turns[3][MAX_OWN_TURN];
@@ -475,8 +474,8 @@ struct role {
 };
 
 static const struct role roles[] = {
-    {ROLE_FACTS, "facts", '-', '-', 0},
-    {ROLE_TOKENIZER, "tokenizer", '-', '-', 0},
+    {ROLE_FACTS, "facts", '-', '-', offsetof(gemma2_model, facts)},
+    {ROLE_TOKENIZER, "tokenizer", '-', '-', offsetof(gemma2_model, tokenizer_bytes)},
     {ROLE_EMBEDDING, "embedding", 'V', 'D', offsetof(gemma2_model, embedding)},
     {ROLE_HEAD, "head", 'V', 'D', offsetof(gemma2_model, head)},
     {ROLE_FINAL_NORM, "final_norm", 'D', '1', offsetof(gemma2_model, final_norm)},
@@ -2460,8 +2459,14 @@ static struct text piece_text(const struct tokenizer *t, uint32_t id)
     return piece;
 }
 
-/* Kinds that text can become: the pieces that SentencePiece finds by their bytes, but for
- * UNUSED ones, which it would merge and take apart again and Gemma's vocabularies lack. */
+static struct text as_text(const char *s)
+{
+    struct text t = {(const uint8_t *)s, (uint32_t)strlen(s)};
+    return t;
+}
+
+/* Kinds that text can become.  UNUSED pieces, which SentencePiece would merge and take apart
+ * again, are not supported: Gemma's vocabularies have none. */
 static int is_matchable(int kind)
 {
     return kind == GEMMA2_PIECE_NORMAL || kind == GEMMA2_PIECE_USER || kind == GEMMA2_PIECE_MARKER;
@@ -2590,165 +2595,6 @@ static void link_whole(struct tokenizer *t)
         t->whole_first[c + 1] += t->whole_first[c];
 }
 
-/* The longest piece of the kinds that s starts with, or -1.  Among the pieces up to s in the
- * list, s starts with the last one, or with a prefix of it, or with none. */
-static int32_t longest_whole(const struct tokenizer *t, struct text s, int kinds)
-{
-    uint32_t first = t->whole_first[s.p[0]], low = first, high = t->whole_first[s.p[0] + 1];
-    while (low < high) {
-        uint32_t middle = low + (high - low) / 2;
-        if (compare_text(piece_text(t, t->whole[middle]), s) <= 0)
-            low = middle + 1;
-        else
-            high = middle;
-    }
-    if (low == first)
-        return -1;
-    struct text p = piece_text(t, t->whole[--low]);
-    uint32_t same = 0;
-    while (same < p.n && same < s.n && p.p[same] == s.p[same])
-        same++;
-    for (; low != NO_PIECE; low = t->whole_prefix[low])
-        if (piece_text(t, t->whole[low]).n <= same && kinds >> t->kinds[t->whole[low]] & 1)
-            return (int32_t)t->whole[low];
-    return -1;
-}
-
-/* ---- opening ---- */
-
-/* Length of the UTF-8 character at p, 0 if the bytes are none (overlong forms, surrogates
- * and codes above U+10FFFF are none). */
-static uint32_t utf8_length(const uint8_t *p, size_t n)
-{
-    uint32_t c = p[0], length = c < 0x80 ? 1 : c < 0xc2 ? 0 : c < 0xe0 ? 2 : c < 0xf0 ? 3
-                              : c < 0xf5 ? 4 : 0;
-    if (length == 0 || length > n)
-        return 0;
-    for (uint32_t i = 1; i < length; i++)
-        if ((p[i] & 0xc0) != 0x80)
-            return 0;
-    int bad = (c == 0xe0 && p[1] < 0xa0) || (c == 0xed && p[1] > 0x9f) ||
-              (c == 0xf0 && p[1] < 0x90) || (c == 0xf4 && p[1] > 0x8f);
-    return bad ? 0 : length;
-}
-
-static int is_utf8(struct text s)
-{
-    while (s.n) {
-        uint32_t length = utf8_length(s.p, s.n);
-        if (!length)
-            return 0;
-        s.p += length, s.n -= length;
-    }
-    return 1;
-}
-
-static int hex_digit(int c)
-{
-    return c >= '0' && c <= '9' ? c - '0' : c >= 'A' && c <= 'F' ? c - 'A' + 10 : -1;
-}
-
-/* "<0xHH>" to 0..255, anything else to -1. */
-static int byte_piece(struct text s)
-{
-    if (s.n != 6 || memcmp(s.p, "<0x", 3) || s.p[5] != '>')
-        return -1;
-    int high = hex_digit(s.p[3]), low = hex_digit(s.p[4]);
-    return high < 0 || low < 0 ? -1 : high * 16 + low;
-}
-
-static int starts_word(struct text s) { return s.n >= 3 && !memcmp(s.p, "\xe2\x96\x81", 3); }
-
-/* Whether merging could make this piece across the front of a U+2581.  Runs of U+2581 that
- * are user-defined are cut out before merging starts, so they cannot. */
-static int joins_words(struct text s, int kind)
-{
-    int spaces = 1, inside = 0;
-    for (uint32_t i = 0; i < s.n; i++) {
-        struct text rest = {s.p + i, s.n - i};
-        int here = starts_word(rest);
-        inside |= i > 0 && here;
-        spaces &= i % 3 || here;
-    }
-    return is_matchable(kind) && inside && !(spaces && kind == GEMMA2_PIECE_USER);
-}
-
-/* One piece: legal kind, length, score; counts whole pieces, notes bytes. */
-static int check_piece(struct tokenizer *t, uint32_t id, uint32_t start, uint32_t blob_bytes,
-                       gemma2_config *c, struct errbuf *err)
-{
-    uint32_t end = get_u32(t->ends + 4 * (size_t)id);
-    int kind = t->kinds[id];
-    if (end < start || end > blob_bytes || end - start > MAX_PIECE_BYTES ||
-        (end == start && kind != GEMMA2_PIECE_UNUSED))
-        return fail(err, "the model file is corrupted: tokenizer piece %u has a bad length", id);
-    if (kind < GEMMA2_PIECE_NORMAL || kind > GEMMA2_PIECE_MARKER ||
-        !isfinite(get_f32(t->scores + 4 * (size_t)id)))
-        return fail(err, "the model file is corrupted: tokenizer piece %u has a bad kind or score",
-                    id);
-    if (!is_utf8(piece_text(t, id)))
-        return fail(err, "the model file is corrupted: tokenizer piece %u is not UTF-8", id);
-    c->max_piece_bytes = max_i32(c->max_piece_bytes, (int32_t)(end - start));
-    t->by_words &= !joins_words(piece_text(t, id), kind);
-    t->n_whole += (uint32_t)is_whole(kind);
-    if (kind != GEMMA2_PIECE_BYTE)
-        return 1;
-    int byte = byte_piece(piece_text(t, id));
-    if (byte < 0)
-        return fail(err, "the model file is corrupted: tokenizer piece %u is no byte", id);
-    if (t->byte_id[byte] < 0)
-        t->byte_id[byte] = (int32_t)id;
-    return 1;
-}
-
-static int check_pieces(struct tokenizer *t, uint32_t blob_bytes, gemma2_config *c,
-                        struct errbuf *err)
-{
-    int n_bytes = 0;
-    uint32_t start = 0;
-    for (int i = 0; i < 256; i++)
-        t->byte_id[i] = -1;
-    t->by_words = 1;
-    for (uint32_t id = 0; id < t->n; id++) {
-        if (!check_piece(t, id, start, blob_bytes, c, err))
-            return 0;
-        start = get_u32(t->ends + 4 * (size_t)id);
-    }
-    for (int i = 0; i < 256; i++)
-        n_bytes += t->byte_id[i] >= 0;
-    if (n_bytes < 256 && c->unk < 0)
-        return fail(err, "the model file is corrupted: its tokenizer has neither unk nor all "
-                         "bytes");
-    return start == blob_bytes
-               ? 1
-               : fail(err, "the model file is corrupted: its tokenizer's bytes do not add up");
-}
-
-/* Reads and checks the tokenizer section (but for its indexes, build_tokenizer). */
-static int read_tokenizer(struct tokenizer *t, const uint8_t *p, size_t size, gemma2_config *c,
-                          struct errbuf *err)
-{
-    int32_t *const special[6] = {&c->bos, &c->eos, &c->pad, &c->unk, &c->start_of_turn,
-                                 &c->end_of_turn};
-    uint64_t n = size >= 64 ? get_u32(p) : 0, blob = size >= 64 ? get_u32(p + 28) : 0;
-    if (size < 64 || n != (uint64_t)c->n_vocab || size != 64 + 9 * n + blob || !is_zero(p + 32, 32))
-        return fail(err, "the model file is corrupted: its tokenizer does not fit its vocabulary");
-    for (int i = 0; i < 6; i++) {
-        uint32_t id = get_u32(p + 4 + 4 * i);
-        if (id != 0xffffffff && id >= n)
-            return fail(err, "the model file is corrupted: special id %u is not in the vocabulary",
-                        id);
-        *special[i] = id == 0xffffffff ? -1 : (int32_t)id;
-    }
-    t->n = (uint32_t)n;
-    t->unk = c->unk;
-    t->scores = p + 64;
-    t->ends = t->scores + 4 * n;
-    t->kinds = t->ends + 4 * n;
-    t->blob = t->kinds + n;
-    return check_pieces(t, (uint32_t)blob, c, err);
-}
-
 static size_t slot_count(uint32_t n_pieces)
 {
     size_t n = 64;
@@ -2777,6 +2623,60 @@ static int build_tokenizer(struct tokenizer *t, struct errbuf *err)
     sort_whole(t);
     link_whole(t);
     return 1;
+}
+
+/* The longest piece of the kinds that s starts with, or -1.  Among the pieces up to s in the
+ * list, s starts with the last one, or with a prefix of it, or with none. */
+static int32_t longest_whole(const struct tokenizer *t, struct text s, int kinds)
+{
+    uint32_t first = t->whole_first[s.p[0]], low = first, high = t->whole_first[s.p[0] + 1];
+    while (low < high) {
+        uint32_t middle = low + (high - low) / 2;
+        if (compare_text(piece_text(t, t->whole[middle]), s) <= 0)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    if (low == first)
+        return -1;
+    struct text p = piece_text(t, t->whole[--low]);
+    uint32_t same = 0;
+    while (same < p.n && same < s.n && p.p[same] == s.p[same])
+        same++;
+    for (; low != NO_PIECE; low = t->whole_prefix[low])
+        if (piece_text(t, t->whole[low]).n <= same && kinds >> t->kinds[t->whole[low]] & 1)
+            return (int32_t)t->whole[low];
+    return -1;
+}
+
+/* Length of the UTF-8 character at p, 0 if the bytes are none (overlong forms, surrogates
+ * and codes above U+10FFFF are none). */
+static uint32_t utf8_length(const uint8_t *p, size_t n)
+{
+    uint32_t c = p[0], length = c < 0x80 ? 1 : c < 0xc2 ? 0 : c < 0xe0 ? 2 : c < 0xf0 ? 3
+                              : c < 0xf5 ? 4 : 0;
+    if (length == 0 || length > n)
+        return 0;
+    for (uint32_t i = 1; i < length; i++)
+        if ((p[i] & 0xc0) != 0x80)
+            return 0;
+    int bad = (c == 0xe0 && p[1] < 0xa0) || (c == 0xed && p[1] > 0x9f) ||
+              (c == 0xf0 && p[1] < 0x90) || (c == 0xf4 && p[1] > 0x8f);
+    return bad ? 0 : length;
+}
+
+static int hex_digit(int c)
+{
+    return c >= '0' && c <= '9' ? c - '0' : c >= 'A' && c <= 'F' ? c - 'A' + 10 : -1;
+}
+
+/* "<0xHH>" to 0..255, anything else to -1. */
+static int byte_piece(struct text s)
+{
+    if (s.n != 6 || memcmp(s.p, "<0x", 3) || s.p[5] != '>')
+        return -1;
+    int high = hex_digit(s.p[3]), low = hex_digit(s.p[4]);
+    return high < 0 || low < 0 ? -1 : high * 16 + low;
 }
 
 /* ---- encoding ---- */
@@ -2944,16 +2844,14 @@ static void finish_symbols(struct encoder *e)
 }
 
 /* Encodes the text from byte `at` up to `to`.  Cuts it into pieces that are found whole and
- * stretches of characters between them, which are merged; where no piece joins two words, a
- * word is a stretch of its own. */
+ * stretches of characters between them, which are merged. */
 static void encode_text(struct encoder *e, size_t at, size_t to)
 {
     while (at < to) {
         struct text rest = {e->text + at, (uint32_t)(to - at)};
         int32_t whole = longest_whole(e->t, rest, e->plain ? WHOLE_PLAIN : WHOLE_TEXT), i;
-        if (whole >= 0 || (e->t->by_words && starts_word(rest)))
-            finish_symbols(e);
         if (whole >= 0) {
+            finish_symbols(e);
             emit(e, whole);
             e->after_unk = 0;
             at += piece_text(e->t, (uint32_t)whole).n;
@@ -4377,6 +4275,18 @@ static void digest_of(const uint8_t *a, size_t n, const uint8_t *b, size_t m, ui
 
 /* ---- opening: what a file says is believed only when it is checked ---- */
 
+/* Says what is wrong with the model file; returns 0. */
+__attribute__((format(PRINTF_FORMAT, 2, 3)))
+static int corrupt(struct errbuf *err, const char *format, ...)
+{
+    char what[200];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(what, sizeof what, format, args);
+    va_end(args);
+    return fail(err, "the model file is corrupted: %s; copy or convert it again", what);
+}
+
 static int read_field(const uint8_t *header, const struct header_field *f, gemma2_config *c,
                       struct errbuf *err)
 {
@@ -4385,9 +4295,8 @@ static int read_field(const uint8_t *header, const struct header_field *f, gemma
     int zero = f->zero && c->n_layers == 0;
     int ok = zero || (f->kind == 'c' && x == 0) ? x == 0 : x >= f->low && x <= f->high;
     if (!ok)
-        return fail(err, "the model file is corrupted: its %s is %.10g, not %s%.10g to %.10g",
-                    f->name, x,
-                    f->kind == 'c' ? "0 or " : "", zero ? 0 : f->low, zero ? 0 : f->high);
+        return corrupt(err, "its %s is %.10g, not %s%.10g to %.10g", f->name, x,
+                       f->kind == 'c' ? "0 or " : "", zero ? 0 : f->low, zero ? 0 : f->high);
     void *to = (char *)c + f->member;
     if (f->kind == 'i')
         *(int32_t *)to = (int32_t)x;
@@ -4401,11 +4310,9 @@ static int read_field(const uint8_t *header, const struct header_field *f, gemma
 static int check_heads(const gemma2_config *c, struct errbuf *err)
 {
     if (c->n_layers && c->n_heads % c->n_kv_heads)
-        return fail(err, "the model file is corrupted: %d query heads cannot share %d key/value "
-                         "heads", c->n_heads, c->n_kv_heads);
-    if (c->head_dim % 2)
-        return fail(err, "the model file is corrupted: head_dim %d is odd", c->head_dim);
-    return 1;
+        return corrupt(err, "%d query heads cannot share %d key/value heads", c->n_heads,
+                       c->n_kv_heads);
+    return c->head_dim % 2 ? corrupt(err, "head_dim %d is odd", c->head_dim) : 1;
 }
 
 /* The last part of the header: which layers are local, which ids stop, zeros. */
@@ -4414,21 +4321,20 @@ static int read_lists(const uint8_t *header, gemma2_config *c, struct errbuf *er
     for (int l = 0; l < MAX_LAYERS; l++) {
         c->is_local[l] = header[128 + l / 8] >> l % 8 & 1;
         if (l >= c->n_layers && c->is_local[l])
-            return fail(err, "the model file is corrupted: it marks a layer it does not have");
+            return corrupt(err, "it marks a layer that it does not have");
     }
     uint32_t n = get_u32(header + 256);
     if (n > 15)
-        return fail(err, "the model file is corrupted: %u stop ids, at most 15 fit", n);
+        return corrupt(err, "it has %u stop ids, and 15 fit", n);
     c->n_stop = (int32_t)n;
     for (uint32_t i = 0; i < 15; i++) {
         uint32_t id = get_u32(header + 260 + 4 * i);
         if (id >= (i < n ? (uint32_t)c->n_vocab : 1u))
-            return fail(err, "the model file is corrupted: stop id %u is not in the vocabulary",
-                        id);
+            return corrupt(err, "stop id %u is not in the vocabulary", id);
         c->stop[i] = (int32_t)id;
     }
     if (!is_zero(header + 60, 4) || !is_zero(header + 320, IDENTITY_AT - 320))
-        return fail(err, "the model file is corrupted: reserved bytes of its header are not zero");
+        return corrupt(err, "reserved bytes of its header are not zero");
     return 1;
 }
 
@@ -4468,11 +4374,10 @@ static int read_header(struct gemma2_model *m, const struct file *f, struct errb
     if (f->size < 8 || memcmp(p, magic, 8))
         return fail_foreign(p, f->size, err);
     if (f->size < HEADER_BYTES)
-        return fail(err, "the model file is cut short: %zu bytes are less than its header's %d; "
-                         "copy or convert it again", f->size, HEADER_BYTES);
+        return corrupt(err, "it was cut short to %zu bytes, less than its header", f->size);
     if (get_u32(p + 8) != 1)
-        return fail(err, "the model file has format version %u, this program reads version 1; use "
-                         "a newer gemma2.c or convert again", get_u32(p + 8));
+        return fail(err, "the model file has format version %u and this is a program for version "
+                         "1; use a newer gemma2.c or convert again", get_u32(p + 8));
     if (get_u64(p + 16))
         return fail(err, "the model file needs features (%#llx) that this version does not have; "
                          "use a newer gemma2.c", (unsigned long long)get_u64(p + 16));
@@ -4485,7 +4390,7 @@ static int read_header(struct gemma2_model *m, const struct file *f, struct errb
     if (get_u32(p + 12) != HEADER_BYTES || get_u64(p + 40) != HEADER_BYTES ||
         get_u32(p + 52) != ENTRY_BYTES || m->n_sections < 1 || m->n_sections > 65536 ||
         HEADER_BYTES + (uint64_t)m->n_sections * ENTRY_BYTES > f->size)
-        return fail(err, "the model file is corrupted: its directory does not fit");
+        return corrupt(err, "its directory does not fit");
     m->directory = p + HEADER_BYTES;
     return 1;
 }
@@ -4496,9 +4401,14 @@ static int check_identity(const struct gemma2_model *m, struct errbuf *err)
     digest_of(m->directory - HEADER_BYTES, IDENTITY_AT, m->directory,
               (size_t)m->n_sections * ENTRY_BYTES, digest);
     if (memcmp(digest, m->directory - HEADER_BYTES + IDENTITY_AT, 32))
-        return fail(err, "the model file is corrupted: header and directory do not match their "
-                         "checksum; copy or convert it again");
+        return corrupt(err, "header and directory do not match their checksum");
     return 1;
+}
+
+static struct matrix *matrix_of(gemma2_model *m, const struct role *r, uint32_t layer)
+{
+    char *base = r->id >= ROLE_LAYER_FIRST ? (char *)&m->layers[layer] : (char *)m;
+    return (struct matrix *)(base + r->member);
 }
 
 /* Checks a tensor's shape and size against its role and puts it in its place. */
@@ -4506,37 +4416,36 @@ static int place_matrix(struct gemma2_model *m, const struct role *r, const stru
                         struct errbuf *err)
 {
     uint64_t rows = dimension(&m->config, r->rows), cols = dimension(&m->config, r->cols);
-    int in_layer = r->id >= ROLE_LAYER_FIRST;
-    if (e->layer >= (in_layer ? (uint32_t)m->config.n_layers : 1) || !m->config.n_layers)
-        return fail(err, "the model file is corrupted: %s of layer %u does not belong", r->name,
-                    e->layer);
+    uint32_t layers = r->id >= ROLE_LAYER_FIRST ? (uint32_t)m->config.n_layers : 1;
+    if (e->layer >= layers || !m->config.n_layers)
+        return corrupt(err, "%s of layer %u does not belong", r->name, e->layer);
     if (e->rows != rows || e->cols != cols)
-        return fail(err, "the model file is corrupted: %s has shape [%llu, %llu], not [%llu, %llu]",
-                    r->name, (unsigned long long)e->rows, (unsigned long long)e->cols,
-                    (unsigned long long)rows, (unsigned long long)cols);
+        return corrupt(err, "%s has shape [%llu, %llu], not [%llu, %llu]", r->name,
+                       (unsigned long long)e->rows, (unsigned long long)e->cols,
+                       (unsigned long long)rows, (unsigned long long)cols);
     if (e->type < TYPE_F32 || e->type >= N_TYPES || (r->cols == '1' && e->type != TYPE_F32))
-        return fail(err, "the model file is corrupted: %s has unknown type %u", r->name, e->type);
-    uint64_t tile = tile_bytes(e->type, cols);
-    if (e->bytes != (rows + 15) / 16 * tile)
-        return fail(err, "the model file is corrupted: %s has %llu bytes, not %llu", r->name,
-                    (unsigned long long)e->bytes, (unsigned long long)((rows + 15) / 16 * tile));
-    char *base = in_layer ? (char *)&m->layers[e->layer] : (char *)m;
-    struct matrix *x = (struct matrix *)(base + r->member);
+        return corrupt(err, "%s has unknown type %u", r->name, e->type);
+    uint64_t tile = tile_bytes(e->type, cols), bytes = (rows + 15) / 16 * tile;
+    if (e->bytes != bytes)
+        return corrupt(err, "%s has %llu bytes, not %llu", r->name, (unsigned long long)e->bytes,
+                       (unsigned long long)bytes);
+    struct matrix *x = matrix_of(m, r, e->layer);
     if (x->data)
-        return fail(err, "the model file is corrupted: %s occurs twice", r->name);
+        return corrupt(err, "%s occurs twice", r->name);
     struct matrix found = {m->file.data + e->offset, e->type, (uint32_t)rows, (uint32_t)cols,
                            (size_t)tile};
     *x = found;
     return 1;
 }
 
-static int place_bytes(const uint8_t **data, size_t *size, const struct gemma2_model *m,
-                       const struct role *r, const struct entry *e, struct errbuf *err)
+static int place_bytes(gemma2_model *m, const struct role *r, const struct entry *e,
+                       struct errbuf *err)
 {
-    if (*data || e->layer || e->type != TYPE_BYTES || e->rows || e->cols)
-        return fail(err, "the model file is corrupted: bad or second %s section", r->name);
-    *data = m->file.data + e->offset;
-    *size = (size_t)e->bytes;
+    struct bytes *to = (struct bytes *)((char *)m + r->member);
+    if (to->p || e->layer || e->type != TYPE_BYTES || e->rows || e->cols)
+        return corrupt(err, "bad or second %s section", r->name);
+    to->p = m->file.data + e->offset;
+    to->n = (size_t)e->bytes;
     return 1;
 }
 
@@ -4545,84 +4454,158 @@ static int read_directory(struct gemma2_model *m, struct errbuf *err)
     uint64_t align = get_u32(m->file.data + 56), size = m->file.size;
     uint64_t end = HEADER_BYTES + (uint64_t)m->n_sections * ENTRY_BYTES;
     if (align < 64 || align > 1 << 21 || align & (align - 1))
-        return fail(err, "the model file is corrupted: alignment %llu", (unsigned long long)align);
+        return corrupt(err, "its alignment is %llu", (unsigned long long)align);
     for (uint32_t i = 0; i < m->n_sections; i++) {
         struct entry e = get_entry(m->directory, i);
         const struct role *r = find_role(e.role);
         uint64_t start = (end + align - 1) & ~(align - 1);
         if (e.offset != start || start > size || e.bytes > size - start)
-            return fail(err, "the model file is corrupted: section %u is out of its place", i);
+            return corrupt(err, "section %u is out of its place", i);
         end = start + e.bytes;
         if (e.flags > 1 || !is_zero(e.reserved, 16) || (!r && !e.flags))
             return fail(err, "the model file has a section of unknown kind %u; use a newer "
                              "gemma2.c", e.role);
-        if (!r)
-            continue;
-        if (r->id == ROLE_FACTS ? !place_bytes(&m->facts, &m->facts_bytes, m, r, &e, err)
-            : r->id == ROLE_TOKENIZER
-                ? !place_bytes(&m->tokenizer_bytes, &m->tokenizer_size, m, r, &e, err)
-                : !place_matrix(m, r, &e, err))
+        if (r && !(r->rows == '-' ? place_bytes : place_matrix)(m, r, &e, err))
             return 0;
     }
-    return end == size ? 1 : fail(err, "the model file is corrupted: its last section ends early");
+    return end == size ? 1 : corrupt(err, "its last section ends early");
 }
 
 /* Every role a model needs is there; the head may be the embedding. */
 static int check_complete(struct gemma2_model *m, struct errbuf *err)
 {
-    if (!m->tokenizer_bytes)
+    if (!m->tokenizer_bytes.p)
         return fail(err, "the model file has no tokenizer; convert the checkpoint again");
     for (int i = 0; i < N_ROLES && m->config.n_layers; i++) {
         const struct role *r = &roles[i];
-        int in_layer = r->id >= ROLE_LAYER_FIRST;
-        if (r->rows == '-' || r->id == ROLE_HEAD)
-            continue;
-        for (int l = 0; l < (in_layer ? m->config.n_layers : 1); l++) {
-            char *base = in_layer ? (char *)&m->layers[l] : (char *)m;
-            if (!((struct matrix *)(base + r->member))->data)
-                return in_layer ? fail(err, "the model file lacks %s of layer %d; convert the "
-                                            "checkpoint again", r->name, l)
-                                : fail(err, "the model file lacks %s; convert the checkpoint "
-                                            "again", r->name);
-        }
+        int layers = r->id >= ROLE_LAYER_FIRST ? m->config.n_layers : 1;
+        for (int l = 0; r->rows != '-' && r->id != ROLE_HEAD && l < layers; l++)
+            if (!matrix_of(m, r, (uint32_t)l)->data)
+                return fail(err, "the model file lacks %s (layer %d); convert the checkpoint again",
+                            r->name, l);
     }
     if (!m->head.data)
         m->head = m->embedding;
     return 1;
 }
 
-/* The facts are read on demand; here only their lengths are checked. */
+/* The fact at byte *at of the section, and *at behind it; 0 where there is none. */
+static int next_fact(struct bytes facts, size_t *at, struct text *key, struct text *value)
+{
+    if (facts.n - *at < 8)
+        return 0;
+    key->n = get_u32(facts.p + *at), value->n = get_u32(facts.p + *at + 4);
+    key->p = facts.p + *at + 8, value->p = key->p + key->n;
+    uint64_t bytes = 8 + (uint64_t)key->n + value->n;
+    if (bytes > facts.n - *at)
+        return 0;
+    *at += (size_t)bytes;
+    return 1;
+}
+
+/* The facts are read when they are asked for; here only their lengths are checked. */
 static int check_facts(const struct gemma2_model *m, struct errbuf *err)
 {
     size_t at = 4;
-    uint32_t n = m->facts_bytes >= 4 ? get_u32(m->facts) : 0;
-    int ok = !m->facts || m->facts_bytes >= 4;
-    for (uint32_t i = 0; ok && i < n; i++) {
-        ok = m->facts_bytes - at >= 8;
-        if (!ok)
-            break;
-        uint64_t bytes = 8 + (uint64_t)get_u32(m->facts + at) + get_u32(m->facts + at + 4);
-        ok = bytes <= m->facts_bytes - at;
-        at += (size_t)bytes;
-    }
-    if (ok && (!m->facts || at == m->facts_bytes))
-        return 1;
-    return fail(err, "the model file is corrupted: its facts section is inconsistent");
+    struct text key, value;
+    uint32_t n = m->facts.n >= 4 ? get_u32(m->facts.p) : 0;
+    while (n && next_fact(m->facts, &at, &key, &value))
+        n--;
+    return !m->facts.p || (n == 0 && at == m->facts.n)
+               ? 1 : corrupt(err, "its facts are inconsistent");
 }
 
 /* The value of a fact; p NULL where it is absent. */
-static struct text find_fact(const gemma2_model *m, const char *key)
+static struct text find_fact(const gemma2_model *m, const char *name)
 {
-    size_t at = 4, key_size = strlen(key);
-    struct text value = {NULL, 0};
-    for (uint32_t i = 0, n = m->facts ? get_u32(m->facts) : 0; i < n && !value.p; i++) {
-        uint32_t key_bytes = get_u32(m->facts + at), value_bytes = get_u32(m->facts + at + 4);
-        const uint8_t *found = m->facts + at + 8;
-        if (key_bytes == key_size && !memcmp(found, key, key_size))
-            value.p = found + key_bytes, value.n = value_bytes;
-        at += 8 + (size_t)key_bytes + value_bytes;
+    struct text key = {NULL, 0}, value, wanted = as_text(name), none = {NULL, 0};
+    size_t at = 4;
+    while (m->facts.p && next_fact(m->facts, &at, &key, &value))
+        if (same_text(key, wanted))
+            return value;
+    return none;
+}
+
+static int is_utf8(struct text s)
+{
+    while (s.n) {
+        uint32_t length = utf8_length(s.p, s.n);
+        if (!length)
+            return 0;
+        s.p += length, s.n -= length;
     }
-    return value;
+    return 1;
+}
+
+/* One piece: legal kind, length, score; counts whole pieces, notes bytes. */
+static int check_piece(struct tokenizer *t, uint32_t id, uint32_t start, uint32_t blob_bytes,
+                       gemma2_config *c, struct errbuf *err)
+{
+    uint32_t end = get_u32(t->ends + 4 * (size_t)id);
+    int kind = t->kinds[id];
+    if (end < start || end > blob_bytes || end - start > MAX_PIECE_BYTES ||
+        (end == start && kind != GEMMA2_PIECE_UNUSED))
+        return corrupt(err, "tokenizer piece %u has a bad length", id);
+    if (kind < GEMMA2_PIECE_NORMAL || kind > GEMMA2_PIECE_MARKER ||
+        !isfinite(get_f32(t->scores + 4 * (size_t)id)))
+        return corrupt(err, "tokenizer piece %u has a bad kind or score", id);
+    if (!is_utf8(piece_text(t, id)))
+        return corrupt(err, "tokenizer piece %u is not UTF-8", id);
+    c->max_piece_bytes = max_i32(c->max_piece_bytes, (int32_t)(end - start));
+    t->n_whole += (uint32_t)is_whole(kind);
+    if (kind != GEMMA2_PIECE_BYTE)
+        return 1;
+    int byte = byte_piece(piece_text(t, id));
+    if (byte < 0)
+        return corrupt(err, "tokenizer piece %u is no byte", id);
+    if (t->byte_id[byte] < 0)
+        t->byte_id[byte] = (int32_t)id;
+    return 1;
+}
+
+static int check_pieces(struct tokenizer *t, uint32_t blob_bytes, gemma2_config *c,
+                        struct errbuf *err)
+{
+    int n_bytes = 0;
+    uint32_t start = 0;
+    for (int i = 0; i < 256; i++)
+        t->byte_id[i] = -1;
+    for (uint32_t id = 0; id < t->n; id++) {
+        if (!check_piece(t, id, start, blob_bytes, c, err))
+            return 0;
+        start = get_u32(t->ends + 4 * (size_t)id);
+    }
+    for (int i = 0; i < 256; i++)
+        n_bytes += t->byte_id[i] >= 0;
+    if (n_bytes < 256 && c->unk < 0)
+        return corrupt(err, "its tokenizer has neither unk nor all bytes");
+    return start == blob_bytes ? 1 : corrupt(err, "its tokenizer's bytes do not add up");
+}
+
+/* Reads and checks the tokenizer section (but for its indexes, build_tokenizer). */
+static int read_tokenizer(struct tokenizer *t, struct bytes from, gemma2_config *c,
+                          struct errbuf *err)
+{
+    const uint8_t *p = from.p;
+    size_t size = from.n;
+    int32_t *const special[6] = {&c->bos, &c->eos, &c->pad, &c->unk, &c->start_of_turn,
+                                 &c->end_of_turn};
+    uint64_t n = size >= 64 ? get_u32(p) : 0, blob = size >= 64 ? get_u32(p + 28) : 0;
+    if (size < 64 || n != (uint64_t)c->n_vocab || size != 64 + 9 * n + blob || !is_zero(p + 32, 32))
+        return corrupt(err, "its tokenizer does not fit its vocabulary");
+    for (int i = 0; i < 6; i++) {
+        uint32_t id = get_u32(p + 4 + 4 * i);
+        if (id != 0xffffffff && id >= n)
+            return corrupt(err, "special id %u is not in the vocabulary", id);
+        *special[i] = id == 0xffffffff ? -1 : (int32_t)id;
+    }
+    t->n = (uint32_t)n;
+    t->unk = c->unk;
+    t->scores = p + 64;
+    t->ends = t->scores + 4 * n;
+    t->kinds = t->ends + 4 * n;
+    t->blob = t->kinds + n;
+    return check_pieces(t, (uint32_t)blob, c, err);
 }
 
 static int chat_part_of(const char *key)
@@ -4658,12 +4641,6 @@ static const char *chat_fault(const gemma2_model *m)
         (part[CHAT_SYSTEM_BEFORE].p && part[CHAT_SYSTEM_JOIN].p))
         return "it contradicts itself about system text";
     return NULL;
-}
-
-static struct text as_text(const char *s)
-{
-    struct text t = {(const uint8_t *)s, (uint32_t)strlen(s)};
-    return t;
 }
 
 /* A turn's piece and what follows it. */
@@ -4766,7 +4743,7 @@ static int read_model(struct gemma2_model *m, struct errbuf *err)
     c->isa = m->isa->name;
     if (!read_directory(m, err) || !check_complete(m, err) || !check_facts(m, err))
         return 0;
-    return read_tokenizer(&m->tokenizer, m->tokenizer_bytes, m->tokenizer_size, c, err);
+    return read_tokenizer(&m->tokenizer, m->tokenizer_bytes, c, err);
 }
 
 /* Only where the caller has not declined it: it may cost the process a permission. */

@@ -353,7 +353,7 @@ static void test_fact_keys(void)
                                 "\3\0\0\0" "\0\0\0\0" "n\0m" "\1\0\0\0" "\1\0\0\0" "kv"
                                 "\1\0\0\0" "\1\0\0\0" "kw";
     size_t size = 9;
-    x.m->facts = (const uint8_t *)facts, x.m->facts_bytes = sizeof facts - 1;
+    x.m->facts = (struct bytes){(const uint8_t *)facts, sizeof facts - 1};
     struct errbuf none = {NULL, 0};
     check(check_facts(x.m, &none), "unusual keys");
     const char *value = gemma2_fact(x.m, "", &size);

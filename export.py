@@ -10,7 +10,7 @@ and 3).  This script follows it and says here only how the numbers are chosen.
   4. Checkpoints    the reader interface; Hugging Face safetensors, plain and quantised; GGUF;
                     gemma.cpp's .sbs; PyTorch, Keras and Flax; names on Hugging Face's hub;
                     LoRA adapters
-  5. Tokenizers     tokenizer.model, tokenizer.json, tokenizer.bin
+  5. Tokenizers     tokenizer.model, tokenizer.json, tokenizer.bin; chat templates
   6. The file       sections, header, directory; written under a temporary name
   7. Conversion     which tensor gets which type; worker processes; the report
   8. Main
@@ -85,7 +85,11 @@ is that tensor's type.  Where a checkpoint has a head of its own, --head is the 
 that makes decoding faster while the embedding stays precise.
 
 LoRA adapters, also rsLoRA and DoRA, are added in f32 while the weights are converted.  Adapters
-of the embedding or the head alone part the two, which makes the file larger.
+of the embedding or the head alone part the two, which makes the file larger.  The tokenizer and
+chat template in an adapter's directory count before the checkpoint's.
+
+Chat templates: the file keeps the texts that the checkpoint's template writes around messages.
+Finding them takes the package jinja2 >= 3.1.6, but for Gemma's own template.
 
 Examples:
   %(prog)s gemma-2-2b-it gemma-2-2b-it.bin
@@ -4294,9 +4298,12 @@ NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE, MARKER = 1, 2, 3, 4, 5, 6, 7
 ABSENT = 0xFFFFFFFF
 MAX_TOKENIZER = 1 << 28  # bytes of a file that is read whole
 SPACE = "\u2581"
-# USER pieces that must not come from a stranger's text
-MARKERS = re.compile(r"<mask>|<2mass>|\[@BOS@\]|<unused\d+>|<start_of_turn>|<end_of_turn>|"
-                     r"\[toxicity=0\]|<\|[^|]*\|>")
+# Control pieces that text does not become, as in SentencePiece; renamed, they are markers
+OWN_NAMES = "<pad>", "<eos>", "<bos>", "<unk>", "<s>", "</s>"
+# USER pieces that must not come from a stranger's text: Gemma's own, and what fine-tunes call so
+GEMMA_MARKERS = re.compile(r"<mask>|<2mass>|\[@BOS@\]|<unused\d+>|<start_of_turn>|<end_of_turn>|"
+                           r"\[toxicity=0\]")
+MARKERS = re.compile(GEMMA_MARKERS.pattern + r"|<\|[^|]*\|>")
 BYTES = ["<0x%02X>" % b for b in range(256)]
 
 
@@ -4523,10 +4530,6 @@ def json_scores(bpe, pieces, kinds, path):
 # ---- Pieces beyond tokenizer.model ---------------------------------------------------------
 
 
-# Control pieces that text does not become, as in SentencePiece; renamed, they are markers
-OWN_NAMES = "<pad>", "<eos>", "<bos>", "<unk>", "<s>", "</s>"
-
-
 def added_tokens_of(doc):
     """id to (content, special) of tokenizer.json's added_tokens."""
     tokens = doc.get("added_tokens")
@@ -4603,9 +4606,14 @@ def warn_of_flags(directory, doc):
                  len(flagged), some, " ..." if len(flagged) > 3 else ""))
 
 
+def is_gemmas(piece):
+    return piece in OWN_NAMES or GEMMA_MARKERS.fullmatch(piece) is not None
+
+
 def add_tokens(tokenizer, added, special=()):
-    """Appends added tokens and renames pieces; marks what is special.  As in transformers a text
-    that is a piece already counts where it stands, whatever id is said beside it."""
+    """Appends added tokens and renames pieces; marks what is special.  As in transformers, a text
+    that is a piece already counts where it stands, whatever id is said beside it.  Gemma's own
+    name for a piece is older than any other."""
     t, n = tokenizer, max(added, default=-1) + 1
     if n >= 1 << 22:
         raise ExportError("an added token has the id %d: fetch the tokenizer again" % (n - 1))
@@ -4616,7 +4624,7 @@ def add_tokens(tokenizer, added, special=()):
         content = content.replace(" ", SPACE)
         i = where.get(content, i)
         old, kind = t.pieces[i], t.kinds[i]
-        if not content or kind == BYTE:
+        if not content or kind == BYTE or is_gemmas(content) and old and not is_gemmas(old):
             continue
         if kind == NORMAL and old != content:  # the model was trained with it
             ordinary.append("%d %r (is %r)" % (i, content, old))
@@ -5180,6 +5188,8 @@ def facts_of_template(template, names, bos):
             raise
         facts = Renderings(found, "").facts()  # BOS before every user turn
     n_lines = sum(len(re.findall("[^\n]*\n|[^\n]+", text)) for text in facts.values())
+    if re.search("[\ud800-\udfff]", "".join(facts.values())):
+        raise Inexpressible("it writes characters that are none")
     if max(map(len, facts.values())) > MAX_CHAT_PART // 4 or n_lines > MAX_CHAT_LINES:
         raise Inexpressible("it writes more than %d lines around the messages" % MAX_CHAT_LINES)
     return facts
@@ -5195,7 +5205,7 @@ def chat_facts(template, names, tokenizer):
     try:
         if has_jinja2():
             facts = facts_of_template(template, {**of_ids, **names}, bos)
-        elif hashlib.sha256(template.encode()).hexdigest() == GEMMA_TEMPLATE:
+        elif hashlib.sha256(template.encode("utf-8", "replace")).hexdigest() == GEMMA_TEMPLATE:
             facts = GEMMA_CHAT
         else:
             raise Inexpressible("it could not be read without jinja2 3.1.6 or newer: install that "

@@ -166,6 +166,16 @@ def test_pieces(engine, folder):
         got = made[2].encode(f"{START}{END}".encode())
         check(got == [4, 1], f"renamed by the decoder alone: {got}")
         made[2].close()
+    # a tokenizer.json, or a list of tokens, that is older than tokenizer.model
+    for what, older in (("tokenizer.json", {"tokenizer.json": tokenizer_json(
+            write_directory(os.path.join(folder, "json"), {"tokenizer.model": model}))}),
+            ("added_tokens.json", {"added_tokens.json": {"<eos>": 1, "<start_of_turn>": 4}})):
+        made = converted(engine, folder, {"tokenizer.model": renamed, "tokenizer_config.json":
+                                          settings, **older}, "an older " + what)
+        if made:
+            got = made[2].encode(f"{START}{END}".encode())
+            check(got == [4, 1], f"an older {what}: {got}")
+            made[2].close()
 
 
 def test_adapters(engine, folder):
@@ -364,7 +374,8 @@ HOSTILE = {
     LOOP: "seconds", "{{ 'a' * 99999999999 }}": "MemoryError", "{{ 'a' * 2000000 }}": "megabyte",
     "{{ ''.__class__.__mro__ }}": "unsafe", "{% set ns = namespace(__class__=1) %}": "attribute",
     "{% for %}": "TemplateSyntaxError", "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}": "Error",
-    "": "each message", "{{ messages[-1].content }}": "each message",
+    "\ud800" + CHATML: "characters", "": "each message",
+    "{{ messages[-1].content }}": "each message",
     "{{ strftime_now('%d') }}" + CHATML: "time of day",
     CHATML.replace("m.content", "m.content.rstrip()"): "no texts",
     CHATML.replace("m.content", "m.content.split('</think>')[-1]"): "each message",

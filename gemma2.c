@@ -332,6 +332,11 @@ struct row { /* one token of a pass */
     int32_t position;
 };
 
+struct pace { /* seconds of a single step: of one thread [0], of the team [1]; 0: not known */
+    double seconds[2], since; /* seconds since the way last changed */
+    int is_team;              /* how the last step went */
+};
+
 struct candidate { /* sampling */
     float logit;
     int32_t id;
@@ -349,6 +354,7 @@ struct gemma2_session {
     _Atomic int cancelled; /* see gemma2_cancel */
     int32_t *ids;           /* [n_context] */
     struct layer_cache *cache; /* [L] */
+    struct pace pace;
     gemma2_hook *hook; /* or NULL */
     void *hook_context;
     /* scratch for a pass of n_batch rows */
@@ -1179,6 +1185,16 @@ static double log_f64(double x)
     return e * 0.6931471805599453 + 2 * z * sum;
 }
 
+/* e^x for |x| < 700, within 4e-16 of its value: e^x = 2^n e^r, r by Taylor's series. */
+static double exp_f64(double x)
+{
+    double n = floor(x * 1.4426950408889634 + 0.5), sum = 1;
+    double r = x - n * 0x1.62e42fee00000p-1 - n * 0x1.a39ef35793c76p-33;
+    for (int i = 16; i >= 1; i--)
+        sum = 1 + sum * r / i;
+    return ldexp(sum, (int)n);
+}
+
 static float log_sum_end(const struct log_sum *s)
 {
     return (float)((double)s->target - (double)s->max - log_f64(s->sum));
@@ -1283,7 +1299,7 @@ struct member {
 /* A moment's wait: a thread that waits long lets others have the processor. */
 static void wait_turn(int *turns)
 {
-    enum { SPINS = 2000, YIELDS = 2000 }; /* tens of microseconds; some milliseconds */
+    enum { SPINS = 200, YIELDS = 2000 }; /* about ten microseconds; some milliseconds */
     if (++*turns < SPINS) {
 #ifdef HAVE_X86
         _mm_pause();
@@ -1364,10 +1380,28 @@ static void run_team(int n_threads, program_fn *program, void *context)
     program(&(struct member){NULL, 0, 0}, context);
 }
 
+/* Seconds since some moment. */
+static double clock_now(void)
+{
+#ifdef _OPENMP
+    return omp_get_wtime();
+#else
+    return 0;
+#endif
+}
+
+static double processor_quota(const char *root); /* section 8 */
+
+/* As many as the processors that this process may use (the system's affinity mask), and no
+ * more than its control group's quota pays for. */
 static int default_threads(void)
 {
 #ifdef _OPENMP
-    return min_i32(max_i32(omp_get_num_procs(), 1), 1024);
+    double quota = processor_quota("");
+    int n = omp_get_num_procs();
+    if (quota > 0 && quota < n)
+        n = (int)(quota + 0.5);
+    return min_i32(max_i32(n, 1), 1024);
 #else
     return 1;
 #endif
@@ -2426,6 +2460,31 @@ static void run_pass(struct member *me, void *context)
     }
 }
 
+/* Another program may hold a processor that the team counts on, and one thread alone is then
+ * faster than a team that waits for it.  So single steps are timed both ways.  The slower way
+ * is tried again whenever as much time has passed as 128 such steps take; the team for the
+ * first time after 5 ms. */
+static int next_way(const struct pace *p)
+{
+    double other = p->seconds[!p->is_team];
+    if (p->since > (other > 0 ? 128 * other : 0.005))
+        return !p->is_team;
+    return other > 0 ? p->seconds[1] <= p->seconds[0] : p->is_team;
+}
+
+/* A mean of late steps, in which one slow step counts little. */
+static void note_pace(struct pace *p, int is_team, double seconds)
+{
+    double *mean = &p->seconds[is_team];
+    int goes_on = is_team == p->is_team;
+    if (goes_on && *mean > 0)
+        *mean += ((seconds < 2 * *mean ? seconds : 2 * *mean) - *mean) / 8;
+    else
+        *mean = seconds;
+    p->since = goes_on ? p->since + seconds : 0;
+    p->is_team = is_team;
+}
+
 /* Less work than this is not worth waking a thread for: bytes of weights, each counted again
  * for every 8 rows. */
 enum { BYTES_A_THREAD = 128 << 10 };
@@ -2437,7 +2496,12 @@ static int evaluate(struct pass *p)
     gemma2_session *s = p->lead;
     uint64_t useful = p->model->config.file_bytes / BYTES_A_THREAD * (1 + p->n / 8);
     s->status = GEMMA2_OK;
-    run_team(useful < (uint64_t)s->n_threads ? (int)useful : s->n_threads, run_pass, p);
+    int n_threads = useful < (uint64_t)s->n_threads ? (int)useful : s->n_threads;
+    int is_team = n_threads > 1 && (p->n > 8 || next_way(&s->pace));
+    double start = clock_now();
+    run_team(is_team ? n_threads : 1, run_pass, p);
+    if (p->n == 1 && n_threads > 1)
+        note_pace(&s->pace, is_team, clock_now() - start);
     for (size_t t = 0; t < p->n && s->status < 0; t++)
         s->rows[t].session->position--;
     for (size_t t = 0; p->logprobs && t < p->n && s->status == GEMMA2_OK && s->targets[t] >= 0; t++)
@@ -3499,10 +3563,10 @@ int gemma2_session_plan(const gemma2_model *m, const gemma2_session_params *para
 static void start_session(gemma2_session *s)
 {
     int32_t h = s->model->config.head_dim;
+    double log_theta = log_f64(s->model->config.rope_theta);
     for (int32_t i = 0; i < h / 2; i++) {
         float exponent = (float)(2 * i) / (float)h;
-        s->inverse_frequency[i] =
-            1.0f / (float)pow(s->model->config.rope_theta, (double)exponent);
+        s->inverse_frequency[i] = 1.0f / (float)exp_f64((double)exponent * log_theta);
     }
 }
 
@@ -4996,6 +5060,61 @@ static void copy_session(gemma2_session *to, const gemma2_session *from)
         restore_place(to, &at, numbers);
     }
     to->oldest = max_i32(to->oldest, to->position - to->ring);
+}
+
+/* ---- the system's limit on processors ---- */
+
+/* The first number in a file of a control group; 0 where there is none. */
+static double read_limit(const char *folder, const char *name, double *second)
+{
+    char path[8192 + 32];
+    double first = 0;
+    snprintf(path, sizeof path, "%s/%s", folder, name);
+    FILE *f = fopen(path, "r");
+    if (!f)
+        return 0;
+    if (fscanf(f, "%lf %lf", &first, second) < 1)
+        first = 0;
+    fclose(f);
+    return first;
+}
+
+/* Processors' time that the control group at folder allows; 0: no limit of its own. */
+static double group_quota(const char *folder, int v2)
+{
+    double period = 0, none;
+    double quota = read_limit(folder, v2 ? "cpu.max" : "cpu.cfs_quota_us", &period);
+    if (!v2)
+        period = read_limit(folder, "cpu.cfs_period_us", &none);
+    return quota > 0 && period > 0 ? quota / period : 0;
+}
+
+/* Processors' time that this process's control group and those above it allow (docker --cpus);
+ * 0: no limit.  root stands before all paths, for tests. */
+static double processor_quota(const char *root)
+{
+    char line[4096], folder[8192];
+    double least = 0, quota;
+    snprintf(folder, sizeof folder, "%s/proc/self/cgroup", root);
+    FILE *f = fopen(folder, "r");
+    while (f && fgets(line, sizeof line, f)) { /* 0::/path or 4:cpu,cpuacct:/path */
+        char *names = strchr(line, ':'), *path = names ? strchr(names + 1, ':') : NULL;
+        int v2 = !strncmp(line, "0::", 3);
+        line[strcspn(line, "\n")] = 0;
+        if (path)
+            *path++ = *names = ','; /* so that each name stands between commas */
+        if (!path || (!v2 && !strstr(names, ",cpu,")))
+            continue;
+        for (char *end = path + strlen(path); end; end = strrchr(path, '/')) {
+            *end = 0; /* up to the root, where a container finds its own group */
+            snprintf(folder, sizeof folder, "%s/sys/fs/cgroup%s%s", root, v2 ? "" : "/cpu", path);
+            quota = group_quota(folder, v2);
+            least = quota > 0 && (!least || quota < least) ? quota : least;
+        }
+    }
+    if (f)
+        fclose(f);
+    return least;
 }
 
 /* ---- importance: sums of products of neighbouring inputs, for gemma2_importance ---- */

@@ -53,8 +53,55 @@ static void test_sha256_in_parts(void)
     check_none(bad, "SHA-256 added in parts");
 }
 
+#ifdef HAVE_MMAP
+/* Writes text to FOLDER/name, making the folders on the way. */
+static void write_below(const char *folder, const char *name, const char *text)
+{
+    char path[512];
+    snprintf(path, sizeof path, "%s/%s", folder, name);
+    for (char *p = strchr(path + 1, '/'); p; p = strchr(p + 1, '/')) {
+        *p = 0;
+        mkdir(path, 0700);
+        *p = '/';
+    }
+    FILE *f = fopen(path, "w");
+    if (!f || fputs(text, f) < 0 || fclose(f))
+        printf("cannot write %s\n", path), exit(1);
+}
+
+/* A quota of processors, as version 2 and version 1 of Linux's control groups say it. */
+static void test_quota(void)
+{
+    const char *root = "build/quota", *v2 = "build/quota/sys/fs/cgroup";
+    const char *v1 = "build/quota/sys/fs/cgroup/cpu";
+    check(processor_quota("build/no such folder") == 0, "quota: no control groups");
+    write_below(root, "proc/self/cgroup", "0::/a/b:c\n");
+    write_below(v2, "cpu.max", "max 100000\n");
+    write_below(v2, "a/cpu.max", "150000 100000\n");
+    write_below(v2, "a/b:c/cpu.max", "max 100000\n");
+    check(processor_quota(root) == 1.5, "quota: set by the group above");
+    write_below(v2, "a/b:c/cpu.max", "50000 100000\n");
+    check(processor_quota(root) == 0.5, "quota: the smallest counts");
+    write_below(root, "proc/self/cgroup", "0::/elsewhere\n");
+    check(processor_quota(root) == 0, "quota: no limit");
+    write_below(v2, "cpu.max", "300000 100000\n");
+    check(processor_quota(root) == 3, "quota: the root's, as a container sees its own");
+    write_below(root, "proc/self/cgroup", "5:memory:/\n4:cpuacct,cpu:/d\n");
+    write_below(v1, "d/cpu.cfs_quota_us", "250000\n");
+    write_below(v1, "d/cpu.cfs_period_us", "100000\n");
+    check(processor_quota(root) == 2.5, "quota: version 1");
+    write_below(v1, "d/cpu.cfs_quota_us", "-1\n");
+    check(processor_quota(root) == 0, "quota: version 1, no limit");
+    write_below(root, "proc/self/cgroup", "nonsense\n1:\n:::\n0::\n");
+    check(processor_quota(root) == 3, "quota: lines that say nothing");
+}
+#endif
+
 static void test_ground(void)
 {
+#ifdef HAVE_MMAP
+    test_quota();
+#endif
     static const uint8_t bytes[8] = {1, 2, 3, 0x84, 5, 6, 7, 0x88};
     char text[8] = "?";
     struct errbuf err = {text, 4}, none = {NULL, 0};

@@ -104,6 +104,12 @@ static void test_log_and_angles(void)
     }
     check(log_f64(1) == 0 && bad == 0, "log: %d wrong", bad);
     bad = 0;
+    for (int i = 0; i < 100000; i++) {
+        double x = ldexp((double)rnd() - 0x1p31, (int)below(20) - 41);
+        bad += fabs(exp_f64(x) / exp(x) - 1) > 5e-16;
+    }
+    check(exp_f64(0) == 1 && bad == 0, "exp in double: %d wrong", bad);
+    bad = 0;
     for (int i = 0; i < 200000; i++) {
         double x = i < 1000 ? i : ldexp((double)rnd(), (int)below(30) - 41);
         float c, s;
@@ -112,6 +118,21 @@ static void test_log_and_angles(void)
         bad += fabs(s - sin(x)) > 1e-14 + 0x1p-24 * 0.51 * fabs(sin(x)) * 2;
     }
     check_none(bad, "cos and sin");
+}
+
+/* RoPE's powers of theta are the floats that libm's pow gives. */
+static void test_powers(void)
+{
+    static const double thetas[] = {10000, 1e6, 5e5, 1e-3, 1e12, 1, 10.125};
+    int bad = 0;
+    for (int k = 0; k < 7; k++)
+        for (int h = 2; h <= MAX_HEAD_DIM; h += 2)
+            for (int i = 0; i < h / 2; i++) {
+                double exponent = (double)((float)(2 * i) / (float)h);
+                bad += (float)exp_f64(exponent * log_f64(thetas[k])) !=
+                       (float)pow(thetas[k], exponent);
+            }
+    check_none(bad, "powers of theta");
 }
 
 /* Gemma scales by 1 + w: with w = 0 the row has mean square 1, with w = -1 it is zero. */
@@ -642,6 +663,7 @@ static void test_kernels(void)
     test_exp_tanh_ends();
     test_halves();
     test_log_and_angles();
+    test_powers();
     test_norm_and_gelu();
     test_weigh();
     test_quantise();

@@ -239,8 +239,39 @@ static void test_float_environment(void)
 static void test_float_environment(void) { printf("not run: floating-point environments\n"); }
 #endif
 
+/* Steps of so many seconds alone and in a team; returns how many of the last 1000 went to the
+ * team, and the seconds of all in *total. */
+static int team_steps(struct pace *p, double alone, double team, double *total)
+{
+    int n = 0;
+    *total = 0;
+    for (int i = 0; i < 2000; i++) {
+        int is_team = next_way(p);
+        note_pace(p, is_team, is_team ? team : alone);
+        *total += is_team ? team : alone;
+        n += is_team && i >= 1000;
+    }
+    return n;
+}
+
+/* The faster way is taken, also when it changes, and trying the other costs little. */
+static void test_pace(void)
+{
+    struct pace p = {{0, 0}, 0, 0};
+    double idle, busy, again;
+    int n[3] = {team_steps(&p, 0.08, 0.045, &idle), team_steps(&p, 0.08, 0.2, &busy),
+                team_steps(&p, 0.08, 0.045, &again)};
+    check(n[0] > 980 && n[2] > 980 && n[1] < 10, "pace: %d, %d and %d of 1000 steps in a team",
+          n[0], n[1], n[2]);
+    check(idle < 1.02 * 0.045 * 2000 && busy < 1.03 * 0.08 * 2000 && again < 1.2 * 0.045 * 2000,
+          "pace: %g, %g and %g seconds", idle, busy, again);
+    note_pace(&p, p.is_team, 0.4);
+    check(next_way(&p) == 1, "pace: one slow step changes nothing");
+}
+
 static void test_work_sharing(void)
 {
+    test_pace();
     test_share();
     test_threads();
     test_float_environment();

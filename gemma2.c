@@ -4717,23 +4717,19 @@ static struct text own_turn(gemma2_model *m, int i, int32_t id, const char *rest
     return turn;
 }
 
-static int is_turn_piece(const gemma2_model *m, int32_t id)
+static int has_turn_pieces(const gemma2_model *m)
 {
-    return id >= 0 && piece_text(&m->tokenizer, (uint32_t)id).n <= MAX_TURN_PIECE;
+    int32_t start = m->config.start_of_turn, end = m->config.end_of_turn;
+    return start >= 0 && piece_text(&m->tokenizer, (uint32_t)start).n <= MAX_TURN_PIECE &&
+           end >= 0 && piece_text(&m->tokenizer, (uint32_t)end).n <= MAX_TURN_PIECE;
 }
 
-/* Gemma 2's turns, with the custom of folding system text into the first user turn. */
+/* Gemma 2's turns. */
 static void set_own_turns(gemma2_model *m)
 {
     const gemma2_config *c = &m->config;
-    if (!is_turn_piece(m, c->start_of_turn) || !is_turn_piece(m, c->end_of_turn)) {
-        m->chat[CHAT_REFUSED] = as_text("the checkpoint brought none, and its vocabulary has no "
-                                        "turn markers");
-        return;
-    }
     m->chat[CHAT_BOS] = m->chat[CHAT_TRIM] = as_text("1");
     m->chat[CHAT_START] = as_text("");
-    m->chat[CHAT_SYSTEM_JOIN] = as_text("\n\n");
     m->chat[CHAT_USER_BEFORE] = own_turn(m, 0, c->start_of_turn, "user\n");
     m->chat[CHAT_MODEL_BEFORE] = own_turn(m, 1, c->start_of_turn, "model\n");
     m->chat[CHAT_USER_AFTER] = own_turn(m, 2, c->end_of_turn, "\n");
@@ -4749,8 +4745,15 @@ static void read_chat(gemma2_model *m)
         m->chat[i] = find_fact(m, chat_keys[i]);
         found |= m->chat[i].p != NULL;
     }
-    if (!found)
+    if (!found && has_turn_pieces(m))
         set_own_turns(m);
+    else if (!found)
+        m->chat[CHAT_REFUSED] = as_text("the checkpoint brought none, and its vocabulary has no "
+                                        "turn markers");
+    /* Gemma 2's template refuses system text; it is the custom to fold it into the first turn */
+    if (has_turn_pieces(m) && !m->chat[CHAT_SYSTEM_BEFORE].p && !m->chat[CHAT_SYSTEM_JOIN].p &&
+        same_text(m->chat[CHAT_USER_BEFORE], own_turn(m, 0, m->config.start_of_turn, "user\n")))
+        m->chat[CHAT_SYSTEM_JOIN] = as_text("\n\n");
     const char *fault = m->chat[CHAT_REFUSED].p ? NULL : chat_fault(m);
     if (fault)
         m->chat[CHAT_REFUSED] = as_text(fault);

@@ -408,7 +408,8 @@ GEMMA2_API const char *gemma2_piece(const gemma2_model *model, int32_t id, size_
 
 /* A conversation becomes ids by the checkpoint's own chat template, which the file holds taken
  * apart: the facts "chat.user.before", "chat.user.after" and so on.  For a file without them
- * gemma2_fact answers with Gemma 2's own turns, if the vocabulary has both turn markers. */
+ * gemma2_fact answers with Gemma 2's own turns, if the vocabulary has both turn markers.  System
+ * text, for which Gemma 2's template has no place, begins its first user turn. */
 enum { GEMMA2_ROLE_SYSTEM = 0, GEMMA2_ROLE_USER = 1, GEMMA2_ROLE_MODEL = 2 };
 typedef struct {
     int32_t role;

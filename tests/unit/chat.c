@@ -104,6 +104,25 @@ static void test_own_turns(const gemma2_model *m)
     check(!gemma2_fact(m, "chat.system.before", &size) && size == 0, "no system turn");
 }
 
+/* The parts of Gemma 2's template, which refuses system text, give the same; system text is
+ * folded as for a file without parts. */
+static void test_own_template(const gemma2_model *plain, const struct image *tokenizer)
+{
+    static const char *const gemma[] = {
+        "chat.bos", "1", "chat.trim", "1", "chat.user.before", "<start_of_turn>user\n",
+        "chat.user.after", "<end_of_turn>\n", "chat.model.before", "<start_of_turn>model\n",
+        "chat.model.after", "<end_of_turn>\n", "chat.generate", "<start_of_turn>model\n", NULL};
+    struct image image = with_facts(tokenizer, gemma);
+    gemma2_model *m = open_image(&image);
+    static const gemma2_message talk[] = {SYSTEM("Be brief."), USER("a"), MODEL("b"), USER("c")};
+    struct rendering got = render(m, talk, 4, GEMMA2_CHAT_GENERATE);
+    struct rendering want = render(plain, talk, 4, GEMMA2_CHAT_GENERATE);
+    check(want.n > 20, "a conversation");
+    check_same(&got, &want, "Gemma's template");
+    gemma2_close(m);
+    free(image.data);
+}
+
 /* What str.strip takes off; what it does not. */
 static void test_trimming(const gemma2_model *m)
 {
@@ -356,6 +375,7 @@ static void test_chat(void)
     struct image tokenizer = {fresh(m->file.size), m->file.size};
     memcpy(tokenizer.data, m->file.data, m->file.size);
     test_own_turns(m);
+    test_own_template(m, &tokenizer);
     test_trimming(m);
     test_orders(m);
     test_chat_arguments(m);

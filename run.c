@@ -2349,7 +2349,6 @@ static void put_architecture(program *p)
 /* A conversation as the chat template writes it, control pieces by their names. */
 static int put_turns(program *p)
 {
-    static const char space[] = "\xE2\x96\x81";
     gemma2_message talk[] = {{GEMMA2_ROLE_SYSTEM, "SYSTEM", 6}, {GEMMA2_ROLE_USER, "USER", 4},
                              {GEMMA2_ROLE_MODEL, "MODEL", 5}};
     char err[512];
@@ -2361,19 +2360,22 @@ static int put_turns(program *p)
         return DONE;
     }
     int status = push_encoded(p, talk + bare, bare ? 2 : 3, 0);
+    array *text = &p->prompt, ids = p->ids;
+    for (size_t i = 0; i < ids.n && status == DONE; i++) {
+        int type;
+        size_t n;
+        const char *name = gemma2_piece(p->model, ((int32_t *)ids.items)[i], &n, &type);
+        p->ids = (array){(int32_t *)ids.items + i, 1, 1};
+        if (type != GEMMA2_PIECE_CONTROL)
+            status = decode_ids(p, text);
+        else if ((status = extend(text, n, 1) ? DONE : out_of_memory()) == DONE)
+            memcpy((char *)text->items + text->n - n, name, n);
+    }
+    p->ids = ids;
     if (status != DONE)
         return status;
     put_bytes(&p->out, "\"", 1);
-    for (size_t i = 0; i < p->ids.n; i++) {
-        size_t n;
-        const char *piece = gemma2_piece(p->model, ((int32_t *)p->ids.items)[i], &n, NULL);
-        for (size_t at = 0, end; at < n; at = end) {
-            int is_space = n - at >= 3 && memcmp(piece + at, space, 3) == 0;
-            for (end = at + 1; end < n && (is_space ? end < at + 3 : piece[end] != space[0]); end++)
-                ;
-            put_json(&p->out, is_space ? " " : piece + at, is_space ? 1 : end - at);
-        }
-    }
+    put_json(&p->out, text->items, text->n);
     put_format(&p->out, bare ? "\", and no place for system text\n" : "\"\n");
     return DONE;
 }

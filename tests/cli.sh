@@ -710,8 +710,18 @@ fi
 # output is typed.  That nothing comes out is a failure where a trial showed that it works.
 terminal() {
     name=$1
-    eval "$3" | timeout 20 script -qec "$2" /dev/null 2>/dev/null | tr -d '\r' >"$TMP/out"
+    : >"$TMP/notes" >"$TMP/raw"
+    eval "$3" | timeout 20 script -qec "$2" /dev/null >"$TMP/raw" 2>/dev/null
+    tr -d '\r' <"$TMP/raw" >"$TMP/out"
     [ -s "$TMP/out" ]
+}
+# prompts N: a typist waits until the conversation has asked so often, on the terminal or in notes.
+prompts() {
+    tries=0
+    until [ "$(cat "$TMP/raw" "$TMP/notes" | grep -o '> ' | wc -l)" -ge "$1" ] || [ $tries -gt 200 ]; do
+        sleep 0.05
+        tries=$((tries + 1))
+    done
 }
 if [ "$SYSTEM" = windows ]; then
     echo "not run: what a terminal sees, and arguments that are not UTF-8"
@@ -750,6 +760,53 @@ elif terminal "a terminal" "echo x" : && [ "$(cat "$TMP/out")" = x ]; then
     name="/clear clears the session's file"
     chat "echo /clear; printf '\004'"
     claim "$(wc -l <"$TMP/ids")" -lt 20 "ids of one turn"
+    # talk NAME TYPIST MESSAGE TURNS [REDIRECTION]: that the first turn is the message, and how
+    # many there are.  The terminal is afterwards as it was.
+    talk() {
+        rm -f "$TMP/talk"
+        terminal "$1" "stty -g >'$TMP/before'; '$RUN' '$STORY' -c -n 1 -t 0 -C 20000 --session '$TMP/talk' $5
+            echo status \$?; stty -g >'$TMP/after'" "prompts 1; $2; prompts $(($4 + 1)); printf '\004'; sleep 0.1"
+        keep said
+        claim "$(grep -c "status 0" "$TMP/said")" -eq 1 "status 0"
+        same "$TMP/before" "$TMP/after" "the terminal is not as it was"
+        run "$1" 0 "$STORY" -n 0 -C 20000 --json --load "$TMP/talk" -p ""
+        kept=$(sed 's/.*"prompt_ids": \[\([^]]*\)\].*/\1/' "$TMP/out" | tr -d ,)
+        printf "$3" >"$TMP/in"
+        run "$1" 0 "$STORY" --tokenize -c
+        case "$kept " in "$(cat "$TMP/out") "*) pass ;; *) fail "kept $(echo "$kept" | head -c 200)" ;; esac
+        claim "$(echo "$kept" | tr ' ' '\n' | grep -c '^4$')" -eq $(($4 * 2)) "marks of $4 turns"
+    }
+    awk 'BEGIN { for (i = 0; i < 300; i++) printf "Once upon a time "; print "there was" }' >"$TMP/long"
+    talk "a line of 5 KB" "cat '$TMP/long'" "$(cat "$TMP/long")" 1
+    talk "four lines at once" "printf 'one\ntwo\n\nfour\n'" 'one\ntwo\n\nfour' 1
+    talk "a marked paste" "printf '\033[200~one\ntwo\n\033[201~'; sleep 0.3; printf ' more\n'" 'one\ntwo\n more' 1
+    talk "a long marked paste" "printf '\033[200~'; cat '$TMP/long'; printf '\033[201~\n'" "$(cat "$TMP/long")" 1
+    talk "lines at once where pastes are marked" \
+        "printf '\033[200~one\033[201~\n'; prompts 2; printf 'two\nthree\n'" one 3
+    talk "a line that goes on" "printf 'one\\\\\n'; sleep 0.3; echo two" 'one\ntwo' 1
+    talk "quoted lines" "printf '\"\"\"one\n'; sleep 0.3; printf 'two\"\"\"\n'" 'one\ntwo' 1
+    talk "keys that take back" "printf 'abx\177\177\303\251\344\270\255\177\177c \177\n'" ac 1
+    talk "Ctrl-U and Ctrl-W" "printf 'some words\025one two three \027\027six\n'" 'one six' 1
+    talk "keys that move" "printf 'a\033[D\033OAb\033[3~\n'" ab 1
+    talk "two messages" "echo one; prompts 2; echo two" one 2
+    talk "lines at once, no editor" "printf 'one\ntwo\n\nfour\n'" 'one\ntwo\n\nfour' 1 "2>'$TMP/notes'"
+    talk "a long line, no editor" "cat '$TMP/long'; prompts 2; echo one; prompts 3" one 1 "2>'$TMP/notes'"
+    claim "$(grep -c "cuts a line at 4,095 bytes" "$TMP/notes")" -eq 1 "what is said"
+    restored() { # NAME TYPIST: which ends or stops it, of the process in $TMP/pid
+        terminal "$1" "stty -g >'$TMP/before'; tty >'$TMP/tty'
+            sh -c 'echo \$\$ >\"$TMP/pid\"; exec \"$RUN\" \"$STORY\" -c --ignore-eos -C 20000' || :
+            stty -g >'$TMP/after'" "prompts 1; $2; sleep 0.1"
+        same "$TMP/before" "$TMP/after" "the terminal is not as it was"
+    }
+    for signal in INT TERM HUP QUIT; do
+        restored "SIG$signal at the prompt" "kill -$signal \$(cat '$TMP/pid')"
+    done
+    restored "SIGTERM amid a reply" "echo Hello; sleep 0.5; kill -TERM \$(cat '$TMP/pid')"
+    restored "Ctrl-C, twice" "echo Hello; sleep 0.5; printf '\003'; prompts 2; printf '\003'"
+    restored "Ctrl-Z" "kill -TSTP \$(cat '$TMP/pid'); sleep 0.3; stty -g <\$(cat '$TMP/tty') >'$TMP/stopped'
+        kill -CONT \$(cat '$TMP/pid'); sleep 0.3; stty -g <\$(cat '$TMP/tty') >'$TMP/gone-on'; printf '\004'"
+    same "$TMP/before" "$TMP/stopped" "the stopped one's terminal is not as it was"
+    if cmp -s "$TMP/before" "$TMP/gone-on"; then fail "keys are not read"; else pass; fi
     name="SIGHUP cuts an answer short and keeps the conversation"
     rm -f "$TMP/talk"
     terminal "$name" "echo \$\$ >'$TMP/pid'; exec '$RUN' '$STORY' -c --ignore-eos -C 20000 --session '$TMP/talk'" \

@@ -3659,8 +3659,8 @@ HUB_ERRORS = [  # classes of which the first that fits counts, what to say
 
 
 def hub_files(name, names, with_weights):
-    """Of a repository's files the weights, in one format, and what describes them; all of
-    them where the format is a tree of directories."""
+    """The weights among a repository's files, in one format, and the files that describe them.
+    A format that is a tree of directories needs all files."""
     top = sorted(n for n in names if "/" not in n)
     beside = [n for n in top if n.endswith(BESIDE)] + [n for n in names if n.endswith(KERAS_PIECES)]
     if not with_weights:
@@ -3676,7 +3676,7 @@ def hub_files(name, names, with_weights):
 
 
 def hub_snapshot(name, revision, with_weights):
-    """Fetches a repository, or finds it in the cache; the directory or the GGUF file."""
+    """Fetches a repository or finds it in the cache.  Returns its directory, or its GGUF file."""
     hub = library("huggingface_hub", "huggingface_hub",
                   name + " is no path here and, as a name on huggingface.co,")
     try:
@@ -3699,8 +3699,8 @@ def hub_snapshot(name, revision, with_weights):
 
 
 def located(path, what, with_weights=True):
-    """The path; where nothing is there and it could be a name on huggingface.co, org/name or
-    org/name@revision, that of its files."""
+    """The path itself if something is there.  A path that can be a name on huggingface.co,
+    org/name or org/name@revision, becomes the path of the files fetched from there."""
     if os.path.exists(path):
         return path
     if not HUB_NAME.fullmatch(path):
@@ -3805,8 +3805,8 @@ def row_blocks(rows, cols, slab=SLAB):
 
 # ---- LoRA adapters ----------------------------------------------------------------------
 #
-# A directory of PEFT's: adapter_config.json and adapter_model.safetensors.  What it does to a
-# tensor W [rows, cols] is done whenever rows of W are asked for, in f32:
+# PEFT writes a directory with adapter_config.json and adapter_model.safetensors.  An adapter
+# changes a tensor W [rows, cols], in f32, whenever rows of W are asked for:
 #   LoRA     W + s B A                      B [rows, r], A [r, cols], s = alpha / r
 #   rsLoRA   the same with s = alpha / sqrt(r)
 #   DoRA     m (W + s B A) / |W + s B A|    lengths of rows; of columns in an embedding
@@ -3822,22 +3822,14 @@ SILENT_SETTINGS = set("""
     modules_to_save peft_type peft_version qalora_group_size r rank_pattern alpha_pattern revision
     runtime_config target_modules task_type trainable_token_indices use_dora use_rslora
     """.split())
-OTHER_LORAS = {  # settings that make another model of it
-    "alora_invocation_tokens": "aLoRA, which works from an invocation in the text onwards",
-    "alora_invocation_string": "aLoRA, which works from an invocation in the text onwards",
-    "arrow_config": "Arrow, which chooses among adapters token by token",
-    "kasa_config": "KaSA, whose factors have singular values between them",
-    "layer_replication": "a model deepened by repeating layers",
-    "lora_bias": "biases, which Gemma 2 does not have",
-    "megatron_config": "a model of Megatron's",
-    "monteclora_config": "MonteCLoRA, which draws its factors at random",
-    "target_parameters": "factors of parameters instead of modules",
-    "use_bdlora": "BD-LoRA, whose factors are block-diagonal",
-    "use_qalora": "QALoRA, whose factors see sums of inputs",
-    "velora_config": "VeLoRA",
-}
-# init_lora_weights: these start from the base model itself and take out of it what they start
-# with, so that the adapter fits only what is left; those of the second line leave it alone
+# Settings of kinds of LoRA that make another model of it: aLoRA, Arrow, KaSA, BD-LoRA, QALoRA ...
+OTHER_LORAS = set("""
+    alora_invocation_tokens alora_invocation_string arrow_config kasa_config layer_replication
+    lora_bias megatron_config monteclora_config target_parameters use_bdlora use_qalora
+    velora_config
+    """.split())
+# Values of init_lora_weights.  The first take what the adapter starts with out of the base
+# model, so that the adapter fits only what is left.  The second leave the base model alone.
 TAKEN_OUT = re.compile(r"(pissa|olora|corda|loftq|lora_ga)", re.IGNORECASE)
 LEFT_ALONE = "none", "true", "false", "gaussian", "eva", "orthogonal", "mica"
 
@@ -3854,7 +3846,7 @@ MERGE = "merge it into its base model with PEFT's merge_and_unload()"
 
 
 class Part:
-    """A tensor of an adapter, with a complaint of its own."""
+    """A tensor of an adapter.  A value that is not finite is refused by its name."""
 
     def __init__(self, path, key, stored):
         self.path, self.key, self.stored = path, key, stored
@@ -3877,7 +3869,7 @@ class Part:
 
 
 class Transposed:
-    """[n, r] of a part [r, n], of which only what is asked for is read."""
+    """[n, r] of a part [r, n].  Only the rows asked for are read."""
 
     def __init__(self, part):
         self.shape = part.shape[::-1]
@@ -3892,7 +3884,7 @@ class Transposed:
 
 
 class LowRank:
-    """W + s B A; with lengths m, of its rows or its columns, DoRA."""
+    """W + s B A.  DoRA gives lengths m to its rows or columns."""
     kept = {}  # the last few A of this process, by key; the next tensor's drive them out
 
     def __init__(self, key, W, B, A, s, m, by_column):
@@ -4001,20 +3993,20 @@ class Adapter:
                            % json.dumps(init))
         for key, value in doc.items():
             if value and key in OTHER_LORAS:
-                raise self.bad("has %s set, which means %s: %s" % (key, OTHER_LORAS[key], MERGE))
+                raise self.bad("has %s set, which makes it more than a LoRA: %s" % (key, MERGE))
             if value and key not in SILENT_SETTINGS or (
                     key == "init_lora_weights" and str(value).lower() not in LEFT_ALONE):
                 raise self.bad("has the unknown setting %s %s: %s, or remove the setting if it "
                                "does not change the model" % (key, json.dumps(value)[:80], MERGE))
 
     def scaling(self, name):
-        """s of a pair, and its rank."""
+        """The factor s of a pair and its rank."""
         r = self.of_pattern(name, "rank_pattern", "r", 8, 1, 1 << 20, int)
         alpha = self.of_pattern(name, "alpha_pattern", "lora_alpha", 8, -1e9, 1e9, (int, float))
         return self.scale * (alpha / (math.sqrt(r) if self.config.doc.get("use_rslora") else r)), r
 
     def of_pattern(self, name, patterns, key, default, *limits):
-        """The first pattern counts that is the module's name, or its end after a dot."""
+        """The value of the first pattern that is the module's name, or its end after a dot."""
         found = self.config.doc.get(patterns) or {}
         if not isinstance(found, dict):
             raise self.config.bad(patterns, found, "an object")
@@ -4038,7 +4030,7 @@ class Adapter:
         return given
 
     def is_saved_module(self, name):
-        """PEFT trained a copy of it; a tied partner keeps the original."""
+        """Whether PEFT trained a copy of the module.  A tied partner keeps the original."""
         named = self.config.doc.get("modules_to_save") or []
         return isinstance(named, list) and any(
             isinstance(n, str) and self.modules[name].endswith(n) for n in named)
@@ -4078,7 +4070,7 @@ class Adapter:
         self.modules[name] = module
 
     def settle(self, name, parts):
-        """Base and change of one tensor."""
+        """Sorts one tensor's parts into its base and its change."""
         saved = self.is_saved_module(name) or "copy" in parts
         if "copy" in parts:  # beside it, "whole" is the same once more
             parts.setdefault("whole", parts["copy"])
@@ -4091,8 +4083,8 @@ class Adapter:
             self.changes[name] = Change(self, name, parts)
 
     def tie(self):
-        """What PEFT does to a head that is the embedding: bases serve both, trained tokens those
-        of the embedding, other changes only by ensure_weight_tying; else each goes its own way."""
+        """Where the head is the embedding, PEFT lets both share every base and the embedding's
+        trained tokens.  They share other changes only if ensure_weight_tying says so."""
         for found in self.bases, self.changes:
             for name, other in ("embedding", "head"), ("head", "embedding"):
                 if name not in found or other in found:
@@ -4196,7 +4188,7 @@ class Adapted(Checkpoint):
                                       "another base model" % (name, self.model.L))
 
     def gather(self, tied):
-        """All bases, and all changes, in order, by tensor."""
+        """The bases, and the changes in their order, by the name of the tensor."""
         bases, changes = {}, collections.defaultdict(list)
         for adapter in self.adapters:
             if tied:
@@ -4215,7 +4207,7 @@ class Adapted(Checkpoint):
         return bases, changes
 
     def check_shape(self, name, W):
-        """Of the tensors that came whole; only the vocabulary may have another size."""
+        """Tensors that came whole keep their shape.  Only the vocabulary may have another size."""
         rows, cols = self.reader.tensors.get(name, self.reader.tensors["embedding"]).shape
         if W.shape != (rows, cols) and (name not in ("embedding", "head") or W.shape[1] != cols):
             raise ExportError("%s: %s has the shape %s where the model makes it %s: the adapter "
@@ -4241,8 +4233,8 @@ class Adapted(Checkpoint):
                                                  for a in self.adapters)])
 
     def tokenizer(self):
-        """The model's; an adapter's directory may bring another, or more tokens, with which the
-        adapter was trained."""
+        """The model's tokenizer.  An adapter's directory may bring the tokenizer, or the tokens,
+        with which the adapter was trained."""
         path, tokenizer = self.reader.tokenizer()
         for directory in (a.directory for a in self.adapters):
             own_path, own = tokenizer_of_directory(directory)
@@ -4256,14 +4248,14 @@ class Adapted(Checkpoint):
         return path, tokenizer
 
     def chat_template(self):
-        """The last adapter's, which it was trained with; else the model's."""
+        """The last adapter's template, with which it was trained, or the model's."""
         found = (chat_template(a.directory) for a in reversed(self.adapters))
         return next((t for t in found if t[0] is not None), None) or self.reader.chat_template()
 
 
 def adapter_beside(reader, given):
-    """The adapter that lies in the directory of the weights themselves, as a list of one or none.
-    transformers adds it, whatever base model it names."""
+    """A list of the adapter that lies in the directory of the weights, or of none.  transformers
+    adds it, whatever base model it names."""
     here = reader.directory
     files = [os.path.join(here, n) for n in ("adapter_model.safetensors", "adapter_model.bin")]
     if not (isinstance(reader, HuggingFace) and all(os.path.isfile(os.path.join(here, n))
@@ -4298,7 +4290,8 @@ NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE, MARKER = 1, 2, 3, 4, 5, 6, 7
 ABSENT = 0xFFFFFFFF
 MAX_TOKENIZER = 1 << 28  # bytes of a file that is read whole
 SPACE = "\u2581"
-# Control pieces that text does not become, as in SentencePiece; renamed, they are markers
+# As in SentencePiece, text never becomes a control piece of these names.  Renamed control pieces
+# are markers.
 OWN_NAMES = "<pad>", "<eos>", "<bos>", "<unk>", "<s>", "</s>"
 # USER pieces that must not come from a stranger's text: Gemma's own, and what fine-tunes call so
 GEMMA_MARKERS = re.compile(r"<mask>|<2mass>|\[@BOS@\]|<unused\d+>|<start_of_turn>|<end_of_turn>|"
@@ -4308,7 +4301,7 @@ BYTES = ["<0x%02X>" % b for b in range(256)]
 
 
 class Tokenizer:
-    """Pieces (text with U+2581 for a space), their scores and kinds, and the ids of some."""
+    """Pieces (texts with U+2581 for a space), their scores and kinds, and a few ids by name."""
 
     def __init__(self, pieces, scores, kinds, ids):
         self.pieces, self.scores, self.kinds = pieces, scores, kinds
@@ -4434,7 +4427,7 @@ def check_sentencepiece(path, trainer, normalizer):
 
 
 def json_tokenizer(doc, path):
-    """Types and scores that SentencePiece would have, from vocabulary and merges."""
+    """The kinds and scores that SentencePiece would have, from vocabulary and merges."""
     bpe = check_json_tokenizer(doc, path)
     added = added_tokens_of(doc)
     texts = {i: p for p, i in bpe["vocab"].items()}
@@ -4505,8 +4498,9 @@ def json_kind(piece, is_added, unk):
 
 
 def json_scores(bpe, pieces, kinds, path):
-    """-(rank) of a piece, rank 0 the first NORMAL id, where merges come in the order of the
-    ids they make, as in Gemma; else minus the rank of a piece's first merge."""
+    """The score of a piece is minus its rank.  Where merges come in the order of the ids they
+    make, as in Gemma, ids count from the first NORMAL one.  Elsewhere a piece's first merge
+    counts."""
     made = []
     for merge in bpe["merges"]:
         pair = merge.split(" ") if isinstance(merge, str) else merge
@@ -4547,13 +4541,13 @@ def token_settings(directory):
 
 
 def token_text(value):
-    """The text of a token's entry, a string or an object; None for neither."""
+    """The text of a token's entry, which is a string or an object, or None."""
     value = value.get("content") if isinstance(value, dict) else value
     return value if isinstance(value, str) else None
 
 
 def special_texts(settings):
-    """Texts that are special tokens by their name, whatever kind the piece has."""
+    """Texts that the settings name as special tokens, whatever kinds the pieces have."""
     more = settings.get("extra_special_tokens") or settings.get("additional_special_tokens")
     more = more.values() if isinstance(more, dict) else more if isinstance(more, list) else []
     named = [value for key, value in settings.items() if key.endswith("_token")]
@@ -4562,7 +4556,7 @@ def special_texts(settings):
 
 
 def added_tokens(directory, doc):
-    """id to (content, special) from all the places where fine-tunes put them."""
+    """The same from all the places where fine-tunes put added tokens."""
     found = {i: (content, False) for content, i in
              optional_json(directory, "added_tokens.json").items() if is_size(i)}
     found.update(added_tokens_of(doc))
@@ -4592,8 +4586,8 @@ FLAGS = "lstrip", "rstrip", "single_word"
 
 
 def warn_of_flags(directory, doc):
-    """Added tokens may ask to swallow spaces or to match whole words only, which the engine,
-    as SentencePiece, does not do."""
+    """Added tokens may ask to swallow spaces or to match whole words only.  The engine does
+    neither, like SentencePiece."""
     decoder = optional_json(directory, "tokenizer_config.json").get("added_tokens_decoder")
     tokens = list(decoder.values()) if isinstance(decoder, dict) else []
     tokens += doc["added_tokens"] if isinstance(doc.get("added_tokens"), list) else []
@@ -4611,9 +4605,9 @@ def is_gemmas(piece):
 
 
 def add_tokens(tokenizer, added, special=()):
-    """Appends added tokens and renames pieces; marks what is special.  As in transformers, a text
-    that is a piece already counts where it stands, whatever id is said beside it.  Gemma's own
-    name for a piece is older than any other."""
+    """Appends added tokens, renames pieces and marks what is special.  As in transformers, a text
+    that is a piece already keeps its id, whatever id is said beside it.  Gemma's own name for a
+    piece is older than any other."""
     t, n = tokenizer, max(added, default=-1) + 1
     if n >= 1 << 22:
         raise ExportError("an added token has the id %d: fetch the tokenizer again" % (n - 1))
@@ -4661,9 +4655,9 @@ GEMMA_TAGS = re.compile(r"</?(table|caption|thead|tbody|tfoot|tr|th|td|h[1-6]|bl
 
 
 def gguf_tokenizer(config, facts):
-    """The file's vocabulary, None where it has none.  llama.cpp's converter calls most of
-    Gemma's user-defined pieces normal, or control pieces, gives them scores of its own and
-    spells their spaces out; what they are is known by their ids."""
+    """The file's vocabulary, or None.  llama.cpp's converter calls most of Gemma's user-defined
+    pieces normal or control pieces, gives them scores of its own and spells their spaces out.
+    Their ids tell what they are."""
     key = "tokenizer.ggml."
     if key + "tokens" not in facts:
         return None
@@ -4709,7 +4703,7 @@ def gguf_ids(config, n):
 
 
 def gemma_kinds(pieces, kinds):
-    """The kinds of Gemma's ids; beyond, and for names that fine-tunes gave, the file's."""
+    """The kinds of Gemma's ids.  Later ids, and pieces that fine-tunes named, have the file's."""
     n = len(pieces)
     known = [CONTROL] * 3 + [UNKNOWN] + [USER] * 213 + [BYTE] * 256 + [NORMAL] * 255495
     known += [USER] * 32 + kinds[256000:]
@@ -4742,7 +4736,7 @@ SIDE_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer.json.xz", "added_t
 
 
 def side_files(directory):
-    """What is read beside the weights, as far as it is there."""
+    """Paths of what is read beside the weights, whether it is there or not."""
     return [os.path.join(directory, name) for name in SIDE_FILES]
 
 
@@ -4791,7 +4785,8 @@ def json_of_tokenizer(directory):
 
 
 def tokenizer_of_directory(directory):
-    """tokenizer.model with the pieces that only the other files know; None without any."""
+    """(path, tokenizer): tokenizer.model or tokenizer.json, with the pieces that only other files
+    know.  (None, None) where there is neither."""
     json_path, doc = json_of_tokenizer(directory)
     added = added_tokens(directory, doc)
     path = os.path.join(directory, "tokenizer.model")
@@ -4821,7 +4816,7 @@ def located_tokenizer(path):
 
 
 def find_tokenizer(given, reader, n_vocab):
-    """The tokenizer of --tokenizer, else of the checkpoint, else Gemma 2's own."""
+    """The tokenizer that --tokenizer gives, or the checkpoint's, or Gemma 2's own."""
     if given:
         given = located_tokenizer(given)
         path, tokenizer = (tokenizer_of_directory(given) if os.path.isdir(given)

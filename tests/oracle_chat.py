@@ -331,9 +331,22 @@ def test_turns(engine, folder):
                 got = m.encode_chat(talk, generate * GENERATE)
                 count += 1
                 check(got == want, f"{what}: {talk} is {got}, transformers' {want}")
+            check_run(what, path, hf, bool(system))
             check_forged(what, facts, m, f.vocabulary()[1], template is DEMANDS)
             m.close()
     print(f"chat: {count} conversations in {len(TEMPLATES)} templates")
+
+
+def check_run(what, path, hf, has_system):
+    """The same through the command line."""
+    talk = [{"role": "system", "content": " the king\n"}] * has_system
+    talk += [{"role": "user", "content": " was very\nfair "}]
+    run = subprocess.run([os.path.join(ref.ROOT, "run"), path + ".bin", "-c", "--tokenize"]
+                         + ["--system", " the king\n"] * has_system + [" was very\nfair "],
+                         capture_output=True, text=True, timeout=60)
+    want = hf.apply_chat_template(talk, add_generation_prompt=True, return_dict=False)
+    check(run.stdout.split() == list(map(str, want)),
+          f"{what}: run -c has {run.stdout} {run.stderr}, transformers {want}")
 
 
 def check_forged(what, facts, m, pieces, has_system):

@@ -1652,7 +1652,7 @@ static void multiply_tile(const struct product *job, const struct matrix *w,
             p->model->isa->product[w->type](tile, w->cols, &job->in, t + (size_t)first, rows,
                                             out[0]);
         for (int i = 0; i < rows; i++)
-            memcpy(y[first + i][which], out[0][i * apart], sizeof y[0][0]);
+            memcpy(y[first + i][which], &out[0][0][0] + i * apart * TILE, sizeof y[0][0]);
     }
 }
 

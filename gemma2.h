@@ -265,12 +265,12 @@ GEMMA2_API const int32_t *gemma2_history(const gemma2_session *session); /* ids 
  * is evaluated. */
 GEMMA2_API int gemma2_eval(gemma2_session *session, const int32_t *ids, size_t n,
                            float *logits);
-/* The same, faster, for prompts: inputs of products may be rounded to bf16 and sums fused.  So the
- * bits depend on the CPU, but not on threads or batches.  They stay as close to those of f32 weights
- * and arithmetic: on the demo model q8's divergence from them, 0.00016 nats a token
- * for gemma2_eval, grows by at most 5 %, and bf16 weights stay below a fifth of it.  f32 weights,
- * and attention over an f32 cache, stay exact.  A long prompt may come in pieces, to show
- * progress or to be cancelled. */
+/* The same, faster, for prompts: inputs of products may be rounded to bf16 and sums fused.  So
+ * the bits depend on the CPU, but not on threads or batches.  They stay as close to those of f32
+ * weights and arithmetic: on the demo model q8's divergence from them, 0.00016 nats a token for
+ * gemma2_eval, grows by at most 5 %, and bf16 weights stay below a fifth of it.  f32 weights, and
+ * attention over an f32 cache, stay exact.  A long prompt may come in pieces, to show progress or
+ * to be cancelled. */
 GEMMA2_API int gemma2_prefill(gemma2_session *session, const int32_t *ids, size_t n,
                               float *logits);
 
@@ -318,10 +318,10 @@ typedef void gemma2_hook(void *context, const gemma2_activation *activation);
 GEMMA2_API int gemma2_set_hook(gemma2_session *session, gemma2_hook *hook, void *context);
 
 /* Goes back to the first n tokens, exactly.  Rewinding to 0 always works.  Any other position
- * works while the session has held at most window + n_batch tokens since 0; after that n_batch tokens back
- * from the most it ever held do, and further back is GEMMA2_ERR_REWIND: rewind to 0 and evaluate
- * the ids again.  A session that was copied or restored goes back no further than the one that it
- * continues. */
+ * works while the session has held at most window + n_batch tokens since 0; after that, one that
+ * is at most n_batch tokens back from the most it ever held.  Further back is GEMMA2_ERR_REWIND:
+ * rewind to 0 and evaluate the ids again.  A session that was copied or restored goes back no
+ * further than the one that it continues. */
 GEMMA2_API int gemma2_rewind(gemma2_session *session, int32_t n);
 
 /* Makes `to` continue where `from` stands, with the same bits; what it held is gone.  Context,

@@ -29,6 +29,7 @@ import functools
 import hashlib
 import importlib
 import inspect
+import itertools
 import json
 import lzma
 import math
@@ -4944,8 +4945,10 @@ def chat_template(directory):
 # A chat template is a program in Jinja.  gemma2.c knows no Jinja: it is given the texts that
 # the template writes around the messages, the facts "chat.*":
 #
-#   chat.bos, chat.trim                        1 or 0: BOS comes first; messages are stripped (or
-#                                              the names of the roles whose messages are)
+#   chat.bos                                   1 or 0: whether BOS comes first
+#   chat.trim                                  1 or 0: whether messages are stripped; or the roles
+#                                              whose messages are, and "fold" where system text,
+#                                              join and first user text are stripped as one
 #   chat.start                                 first text where there is no system message
 #   chat.system.before, chat.system.after      a system turn of its own, in the place of start
 #   chat.system.join                           or: between system and first user message
@@ -5070,18 +5073,20 @@ def render(template, names):
 
 def written(facts, conversation, generate=False, padded=False):
     """What the facts make of a conversation, as gemma2.c does."""
-    trim, parts = facts["chat.trim"], []
-    trimmed = {"0": (), "1": CHAT_ROLES}.get(trim, trim.split())
-    for role, text in messages_of(conversation, PADS if padded else ("", "")):
-        role = role.replace("assistant", "model")
-        parts.append((role, text.strip() if role in trimmed else text))
-    system = parts.pop(0)[1] if parts[0][0] == "system" else None
+    words = {"0": (), "1": CHAT_ROLES}.get(facts["chat.trim"], facts["chat.trim"].split())
+    given = [(role.replace("assistant", "model"), text)
+             for role, text in messages_of(conversation, PADS if padded else ("", ""))]
+    texts = [text.strip() if role in words else text for role, text in given]
     out, fold = facts["chat.start"], ""
-    if system is not None and "chat.system.before" in facts:
-        out = facts["chat.system.before"] + system + facts["chat.system.after"]
-    elif system:
-        fold = system + facts["chat.system.join"]
-    for role, text in parts:
+    if given[0][0] == "system":
+        system, texts, given = texts[0], texts[1:], given[1:]
+        if "chat.system.before" in facts:
+            out = facts["chat.system.before"] + system + facts["chat.system.after"]
+        elif system:
+            fold = system + facts["chat.system.join"]
+            if "fold" in words:
+                fold, texts[0] = fold.lstrip(), given[0][1].rstrip()
+    for (role, _), text in zip(given, texts):
         out += facts["chat.%s.before" % role] + fold + text + facts["chat.%s.after" % role]
         fold = ""
     return out + (facts["chat.generate"] if generate else "")
@@ -5139,10 +5144,10 @@ class Renderings:
 
     def with_trim(self, facts, systems, roles):
         """The facts with the chat.trim that gives all conversations which begin so."""
-        for n in range(1 << len(roles)):
-            names = [role for i, role in enumerate(roles) if not n >> i & 1]
-            trim = {0: "0", len(roles): "1"}.get(len(names), " ".join(names))
-            found = {**facts, "chat.trim": trim}
+        fold = ["", " fold"] if "chat.system.join" in facts else [""]
+        for names, fold in itertools.product(subsets(roles), fold):
+            trim = " ".join(names) + fold
+            found = {**facts, "chat.trim": {"": "0", " ".join(roles): "1"}.get(trim, trim)}
             if all(written(found, c, g, p) == self.text(c, g, p) for c, g, p in self.found
                    if c.rstrip("um") in systems):
                 return found
@@ -5165,6 +5170,10 @@ class Renderings:
         except Inexpressible as e:
             warn("the chat template is used without its system text: %s" % e)
             return found
+
+
+def subsets(names):
+    return [part for n in range(len(names), -1, -1) for part in itertools.combinations(names, n)]
 
 
 def without_end(text, end):

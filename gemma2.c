@@ -2988,17 +2988,19 @@ static int is_space(const uint8_t *p, uint32_t length)
            c == 0x205f || c == 0x3000;
 }
 
-static struct text trimmed(struct text s)
+enum { AT_START = 1, AT_END = 2 };
+
+static struct text trimmed(struct text s, int ends)
 {
     struct text t = {s.p, 0};
     for (uint32_t at = 0, length; at < s.n; at += length ? length : 1) {
         length = utf8_length(s.p + at, s.n - at);
-        if (is_space(s.p + at, length))
-            t.p += t.n ? 0 : length;
-        else
+        if (!is_space(s.p + at, length))
             t.n = (uint32_t)(s.p + at + (length ? length : 1) - t.p);
+        else if (ends & AT_START)
+            t.p += t.n ? 0 : length;
     }
-    return t;
+    return ends & AT_END ? t : (struct text){t.p, (uint32_t)(s.p + s.n - t.p)};
 }
 
 static int chat_flag(const gemma2_model *m, enum chat_part part)
@@ -3011,24 +3013,27 @@ static size_t message_size(const gemma2_message *message)
     return message->size < 0 ? strlen(message->text) : (size_t)message->size;
 }
 
-/* Whether chat.trim, which is 1, 0 or names of roles, has a role's texts trimmed. */
+/* Whether chat.trim, which is 1, 0 or names of roles, has a role's texts trimmed; and whether
+ * "fold" in it says that system text and first user text are trimmed as one. */
+enum { TRIM_FOLD = GEMMA2_ROLE_MODEL + 1 };
+
 static int is_trimmed(const gemma2_model *m, int32_t role)
 {
-    static const char *const names[] = {"system", "user", "model"};
+    static const char *const names[] = {"system", "user", "model", "fold"};
     struct text trim = m->chat[CHAT_TRIM];
     uint32_t n = (uint32_t)strlen(names[role]);
     for (; trim.n >= n; trim.p++, trim.n--)
         if (!memcmp(trim.p, names[role], n))
             return 1;
-    return chat_flag(m, CHAT_TRIM);
+    return role != TRIM_FOLD && chat_flag(m, CHAT_TRIM);
 }
 
 /* The text of a message as the template has it. */
-static struct text message_text(const gemma2_model *m, const gemma2_message *message)
+static struct text message_text(const gemma2_model *m, const gemma2_message *message, int ends)
 {
     size_t n = message_size(message);
     struct text s = {(const uint8_t *)(message->text ? message->text : ""), (uint32_t)n};
-    return is_trimmed(m, message->role) ? trimmed(s) : s;
+    return is_trimmed(m, message->role) ? trimmed(s, ends) : s;
 }
 
 /* Encodes what is pending up to `to`. */
@@ -3108,7 +3113,7 @@ static void add_marker(struct conversation *c, struct text line)
 {
     struct encoder *e = &c->e;
     size_t start = e->n, at = start, end = start;
-    line = trimmed(line);
+    line = trimmed(line, AT_START | AT_END);
     normalise(e, line.p, line.n);
     for (uint32_t length; at < e->n; at += length) {
         struct text rest = {e->text + at, (uint32_t)(e->n - at)};
@@ -3146,8 +3151,12 @@ static void encode_messages(struct conversation *c, const gemma2_message *messag
     struct text system = {NULL, 0};
     find_markers(c);
     if (n && messages->role == GEMMA2_ROLE_SYSTEM)
-        system = message_text(m, messages++), n--;
-    int own_turn = system.p && m->chat[CHAT_SYSTEM_BEFORE].p, fold = system.n && !own_turn;
+        system = message_text(m, messages++, AT_START | AT_END), n--;
+    int own_turn = system.p && m->chat[CHAT_SYSTEM_BEFORE].p;
+    int as_one = system.p && !own_turn && is_trimmed(m, TRIM_FOLD);
+    if (as_one)
+        system = trimmed(system, AT_START);
+    int fold = system.n && !own_turn;
     if (flags & GEMMA2_CHAT_CONTINUE)
         add_part(c, CHAT_MODEL_AFTER);
     else if (chat_flag(m, CHAT_BOS) && m->config.bos >= 0)
@@ -3165,7 +3174,8 @@ static void encode_messages(struct conversation *c, const gemma2_message *messag
             add_message(c, system);
             add_part(c, CHAT_SYSTEM_JOIN);
         }
-        add_message(c, message_text(m, &messages[i]));
+        add_message(c, message_text(m, &messages[i],
+                                    fold && as_one ? AT_END : AT_START | AT_END));
         add_part(c, user ? CHAT_USER_AFTER : CHAT_MODEL_AFTER);
     }
     if (flags & GEMMA2_CHAT_GENERATE)
@@ -3939,7 +3949,8 @@ int gemma2_chat_check(const gemma2_model *m, const gemma2_message *messages, siz
     }
     int system = n && messages[0].role == GEMMA2_ROLE_SYSTEM;
     int own_turn = m->chat[CHAT_SYSTEM_BEFORE].p != NULL, goes_on = flags & GEMMA2_CHAT_CONTINUE;
-    int has_text = system && (own_turn || message_text(m, messages).n), alternate = 1;
+    int has_text = system && (own_turn || message_text(m, messages, AT_START | AT_END).n),
+        alternate = 1;
     for (size_t i = (size_t)system; i < n; i++)
         alternate &= messages[i].role ==
                      ((i - (size_t)system) % 2 ? GEMMA2_ROLE_MODEL : GEMMA2_ROLE_USER);

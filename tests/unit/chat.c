@@ -310,6 +310,37 @@ static void test_odd_marks(const struct image *tokenizer)
     free(image.data);
 }
 
+/* System text and the first user text, trimmed one by one and as one. */
+static void test_fold(const struct image *tokenizer)
+{
+    const char *facts[] = {
+        "chat.user.before", "U:", "chat.user.after", ";", "chat.model.before", "M:",
+        "chat.model.after", ";", "chat.generate", "", "chat.system.join", "+",
+        "chat.trim", "", NULL};
+    static const struct {
+        const char *trim, *text, *without;
+    } cases[] = {{"0", "U: s + u ;M: m ;U: v ;", "U:  + u ;"},
+                 {"1", "U:s+u;M:m;U:v;", "U:u;"},
+                 {"user model", "U: s +u;M:m;U:v;", "U:  +u;"},
+                 {"user fold", "U:s + u;M: m ;U:v;", "U:u;"},
+                 {"system user model fold", "U:s+ u;M:m;U:v;", "U:u;"}};
+    static const gemma2_message talk[] = {SYSTEM(" s "), USER(" u "), MODEL(" m "), USER(" v ")},
+                                blank[] = {SYSTEM("  "), USER(" u ")};
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        facts[13] = cases[i].trim;
+        struct image image = with_facts(tokenizer, facts);
+        gemma2_model *m = open_image(&image);
+        struct rendering want = {0, {0}}, got = render(m, talk, 4, 0);
+        push_text(&want, m, cases[i].text, 0);
+        check_same(&got, &want, cases[i].trim);
+        want.n = 0, got = render(m, blank, 2, 0);
+        push_text(&want, m, cases[i].without, 0);
+        check_same(&got, &want, cases[i].trim);
+        gemma2_close(m);
+        free(image.data);
+    }
+}
+
 static void check_template_refused(const struct image *tokenizer, const char *const *facts,
                                    const char *needle)
 {
@@ -382,6 +413,7 @@ static void test_chat(void)
     test_chatml();
     test_alpaca(&tokenizer);
     test_odd_marks(&tokenizer);
+    test_fold(&tokenizer);
     test_bad_templates(&tokenizer);
     test_no_turns();
     gemma2_close(m);

@@ -785,12 +785,31 @@ def is_norm(name):
 # =====================================================================================
 # 4. Checkpoints
 #
-# A reader of a format is a class derived from Checkpoint, with a static suits(path) that
-# says whether path looks like this format.  Its tensors have
-#   shape              (rows, cols); a norm is (D, 1)
-#   rows(start, stop)  f32 [stop - start, cols], norms as trained (x is scaled by 1 + w)
-# Both cross to the worker processes by pickling, so they hold paths and offsets but no
-# open files and no closures.
+# What happens to a weight, from the file it lies in to the file that the engine maps:
+#
+#   open     open_checkpoint() asks each of READERS whether a path suits it.  The reader that says
+#            yes reads headers, indices and settings, no weights, and becomes a Checkpoint
+#   names    canonical_name() and its like turn what a format calls a tensor into ours: embedding,
+#            layers.3.q ...  check_shapes() holds names and shapes against tensor_table(), and
+#            settle_head() sees whether the head is the embedding
+#   rows     a tensor has
+#              shape              (rows, cols); a norm is (D, 1)
+#              rows(start, stop)  f32 [stop - start, cols], norms as trained (x is scaled by 1 + w)
+#            Stored reads rows of a plain type, Scaled, Turned and Flat4 those of quantised
+#            matrices, Blocks those of GGUF and gemma.cpp, Rearranged those of arrays with more
+#            axes.  Slice, LowRank and others stand on top of another tensor
+#   values   read_at() brings the bytes of these rows alone, numpy makes them f32, check_values()
+#            refuses what is not finite
+#   pack     pack_rows() in a worker process gives a slab of them to pack() of its type
+#            (section 2): bytes of tiles, and how much they lost
+#   write    Container (section 6) writes the slabs in order, with their digests
+#
+# So a conversion holds a few slabs of a few megabytes, whatever the model's size.  Two tensors are
+# the exception: GPTQ's and AWQ's matrices, which lie transposed, are turned whole, one at a time,
+# and a Flax array is read by the chunks in which it was written.
+#
+# Checkpoints and tensors cross to the worker processes by pickling: they hold paths and offsets,
+# but no open files and no closures.  What a process wants again, keep() keeps.
 # =====================================================================================
 
 
@@ -861,18 +880,16 @@ class Slice:
         return self.tensor.rows(self.start + start, self.start + stop)
 
 
-class Whole:
-    """A tensor whose layout must be read as one: a subclass has shape, key (unlike any
-    other's) and load() to an array [rows, cols] and what makes its values f32.  Each
-    process keeps the last one it loaded, as tasks come tensor by tensor."""
-    kept = None, None, None
+kept = {}  # of this process, by place: a key and what was last made there
 
-    def rows(self, start, stop):
-        if Whole.kept[0] != self.key:
-            Whole.kept = None, None, None  # not two at once
-            Whole.kept = self.key, *self.load()
-        _, array, to_f32 = Whole.kept
-        return to_f32(np.ascontiguousarray(array[start:stop]))
+
+def keep(place, key, make):
+    """What make() returns, or returned when this place was last asked, if with the same key: tasks
+    come tensor by tensor and row by row."""
+    if kept.get(place, (None,))[0] != key:
+        kept.pop(place, None)  # not two at once
+        kept[place] = key, make()
+    return kept[place][1]
 
 
 def library(name, package, what):
@@ -884,9 +901,13 @@ def library(name, package, what):
                           ) from None
 
 
+# D of 2B, 9B and 27B: N, K, H, where nothing else tells them
+RELEASED = {2304: (8, 4, 256), 3584: (16, 8, 256), 4608: (32, 16, 128)}
+
+
 def model_of_shapes(L, D, N, K, H, F):
-    """The Model of a format that stores no facts: what all released ones have in common.
-    27B alone scales queries by D / N instead of H."""
+    """The Model of a format that stores no facts: they are the same in all released models, but
+    that 27B scales queries by D / N instead of H."""
     model = Model()
     model.L, model.D, model.N, model.K, model.H, model.F = L, D, N, K, H, F
     model.window, model.context, model.eps, model.rope_theta = 4096, 8192, 1e-6, 10000.0
@@ -896,6 +917,11 @@ def model_of_shapes(L, D, N, K, H, F):
     model.query_scale = float(np.float32(scalar ** -0.5))
     model.embedding_scale = embedding_scale(D)
     return model
+
+
+def stranger(name, kind="Gemma 2", holder="the checkpoint"):
+    return ExportError("%s holds %s, which is no tensor of %s: is this the right checkpoint?"
+                       % (holder, name, kind))
 
 
 def embedding_scale(D):
@@ -1292,7 +1318,7 @@ REFUSED = [  # pattern of a name, what it means
     (r".*(lora_|\.dora_).*", "part of a LoRA adapter: give the base model here and the adapter "
      "with --lora"),
     (r".*\.(q_(weight|invperm|scale|scale_max|groups|perm)|trellis|suh|svh)", "part of a matrix "
-     "in EXL2 or EXL3 (ExLlama), which cannot be read: fetch the same model as safetensors or GGUF"),
+     "in EXL2 or EXL3 (ExLlama), which cannot be read: fetch the model as safetensors or GGUF"),
     (r".*\.(qweight|qzeros|g_idx|scales|biases|(nested_)?(absmax|quant_map)|SCB|quant_state\..*|"
      r"weight_\w+)",
      "part of a quantised matrix whose other parts are missing, or which config.json (under "
@@ -1320,12 +1346,7 @@ def canonical_name(hf_name, holder="the checkpoint"):
     for pattern, meaning in REFUSED:
         if re.fullmatch(pattern, name):
             raise ExportError("%s holds %s, %s" % (holder, hf_name, meaning))
-    raise ExportError("%s holds %s, which is no tensor of Gemma 2: is this the right checkpoint?"
-                      % (holder, hf_name))
-
-
-# H by D of the released models, where nothing else tells it
-HEAD_DIMS = {2304: 256, 3584: 256, 4608: 128}
+    raise stranger(hf_name, holder=holder)
 
 
 class HuggingFace(Checkpoint):
@@ -1388,7 +1409,7 @@ class HuggingFace(Checkpoint):
         return tensors
 
     def model_of_shapes(self, angles):
-        """o is [D, NH], qkv [NH + 2 KH, D], gate [F, D]; gemma_pytorch's angles are [..., H / 2]."""
+        """o is [D, NH], qkv [NH + 2 KH, D], gate [F, D]; the angles are [..., H / 2]."""
         found, where = self.tensors, self.files[0]
         kv = "layers.0.k" if "layers.0.k" in found else "layers.0.qkv"
         for name in "layers.0.o", "layers.0.gate", kv:
@@ -1396,7 +1417,7 @@ class HuggingFace(Checkpoint):
                 raise ExportError("%s lacks %s: fetch all files of the checkpoint" % (where, name))
         D, q_rows = found["layers.0.o"].shape
         kv_rows = found[kv].shape[0] - q_rows >> 1 if kv.endswith("qkv") else found[kv].shape[0]
-        H = 2 * angles[0].shape[1] if angles else HEAD_DIMS.get(D)
+        H = 2 * angles[0].shape[1] if angles else RELEASED.get(D, (0, 0, 0))[2]
         layers = max(int(n.split(".")[1]) for n in found if n.startswith("layers.")) + 1
         if not H or q_rows % H or kv_rows % H:
             raise ExportError("%s has no config.json that tells its sizes, and its shapes (hidden "
@@ -1431,9 +1452,9 @@ class HuggingFace(Checkpoint):
 
 # ---- Quantised checkpoints in Hugging Face's layout -----------------------------------
 #
-# A matrix [out, in] is stored as codes q, numbers that a block of weights shares, and what
-# tells them apart.  Its parts stand where "<module>.weight" would, and that is the name
-# under which dequantise() puts back one tensor.
+# A quantised matrix [out, in] is several tensors: codes q, and numbers that a block of codes
+# shares.  Their names begin with the module's; dequantise() puts one tensor in their place, under
+# the name "<module>.weight".
 #
 #   method              codes                                     w
 #   MLX                 bit stream along a row                    s q + b   group of a row
@@ -1466,7 +1487,7 @@ def unpack_bits(raw, bits, cols):
 
 
 class Bits:
-    """Codes of a few bits, each row a bit stream; less is what they are too large by."""
+    """Codes of a few bits, each row a bit stream, less a number that all were raised by."""
 
     def __init__(self, words, bits, cols, less=0):
         self.words, self.bits, self.less = words, bits, less
@@ -1499,7 +1520,7 @@ class Scaled:
         return w
 
     def spread(self, grid, start, stop):
-        """The number that each weight of these rows uses."""
+        """The number of each weight in these rows."""
         tall, wide = self.block
         first = start // tall
         numbers = grid.rows(first, (stop - 1) // tall + 1)[np.arange(start, stop) // tall - first]
@@ -1514,7 +1535,7 @@ class Int8(Scaled):
 
 
 def spread_runs(scales, run, start, stop):
-    """The scale of each of the numbers start .. stop, where a run of them shares one."""
+    """The scales of the numbers start .. stop, of which every run shares one."""
     first = start // run
     return scales.rows(first, -(-stop // run))[np.arange(start, stop) // run - first, 0]
 
@@ -1536,7 +1557,7 @@ class Flat4:
 
 
 class NestedScales:
-    """absmax that is itself quantised: map[code] * its own run's scale + offset."""
+    """Scales that are quantised themselves: map[code] * the scale of a run of them + offset."""
 
     def __init__(self, codes, code_map, run, absmax, offset):
         self.codes, self.map, self.run, self.absmax, self.offset = (
@@ -1549,8 +1570,9 @@ class NestedScales:
         return (s + np.float32(self.offset)).reshape(-1, 1)
 
 
-class Turned(Whole):
-    """GPTQ's W^T, turned: a row is its words, then the zeros of its groups, then the scales."""
+class Turned:
+    """GPTQ's W^T, read whole and turned: a row is its words, then the zeros of its groups, then
+    their scales."""
 
     def __init__(self, parts, bits, group):
         self.qweight, self.qzeros, self.scales, self.g_idx = (
@@ -1562,6 +1584,10 @@ class Turned(Whole):
     def columns(self):
         return self.qweight.shape[0] * 32 // self.bits
 
+    def rows(self, start, stop):
+        record = keep("turned", self.key, self.load)[start:stop]
+        return self.dequantise(np.ascontiguousarray(record))
+
     def words(self, start, stop):
         """Words [stop - start, out] of the bit streams down the columns."""
         return self.qweight.raw(start, stop).view("<u4")
@@ -1571,16 +1597,17 @@ class Turned(Whole):
 
     def load(self):
         (out, cols), groups = self.shape, self.scales.shape[0]
-        n_words = -(-cols * self.bits // 32)
+        n_words = cols * self.bits // 32
         record = np.empty((out, n_words + 2 * groups), "<u4")
         for i, j in row_blocks(n_words, out):
             record[:, i:j] = self.words(i, j).T
         numbers = record[:, n_words:].view("<f4")
         numbers[:, :groups] = self.zeros().T
         numbers[:, groups:] = self.scales.rows(0, groups).T
-        return record, functools.partial(self.dequantise, n_words, groups)
+        return record
 
-    def dequantise(self, n_words, groups, record):
+    def dequantise(self, record):
+        n_words, groups = self.shape[1] * self.bits // 32, self.scales.shape[0]
         numbers = record[:, n_words:].view("<f4")
         group = column_groups(self.g_idx, self.group, self.shape[1])
         codes = unpack_bits(record[:, :n_words].view(np.uint8), self.bits, self.shape[1])
@@ -1591,7 +1618,7 @@ class Turned(Whole):
 
 
 class TurnedFirst(Turned):
-    """The original GPTQ files store a zero less one (of 0, all ones)."""
+    """The first form of GPTQ's files stores each zero less one, and 0 as all ones."""
 
     def zeros(self):
         return (super().zeros() + 1) % (1 << self.bits)
@@ -1627,7 +1654,7 @@ WORDS = "I32", "U32"
 
 
 class Parts:
-    """The stored tensors of one quantised matrix, by the end of their names."""
+    """The stored tensors of one quantised matrix, by what follows the module in their names."""
 
     def __init__(self, module, found):
         self.module, self.found = module, found
@@ -1700,7 +1727,7 @@ def refuse_bias(parts):
 
 
 def group_size(parts, settings, cols, groups):
-    """That of config.json where it fits (matrices may differ), else a whole division."""
+    """config.json's if it fits, as matrices may differ, else the columns divided by the groups."""
     size = settings.first(("group_size", "q_group_size"), -1)[1]
     if is_size(size) and size > 0 and -(-cols // size) == groups:
         return size
@@ -1836,7 +1863,7 @@ def quant_state(parts):
 
 
 def run_of(parts, state, key, n, scales):
-    """Numbers that share a scale; n of them must need as many scales as there are."""
+    """How many numbers share a scale, which n numbers must need as many of as there are."""
     run = state.number((key,), None, 1, 1 << 30, int)
     if -(-n // run) != scales.shape[0] or scales.shape[1] != 1:
         raise parts.bad("has %d scales for %d weights in runs of %d" % (scales.shape[0], n, run))
@@ -1865,9 +1892,9 @@ def four_bit_matrix(parts, settings):
 
 # ---- Methods --------------------------------------------------------------------------
 
-# marker: the part that tells that a matrix is quantised;  parts: what else belongs to it
+# marker: the part that only a quantised matrix has;  parts: what else belongs to it
 Layout = collections.namedtuple("Layout", "marker parts make")
-# keys: where config.json names the form;  forms: those read, the first by default
+# keys: where config.json names the form;  forms: what can be read, the default first
 Method = collections.namedtuple("Method", "name keys forms layouts")
 
 QWEIGHT = ["qzeros", "scales", "g_idx", "bias"]
@@ -1917,7 +1944,7 @@ def quantisation(config):
 
 
 def form_of(settings, method):
-    """Which form of a method config.json names; one that cannot be read is refused."""
+    """The form of a method that config.json names, if it can be read."""
     named = [settings.doc[k] for k in method.keys if settings.doc.get(k) is not None]
     form = str(named[0]).lower() if named else method.forms[0] if method.forms else ""
     if named and form not in method.forms or not named and method.name == "AutoRound":
@@ -1987,24 +2014,12 @@ def sfp_values():
 SFP = sfp_values()
 
 
-def nuq(b):
-    """16 values in SFP, then an index of 4 bits for each weight."""
-    index = np.stack((b[:, 16:] & 15, b[:, 16:] >> 4), axis=2).reshape(len(b), -1)
-    return np.take_along_axis(SFP[b[:, :16]], index.astype(np.intp), axis=1)
-
-
-def i8(b):
-    """bf16 scale and zero point, then a byte for each weight."""
-    scale, zero = np.split(bf16_value(np.ascontiguousarray(b[:, :4]).view("<u2")), 2, axis=1)
-    return scale * b[:, 4:].view(np.int8) - zero * scale
-
-
 # name: (weights, bytes, function) of a block
 BLOCKS = {
     "F32": (1, 4, lambda b: b.view("<f4").astype(np.float32, copy=False)),
     "F16": (1, 2, lambda b: b.view("<f2").astype(np.float32)),
     "BF16": (1, 2, lambda b: bf16_value(b.view("<u2"))),
-    "SFP": (1, 1, lambda b: SFP[b]), "NUQ": (256, 144, nuq), "INT8": (128, 132, i8),
+    "SFP": (1, 1, lambda b: SFP[b]),  # gemma.cpp's
 }
 
 
@@ -2028,7 +2043,7 @@ def gguf_library():
 
 
 class Blocks:
-    """A tensor stored as a stream of blocks, which may straddle its rows.  The values are
+    """A tensor stored as a stream of blocks, a block perhaps in two rows.  The values are
     weight * scale + shift."""
 
     def __init__(self, path, kind, shape, offset, scale=1.0, shift=0.0):
@@ -2366,8 +2381,7 @@ class Gguf(Checkpoint):
         layer, base = m.groups() if m else (None, None)
         names = GGUF_NAMES if layer is None else GGUF_LAYER_NAMES
         if base not in names:
-            raise ExportError("the checkpoint holds %s, which is no tensor of Gemma 2: is this the "
-                              "right checkpoint?" % name[:100])
+            raise stranger(name[:100])
         return names[base] if layer is None else "layers.%s.%s" % (layer, names[base])
 
     def name(self):
@@ -2383,11 +2397,11 @@ class Gguf(Checkpoint):
 
 # ---- gemma.cpp's .sbs -----------------------------------------------------------------
 #
-# Named blobs, back to back.  First form of the file: header, directory, blobs; second: a
-# header that counts no blobs, blobs, directory, header.  The blob "config" holds the model's
-# facts, "toc" an entry for every tensor, "tokenizer" a SentencePiece model.  Files older
-# than 2025 have none of these: the first letter of a tensor's name gives its type, and the
-# shapes follow from the width, which only released models have.
+# Named blobs, back to back.  The first form of the file is header, directory, blobs; the second is
+# a header that counts no blobs, blobs, directory, header.  The blob "config" holds the model's
+# facts, "toc" an entry for every tensor, "tokenizer" a SentencePiece model.  Files from before 2025
+# have none of these: the first letter of a tensor's name is its type, and the shapes follow from
+# the width, which must be a released model's.
 
 SBS_MAGIC, SBS_ALIGN = 0x0A534253, 256
 SBS_TYPES = ["unknown", "F32", "BF16", "SFP", "NUQ", "F64", "U32", "U64", "INT8"]
@@ -2397,7 +2411,6 @@ SBS_OTHERS = {1: "Gemma 1", 2: "Gemma 1", 5: "Griffin",
               **dict.fromkeys((8, 9, 10, 11, 12, 13), "PaliGemma, which sees images"),
               **dict.fromkeys((14, 15, 16, 17, 18), "Gemma 3")}
 SBS_OTHER_NAMES = {"img_": SBS_OTHERS[8], "gr_": SBS_OTHERS[5]}  # how their tensors' names begin
-RELEASED = {2304: (8, 4, 256), 3584: (16, 8, 256), 4608: (32, 16, 128)}  # D: N, K, H
 SBS_NAMES = {  # our name or what several of ours lie in, rows (a sum of products), cols
     "c_embedding": ("embedding", "V", "D"), "c_final_norm": ("final_norm", "D", "1"),
 }
@@ -2444,8 +2457,8 @@ class HeadColumns:
 
 
 class Words:
-    """Serialised fields of gemma.cpp, each a few u32; those that an older writer did not
-    know are missing at the end and read as 0."""
+    """Serialised fields of gemma.cpp, each a few u32.  An older writer leaves out the last ones,
+    which are read as 0."""
 
     def __init__(self, words, path):
         self.words, self.at, self.path = words, 0, path
@@ -2609,12 +2622,8 @@ def old_sbs_entries(path, blobs):
                 raise ExportError("%s holds %s: %s; only Gemma 2 can be converted"
                                   % (path, name, what))
         kind = SBS_PREFIXES.get(name[:1])
-        if kind == "NUQ":
-            raise ExportError("%s: %s is NUQ as it was before 2025, which cannot be read: "
-                              "fetch the file in SFP or BF16" % (path, name))
-        if kind and name != "Fscales":
-            weights, bytes_, _ = BLOCKS[kind]
-            found[name] = kind, size // bytes_ * weights, 1.0
+        if kind and name != "Fscales":  # a kind that cannot be read is refused later, by name
+            found[name] = kind, size // BLOCKS.get(kind, (1, 1))[1], 1.0
     return old_sbs_scales(path, blobs["Fscales"], found) if "Fscales" in blobs else found
 
 
@@ -2706,8 +2715,7 @@ class Sbs(Checkpoint):
             if m and m.group(1) in SBS_LAYER_NAMES:
                 ours, rows, cols = SBS_LAYER_NAMES[m.group(1)]
                 return "layers.%s.%s" % (m.group(2), ours), rows, cols
-        raise ExportError("the checkpoint holds %s, which is no tensor of Gemma 2: is this the "
-                          "right checkpoint?" % name)
+        raise stranger(name)
 
     def split(self, layer):
         """Puts what lies together in theirs under our names."""
@@ -2747,14 +2755,14 @@ class Sbs(Checkpoint):
 
 # ---- arrays of more axes -----------------------------------------------------------------
 #
-# PyTorch's, Keras's and Flax's checkpoints say little or nothing about the model; the shapes
-# of their arrays do.  Flax and Keras keep heads as an axis of their own, and most matrices
-# transposed.  Tables name the axes of an array by the letters of its dimensions: "NDH" is q,
-# whose rows run over N and H and whose columns run over D.
+# Keras's and Flax's checkpoints say little about the model: the shapes of their arrays do.  Heads
+# are an axis of their own, and most matrices are transposed.  The tables below name the axes of an
+# array by the letters of its dimensions: "NDH" is q, whose rows run over N and H and whose columns
+# run over D.
 
 
 class Packed(Stored):
-    """An array that lies in a file as one piece, read by boxes: (start, stop) of each axis."""
+    """An array that lies in a file as one piece and is read by boxes, a (start, stop) per axis."""
 
     @property
     def key(self):
@@ -2781,7 +2789,6 @@ class Rearranged:
     """A matrix over the axes of an array.  letters names the axes of the array, rows and cols
     the axes that rows and columns run over; fixed {axis: index} picks one of the others.  The
     array has dims, dtype, key and read(box)."""
-    kept = None, None  # the last block that this process read, as tasks come row by row
     BLOCK = 1 << 24    # bytes to read at once
 
     def __init__(self, array, letters, rows, cols, fixed):
@@ -2796,9 +2803,7 @@ class Rearranged:
 
     def block(self, number):
         """Rows of steps of the leading row axis, [rows, cols] in the stored type."""
-        key = self.array.key, tuple(self.fixed.items()), number
-        if Rearranged.kept[0] != key:
-            Rearranged.kept = None, None
+        def read():
             box = [(0, n) for n in self.array.dims]
             lead, first = self.row_axes[0], number * self.step
             box[lead] = first, min(first + self.step, self.array.dims[lead])
@@ -2806,8 +2811,8 @@ class Rearranged:
                 box[axis] = i, i + 1
             order = [*self.fixed, *self.row_axes, *self.col_axes]
             found = self.array.read(box).transpose(order)
-            Rearranged.kept = key, np.ascontiguousarray(found).reshape(-1, self.shape[1])
-        return Rearranged.kept[1]
+            return np.ascontiguousarray(found).reshape(-1, self.shape[1])
+        return keep("block", (self.array.key, tuple(self.fixed.items()), number), read)
 
     def touched(self, chunk):
         """Bytes of all chunks of these sizes that one block lies in."""
@@ -3041,8 +3046,8 @@ def torch_tensors(path):
             "it again, or load and save it with a new torch"))
     pickles = [n for n in members if n.count("/") == 1 and n.endswith("/data.pkl")]
     if len(pickles) != 1:
-        raise ExportError("%s is no PyTorch checkpoint, or damaged (it holds %d data.pkl): fetch it "
-                          "again" % (path, len(pickles)))
+        raise ExportError("%s is no PyTorch checkpoint, or damaged (it holds %d data.pkl): fetch "
+                          "it again" % (path, len(pickles)))
     place = pickles[0][:-len("data.pkl")]
     if path_bytes(path, *members.get(place + "byteorder", (0, 0))) not in (b"", b"little"):
         raise ExportError("%s was written on a big-endian machine: save it on another" % path)
@@ -3132,8 +3137,7 @@ def keras_name(path):
         return "layers.%s.%s" % (m.group(1) or 0, name), axes
     if KERAS_STATE.match(path):
         return None
-    raise ExportError("the checkpoint holds %s, which is no tensor of Keras's Gemma 2: is this the "
-                      "right checkpoint?" % path)
+    raise stranger(path, "Keras's Gemma 2")
 
 
 def h5_arrays(path, base, size):
@@ -3353,8 +3357,7 @@ def flax_add(axes, path, array, pattern):
     in_layer = layer is not None or position is not None
     names, letters = (FLAX_LAYER_NAMES if in_layer else FLAX_NAMES).get(name, (None, None))
     if names is None:
-        raise ExportError("the checkpoint holds %s, which is no tensor of Gemma 2: is this the "
-                          "right checkpoint?" % path)
+        raise stranger(path)
     stack = [(layer, {})]
     if position is not None:
         letters = "S" + letters
@@ -3384,7 +3387,6 @@ def flax_gating(path, array, axes):
 class Zarr:
     """An array in a store that tensorstore reads: chunk files, or entries of an OCDBT store."""
 
-    kept = None, None
     cache = 0  # bytes of decoded chunks to keep, as blocks are smaller
 
     def __init__(self, store, name, driver):
@@ -3402,15 +3404,13 @@ class Zarr:
         return json.dumps(self.spec)
 
     def open(self):
-        """The array, with the cache of its chunks; each process keeps the last one open."""
-        key = os.getpid(), self.key, self.cache
-        if Zarr.kept[0] != key:
-            Zarr.kept = None, None  # not two caches at once
+        """The array, with the cache of its chunks; a process keeps the last one open."""
+        def opened():
             tensorstore = tensorstore_library()
             context = tensorstore.Context({"cache_pool": {"total_bytes_limit": self.cache}})
-            Zarr.kept = key, attempt(self.where, lambda: tensorstore.open(
+            return attempt(self.where, lambda: tensorstore.open(
                 self.spec, open=True, read=True, context=context).result())
-        return Zarr.kept[1]
+        return keep("zarr", (os.getpid(), self.key, self.cache), opened)
 
     def read(self, box):
         window = self.open()[tuple(slice(a, b) for a, b in box)]
@@ -3462,7 +3462,6 @@ class KeyFile:
 class Streamed:
     """Zarr's array, unpacked from the start of its only chunk while rows are asked for in
     ascending order."""
-    kept = None, None, 0  # of the last one that this process read: key, stream, the next row
 
     def __init__(self, zarr, place):
         self.where, self.dims, self.dtype, self.key = zarr.where, zarr.dims, zarr.dtype, zarr.key
@@ -3470,18 +3469,18 @@ class Streamed:
 
     def read(self, box):
         (first, last), row = box[0], math.prod(self.dims[1:]) * WIDTHS[self.dtype]
-        key, stream, at = Streamed.kept
-        if key != (os.getpid(), self.key) or at > first:
+        key = os.getpid(), self.key
+        (known, stream), at = kept.pop("stream", ((None, None), 0))  # gone until all is well
+        if known != key or at > first:
             stream, at = zstd_library().ZstdDecompressor().stream_reader(
                 KeyFile(*self.place), read_size=1 << 22), 0
         for i in range(at, first, 256):
             self.unpacked(stream, min(256, first - i) * row)
         data = self.unpacked(stream, (last - first) * row)
-        Streamed.kept = (os.getpid(), self.key), stream, last
+        kept["stream"] = (key, stream), last  # and the next row
         return np.frombuffer(data, FLOATS[self.dtype][0]).reshape(last - first, *self.dims[1:])
 
     def unpacked(self, stream, size):
-        Streamed.kept = None, None, 0  # until all is well
         data = bytearray(size)
         at = 0
         while at < size:
@@ -3501,7 +3500,7 @@ def tensorstore_library():
 
 
 def attempt(where, action):
-    """What tensorstore makes of bytes it has not seen before."""
+    """action(), and one sentence where tensorstore fails."""
     try:
         return action()
     except Exception as e:
@@ -3574,8 +3573,8 @@ class Orbax(Checkpoint):
             self.tensors["embedding"] = Slice(embedding, 0, REAL_ROWS)
 
     def stream(self, tensor):
-        """Reads a tensor by and by that Orbax put in one chunk, as it does by default: 27B's
-        embedding would take 5 GB."""
+        """Orbax puts a tensor in one chunk by default, and 27B's embedding would take 5 GB: such a
+        chunk is unpacked while it is read."""
         size = math.prod(tensor.array.chunk) * WIDTHS[tensor.array.dtype]
         place = tensor.array.only_chunk() if size > self.LARGE else None
         if place:
@@ -3886,7 +3885,6 @@ class Transposed:
 
 class LowRank:
     """W + s B A.  DoRA gives lengths m to its rows or columns."""
-    kept = {}  # the last few A of this process, by key; the next tensor's drive them out
 
     def __init__(self, key, W, B, A, s, m, by_column):
         self.key, self.shape = key, W.shape
@@ -3897,17 +3895,11 @@ class LowRank:
         else:
             self.m = m
 
-    def whole_A(self):
-        kept = LowRank.kept
-        if self.key not in kept:
-            if len(kept) > 3:
-                del kept[next(iter(kept))]
-            kept[self.key] = self.A.rows(0, self.A.shape[0])
-        return kept[self.key]
-
     def rows(self, start, stop):
         with np.errstate(all="ignore"):  # whoever uses the sum checks it
-            w = self.B.rows(start, stop) @ self.whole_A()
+            target, adapter = self.key
+            A = keep(("A", adapter), target, lambda: self.A.rows(0, self.A.shape[0]))
+            w = self.B.rows(start, stop) @ A
             w *= self.s
             w += self.W.rows(start, stop)
             if self.m is not None:
@@ -5451,7 +5443,6 @@ IMPORTANCE_HEADER = struct.Struct("<8s2I7IIQQ")
 
 class Importance:
     """Moments of the inputs of every matrix, read when they are needed."""
-    kept = None, None
 
     def __init__(self, path, model):
         self.path = path
@@ -5495,13 +5486,13 @@ class Importance:
 
     def moments(self, key):
         """[block, cols], damped."""
-        if self.kept[0] != key:
+        def read():
             offset, cols = self.offsets[key]
             raw = read_at(self.path, offset, 4 * self.block * cols).view("<f4")
             found = raw.reshape(self.block, cols)
             self.check_moments(found, key)
-            self.kept = key, damped(found, self.tokens)
-        return self.kept[1]
+            return damped(found, self.tokens)
+        return keep("moments", (self.path, key), read)
 
     def check_moments(self, found, key):
         blocks = blocks_of(found, round_up(found.shape[1], self.block))

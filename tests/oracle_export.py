@@ -61,8 +61,7 @@ def convert_here(*arguments, limit=None):
     for f in export.handles.values():
         f.close()
     export.handles.clear()
-    export.LowRank.kept.clear()
-    export.Whole.kept = None, None, None
+    export.kept.clear()
     return subprocess.CompletedProcess(arguments, status, "", said.getvalue())
 
 

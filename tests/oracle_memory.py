@@ -202,8 +202,8 @@ def measure(folder, layers, model, bound, options):
     if check(status == 0, f"memory: exit {status}: {error}"):
         check(processes > 2, f"memory: only {processes} processes were seen")
         check(most <= bound, f"memory: {most / GB:.2f} GB resident, allowed {bound / GB:.2f}")
-        print(f"memory: {os.path.basename(model)} {' '.join(options)}: {most / GB:.2f} GB resident at most, "
-              f"{os.path.getsize(out) / GB:.2f} GB written in {seconds:.0f} s")
+        print(f"memory: {os.path.basename(model)} {' '.join(options)}: {most / GB:.2f} GB resident "
+              f"at most, {os.path.getsize(out) / GB:.2f} GB written in {seconds:.0f} s")
     return most
 
 

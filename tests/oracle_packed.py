@@ -275,6 +275,15 @@ def test_gptq_leftovers(folder):
                 c.tensors[name.replace("g_idx", "scales")].shape[1])
     good(folder, "GPTQ with g_idx and biases of zeros", zeros, **WIDTHS)
 
+    c = Checkpoint(folder, **WIDTHS)
+    quantised(gptq, gptq_settings(), 0.4)(c)
+    c.write()
+    c.torch.save(c.tensors, c.file("pytorch_model.bin"))
+    os.remove(c.file("model.safetensors"))
+    run = convert_here(c.path, c.path + ".bin", "--type", "f32")
+    if check(run.returncode == 0, f"GPTQ as .bin: {run.stderr}"):
+        check_exact(c, c.path + ".bin", "GPTQ as .bin")
+
     def mixed(w, module, rng):
         return gptq(w, module, rng, **(dict(bits=8, group=16) if "down" in module else {}))
     good(folder, "GPTQ with layers of other sizes", quantised(mixed, gptq_settings(), 0.4),

@@ -1,7 +1,7 @@
 """gemma.cpp's .sbs files for oracle.py.  No package writes them; the writer here follows
 gemma.cpp's io/blob_store.cc (container), io/fields.cc (config and toc), gemma/configs.h and
 util/mat.h (their fields), python/convert_from_safetensors.py (how tensors are laid out) and
-compression/{sfp,nuq,int}-inl.h (values)."""
+compression/sfp-inl.h (values)."""
 import os
 import random
 import struct
@@ -49,32 +49,9 @@ def encode(kind, w):
     if kind == "BF16":
         x = ref.bf16_round(x)
         return (x.view(np.uint32) >> 16).astype("<u2").tobytes(), scale, x
-    if kind == "INT8":
-        return encode_int8(x)
     scale = np.float32(abs(x).max() / 1.875)  # to the largest value of SFP
-    if kind == "SFP":
-        b = nearest_sfp(x / scale)
-        return b.tobytes(), scale, SFP[b] * scale
-    return encode_nuq(x, scale)
-
-
-def encode_nuq(x, scale):
-    groups = (x / scale).reshape(-1, 256)
-    table = nearest_sfp(np.quantile(groups, np.arange(0.5, 16) / 16, axis=1).T)
-    i = abs(groups[:, :, None] - SFP[table][:, None, :]).argmin(axis=2)
-    raw = np.concatenate([table, (i[:, 0::2] | i[:, 1::2] << 4).astype(np.uint8)], axis=1)
-    return raw.tobytes(), scale, np.take_along_axis(SFP[table], i, 1).reshape(-1) * scale
-
-
-def encode_int8(x):
-    groups = x.reshape(-1, 128).astype(np.float64)
-    low, high = groups.min(axis=1), groups.max(axis=1)
-    step, zero = ref.bf16_round((high - low) / 255), ref.bf16_round(-low / (high - low) * 255 - 128)
-    q = np.rint(groups / step[:, None] + zero[:, None]).clip(-128, 127).astype(np.int8)
-    head = np.stack([step, zero], axis=1).view(np.uint32) >> 16
-    raw = np.concatenate([head.astype("<u2").view(np.uint8), q.view(np.uint8)], axis=1)
-    value = step[:, None].astype(np.float64) * (q - zero[:, None].astype(np.float64))
-    return raw.tobytes(), 1.0, value.astype(np.float32).reshape(-1)
+    b = nearest_sfp(x / scale)
+    return b.tobytes(), scale, SFP[b] * scale
 
 
 # ---- layout of the tensors --------------------------------------------------------------
@@ -218,11 +195,9 @@ def test_values():
 
 
 def test_good(engine, folder):
-    kinds = {"NUQ": "NUQ", "linear_w": "INT8", "att_ein": "INT8"}
     cases = [  # what, kinds, stacked tensors, second form of the container, logits' distance
         ("bf16", by_size("BF16"), True, True, 0.2), ("f32", by_size("F32", "F32"), False, False, 0),
-        ("sfp", by_size("SFP"), True, False, 2), ("int8", by_size("INT8"), False, True, 2),
-        ("nuq and int8", lambda n: by_size(kinds.get(n, "NUQ"))(n), True, True, 6)]
+        ("sfp", by_size("SFP"), True, False, 2), ("sfp apart", by_size("SFP"), False, True, 2)]
     told = []
     for what, kind_of, joined, second, allowed in cases:
         model = Model(kind_of, joined)
@@ -342,6 +317,8 @@ def test_bad(folder):
     no("wrong shape", "qkv_ein_0", data={"qkv_ein_0": (kind, raw, scale, rows - 1, cols)})
     no("size of a blob", "qkv_ein_0", data={"qkv_ein_0": (kind, raw[:-2], scale, rows, cols)})
     no("two forms", "twice", data={"gating1_w_0": (kind, bytes(16 * 64 * 2), scale, 16, 64)})
+    for other in "NUQ", "INT8":
+        no(other, other, "SFP", data={"qkv_ein_0": (other, raw, scale, rows, cols)})
     no("type", "F64", data={"qkv_ein_0": ("F64", raw, scale, rows, cols)})
     no("scale", "scale", data={"qkv_ein_0": (kind, raw, float("inf"), rows, cols)})
     write_sbs(path, model, data={k: v for k, v in model.data.items() if k != "linear_w_0"} | {

@@ -1353,7 +1353,9 @@ class HuggingFace(Checkpoint):
     """A directory with config.json and safetensors files, or one of these.  Where config.json is
     missing or says little, the shapes tell the model."""
     what, endings, single = "Hugging Face safetensors", (".safetensors",), "model.safetensors"
-    pattern, read = re.compile(r".*\.safetensors"), staticmethod(read_safetensors_header)
+    # In a directory, where torchtune and others leave an adapter beside the weights
+    pattern = re.compile(r"(?!adapter_).*\.safetensors")
+    read = staticmethod(read_safetensors_header)
 
     @classmethod
     def suits(cls, path):
@@ -1379,10 +1381,11 @@ class HuggingFace(Checkpoint):
         self.add_generation_config()
         self.split_qkv()
         self.files += [config.path] if config.doc else []
-        said, rows = config.doc.get("vocab_size"), self.tensors.get("embedding", Stored).shape
-        if "embedding" in self.tensors and said not in (None, rows[0]):
+        said = config.doc.get("vocab_size")
+        rows = self.tensors["embedding"].shape[0] if "embedding" in self.tensors else None
+        if None not in (said, rows) and said != rows:
             warn("config.json says vocab_size %s, the embedding has %d rows; the rows count"
-                 % (json.dumps(said), rows[0]))
+                 % (json.dumps(said), rows))
 
     def add_generation_config(self):
         path = os.path.join(self.directory, "generation_config.json")
@@ -1997,8 +2000,8 @@ def dequantise(stored, config):
 
 # ---- Blocks: the formats of GGUF and gemma.cpp ----------------------------------------
 #
-# A format packs so many weights into so many bytes; its function takes bytes
-# [blocks, bytes] and returns as many f32 weights.  GGUF's own are decoded by the gguf package.
+# A format packs so many weights into so many bytes; its function takes the bytes of some blocks
+# and returns their weights as f32.  GGUF's own formats are decoded by the gguf package.
 # ---------------------------------------------------------------------------------------
 
 
@@ -2043,8 +2046,7 @@ def gguf_library():
 
 
 class Blocks:
-    """A tensor stored as a stream of blocks, a block perhaps in two rows.  The values are
-    weight * scale + shift."""
+    """A tensor whose rows are whole numbers of blocks.  The values are weight * scale + shift."""
 
     def __init__(self, path, kind, shape, offset, scale=1.0, shift=0.0):
         self.path, self.kind, self.shape, self.offset = path, kind, shape, offset
@@ -2052,22 +2054,19 @@ class Blocks:
 
     @staticmethod
     def size(kind, shape):
-        """Bytes of such a stream, None where the weights fill no whole number of blocks."""
+        """Bytes of such a tensor, None where a row is no whole number of blocks."""
         weights, size, _ = block_format(kind)
-        blocks, rest = divmod(math.prod(shape), weights)
-        return None if rest else blocks * size
+        return None if shape[1] % weights else math.prod(shape) // weights * size
 
     def rows(self, start, stop):
         weights, size, values = block_format(self.kind)
-        start, stop, cols = start * self.shape[1], stop * self.shape[1], self.shape[1]
-        first, end = start // weights, -(-stop // weights)
-        raw = read_at(self.path, self.offset + first * size, (end - first) * size)
+        width = self.shape[1] // weights * size
+        raw = read_at(self.path, self.offset + start * width, (stop - start) * width)
         with np.errstate(invalid="ignore", over="ignore"):  # check_values finds them
-            w = values(raw.reshape(-1, size)).reshape(-1)[start - first * weights:]
-            w = w[:stop - start]
+            w = values(raw).reshape(stop - start, -1)
             if (self.scale, self.shift) != (1.0, 0.0):
                 w = w * np.float32(self.scale) + np.float32(self.shift)
-        return np.ascontiguousarray(w).reshape(-1, cols)
+        return w
 
 
 # ---- GGUF -----------------------------------------------------------------------------
@@ -2179,7 +2178,7 @@ class GgufHeader:
         for name, (dims, kind, offset) in sorted(entries.items(), key=lambda e: e[1][2]):
             shape, kind = self.shape(name, dims), self.kind(name, kind)
             size = Blocks.size(kind, shape)
-            if size is None or shape[1] > 1 and shape[1] % block_format(kind)[0]:
+            if size is None:
                 raise self.bad("has the tensor %s with rows of %d weights, which %s cannot hold"
                                % (name, shape[1], kind))
             if offset % align or offset < free:

@@ -6,6 +6,7 @@ The PyTorch files are written by torch, Flax's by Orbax and, where they are to b
 tensorstore.  Keras's are written by h5py in the layout of keras-hub 0.32 (Keras 3.15), whose own
 files were converted once with the same result: that package needs TensorFlow, too large to be
 installed for every test."""
+import argparse
 import contextlib
 import json
 import multiprocessing
@@ -194,11 +195,11 @@ def quantised(source):
     return out
 
 
-def save(folder, state, name="model.ckpt", wrap=True):
+def save(folder, state, name="model.ckpt", wrap=True, **how):
     """A directory with one file; returns the directory."""
     import torch
     path = fresh(folder)
-    torch.save({"model_state_dict": state} if wrap else state, os.path.join(path, name))
+    torch.save({"model_state_dict": state} if wrap else state, os.path.join(path, name), **how)
     return path
 
 
@@ -265,7 +266,8 @@ def test_torch_parts(folder):
     for names in PARTS:
         path = save_parts(folder, source.state, names)
         write_json(os.path.join(path, "config.json"), source.facts.to_dict())
-        for n in "recipe_state.pt", "optimizer.pt", "training_args.bin", "adapter_0.pt":
+        for n in ("recipe_state.pt", "optimizer.pt", "training_args.bin", "adapter_0.pt",
+                  "adapter_model.safetensors"):
             torch.save({"seed": 1}, os.path.join(path, n))
         exact(path, source, f"parts {names[0]}")
         exact(os.path.join(path, names[-1]), source, f"a part {names[-1]}")
@@ -282,17 +284,21 @@ def test_torch_parts(folder):
 
 def test_torch_wrapped(folder):
     """State dicts of wrapped models, among what Lightning keeps beside them."""
+    import torch
     source = Source()
     state = {k: v for k, v in source.state.items() if k != "lm_head.weight"}
     for what, made in (
             ("Lightning", {"state_dict": {"model." + k: v for k, v in state.items()}, "epoch": 3,
-                           "loops": {"fit": [1.5, None, True]}, "lr_schedulers": []}),
+                           "loops": {"fit": [1.5, None, True]}, "lr_schedulers": [],
+                           "hyper_parameters": argparse.Namespace(lr=np.float64(1), p={1, "x"})}),
+            ("parameters", {k: torch.nn.Parameter(v) for k, v in state.items()}),
             ("DeepSpeed", {"module": {"_orig_mod." + k: v for k, v in state.items()}}),
             ("DDP", {"module." + k: v for k, v in state.items()}),
             ("PEFT", {"base_model.model." + k: v for k, v in state.items()})):
-        path = save(folder, made, "last.ckpt", wrap=False)
-        write_json(os.path.join(path, "config.json"), source.facts.to_dict())
-        exact(path, source, f"a state dict of {what}")
+        for protocol in 2, 5:
+            path = save(folder, made, "last.ckpt", wrap=False, pickle_protocol=protocol)
+            write_json(os.path.join(path, "config.json"), source.facts.to_dict())
+            exact(path, source, f"a state dict of {what}, protocol {protocol}")
     state = gemma_pytorch(source)
     exact(save(folder, {"_orig_mod." + k: v for k, v in state.items()}), source, "fused, compiled",
           expect=dict(W=4096))

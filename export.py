@@ -1241,7 +1241,7 @@ def series(name):
     return (m.group(1, 3), int(m[2]), None) if m else None
 
 
-def weight_files(path, pattern, single):
+def weight_files(path, pattern, single, index=None):
     """The files of a checkpoint: one, those of an index, or a numbered series.  path is their
     directory or any of them."""
     directory, given = path, None
@@ -1250,9 +1250,8 @@ def weight_files(path, pattern, single):
         directory, given = directory or ".", series(name)
         if given is None:
             return [path]
-    names = sorted(n for n in os.listdir(directory) if pattern.fullmatch(n)
-                   and not n.startswith("adapter_model."))
-    index = os.path.join(directory, single + ".index.json")
+    names = sorted(n for n in os.listdir(directory) if pattern.fullmatch(n))
+    index = os.path.join(directory, index or single + ".index.json")
     if single in names and not given:
         return [os.path.join(directory, single)]
     if os.path.isfile(index) and not given:
@@ -1278,7 +1277,8 @@ def indexed_files(path, index, pattern):
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ExportError("%s has no weight_map: fetch it again" % index)
-    names = sorted({n if isinstance(n, str) else json.dumps(n) for n in weight_map.values()})
+    names = [n for v in weight_map.values() for n in (v if isinstance(v, list) else [v])]
+    names = sorted({n if isinstance(n, str) else json.dumps(n) for n in names})
     for n in names:
         if n != os.path.basename(n) or not pattern.fullmatch(n):
             raise ExportError("%s names a shard %r, which is no file name: fetch it again"
@@ -3206,49 +3206,24 @@ def h5_array(path, name, item, base, size):
     return Packed(path, dtype, dims, base + at)
 
 
-def keras_files(path):
-    """(files, the shard map or None) of a checkpoint."""
-    if os.path.isfile(path):
-        return [path], None
-    index = os.path.join(path, "model.weights.json")
-    single = os.path.join(path, "model.weights.h5")
-    if os.path.isfile(single):
-        return [single], None
-    if os.path.isfile(index):
-        return keras_shards(path, index), index
-    found = sorted(n for n in os.listdir(path) if n.endswith((".weights.h5", ".keras")))
-    if len(found) > 1:
-        raise ExportError("%s holds several Keras files (%s, %s ...) and no model.weights.json: "
-                          "give the right one, or fetch the map" % (path, found[0], found[1]))
-    return [os.path.join(path, n) for n in found], None
-
-
-def keras_shards(path, index):
-    """model.weights.json maps the group of each variable to a file, or to several."""
-    weight_map = read_json(index).get("weight_map")
-    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
-    names = [n for entry in names for n in (entry if isinstance(entry, list) else [entry])]
-    if not names or not all(isinstance(n, str) and n == os.path.basename(n)
-                            and n.endswith(".weights.h5") for n in names):
-        raise ExportError("%s maps no variables to *.weights.h5: fetch it again" % index)
-    for n in sorted(set(names)):
-        if not os.path.isfile(os.path.join(path, n)):
-            raise ExportError("%s names the shard %s, which is missing: fetch it" % (index, n))
-    return [os.path.join(path, n) for n in sorted(set(names))]
-
-
 class Keras(Checkpoint):
     """A preset of keras-hub (config.json, *.weights.h5, assets), one .weights.h5 or .keras."""
+
+    @staticmethod
+    def files_of(path):
+        """A map tells the files of each group of variables, one or several."""
+        return weight_files(path, re.compile(r".*\.(weights\.h5|keras)"), "model.weights.h5",
+                            "model.weights.json")
 
     @staticmethod
     def suits(path):
         if os.path.isfile(path):
             return path.endswith((".weights.h5", ".keras"))
-        return bool(keras_files(path)[0])
+        return bool(Keras.files_of(path))
 
     def __init__(self, path):
         self.directory = path if os.path.isdir(path) else os.path.dirname(path) or "."
-        files, index = keras_files(path)
+        files = self.files_of(path)
         self.source = "%s, Keras" % self.name()
         axes, config = Axes(files[0]), None
         for file in files:
@@ -3258,7 +3233,7 @@ class Keras(Checkpoint):
                 if named:
                     axes.add(named[0], "%s: %s" % (file, where), array, named[1])
         beside = os.path.join(self.directory, "config.json")
-        self.files = files + [p for p in (index, beside) if p and os.path.isfile(p)]
+        self.files = [*files, beside, os.path.join(self.directory, "model.weights.json")]
         if config is None and os.path.isfile(beside):
             config = beside, read_json(beside)
         self.tensors, self.model = axes.tensors, axes.model()

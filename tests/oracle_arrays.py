@@ -733,7 +733,7 @@ def test_keras_files(folder, source):
                 os.path.join(path, "model_00001.weights.h5"))
     refused(path, "a shard twice", "twice")
     write_json(os.path.join(path, "model.weights.json"), {"weight_map": {"/x": "../a.weights.h5"}})
-    refused(path, "a shard elsewhere", "maps no variables")
+    refused(path, "a shard elsewhere", "which is no file name")
     path = os.path.join(fresh(folder), "model.keras")
     for what, write in {"garbage": lambda z: None,
                         "no weights": lambda z: z.writestr("config.json", "{}")}.items():

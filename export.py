@@ -7,9 +7,9 @@ and 3).  This script follows it and says here only how the numbers are chosen.
   1. Ground         command line, errors, warnings, signals, JSON
   2. Number formats f32 and bf16 tiles; q8, q6, q4: search for scales, then packing
   3. The model      facts, roles of tensors and their shapes
-  4. Checkpoints    the reader interface; Hugging Face safetensors, plain and quantised; GGUF;
-                    gemma.cpp's .sbs; PyTorch, Keras and Flax; names on Hugging Face's hub;
-                    LoRA adapters
+  4. Checkpoints    the way of a weight on one page; safetensors and PyTorch, plain and quantised;
+                    GGUF; gemma.cpp's .sbs; Keras and Flax; names on Hugging Face's hub; LoRA
+                    adapters
   5. Tokenizers     tokenizer.model, tokenizer.json, tokenizer.bin; chat templates
   6. The file       sections, header, directory; written under a temporary name
   7. Conversion     which tensor gets which type; worker processes; the report
@@ -1453,6 +1453,224 @@ class HuggingFace(Checkpoint):
         return self.pieces.path, sentencepiece_tokenizer(data, self.pieces.path)
 
 
+# ---- zip archives ------------------------------------------------------------------------
+
+
+def stored_members(path):
+    """Name to (offset, size) of an archive whose members are stored as they are, every claim
+    checked; None for a file that is no archive."""
+    size, found = os.path.getsize(path), {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error, OverflowError):
+        return None
+    with open(path, "rb") as f:
+        for m in members:
+            at = m.header_offset if 0 <= m.header_offset < size else size
+            f.seek(at)
+            local = f.read(30)
+            at += 30 + (sum(struct.unpack("<26x2H", local))
+                        if local[:4] == b"PK\3\4" and len(local) == 30 else size)
+            if m.compress_type or m.file_size != m.compress_size or at + m.file_size > size:
+                raise ExportError("%s is damaged, or compressed (its member %r): fetch it again"
+                                  % (path, m.filename))
+            if m.filename in found:
+                raise ExportError("%s holds its member %r twice: fetch it again"
+                                  % (path, m.filename))
+            found[m.filename] = at, m.file_size
+    return found
+
+
+# ---- PyTorch -------------------------------------------------------------------------------
+
+TORCH_TYPES = {"Float": "F32", "BFloat16": "BF16", "Half": "F16", "Double": "F64", "Char": "I8",
+               "Byte": "U8", "Short": "I16", "Int": "I32", "Long": "I64", "ComplexFloat": "C64",
+               "Bool": "BOOL"}  # by storage
+TORCH_FLOAT8 = {"torch.float8_e4m3fn": "F8_E4M3", "torch.float8_e5m2": "F8_E5M2"}
+STATES = "model_state_dict", "state_dict", "model", "module"  # keys of a state dict in a file
+
+
+class Named:
+    """What a pickle names, or what would come of calling it: nothing is ever called."""
+
+    def __init__(self, name):
+        self.name = name
+
+
+# A tensor as a pickle describes it: in elements of its storage, which has a type and a key
+Torch = collections.namedtuple("Torch", "dtype key start dims strides")
+LITERALS = re.compile("(SHORT_)?(BIN)?(INT|LONG|FLOAT|STRING|UNICODE|BYTES)[1248]?|BYTEARRAY8")
+CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
+
+
+class Pickle:
+    """Follows the instructions of a pickle that build what a state dict is made of."""
+
+    def __init__(self, data):
+        self.stack, self.marks, self.memo = [], [], {}
+        for op, argument, _ in pickletools.genops(data):
+            self.follow(op.name, argument)
+        self.result = self.stack.pop()
+
+    def items(self):
+        """What came after the last mark."""
+        at = self.marks.pop()
+        found, self.stack[at:] = self.stack[at:], []
+        return found
+
+    def follow(self, op, argument):
+        stack = self.stack
+        if op in CONSTANTS or LITERALS.fullmatch(op):
+            stack.append(CONSTANTS.get(op, argument))
+        elif op == "MARK":
+            self.marks.append(len(stack))
+        elif op in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            self.memo[len(self.memo) if op == "MEMOIZE" else argument] = stack[-1]
+        elif op in ("GET", "BINGET", "LONG_BINGET"):
+            stack.append(self.memo[argument])
+        elif op in ("EMPTY_DICT", "EMPTY_LIST", "EMPTY_SET"):
+            stack.append({} if op == "EMPTY_DICT" else [])
+        elif op in ("TUPLE", "LIST", "FROZENSET"):
+            stack.append(tuple(self.items()) if op == "TUPLE" else self.items())
+        elif op in ("TUPLE1", "TUPLE2", "TUPLE3"):
+            n = int(op[5:])
+            stack[-n:] = [(*stack[-n:],)]
+        elif op in ("APPEND", "APPENDS", "ADDITEMS"):
+            found = [stack.pop()] if op == "APPEND" else self.items()
+            if isinstance(stack[-1], list):
+                stack[-1].extend(found)
+        elif op in ("SETITEM", "SETITEMS", "DICT"):
+            found = [stack.pop(-2), stack.pop()] if op == "SETITEM" else self.items()
+            if op == "DICT":
+                stack.append({})
+            if isinstance(stack[-1], dict):  # a state dict's keys are texts
+                stack[-1].update((k, v) for k, v in zip(found[::2], found[1::2])
+                                 if isinstance(k, (str, int)))
+        elif op in ("GLOBAL", "STACK_GLOBAL"):
+            words = argument.split(" ") if op == "GLOBAL" else [stack.pop(-2), stack.pop()]
+            stack.append(Named(".".join(words)))
+        elif op in ("INST", "OBJ"):
+            found = self.items()
+            stack.append(Named(argument.replace(" ", ".") if op == "INST" else found[0].name))
+        elif op in ("REDUCE", "NEWOBJ"):
+            stack.append(self.call(stack.pop(-2), stack.pop()))
+        elif op == "NEWOBJ_EX":
+            stack[-3:] = [Named(stack[-3].name)]
+        elif op == "BINPERSID":
+            stack.append(self.storage(stack.pop()))
+        elif op in ("BUILD", "POP"):  # a state dict has attributes, which mean nothing here
+            stack.pop()
+        elif op not in ("PROTO", "FRAME", "STOP"):
+            raise ValueError("it holds the instruction %s" % op)
+
+    @staticmethod
+    def storage(given):
+        """The type, None where the tensor tells it, and the key of a storage."""
+        _, kind, key, *_ = given
+        return TORCH_TYPES.get(kind.name.split(".")[-1].replace("Storage", "")), key
+
+    def call(self, function, given):
+        """What a call makes, where that is a tensor or a dictionary."""
+        name = function.name
+        if name == "torch._tensor._rebuild_from_type_v2":  # its function, its type, its arguments
+            return self.call(given[0], given[2])
+        if name.startswith("torch._utils._rebuild_parameter"):
+            return given[0]
+        if name == "torch._utils._rebuild_tensor_v2" and not any(given[6:]):
+            (dtype, key), start, dims, strides = given[:4]
+            return Torch(dtype, key, start, dims, strides)
+        if name == "torch._utils._rebuild_tensor_v3" and not any(given[7:]):
+            (_, key), start, dims, strides = given[:4]
+            return Torch(TORCH_FLOAT8.get(given[6].name), key, start, dims, strides)
+        return {} if name == "collections.OrderedDict" and given == () else Named(name)
+
+
+def torch_pickle(path, offset, size):
+    """The object in a file, its tensors without data; nothing that the file names is run."""
+    if size > 1 << 26:
+        raise ExportError("%s has a pickle of %d bytes, too long for a checkpoint: save the "
+                          "model's state_dict() alone" % (path, size))
+    try:
+        return Pickle(path_bytes(path, offset, size)).result
+    except Exception as e:  # whatever hostile bytes make of it
+        raise ExportError("%s is no PyTorch checkpoint, or damaged (its pickle: %s): fetch it again"
+                          % (path, (str(e).strip() or type(e).__name__).split("\n")[0][:200])
+                          ) from None
+
+
+def torch_tensors(path):
+    """Name to Stored for the file of a state dict."""
+    members = stored_members(path)
+    if members is None:
+        with open(path, "rb") as f:
+            ours = f.read(len(MAGIC)) == MAGIC
+        raise ExportError("%s is %s" % (
+            path, "a file of gemma2.c already: convert the original checkpoint" if ours else
+            "no PyTorch checkpoint, or damaged, or older than PyTorch 1.6 (no zip archive): fetch "
+            "it again, or load and save it with a new torch"))
+    pickles = [n for n in members if n.count("/") == 1 and n.endswith("/data.pkl")]
+    if len(pickles) != 1:
+        raise ExportError("%s is no PyTorch checkpoint, or damaged (it holds %d data.pkl): fetch "
+                          "it again" % (path, len(pickles)))
+    place = pickles[0][:-len("data.pkl")]
+    if path_bytes(path, *members.get(place + "byteorder", (0, 0))) not in (b"", b"little"):
+        raise ExportError("%s was written on a big-endian machine: save it on another" % path)
+    found = torch_pickle(path, *members[pickles[0]])
+    for key in STATES:
+        if isinstance(found, dict) and isinstance(found.get(key), dict):
+            found = found[key]
+    if isinstance(found, dict) and all(isinstance(k, str) for k in found):
+        return {name: torch_stored(path, name, t, members, place) for name, t in found.items()}
+    if isinstance(found, Named):
+        raise runs(path, found)
+    raise ExportError("%s holds no dictionary of tensors: save the model's state_dict()" % path)
+
+
+def runs(path, named):
+    return ExportError("%s asks to run %s, which no checkpoint needs; nothing was run: get the "
+                       "weights from someone you trust, as safetensors" % (path, named.name))
+
+
+def path_bytes(path, offset, size):
+    with open(path, "rb") as f:
+        f.seek(offset)
+        return f.read(size)
+
+
+def torch_stored(path, name, t, members, place):
+    """Where a tensor lies in its file."""
+    def bad(what):
+        return ExportError("%s: %s %s: save the model's state_dict() again" % (path, name, what))
+    if isinstance(t, Named) and not t.name.startswith("torch._utils._rebuild"):
+        raise runs(path, t)
+    if not isinstance(t, Torch):
+        raise bad("is no plain tensor" if isinstance(t, Named) else "is no tensor")
+    dims, strides = t.dims, t.strides
+    if not (t.dtype and isinstance(t.key, str) and isinstance(dims, tuple) and len(dims) <= 8
+            and isinstance(strides, tuple) and len(strides) == len(dims)
+            and all(map(is_size, (t.start, *dims)))):
+        raise bad("is no plain tensor")
+    if any(n > 1 and stride != math.prod(dims[i + 1:])
+           for i, (n, stride) in enumerate(zip(dims, strides))):
+        raise bad("does not lie row by row, but as a view of another tensor; .contiguous() helps")
+    at, room = members.get("%sdata/%s" % (place, t.key), (0, -1))
+    start, size = t.start * WIDTHS[t.dtype], math.prod(dims) * WIDTHS[t.dtype]
+    if start + size > room:
+        raise bad("needs bytes that the file does not have")
+    return Stored(path, t.dtype, dims, at + start)
+
+
+class PyTorch(HuggingFace):
+    """torch.save of a state dict, with Hugging Face's names or gemma_pytorch's: the latter fuse
+    q, k and v into qkv_proj, may be int8 with a weight_scaler, and bring no config."""
+    what, endings, single = "PyTorch", (".ckpt", ".bin", ".pth", ".pt"), "pytorch_model.bin"
+    # In a directory, where what else a trainer left is no weights
+    pattern = re.compile(r"(?!(optimizer|scheduler|scaler|rng_state|recipe_state|training_args|"
+                         r"adapter_).*)(pytorch_model.*\.bin|.*-of-\d+\.bin|.*\.(ckpt|pth|pt))")
+    read = staticmethod(torch_tensors)
+
+
 # ---- Quantised checkpoints in Hugging Face's layout -----------------------------------
 #
 # A quantised matrix [out, in] is several tensors: codes q, and numbers that a block of codes
@@ -2885,224 +3103,6 @@ def model_of_sizes(sizes, names, what):
         raise ExportError("%s has %d heads of %d values and %d key/value heads, which do not go "
                           "together: fetch it again" % (what, sizes["N"], sizes["H"], sizes["K"]))
     return model_of_shapes(*(sizes[c] for c in "LDNKHF"))
-
-
-# ---- zip archives ------------------------------------------------------------------------
-
-
-def stored_members(path):
-    """Name to (offset, size) of an archive whose members are stored as they are, every claim
-    checked; None for a file that is no archive."""
-    size, found = os.path.getsize(path), {}
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error, OverflowError):
-        return None
-    with open(path, "rb") as f:
-        for m in members:
-            at = m.header_offset if 0 <= m.header_offset < size else size
-            f.seek(at)
-            local = f.read(30)
-            at += 30 + (sum(struct.unpack("<26x2H", local))
-                        if local[:4] == b"PK\3\4" and len(local) == 30 else size)
-            if m.compress_type or m.file_size != m.compress_size or at + m.file_size > size:
-                raise ExportError("%s is damaged, or compressed (its member %r): fetch it again"
-                                  % (path, m.filename))
-            if m.filename in found:
-                raise ExportError("%s holds its member %r twice: fetch it again"
-                                  % (path, m.filename))
-            found[m.filename] = at, m.file_size
-    return found
-
-
-# ---- PyTorch -------------------------------------------------------------------------------
-
-TORCH_TYPES = {"Float": "F32", "BFloat16": "BF16", "Half": "F16", "Double": "F64", "Char": "I8",
-               "Byte": "U8", "Short": "I16", "Int": "I32", "Long": "I64", "ComplexFloat": "C64",
-               "Bool": "BOOL"}  # by storage
-TORCH_FLOAT8 = {"torch.float8_e4m3fn": "F8_E4M3", "torch.float8_e5m2": "F8_E5M2"}
-STATES = "model_state_dict", "state_dict", "model", "module"  # keys of a state dict in a file
-
-
-class Named:
-    """What a pickle names, or what would come of calling it: nothing is ever called."""
-
-    def __init__(self, name):
-        self.name = name
-
-
-# A tensor as a pickle describes it: in elements of its storage, which has a type and a key
-Torch = collections.namedtuple("Torch", "dtype key start dims strides")
-LITERALS = re.compile("(SHORT_)?(BIN)?(INT|LONG|FLOAT|STRING|UNICODE|BYTES)[1248]?|BYTEARRAY8")
-CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
-
-
-class Pickle:
-    """Follows the instructions of a pickle that build what a state dict is made of."""
-
-    def __init__(self, data):
-        self.stack, self.marks, self.memo = [], [], {}
-        for op, argument, _ in pickletools.genops(data):
-            self.follow(op.name, argument)
-        self.result = self.stack.pop()
-
-    def items(self):
-        """What came after the last mark."""
-        at = self.marks.pop()
-        found, self.stack[at:] = self.stack[at:], []
-        return found
-
-    def follow(self, op, argument):
-        stack = self.stack
-        if op in CONSTANTS or LITERALS.fullmatch(op):
-            stack.append(CONSTANTS.get(op, argument))
-        elif op == "MARK":
-            self.marks.append(len(stack))
-        elif op in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
-            self.memo[len(self.memo) if op == "MEMOIZE" else argument] = stack[-1]
-        elif op in ("GET", "BINGET", "LONG_BINGET"):
-            stack.append(self.memo[argument])
-        elif op in ("EMPTY_DICT", "EMPTY_LIST", "EMPTY_SET"):
-            stack.append({} if op == "EMPTY_DICT" else [])
-        elif op in ("TUPLE", "LIST", "FROZENSET"):
-            stack.append(tuple(self.items()) if op == "TUPLE" else self.items())
-        elif op in ("TUPLE1", "TUPLE2", "TUPLE3"):
-            n = int(op[5:])
-            stack[-n:] = [(*stack[-n:],)]
-        elif op in ("APPEND", "APPENDS", "ADDITEMS"):
-            found = [stack.pop()] if op == "APPEND" else self.items()
-            if isinstance(stack[-1], list):
-                stack[-1].extend(found)
-        elif op in ("SETITEM", "SETITEMS", "DICT"):
-            found = [stack.pop(-2), stack.pop()] if op == "SETITEM" else self.items()
-            if op == "DICT":
-                stack.append({})
-            if isinstance(stack[-1], dict):  # a state dict's keys are texts
-                stack[-1].update((k, v) for k, v in zip(found[::2], found[1::2])
-                                 if isinstance(k, (str, int)))
-        elif op in ("GLOBAL", "STACK_GLOBAL"):
-            words = argument.split(" ") if op == "GLOBAL" else [stack.pop(-2), stack.pop()]
-            stack.append(Named(".".join(words)))
-        elif op in ("INST", "OBJ"):
-            found = self.items()
-            stack.append(Named(argument.replace(" ", ".") if op == "INST" else found[0].name))
-        elif op in ("REDUCE", "NEWOBJ"):
-            stack.append(self.call(stack.pop(-2), stack.pop()))
-        elif op == "NEWOBJ_EX":
-            stack[-3:] = [Named(stack[-3].name)]
-        elif op == "BINPERSID":
-            stack.append(self.storage(stack.pop()))
-        elif op in ("BUILD", "POP"):  # a state dict has attributes, which mean nothing here
-            stack.pop()
-        elif op not in ("PROTO", "FRAME", "STOP"):
-            raise ValueError("it holds the instruction %s" % op)
-
-    @staticmethod
-    def storage(given):
-        """The type, None where the tensor tells it, and the key of a storage."""
-        _, kind, key, *_ = given
-        return TORCH_TYPES.get(kind.name.split(".")[-1].replace("Storage", "")), key
-
-    def call(self, function, given):
-        """What a call makes, where that is a tensor or a dictionary."""
-        name = function.name
-        if name == "torch._tensor._rebuild_from_type_v2":  # its function, its type, its arguments
-            return self.call(given[0], given[2])
-        if name.startswith("torch._utils._rebuild_parameter"):
-            return given[0]
-        if name == "torch._utils._rebuild_tensor_v2" and not any(given[6:]):
-            (dtype, key), start, dims, strides = given[:4]
-            return Torch(dtype, key, start, dims, strides)
-        if name == "torch._utils._rebuild_tensor_v3" and not any(given[7:]):
-            (_, key), start, dims, strides = given[:4]
-            return Torch(TORCH_FLOAT8.get(given[6].name), key, start, dims, strides)
-        return {} if name == "collections.OrderedDict" and given == () else Named(name)
-
-
-def torch_pickle(path, offset, size):
-    """The object in a file, its tensors without data; nothing that the file names is run."""
-    if size > 1 << 26:
-        raise ExportError("%s has a pickle of %d bytes, too long for a checkpoint: save the "
-                          "model's state_dict() alone" % (path, size))
-    try:
-        return Pickle(path_bytes(path, offset, size)).result
-    except Exception as e:  # whatever hostile bytes make of it
-        raise ExportError("%s is no PyTorch checkpoint, or damaged (its pickle: %s): fetch it again"
-                          % (path, (str(e).strip() or type(e).__name__).split("\n")[0][:200])
-                          ) from None
-
-
-def torch_tensors(path):
-    """Name to Stored for the file of a state dict."""
-    members = stored_members(path)
-    if members is None:
-        with open(path, "rb") as f:
-            ours = f.read(len(MAGIC)) == MAGIC
-        raise ExportError("%s is %s" % (
-            path, "a file of gemma2.c already: convert the original checkpoint" if ours else
-            "no PyTorch checkpoint, or damaged, or older than PyTorch 1.6 (no zip archive): fetch "
-            "it again, or load and save it with a new torch"))
-    pickles = [n for n in members if n.count("/") == 1 and n.endswith("/data.pkl")]
-    if len(pickles) != 1:
-        raise ExportError("%s is no PyTorch checkpoint, or damaged (it holds %d data.pkl): fetch "
-                          "it again" % (path, len(pickles)))
-    place = pickles[0][:-len("data.pkl")]
-    if path_bytes(path, *members.get(place + "byteorder", (0, 0))) not in (b"", b"little"):
-        raise ExportError("%s was written on a big-endian machine: save it on another" % path)
-    found = torch_pickle(path, *members[pickles[0]])
-    for key in STATES:
-        if isinstance(found, dict) and isinstance(found.get(key), dict):
-            found = found[key]
-    if isinstance(found, dict) and all(isinstance(k, str) for k in found):
-        return {name: torch_stored(path, name, t, members, place) for name, t in found.items()}
-    if isinstance(found, Named):
-        raise runs(path, found)
-    raise ExportError("%s holds no dictionary of tensors: save the model's state_dict()" % path)
-
-
-def runs(path, named):
-    return ExportError("%s asks to run %s, which no checkpoint needs; nothing was run: get the "
-                       "weights from someone you trust, as safetensors" % (path, named.name))
-
-
-def path_bytes(path, offset, size):
-    with open(path, "rb") as f:
-        f.seek(offset)
-        return f.read(size)
-
-
-def torch_stored(path, name, t, members, place):
-    """Where a tensor lies in its file."""
-    def bad(what):
-        return ExportError("%s: %s %s: save the model's state_dict() again" % (path, name, what))
-    if isinstance(t, Named) and not t.name.startswith("torch._utils._rebuild"):
-        raise runs(path, t)
-    if not isinstance(t, Torch):
-        raise bad("is no plain tensor" if isinstance(t, Named) else "is no tensor")
-    dims, strides = t.dims, t.strides
-    if not (t.dtype and isinstance(t.key, str) and isinstance(dims, tuple) and len(dims) <= 8
-            and isinstance(strides, tuple) and len(strides) == len(dims)
-            and all(map(is_size, (t.start, *dims)))):
-        raise bad("is no plain tensor")
-    if any(n > 1 and stride != math.prod(dims[i + 1:])
-           for i, (n, stride) in enumerate(zip(dims, strides))):
-        raise bad("does not lie row by row, but as a view of another tensor; .contiguous() helps")
-    at, room = members.get("%sdata/%s" % (place, t.key), (0, -1))
-    start, size = t.start * WIDTHS[t.dtype], math.prod(dims) * WIDTHS[t.dtype]
-    if start + size > room:
-        raise bad("needs bytes that the file does not have")
-    return Stored(path, t.dtype, dims, at + start)
-
-
-class PyTorch(HuggingFace):
-    """torch.save of a state dict, with Hugging Face's names or gemma_pytorch's: the latter fuse
-    q, k and v into qkv_proj, may be int8 with a weight_scaler, and bring no config."""
-    what, endings, single = "PyTorch", (".ckpt", ".bin", ".pth", ".pt"), "pytorch_model.bin"
-    # In a directory, where what else a trainer left is no weights
-    pattern = re.compile(r"(?!(optimizer|scheduler|scaler|rng_state|recipe_state|training_args|"
-                         r"adapter_).*)(pytorch_model.*\.bin|.*-of-\d+\.bin|.*\.(ckpt|pth|pt))")
-    read = staticmethod(torch_tensors)
 
 
 # ---- Keras -----------------------------------------------------------------------------------

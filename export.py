@@ -1505,7 +1505,8 @@ CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()
 
 
 class Pickle:
-    """Follows the instructions of a pickle that build what a state dict is made of."""
+    """Follows the instructions of a pickle that build texts, numbers, lists, dictionaries and
+    tensors.  Everything else that it holds is a Named or left out."""
 
     def __init__(self, data):
         self.stack, self.marks, self.memo = [], [], {}
@@ -1520,6 +1521,7 @@ class Pickle:
         return found
 
     def follow(self, op, argument):
+        """One instruction, by the name that pickletools gives it."""
         stack = self.stack
         if op in CONSTANTS or LITERALS.fullmatch(op):
             stack.append(CONSTANTS.get(op, argument))
@@ -1647,7 +1649,8 @@ def torch_stored(path, name, t, members, place):
     if not isinstance(t, Torch):
         raise bad("is no plain tensor" if isinstance(t, Named) else "is no tensor")
     dims, strides = t.dims, t.strides
-    if not (t.dtype and isinstance(t.key, str) and isinstance(dims, tuple) and len(dims) <= 8
+    texts = isinstance(t.dtype, str) and t.dtype in WIDTHS and isinstance(t.key, str)
+    if not (texts and isinstance(dims, tuple) and len(dims) <= 8
             and isinstance(strides, tuple) and len(strides) == len(dims)
             and all(map(is_size, (t.start, *dims)))):
         raise bad("is no plain tensor")

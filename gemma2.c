@@ -1,7 +1,7 @@
 /* gemma2.c - Gemma 2 inference in one file.  See gemma2.h for how to use it.
  *
  * MAP
- *   1 Gemma 2         the model's facts, and what a model and a session hold
+ *   1 Gemma 2         the facts of 2B, 9B and 27B; the model in plain loops
  *   2 The weight file the byte table (normative), and how numbers lie in it
  *   3 Kernels         the specification of every sum, in plain C
  *   4 The pass        sharing of work, cache, attention, feed-forward, layer, head
@@ -248,12 +248,43 @@ static int32_t max_i32(int32_t a, int32_t b) { return a > b ? a : b; }
 
 /* ===================================================================================
  * 1. Gemma 2
+ *
+ *                                2B       9B      27B    where it is said
+ *   layers L                     26       42       46    report, table 1
+ *   model width D              2304     3584     4608    report, table 1
+ *   query heads N                 8       16       32    report, table 1
+ *   key/value heads K             4        8       16    report, table 1
+ *   head_dim H                  256      256      128    report, table 1
+ *   ffn width F of a branch    9216    14336    36864    gemma_pytorch config.py; table 1 has 2F
+ *   query scale                1/16     1/16     1/12    config.py, query_pre_attn_scalar^-0.5
+ *   embedding scale              48    59.75       68    gemma.cpp, EmbeddingScaling: bf16 sqrt(D)
+ *   parameters            2,614,341,888  9,241,705,984  27,227,128,320
+ *                                    counted from the shapes above; report, table 2
+ *   All three (config.py): V 256,000, context 8192, window 4096, RoPE's theta 10000, eps 1e-6,
+ *   soft-caps 50 on scores and 30 on logits, no biases, one matrix for embedding and head.
+ *   Layers 0, 2, 4 .. are local, 1, 3, 5 .. and so the last one global (config.py, attn_types).
+ *   The file states all of this for each model (section 2); nothing below assumes it.
+ *
+ * What surprises those who know other transformers, and the function where it happens:
+ *   every second layer sees 4096 keys only, itself included               plain_attention
+ *   scores are soft-capped, 50 tanh(s / 50), before the mask              plain_attend
+ *   logits are soft-capped, which changes probabilities but not ranks     plain_head
+ *   27B scales queries by 1/sqrt(D/N) = 1/12, not by 1/sqrt(H)            plain_attention
+ *   norms multiply by 1 + w, and a file of GGUF holds 1 + w               plain_norm
+ *   a block's output is normed, too, before it is added                   plain_attention
+ *   the embedding is multiplied by sqrt(D), rounded to bf16               plain_forward
+ *   RoPE turns the pairs (i, i + H/2), not (2i, 2i + 1)                   plain_rope
+ *   the gate goes through GELU in its tanh form, not SiLU                 plain_feed_forward
+ *   the head is the embedding again, unless the file has one of its own   plain_head
+ *   N*H is not D: 2048 of 2304, 4096 of 3584, 4096 of 4608                plain_attention
+ *   a text begins with BOS; without it the model talks nonsense           gemma2_encode
  * =================================================================================== */
 
 enum { TYPE_BYTES, TYPE_F32, TYPE_BF16, TYPE_Q8, TYPE_Q6, TYPE_Q4, N_TYPES };
 enum {
     HEADER_BYTES = 512, ENTRY_BYTES = 96, IDENTITY_AT = 480, MAX_LAYERS = 1024,
-    MAX_HEAD_DIM = 1024, TILE = 16, GROUP = 32, BLOCK_INPUTS = 256
+    MAX_HEAD_DIM = 1024, TILE = 16, GROUP = 32, BLOCK_INPUTS = 256,
+    KEY_BLOCK = 256 /* positions in an absolute block of attention */
 };
 
 /* A tensor in the file, used where it lies. */
@@ -308,6 +339,7 @@ struct gemma2_model {
     struct file file;
     const struct kernels *isa;
     const struct matrix_kernels *matrix; /* what prefill uses; NULL: the exact class */
+    int is_reference; /* passes are plain_forward and plain_head */
     const uint8_t *directory;
     uint32_t n_sections;
     struct bytes {
@@ -365,6 +397,7 @@ struct gemma2_session {
     float *q, *k, *v;         /* [B][N*H], [B][K*H], [B][K*H] */
     float *attended;          /* [B][N*H] what the heads mixed from the values */
     float *gated;             /* [B][F] gelu(gate) * up */
+    float *up;                /* [F] of the reference alone */
     float *added;             /* [B][D] what attention and ffn add to x */
     float *cosine, *sine;     /* [B][H/2] */
     float *inverse_frequency; /* [H/2] */
@@ -379,6 +412,200 @@ struct gemma2_session {
     float *adjusted;              /* [V] */
     size_t ldq, partial_rows, partial_blocks;
 };
+
+/* ---- the model in plain loops ----
+ * One token through all layers, written to be read: GEMMA2_ISA=reference runs it.  It adds in
+ * the order of section 3's specification and therefore gives the bits of the engine.  The
+ * functions it uses from there are numbers to numbers: exp, tanh, cos and sin, roundings. */
+
+INLINE float add_product(float sum, float a, float b); /* section 3 */
+INLINE float add_lanes(const float lane[TILE]);
+INLINE float exp_f32(float x);
+INLINE float tanh_f32(float x);
+static void cos_sin(double x, float *cosine, float *sine);
+INLINE void quantise_group(const float *x, int8_t *q, float *scale, int32_t *sum);
+INLINE float float_weight(const struct matrix *w, size_t row, size_t col); /* section 2 */
+INLINE int32_t group_product(const struct matrix *w, size_t row, size_t g, const int8_t *q);
+static void read_row(const struct matrix *w, uint32_t row, float *y);
+INLINE float row_scale(const struct matrix *w, size_t row);
+static float cached_key(const gemma2_session *s, int layer, int head, int32_t position, int i);
+static float cached_value(const gemma2_session *s, int layer, int head, int32_t position, int i);
+static void store_head(const gemma2_session *s, int layer, int head, int32_t position, float *key,
+                       float *value); /* section 4 */
+
+struct pass;
+static int is_cancelled(struct pass *p);
+static void trace(const struct pass *p, const char *name, int layer, float *data, size_t rows,
+                  size_t cols);
+
+/* y = x / sqrt(mean(x^2) + eps) * (1 + w).  y may be x. */
+static void plain_norm(const struct matrix *w, float eps, const float *x, float *y)
+{
+    float lane[TILE] = {0}; /* element i is added to lane i % 16 */
+    for (uint32_t i = 0; i < w->rows; i++)
+        lane[i % TILE] += x[i] * x[i];
+    float scale = 1 / sqrtf(add_lanes(lane) / (float)w->rows + eps);
+    for (uint32_t i = 0; i < w->rows; i++)
+        y[i] = x[i] * scale * (1 + ((const float *)w->data)[i]);
+}
+
+/* y = W x.  Quantised weights meet x rounded to int8, 32 inputs with one scale. */
+static void plain_product(const struct matrix *w, const float *x, float *y)
+{
+    memset(y, 0, w->rows * sizeof *y);
+    if (w->type == TYPE_F32 || w->type == TYPE_BF16)
+        for (size_t row = 0; row < w->rows; row++)
+            for (size_t i = 0; i < w->cols; i++)
+                y[row] = add_product(y[row], float_weight(w, row, i), x[i]);
+    else {
+        for (size_t i = 0; i < w->cols; i += GROUP) {
+            float group[GROUP] = {0}, scale;
+            int8_t q[GROUP];
+            int32_t unused;
+            memcpy(group, x + i, (w->cols - i < GROUP ? w->cols - i : GROUP) * sizeof *x);
+            quantise_group(group, q, &scale, &unused);
+            for (size_t row = 0; row < w->rows; row++)
+                y[row] = add_product(y[row], scale, (float)group_product(w, row, i / GROUP, q));
+        }
+        for (size_t row = 0; row < w->rows; row++)
+            y[row] *= row_scale(w, row);
+    }
+}
+
+/* The pairs (i, i + H/2) of a head turn by position * theta^(-2i/H). */
+static void plain_rope(const gemma2_session *s, int32_t position, float scale, float *x)
+{
+    int half = s->model->config.head_dim / 2;
+    for (int i = 0; i < half; i++) {
+        float a = x[i], b = x[i + half], cosine, sine;
+        cos_sin((float)position * s->inverse_frequency[i], &cosine, &sine);
+        x[i] = (a * cosine - b * sine) * scale;
+        x[i + half] = (b * cosine + a * sine) * scale;
+    }
+}
+
+/* One query head: out = softmax(cap * tanh(q . keys / cap)) . values over positions first to
+ * last, in blocks of 256 positions.  A block has its own maximum, sum and output; they join
+ * what the blocks before it gave. */
+static void plain_attend(const gemma2_session *s, int layer, int kv_head, int32_t first,
+                         int32_t last, const float *q, float *out)
+{
+    int h = s->model->config.head_dim;
+    float cap = s->model->config.attn_softcap, inverse = 1 / cap, max = -INFINITY, sum = 0;
+    memset(out, 0, (size_t)h * sizeof *out);
+    for (int32_t from = first, to; from <= last; from = to + 1) {
+        float score[KEY_BLOCK], o[MAX_HEAD_DIM] = {0}, lane[TILE] = {0}, block_max = -INFINITY;
+        to = min_i32(from / KEY_BLOCK * KEY_BLOCK + KEY_BLOCK - 1, last);
+        for (int32_t p = from; p <= to; p++) {
+            float *x = &score[p - from];
+            *x = 0;
+            for (int i = 0; i < h; i++)
+                *x = add_product(*x, q[i], cached_key(s, layer, kv_head, p, i));
+            *x = cap > 0 ? cap * tanh_f32(*x * inverse) : *x;
+            block_max = *x > block_max ? *x : block_max;
+        }
+        block_max = block_max == -INFINITY ? 0 : block_max; /* all NaN */
+        for (int32_t p = from; p <= to; p++) {
+            float weight = exp_f32(score[p - from] - block_max);
+            lane[p % TILE] += weight;
+            for (int i = 0; i < h; i++)
+                o[i] = add_product(o[i], weight, cached_value(s, layer, kv_head, p, i));
+        }
+        float new_max = block_max > max ? block_max : max;
+        float keep = exp_f32(max - new_max), add = exp_f32(block_max - new_max);
+        sum = sum * keep + add_lanes(lane) * add;
+        for (int i = 0; i < h; i++)
+            out[i] = out[i] * keep + o[i] * add;
+        max = new_max;
+    }
+    float inverse_sum = 1 / sum;
+    for (int i = 0; i < h; i++)
+        out[i] *= inverse_sum;
+}
+
+/* x = x + post_attn_norm(o(attend(q, k, v of attn_norm(x)))) for the token at a position. */
+static void plain_attention(const struct pass *p, int layer, gemma2_session *s, int32_t position,
+                            float *x)
+{
+    const gemma2_config *c = &s->model->config;
+    const struct layer *w = &s->model->layers[layer];
+    int32_t first = c->is_local[layer] ? max_i32(0, position - s->window + 1) : 0;
+    int h = c->head_dim, group = c->n_heads / c->n_kv_heads;
+    plain_norm(&w->attn_norm, c->rms_norm_eps, x, s->normed);
+    trace(p, "attn_norm", layer, s->normed, 1, w->q.cols);
+    plain_product(&w->q, s->normed, s->q);
+    plain_product(&w->k, s->normed, s->k);
+    plain_product(&w->v, s->normed, s->v);
+    for (int i = 0; i < c->n_heads; i++)
+        plain_rope(s, position, c->query_scale, s->q + i * h);
+    for (int i = 0; i < c->n_kv_heads; i++) {
+        plain_rope(s, position, 1, s->k + i * h);
+        store_head(s, layer, i, position, s->k + i * h, s->v + i * h);
+    }
+    trace(p, "q", layer, s->q, 1, w->q.rows);
+    trace(p, "k", layer, s->k, 1, w->k.rows);
+    trace(p, "v", layer, s->v, 1, w->v.rows);
+    for (int i = 0; i < c->n_heads; i++)
+        plain_attend(s, layer, i / group, first, position, s->q + i * h, s->attended + i * h);
+    trace(p, "attn", layer, s->attended, 1, w->o.cols);
+    plain_product(&w->o, s->attended, s->added);
+    trace(p, "o", layer, s->added, 1, w->o.rows);
+    plain_norm(&w->post_attn_norm, c->rms_norm_eps, s->added, s->added);
+    trace(p, "post_attn_norm", layer, s->added, 1, w->o.rows);
+    for (int i = 0; i < c->d_model; i++)
+        x[i] += s->added[i];
+    trace(p, "attn_residual", layer, x, 1, w->o.rows);
+}
+
+/* x = x + post_ffn_norm(down(gelu(gate(y)) * up(y))), y = ffn_norm(x). */
+static void plain_feed_forward(const struct pass *p, int layer, gemma2_session *s, float *x)
+{
+    const gemma2_config *c = &s->model->config;
+    const struct layer *w = &s->model->layers[layer];
+    plain_norm(&w->ffn_norm, c->rms_norm_eps, x, s->normed);
+    trace(p, "ffn_norm", layer, s->normed, 1, w->gate.cols);
+    plain_product(&w->gate, s->normed, s->gated);
+    plain_product(&w->up, s->normed, s->up);
+    for (int i = 0; i < c->d_ffn; i++) {
+        float g = s->gated[i], inner = 0.797884561f * (g + 0.044715f * (g * g * g));
+        s->gated[i] = 0.5f * g * (1 + tanh_f32(inner)) * s->up[i];
+    }
+    trace(p, "geglu", layer, s->gated, 1, w->gate.rows);
+    plain_product(&w->down, s->gated, s->added);
+    trace(p, "down", layer, s->added, 1, w->down.rows);
+    plain_norm(&w->post_ffn_norm, c->rms_norm_eps, s->added, s->added);
+    trace(p, "post_ffn_norm", layer, s->added, 1, w->down.rows);
+    for (int i = 0; i < c->d_model; i++)
+        x[i] += s->added[i];
+    trace(p, "residual", layer, x, 1, w->down.rows);
+}
+
+/* x[D], the residual stream, of the token `id` at a position. */
+static void plain_forward(struct pass *p, gemma2_session *s, int32_t id, int32_t position,
+                          float *x)
+{
+    const gemma2_config *c = &s->model->config;
+    read_row(&s->model->embedding, (uint32_t)id, x);
+    for (int i = 0; i < c->d_model; i++)
+        x[i] *= c->embedding_scale;
+    trace(p, "embedding", 0, x, 1, (size_t)c->d_model);
+    for (int layer = 0; layer < c->n_layers && !is_cancelled(p); layer++) {
+        plain_attention(p, layer, s, position, x);
+        plain_feed_forward(p, layer, s, x);
+    }
+}
+
+/* logits[V] = cap * tanh(head(final_norm(x)) / cap) */
+static void plain_head(const struct pass *p, gemma2_session *s, const float *x, float *logits)
+{
+    const gemma2_config *c = &s->model->config;
+    float cap = c->final_softcap, inverse = 1 / cap;
+    plain_norm(&s->model->final_norm, c->rms_norm_eps, x, s->normed);
+    trace(p, "final_norm", 0, s->normed, 1, s->model->head.cols);
+    plain_product(&s->model->head, s->normed, logits);
+    for (int i = 0; i < c->n_vocab && cap > 0; i++)
+        logits[i] = cap * tanh_f32(logits[i] * inverse);
+}
 
 /* ===================================================================================
  * 2. The weight file
@@ -619,6 +846,36 @@ static uint64_t dimension(const gemma2_config *c, char letter)
 static const int8_t CODEBOOK[16] = {-31, -25, -20, -16, -12, -9, -6, -3,
                                     0, 3, 6, 9, 13, 17, 22, 28};
 
+/* The low nibbles that q6 and q4 share. */
+INLINE int low_nibble(const uint8_t *group, int i, int r)
+{
+    return group[i / 8 * 64 + r * 4 + i % 4] >> (i & 4) & 15;
+}
+
+/* The value of input i of a group, row r of a tile; and the scale that a byte stands for. */
+INLINE int value_q8(const uint8_t *group, int i, int r)
+{
+    return (int8_t)group[i / 4 * 64 + r * 4 + i % 4];
+}
+
+INLINE int value_q6(const uint8_t *group, int i, int r)
+{
+    int high = group[256 + i / 16 * 64 + r * 4 + i % 4] >> i / 4 % 4 * 2 & 3;
+    return high * 16 + low_nibble(group, i, r) - 32;
+}
+
+INLINE int value_q4(const uint8_t *group, uint8_t scale_byte, int i, int r)
+{
+    return CODEBOOK[low_nibble(group, i, r)] + 4 * (scale_byte & 1);
+}
+
+INLINE int32_t scale_of(uint32_t type, uint8_t byte)
+{
+    if (type == TYPE_Q8)
+        return byte;
+    return type == TYPE_Q6 ? (int8_t)byte : ((int8_t)byte - (byte & 1)) / 2;
+}
+
 /* Unpacking a group of a quantised tile: 32 inputs x 16 rows, and the 16 group scales. */
 typedef void unpack_fn(const uint8_t *group, const uint8_t *scale_bytes,
                        int8_t values[GROUP][TILE], int32_t scales[TILE]);
@@ -628,37 +885,29 @@ static void unpack_q8(const uint8_t *group, const uint8_t *scale_bytes,
 {
     for (int i = 0; i < GROUP; i++)
         for (int r = 0; r < TILE; r++)
-            values[i][r] = (int8_t)group[i / 4 * 64 + r * 4 + i % 4];
+            values[i][r] = (int8_t)value_q8(group, i, r);
     for (int r = 0; r < TILE; r++)
-        scales[r] = scale_bytes[r];
-}
-
-/* The low nibbles that q6 and q4 share. */
-INLINE int low_nibble(const uint8_t *group, int i, int r)
-{
-    return group[i / 8 * 64 + r * 4 + i % 4] >> (i & 4) & 15;
+        scales[r] = scale_of(TYPE_Q8, scale_bytes[r]);
 }
 
 static void unpack_q6(const uint8_t *group, const uint8_t *scale_bytes,
                       int8_t values[GROUP][TILE], int32_t scales[TILE])
 {
     for (int i = 0; i < GROUP; i++)
-        for (int r = 0; r < TILE; r++) {
-            int high = group[256 + i / 16 * 64 + r * 4 + i % 4] >> i / 4 % 4 * 2 & 3;
-            values[i][r] = (int8_t)(high * 16 + low_nibble(group, i, r) - 32);
-        }
+        for (int r = 0; r < TILE; r++)
+            values[i][r] = (int8_t)value_q6(group, i, r);
     for (int r = 0; r < TILE; r++)
-        scales[r] = (int8_t)scale_bytes[r];
+        scales[r] = scale_of(TYPE_Q6, scale_bytes[r]);
 }
 
 static void unpack_q4(const uint8_t *group, const uint8_t *scale_bytes,
                       int8_t values[GROUP][TILE], int32_t scales[TILE])
 {
     for (int r = 0; r < TILE; r++)
-        scales[r] = ((int8_t)scale_bytes[r] - (scale_bytes[r] & 1)) / 2;
+        scales[r] = scale_of(TYPE_Q4, scale_bytes[r]);
     for (int i = 0; i < GROUP; i++)
         for (int r = 0; r < TILE; r++)
-            values[i][r] = (int8_t)(CODEBOOK[low_nibble(group, i, r)] + 4 * (scale_bytes[r] & 1));
+            values[i][r] = (int8_t)value_q4(group, scale_bytes[r], i, r);
 }
 
 static unpack_fn *const unpackers[N_TYPES] = {NULL, NULL, NULL, unpack_q8, unpack_q6, unpack_q4};
@@ -675,17 +924,43 @@ INLINE const uint8_t *group_at(uint32_t type, const uint8_t *tile, size_t g,
 
 INLINE float from_bf16(uint16_t h) { return float_of((uint32_t)h << 16); }
 
+/* W[row][col] of a type that is not quantised. */
+INLINE float float_weight(const struct matrix *w, size_t row, size_t col)
+{
+    const uint8_t *tile = w->data + row / TILE * w->tile_bytes;
+    if (w->type == TYPE_F32)
+        return ((const float *)tile)[col * TILE + row % TILE];
+    return from_bf16(((const uint16_t *)tile)[col / 2 * 32 + row % TILE * 2 + col % 2]);
+}
+
+/* A quantised row's S, and s * sum of v * q over its group g. */
+INLINE float row_scale(const struct matrix *w, size_t row)
+{
+    return ((const float *)(w->data + row / TILE * w->tile_bytes))[row % TILE];
+}
+
+INLINE int32_t group_product(const struct matrix *w, size_t row, size_t g, const int8_t *q)
+{
+    const uint8_t *tile = w->data + row / TILE * w->tile_bytes, *scale_bytes;
+    const uint8_t *group = group_at(w->type, tile, g, &scale_bytes);
+    int lane = (int)(row % TILE);
+    uint8_t byte = scale_bytes[lane];
+    int32_t sum = 0;
+    for (int i = 0; i < GROUP; i++)
+        sum += q[i] * (w->type == TYPE_Q8   ? value_q8(group, i, lane)
+                       : w->type == TYPE_Q6 ? value_q6(group, i, lane)
+                                            : value_q4(group, byte, i, lane));
+    return scale_of(w->type, byte) * sum;
+}
+
 /* Row r of a matrix as floats: y[cols].  Only the embedding is read this way. */
 static void read_row(const struct matrix *w, uint32_t r, float *y)
 {
     const uint8_t *tile = w->data + r / TILE * w->tile_bytes;
     uint32_t lane = r % TILE;
-    if (w->type == TYPE_F32)
+    if (!is_quantised(w->type))
         for (uint32_t i = 0; i < w->cols; i++)
-            y[i] = ((const float *)tile)[i * TILE + lane];
-    else if (w->type == TYPE_BF16)
-        for (uint32_t i = 0; i < w->cols; i++)
-            y[i] = from_bf16(((const uint16_t *)tile)[i / 2 * 32 + lane * 2 + i % 2]);
+            y[i] = float_weight(w, r, i);
     else
         for (uint32_t i = 0; i < w->cols; i += GROUP) {
             int8_t values[GROUP][TILE];
@@ -708,7 +983,6 @@ enum {
     MAX_PRODUCT_ROWS = 8, /* tokens that one kernel call multiplies a tile with */
     MAX_PANEL_ROWS = 256, /* tokens that one kernel call multiplies two tiles with */
     MAX_QUERIES = 8,      /* query vectors that share a pass over a block of keys */
-    KEY_BLOCK = 256,      /* positions in an absolute block of attention */
     HEAD_BLOCK = 2048,    /* logits in a block of a log-sum-exp */
     PREFETCH_AHEAD = 8192, /* bytes of weights: far enough that page walks are done in time */
     PREFETCH_EVERY = 256,  /* and few enough lines, into L2, that the hardware's own prefetch
@@ -915,6 +1189,9 @@ INLINE void quantise_body(const float *x, uint32_t n, int8_t *q, float *scale, i
 }
 
 /* ---- exp and tanh: the engine's own, because libraries differ ---- */
+
+/* sum + a * b, as every kernel of floats rounds it. */
+INLINE float add_product(float sum, float a, float b) { return sum + a * b; }
 
 /* exp(x) within 1.1 units in the last place; 0 below -87.3, at least 2.4e38 above 88.4;
  * exp(0) = 1; NaN stays NaN.  exp(x) = 2^n exp(r) with r = x - n ln 2, |r| <= 0.3466. */
@@ -1464,6 +1741,8 @@ static void place_scratch(gemma2_session *s, struct arena *a)
     s->v = take(a, b, kv * sizeof(float));
     s->attended = take(a, b, heads * sizeof(float));
     s->gated = take(a, b, f * sizeof(float));
+    if (s->model->is_reference)
+        s->up = take(a, f, sizeof(float));
     s->added = take(a, b, d * sizeof(float));
     s->cosine = take(a, b * (size_t)c->head_dim / 2, sizeof(float));
     s->sine = take(a, b * (size_t)c->head_dim / 2, sizeof(float));
@@ -1766,23 +2045,47 @@ static void rotate(float *x, size_t n_pairs, const float *cosine, const float *s
     }
 }
 
-/* A row that does not see a position multiplies its value by 0, which must give 0.  So a
- * value that is not finite is stored as 0 and its key as NaN: only rows that attend to it
- * become NaN. */
-static void confine(float *key, float *value, size_t n)
+/* Where number i of a position's key and value lie among those of a head. */
+INLINE size_t key_index(const gemma2_session *s, const struct layer_cache *c, int32_t position,
+                        int i)
 {
-    for (size_t i = 0, bad = !all_finite(value, n); bad && i < n; i++)
-        key[i] = NAN, value[i] = 0;
+    size_t h = (size_t)s->model->config.head_dim, slot = (size_t)(position % c->slots);
+    return (slot / TILE * h + (size_t)i) * TILE + slot % TILE;
 }
 
-/* One head's key and value of a position into its slot. */
-static void store_head(const gemma2_session *s, const struct layer_cache *cache, int head,
-                       int32_t position, const float *key, const float *value)
+INLINE size_t value_index(const gemma2_session *s, const struct layer_cache *c, int32_t position,
+                          int i)
 {
-    size_t h = (size_t)s->model->config.head_dim, slot = (size_t)(position % cache->slots);
-    uint8_t *keys = cache->keys + (size_t)head * head_bytes(s, cache, 0);
-    uint8_t *values = cache->values + (size_t)head * head_bytes(s, cache, 1);
-    size_t key_at = slot / TILE * h * TILE + slot % TILE, value_at = slot * (size_t)s->width;
+    return (size_t)(position % c->slots) * (size_t)s->width + (size_t)i;
+}
+
+static float cached_key(const gemma2_session *s, int layer, int head, int32_t position, int i)
+{
+    const struct layer_cache *c = &s->cache[layer];
+    const uint8_t *keys = c->keys + (size_t)head * head_bytes(s, c, 0);
+    return cached(keys, key_index(s, c, position, i), s->is_f16);
+}
+
+static float cached_value(const gemma2_session *s, int layer, int head, int32_t position, int i)
+{
+    const struct layer_cache *c = &s->cache[layer];
+    const uint8_t *values = c->values + (size_t)head * head_bytes(s, c, 1);
+    return cached(values, value_index(s, c, position, i), s->is_f16);
+}
+
+/* One head's key and value of a position into its slot.  A row that does not see the position
+ * multiplies its value by 0, which must give 0.  So a value that is not finite is stored as 0
+ * and its key as NaN: only rows that attend to it become NaN. */
+static void store_head(const gemma2_session *s, int layer, int head, int32_t position, float *key,
+                       float *value)
+{
+    const struct layer_cache *c = &s->cache[layer];
+    size_t h = (size_t)s->model->config.head_dim;
+    uint8_t *keys = c->keys + (size_t)head * head_bytes(s, c, 0);
+    uint8_t *values = c->values + (size_t)head * head_bytes(s, c, 1);
+    size_t key_at = key_index(s, c, position, 0), value_at = value_index(s, c, position, 0);
+    for (size_t i = 0, bad = !all_finite(value, h); bad && i < h; i++)
+        key[i] = NAN, value[i] = 0;
     if (s->is_f16) {
         uint16_t rounded[MAX_HEAD_DIM];
         s->model->isa->to_half(key, h, rounded);
@@ -1810,9 +2113,8 @@ static void rotate_and_store_task(void *context, size_t t)
         rotate(q + (size_t)i * h, n_pairs, cosine, sine, c->query_scale);
     for (int i = 0; i < c->n_kv_heads; i++) {
         rotate(k + (size_t)i * h, n_pairs, cosine, sine, 1.0f);
-        confine(k + (size_t)i * h, v + (size_t)i * h, h);
-        store_head(row->session, &row->session->cache[p->layer], i, row->position,
-                   k + (size_t)i * h, v + (size_t)i * h);
+        store_head(row->session, p->layer, i, row->position, k + (size_t)i * h,
+                   v + (size_t)i * h);
     }
 }
 
@@ -2340,9 +2642,19 @@ static int is_cancelled(struct pass *p)
     return p->lead->status < 0;
 }
 
+static int is_reference(const struct pass *p) { return p->model->is_reference && !p->sums; }
+
 /* The residual stream of all rows, from embedding to last layer, in lead->x. */
 static int forward(struct pass *p)
 {
+    if (is_reference(p)) {
+        for (size_t t = 0; t < p->n; t++) {
+            const struct row *row = &p->lead->rows[t];
+            plain_forward(p, row->session, row->session->ids[row->position], row->position,
+                          p->lead->x + t * (size_t)p->model->config.d_model);
+        }
+        return !is_cancelled(p);
+    }
     share_rows(p, embed_task);
     trace(p, "embedding", 0, p->lead->x, p->n, (size_t)p->model->config.d_model);
     for (p->layer = 0; p->layer < p->model->config.n_layers; p->layer++) {
@@ -2390,11 +2702,18 @@ static void head(struct pass *p)
     size_t n = p->n_wanted, v = (size_t)p->model->config.n_vocab;
     if (!n)
         return;
-    share(p->me, n, head_enter_task, p);
-    trace(p, "final_norm", 0, s->normed, n, p->model->head.cols);
-    multiply(p, (struct product){.x = s->normed, .n = n, .w = {&p->model->head}, .to = s->wanted});
-    if (p->model->config.final_softcap > 0)
-        share(p->me, n * ((v + CAP_CHUNK - 1) / CAP_CHUNK), cap_logits_task, p);
+    if (is_reference(p))
+        for (size_t i = 0; i < n; i++)
+            plain_head(p, s, s->x + (size_t)(s->wanted[i] - s->rows) * p->model->head.cols,
+                       s->wanted[i]->logits);
+    else {
+        share(p->me, n, head_enter_task, p);
+        trace(p, "final_norm", 0, s->normed, n, p->model->head.cols);
+        multiply(p, (struct product){.x = s->normed, .n = n, .w = {&p->model->head},
+                                     .to = s->wanted});
+        if (p->model->config.final_softcap > 0)
+            share(p->me, n * ((v + CAP_CHUNK - 1) / CAP_CHUNK), cap_logits_task, p);
+    }
     for (size_t i = 0; i < n; i++)
         trace(p, "logits", (int)i, s->wanted[i]->logits, 1, v);
 }
@@ -2497,7 +2816,7 @@ static int evaluate(struct pass *p)
     uint64_t useful = p->model->config.file_bytes / BYTES_A_THREAD * (1 + p->n / 8);
     s->status = GEMMA2_OK;
     int n_threads = useful < (uint64_t)s->n_threads ? (int)useful : s->n_threads;
-    int is_team = n_threads > 1 && (p->n > 8 || next_way(&s->pace));
+    int is_team = n_threads > 1 && !is_reference(p) && (p->n > 8 || next_way(&s->pace));
     double start = clock_now();
     run_team(is_team ? n_threads : 1, run_pass, p);
     if (p->n == 1 && n_threads > 1)
@@ -4822,7 +5141,9 @@ static int read_model(struct gemma2_model *m, struct errbuf *err)
 {
     gemma2_config *c = &m->config;
     memcpy(c->identity, m->file.data + IDENTITY_AT, 32);
-    c->isa = m->isa->name;
+    const char *name = getenv("GEMMA2_ISA");
+    m->is_reference = name && !strcmp(name, "reference");
+    c->isa = m->is_reference ? "reference" : m->isa->name;
     if (!read_directory(m, err) || !check_complete(m, err) || !check_facts(m, err))
         return 0;
     return read_tokenizer(&m->tokenizer, m->tokenizer_bytes, c, err);
@@ -7733,6 +8054,8 @@ enum { N_KERNELS = sizeof all_kernels / sizeof *all_kernels };
 static const struct kernels *select_kernels(struct errbuf *err)
 {
     const char *name = getenv("GEMMA2_ISA");
+    if (name && !strcmp(name, "reference"))
+        name = "scalar"; /* the rest of a pass: scores, importance */
     for (int i = 0; i < N_KERNELS; i++)
         if (name && *name ? !strcmp(name, all_kernels[i]->name) : all_kernels[i]->available()) {
             if (all_kernels[i]->available())

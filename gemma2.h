@@ -156,6 +156,7 @@ GEMMA2_API void gemma2_open_params_init(gemma2_open_params *params);
  * params may be NULL.  A mapped file must not change while it is open.  The instruction set is
  * the best that this CPU has.  GEMMA2_ISA=scalar|avx2|avxvnni|avx512|avx512bf16|amx|neon|dotprod|
  * i8mm in the environment forces one; an unknown one, or one that the CPU lacks, is an error.
+ * GEMMA2_ISA=reference runs the model in plain loops instead: the same bits, slowly.
  * On Linux with AMX the process asks the kernel for the use of tile registers, unless
  * exact_prefill is set or all weights are f32.  This permission stays: signal frames of threads
  * that use tiles grow by 8 KB, and sigaltstack refuses stacks too small for them.  If the kernel

@@ -328,6 +328,8 @@ run "chat" 0 "$STORY" -c -q -n 0 --echo "Hello";     out_is "Hello\n\n"
 run "exact" 0 "$STORY" -q --exact --logits 20 "$P"; keep exact
 GEMMA2_ISA=scalar "$RUN" "$STORY" -q --logits 20 "$P" >"$TMP/out" 2>"$TMP/err"
 same "$TMP/out" "$TMP/exact" "--exact differs from the scalar kernels"
+GEMMA2_ISA=reference "$RUN" "$STORY" -q --logits 20 "$P" >"$TMP/out" 2>"$TMP/err"
+same "$TMP/out" "$TMP/exact" "the reference differs from --exact"
 run "in memory" 0 "$STORY" -q --exact --in-memory --logits 20 "$P"
 same "$TMP/out" "$TMP/exact" "--in-memory changes results"
 printf 'Hello' >"$TMP/in"; run "chat from standard input" 0 "$STORY" -c -q -n 5

@@ -413,6 +413,9 @@ static void test_model(const expectation *e)
         printf("%s: %zu logits\n", e->name, V), exit(1);
     for (size_t i = 0; i < sizeof CUTS / sizeof *CUTS; i++)
         test_cut(m, &g, e, &CUTS[i], i ? logits : first, first);
+    m->is_reference = 1;
+    test_cut(m, &g, e, &(cut){"reference", 1, 1, {1}}, logits, first);
+    m->is_reference = 0;
     test_prefill(m, &g, e, logits, first);
     test_score(m, &g, e);
     test_bos_and_stop(m, e->name);

@@ -61,6 +61,28 @@ static void test_models_on_rows(void)
     }
 }
 
+/* The model in plain loops gives the engine's bits: every type of weights, both types of cache,
+ * any way of cutting; and across the borders of attention's blocks of 256 positions. */
+static void test_reference(void)
+{
+    enum { N = 530 };
+    int32_t ids[N];
+    for (int i = 0; i < N_SHAPES; i++)
+        for (int cache = GEMMA2_CACHE_F32; cache <= GEMMA2_CACHE_F16; cache++) {
+            struct model x = make(&shapes[i]);
+            size_t n = i == 3 ? N : 30; /* layers that see all positions, no soft-cap */
+            int32_t context = (int32_t)n;
+            random_ids(x.m, ids, n);
+            float *truth = step_by_step(x.m, (struct setup){context, 1, 1, 0, cache}, ids, n);
+            x.m->is_reference = 1;
+            check(!chunks_differ(x.m, (struct setup){context, 1, 1, 0, cache}, ids, n, 1, truth) &&
+                      !chunks_differ(x.m, (struct setup){context, 7, 3, 0, cache}, ids, n, 9, truth),
+                  "%s, cache %d: the reference differs", shapes[i].name, cache);
+            free(truth);
+            unmake(&x);
+        }
+}
+
 /* ---- gemma2_prefill in the matrix class ---- */
 
 /* Feeds ids in chunks: logits after every multiple of 10 tokens that ends a chunk. */
@@ -767,6 +789,7 @@ static void test_model(void)
     test_matrix_declined();
     test_chunks();
     test_models_on_rows();
+    test_reference();
     test_shared_passes();
     test_scales();
     test_layer_kinds();

@@ -4013,7 +4013,8 @@ static int evaluate_ids(gemma2_session *s, const int32_t *ids, size_t n,
     int status = check_ids(s, ids, n);
     if (status < 0)
         return status;
-    return run_ids((struct pass){.model = s->model, .lead = s, .matrix = matrix}, ids, n, logits, -1);
+    struct pass shape = {.model = s->model, .lead = s, .matrix = matrix};
+    return run_ids(shape, ids, n, logits, -1);
 }
 
 int gemma2_eval(gemma2_session *s, const int32_t *ids, size_t n, float *logits)
@@ -5448,7 +5449,7 @@ static double processor_quota(const char *root)
             *end = 0; /* up to the root, where a container finds its own group */
             snprintf(folder, sizeof folder, "%s/sys/fs/cgroup%s%s", root, v2 ? "" : "/cpu", path);
             quota = group_quota(folder, v2);
-            least = quota > 0 && (!least || quota < least) ? quota : least;
+            least = quota > 0 && (least <= 0 || quota < least) ? quota : least;
         }
     }
     if (f)

@@ -658,7 +658,8 @@ static void plain_head(const struct pass *p, gemma2_session *s, const float *x, 
  *   A, the file ends with the last one; the gaps are zero.
  *
  * Roles
- *     1 facts      bytes     u32 count; per pair: u32 key bytes, u32 value bytes, key, value
+ *     1 facts      bytes     u32 count; per pair: u32 key bytes, u32 value bytes, key, value;
+ *                            UTF-8; the keys "chat.*" are described in section 5
  *     2 tokenizer  bytes     below
  *    16 embedding  [V, D]    tied output head unless role 17 is there
  *    17 head       [V, D]    an output head of its own, or a cheaper copy of a tied one
@@ -2918,7 +2919,7 @@ static int compare_text(struct text a, struct text b)
     return order ? order : (a.n > b.n) - (a.n < b.n);
 }
 
-/* Equal ones by id, those that no text finds last. */
+/* Equal pieces go by id, but those that no text finds come last. */
 static int whole_before(const struct tokenizer *t, uint32_t a, uint32_t b)
 {
     int order = compare_text(piece_text(t, a), piece_text(t, b));
@@ -2953,9 +2954,9 @@ static void sort_whole(const struct tokenizer *t)
     }
 }
 
-/* Drops all but the first of equal pieces, then notes where first bytes begin and which piece
- * is the longest that another one starts with: the one before it in the list, or the longest
- * that this one starts with, and so on. */
+/* Drops all but the first of equal pieces.  Notes where the pieces of each first byte begin, and
+ * the longest other piece that each starts with: the one before it in the list, or the prefix of
+ * that one, and so on. */
 static void link_whole(struct tokenizer *t)
 {
     uint32_t n = 0;
@@ -3032,8 +3033,8 @@ static int32_t longest_whole(const struct tokenizer *t, struct text s, int kinds
     return -1;
 }
 
-/* Length of the UTF-8 character at p, 0 if the bytes are none (overlong forms, surrogates
- * and codes above U+10FFFF are none). */
+/* Length of the UTF-8 character at p, or 0.  Overlong forms, surrogates and codes above U+10FFFF
+ * are no characters. */
 static uint32_t utf8_length(const uint8_t *p, size_t n)
 {
     uint32_t c = p[0], length = c < 0x80 ? 1 : c < 0xc2 ? 0 : c < 0xe0 ? 2 : c < 0xf0 ? 3
@@ -3064,8 +3065,8 @@ static int byte_piece(struct text s)
 
 /* ---- encoding ---- */
 
-/* A symbol of the text being merged, and at the same time a node of the heap: the best
- * pair is the one of highest score, among equals the leftmost. */
+/* A symbol of the text that is being merged, and a node of the heap of pairs.  On top is the pair
+ * of the highest score, among equals the leftmost. */
 struct symbol {
     uint32_t start, bytes;   /* in the text; bytes 0: merged away */
     int32_t previous, next;  /* symbols, -1 at the ends */
@@ -3135,7 +3136,7 @@ static void heap_remove(struct encoder *e, int32_t symbol)
     heap_settle(e, at);
 }
 
-/* Looks up what a symbol and its neighbour to the right would make. */
+/* Looks up the piece that a symbol and its right neighbour would make. */
 static void update_pair(struct encoder *e, int32_t i)
 {
     if (i < 0)
@@ -3196,7 +3197,7 @@ static void emit(struct encoder *e, int32_t id)
     e->n_ids++;
 }
 
-/* A symbol's piece; failing that its bytes; failing those one unk for a run of them. */
+/* Emits a symbol's piece, or else its bytes, or else one unk for a run of such symbols. */
 static void emit_symbol(struct encoder *e, const struct symbol *s)
 {
     struct text text = {e->text + s->start, s->bytes};
@@ -3263,14 +3264,14 @@ static struct encoder start_encoder(const gemma2_model *m, int plain, int32_t *i
 
 /* ---- chat: messages to ids, by what the template writes before and after each ----
  *
- * A conversation is [BOS] start, then for each message before text after, then generate.  A
- * system text either has a turn of its own, in the place of start, or is folded into the first
- * user turn: before system join text after.
+ * A conversation is BOS (if chat.bos is 1), start, and for each message before, text, after; to let
+ * the model answer, generate follows.  System text has a turn of its own, which replaces start, or
+ * it is folded into the first user turn: before, system text, join, text, after.
  *
- * Between two marks of the vocabulary template and texts are encoded together, as the
- * template's author does.  No text can forge a turn.  Marks are found in the template alone;
- * and where a text, or a text and what surrounds it, spells a line with which the template
- * marks turns in plain text ("### Response:"), it is cut inside a piece of that line. */
+ * Template and texts between two marks of the vocabulary are encoded together, as the template's
+ * author does it.  No text can forge a turn.  Marks are looked for in the template alone.  A
+ * template may also mark turns with plain text, as "### Response:".  Where a text spells such a
+ * line, alone or with what surrounds it, it is cut inside a piece of that line. */
 
 static const char *const chat_keys[N_CHAT_PARTS] = {
     "chat.refused", "chat.bos", "chat.trim", "chat.start", "chat.system.before",
@@ -3504,7 +3505,7 @@ static void encode_messages(struct conversation *c, const gemma2_message *messag
 
 /* ---- decoding ---- */
 
-/* Whether the n bytes at p, no character yet, begin one. */
+/* Whether the n bytes at p, which are no character yet, begin one. */
 static int begins_character(const uint8_t *p, uint32_t n)
 {
     uint8_t rest[4] = {0x80, 0x80, 0x80, 0x80};
@@ -3514,8 +3515,8 @@ static int begins_character(const uint8_t *p, uint32_t n)
     return utf8_length(rest, 4) > n;
 }
 
-/* Moves what is complete from the held bytes to the text; with all set, everything (bytes
- * that make no character become U+FFFD one by one, as SentencePiece does). */
+/* Moves complete characters from the held bytes to the text.  `all` moves the rest, too: each
+ * byte that makes no character becomes U+FFFD, as in SentencePiece. */
 static size_t release_bytes(gemma2_utf8 *hold, int all, char *out)
 {
     size_t n = 0;
@@ -3608,7 +3609,7 @@ static void make_heap(struct candidate *heap, size_t n, int best_first)
         sift_candidate(heap, i, n, best_first);
 }
 
-/* The k best of n logits (all that are not -inf, if fewer), best on top of a heap. */
+/* A heap of the k best of n logits, the best on top.  -inf is left out. */
 static size_t keep_top(const float *x, size_t n, size_t k, struct candidate *heap)
 {
     size_t kept = 0;
@@ -3637,8 +3638,8 @@ static struct candidate pop_best(struct candidate *heap, size_t *n)
     return best;
 }
 
-/* The best candidates as far as top-p and min-p reach, then one of them by weight.  The
- * probabilities p = exp((logit - best) / temperature) / total are those after top-k. */
+/* Draws one of the best candidates, as far as top-p and min-p reach.  Their probabilities
+ * exp((logit - best) / temperature) / total are those after top-k. */
 static int32_t draw(gemma2_sampler *p, struct candidate *heap, size_t n)
 {
     float best = heap[0].logit, inverse = 1.0f / p->temperature;
@@ -3722,7 +3723,7 @@ int gemma2_version_number(void) { return GEMMA2_VERSION_NUMBER; }
 const char *gemma2_error_string(int code)
 {
     static const char *const text[] = {
-        "no error", "an argument is out of its range", "out of memory",
+        "no error", "an argument is missing or out of its range", "out of memory",
         "the context has no room for that many tokens", "a token id is outside the vocabulary",
         "the sliding window no longer holds that position; evaluate the tokens again",
         "the model gave logits that are not finite; its weights are damaged",
@@ -4027,7 +4028,7 @@ int gemma2_prefill(gemma2_session *s, const int32_t *ids, size_t n, float *logit
     return evaluate_ids(s, ids, n, s ? s->model->matrix : NULL, logits);
 }
 
-/* Every row fits: ids known, sessions of one model with room in context and ring. */
+/* Checks that ids are known, and sessions are of one model and have room. */
 static int check_rows(const gemma2_row *rows, size_t n)
 {
     for (size_t i = 0; i < n; i++) {
@@ -4214,7 +4215,7 @@ int gemma2_decode(const gemma2_model *m, gemma2_utf8 *hold, int32_t id, char *te
         return GEMMA2_ERR_ARGUMENT;
     if (id >= m->config.n_vocab)
         return GEMMA2_ERR_TOKEN;
-    /* the second only bites where hold comes from another model, this one having no bytes */
+    /* hold may come from another model, whose pieces left more bytes than this one's do */
     if (text_size < (size_t)m->config.max_piece_bytes + 12 || text_size < 3u * hold->n + 5u)
         return GEMMA2_ERR_SPACE;
     int kind = id < 0 ? 0 : m->tokenizer.kinds[id];
@@ -4733,7 +4734,7 @@ static int read_lists(const uint8_t *header, gemma2_config *c, struct errbuf *er
     return 1;
 }
 
-/* What a file that is not ours probably is. */
+/* Says what a file that is no model probably is. */
 static int fail_foreign(const uint8_t *p, size_t size, struct errbuf *err)
 {
     static const struct {
@@ -4932,7 +4933,7 @@ static int is_utf8(struct text s)
     return 1;
 }
 
-/* One piece: legal kind, length, score; counts whole pieces, notes bytes. */
+/* Checks a piece's kind, length and score; counts whole pieces and notes bytes. */
 static int check_piece(struct tokenizer *t, uint32_t id, uint32_t start, uint32_t blob_bytes,
                        gemma2_config *c, struct errbuf *err)
 {
@@ -5011,7 +5012,7 @@ static int chat_part_of(const char *key)
     return part;
 }
 
-/* Why the parts of the template make none, or NULL. */
+/* Why the parts make no template, or NULL. */
 static const char *chat_fault(const gemma2_model *m)
 {
     const struct text *part = m->chat;
@@ -5117,7 +5118,7 @@ static int computes_exactly(const struct kernels *k)
     return s[0][0] == 0 && digest == 0xb175ed0b;
 }
 
-/* The header and the tokenizer in a model on the stack, to know how much to allocate. */
+/* Reads the header into a model on the stack, to know how much to allocate. */
 static int measure_model(struct gemma2_model *m, const struct file *f, struct errbuf *err)
 {
     const uint32_t one = 1;
@@ -5137,7 +5138,7 @@ static int measure_model(struct gemma2_model *m, const struct file *f, struct er
     return m->isa != NULL;
 }
 
-/* Everything that needs the layers' array. */
+/* Reads what needs the array of layers. */
 static int read_model(struct gemma2_model *m, struct errbuf *err)
 {
     gemma2_config *c = &m->config;
@@ -5150,7 +5151,7 @@ static int read_model(struct gemma2_model *m, struct errbuf *err)
     return read_tokenizer(&m->tokenizer, m->tokenizer_bytes, c, err);
 }
 
-/* Only where the caller has not declined it: it may cost the process a permission. */
+/* The caller may decline it, because it may cost the process a permission. */
 static void choose_matrix(gemma2_model *m, const gemma2_open_params *p)
 {
     if (m->isa->matrix && !all_weights_f32(m) && !p->exact_prefill)
@@ -5256,7 +5257,7 @@ static int next_place(const gemma2_session *s, struct place *at)
     return 1;
 }
 
-/* Where number i of a place is, with number i + 1 *step bytes behind it. */
+/* Where a place's first number is; each next one is *step bytes behind. */
 static uint8_t *slot_of(const gemma2_session *s, const struct place *at, size_t *step)
 {
     const struct layer_cache *c = &s->cache[at->layer];
@@ -5296,8 +5297,8 @@ static void restore_place(const gemma2_session *s, const struct place *at, const
             *(float *)to = get_f32(from + 4 * i);
 }
 
-/* Bytes of a saved session of n tokens, or, where a file claims as much, some number above
- * 2^62: the sum stops before it wraps. */
+/* Bytes of a saved session of n tokens.  The sum stops above 2^62, before what a file claims can
+ * make it wrap. */
 static uint64_t saved_bytes(const gemma2_session *s, int32_t n, int32_t first)
 {
     const gemma2_config *c = &s->model->config;
@@ -5360,9 +5361,9 @@ static int check_saved(const gemma2_session *s, const uint8_t *p, size_t size)
     return GEMMA2_OK;
 }
 
-/* Prefill's kernels take values 16 positions at a time, with weights of zero in front of the
- * window.  Of positions that came from elsewhere some of those were never written here, and
- * zero times what the memory holds may be NaN. */
+/* Prefill's kernels take values 16 positions at a time; those in front of the window have weight
+ * zero.  After a copy or restore some of them were never written here, and zero times what the
+ * memory holds may be NaN. */
 static void clear_before_oldest(const gemma2_session *s)
 {
     const gemma2_config *c = &s->model->config;
@@ -5374,7 +5375,7 @@ static void clear_before_oldest(const gemma2_session *s)
                 memset(slot_of(s, &at, &step), 0, bytes);
 }
 
-/* A ring too small for all positions ends up with the last ones: places ascend. */
+/* Positions ascend, so a ring too small for all of them ends up with the last ones. */
 static void restore_session(gemma2_session *s, const uint8_t *p)
 {
     const uint8_t *from = p + SAVED_BYTES;

@@ -1674,15 +1674,14 @@ static double processor_quota(const char *root); /* section 8 */
  * more than its control group's quota pays for. */
 static int default_threads(void)
 {
+    int n = 1;
 #ifdef _OPENMP
-    double quota = processor_quota("");
-    int n = omp_get_num_procs();
+    n = omp_get_num_procs();
+#endif
+    double quota = n > 1 ? processor_quota("") : 0;
     if (quota > 0 && quota < n)
         n = (int)(quota + 0.5);
     return min_i32(max_i32(n, 1), 1024);
-#else
-    return 1;
-#endif
 }
 
 /* ===================================================================================

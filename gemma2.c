@@ -2762,6 +2762,13 @@ static void score_rows(struct pass *p)
     }
 }
 
+static void run_head(struct member *me, void *context)
+{
+    struct pass p = *(const struct pass *)context;
+    p.me = me;
+    head(&p);
+}
+
 /* The program of every thread of a pass. */
 static void run_pass(struct member *me, void *context)
 {
@@ -2808,14 +2815,19 @@ static void note_pace(struct pace *p, int is_team, double seconds)
  * for every 8 rows. */
 enum { BYTES_A_THREAD = 128 << 10 };
 
+static int useful_threads(const gemma2_session *s, size_t n)
+{
+    uint64_t useful = s->model->config.file_bytes / BYTES_A_THREAD * (1 + n / 8);
+    return useful < (uint64_t)s->n_threads ? (int)useful : s->n_threads;
+}
+
 /* Runs n rows.  If a session cancels the pass, its rows do not count: what they wrote to the
  * rings lies outside all windows. */
 static int evaluate(struct pass *p)
 {
     gemma2_session *s = p->lead;
-    uint64_t useful = p->model->config.file_bytes / BYTES_A_THREAD * (1 + p->n / 8);
     s->status = GEMMA2_OK;
-    int n_threads = useful < (uint64_t)s->n_threads ? (int)useful : s->n_threads;
+    int n_threads = useful_threads(s, p->n);
     int is_team = n_threads > 1 && !is_reference(p) && (p->n > 8 || next_way(&s->pace));
     double start = clock_now();
     run_team(is_team ? n_threads : 1, run_pass, p);
@@ -4145,6 +4157,23 @@ int gemma2_session_restore(gemma2_session *s, const void *data, size_t size)
 }
 
 /* ---- importance ---- */
+
+int gemma2_read_out(gemma2_session *s, const float *state, float *logits)
+{
+    if (!s || !state || !logits)
+        return GEMMA2_ERR_ARGUMENT;
+    gemma2_hook *hook = s->hook;
+    float_env env = float_env_enter();
+    s->hook = NULL;
+    memcpy(s->x, state, (size_t)s->model->config.d_model * sizeof *state);
+    s->rows[0] = (struct row){s, logits, 0};
+    s->wanted[0] = s->rows;
+    run_team(useful_threads(s, 1), run_head,
+             &(struct pass){.model = s->model, .lead = s, .n = 1, .n_wanted = 1});
+    s->hook = hook;
+    float_env_leave(env);
+    return GEMMA2_OK;
+}
 
 int gemma2_get_input(const gemma2_model *m, size_t i, gemma2_input *out)
 {

@@ -318,6 +318,11 @@ typedef void gemma2_hook(void *context, const gemma2_activation *activation);
  * gemma2_cancel and what only asks.  hook NULL: no calls, and no cost. */
 GEMMA2_API int gemma2_set_hook(gemma2_session *session, gemma2_hook *hook, void *context);
 
+/* The logits [V] that a residual stream state[D] would give: final norm, head, soft-cap.  With
+ * the "residual" of a layer this shows what the model would say after it (the logit lens).
+ * Between calls that evaluate; the session stays where it is, and no hook is called. */
+GEMMA2_API int gemma2_read_out(gemma2_session *session, const float *state, float *logits);
+
 /* Goes back to the first n tokens, exactly.  Rewinding to 0 always works.  Any other position
  * works while the session has held at most window + n_batch tokens since 0; after that, one that
  * is at most n_batch tokens back from the most it ever held.  Further back is GEMMA2_ERR_REWIND:

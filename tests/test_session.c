@@ -119,6 +119,7 @@ static void test_null_session(const gemma2_model *m)
               gemma2_score(NULL, &id, 1, 1, x) == GEMMA2_ERR_ARGUMENT, "no session: eval");
     check(gemma2_prefill(s, NULL, 1, x) == GEMMA2_ERR_ARGUMENT &&
               gemma2_score(s, NULL, 1, 1, x) == GEMMA2_ERR_ARGUMENT, "no ids");
+    check(gemma2_read_out(NULL, NULL, NULL) == GEMMA2_ERR_ARGUMENT, "a state of no session");
     check(gemma2_set_hook(NULL, NULL, NULL) == GEMMA2_ERR_ARGUMENT &&
               gemma2_eval_rows(&(gemma2_row){NULL, 1, x}, 1) == GEMMA2_ERR_ARGUMENT &&
               gemma2_importance(s, &id, 1, 1, NULL) == GEMMA2_ERR_ARGUMENT, "NULL: hook, row, sums");

@@ -83,6 +83,65 @@ static void test_reference(void)
         }
 }
 
+/* What test_hook's hook sees and does. */
+struct seen {
+    float *residual;  /* [L][D], of the last row */
+    float push;       /* added to the first value after layer 0 */
+    int n, n_logits;
+};
+
+static void see(void *context, const gemma2_activation *a)
+{
+    struct seen *seen = context;
+    seen->n++;
+    seen->n_logits += !strcmp(a->name, "logits");
+    if (strcmp(a->name, "residual"))
+        return;
+    for (size_t t = 0; t < a->rows && a->layer == 0; t++)
+        a->data[t * a->cols] += seen->push;
+    memcpy(seen->residual + (size_t)a->layer * a->cols, a->data + (a->rows - 1) * a->cols,
+           a->cols * sizeof(float));
+}
+
+/* A hook sees the states that gemma2_read_out turns into logits, and what it changes counts:
+ * for the engine as for the reference.  Taken away, it is not called. */
+static void test_hook(void)
+{
+    for (int i = 0; i < N_SHAPES; i++) {
+        struct model x = make(&shapes[i]);
+        size_t d = shapes[i].d, layers = shapes[i].layers, bytes = vocab(x.m) * sizeof(float);
+        float *logits[3], *lens = fresh(bytes);
+        struct seen seen = {fresh(layers * d * sizeof(float)), 0, 0, 0};
+        int32_t ids[5];
+        random_ids(x.m, ids, 5);
+        for (int k = 0; k < 3; k++) { /* as it is, changed, changed in the reference */
+            x.m->is_reference = k == 2;
+            gemma2_session *s = start(x.m, (struct setup){8, 8, 1, 0, 0});
+            logits[k] = fresh(bytes);
+            seen = (struct seen){seen.residual, k ? 0.5f : 0, 0, 0};
+            gemma2_set_hook(s, see, &seen);
+            gemma2_eval(s, ids, 5, logits[k]);
+            int calls = (int)(layers * 13 + 1) * (k == 2 ? 5 : 1) + 2;
+            check(seen.n == calls && seen.n_logits == 1, "%s: hook called %d times", shapes[i].name,
+                  seen.n);
+            check(gemma2_read_out(s, seen.residual + (layers - 1) * d, lens) == GEMMA2_OK &&
+                      !memcmp(lens, logits[k], bytes) && seen.n == calls,
+                  "%s: the last state read out", shapes[i].name);
+            gemma2_set_hook(s, NULL, NULL);
+            gemma2_eval(s, ids, 1, NULL);
+            check(seen.n == calls && gemma2_position(s) == 6, "%s: hook taken away", shapes[i].name);
+            gemma2_session_free(s);
+            x.m->is_reference = 0;
+        }
+        check(!memcmp(logits[1], logits[2], bytes) && memcmp(logits[0], logits[1], bytes),
+              "%s: a changed state", shapes[i].name);
+        for (int k = 0; k < 3; k++)
+            free(logits[k]);
+        free(lens), free(seen.residual);
+        unmake(&x);
+    }
+}
+
 /* ---- gemma2_prefill in the matrix class ---- */
 
 /* Feeds ids in chunks: logits after every multiple of 10 tokens that ends a chunk. */
@@ -790,6 +849,7 @@ static void test_model(void)
     test_chunks();
     test_models_on_rows();
     test_reference();
+    test_hook();
     test_shared_passes();
     test_scales();
     test_layer_kinds();

@@ -269,8 +269,39 @@ static void test_pace(void)
     check(next_way(&p) == 1, "pace: one slow step changes nothing");
 }
 
+/* Phases of tasks in turn with phases of the calling thread alone. */
+struct turns {
+    int places[7], seen;
+};
+
+static void add_in_turn(void *context, size_t task)
+{
+    ((struct turns *)context)->places[task]++;
+}
+
+static void take_turns(struct member *me, void *context)
+{
+    struct turns *t = context;
+    for (int i = 1; i <= 200; i++) {
+        share(me, 7, add_in_turn, t);
+        for (int k = 0; k < 7 && me->index == 0; k++)
+            t->seen += t->places[k] == i;
+        await_caller(me);
+    }
+}
+
+static void test_turns(void)
+{
+    for (int threads = 1; threads <= 5; threads += 2) {
+        struct turns t = {{0}, 0};
+        run_team(threads, take_turns, &t);
+        check(t.seen == 1400, "turns of %d threads: %d of 1400 tasks seen", threads, t.seen);
+    }
+}
+
 static void test_work_sharing(void)
 {
+    test_turns();
     test_pace();
     test_share();
     test_threads();

@@ -1690,8 +1690,11 @@ class PyTorch(HuggingFace):
 #   FP8                 float8                                    s q       row, all
 #   gemma_pytorch       int8                                      s q       row
 #
-# AutoRound packs as GPTQ or AWQ does.  Other methods and forms of these exist, in which no Gemma
-# 2 is known to have been released: they are refused by name.
+# Released so were, for instance, mlx-community's gemma-2-9b-it-4bit, ModelCloud's gemma-2-27b-it-
+# gptq-4bit, hugging-quants' gemma-2-9b-it-AWQ-INT4, unsloth's gemma-2-9b-it-bnb-4bit (its scales
+# quantised too), neuralmagic's gemma-2-9b-it-quantized.w4a16, .w8a16 and gemma-2-2b-it-FP8 (all
+# symmetric).  AutoRound packs as GPTQ or AWQ does.  Other methods and other forms of these, in
+# which no Gemma 2 is known to have been released, are refused by name.
 #
 # Everything is computed in f32, from the numbers as stored.
 # ---------------------------------------------------------------------------------------
@@ -2021,8 +2024,7 @@ def float8_matrix(parts, settings):
 
 
 def compressed_matrix(parts, settings):
-    """Released symmetric (neuralmagic's gemma-2-*-FP8 and quantized.w4a16, .w8a16, .w8a8): zero
-    points, where there are any, are 0."""
+    """Symmetric: zero points, where there are any, are 0."""
     zeros = parts.get("weight_zero_point")
     groups = settings.doc.get("config_groups")
     groups = groups.values() if isinstance(groups, dict) else []

@@ -1007,6 +1007,8 @@ static const struct {
     {36, "unusual text", "hostile.c", "test_texts test_linear"},
     {36, "a megabyte of one letter", "unit/tokenizer.c", "test_long_runs"},
     {36, "vocabularies made to be slow", "hostile.c", "test_slow_vocabularies"},
+    {36, "a chat template made to be slow", "hostile.c", "test_slow_template"},
+    {36, "facts that make no chat template", "unit/chat.c", "test_bad_templates"},
     {36, "a text above 2^28 bytes", "cli.sh", "268435457"},
     {37, "control strings in text", "unit/tokenizer.c", "test_round_trip"},
     {37, "control strings in a chat", "cli.sh", "forged"},

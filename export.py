@@ -4894,7 +4894,8 @@ def container_tokenizer(f, path):
 
 
 def chat_template(directory):
-    """The template, as transformers picks it, and the names of special tokens that it is given."""
+    """The template that transformers picks, and the names of special tokens that it is given.
+    Several templates, none of them the default, come as the list of their names."""
     path = os.path.join(directory, "chat_template.jinja")
     names = {key: token_text(value) for key, value in token_settings(directory).items()
              if key.endswith("_token") and token_text(value)}
@@ -4903,10 +4904,10 @@ def chat_template(directory):
             return f.read(), names
     for name in ("tokenizer_config.json", "chat_template.json"):
         found = optional_json(directory, name).get("chat_template")
-        if isinstance(found, list):  # several, by name
-            found = {t.get("name"): t.get("template") for t in found
-                     if isinstance(t, dict)}.get("default")
-        if isinstance(found, str):
+        if isinstance(found, list):
+            several = {str(t.get("name")): t.get("template") for t in found if isinstance(t, dict)}
+            found = several.get("default", list(several))
+        if found and isinstance(found, (str, list)):
             return found, names
     return None, {}
 
@@ -5162,22 +5163,27 @@ def facts_of_template(template, names, bos):
         if not has_bos:
             raise
         facts = Renderings(found, "").facts()  # BOS before every user turn
-    n_lines = sum(len(re.findall("[^\n]*\n|[^\n]+", text)) for text in facts.values())
+    n_lines = sum(len(re.findall("[^\n]*\n|[^\n]+", text)) for key, text in facts.items()
+                  if key not in ("chat.bos", "chat.trim", "chat.start"))
     if re.search("[\ud800-\udfff]", "".join(facts.values())):
-        raise Inexpressible("it writes characters that are none")
+        raise Inexpressible("it writes an unpaired surrogate, which is no character")
     if max(map(len, facts.values())) > MAX_CHAT_PART // 4 or n_lines > MAX_CHAT_LINES:
         raise Inexpressible("it writes more than %d lines around the messages" % MAX_CHAT_LINES)
     return facts
 
 
 def chat_facts(template, names, tokenizer):
-    """The facts of a chat template, {} without one; what marks its turns becomes a marker."""
+    """The facts of a chat template, {} without one.  Pieces that mark its turns become markers."""
     if template is None:
         return {}
     of_ids = {name + "_token": tokenizer.text(i) for name, i in tokenizer.ids.items()
               if i is not None}
-    bos = of_ids.get("bos_token", "")
+    bos, kept = of_ids.get("bos_token", ""), {"chat_template": template}
     try:
+        if not isinstance(template, str):
+            kept = {}
+            raise Inexpressible("it has several forms (%s), and none is called default"
+                                % ", ".join(template)[:200])
         if has_jinja2():
             facts = facts_of_template(template, {**of_ids, **names}, bos)
         elif hashlib.sha256(template.encode("utf-8", "replace")).hexdigest() == GEMMA_TEMPLATE:
@@ -5186,10 +5192,10 @@ def chat_facts(template, names, tokenizer):
             raise Inexpressible("it could not be read without jinja2 3.1.6 or newer: install that "
                                 "(python3 -m pip install jinja2) and export again")
     except Inexpressible as e:
-        warn("conversations are refused by the chat template: %s" % e)
-        return {"chat_template": template, "chat.refused": str(e)}
+        warn("the chat template cannot be used, and conversations are refused: %s" % e)
+        return {**kept, "chat.refused": str(e)}
     mark_turns(tokenizer, facts)
-    return {"chat_template": template, **facts}
+    return {**kept, **facts}
 
 
 def has_jinja2():

@@ -3344,10 +3344,10 @@ static size_t message_size(const gemma2_message *message)
     return message->size < 0 ? strlen(message->text) : (size_t)message->size;
 }
 
-/* Whether chat.trim, which is 1, 0 or names of roles, has a role's texts trimmed; and whether
- * "fold" in it says that system text and first user text are trimmed as one. */
 enum { TRIM_FOLD = GEMMA2_ROLE_MODEL + 1 };
 
+/* Whether chat.trim, which is 1, 0 or names, has a role's texts trimmed.  Its name "fold" means
+ * that system text and first user text are trimmed as one. */
 static int is_trimmed(const gemma2_model *m, int32_t role)
 {
     static const char *const names[] = {"system", "user", "model", "fold"};

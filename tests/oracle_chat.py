@@ -389,7 +389,7 @@ HOSTILE = {
     LOOP: "seconds", "{{ 'a' * 99999999999 }}": "MemoryError", "{{ 'a' * 2000000 }}": "megabyte",
     "{{ ''.__class__.__mro__ }}": "unsafe", "{% set ns = namespace(__class__=1) %}": "attribute",
     "{% for %}": "TemplateSyntaxError", "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}": "Error",
-    "\ud800" + CHATML: "characters", "": "each message",
+    "\ud800" + CHATML: "surrogate", "": "each message",
     "{{ messages[-1].content }}": "each message",
     "{{ strftime_now('%d') }}" + CHATML: "time of day",
     CHATML.replace("m.content", "m.content.rstrip()"): "no texts",
@@ -412,7 +412,7 @@ def test_inexpressible(engine, folder):
         check(time.time() - began < 3 * export.CHAT_SECONDS, f"{template[:80]!r} takes too long")
     made = converted(engine, folder, {"tokenizer.model": make_golden.tiny_tokenizer(),
                                       "chat_template.jinja": "{{ strftime_now('%d') }}"},
-                     "the time of day", "conversations are refused")
+                     "the time of day", "cannot be used")
     facts = made[1].facts()
     check(facts["chat.refused"] == "it writes the time of day" and "chat.bos" not in facts,
           f"refused: {facts}")
@@ -439,12 +439,16 @@ def test_picked(engine, folder):
             ("both JSON files", {config: {"chat_template": GEMMA},
                                  other: {"chat_template": CHATML}}, GEMMA),
             ("the processor's", {other: {"chat_template": CHATML}}, CHATML),
-            ("none", {config: {"chat_template": named[:1]}}, None)):
+            ("none", {config: {"chat_template": []}}, None)):
         path, f, m = converted(engine, folder, {**model, **files}, what)
         facts = f.facts()
         check(facts.get("chat_template") == want, f"{what}: {facts.get('chat_template')}")
         check(want is not None or not any(k.startswith("chat") for k in facts), f"{what}: {facts}")
         m.close()
+    facts = converted(engine, folder, {**model, config: {"chat_template": named[::2]}},
+                      "no default", "cannot be used", "rag, tool_use")[1].facts()
+    check("none is called default" in facts["chat.refused"] and "chat_template" not in facts,
+          f"no default: {facts}")
     for what, files in (
             ("tokenizer_config.json", {config: {"eos_token": {"content": "<unused0>"}}}),
             ("special_tokens_map.json", {"special_tokens_map.json": {"eos_token": "<unused0>"}})):

@@ -51,6 +51,10 @@ build/%_emulated: tests/%.c gemma2.c gemma2.h $(wildcard tests/*.h tests/unit/*)
 test-oracle: run
 	$(PYTHON) tests/oracle.py
 
+# Makes the changes of tests/exercises.md; test_golden must notice each.
+test-exercises:
+	@$(PYTHON) tests/exercises.py
+
 STRICT = $(WARNINGS) -Wconversion -Wsign-conversion -Wcast-qual -Wundef -Wvla -Wformat=2 -Werror
 PLAIN = -std=c11 -ffp-contract=off
 
@@ -220,6 +224,6 @@ coverage:
 	@$(call need,gcc gcov)
 	@$(PYTHON) tests/coverage.py
 
-.PHONY: test-programs test-install fuzz test-emulated test-oracle test-sanitize \
+.PHONY: test-programs test-install fuzz test-emulated test-oracle test-exercises test-sanitize \
 	test-tsan test-valgrind analyze warnings test-builds test-32bit test-big-endian \
 	test-arm test-musl test-windows windows-tests check-macos test-plain coverage

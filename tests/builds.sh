@@ -63,8 +63,8 @@ for flags in -fassociative-math "-fassociative-math -fno-signed-zeros -fno-trapp
     -fsingle-precision-constant "-mrecip -fno-math-errno" "-flto -fno-math-errno"; do
     unsafe gcc -O2 $flags gemma2.c
 done
-for flags in "-fassociative-math -fno-signed-zeros" -ffp-model=fast -fno-honor-infinities \
-    "-fno-honor-nans -fapprox-func" "-fdenormal-fp-math=preserve-sign -O3"; do
+for flags in -ffp-model=fast \
+    "-fno-honor-infinities -fno-honor-nans -fapprox-func -fdenormal-fp-math=preserve-sign"; do
     unsafe clang -O2 $flags gemma2.c
 done
 

@@ -4417,10 +4417,10 @@ int gemma2_logprob(const float *logits, size_t n, int32_t id, float *logprob)
 
 /* ---- files ---- */
 
-static const char A_DIRECTORY[] = "a directory; convert the checkpoint that it holds, or give the "
-                                  "path of a model file";
-static const char A_DEVICE[] = "a device or pipe; give the path of a model file";
-static const char EMPTY[] = "the file is empty; copy or make it again";
+#define A_DIRECTORY \
+    "a directory; convert the checkpoint that it holds, or give the path of a model file"
+#define A_DEVICE "a device or pipe; give the path of a model file"
+#define EMPTY "the file is empty; copy or make it again"
 
 static void file_close(struct file *f)
 {

@@ -1857,7 +1857,7 @@ static int take_escape(program *p, char c)
 /* One key; *key becomes '\n' or Ctrl-D where it ends a line or the message, else 0. */
 static int take_key(program *p, int *key)
 {
-    enum { CTRL_D = 4, BACKSPACE = 8, CTRL_U = 21, CTRL_W = 23, ESCAPE = 27, DELETE = 127 };
+    enum { CTRL_D = 4, BACKSPACE = 8, CTRL_U = 21, CTRL_W = 23, ESCAPE = 27, RUBOUT = 127 };
     keyboard *k = &p->keys;
     char c = (char)*key;
     int typed = *key;
@@ -1868,7 +1868,7 @@ static int take_key(program *p, int *key)
         return type(p, typed == '\r' ? "\n" : &c, 1);
     if (typed == '\n' || (typed == CTRL_D && p->prompt.n == k->line)) {
         *key = typed;
-    } else if (typed == BACKSPACE || typed == DELETE) {
+    } else if (typed == BACKSPACE || typed == RUBOUT) {
         erase_typed(p);
     } else if (typed == CTRL_U || typed == CTRL_W) {
         const char *text = p->prompt.items;
@@ -3054,8 +3054,8 @@ static void remove_path(const char *path)
 static int has_attributes(const char *path, DWORD which)
 {
     wchar_t wide[4096];
-    DWORD kind = widen(path, wide) ? GetFileAttributesW(wide) : INVALID_FILE_ATTRIBUTES;
-    return kind != INVALID_FILE_ATTRIBUTES && kind & which;
+    DWORD found = widen(path, wide) ? GetFileAttributesW(wide) : INVALID_FILE_ATTRIBUTES;
+    return found != INVALID_FILE_ATTRIBUTES && found & which;
 }
 
 static int is_directory(const char *path) { return has_attributes(path, FILE_ATTRIBUTE_DIRECTORY); }

@@ -6,7 +6,7 @@
  *   4 Text          UTF-8, what a terminal may see, JSON strings, what a file seems to be
  *   5 The prompt    where it comes from, its ids, the chat template
  *   6 The reply     prefill, sampling, stop strings, streaming, timings, saved sessions
- *   7 Modes         generate, converse, tokenize, logits, score, perplexity, importance,
+ *   7 Modes         generate, converse, tokenize, logits, trace, score, perplexity, importance,
  *                   info, check
  *   8 main
  *   9 POSIX   10 Windows
@@ -270,7 +270,8 @@ static int finish_output(output *out, int status)
  * =================================================================================== */
 
 typedef enum {
-    GENERATE, CONVERSE, TOKENIZE, DETOKENIZE, LOGITS, SCORE, PERPLEXITY, IMPORTANCE, INFO, CHECK
+    GENERATE, CONVERSE, TOKENIZE, DETOKENIZE, LOGITS, SCORE, PERPLEXITY, IMPORTANCE, INFO, CHECK,
+    TRACE
 } mode_kind;
 
 /* What a mode does with the rest of the command line. */
@@ -284,6 +285,7 @@ static const unsigned TRAITS[] = {
     [PERPLEXITY] = EVALUATES,
     [IMPORTANCE] = READS_PROMPT | EVALUATES,
     [CHECK] = 0,
+    [TRACE] = READS_PROMPT | EVALUATES,
 };
 
 typedef struct option option;
@@ -297,7 +299,7 @@ typedef struct {
     mode_kind mode;
     const option *asked; /* the option that chose the mode, or NULL */
     const char *subject; /* its text */
-    int32_t logits;
+    int32_t logits, trace_layer; /* -1: all layers in short */
     int32_t block; /* of the importance */
     int chat;
     const char *after_chat; /* the number behind a -c: a llama.cpp user's context */
@@ -438,6 +440,11 @@ static const option OPTIONS[] = {
     {0, "importance-block", "N", "also how N neighbouring inputs go together, so that\n"
      "export.py rounds better: 32, 64, 128 or 256 (the\nfile grows N-fold; default 1)",
      IN(WHOLE, block, "1, 32, 64, 128 or 256", 1, 256)},
+    {0, "trace", NULL, "every step of the pass over a short prompt: shape, norm,\n"
+     "first values, bytes, time, formula; after each layer\nits best next tokens",
+     ASKS(TRACE, MODE, asked)},
+    {0, "trace-layer", "N", "all values of one layer's steps, the first layer is 0",
+     WHOLE, offsetof(options, trace_layer), "a whole number from 0 to 1023", 0, 1023, TRACE},
     {0, "info", NULL, "facts, sections and memory plan of the model",
      ASKS(INFO, MODE, asked)},
     {0, "check", NULL, "verify every digest and value of the model file",
@@ -793,7 +800,7 @@ static int take_option(options *opts, int argc, char **argv, int *i)
         value = o->argument ? argv[*i] : "";
     if (!set_option(opts, o, value))
         return fail(USAGE, "--%s '%s': it takes %s", o->name, value, o->takes);
-    if (o->mode && opts->asked && opts->asked != o)
+    if (o->mode && opts->asked && opts->mode != o->mode)
         return fail(USAGE, "--%s and --%s do not go together", opts->asked->name, o->name);
     if (o->mode) {
         opts->mode = o->mode;
@@ -2096,32 +2103,214 @@ static int by_logit(const void *left, const void *right)
     return (a->id > b->id) - (a->id < b->id);
 }
 
-static int best_logits(program *p)
+/* All tokens, best first, to be freed. */
+static int rank_logits(program *p, candidate **ranked)
 {
-    int status = prefill(p);
-    if (status != DONE)
-        return status;
     int32_t n_vocab = p->config->n_vocab;
-    candidate *ranked = malloc(sizeof *ranked * (size_t)n_vocab);
-    if (!ranked)
-        return out_of_memory();
     int finite = 1;
+    *ranked = malloc(sizeof **ranked * (size_t)n_vocab);
+    if (!*ranked)
+        return out_of_memory();
     for (int32_t id = 0; id < n_vocab; id++) {
-        ranked[id] = (candidate){p->logits[id], id};
+        (*ranked)[id] = (candidate){p->logits[id], id};
         finite &= isfinite(p->logits[id]) != 0;
     }
-    if (!finite) {
-        free(ranked);
+    if (!finite)
         return engine_failed(p, "reading the prompt", GEMMA2_ERR_NONFINITE);
-    }
-    qsort(ranked, (size_t)n_vocab, sizeof *ranked, by_logit);
-    for (int32_t i = 0; i < p->opts->logits && i < n_vocab; i++) {
+    qsort(*ranked, (size_t)n_vocab, sizeof **ranked, by_logit);
+    return DONE;
+}
+
+static int best_logits(program *p)
+{
+    candidate *ranked = NULL;
+    int status = prefill(p);
+    if (status == DONE)
+        status = rank_logits(p, &ranked);
+    for (int32_t i = 0; status == DONE && i < p->opts->logits && i < p->config->n_vocab; i++) {
         put_format(&p->out, "%" PRId32 "\t%.9g\t", ranked[i].id, (double)ranked[i].logit);
         put_piece(p, ranked[i].id);
         put_bytes(&p->out, "\n", 1);
     }
     free(ranked);
-    return DONE;
+    return status;
+}
+
+/* ---- --trace: the steps of a pass, with what they are and where that is written ---- */
+
+/* Sources: the report is arXiv 2408.00118, the code gemma_pytorch's model.py. */
+static const struct {
+    const char *step, *reads; /* the roles of the weights that the step reads */
+    const char *formula, *source;
+} STEPS[] = {
+    {"embedding", " embedding ", "x = E[id] * sqrt(D)", "GemmaForCausalLM.forward, normalizer"},
+    {"attn_norm", " attn_norm ", "RMSNorm(x) * (1 + w)", "report 2, pre-norm; input_layernorm"},
+    {"q", " q ", "RoPE(h Wq) * scale", "GemmaAttention.forward, apply_rotary_emb, scaling"},
+    {"k", " k ", "RoPE(h Wk)", "report 2, grouped-query attention; GemmaAttention.forward"},
+    {"v", " v ", "h Wv", "GemmaAttention.forward"},
+    {"attn", " ", "softmax(c tanh(q k / c)) v, in the window", "report 2, sliding window, "
+     "soft-capping"},
+    {"o", " o ", "a Wo", "GemmaAttention.forward, o_proj"},
+    {"post_attn_norm", " post_attn_norm ", "RMSNorm(o) * (1 + w)", "report 2, post-norm"},
+    {"attn_residual", " ", "x = x + o", "Gemma2DecoderLayer.forward"},
+    {"ffn_norm", " ffn_norm ", "RMSNorm(x) * (1 + w)", "pre_feedforward_layernorm"},
+    {"geglu", " gate up ", "GELU(h Wgate) * (h Wup)", "report table 1, GeGLU; GemmaMLP.forward"},
+    {"down", " down ", "g Wdown", "GemmaMLP.forward, down_proj"},
+    {"post_ffn_norm", " post_ffn_norm ", "RMSNorm(f) * (1 + w)", "post_feedforward_layernorm"},
+    {"residual", " ", "x = x + f", "Gemma2DecoderLayer.forward"},
+    {"final_norm", " final_norm ", "RMSNorm(x) * (1 + w)", "GemmaModel.forward, norm"},
+    {"logits", " head ", "c tanh(h E' / c)", "report 2, soft-capping; Sampler.forward"},
+};
+
+enum { N_LENS = 5, FIRST_VALUES = 4 };
+
+/* What the hooks of a trace share. */
+typedef struct {
+    program *p;
+    float *residuals;    /* [L][D]: the last token's after each layer */
+    int32_t *best;       /* [L][N_LENS]: its best next tokens */
+    int32_t lens_layer;  /* whose residual takes the place of the last layer's */
+    double last;         /* when the step before ended */
+    size_t seen;         /* tokens up to this pass; the reference takes one at a time */
+} tracer;
+
+static float *last_row(const gemma2_activation *a) { return a->data + (a->rows - 1) * a->cols; }
+
+static void keep_residual(void *context, const gemma2_activation *a)
+{
+    tracer *t = context;
+    if (strcmp(a->name, "residual") == 0)
+        memcpy(t->residuals + (size_t)a->layer * a->cols, last_row(a), a->cols * sizeof(float));
+}
+
+/* The logit lens: final norm and head see the state after an earlier layer. */
+static void put_residual(void *context, const gemma2_activation *a)
+{
+    tracer *t = context;
+    if (strcmp(a->name, "residual") == 0 && a->layer == t->p->config->n_layers - 1)
+        memcpy(last_row(a), t->residuals + (size_t)t->lens_layer * a->cols, a->cols * sizeof(float));
+}
+
+/* Bytes of weights that a step reads; of the embedding a row for each token. */
+static uint64_t bytes_read(const program *p, const char *roles, const gemma2_activation *a)
+{
+    uint64_t bytes = 0;
+    int tied = 1, is_head = strcmp(roles, " head ") == 0, in_layer;
+    gemma2_section section;
+    for (size_t i = 0; gemma2_get_section(p->model, i, &section); i++) {
+        char role[40];
+        snprintf(role, sizeof role, " %s ", section.role);
+        in_layer = section.layer < 0 || section.layer == a->layer;
+        tied &= strcmp(section.role, "head") != 0;
+        if (in_layer && strstr(roles, role))
+            bytes += section.layer < 0 && strcmp(section.role, "embedding") == 0
+                         ? section.bytes / section.rows * a->rows : section.bytes;
+    }
+    for (size_t i = 0; is_head && tied && gemma2_get_section(p->model, i, &section); i++)
+        bytes += strcmp(section.role, "embedding") == 0 ? section.bytes : 0;
+    return bytes;
+}
+
+static void print_rows(program *p, const gemma2_activation *a, size_t first)
+{
+    for (size_t i = 0; i < a->rows; i++) {
+        put_format(&p->out, "%s[%zu]", a->name, first + i);
+        for (size_t c = 0; c < a->cols; c++)
+            put_format(&p->out, " %.9g", (double)a->data[i * a->cols + c]);
+        put_bytes(&p->out, "\n", 1);
+    }
+}
+
+static void print_best(program *p, const int32_t *best)
+{
+    put_format(&p->out, "best next");
+    for (int32_t i = 0; i < N_LENS && i < p->config->n_vocab; i++) {
+        put_bytes(&p->out, " ", 1);
+        put_piece(p, best[i]);
+    }
+    put_bytes(&p->out, "\n", 1);
+}
+
+/* A line of the trace, about the last token's row. */
+static void print_step(void *context, const gemma2_activation *a)
+{
+    tracer *t = context;
+    program *p = t->p;
+    const float *x = last_row(a);
+    double spent = seconds() - t->last, squares = 0;
+    int is_embedding = strcmp(a->name, "embedding") == 0;
+    size_t i = 0;
+    char size[32];
+    t->seen += is_embedding ? a->rows : 0;
+    while (i + 1 < sizeof STEPS / sizeof *STEPS && strcmp(STEPS[i].step, a->name) != 0)
+        i++;
+    int in_layer = STEPS[i].step != STEPS[0].step && i + 2 < sizeof STEPS / sizeof *STEPS;
+    if (in_layer && a->layer == p->opts->trace_layer)
+        print_rows(p, a, t->seen - a->rows);
+    if (p->opts->trace_layer < 0 && t->seen == p->ids.n) {
+        for (size_t c = 0; c < a->cols; c++)
+            squares += (double)x[c] * (double)x[c];
+        if (strcmp(a->name, "attn_norm") == 0)
+            put_format(&p->out, "layer %" PRId32 ", %s\n", a->layer,
+                       p->config->is_local[a->layer] ? "local" : "global");
+        put_format(&p->out, "%-15s[%zu, %zu]\tnorm %.6g\t", a->name, a->rows, a->cols,
+                   sqrt(squares));
+        for (size_t c = 0; c < FIRST_VALUES && c < a->cols; c++)
+            put_format(&p->out, "%.5g ", (double)x[c]);
+        format_bytes(size, bytes_read(p, STEPS[i].reads, a));
+        put_format(&p->out, "..\t%s\t%.3f ms\t%s\t(%s)\n", size, 1e3 * spent, STEPS[i].formula,
+                   STEPS[i].source);
+        if (strcmp(a->name, "residual") == 0)
+            print_best(p, t->best + (size_t)a->layer * N_LENS);
+    }
+    t->last = seconds();
+}
+
+/* Evaluates ids from position `from` on, each step with the hook. */
+static int traced_pass(tracer *t, gemma2_hook *hook, size_t from)
+{
+    program *p = t->p;
+    gemma2_rewind(p->session, (int32_t)from);
+    gemma2_set_hook(p->session, hook, t);
+    t->last = seconds();
+    int code = gemma2_eval(p->session, (int32_t *)p->ids.items + from, p->ids.n - from, p->logits);
+    gemma2_set_hook(p->session, NULL, NULL);
+    return code < 0 ? engine_failed(p, "tracing", code) : DONE;
+}
+
+/* Prints the steps of the prompt's pass: the shape, and of the last token's row the norm and
+ * the first values. */
+static int trace(program *p)
+{
+    size_t n_layers = (size_t)p->config->n_layers, most = p->ids.n < 256 ? p->ids.n : 256;
+    if (p->ids.n > most)
+        return fail(USAGE, "--trace is for a short prompt of at most %zu tokens, and this one has "
+                    "%zu", most, p->ids.n);
+    if (p->opts->trace_layer >= p->config->n_layers)
+        return fail(USAGE, "--trace-layer %" PRId32 ": the model has %" PRId32 " layers, from 0 on",
+                    p->opts->trace_layer, p->config->n_layers);
+    tracer t = {.p = p};
+    t.residuals = malloc(sizeof *t.residuals * n_layers * (size_t)p->config->d_model);
+    t.best = malloc(sizeof *t.best * n_layers * N_LENS);
+    int status = t.residuals && t.best ? traced_pass(&t, keep_residual, 0) : out_of_memory();
+    for (size_t l = 0; l < n_layers && status == DONE && p->opts->trace_layer < 0; l++) {
+        t.lens_layer = (int32_t)l;
+        candidate *ranked = NULL;
+        status = traced_pass(&t, put_residual, p->ids.n - 1);
+        if (status == DONE)
+            status = rank_logits(p, &ranked);
+        for (size_t i = 0; i < N_LENS && i < (size_t)p->config->n_vocab && status == DONE; i++)
+            t.best[l * N_LENS + i] = ranked[i].id;
+        free(ranked);
+    }
+    if (status == DONE && p->opts->trace_layer < 0)
+        put_format(&p->out, "step [tokens, values], of the last token norm and first values, weights "
+                   "read, time, formula\n(report: arXiv 2408.00118; code: gemma_pytorch, model.py)\n");
+    if (status == DONE)
+        status = traced_pass(&t, print_step, 0);
+    free(t.residuals);
+    free(t.best);
+    return status;
 }
 
 static int score(program *p)
@@ -2638,8 +2827,12 @@ static int run_prompt(program *p)
         return fail(USAGE, "the prompt has %zu tokens and the context holds %" PRId32
                            "; shorten it or raise --context", p->ids.n, context);
     warn_of_prompt(p);
-    return p->opts->mode == LOGITS ? best_logits(p)
-           : p->opts->mode == SCORE ? score(p) : generate(p);
+    switch (p->opts->mode) {
+    case LOGITS: return best_logits(p);
+    case SCORE: return score(p);
+    case TRACE: return trace(p);
+    default: return generate(p);
+    }
 }
 
 /* Modes that need no session. */
@@ -2695,7 +2888,7 @@ static int run(program *p)
 
 static void init_options(options *opts)
 {
-    *opts = (options){.max_tokens = -1};
+    *opts = (options){.max_tokens = -1, .trace_layer = -1};
     gemma2_sampler_init(&opts->sampler, 0);
     gemma2_open_params_init(&opts->open);
     gemma2_session_params_init(&opts->session);

@@ -601,6 +601,28 @@ claim "$(wc -l <"$TMP/out")" -eq 5 "lines"
 claim "$(head -1 "$TMP/out" | cut -f 1,3)" = "538	\"▁time\"" "best token"
 name="logits descend"; sort -s -t '	' -k 2,2gr "$TMP/out" >"$TMP/want"; same "$TMP/out" "$TMP/want" "they do not"
 run "all logits" 0 "$STORY" --logits 2147483647 x; claim "$(wc -l <"$TMP/out")" -eq 4096 "lines"
+# A trace: the state after the last layer says what the model says; a layer in full is the same.
+run "logits, exact" 0 "$STORY" --exact --logits 5 "Once upon a"; keep best
+run "trace" 0 "$STORY" --trace "Once upon a"; err_empty; keep trace
+claim "$(grep -c '^layer [0-5], local\|^layer [0-5], global' "$TMP/out")" -eq 6 "layers"
+claim "$(grep -c "	norm [0-9.]*	.* \.\.	" "$TMP/out")" -eq 81 "steps"
+claim "$(grep '^best next' "$TMP/out" | tail -1)" = "best next $(cut -f 3 "$TMP/best" | tr '\n' ' ' | sed 's/ $//')" "lens"
+claim "$(grep '^best next' "$TMP/out" | sort -u | wc -l)" -gt 3 "different lenses"
+claim "$(grep '^geglu' "$TMP/out" | cut -f 1,4 | sort -u)" = "geglu          [4, 768]	402.0 KiB" "bytes and shape"
+claim "$(grep '^logits' "$TMP/out" | cut -f 4)" = "1.0 MiB" "bytes of the tied head"
+name="the reference pass's trace"
+GEMMA2_ISA=reference "$RUN" "$STORY" --trace "Once upon a" </dev/null >"$TMP/out"
+grep '^best next\|^logits' "$TMP/out" | cut -f 1-3 >"$TMP/reference"
+grep '^best next\|^logits' "$TMP/trace" | cut -f 1-3 >"$TMP/want"
+same "$TMP/want" "$TMP/reference" "it is another one"
+run "a layer in full" 0 "$STORY" --trace-layer 5 "Once upon a"; err_empty
+claim "$(wc -l <"$TMP/out")" -eq 52 "rows of 13 steps"
+claim "$(awk '/^geglu.3/ { print NF }' "$TMP/out")" -eq 769 "values"
+claim "$(awk '/^residual.3/ { printf "%.5g %.5g\n", $2, $3 }' "$TMP/out")" = \
+    "$(grep '^residual' "$TMP/trace" | tail -1 | cut -f 3 | cut -d ' ' -f 1,2)" "the last state"
+refuses "6 layers" "a layer that is not there" 2 "$STORY" --trace-layer 6 x
+refuses "at most 256" "a trace of a long text" 2 "$STORY" --trace --ids "$(awk 'BEGIN { for (i = 0; i < 300; i++) print 6 }')"
+refuses "do not go together" "trace and score" 2 "$STORY" --trace --score x
 run "score" 0 "$STORY" --score "$P"; err_empty; claim "$(wc -l <"$TMP/out")" -eq 5 "lines"
 claim "$(head -4 "$TMP/out" | cut -f 1 | tr '\n' ' ')" = "2740 688 266 538 " "ids"
 name="score total"

@@ -360,6 +360,7 @@ static const struct mode {
     {{"--detokenize", "2 6 7 8 100 200"}, "", 0},
     {{"--logits", "3", "Once"}, "", 0},
     {{"--score", "--ids", "2 6 7 8"}, "", 0},
+    {{"--trace-layer", "1", "--ids", "2 6 7 8"}, "", 0},
     {{"-q", "--perplexity", "@", "-C", "16"}, "", 0},
     {{"--info"}, "", 0},
     {{"--check"}, "", 0},

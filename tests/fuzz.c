@@ -798,7 +798,7 @@ static const char *const WORDS[] = {
     "--detokenize", "--logits", "--score", "--perplexity", "--info", "--check", "--temprature",
     "-n5", "--seed=9", "--context=20", "--stop=", "\xff\xc2\x9b", "1e99", "-1", "<eot>\n", "w9",
     "--session", "--load", "kept", "-m", "--logit-bias", "5-inf", "--repeat-penalty",
-    "--presence-penalty", "--repeat-last-n", "--num_ctx", "-fa",
+    "--presence-penalty", "--repeat-last-n", "--num_ctx", "-fa", "--trace", "--trace-layer",
     "--importance", "--importance-block", "32"};
 enum { N_WORDS = sizeof WORDS / sizeof *WORDS };
 

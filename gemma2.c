@@ -36,9 +36,10 @@
  *   x starts as embedding[id] * sqrt(D); after L layers final_norm, then the embedding
  *   again as output head, then logits = 30 tanh(logits / 30).
  *
- * SAME BITS.  Every sum below has one stated order, every product is rounded before it is
- * added, exp and tanh are this file's own.  The appendix repeats the same roundings, so
- * all instruction sets, thread counts and batch sizes give the same bits.  That needs a
+ * SAME BITS.  Every sum below has one stated order.  In products of weights and in attention
+ * each product rounds once together with the sum, everywhere else before it is added; exp and
+ * tanh are this file's own.  The appendix repeats the same roundings, so all instruction sets,
+ * thread counts and batch sizes give the same bits.  That needs a
  * compiler that does not contract a*b+c (-ffp-contract=off; the pragmas below stand in for
  * a missing flag, not for a contrary one), does not reorder (no -ffast-math) and computes
  * floats as floats (no x87).  A build that breaks this does not compile, or opens no model. */
@@ -407,7 +408,7 @@ struct gemma2_session {
     int32_t *in_sum;
     struct log_sum *sums;     /* [B] */
     int32_t *targets;         /* [B] */
-    float *partial;           /* attention split over blocks, see attend_split */
+    float *partial;           /* attention split over blocks, see partial_of */
     struct candidate *candidates; /* [V]; log_sum blocks [B][HEAD_BLOCK] share it */
     float *adjusted;              /* [V] */
     size_t ldq, partial_rows, partial_blocks;
@@ -983,13 +984,14 @@ static void read_row(const struct matrix *w, uint32_t r, float *y)
 enum {
     MAX_PRODUCT_ROWS = 8, /* tokens that one kernel call multiplies a tile with */
     MAX_PANEL_ROWS = 256, /* tokens that one kernel call multiplies two tiles with */
-    MAX_QUERIES = 8,      /* query vectors that share a pass over a block of keys */
+    MAX_QUERIES = 8,      /* query vectors that one kernel call multiplies keys with */
     HEAD_BLOCK = 2048,    /* logits in a block of a log-sum-exp */
     PREFETCH_AHEAD = 8192, /* bytes of weights: far enough that page walks are done in time */
     PREFETCH_EVERY = 256,  /* and few enough lines, into L2, that the hardware's own prefetch
                             * goes on: asking for every line reads up to 15 % less a second */
     PAIRS_STRIDE = TILE * GROUP, /* of in->pairs: from 32 inputs of a row to its next 32 */
-    CACHE_PANEL = 32 << 10 /* bytes of keys, and of values, that prefill packs at a time */
+    CACHE_PANEL = 32 << 10, /* bytes of keys, and of values, that the matrix class packs */
+    MAX_PACKED_HEAD = CACHE_PANEL / (4 * TILE) /* head_dim up to which it does */
 };
 
 /* What products read: T rows as floats and, for quantised weights, the same rows as
@@ -1010,112 +1012,169 @@ INLINE uint16_t *pairs_row(const struct input *in, size_t t)
     return in->pairs + t / TILE * TILE * in->ldq + t % TILE * GROUP;
 }
 
-/* y[i][r] = sum over inputs of w[r][input] * x[t + i][input], for n <= 8 tokens from t on
- * and the 16 rows r of a tile. */
-typedef void product_fn(const uint8_t *tile, uint32_t cols, const struct input *in, size_t t,
-                        int n, float y[][TILE]);
+/* What a kernel of floats reads: lines of 16 numbers.  A line is an input of a tile (its
+ * lanes are rows), a dimension of 16 keys (its lanes are keys), or 16 dimensions of a value.
+ * Strips of lines lie strip_bytes apart: tiles, groups of keys, the parts of a value. */
+struct lines {
+    const uint8_t *data;
+    enum { LINES_F32, LINES_F16, LINES_BF16, LINES_PAIRS } type;
+    int n_lines, n_strips;
+    ptrdiff_t strip_bytes;
+    size_t line_bytes; /* from a line to the next one; with bf16 from two lines to the next two */
+    int ahead, every;  /* bytes to prefetch ahead of every second, fourth .. line: a power of 2 */
+    int go_on;         /* the sums start at what y holds, else at 0 */
+    size_t run;        /* PAIRS: floats from 16 pairs of x to its next 16 */
+};
 
-/* The same for two tiles of one type and n <= 256 tokens: y[token][tile][row].  Optional:
- * it exists to unpack weights once for many tokens. */
-typedef void panel_fn(const uint8_t *const tiles[2], uint32_t cols, const struct input *in,
-                      size_t t, int n, float y[][2][TILE]);
+/* y[j][16 strip + lane] = sum of x[j][k] * line k of the strip [lane], for n rows j; k ascends,
+ * and each product and sum round once together (fused_f32).  Of LINES_PAIRS, which only the
+ * matrix class has, both x and the lines hold pairs of bf16, multiplied pair by pair. */
+typedef void add_lines_fn(const struct lines *lines, const float *x, size_t ldx, int n, float *y,
+                          size_t ldy);
 
-/* The matrix class: what gemma2_prefill may use.  Inputs of products, attention weights and
- * what attention reads from the cache may be rounded to bf16, and products and sums fused,
- * so results differ from the exact class, and from one instruction set to another; but not
+/* One tile of weights or two, 16 rows each, of one type. */
+struct tiles {
+    const uint8_t *data[2];
+    int n;
+    uint32_t type, cols;
+};
+
+/* y[token][tile][row] = sum over inputs of w[row][input] * x[t + token][input], for n tokens
+ * from t on: a product has one tile and n <= 8, a panel two tiles and n <= 256. */
+typedef void product_fn(const struct tiles *w, const struct input *in, size_t t, int n, float *y);
+
+/* The matrix class: what gemma2_prefill may use where a CPU has units for it.  Inputs of
+ * products, attention weights and what attention reads from the cache are rounded to bf16, so
+ * results differ from the exact class, and from one instruction set to another; but not
  * with the number of threads or with the way tokens are cut into batches.  f32 weights and
  * f32 caches never use it. */
 struct matrix_kernels {
-    panel_fn *panel[N_TYPES]; /* for any number of rows; NULL: the exact class does it */
-    void (*pack_row)(const float *x, uint32_t n, uint16_t *pairs); /* NULL: panels read x */
-    size_t cached_bytes; /* of a number of the cache once packed: bf16 2, f32 4 */
+    uint32_t types;  /* bit t: panel multiplies weights of type t, for any number of rows */
+    product_fn *panel;
+    void (*pack_row)(const float *x, uint32_t n, uint16_t *pairs);
     /* 16 keys [H][16] to `to`, 16 values [16][H] to positions at, at + 1 .. of `to`; values
      * from n_valid on become 0 */
     void (*pack_keys)(const uint16_t *keys, int head_dim, uint8_t *to);
     void (*pack_values)(const uint16_t *values, int head_dim, int n_valid, int at, uint8_t *to);
-    /* s[j][16 g + lane] = q[j] . key, for n_q <= 8 */
-    void (*scores)(const float *const *q, int n_q, int head_dim, const uint8_t *keys,
-                   int n_groups, float (*s)[KEY_BLOCK]);
-    /* o[j][h] += sum of p[j][i] * value i, for the n_keys from position `first` on */
-    void (*mix)(const float (*p)[KEY_BLOCK], int n_q, int head_dim, const uint8_t *values,
-                int first, int n_keys, float *const *o);
+    /* s[j][16 g + lane] = q[j] . key, for n <= 8 queries q[n][H] */
+    void (*scores)(const float *q, int n, int head_dim, const uint8_t *keys, int n_groups,
+                   float (*s)[KEY_BLOCK]);
+    /* o[n][H] = sum of s[j][i] * value i, for the n_keys from position `first` on */
+    void (*mix)(const float (*s)[KEY_BLOCK], int n, int head_dim, const uint8_t *values,
+                int first, int n_keys, float *o);
 };
 
 /* Positions that CACHE_PANEL bytes of packed keys or values hold. */
-INLINE int panel_positions(int head_dim, size_t cached_bytes)
+INLINE int panel_positions(int head_dim)
 {
-    int n = CACHE_PANEL / (head_dim * TILE * (int)cached_bytes) * TILE;
+    int n = CACHE_PANEL / (head_dim * TILE * (int)sizeof(uint16_t)) * TILE;
     return n < KEY_BLOCK ? n : KEY_BLOCK;
 }
 
-/* One instruction set.  A NULL in panel: product does it. */
+/* One instruction set. */
 struct kernels {
     const char *name;
     int (*available)(void);
-    product_fn *product[N_TYPES];
-    panel_fn *panel[N_TYPES];
+    add_lines_fn *add_lines;
+    product_fn *product, *panel; /* of quantised weights; panel NULL: product does it */
     void (*quantise)(const float *x, uint32_t n, int8_t *q, float *scale, int32_t *sum);
     void (*rms_norm)(const float *x, const float *w, float eps, uint32_t n, float *y);
     void (*geglu)(float *gate, const float *up, size_t n);
     void (*soft_cap)(float *x, size_t n, float cap);
     float (*exp_sum)(float *x, size_t n, float max);
+    void (*blend)(float *x, float keep, const float *y, float scale, size_t n);
     void (*to_half)(const float *x, size_t n, uint16_t *y);
-    /* s[j][16 g + lane] = sum over h of q[j][h] * keys[g][h][lane] */
-    void (*scores[2])(const float *const *q, int n_q, int head_dim, const void *const *keys,
-                      int n_groups, float (*s)[KEY_BLOCK]);
-    /* o[j][h] = sum over i in first..last of p[j][i] * values[i / 16][i % 16][h] */
-    void (*mix[2])(const float (*p)[KEY_BLOCK], int n_q, int width, const void *const *values,
-                   int first, int last, float *o);
     const struct matrix_kernels *matrix; /* or NULL */
 };
 
-/* ---- products ---- */
+/* ---- half floats of the cache: to nearest even, saturating at 65504, NaN kept ---- */
 
-/* f32 weights: y = y + w * x, inputs ascending. */
-static void product_f32(const uint8_t *tile, uint32_t cols, const struct input *in, size_t t,
-                        int n, float y[][TILE])
+INLINE uint16_t half_of(float x)
 {
-    const float *w = (const float *)tile;
-    for (int i = 0; i < n; i++) {
-        const float *x = in->x + (t + (size_t)i) * in->ldx;
-        float acc[TILE] = {0};
-        for (uint32_t k = 0; k < cols; k++)
-            for (uint32_t r = 0; r < TILE; r++)
-                acc[r] += w[k * TILE + r] * x[k];
-        memcpy(y[i], acc, sizeof acc);
-    }
+    uint32_t bits = bits_of(x), sign = bits >> 16 & 0x8000, a = bits & 0x7fffffff;
+    uint32_t capped = a < 0x477fe000 ? a : 0x477fe000;
+    uint32_t small = bits_of(float_of(capped) + 0.5f) - 0x3f000000; /* below 2^-14 */
+    uint32_t normal = (capped - 0x38000000 + 0xfff + (capped >> 13 & 1)) >> 13;
+    uint32_t half = capped < 0x38800000 ? small : normal;
+    return (uint16_t)(sign | (a > 0x7f800000 ? 0x7e00 : half));
 }
 
-/* bf16 weights: the same, each weight widened exactly. */
-static void product_bf16(const uint8_t *tile, uint32_t cols, const struct input *in, size_t t,
-                         int n, float y[][TILE])
+INLINE float from_half(uint16_t h)
 {
-    const uint16_t *w = (const uint16_t *)tile;
-    for (int i = 0; i < n; i++) {
-        const float *x = in->x + (t + (size_t)i) * in->ldx;
-        float acc[TILE] = {0};
-        for (uint32_t k = 0; k < cols; k++)
-            for (uint32_t r = 0; r < TILE; r++)
-                acc[r] += from_bf16(w[k / 2 * 32 + 2 * r + k % 2]) * x[k];
-        memcpy(y[i], acc, sizeof acc);
-    }
+    uint32_t sign = (uint32_t)(h & 0x8000) << 16;
+    float magnitude = float_of((uint32_t)(h & 0x7fff) << 13) * 0x1p112f;
+    uint32_t special = (h & 0x7c00) == 0x7c00 ? 0x7f800000 : 0;
+    return float_of(sign | special | bits_of(magnitude));
+}
+
+INLINE void to_half(const float *x, size_t n, uint16_t *y)
+{
+    for (size_t i = 0; i < n; i++)
+        y[i] = half_of(x[i]);
+}
+
+/* ---- products ---- */
+
+/* a * b + c, rounded once.  Without such an instruction: a * b is exact in double; the sum,
+ * where it is not exact, is moved to the neighbour with an odd last bit that lies towards
+ * the exact value, and then rounds to float as the exact value does. */
+INLINE float fused_f32(float a, float b, float c)
+{
+#ifdef __FP_FAST_FMAF
+    return __builtin_fmaf(a, b, c);
+#else
+    double product = (double)a * b, sum = product + c, part = sum - product;
+    double error = (product - (sum - part)) + (c - part); /* sum + error is exact */
+    int64_t bits, towards = (error > 0) == (sum > 0) ? 1 : -1;
+    memcpy(&bits, &sum, sizeof bits);
+    bits += (error > 0 || error < 0) && !(bits & 1) ? towards : 0;
+    memcpy(&sum, &bits, sizeof sum);
+    return (float)sum;
+#endif
+}
+
+/* Number `lane` of line k of a strip. */
+INLINE float line_number(const struct lines *l, int strip, int k, int lane)
+{
+    const uint8_t *data = l->data + strip * l->strip_bytes;
+    if (l->type == LINES_F32)
+        return ((const float *)(data + (size_t)k * l->line_bytes))[lane];
+    if (l->type == LINES_F16)
+        return from_half(((const uint16_t *)(data + (size_t)k * l->line_bytes))[lane]);
+    return from_bf16(((const uint16_t *)(data + (size_t)(k / 2) * l->line_bytes))[2 * lane + k % 2]);
+}
+
+/* y = fused(x * number + y), lines ascending. */
+static void add_lines(const struct lines *l, const float *x, size_t ldx, int n, float *y,
+                      size_t ldy)
+{
+    for (int strip = 0; strip < l->n_strips; strip++)
+        for (int k = 0; k < l->n_lines; k++) {
+            float line[TILE];
+            for (int r = 0; r < TILE; r++)
+                line[r] = line_number(l, strip, k, r);
+            for (int j = 0; j < n; j++) {
+                float *to = y + (size_t)j * ldy + strip * TILE;
+                for (int r = 0; r < TILE; r++)
+                    to[r] = fused_f32(x[(size_t)j * ldx + (size_t)k], line[r],
+                                      k || l->go_on ? to[r] : 0);
+            }
+        }
 }
 
 /* Quantised weights.  Per group of 32 inputs, ascending:
  *     sum = sum of v * q           an exact integer
- *     y   = y + x_scale * float(s * sum)
+ *     y   = fused(x_scale * float(s * sum) + y)
  * and in the end y = S * y. */
-INLINE void product_quantised(unpack_fn *unpack, uint32_t type, const uint8_t *tile,
-                              uint32_t cols, const struct input *in, size_t t, int n,
-                              float y[][TILE])
+static void product(const struct tiles *w, const struct input *in, size_t t, int n, float *y)
 {
-    size_t n_groups = round_up(cols, BLOCK_INPUTS) / GROUP, groups_a_row = in->ldq / GROUP;
-    memset(y, 0, (size_t)n * sizeof *y);
+    size_t n_groups = round_up(w->cols, BLOCK_INPUTS) / GROUP, groups_a_row = in->ldq / GROUP;
+    memset(y, 0, (size_t)n * TILE * sizeof *y);
     for (size_t g = 0; g < n_groups; g++) {
         int8_t v[GROUP][TILE];
         int32_t s[TILE];
-        const uint8_t *scale_bytes, *group = group_at(type, tile, g, &scale_bytes);
-        unpack(group, scale_bytes, v, s);
+        const uint8_t *scale_bytes, *group = group_at(w->type, w->data[0], g, &scale_bytes);
+        unpackers[w->type](group, scale_bytes, v, s);
         for (int i = 0; i < n; i++) {
             const int8_t *q = in->q + (t + (size_t)i) * in->ldq + g * GROUP;
             float x_scale = in->scale[(t + (size_t)i) * groups_a_row + g];
@@ -1124,30 +1183,32 @@ INLINE void product_quantised(unpack_fn *unpack, uint32_t type, const uint8_t *t
                 for (int r = 0; r < TILE; r++)
                     sum[r] += v[k][r] * q[k];
             for (int r = 0; r < TILE; r++)
-                y[i][r] += x_scale * (float)(s[r] * sum[r]);
+                y[i * TILE + r] = fused_f32(x_scale, (float)(s[r] * sum[r]), y[i * TILE + r]);
         }
     }
-    for (int i = 0; i < n; i++)
-        for (int r = 0; r < TILE; r++)
-            y[i][r] *= ((const float *)tile)[r];
+    for (int i = 0; i < n * TILE; i++)
+        y[i] *= ((const float *)w->data[0])[i % TILE];
 }
 
-static void product_q8(const uint8_t *tile, uint32_t cols, const struct input *in, size_t t,
-                       int n, float y[][TILE])
+/* Weights of any type.  Floats are lines: y = fused(x * w + y), inputs ascending, from 0;
+ * with many tokens in steps of inputs that stay in the fastest cache. */
+static void multiply_tiles(const struct kernels *isa, const struct tiles *w,
+                           const struct input *in, size_t t, int n, float *y)
 {
-    product_quantised(unpack_q8, TYPE_Q8, tile, cols, in, t, n, y);
-}
-
-static void product_q6(const uint8_t *tile, uint32_t cols, const struct input *in, size_t t,
-                       int n, float y[][TILE])
-{
-    product_quantised(unpack_q6, TYPE_Q6, tile, cols, in, t, n, y);
-}
-
-static void product_q4(const uint8_t *tile, uint32_t cols, const struct input *in, size_t t,
-                       int n, float y[][TILE])
-{
-    product_quantised(unpack_q4, TYPE_Q4, tile, cols, in, t, n, y);
+    if (is_quantised(w->type)) {
+        (w->n == 2 ? isa->panel : isa->product)(w, in, t, n, y);
+        return;
+    }
+    int is_bf16 = w->type == TYPE_BF16, cols = (int)w->cols;
+    int step = n > MAX_PRODUCT_ROWS ? BLOCK_INPUTS : cols;
+    struct lines lines = {w->data[0], is_bf16 ? LINES_BF16 : LINES_F32, 0, w->n, 0, TILE * 4,
+                          PREFETCH_AHEAD, PREFETCH_EVERY / (is_bf16 ? 32 : 64), 0, 0};
+    lines.strip_bytes = w->n == 2 ? w->data[1] - w->data[0] : 0;
+    for (int k = 0; k < cols; k += step) {
+        lines.n_lines = min_i32(step, cols - k);
+        isa->add_lines(&lines, in->x + t * in->ldx + k, in->ldx, n, y, (size_t)w->n * TILE);
+        lines.data += step * (is_bf16 ? 32 : 64), lines.go_on = 1;
+    }
 }
 
 /* The 32 inputs of a group: scale = max|x| / 127, q = x * (127 / max|x|) rounded to
@@ -1176,7 +1237,7 @@ INLINE void quantise_group(const float *x, int8_t *q, float *scale, int32_t *sum
 }
 
 /* A row of n inputs, zero to the next multiple of 256. */
-INLINE void quantise_body(const float *x, uint32_t n, int8_t *q, float *scale, int32_t *sum)
+INLINE void quantise(const float *x, uint32_t n, int8_t *q, float *scale, int32_t *sum)
 {
     size_t g = 0, padded = round_up(n, BLOCK_INPUTS) / GROUP;
     for (; g < n / GROUP; g++)
@@ -1240,7 +1301,7 @@ INLINE float tanh_f32(float x)
 
 /* gate = gelu(gate) * up with the tanh form, 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))
  * (transformers gelu_pytorch_tanh; gemma_pytorch F.gelu(approximate="tanh")). */
-INLINE void geglu_body(float *gate, const float *up, size_t n)
+INLINE void geglu(float *gate, const float *up, size_t n)
 {
     for (size_t i = 0; i < n; i++) {
         float x = gate[i];
@@ -1251,7 +1312,7 @@ INLINE void geglu_body(float *gate, const float *up, size_t n)
 
 /* x = cap * tanh(x / cap); the division is a product with the rounded 1 / cap.  Few scores
  * and logits are large, so 16 small ones in a row are spared the other half of tanh. */
-INLINE void soft_cap_body(float *x, size_t n, float cap)
+INLINE void soft_cap(float *x, size_t n, float cap)
 {
     float inverse = 1.0f / cap;
     size_t i = 0;
@@ -1286,7 +1347,7 @@ INLINE float add_lanes(const float lane[TILE])
 }
 
 /* x[i] = exp(x[i] - max); returns their sum. */
-INLINE float exp_sum_body(float *x, size_t n, float max)
+INLINE float exp_sum(float *x, size_t n, float max)
 {
     float lane[TILE] = {0};
     size_t i = 0;
@@ -1302,9 +1363,16 @@ INLINE float exp_sum_body(float *x, size_t n, float max)
     return add_lanes(lane);
 }
 
+/* x = x * keep + y * scale */
+INLINE void blend(float *x, float keep, const float *y, float scale, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        x[i] = x[i] * keep + y[i] * scale;
+}
+
 /* y = x / sqrt(mean(x^2) + eps) * (1 + w): Gemma scales by 1 + w, and multiplies before
  * anything is rounded to fewer bits (transformers Gemma2RMSNorm).  y may be x. */
-INLINE void rms_norm_body(const float *x, const float *w, float eps, uint32_t n, float *y)
+INLINE void rms_norm(const float *x, const float *w, float eps, uint32_t n, float *y)
 {
     float lane[TILE] = {0};
     uint32_t i = 0;
@@ -1318,111 +1386,12 @@ INLINE void rms_norm_body(const float *x, const float *w, float eps, uint32_t n,
         y[i] = x[i] * scale * (1.0f + w[i]);
 }
 
-/* ---- half floats of the cache: to nearest even, saturating at 65504, NaN kept ---- */
-
-INLINE uint16_t half_of(float x)
-{
-    uint32_t bits = bits_of(x), sign = bits >> 16 & 0x8000, a = bits & 0x7fffffff;
-    uint32_t capped = a < 0x477fe000 ? a : 0x477fe000;
-    uint32_t small = bits_of(float_of(capped) + 0.5f) - 0x3f000000; /* below 2^-14 */
-    uint32_t normal = (capped - 0x38000000 + 0xfff + (capped >> 13 & 1)) >> 13;
-    uint32_t half = capped < 0x38800000 ? small : normal;
-    return (uint16_t)(sign | (a > 0x7f800000 ? 0x7e00 : half));
-}
-
-INLINE float from_half(uint16_t h)
-{
-    uint32_t sign = (uint32_t)(h & 0x8000) << 16;
-    float magnitude = float_of((uint32_t)(h & 0x7fff) << 13) * 0x1p112f;
-    uint32_t special = (h & 0x7c00) == 0x7c00 ? 0x7f800000 : 0;
-    return float_of(sign | special | bits_of(magnitude));
-}
-
-INLINE void to_half_body(const float *x, size_t n, uint16_t *y)
-{
-    for (size_t i = 0; i < n; i++)
-        y[i] = half_of(x[i]);
-}
-
-/* ---- attention over the cache (layout in section 4) ---- */
-
-INLINE float cached(const void *p, size_t i, int half)
-{
-    return half ? from_half(((const uint16_t *)p)[i]) : ((const float *)p)[i];
-}
-
-INLINE void scores_body(int half, const float *const *q, int n_q, int head_dim,
-                        const void *const *keys, int n_groups, float (*s)[KEY_BLOCK])
-{
-    for (int j = 0; j < n_q; j++)
-        for (int g = 0; g < n_groups; g++) {
-            float acc[TILE] = {0};
-            for (int h = 0; h < head_dim; h++)
-                for (int r = 0; r < TILE; r++)
-                    acc[r] += q[j][h] * cached(keys[g], (size_t)h * TILE + (size_t)r, half);
-            memcpy(&s[j][g * TILE], acc, sizeof acc);
-        }
-}
-
-INLINE void mix_body(int half, const float (*p)[KEY_BLOCK], int n_q, int width,
-                     const void *const *values, int first, int last, float *o)
-{
-    memset(o, 0, sizeof *o * (size_t)n_q * (size_t)width);
-    for (int j = 0; j < n_q; j++)
-        for (int i = first; i <= last; i++)
-            for (int h = 0; h < width; h++)
-                o[j * width + h] +=
-                    p[j][i] * cached(values[i / TILE], (size_t)(i % TILE * width + h), half);
-}
-
-static void scores_f32(const float *const *q, int n_q, int head_dim, const void *const *keys,
-                       int n_groups, float (*s)[KEY_BLOCK])
-{
-    scores_body(0, q, n_q, head_dim, keys, n_groups, s);
-}
-
-static void scores_f16(const float *const *q, int n_q, int head_dim, const void *const *keys,
-                       int n_groups, float (*s)[KEY_BLOCK])
-{
-    scores_body(1, q, n_q, head_dim, keys, n_groups, s);
-}
-
-static void mix_f32(const float (*p)[KEY_BLOCK], int n_q, int width, const void *const *values,
-                    int first, int last, float *o)
-{
-    mix_body(0, p, n_q, width, values, first, last, o);
-}
-
-static void mix_f16(const float (*p)[KEY_BLOCK], int n_q, int width, const void *const *values,
-                    int first, int last, float *o)
-{
-    mix_body(1, p, n_q, width, values, first, last, o);
-}
-
-/* ---- the bodies above as functions of the lowest row ---- */
-
-static void quantise(const float *x, uint32_t n, int8_t *q, float *scale, int32_t *sum)
-{
-    quantise_body(x, n, q, scale, sum);
-}
-
-static void rms_norm(const float *x, const float *w, float eps, uint32_t n, float *y)
-{
-    rms_norm_body(x, w, eps, n, y);
-}
-
-static void geglu(float *gate, const float *up, size_t n) { geglu_body(gate, up, n); }
-static void soft_cap(float *x, size_t n, float cap) { soft_cap_body(x, n, cap); }
-static float exp_sum(float *x, size_t n, float max) { return exp_sum_body(x, n, max); }
-static void to_half(const float *x, size_t n, uint16_t *y) { to_half_body(x, n, y); }
-
 static int always(void) { return 1; }
 
 static const struct kernels scalar_kernels = {
-    "scalar", always,
-    {NULL, product_f32, product_bf16, product_q8, product_q6, product_q4}, {NULL},
-    quantise, rms_norm, geglu, soft_cap, exp_sum, to_half,
-    {scores_f32, scores_f16}, {mix_f32, mix_f16}, NULL};
+    .name = "scalar", .available = always, .add_lines = add_lines, .product = product,
+    .quantise = quantise, .rms_norm = rms_norm, .geglu = geglu, .soft_cap = soft_cap,
+    .exp_sum = exp_sum, .blend = blend, .to_half = to_half};
 
 static const struct kernels *select_kernels(struct errbuf *err); /* appendix */
 
@@ -1747,7 +1716,7 @@ static void place_scratch(gemma2_session *s, struct arena *a)
     s->cosine = take(a, b * (size_t)c->head_dim / 2, sizeof(float));
     s->sine = take(a, b * (size_t)c->head_dim / 2, sizeof(float));
     s->inverse_frequency = take(a, (size_t)c->head_dim / 2, sizeof(float));
-    if (s->model->matrix && s->model->matrix->pack_row)
+    if (s->model->matrix)
         s->in_pairs = take(a, round_up(b, TILE), s->ldq * sizeof *s->in_pairs);
     s->in_q = take(a, b, s->ldq);
     s->in_scale = take(a, b, s->ldq / GROUP * sizeof(float));
@@ -1877,6 +1846,11 @@ static struct input input_of(const struct pass *p, float *x, size_t ldx)
     return in;
 }
 
+static int uses_matrix(const struct pass *p, uint32_t type)
+{
+    return p->matrix && p->matrix->types >> type & 1;
+}
+
 /* Rounds row t of x, whose width is that of the n weights that read it: to int8 for
  * quantised ones, to bf16 for those that the matrix class multiplies. */
 static void prepare_row(const struct pass *p, float *x, size_t t,
@@ -1884,8 +1858,8 @@ static void prepare_row(const struct pass *p, float *x, size_t t,
 {
     int as_int8 = 0, as_bf16 = 0;
     for (int i = 0; i < n; i++)
-        if (p->matrix && p->matrix->panel[weights[i]->type])
-            as_bf16 |= p->matrix->pack_row != NULL;
+        if (uses_matrix(p, weights[i]->type))
+            as_bf16 = 1;
         else
             as_int8 |= is_quantised(weights[i]->type);
     uint32_t cols = weights[0]->cols;
@@ -1915,36 +1889,29 @@ struct product {
     size_t n_pairs, pairs_a_task;
 };
 
+/* In the class of the pass; the matrix class takes two tiles. */
+static void multiply_in_class(const struct pass *p, const struct tiles *w,
+                              const struct input *in, size_t t, int n, float *y)
+{
+    if (uses_matrix(p, w->type))
+        p->matrix->panel(w, in, t, n, y);
+    else
+        multiply_tiles(p->model->isa, w, in, t, n, y);
+}
+
 /* y[i][which] of n <= 256 rows from t on, for one tile: no kernel takes it with another. */
 static void multiply_tile(const struct product *job, const struct matrix *w,
                           const uint8_t *tile, size_t t, int n, float (*y)[2][TILE], int which)
 {
     const struct pass *p = job->pass;
-    panel_fn *matrix = p->matrix ? p->matrix->panel[w->type] : NULL;
-    const uint8_t *const twice[2] = {tile, tile};
     _Alignas(64) float out[MAX_PRODUCT_ROWS][2][TILE];
+    struct tiles one = {{tile, tile}, uses_matrix(p, w->type) ? 2 : 1, w->type, w->cols};
     for (int first = 0; first < n; first += MAX_PRODUCT_ROWS) {
-        int rows = min_i32(n - first, MAX_PRODUCT_ROWS), apart = matrix ? 2 : 1;
-        if (matrix)
-            matrix(twice, w->cols, &job->in, t + (size_t)first, rows, out);
-        else
-            p->model->isa->product[w->type](tile, w->cols, &job->in, t + (size_t)first, rows,
-                                            out[0]);
+        int rows = min_i32(n - first, MAX_PRODUCT_ROWS);
+        multiply_in_class(p, &one, &job->in, t + (size_t)first, rows, out[0][0]);
         for (int i = 0; i < rows; i++)
-            memcpy(y[first + i][which], &out[0][0][0] + i * apart * TILE, sizeof y[0][0]);
+            memcpy(y[first + i][which], out[0][0] + i * one.n * TILE, sizeof y[0][0]);
     }
-}
-
-/* The kernel that takes two tiles of these matrices at once, or NULL. */
-static panel_fn *panel_of(const struct product *job, const struct matrix *a,
-                          const struct matrix *b)
-{
-    const struct pass *p = job->pass;
-    if (a->type != b->type)
-        return NULL;
-    if (p->matrix && p->matrix->panel[a->type])
-        return p->matrix->panel[a->type];
-    return job->n > MAX_PRODUCT_ROWS ? p->model->isa->panel[a->type] : NULL;
 }
 
 /* 16 outputs, from row `row` of W[which] on, of row t; padding is left out. */
@@ -1956,23 +1923,28 @@ static void store_tile(const struct product *job, int which, size_t row, size_t 
     memcpy(to + row, y, n * sizeof *y);
 }
 
-/* Two neighbouring tiles of W[which], or one of W[0] and its fellow of W[1]. */
+/* Two neighbouring tiles of W[which], or one of W[0] and its fellow of W[1].  Quantised ones
+ * gain by being multiplied together only where they are unpacked for many rows. */
 static void multiply_pair(const struct product *job, int which, size_t pair)
 {
     _Alignas(64) float y[MAX_PANEL_ROWS][2][TILE];
+    const struct pass *p = job->pass;
     const struct matrix *w[2] = {job->w[which], job->w[job->gated ? 1 : which]};
     size_t tile = job->gated ? pair : 2 * pair;
     int both = job->gated || (tile + 1) * TILE < w[0]->rows;
-    const uint8_t *const tiles[2] = {w[0]->data + tile * w[0]->tile_bytes,
-                                     w[1]->data + (tile + !job->gated) * w[1]->tile_bytes};
-    panel_fn *panel = both ? panel_of(job, w[0], w[1]) : NULL;
+    struct tiles tiles = {{w[0]->data + tile * w[0]->tile_bytes,
+                           w[1]->data + (tile + !job->gated) * w[1]->tile_bytes},
+                          2, w[0]->type, w[0]->cols};
+    int together = both && w[0]->type == w[1]->type &&
+                   (!is_quantised(tiles.type) || uses_matrix(p, tiles.type) ||
+                    (p->model->isa->panel && job->n > MAX_PRODUCT_ROWS));
     for (size_t t = 0; t < job->n; t += MAX_PANEL_ROWS) {
         int n = job->n - t < MAX_PANEL_ROWS ? (int)(job->n - t) : MAX_PANEL_ROWS;
-        if (panel)
-            panel(tiles, w[0]->cols, &job->in, t, n, y);
+        if (together)
+            multiply_in_class(p, &tiles, &job->in, t, n, y[0][0]);
         else
             for (int i = 0; i < 1 + both; i++)
-                multiply_tile(job, w[i], tiles[i], t, n, y, i);
+                multiply_tile(job, w[i], tiles.data[i], t, n, y, i);
         for (int i = 0; i < n; i++) {
             if (job->gated)
                 job->pass->model->isa->geglu(y[i][0], y[i][1], TILE);
@@ -2119,15 +2091,21 @@ static void rotate_and_store_task(void *context, size_t t)
 }
 
 /* ---- attention ----
- * Positions fall into absolute blocks of 256.  For a query, each block that it sees gives
- * a partial result: the maximum m of its scores, the sum of exp(score - m), and the sum
- * o[H] of exp(score - m) * value, positions ascending.  Partial results merge in
- * ascending order, wherever and by whomever they were computed. */
+ * Positions fall into absolute blocks of 256.  For a query, each block that it sees gives a
+ * partial result: a maximum m, the sum of exp(score - m), and the sum o[H] of
+ * exp(score - m) * value, fused, positions ascending, both from 0.  m is 0 where the soft-cap
+ * keeps exp and its sums within floats, else the block's largest score.  Partial results merge
+ * in ascending order, wherever and by whomever they were computed.
+ *
+ * The matrix class does the same with keys and values that it packs as bf16 for all queries of
+ * a task; its blocks are what its panel holds. */
+
+enum { MANY_QUERIES = 128 }; /* of one kv head and session in a task */
 
 struct query {
     const float *q;
-    float *out;              /* [H] */
-    int32_t first, last;     /* positions it sees */
+    float *out;          /* [H] */
+    int32_t first, last; /* positions it sees */
 };
 
 struct partial {
@@ -2137,9 +2115,9 @@ struct partial {
 /* The cache of one kv head in one layer. */
 struct kv_head {
     const uint8_t *keys, *values;
-    size_t key_group, value_group; /* bytes of 16 slots */
-    int32_t groups;                /* R / 16 */
-    int half, head_dim, width;
+    int type, bytes; /* of a number: LINES_F32 or LINES_F16, 4 or 2 */
+    int groups;      /* R / 16 */
+    int head_dim, width;
     float cap;
 };
 
@@ -2149,67 +2127,81 @@ static struct kv_head kv_head_of(const gemma2_session *s, int layer, int head)
     const gemma2_config *config = &s->model->config;
     struct kv_head kv = {c->keys + (size_t)head * head_bytes(s, c, 0),
                          c->values + (size_t)head * head_bytes(s, c, 1),
-                         0, 0, c->slots / TILE, s->is_f16, config->head_dim, s->width,
-                         config->attn_softcap};
-    kv.key_group = (size_t)kv.head_dim * TILE * (s->is_f16 ? 2 : 4);
-    kv.value_group = (size_t)kv.width * TILE * (s->is_f16 ? 2 : 4);
+                         s->is_f16 ? LINES_F16 : LINES_F32, s->is_f16 ? 2 : 4, c->slots / TILE,
+                         config->head_dim, s->width, config->attn_softcap};
     return kv;
 }
 
+/* Queries of one kv head in one session, and what they have so far. */
+struct attention {
+    const struct kernels *isa;
+    const struct matrix_kernels *matrix; /* NULL: keys and values are read where they lie */
+    struct kv_head kv;
+    int n;
+    struct query query[MANY_QUERIES];
+    struct partial total[MANY_QUERIES];
+};
+
 /* Scores to weights: the soft-cap comes before the mask (transformers eager attention),
  * then exp(score - max) over what the query sees and 0 elsewhere. */
-static struct partial weigh(const struct kernels *isa, const struct kv_head *kv, float *s,
-                            int n, int first, int last)
+static struct partial weigh(const struct kernels *isa, float cap, float *s, int n, int first,
+                            int last)
 {
     struct partial result = {-INFINITY, 0};
-    if (kv->cap > 0)
-        isa->soft_cap(s, (size_t)n, kv->cap);
+    if (cap > 0)
+        isa->soft_cap(s, (size_t)n, cap);
     if (first > last) { /* sees nothing of this block */
         memset(s, 0, (size_t)n * sizeof *s);
         return result;
     }
-    for (int i = first; i <= last; i++)
+    for (int i = first; i <= last && !(cap > 0 && cap <= 60); i++)
         result.max = s[i] > result.max ? s[i] : result.max;
     for (int i = 0; i < n; i++)
         if (i < first || i > last)
             s[i] = -INFINITY;
     if (result.max == -INFINITY)
-        result.max = 0; /* all NaN: the sum will say so */
+        result.max = 0; /* capped; or all NaN: the sum will say so */
     result.sum = isa->exp_sum(s, (size_t)n, result.max);
     return result;
 }
 
-/* The partial results of n <= 8 queries for one block: results[n], o[n][width]. */
-static void attend_block(const struct kernels *isa, const struct kv_head *kv,
-                         const struct query *queries, int n, int32_t block,
-                         struct partial *results, float *o)
+/* s[n][16 n_groups] = q[n][H] . keys from position `from` on. */
+static void score_keys(const struct attention *a, const float *q, int n, int32_t from,
+                       int n_groups, float (*s)[KEY_BLOCK])
 {
-    const void *keys[KEY_BLOCK / TILE], *values[KEY_BLOCK / TILE];
-    float s[MAX_QUERIES][KEY_BLOCK];
-    const float *q[MAX_QUERIES];
-    int32_t from = block * KEY_BLOCK, to = from + KEY_BLOCK - 1, first = to, last = from;
-    for (int j = 0; j < n; j++) {
-        q[j] = queries[j].q;
-        first = min_i32(first, max_i32(queries[j].first, from));
-        last = max_i32(last, min_i32(queries[j].last, to));
+    const struct kv_head *kv = &a->kv;
+    int group_bytes = kv->head_dim * TILE * kv->bytes;
+    for (int g = 0, run; g < n_groups; g += run) { /* up to where the ring starts again */
+        int slot = (from / TILE + g) % kv->groups;
+        run = min_i32(n_groups - g, kv->groups - slot);
+        struct lines keys = {kv->keys + (size_t)slot * (size_t)group_bytes, kv->type,
+                             kv->head_dim, run, group_bytes, (size_t)(TILE * kv->bytes),
+                             n <= 2 ? 4 * group_bytes : 0, n <= 2 ? 4 / kv->bytes : 1 << 30,
+                             0, 0};
+        a->isa->add_lines(&keys, q, (size_t)kv->head_dim, n, s[0] + g * TILE, KEY_BLOCK);
     }
-    int32_t base = first / TILE * TILE, n_groups = (last - base) / TILE + 1;
-    for (int g = 0; g < n_groups; g++) {
-        size_t slot_group = (size_t)((base / TILE + g) % kv->groups);
-        keys[g] = kv->keys + slot_group * kv->key_group;
-        values[g] = kv->values + slot_group * kv->value_group;
+}
+
+/* o[n][H'] = sum over positions first .. last of weight * value; weights start at `from`. */
+static void mix_values(const struct attention *a, const float (*s)[KEY_BLOCK], int n,
+                       int32_t from, int32_t first, int32_t last, float *o)
+{
+    const struct kv_head *kv = &a->kv;
+    int line_bytes = kv->width * kv->bytes;
+    for (int32_t at = first, run; at <= last; at += run) {
+        int32_t slot = at % (kv->groups * TILE);
+        run = min_i32(last - at + 1, kv->groups * TILE - slot);
+        struct lines values = {kv->values + (size_t)slot * (size_t)line_bytes, kv->type, run,
+                               kv->width / TILE, TILE * kv->bytes, (size_t)line_bytes,
+                               n <= 2 ? 16 * line_bytes : 0, n <= 2 ? 1 : 1 << 30,
+                               at > first, 0};
+        a->isa->add_lines(&values, s[0] + (at - from), KEY_BLOCK, n, o, (size_t)kv->width);
     }
-    isa->scores[kv->half](q, n, kv->head_dim, keys, n_groups, s);
-    for (int j = 0; j < n; j++)
-        results[j] = weigh(isa, kv, s[j], n_groups * TILE, max_i32(queries[j].first, from) - base,
-                           min_i32(queries[j].last, to) - base);
-    isa->mix[kv->half]((const float (*)[KEY_BLOCK])s, n, kv->width, values, first - base,
-                       last - base, o);
 }
 
 /* Adds a partial result to what is there; total->max is -inf before the first. */
-static void merge_partial(struct partial *total, float *out, const struct partial *add,
-                          const float *o, int n)
+static void merge_partial(const struct kernels *isa, struct partial *total, float *out,
+                          const struct partial *add, const float *o, int n)
 {
     if (add->max == -INFINITY)
         return;
@@ -2222,8 +2214,7 @@ static void merge_partial(struct partial *total, float *out, const struct partia
     float keep = exp_f32(total->max - max), scale = exp_f32(add->max - max);
     total->max = max;
     total->sum = total->sum * keep + add->sum * scale;
-    for (int h = 0; h < n; h++)
-        out[h] = out[h] * keep + o[h] * scale;
+    isa->blend(out, keep, o, scale, (size_t)n);
 }
 
 static void finish_attention(const struct partial *total, float *out, int n)
@@ -2233,27 +2224,79 @@ static void finish_attention(const struct partial *total, float *out, int n)
         out[h] *= inverse;
 }
 
-/* All blocks of n <= 8 queries, merged as they come. */
-static void attend(const struct kernels *isa, const struct kv_head *kv,
-                   const struct query *queries, int n)
+/* A block of positions, packed for the matrix class or not. */
+struct block {
+    int32_t first, last;
+    const uint8_t *keys, *values;
+};
+
+/* Queries j .. j + n - 1 and a block; rows has room for n rows of H' floats. */
+static void attend_block(struct attention *a, int j, int n, const struct block *b, float *rows)
 {
-    struct partial total[MAX_QUERIES], results[MAX_QUERIES];
-    float o[MAX_QUERIES * MAX_HEAD_DIM];
-    int32_t first = queries[0].first, last = queries[0].last;
-    for (int j = 0; j < n; j++) {
-        first = min_i32(first, queries[j].first);
-        last = max_i32(last, queries[j].last);
-        total[j].max = -INFINITY;
-        total[j].sum = 0;
+    _Alignas(64) float s[MAX_QUERIES][KEY_BLOCK];
+    const struct query *q = a->query + j;
+    int head_dim = a->kv.head_dim;
+    int32_t first = b->last + 1, last = b->first - 1;
+    for (int i = 0; i < n; i++) {
+        first = min_i32(first, max_i32(q[i].first, b->first));
+        last = max_i32(last, min_i32(q[i].last, b->last));
+        memcpy(rows + i * head_dim, q[i].q, (size_t)head_dim * sizeof *rows);
     }
-    for (int32_t block = first / KEY_BLOCK; block <= last / KEY_BLOCK; block++) {
-        attend_block(isa, kv, queries, n, block, results, o);
-        for (int j = 0; j < n; j++)
-            merge_partial(&total[j], queries[j].out, &results[j], o + j * kv->width,
-                          kv->head_dim);
+    if (first > last)
+        return;
+    int32_t from = first / TILE * TILE, n_groups = (last - from) / TILE + 1;
+    int at = from - b->first;
+    struct partial results[MAX_QUERIES];
+    if (a->matrix)
+        a->matrix->scores(rows, n, head_dim, b->keys + (size_t)(at * head_dim) * 2, n_groups, s);
+    else
+        score_keys(a, rows, n, from, n_groups, s);
+    for (int i = 0; i < n; i++)
+        results[i] = weigh(a->isa, a->kv.cap, s[i], n_groups * TILE,
+                           max_i32(q[i].first, b->first) - from,
+                           min_i32(q[i].last, b->last) - from);
+    if (a->matrix)
+        a->matrix->mix((const float (*)[KEY_BLOCK])s, n, head_dim, b->values, at,
+                       n_groups * TILE, rows);
+    else
+        mix_values(a, (const float (*)[KEY_BLOCK])s, n, from, first, last, rows);
+    for (int i = 0; i < n; i++)
+        merge_partial(a->isa, &a->total[j + i], q[i].out, &results[i], rows + i * a->kv.width,
+                      head_dim);
+}
+
+/* All queries and the blocks of positions first .. last. */
+static void attend(struct attention *a, int32_t first, int32_t last)
+{
+    float rows[MAX_QUERIES * MAX_HEAD_DIM];
+    for (int32_t base = first / KEY_BLOCK * KEY_BLOCK; base <= last; base += KEY_BLOCK) {
+        struct block b = {base, min_i32(last, base + KEY_BLOCK - 1), NULL, NULL};
+        for (int j = 0; j < a->n; j += MAX_QUERIES)
+            attend_block(a, j, min_i32(a->n - j, MAX_QUERIES), &b, rows);
     }
-    for (int j = 0; j < n; j++)
-        finish_attention(&total[j], queries[j].out, kv->head_dim);
+}
+
+/* The same with the matrix class: a block is packed for all queries. */
+static void attend_packed(struct attention *a, int32_t first, int32_t last)
+{
+    _Alignas(64) uint8_t keys[CACHE_PANEL], values[CACHE_PANEL];
+    float rows[MAX_QUERIES * MAX_PACKED_HEAD];
+    const struct kv_head *kv = &a->kv;
+    int32_t width = panel_positions(kv->head_dim);
+    size_t group_bytes = (size_t)kv->head_dim * TILE * sizeof(uint16_t);
+    for (int32_t base = first / width * width; base <= last; base += width) {
+        struct block b = {base, min_i32(last, base + width - 1), keys, values};
+        for (int32_t at = max_i32(first, base) / TILE * TILE; at <= b.last; at += TILE) {
+            size_t slots = (size_t)(at / TILE % kv->groups);
+            a->matrix->pack_keys((const uint16_t *)(kv->keys + slots * group_bytes), kv->head_dim,
+                                 keys + (size_t)((at - base) / TILE) * group_bytes);
+            a->matrix->pack_values((const uint16_t *)(kv->values + slots * group_bytes),
+                                   kv->head_dim, min_i32(b.last + 1 - at, TILE), at - base,
+                                   values);
+        }
+        for (int j = 0; j < a->n; j += MAX_QUERIES)
+            attend_block(a, j, min_i32(a->n - j, MAX_QUERIES), &b, rows);
+    }
 }
 
 /* Query head i of row t.  Local layers see keys with 0 <= position - key < window, the
@@ -2271,235 +2314,126 @@ static struct query query_of(const struct pass *p, size_t t, int head)
     return q;
 }
 
-/* Rows of one task: those whose G query heads fill the 8 places of a kernel call. */
-static size_t rows_a_task(const gemma2_config *c)
-{
-    return (size_t)max_i32(1, MAX_QUERIES / (c->n_heads / c->n_kv_heads));
-}
+/* How the attention of a pass is cut into tasks. */
+struct attention_job {
+    const struct pass *p;
+    const struct matrix_kernels *matrix; /* or NULL: the exact class */
+    size_t rows;         /* of a task, with one kv head */
+    int32_t first_block; /* if split: a task takes one block, from this on .. */
+    int32_t n_blocks;    /* .. this many; 0: a task takes all */
+};
 
-/* One kv head for a few neighbouring rows: their G query heads each, 8 at a time while
- * the session stays the same. */
-static void attend_task(void *context, size_t task)
+/* Where a split job keeps query head `head` of row t after a block: max, sum, at TILE o[H']. */
+static float *partial_of(const struct attention_job *job, size_t t, int32_t block, int head)
 {
-    const struct pass *p = context;
-    const gemma2_config *c = &p->model->config;
-    size_t kv_heads = (size_t)c->n_kv_heads, rows = rows_a_task(c);
-    int head = (int)(task % kv_heads), group = c->n_heads / c->n_kv_heads;
-    size_t first = task / kv_heads * rows, last = first + rows < p->n ? first + rows : p->n;
-    struct query queries[MAX_QUERIES];
-    int n = 0;
-    for (size_t t = first; t < last; t++)
-        for (int g = 0; g < group; g++) {
-            gemma2_session *s = p->lead->rows[t].session;
-            queries[n++] = query_of(p, t, head * group + g);
-            int end = t + 1 == last && g + 1 == group;
-            if (n == MAX_QUERIES || end ||
-                (g + 1 == group && p->lead->rows[t + 1].session != s)) {
-                struct kv_head kv = kv_head_of(s, p->layer, head);
-                attend(p->model->isa, &kv, queries, n);
-                n = 0;
-            }
-        }
-}
-
-/* Decoding far into a context has few rows and many keys: there the blocks of a row are
- * shared out, [block][kv head], and merged afterwards, in the same order. */
-static float *partial_of(const struct pass *p, size_t t, int32_t block, int head)
-{
-    const gemma2_session *s = p->lead;
+    const gemma2_session *s = job->p->lead;
     size_t at = (t * s->partial_blocks + (size_t)block) * partial_floats(s);
     return s->partial + at + (size_t)head * ((size_t)s->width + TILE);
 }
 
-/* Blocks that row t sees; the count of all rows' blocks is the number of tasks. */
-static int32_t first_block(const struct pass *p, size_t t)
+/* The queries of a that have been gathered: all they see, or one block of it. */
+static void attend_gathered(const struct attention_job *job, struct attention *a, int32_t block)
 {
-    return query_of(p, t, 0).first / KEY_BLOCK;
-}
-
-static int32_t count_blocks(const struct pass *p, size_t t)
-{
-    return p->lead->rows[t].position / KEY_BLOCK - first_block(p, t) + 1;
-}
-
-static void attend_split_task(void *context, size_t task)
-{
-    const struct pass *p = context;
-    const gemma2_config *c = &p->model->config;
-    int group = c->n_heads / c->n_kv_heads, head = (int)(task % (size_t)c->n_kv_heads);
-    size_t t = 0, block = task / (size_t)c->n_kv_heads;
-    for (; block >= (size_t)count_blocks(p, t); t++)
-        block -= (size_t)count_blocks(p, t);
-    struct kv_head kv = kv_head_of(p->lead->rows[t].session, p->layer, head);
-    for (int g = 0; g < group; g += MAX_QUERIES) {
-        struct query queries[MAX_QUERIES];
-        struct partial results[MAX_QUERIES];
-        float o[MAX_QUERIES * MAX_HEAD_DIM];
-        int n = min_i32(group - g, MAX_QUERIES);
-        for (int j = 0; j < n; j++)
-            queries[j] = query_of(p, t, head * group + g + j);
-        attend_block(p->model->isa, &kv, queries, n, first_block(p, t) + (int32_t)block, results,
-                     o);
-        for (int j = 0; j < n; j++) {
-            float *to = partial_of(p, t, (int32_t)block, head * group + g + j);
-            memcpy(to, &results[j], sizeof results[j]);
-            memcpy(to + TILE, o + j * kv.width, (size_t)kv.width * sizeof *o);
-        }
+    int32_t first = INT32_MAX, last = 0;
+    for (int j = 0; j < a->n; j++) {
+        a->total[j] = (struct partial){-INFINITY, 0};
+        first = min_i32(first, a->query[j].first);
+        last = max_i32(last, a->query[j].last);
     }
+    if (job->n_blocks) {
+        first = max_i32(first, (job->first_block + block) * KEY_BLOCK);
+        last = min_i32(last, (job->first_block + block) * KEY_BLOCK + KEY_BLOCK - 1);
+    }
+    (a->matrix ? attend_packed : attend)(a, first, last);
+    for (int j = 0; j < a->n; j++)
+        if (job->n_blocks)
+            memcpy(a->query[j].out - TILE, &a->total[j], sizeof a->total[j]);
+        else
+            finish_attention(&a->total[j], a->query[j].out, a->kv.head_dim);
+    a->n = 0;
 }
 
-static void merge_split_task(void *context, size_t task)
+/* One kv head for some neighbouring rows, with their G query heads each. */
+static void attend_task(void *context, size_t task)
 {
-    const struct pass *p = context;
+    const struct attention_job *job = context;
+    const struct pass *p = job->p;
     const gemma2_config *c = &p->model->config;
+    size_t kv_heads = (size_t)c->n_kv_heads, n_blocks = (size_t)max_i32(job->n_blocks, 1);
+    int head = (int)(task % kv_heads), group = c->n_heads / c->n_kv_heads;
+    int32_t block = (int32_t)(task / kv_heads % n_blocks);
+    size_t first = task / kv_heads / n_blocks * job->rows;
+    size_t last = first + job->rows < p->n ? first + job->rows : p->n;
+    struct attention a;
+    a.isa = p->model->isa, a.matrix = job->matrix, a.n = 0;
+    for (size_t t = first; t < last; t++)
+        for (int g = 0; g < group; g++) {
+            const gemma2_session *s = p->lead->rows[t].session;
+            int end = g + 1 == group && (t + 1 == last || p->lead->rows[t + 1].session != s);
+            struct query *q = &a.query[a.n++];
+            *q = query_of(p, t, head * group + g);
+            if (job->n_blocks)
+                q->out = partial_of(job, t, block, head * group + g) + TILE;
+            if (a.n == MANY_QUERIES || end) {
+                a.kv = kv_head_of(s, p->layer, head);
+                attend_gathered(job, &a, block);
+            }
+        }
+}
+
+static void merge_blocks_task(void *context, size_t task)
+{
+    const struct attention_job *job = context;
+    const gemma2_config *c = &job->p->model->config;
     size_t t = task / (size_t)c->n_heads;
     int head = (int)(task % (size_t)c->n_heads);
-    struct query q = query_of(p, t, head);
+    struct query q = query_of(job->p, t, head);
     struct partial total = {-INFINITY, 0}, add;
-    for (int32_t b = 0; b < count_blocks(p, t); b++) {
-        const float *from = partial_of(p, t, b, head);
+    for (int32_t block = 0; block < job->n_blocks; block++) {
+        const float *from = partial_of(job, t, block, head);
         memcpy(&add, from, sizeof add);
-        merge_partial(&total, q.out, &add, from + TILE, c->head_dim);
+        merge_partial(job->p->model->isa, &total, q.out, &add, from + TILE, c->head_dim);
     }
     finish_attention(&total, q.out, c->head_dim);
 }
 
-/* ---- attention of the matrix class: many queries of one session ----
- * A task takes one kv head and up to 128 of its queries.  Keys and values are packed once
- * for all of them, CACHE_PANEL bytes at a time.  Capped scores need no maximum: exp of
- * them, and the sums, are floats. */
-
-enum { MANY_QUERIES = 128 };
-
-struct many_queries {
-    struct query query[MANY_QUERIES];
-    float sum[MANY_QUERIES];
-    int n;
-};
-
-static int can_attend_many(const struct pass *p)
+/* A task takes as many rows as leave four tasks a thread: then keys and values are read and
+ * packed once for many queries.  A few rows far into a context would leave threads idle: there
+ * each block of positions is a task of its own, for all rows, and the blocks are merged
+ * afterwards.  That is for the exact class alone, whose bits do not depend on it. */
+static struct attention_job cut_attention(const struct pass *p)
 {
     const gemma2_config *c = &p->model->config;
-    return p->matrix && p->lead->is_f16 && c->attn_softcap > 0 && c->attn_softcap <= 60 &&
-           c->head_dim % GROUP == 0 && c->head_dim <= CACHE_PANEL / (4 * TILE) &&
-           c->n_heads / c->n_kv_heads <= MANY_QUERIES;
-}
-
-/* exp(cap * tanh(s / cap)) of what the query sees, 0 elsewhere; returns the sum. */
-static float weigh_capped(const struct kernels *isa, const struct kv_head *kv, float *s, int n,
-                          int first, int last)
-{
-    isa->soft_cap(s, (size_t)n, kv->cap);
-    for (int i = 0; i < first && i < n; i++)
-        s[i] = -INFINITY;
-    for (int i = max_i32(0, last + 1); i < n; i++)
-        s[i] = -INFINITY;
-    return isa->exp_sum(s, (size_t)n, 0);
-}
-
-/* Queries j .. j + n - 1 and the packed positions base .. base + 16 n_groups - 1. */
-static void attend_packed(const struct pass *p, const struct kv_head *kv, struct many_queries *m,
-                          int j, int n, int32_t base, int n_groups, const uint8_t *keys,
-                          const uint8_t *values)
-{
-    _Alignas(64) float s[MAX_QUERIES][KEY_BLOCK];
-    const float *q[MAX_QUERIES];
-    float *o[MAX_QUERIES];
-    int32_t first = m->query[j].first - base, last = m->query[j].last - base;
-    for (int i = 0; i < n; i++) {
-        q[i] = m->query[j + i].q;
-        o[i] = m->query[j + i].out;
-        first = min_i32(first, m->query[j + i].first - base);
-        last = max_i32(last, m->query[j + i].last - base);
+    const gemma2_session *lead = p->lead;
+    int group = c->n_heads / c->n_kv_heads, threads = lead->n_threads;
+    int wanted = (int)(p->n * (size_t)c->n_kv_heads / (4 * (size_t)threads));
+    struct attention_job job = {p, NULL, 0, INT32_MAX, 0};
+    if (p->matrix && lead->is_f16 && c->head_dim % GROUP == 0 && c->head_dim <= MAX_PACKED_HEAD)
+        job.matrix = p->matrix;
+    job.rows = (size_t)max_i32(1, min_i32(max_i32(wanted, MAX_QUERIES / group),
+                                          MANY_QUERIES / group));
+    size_t tasks = (p->n + job.rows - 1) / job.rows * (size_t)c->n_kv_heads;
+    if (job.matrix || threads == 1 || p->n > lead->partial_rows || tasks >= 4 * (size_t)threads)
+        return job;
+    int32_t last_block = 0;
+    for (size_t t = 0; t < p->n; t++) {
+        job.first_block = min_i32(job.first_block, query_of(p, t, 0).first / KEY_BLOCK);
+        last_block = max_i32(last_block, lead->rows[t].position / KEY_BLOCK);
     }
-    first = max_i32(first, 0) / TILE * TILE;
-    int seen = min_i32(n_groups * TILE, (last + TILE) / TILE * TILE) - first;
-    if (last < 0 || seen <= 0)
-        return;
-    size_t skipped = (size_t)first * (size_t)kv->head_dim * p->matrix->cached_bytes;
-    p->matrix->scores(q, n, kv->head_dim, keys + skipped, seen / TILE, s);
-    for (int i = 0; i < n; i++)
-        m->sum[j + i] += weigh_capped(p->model->isa, kv, s[i], seen,
-                                      m->query[j + i].first - base - first,
-                                      m->query[j + i].last - base - first);
-    p->matrix->mix((const float (*)[KEY_BLOCK])s, n, kv->head_dim, values, first, seen, o);
-}
-
-static void attend_many(const struct pass *p, const struct kv_head *kv, struct many_queries *m)
-{
-    _Alignas(64) uint8_t keys[CACHE_PANEL], values[CACHE_PANEL];
-    size_t group_bytes = (size_t)kv->head_dim * TILE * p->matrix->cached_bytes;
-    int32_t width = panel_positions(kv->head_dim, p->matrix->cached_bytes);
-    int32_t first = m->query[0].first, last = m->query[m->n - 1].last; /* rows ascend */
-    for (int32_t base = first / width * width; base <= last; base += width) {
-        int n_groups = (min_i32(last - base + 1, width) + TILE - 1) / TILE;
-        for (int g = max_i32(0, first - base) / TILE; g < n_groups; g++) {
-            size_t slots = (size_t)((base / TILE + g) % kv->groups);
-            p->matrix->pack_keys((const uint16_t *)(kv->keys + slots * kv->key_group),
-                                 kv->head_dim, keys + (size_t)g * group_bytes);
-            p->matrix->pack_values((const uint16_t *)(kv->values + slots * kv->value_group),
-                                   kv->head_dim, min_i32(last + 1 - base - g * TILE, TILE),
-                                   g * TILE, values);
-        }
-        for (int j = 0; j < m->n; j += MAX_QUERIES)
-            attend_packed(p, kv, m, j, min_i32(m->n - j, MAX_QUERIES), base, n_groups, keys,
-                          values);
-    }
-}
-
-static int rows_of_many(const struct pass *p)
-{
-    const gemma2_config *c = &p->model->config;
-    int wanted = (int)(p->n * (size_t)c->n_kv_heads / (4 * (size_t)p->lead->n_threads));
-    int most = MANY_QUERIES / (c->n_heads / c->n_kv_heads);
-    return max_i32(1, min_i32(max_i32(wanted, MAX_QUERIES), most));
-}
-
-static void attend_many_task(void *context, size_t task)
-{
-    const struct pass *p = context;
-    const gemma2_config *c = &p->model->config;
-    int rows = rows_of_many(p), group = c->n_heads / c->n_kv_heads;
-    int head = (int)(task % (size_t)c->n_kv_heads);
-    size_t first = task / (size_t)c->n_kv_heads * (size_t)rows;
-    struct kv_head kv = kv_head_of(p->lead, p->layer, head);
-    struct many_queries m;
-    m.n = 0;
-    for (size_t t = first; t < first + (size_t)rows && t < p->n; t++)
-        for (int g = 0; g < group; g++) {
-            m.sum[m.n] = 0;
-            m.query[m.n] = query_of(p, t, head * group + g);
-            memset(m.query[m.n++].out, 0, (size_t)c->head_dim * sizeof(float));
-        }
-    attend_many(p, &kv, &m);
-    for (int j = 0; j < m.n; j++) {
-        struct partial total = {0, m.sum[j]};
-        finish_attention(&total, m.query[j].out, c->head_dim);
-    }
+    int32_t n_blocks = last_block - job.first_block + 1;
+    if (n_blocks > 1 && (size_t)n_blocks <= lead->partial_blocks) /* another's may be longer */
+        job.n_blocks = n_blocks, job.rows = p->n;
+    return job;
 }
 
 static void attend_rows(struct pass *p)
 {
     const gemma2_config *c = &p->model->config;
-    size_t kv_heads = (size_t)c->n_kv_heads, rows = rows_a_task(c), blocks = 0;
-    size_t tasks = (p->n + rows - 1) / rows * kv_heads;
-    int few = p->n <= p->lead->partial_rows && p->lead->n_threads > 1 &&
-              tasks < 4 * (size_t)p->lead->n_threads;
-    for (size_t t = 0; t < p->n; t++) {
-        few &= p->lead->rows[t].position < p->lead->n_context; /* another's may be longer */
-        blocks += (size_t)count_blocks(p, t);
-    }
-    if (can_attend_many(p)) {
-        tasks = (p->n + (size_t)rows_of_many(p) - 1) / (size_t)rows_of_many(p) * kv_heads;
-        share(p->me, tasks, attend_many_task, p);
-        return;
-    }
-    if (!few || blocks <= p->n) {
-        share(p->me, tasks, attend_task, p);
-        return;
-    }
-    share(p->me, blocks * kv_heads, attend_split_task, p);
-    share(p->me, p->n * (size_t)c->n_heads, merge_split_task, p);
+    struct attention_job job = cut_attention(p);
+    size_t chunks = (p->n + job.rows - 1) / job.rows * (size_t)max_i32(job.n_blocks, 1);
+    share(p->me, chunks * (size_t)c->n_kv_heads, attend_task, &job);
+    if (job.n_blocks)
+        share(p->me, p->n * (size_t)c->n_heads, merge_blocks_task, &job);
 }
 
 /* ---- one layer ---- */
@@ -5122,14 +5056,13 @@ static void read_chat(gemma2_model *m)
 }
 
 /* A compiler that is told to reorder, fuse or approximate floats seldom shows it in a macro.
- * So numbers with known results go through kernels here: scores that are 0 where the product is
- * rounded before it is added, and soft_cap, exp_sum and cos_sin, bit for bit. */
+ * So numbers with known results go through kernels here: a score that is 0 where a product
+ * does not round once with the sum, and soft_cap, exp_sum and cos_sin, bit for bit. */
 static int computes_exactly(const struct kernels *k)
 {
-    float x[48], y[48], keys[32], s[1][KEY_BLOCK];
+    float x[48], y[48], keys[32], score[TILE];
     float q[2] = {-(1 + 0x1p-7f + 0x1p-17f), 1 + 0x1p-17f};
-    const float *queries[1] = {q};
-    const void *groups[1] = {keys};
+    struct lines lines = {(const uint8_t *)keys, LINES_F32, 2, 1, 0, 64, 0, 1, 0, 0};
     uint32_t digest = 0;
     for (int i = 0; i < 48; i++) {
         x[i] = (float)(i * i % 47 - 20) * 0.37f;
@@ -5137,13 +5070,13 @@ static int computes_exactly(const struct kernels *k)
     }
     for (int i = 0; i < 32; i++)
         keys[i] = i < 16 ? 1 : 1 + 0x1p-7f;
-    k->scores[0](queries, 1, 2, groups, 1, s);
+    k->add_lines(&lines, q, 2, 1, score, TILE);
     k->soft_cap(x, 45, 3);
     x[45] = k->exp_sum(y, 45, 2);
     cos_sin(123.4f, &x[46], &x[47]);
     for (int i = 0; i < 48; i++)
         digest = (digest * 31 + bits_of(x[i])) * 31 + bits_of(y[i]);
-    return s[0][0] == 0 && digest == 0xb175ed0b;
+    return score[0] == 0x1p-24f && digest == 0xb175ed0b;
 }
 
 /* Reads the header into a model on the stack, to know how much to allocate. */
@@ -5550,119 +5483,288 @@ static void gather(const struct pass *p, int layer, int input, const float *x, s
 /* ===================================================================================
  * A. Appendix: the same kernels, faster
  *
- * A row of the table is an instruction set.  Element-wise kernels are the bodies of
- * section 3 compiled again for wider registers; products and attention are written with
- * intrinsics, in the same order of the same roundings.  To add a row: a set of functions,
- * a line in all_kernels; the tests find it there and hold it against the scalar row.
+ * A row of the table is an instruction set.  Element-wise kernels are the functions of
+ * section 3 compiled again for wider registers; sums of lines and products of quantised
+ * weights are written with intrinsics, in the same order of the same roundings.  (gcc 12 keeps
+ * vectors of 64 bytes in memory where registers are shorter, and no compiler finds the dot
+ * products of bytes.)  To add a row: a set of functions, a line in all_kernels.  The tests
+ * find it there and hold it against the scalar row.
  * =================================================================================== */
 
-/* Kernels are written for n tokens, n a constant; this cuts a call into such pieces. */
-#define FOR_EACH_PIECE(call)                                                        \
-    do {                                                                            \
-        int done_ = 0;                                                              \
-        for (; n - done_ >= 4; done_ += 4)                                          \
-            call(4, done_);                                                         \
-        if (n - done_ >= 2) {                                                       \
-            call(2, done_);                                                         \
-            done_ += 2;                                                             \
-        }                                                                           \
-        if (n - done_)                                                              \
-            call(1, done_);                                                         \
-    } while (0)
+/* Which CPU gets which row: the first that is available.  A row takes from a lower one of its
+ * family what it has nothing faster for. */
+#ifdef HAVE_AMX
+static const struct kernels amx_kernels;
+#endif
+#ifdef HAVE_AVX512BF16
+static const struct kernels avx512bf16_kernels;
+#endif
+#ifdef HAVE_X86
+static const struct kernels avx512_kernels, avxvnni_kernels, avx2_kernels;
+#endif
+#ifdef HAVE_NEON
+static const struct kernels i8mm_kernels, dotprod_kernels, neon_kernels;
+#endif
+static const struct kernels *const all_kernels[] = {
+#ifdef HAVE_AMX
+    &amx_kernels, /* Xeons since Sapphire Rapids: prompts in tiles of 16 x 32 bf16, as avx512
+                   * for the rest, because its bf16 dot products are slower than its floats */
+#endif
+#ifdef HAVE_AVX512BF16
+    &avx512bf16_kernels, /* Zen 4 and newer: as avx512, but bf16 prompts and their attention in
+                          * dot products of bf16 pairs, at twice the rate of floats */
+#endif
+#ifdef HAVE_X86
+    &avx512_kernels,  /* servers since Ice Lake: VPDPBUSD, 64 byte products at a time */
+    &avxvnni_kernels, /* client CPUs since Alder Lake, which lack AVX-512: 32 at a time */
+    &avx2_kernels,    /* Haswell to Comet Lake, Zen 1 to Zen 3: byte products through 16 bits */
+#endif
+#ifdef HAVE_NEON
+    &i8mm_kernels,    /* Neoverse V1 and N2, Graviton 3, Apple M2 and newer: SMMLA for prompts */
+    &dotprod_kernels, /* Cortex-A55, A75, A76, Neoverse N1 (Raspberry Pi 5, Graviton 2), M1: SDOT */
+    &neon_kernels,    /* Cortex-A53 and A72 (Raspberry Pi 3 and 4): byte products in 16 bits */
+#endif
+    &scalar_kernels, /* all others: section 3, as the compiler makes of it */
+};
+
+enum { N_KERNELS = sizeof all_kernels / sizeof *all_kernels };
+
+/* ---- what all rows share: from a call's type and sizes to kernels that know them ----
+ * The kernels below are written for types and numbers of rows that are constants, so that sums
+ * stay in registers.  These functions are inlined into each row's own, and so are the kernels
+ * that they are handed. */
+
+/* The largest of 8, 4, 2 and 1 within both. */
+INLINE int at_once(int left, int most)
+{
+    while (most > left)
+        most /= 2;
+    return most;
+}
+
+typedef void lines_fn(const int type, const int n, const int strips, const struct lines *l,
+                      const float *x, size_t ldx, float *y, size_t ldy);
+
+/* n rows, at most `most` sums of lines at once. */
+INLINE void lines_by_strips(lines_fn *kernel, const int most, const int type, const int n,
+                            const struct lines *l, const float *x, size_t ldx, float *y,
+                            size_t ldy)
+{
+    struct lines rest = *l;
+    for (int strips; rest.n_strips; rest.n_strips -= strips) {
+        strips = at_once(rest.n_strips, at_once(8, most / n));
+        if (8 * n <= most && strips == 8)
+            kernel(type, n, 8, &rest, x, ldx, y, ldy);
+        else if (4 * n <= most && strips == 4)
+            kernel(type, n, 4, &rest, x, ldx, y, ldy);
+        else if (2 * n <= most && strips == 2)
+            kernel(type, n, 2, &rest, x, ldx, y, ldy);
+        else
+            kernel(type, n, 1, &rest, x, ldx, y, ldy);
+        rest.data += strips * l->strip_bytes;
+        y += strips * TILE;
+    }
+}
+
+INLINE void lines_by_rows(lines_fn *kernel, const int most, const int type,
+                          const struct lines *l, const float *x, size_t ldx, int n, float *y,
+                          size_t ldy)
+{
+    for (int rows; n; n -= rows, x += (size_t)rows * ldx, y += (size_t)rows * ldy) {
+        rows = at_once(n, at_once(8, most));
+        if (8 <= most && rows == 8)
+            lines_by_strips(kernel, most, type, 8, l, x, ldx, y, ldy);
+        else if (rows == 4)
+            lines_by_strips(kernel, most, type, 4, l, x, ldx, y, ldy);
+        else if (rows == 2)
+            lines_by_strips(kernel, most, type, 2, l, x, ldx, y, ldy);
+        else
+            lines_by_strips(kernel, most, type, 1, l, x, ldx, y, ldy);
+    }
+}
+
+INLINE void lines_by_type(lines_fn *kernel, const int most, const struct lines *l,
+                          const float *x, size_t ldx, int n, float *y, size_t ldy)
+{
+    if (l->type == LINES_F32)
+        lines_by_rows(kernel, most, LINES_F32, l, x, ldx, n, y, ldy);
+    else if (l->type == LINES_F16)
+        lines_by_rows(kernel, most, LINES_F16, l, x, ldx, n, y, ldy);
+    else
+        lines_by_rows(kernel, most, LINES_BF16, l, x, ldx, n, y, ldy);
+}
+
+/* A product of one quantised tile; `how` tells apart the rows that share a kernel. */
+typedef void tile_fn(const int how, const uint32_t type, const int n, const struct tiles *w,
+                     const struct input *in, size_t t, float *y);
+
+INLINE void tile_by_rows(tile_fn *kernel, const int how, const int most, const uint32_t type,
+                         const struct tiles *w, const struct input *in, size_t t, int n, float *y)
+{
+    for (int rows; n; n -= rows, t += (size_t)rows, y += rows * TILE) {
+        rows = at_once(n, most);
+        if (8 <= most && rows == 8)
+            kernel(how, type, 8, w, in, t, y);
+        else if (rows == 4)
+            kernel(how, type, 4, w, in, t, y);
+        else if (rows == 2)
+            kernel(how, type, 2, w, in, t, y);
+        else
+            kernel(how, type, 1, w, in, t, y);
+    }
+}
+
+INLINE void tile_by_type(tile_fn *kernel, const int how, const int most, const struct tiles *w,
+                         const struct input *in, size_t t, int n, float *y)
+{
+    if (w->type == TYPE_Q8)
+        tile_by_rows(kernel, how, most, TYPE_Q8, w, in, t, n, y);
+    else if (w->type == TYPE_Q6)
+        tile_by_rows(kernel, how, most, TYPE_Q6, w, in, t, n, y);
+    else
+        tile_by_rows(kernel, how, most, TYPE_Q4, w, in, t, n, y);
+}
+
+/* A panel: 256 inputs of both tiles are unpacked once for all tokens. */
+struct panel_block;
+typedef void unpack_panel_fn(const int how, const uint32_t type, const struct tiles *w,
+                             size_t block, struct panel_block *b);
+/* n tokens from t on against a block: y[token][tile][row] = fused(scale * float(s * sum) + y). */
+typedef void panel_tokens_fn(const int how, const uint32_t type, const int n,
+                             const struct panel_block *b, const struct input *in, size_t t,
+                             size_t block, float (*y)[2][TILE]);
+
+INLINE void panel_of_type(unpack_panel_fn *unpack, panel_tokens_fn *tokens, const int how,
+                          const int most, const uint32_t type, struct panel_block *b,
+                          const struct tiles *w, const struct input *in, size_t t, int n,
+                          float (*y)[2][TILE])
+{
+    memset(y, 0, (size_t)n * sizeof *y);
+    for (size_t block = 0; block < (w->cols + 255) / 256; block++) {
+        unpack(how, type, w, block, b);
+        for (int j = 0, rows; j < n; j += rows) {
+            rows = n - j >= 6 && most == 6 ? 6 : at_once(n - j, 4);
+            if (most == 6 && rows == 6)
+                tokens(how, type, 6, b, in, t + (size_t)j, block, y + j);
+            else if (rows == 4)
+                tokens(how, type, 4, b, in, t + (size_t)j, block, y + j);
+            else if (rows == 2)
+                tokens(how, type, 2, b, in, t + (size_t)j, block, y + j);
+            else
+                tokens(how, type, 1, b, in, t + (size_t)j, block, y + j);
+        }
+    }
+    for (int j = 0; j < n; j++)
+        for (int i = 0; i < 2; i++)
+            for (int r = 0; r < TILE; r++)
+                y[j][i][r] *= ((const float *)w->data[i])[r];
+}
+
+INLINE void panel_by_type(unpack_panel_fn *unpack, panel_tokens_fn *tokens, const int how,
+                          const int most, struct panel_block *b, const struct tiles *w,
+                          const struct input *in, size_t t, int n, float *y)
+{
+    float (*to)[2][TILE] = (float (*)[2][TILE])y;
+    if (w->type == TYPE_Q8)
+        panel_of_type(unpack, tokens, how, most, TYPE_Q8, b, w, in, t, n, to);
+    else if (w->type == TYPE_Q6)
+        panel_of_type(unpack, tokens, how, most, TYPE_Q6, b, w, in, t, n, to);
+    else
+        panel_of_type(unpack, tokens, how, most, TYPE_Q4, b, w, in, t, n, to);
+}
 
 #ifdef HAVE_X86
 
-/* Two tiles' 256 inputs, unpacked once for many tokens. */
+/* Two tiles' 256 inputs, unpacked. */
 struct panel_block {
     _Alignas(64) uint8_t operands[8][8][2][64]; /* [group][step][tile] */
     float scales[8][2][TILE];
-    int32_t starts[MAX_PANEL_ROWS][8]; /* [token][group] what sums of products start at */
 };
 
-/* Unsigned operands are too large by an offset; a sum over a group is right when it starts
- * at -offset * (the sum of the group's inputs). */
-INLINE void start_sums(const struct input *in, size_t t, int n, size_t block, int32_t offset,
-                       struct panel_block *b)
-{
-    for (int j = 0; j < n; j++) {
-        const int32_t *sums = in->sum + (t + (size_t)j) * (in->ldq / GROUP) + block * 8;
-        for (int g = 0; g < 8; g++)
-            b->starts[j][g] = -offset * sums[g];
-    }
-}
+/* Element-wise kernels, compiled for an instruction set. */
+#define ELEMENT_WISE(isa, TARGET)                                                            \
+    TARGET static void quantise_##isa(const float *x, uint32_t n, int8_t *q, float *scale,   \
+                                      int32_t *sum)                                          \
+    {                                                                                        \
+        quantise(x, n, q, scale, sum);                                                       \
+    }                                                                                        \
+    TARGET static void rms_norm_##isa(const float *x, const float *w, float eps, uint32_t n, \
+                                      float *y)                                              \
+    {                                                                                        \
+        rms_norm(x, w, eps, n, y);                                                           \
+    }                                                                                        \
+    TARGET static void geglu_##isa(float *gate, const float *up, size_t n)                   \
+    {                                                                                        \
+        geglu(gate, up, n);                                                                  \
+    }                                                                                        \
+    TARGET static void soft_cap_##isa(float *x, size_t n, float cap) { soft_cap(x, n, cap); } \
+    TARGET static float exp_sum_##isa(float *x, size_t n, float max)                         \
+    {                                                                                        \
+        return exp_sum(x, n, max);                                                           \
+    }                                                                                        \
+    TARGET static void blend_##isa(float *x, float keep, const float *y, float scale, size_t n) \
+    {                                                                                        \
+        blend(x, keep, y, scale, n);                                                         \
+    }                                                                                        \
+    TARGET static void to_half_##isa(const float *x, size_t n, uint16_t *y) { to_half(x, n, y); }
 
 /* ---- AVX2 and AVX-VNNI ---- */
 
-#define AVX2 __attribute__((target("avx2,f16c")))
+#define AVX2 __attribute__((target("avx2,f16c,fma")))
+ELEMENT_WISE(avx2, AVX2)
 
-AVX2 static void quantise_avx2(const float *x, uint32_t n, int8_t *q, float *scale, int32_t *sum)
+/* 8 numbers of a line as floats; of bf16 those of the odd line of two or the one before. */
+AVX2 INLINE __m256 line_avx2(const int type, int odd, const uint8_t *line, int half)
 {
-    quantise_body(x, n, q, scale, sum);
+    if (type == LINES_F16)
+        return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(line + half * 16)));
+    if (type == LINES_F32)
+        return _mm256_loadu_ps((const float *)line + half * 8);
+    __m256i pair = _mm256_loadu_si256((const __m256i *)(line + half * 32));
+    return _mm256_castsi256_ps(odd ? _mm256_and_si256(pair, _mm256_set1_epi32((int)0xffff0000))
+                                   : _mm256_slli_epi32(pair, 16));
 }
 
-AVX2 static void rms_norm_avx2(const float *x, const float *w, float eps, uint32_t n, float *y)
+/* Line k of the strips into acc[row][strip][half]. */
+AVX2 INLINE void add_line_avx2(const int type, int odd, const int n, const int strips,
+                               const struct lines *l, int k, const float *x, size_t ldx,
+                               __m256 acc[4][4][2])
 {
-    rms_norm_body(x, w, eps, n, y);
-}
-
-AVX2 static void geglu_avx2(float *gate, const float *up, size_t n) { geglu_body(gate, up, n); }
-AVX2 static void soft_cap_avx2(float *x, size_t n, float cap) { soft_cap_body(x, n, cap); }
-AVX2 static float exp_sum_avx2(float *x, size_t n, float max) { return exp_sum_body(x, n, max); }
-AVX2 static void to_half_avx2(const float *x, size_t n, uint16_t *y) { to_half_body(x, n, y); }
-
-/* Inputs k and, for bf16, k + 1 of 8 rows; half selects rows 0-7 or 8-15. */
-AVX2 INLINE __m256 weights_avx2(int is_bf16, const uint8_t *tile, size_t k, int half)
-{
-    if (!is_bf16)
-        return _mm256_loadu_ps((const float *)tile + k * TILE + half * 8);
-    __m256i pair = _mm256_loadu_si256((const __m256i *)(tile + k / 2 * 64 + half * 32));
-    return _mm256_castsi256_ps(k % 2 ? _mm256_and_si256(pair, _mm256_set1_epi32((int)0xffff0000))
-                                     : _mm256_slli_epi32(pair, 16));
-}
-
-AVX2 INLINE void float_tile_avx2(int is_bf16, const int n, const uint8_t *tile, uint32_t cols,
-                                 const float *x, size_t ldx, float (*y)[TILE])
-{
-    const size_t line = is_bf16 ? 32 : 64; /* bytes of an input */
-    __m256 acc[4][2];
-    for (int i = 0; i < n; i++)
-        acc[i][0] = acc[i][1] = _mm256_setzero_ps();
-    for (size_t k = 0; k < cols; k++) {
-        if (k * line % PREFETCH_EVERY == 0)
-            _mm_prefetch((const char *)tile + k * line + PREFETCH_AHEAD, _MM_HINT_T1);
+    const uint8_t *line = l->data + (size_t)k / (type == LINES_BF16 ? 2 : 1) * l->line_bytes;
+    for (int i = 0; i < strips; i++, line += l->strip_bytes) {
+        if (!(k & (l->every - 1)))
+            _mm_prefetch((const char *)line + l->ahead, _MM_HINT_T1);
         for (int half = 0; half < 2; half++) {
-            __m256 w = weights_avx2(is_bf16, tile, k, half);
-            for (int i = 0; i < n; i++)
-                acc[i][half] = _mm256_add_ps(
-                    acc[i][half], _mm256_mul_ps(w, _mm256_set1_ps(x[(size_t)i * ldx + k])));
+            __m256 w = line_avx2(type, odd, line, half);
+            for (int j = 0; j < n; j++)
+                acc[j][i][half] = _mm256_fmadd_ps(w, _mm256_broadcast_ss(x + (size_t)j * ldx + k),
+                                                  acc[j][i][half]);
         }
     }
-    for (int i = 0; i < n; i++) {
-        _mm256_storeu_ps(y[i], acc[i][0]);
-        _mm256_storeu_ps(y[i] + 8, acc[i][1]);
+}
+
+AVX2 INLINE void lines_avx2(const int type, const int n, const int strips, const struct lines *l,
+                            const float *x, size_t ldx, float *y, size_t ldy)
+{
+    __m256 acc[4][4][2];
+    for (int j = 0; j < n; j++)
+        for (int i = 0; i < 2 * strips; i++)
+            acc[j][i / 2][i % 2] = l->go_on ? _mm256_loadu_ps(y + (size_t)j * ldy + i * 8)
+                                            : _mm256_setzero_ps();
+    for (int k = 0; k < l->n_lines; k += 1 + (type == LINES_BF16)) {
+        add_line_avx2(type, 0, n, strips, l, k, x, ldx, acc);
+        if (type == LINES_BF16 && k + 1 < l->n_lines)
+            add_line_avx2(type, 1, n, strips, l, k + 1, x, ldx, acc);
     }
+    for (int j = 0; j < n; j++)
+        for (int i = 0; i < 2 * strips; i++)
+            _mm256_storeu_ps(y + (size_t)j * ldy + i * 8, acc[j][i / 2][i % 2]);
 }
 
-AVX2 INLINE void float_product_avx2(int is_bf16, const uint8_t *tile, uint32_t cols,
-                                    const struct input *in, size_t t, int n, float y[][TILE])
+AVX2 static void add_lines_avx2(const struct lines *l, const float *x, size_t ldx, int n,
+                                float *y, size_t ldy)
 {
-    const float *x = in->x + t * in->ldx;
-#define PIECE(count, from) \
-    float_tile_avx2(is_bf16, count, tile, cols, x + (size_t)(from) * in->ldx, in->ldx, y + (from))
-    FOR_EACH_PIECE(PIECE);
-#undef PIECE
-}
-
-AVX2 static void product_f32_avx2(const uint8_t *tile, uint32_t cols, const struct input *in,
-                                  size_t t, int n, float y[][TILE])
-{
-    float_product_avx2(0, tile, cols, in, t, n, y);
-}
-
-AVX2 static void product_bf16_avx2(const uint8_t *tile, uint32_t cols, const struct input *in,
-                                   size_t t, int n, float y[][TILE])
-{
-    float_product_avx2(1, tile, cols, in, t, n, y);
+    lines_by_type(lines_avx2, 4, l, x, ldx, n, y, ldy);
 }
 
 /* Rows 8 half .. 8 half + 7 of a group as 8 registers of [8 rows][4 inputs], unsigned: q6
@@ -5786,11 +5888,11 @@ AVX2 INLINE __m256 scales_avx2(uint32_t type, const uint8_t *bytes)
     return _mm256_cvtepi32_ps(type == TYPE_Q4 ? _mm256_srai_epi32(s, 1) : s);
 }
 
-AVX2 INLINE void quantised_tile_avx2(int vnni, uint32_t type, const int n, const uint8_t *tile,
-                                     uint32_t cols, const struct input *in, size_t t,
-                                     float (*y)[TILE])
+AVX2 INLINE void tile_avx2(const int vnni, const uint32_t type, const int n,
+                           const struct tiles *w, const struct input *in, size_t t, float *y)
 {
-    size_t n_groups = round_up(cols, BLOCK_INPUTS) / GROUP, ld = in->ldq / GROUP;
+    const uint8_t *tile = w->data[0];
+    size_t n_groups = round_up(w->cols, BLOCK_INPUTS) / GROUP, ld = in->ldq / GROUP;
     __m256 acc[4][2];
     for (int i = 0; i < n; i++)
         acc[i][0] = acc[i][1] = _mm256_setzero_ps();
@@ -5799,73 +5901,76 @@ AVX2 INLINE void quantised_tile_avx2(int vnni, uint32_t type, const int n, const
         for (uint32_t at = 0; at < types[type].group_bytes; at += PREFETCH_EVERY)
             _mm_prefetch((const char *)group + at + PREFETCH_AHEAD, _MM_HINT_T1);
         for (int half = 0; half < 2; half++) {
-            __m256i w[8], offset = offset_avx2(vnni, type, scale_bytes + 8 * half);
+            __m256i v[8], offset = offset_avx2(vnni, type, scale_bytes + 8 * half);
             __m256 s = scales_avx2(type, scale_bytes + 8 * half);
-            operands_avx2(vnni, type, group, half, w);
+            operands_avx2(vnni, type, group, half, v);
             for (int i = 0; i < n; i++) {
                 size_t at = (t + (size_t)i) * ld + g;
                 __m256i start = _mm256_madd_epi16(offset, _mm256_set1_epi32(in->sum[at]));
-                __m256i sum = group_sum_avx2(vnni, type, w, in->q + at * GROUP, start);
+                __m256i sum = group_sum_avx2(vnni, type, v, in->q + at * GROUP, start);
                 __m256 product = _mm256_mul_ps(s, _mm256_cvtepi32_ps(sum));
-                acc[i][half] = _mm256_add_ps(
-                    acc[i][half], _mm256_mul_ps(_mm256_set1_ps(in->scale[at]), product));
+                acc[i][half] = _mm256_fmadd_ps(_mm256_set1_ps(in->scale[at]), product,
+                                               acc[i][half]);
             }
         }
     }
-    for (int i = 0; i < n; i++)
-        for (int half = 0; half < 2; half++)
-            _mm256_storeu_ps(y[i] + 8 * half,
-                             _mm256_mul_ps(acc[i][half],
-                                           _mm256_loadu_ps((const float *)tile + 8 * half)));
+    for (int i = 0; i < 2 * n; i++)
+        _mm256_storeu_ps(y + 8 * i, _mm256_mul_ps(acc[i / 2][i % 2],
+                                                  _mm256_loadu_ps((const float *)tile +
+                                                                  i % 2 * 8)));
 }
 
-AVX2 INLINE void quantised_avx2(int vnni, uint32_t type, const uint8_t *tile, uint32_t cols,
-                                const struct input *in, size_t t, int n, float y[][TILE])
+AVX2 static void product_avx2(const struct tiles *w, const struct input *in, size_t t, int n,
+                              float *y)
 {
-#define PIECE(count, from) \
-    quantised_tile_avx2(vnni, type, count, tile, cols, in, t + (size_t)(from), y + (from))
-    FOR_EACH_PIECE(PIECE);
-#undef PIECE
+    tile_by_type(tile_avx2, 0, 4, w, in, t, n, y);
 }
 
-AVX2 INLINE void unpack_panel_avx2(int vnni, uint32_t type, const uint8_t *const tiles[2],
+AVX2 static void product_avxvnni(const struct tiles *w, const struct input *in, size_t t, int n,
+                                 float *y)
+{
+    tile_by_type(tile_avx2, 1, 4, w, in, t, n, y);
+}
+
+AVX2 INLINE void unpack_panel_avx2(const int vnni, const uint32_t type, const struct tiles *w,
                                    size_t block, struct panel_block *b)
 {
     for (int g = 0; g < 8; g++)
         for (int i = 0; i < 4; i++) { /* tile i / 2, half i % 2 */
             const uint8_t *scale_bytes, *group;
-            __m256i w[8], odd = _mm256_setzero_si256();
-            group = group_at(type, tiles[i / 2], block * 8 + (size_t)g, &scale_bytes);
+            __m256i v[8], odd = _mm256_setzero_si256();
+            group = group_at(type, w->data[i / 2], block * 8 + (size_t)g, &scale_bytes);
             scale_bytes += i % 2 * 8;
             if (type == TYPE_Q4)
                 odd = _mm256_mullo_epi32(odd_rows_avx2(scale_bytes), _mm256_set1_epi32(0x04040404));
-            operands_avx2(vnni, type, group, i % 2, w);
+            operands_avx2(vnni, type, group, i % 2, v);
             for (int step = 0; step < 8; step++)
                 _mm256_storeu_si256((__m256i *)(b->operands[g][step][i / 2] + i % 2 * 32),
-                                    _mm256_add_epi8(w[step], odd));
+                                    _mm256_add_epi8(v[step], odd));
             _mm256_storeu_ps(b->scales[g][i / 2] + i % 2 * 8, scales_avx2(type, scale_bytes));
         }
 }
 
-/* n tokens (a constant) against one group of one tile of a block. */
-AVX2 INLINE void panel_group_avx2(int vnni, uint32_t type, const int n,
-                                  const struct panel_block *b, size_t g, int tile, int from,
+/* One group of one tile of a block. */
+AVX2 INLINE void panel_group_avx2(const int vnni, const uint32_t type, const int n,
+                                  const struct panel_block *b, size_t g, int tile,
                                   const struct input *in, size_t at, float (*y)[2][TILE])
 {
+    const int offset = type == TYPE_Q8 ? (vnni ? 128 : 0) : type == TYPE_Q6 ? 32 : 31;
     size_t ld = in->ldq / GROUP;
     __m256i sum[4][2];
     for (int j = 0; j < n; j++)
-        sum[j][0] = sum[j][1] = _mm256_set1_epi32(b->starts[from + j][g]);
+        sum[j][0] = sum[j][1] = _mm256_set1_epi32(-offset * in->sum[at + (size_t)j * ld]);
     UNROLL
     for (int step = 0; step < 8; step += 2)
         for (int j = 0; j < n; j++) {
             const int8_t *q = in->q + (at + (size_t)j * ld) * GROUP + 4 * step;
             __m256i x0 = broadcast_avx2(q), x1 = broadcast_avx2(q + 4);
             for (int half = 0; half < 2; half++) {
-                const uint8_t *w = b->operands[g][step][tile] + half * 32;
+                const uint8_t *v = b->operands[g][step][tile] + half * 32;
                 sum[j][half] = dot_avx2(vnni, type, sum[j][half],
-                                        _mm256_loadu_si256((const __m256i *)w),
-                                        _mm256_loadu_si256((const __m256i *)(w + 128)), x0, x1);
+                                        _mm256_loadu_si256((const __m256i *)v),
+                                        _mm256_loadu_si256((const __m256i *)(v + 128)), x0, x1);
             }
         }
     for (int j = 0; j < n; j++)
@@ -5874,441 +5979,105 @@ AVX2 INLINE void panel_group_avx2(int vnni, uint32_t type, const int n,
             __m256 product = _mm256_mul_ps(_mm256_loadu_ps(b->scales[g][tile] + half * 8),
                                            _mm256_cvtepi32_ps(sum[j][half]));
             __m256 scale = _mm256_set1_ps(in->scale[at + (size_t)j * ld]);
-            _mm256_storeu_ps(to, _mm256_add_ps(_mm256_loadu_ps(to),
-                                               _mm256_mul_ps(scale, product)));
+            _mm256_storeu_ps(to, _mm256_fmadd_ps(scale, product, _mm256_loadu_ps(to)));
         }
 }
 
-AVX2 INLINE void panel_avx2(int vnni, uint32_t type, const uint8_t *const tiles[2], uint32_t cols,
-                            const struct input *in, size_t t, int n, float y[][2][TILE])
+AVX2 INLINE void panel_tokens_avx2(const int vnni, const uint32_t type, const int n,
+                                   const struct panel_block *b, const struct input *in, size_t t,
+                                   size_t block, float (*y)[2][TILE])
 {
-    const int32_t offset = type == TYPE_Q8 ? (vnni ? 128 : 0) : type == TYPE_Q6 ? 32 : 31;
+    for (size_t g = 0; g < 8; g++)
+        for (int tile = 0; tile < 2; tile++)
+            panel_group_avx2(vnni, type, n, b, g, tile, in,
+                             t * (in->ldq / GROUP) + block * 8 + g, y);
+}
+
+AVX2 static void panel_avx2(const struct tiles *w, const struct input *in, size_t t, int n,
+                            float *y)
+{
     struct panel_block b;
-    memset(y, 0, (size_t)n * sizeof *y);
-    for (size_t block = 0; block < (cols + 255) / 256; block++) {
-        unpack_panel_avx2(vnni, type, tiles, block, &b);
-        start_sums(in, t, n, block, offset, &b);
-        for (size_t g = 0; g < 8; g++) {
-            size_t ld = in->ldq / GROUP, at = t * ld + block * 8 + g;
-#define PIECE(count, from)                                                                   \
-    for (int tile = 0; tile < 2; tile++)                                                     \
-        panel_group_avx2(vnni, type, count, &b, g, tile, from, in, at + (size_t)(from) * ld,     \
-                     y + (from))
-            FOR_EACH_PIECE(PIECE);
-#undef PIECE
-        }
-    }
-    for (int j = 0; j < n; j++)
-        for (int i = 0; i < 4; i++) {
-            float *to = y[j][i / 2] + i % 2 * 8;
-            _mm256_storeu_ps(to, _mm256_mul_ps(_mm256_loadu_ps(to),
-                                               _mm256_loadu_ps((const float *)tiles[i / 2] +
-                                                               i % 2 * 8)));
-        }
+    panel_by_type(unpack_panel_avx2, panel_tokens_avx2, 0, 4, &b, w, in, t, n, y);
 }
 
-AVX2 static void product_q8_avx2(const uint8_t *tile, uint32_t cols, const struct input *in,
-                                 size_t t, int n, float y[][TILE])
+AVX2 static void panel_avxvnni(const struct tiles *w, const struct input *in, size_t t, int n,
+                               float *y)
 {
-    quantised_avx2(0, TYPE_Q8, tile, cols, in, t, n, y);
-}
-
-AVX2 static void product_q6_avx2(const uint8_t *tile, uint32_t cols, const struct input *in,
-                                 size_t t, int n, float y[][TILE])
-{
-    quantised_avx2(0, TYPE_Q6, tile, cols, in, t, n, y);
-}
-
-AVX2 static void product_q4_avx2(const uint8_t *tile, uint32_t cols, const struct input *in,
-                                 size_t t, int n, float y[][TILE])
-{
-    quantised_avx2(0, TYPE_Q4, tile, cols, in, t, n, y);
-}
-
-AVX2 static void product_q8_avxvnni(const uint8_t *tile, uint32_t cols, const struct input *in,
-                                    size_t t, int n, float y[][TILE])
-{
-    quantised_avx2(1, TYPE_Q8, tile, cols, in, t, n, y);
-}
-
-AVX2 static void product_q6_avxvnni(const uint8_t *tile, uint32_t cols, const struct input *in,
-                                    size_t t, int n, float y[][TILE])
-{
-    quantised_avx2(1, TYPE_Q6, tile, cols, in, t, n, y);
-}
-
-AVX2 static void product_q4_avxvnni(const uint8_t *tile, uint32_t cols, const struct input *in,
-                                    size_t t, int n, float y[][TILE])
-{
-    quantised_avx2(1, TYPE_Q4, tile, cols, in, t, n, y);
-}
-
-AVX2 static void panel_q8_avx2(const uint8_t *const tiles[2], uint32_t cols,
-                              const struct input *in, size_t t, int n, float y[][2][TILE])
-{
-    panel_avx2(0, TYPE_Q8, tiles, cols, in, t, n, y);
-}
-
-AVX2 static void panel_q6_avx2(const uint8_t *const tiles[2], uint32_t cols,
-                              const struct input *in, size_t t, int n, float y[][2][TILE])
-{
-    panel_avx2(0, TYPE_Q6, tiles, cols, in, t, n, y);
-}
-
-AVX2 static void panel_q4_avx2(const uint8_t *const tiles[2], uint32_t cols,
-                              const struct input *in, size_t t, int n, float y[][2][TILE])
-{
-    panel_avx2(0, TYPE_Q4, tiles, cols, in, t, n, y);
-}
-
-AVX2 static void panel_q8_avxvnni(const uint8_t *const tiles[2], uint32_t cols,
-                              const struct input *in, size_t t, int n, float y[][2][TILE])
-{
-    panel_avx2(1, TYPE_Q8, tiles, cols, in, t, n, y);
-}
-
-AVX2 static void panel_q6_avxvnni(const uint8_t *const tiles[2], uint32_t cols,
-                              const struct input *in, size_t t, int n, float y[][2][TILE])
-{
-    panel_avx2(1, TYPE_Q6, tiles, cols, in, t, n, y);
-}
-
-AVX2 static void panel_q4_avxvnni(const uint8_t *const tiles[2], uint32_t cols,
-                              const struct input *in, size_t t, int n, float y[][2][TILE])
-{
-    panel_avx2(1, TYPE_Q4, tiles, cols, in, t, n, y);
-}
-
-AVX2 INLINE __m256 cached_avx2(int half, const void *p, size_t i)
-{
-    if (half)
-        return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)((const uint16_t *)p + i)));
-    return _mm256_loadu_ps((const float *)p + i);
-}
-
-/* n queries against 16 keys. */
-AVX2 INLINE void scores_tile_avx2(int half, const int n, const float *const *q, int head_dim,
-                                  const void *keys, float (*s)[KEY_BLOCK], int at)
-{
-    __m256 acc[4][2];
-    for (int j = 0; j < n; j++)
-        acc[j][0] = acc[j][1] = _mm256_setzero_ps();
-    for (int h = 0; h < head_dim; h++)
-        for (int part = 0; part < 2; part++) {
-            __m256 key = cached_avx2(half, keys, (size_t)h * TILE + (size_t)part * 8);
-            for (int j = 0; j < n; j++)
-                acc[j][part] = _mm256_add_ps(acc[j][part],
-                                             _mm256_mul_ps(_mm256_set1_ps(q[j][h]), key));
-        }
-    for (int j = 0; j < n; j++) {
-        _mm256_storeu_ps(s[j] + at, acc[j][0]);
-        _mm256_storeu_ps(s[j] + at + 8, acc[j][1]);
-    }
-}
-
-AVX2 INLINE void scores_avx2(int half, const float *const *q, int n, int head_dim,
-                             const void *const *keys, int n_groups, float (*s)[KEY_BLOCK])
-{
-    for (int g = 0; g < n_groups; g++) {
-#define PIECE(count, from) \
-    scores_tile_avx2(half, count, q + (from), head_dim, keys[g], s + (from), g * TILE)
-        FOR_EACH_PIECE(PIECE);
-#undef PIECE
-    }
-}
-
-/* n queries, dimensions h .. h + 15. */
-AVX2 INLINE void mix_tile_avx2(int half, const int n, const float (*p)[KEY_BLOCK], int width,
-                               const void *const *values, int first, int last, int h, float *o)
-{
-    __m256 acc[4][2];
-    for (int j = 0; j < n; j++)
-        acc[j][0] = acc[j][1] = _mm256_setzero_ps();
-    for (int i = first; i <= last; i++)
-        for (int part = 0; part < 2; part++) {
-            __m256 value = cached_avx2(half, values[i / TILE],
-                                       (size_t)(i % TILE * width + h + part * 8));
-            for (int j = 0; j < n; j++)
-                acc[j][part] = _mm256_add_ps(acc[j][part],
-                                             _mm256_mul_ps(_mm256_set1_ps(p[j][i]), value));
-        }
-    for (int j = 0; j < n; j++) {
-        _mm256_storeu_ps(o + j * width + h, acc[j][0]);
-        _mm256_storeu_ps(o + j * width + h + 8, acc[j][1]);
-    }
-}
-
-AVX2 INLINE void mix_avx2(int half, const float (*p)[KEY_BLOCK], int n, int width,
-                          const void *const *values, int first, int last, float *o)
-{
-    for (int h = 0; h < width; h += TILE) {
-#define PIECE(count, from) \
-    mix_tile_avx2(half, count, p + (from), width, values, first, last, h, o + (from) * width)
-        FOR_EACH_PIECE(PIECE);
-#undef PIECE
-    }
-}
-
-AVX2 static void scores_f32_avx2(const float *const *q, int n, int head_dim,
-                                 const void *const *keys, int n_groups, float (*s)[KEY_BLOCK])
-{
-    scores_avx2(0, q, n, head_dim, keys, n_groups, s);
-}
-
-AVX2 static void scores_f16_avx2(const float *const *q, int n, int head_dim,
-                                 const void *const *keys, int n_groups, float (*s)[KEY_BLOCK])
-{
-    scores_avx2(1, q, n, head_dim, keys, n_groups, s);
-}
-
-AVX2 static void mix_f32_avx2(const float (*p)[KEY_BLOCK], int n, int width,
-                              const void *const *values, int first, int last, float *o)
-{
-    mix_avx2(0, p, n, width, values, first, last, o);
-}
-
-AVX2 static void mix_f16_avx2(const float (*p)[KEY_BLOCK], int n, int width,
-                              const void *const *values, int first, int last, float *o)
-{
-    mix_avx2(1, p, n, width, values, first, last, o);
-}
-
-/* ---- the matrix class with AVX2: fused multiply-adds of floats ---- */
-
-#define AVX2_FMA __attribute__((target("avx2,f16c,fma")))
-
-enum { FLOAT_BLOCK = 128 }; /* inputs that a panel of bf16 weights widens at a time */
-
-/* Up to FLOAT_BLOCK inputs from `from` on of two bf16 tiles: w[tile][input][row]. */
-AVX2_FMA INLINE void widen_avx2(const uint8_t *const tiles[2], uint32_t from, int n,
-                                float (*w)[FLOAT_BLOCK][TILE])
-{
-    for (int i = 0; i < 2; i++)
-        for (int k = 0; k < n; k++)
-            for (int half = 0; half < 2; half++)
-                _mm256_store_ps(w[i][k] + half * 8,
-                                weights_avx2(1, tiles[i], from + (uint32_t)k, half));
-}
-
-/* n <= 6 tokens (a constant), one tile. */
-AVX2_FMA INLINE void float_block_avx2(const int n, float (*w)[TILE], int n_inputs,
-                                      const float *x, size_t ldx, float (*y)[2][TILE])
-{
-    __m256 acc[6][2];
-    for (int j = 0; j < n; j++)
-        for (int half = 0; half < 2; half++)
-            acc[j][half] = _mm256_loadu_ps(y[j][0] + half * 8);
-    for (int k = 0; k < n_inputs; k++) {
-        __m256 w0 = _mm256_load_ps(w[k]), w1 = _mm256_load_ps(w[k] + 8);
-        for (int j = 0; j < n; j++) {
-            __m256 v = _mm256_broadcast_ss(x + (size_t)j * ldx + k);
-            acc[j][0] = _mm256_fmadd_ps(w0, v, acc[j][0]);
-            acc[j][1] = _mm256_fmadd_ps(w1, v, acc[j][1]);
-        }
-    }
-    for (int j = 0; j < n; j++)
-        for (int half = 0; half < 2; half++)
-            _mm256_storeu_ps(y[j][0] + half * 8, acc[j][half]);
-}
-
-AVX2_FMA static void matrix_bf16_avx2(const uint8_t *const tiles[2], uint32_t cols,
-                                      const struct input *in, size_t t, int n_tokens,
-                                      float y[][2][TILE])
-{
-    _Alignas(64) float w[2][FLOAT_BLOCK][TILE];
-    memset(y, 0, (size_t)n_tokens * sizeof *y);
-    for (uint32_t k = 0; k < cols; k += FLOAT_BLOCK) {
-        int n_inputs = cols - k < FLOAT_BLOCK ? (int)(cols - k) : FLOAT_BLOCK;
-        widen_avx2(tiles, k, n_inputs, w);
-        for (int from = 0, n; from < n_tokens; from += n) {
-            n = n_tokens - from < 6 ? n_tokens - from : 6;
-            const float *x = in->x + (t + (size_t)from) * in->ldx + k;
-#define PIECE(count, offset)                                                             \
-    for (int i = 0; i < 2; i++)                                                          \
-        float_block_avx2(count, w[i], n_inputs, x + (size_t)(offset) * in->ldx, in->ldx, \
-                         (float (*)[2][TILE])y[from + (offset)][i])
-            if (n == 6)
-                PIECE(6, 0);
-            else
-                FOR_EACH_PIECE(PIECE);
-#undef PIECE
-        }
-    }
-}
-
-AVX2_FMA static void pack_keys_avx2(const uint16_t *keys, int head_dim, uint8_t *to)
-{
-    for (int i = 0; i < head_dim * TILE; i += 8)
-        _mm256_store_ps((float *)to + i, cached_avx2(1, keys, (size_t)i));
-}
-
-/* Packed values: [H / 16][positions of a panel][16] floats. */
-AVX2_FMA static void pack_values_avx2(const uint16_t *values, int head_dim, int n_valid, int at,
-                                      uint8_t *to)
-{
-    int width = panel_positions(head_dim, sizeof(float));
-    for (int i = 0; i < TILE; i++)
-        for (int h = 0; h < head_dim; h += 8) {
-            __m256 v = i < n_valid ? cached_avx2(1, values, (size_t)(i * head_dim + h))
-                                   : _mm256_setzero_ps();
-            _mm256_store_ps((float *)to + (h / TILE * width + at + i) * TILE + h % TILE, v);
-        }
-}
-
-/* n <= 4 queries against 16 keys. */
-AVX2_FMA INLINE void scores_block_avx2(const int n, const float *const *q, int head_dim,
-                                       const float *keys, float (*s)[KEY_BLOCK], int at)
-{
-    __m256 acc[4][2];
-    for (int j = 0; j < n; j++)
-        acc[j][0] = acc[j][1] = _mm256_setzero_ps();
-    for (int h = 0; h < head_dim; h++) {
-        __m256 k0 = _mm256_load_ps(keys + h * TILE), k1 = _mm256_load_ps(keys + h * TILE + 8);
-        for (int j = 0; j < n; j++) {
-            __m256 v = _mm256_broadcast_ss(q[j] + h);
-            acc[j][0] = _mm256_fmadd_ps(k0, v, acc[j][0]);
-            acc[j][1] = _mm256_fmadd_ps(k1, v, acc[j][1]);
-        }
-    }
-    for (int j = 0; j < n; j++) {
-        _mm256_storeu_ps(s[j] + at, acc[j][0]);
-        _mm256_storeu_ps(s[j] + at + 8, acc[j][1]);
-    }
-}
-
-AVX2_FMA static void scores_packed_avx2(const float *const *q, int n, int head_dim,
-                                        const uint8_t *keys, int n_groups, float (*s)[KEY_BLOCK])
-{
-    for (int g = 0; g < n_groups; g++) {
-        const float *group = (const float *)keys + g * head_dim * TILE;
-#define PIECE(count, from) \
-    scores_block_avx2(count, q + (from), head_dim, group, s + (from), g * TILE)
-        FOR_EACH_PIECE(PIECE);
-#undef PIECE
-    }
-}
-
-/* n <= 4 queries, 16 dimensions. */
-AVX2_FMA INLINE void mix_block_avx2(const int n, const float (*p)[KEY_BLOCK],
-                                    const float *values, int n_keys, float *const *o, int h)
-{
-    __m256 acc[4][2];
-    for (int j = 0; j < n; j++)
-        for (int half = 0; half < 2; half++)
-            acc[j][half] = _mm256_loadu_ps(o[j] + h + half * 8);
-    for (int i = 0; i < n_keys; i++) {
-        __m256 v0 = _mm256_load_ps(values + i * TILE), v1 = _mm256_load_ps(values + i * TILE + 8);
-        for (int j = 0; j < n; j++) {
-            __m256 w = _mm256_broadcast_ss(p[j] + i);
-            acc[j][0] = _mm256_fmadd_ps(v0, w, acc[j][0]);
-            acc[j][1] = _mm256_fmadd_ps(v1, w, acc[j][1]);
-        }
-    }
-    for (int j = 0; j < n; j++)
-        for (int half = 0; half < 2; half++)
-            _mm256_storeu_ps(o[j] + h + half * 8, acc[j][half]);
-}
-
-AVX2_FMA static void mix_packed_avx2(const float (*p)[KEY_BLOCK], int n, int head_dim,
-                                     const uint8_t *values, int first, int n_keys,
-                                     float *const *o)
-{
-    int width = panel_positions(head_dim, sizeof(float));
-    for (int h = 0; h < head_dim; h += TILE) {
-        const float *part = (const float *)values + (h / TILE * width + first) * TILE;
-#define PIECE(count, from) mix_block_avx2(count, p + (from), part, n_keys, o + (from), h)
-        FOR_EACH_PIECE(PIECE);
-#undef PIECE
-    }
+    struct panel_block b;
+    panel_by_type(unpack_panel_avx2, panel_tokens_avx2, 1, 4, &b, w, in, t, n, y);
 }
 
 /* ---- AVX-512 with VNNI ---- */
 
 #define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")))
+ELEMENT_WISE(avx512, AVX512)
 
-AVX512 static void quantise_avx512(const float *x, uint32_t n, int8_t *q, float *scale,
-                                   int32_t *sum)
+/* A line as floats, of bf16 the odd one of two or the one before; pairs as they are. */
+AVX512 INLINE __m512 line_avx512(const int type, int odd, const uint8_t *line)
 {
-    quantise_body(x, n, q, scale, sum);
+    if (type == LINES_F16)
+        return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)line));
+    __m512i w = _mm512_loadu_si512(line);
+    if (type == LINES_BF16)
+        w = odd ? _mm512_and_si512(w, _mm512_set1_epi32((int)0xffff0000)) : _mm512_slli_epi32(w, 16);
+    return _mm512_castsi512_ps(w);
 }
 
-AVX512 static void rms_norm_avx512(const float *x, const float *w, float eps, uint32_t n, float *y)
+/* acc + w * x, of bf16 pairs acc + w.low * x.low + w.high * x.high. */
+AVX512 INLINE __m512 fused_avx512(const int type, __m512 acc, __m512 w, __m512 x)
 {
-    rms_norm_body(x, w, eps, n, y);
-}
-
-AVX512 static void geglu_avx512(float *gate, const float *up, size_t n)
-{
-    geglu_body(gate, up, n);
-}
-
-AVX512 static void soft_cap_avx512(float *x, size_t n, float cap) { soft_cap_body(x, n, cap); }
-
-AVX512 static float exp_sum_avx512(float *x, size_t n, float max)
-{
-    return exp_sum_body(x, n, max);
-}
-
-AVX512 static void to_half_avx512(const float *x, size_t n, uint16_t *y) { to_half_body(x, n, y); }
-
-AVX512 INLINE __m512 weights_avx512(int is_bf16, const uint8_t *tile, size_t k)
-{
-    if (!is_bf16)
-        return _mm512_loadu_ps((const float *)tile + k * TILE);
-    __m512i pair = _mm512_loadu_si512(tile + k / 2 * 64);
-    return _mm512_castsi512_ps(k % 2 ? _mm512_and_si512(pair, _mm512_set1_epi32((int)0xffff0000))
-                                     : _mm512_slli_epi32(pair, 16));
-}
-
-AVX512 INLINE void float_tile_avx512(int is_bf16, const int n, const uint8_t *tile, uint32_t cols,
-                                     const float *x, size_t ldx, float (*y)[TILE])
-{
-    const size_t line = is_bf16 ? 32 : 64; /* bytes of an input */
-    __m512 acc[8];
-    for (int i = 0; i < n; i++)
-        acc[i] = _mm512_setzero_ps();
-    for (size_t k = 0; k < cols; k++) {
-        __m512 w = weights_avx512(is_bf16, tile, k);
-        if (k * line % PREFETCH_EVERY == 0)
-            _mm_prefetch((const char *)tile + k * line + PREFETCH_AHEAD, _MM_HINT_T1);
-        for (int i = 0; i < n; i++)
-            acc[i] = _mm512_add_ps(acc[i],
-                                   _mm512_mul_ps(w, _mm512_set1_ps(x[(size_t)i * ldx + k])));
+#ifdef HAVE_AVX512BF16
+    if (type == LINES_PAIRS) {
+        __asm__("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x));
+        return acc;
     }
-    for (int i = 0; i < n; i++)
-        _mm512_storeu_ps(y[i], acc[i]);
+#endif
+    (void)type;
+    return _mm512_fmadd_ps(w, x, acc);
 }
 
-/* As above, with pieces of 8. */
-#define FOR_EACH_PIECE_OF_8(call)                                                   \
-    do {                                                                            \
-        if (n == 8)                                                                 \
-            call(8, 0);                                                             \
-        else                                                                        \
-            FOR_EACH_PIECE(call);                                                   \
-    } while (0)
-
-AVX512 INLINE void float_product_avx512(int is_bf16, const uint8_t *tile, uint32_t cols,
-                                        const struct input *in, size_t t, int n, float y[][TILE])
+/* Line k of the strips into acc[row][strip]. */
+AVX512 INLINE void add_line_avx512(const int type, int odd, const int n, const int strips,
+                                   const struct lines *l, int k, const float *x, size_t ldx,
+                                   __m512 acc[8][8])
 {
-    const float *x = in->x + t * in->ldx;
-#define PIECE(count, from)                                                               \
-    float_tile_avx512(is_bf16, count, tile, cols, x + (size_t)(from) * in->ldx, in->ldx, \
-                      y + (from))
-    FOR_EACH_PIECE_OF_8(PIECE);
-#undef PIECE
+    const uint8_t *line = l->data + (size_t)k / (type == LINES_BF16 ? 2 : 1) * l->line_bytes;
+    x += type == LINES_PAIRS ? (size_t)k / TILE * l->run + (size_t)k % TILE : (size_t)k;
+    for (int i = 0; i < strips; i++, line += l->strip_bytes) {
+        if (!(k & (l->every - 1)))
+            _mm_prefetch((const char *)line + l->ahead, _MM_HINT_T1);
+        __m512 w = line_avx512(type, odd, line);
+        for (int j = 0; j < n; j++)
+            acc[j][i] = fused_avx512(type, acc[j][i], w, _mm512_set1_ps(x[(size_t)j * ldx]));
+    }
 }
 
-AVX512 static void product_f32_avx512(const uint8_t *tile, uint32_t cols, const struct input *in,
-                                      size_t t, int n, float y[][TILE])
+AVX512 INLINE void lines_avx512(const int type, const int n, const int strips,
+                                const struct lines *l, const float *x, size_t ldx, float *y,
+                                size_t ldy)
 {
-    float_product_avx512(0, tile, cols, in, t, n, y);
+    __m512 acc[8][8];
+    for (int j = 0; j < n; j++)
+        for (int i = 0; i < strips; i++)
+            acc[j][i] = l->go_on ? _mm512_loadu_ps(y + (size_t)j * ldy + i * TILE)
+                                 : _mm512_setzero_ps();
+    for (int k = 0; k < l->n_lines; k += 1 + (type == LINES_BF16)) {
+        add_line_avx512(type, 0, n, strips, l, k, x, ldx, acc);
+        if (type == LINES_BF16 && k + 1 < l->n_lines)
+            add_line_avx512(type, 1, n, strips, l, k + 1, x, ldx, acc);
+    }
+    for (int j = 0; j < n; j++)
+        for (int i = 0; i < strips; i++)
+            _mm512_storeu_ps(y + (size_t)j * ldy + i * TILE, acc[j][i]);
 }
 
-AVX512 static void product_bf16_avx512(const uint8_t *tile, uint32_t cols, const struct input *in,
-                                       size_t t, int n, float y[][TILE])
+AVX512 static void add_lines_avx512(const struct lines *l, const float *x, size_t ldx, int n,
+                                    float *y, size_t ldy)
 {
-    float_product_avx512(1, tile, cols, in, t, n, y);
+    if (l->type == LINES_PAIRS)
+        lines_by_rows(lines_avx512, 16, LINES_PAIRS, l, x, ldx, n, y, ldy);
+    else
+        lines_by_type(lines_avx512, 16, l, x, ldx, n, y, ldy);
 }
 
 /* A group as 8 registers of [16 rows][4 inputs], unsigned: q8 value + 128, q6 value + 32,
@@ -6379,12 +6148,13 @@ AVX512 INLINE __m512i group_sum_avx512(int chains, const __m512i w[8], const int
     return chains == 1 ? sum[0] : _mm512_add_epi32(sum[0], sum[1]);
 }
 
-AVX512 INLINE void quantised_tile_avx512(uint32_t type, const int n, const uint8_t *tile,
-                                         uint32_t cols, const struct input *in, size_t t,
-                                         float (*y)[TILE])
+AVX512 INLINE void tile_avx512(const int how, const uint32_t type, const int n,
+                               const struct tiles *w, const struct input *in, size_t t, float *y)
 {
-    size_t n_groups = round_up(cols, BLOCK_INPUTS) / GROUP, ld = in->ldq / GROUP;
+    const uint8_t *tile = w->data[0];
+    size_t n_groups = round_up(w->cols, BLOCK_INPUTS) / GROUP, ld = in->ldq / GROUP;
     __m512 acc[8];
+    (void)how;
     for (int i = 0; i < n; i++)
         acc[i] = _mm512_setzero_ps();
     for (size_t g = 0; g < n_groups; g++) {
@@ -6392,82 +6162,63 @@ AVX512 INLINE void quantised_tile_avx512(uint32_t type, const int n, const uint8
         for (uint32_t at = 0; at < types[type].group_bytes; at += PREFETCH_EVERY)
             _mm_prefetch((const char *)group + at + PREFETCH_AHEAD, _MM_HINT_T1);
         __m128i raw = _mm_loadu_si128((const __m128i *)scale_bytes);
-        __m512i w[8], offset = offset_avx512(type, raw);
+        __m512i v[8], offset = offset_avx512(type, raw);
         __m512 s = scales_avx512(type, raw);
-        operands_avx512(type, group, w);
+        operands_avx512(type, group, v);
         for (int i = 0; i < n; i++) {
             size_t at = (t + (size_t)i) * ld + g;
             __m512i start = _mm512_dpwssd_epi32(_mm512_setzero_si512(), offset,
                                                 _mm512_set1_epi32(in->sum[at]));
-            __m512i sum = group_sum_avx512(n < 4 ? 2 : 1, w, in->q + at * GROUP, start);
+            __m512i sum = group_sum_avx512(n < 4 ? 2 : 1, v, in->q + at * GROUP, start);
             __m512 product = _mm512_mul_ps(s, _mm512_cvtepi32_ps(sum));
-            acc[i] = _mm512_add_ps(acc[i], _mm512_mul_ps(_mm512_set1_ps(in->scale[at]), product));
+            acc[i] = _mm512_fmadd_ps(_mm512_set1_ps(in->scale[at]), product, acc[i]);
         }
     }
     for (int i = 0; i < n; i++)
-        _mm512_storeu_ps(y[i], _mm512_mul_ps(acc[i], _mm512_loadu_ps((const float *)tile)));
+        _mm512_storeu_ps(y + i * TILE, _mm512_mul_ps(acc[i], _mm512_loadu_ps((const float *)tile)));
 }
 
-AVX512 INLINE void quantised_avx512(uint32_t type, const uint8_t *tile, uint32_t cols,
-                                    const struct input *in, size_t t, int n, float y[][TILE])
+AVX512 static void product_avx512(const struct tiles *w, const struct input *in, size_t t, int n,
+                                  float *y)
 {
-#define PIECE(count, from) \
-    quantised_tile_avx512(type, count, tile, cols, in, t + (size_t)(from), y + (from))
-    FOR_EACH_PIECE_OF_8(PIECE);
-#undef PIECE
+    tile_by_type(tile_avx512, 0, 8, w, in, t, n, y);
 }
 
-AVX512 static void product_q8_avx512(const uint8_t *tile, uint32_t cols, const struct input *in,
-                                     size_t t, int n, float y[][TILE])
+AVX512 INLINE void unpack_panel_avx512(const int how, const uint32_t type, const struct tiles *w,
+                                       size_t block, struct panel_block *b)
 {
-    quantised_avx512(TYPE_Q8, tile, cols, in, t, n, y);
-}
-
-AVX512 static void product_q6_avx512(const uint8_t *tile, uint32_t cols, const struct input *in,
-                                     size_t t, int n, float y[][TILE])
-{
-    quantised_avx512(TYPE_Q6, tile, cols, in, t, n, y);
-}
-
-AVX512 static void product_q4_avx512(const uint8_t *tile, uint32_t cols, const struct input *in,
-                                     size_t t, int n, float y[][TILE])
-{
-    quantised_avx512(TYPE_Q4, tile, cols, in, t, n, y);
-}
-
-AVX512 INLINE void unpack_panel_avx512(uint32_t type, const uint8_t *const tiles[2], size_t block,
-                                       struct panel_block *b)
-{
+    (void)how;
     for (int g = 0; g < 8; g++)
         for (int i = 0; i < 2; i++) {
             const uint8_t *scale_bytes;
-            const uint8_t *group = group_at(type, tiles[i], block * 8 + (size_t)g, &scale_bytes);
+            const uint8_t *group = group_at(type, w->data[i], block * 8 + (size_t)g, &scale_bytes);
             __m128i raw = _mm_loadu_si128((const __m128i *)scale_bytes);
-            __m512i w[8], odd = _mm512_setzero_si512();
+            __m512i v[8], odd = _mm512_setzero_si512();
             if (type == TYPE_Q4)
                 odd = _mm512_maskz_set1_epi32(odd_rows_avx512(raw), 0x04040404);
-            operands_avx512(type, group, w);
+            operands_avx512(type, group, v);
             for (int step = 0; step < 8; step++)
-                _mm512_storeu_si512(b->operands[g][step][i], _mm512_add_epi8(w[step], odd));
+                _mm512_storeu_si512(b->operands[g][step][i], _mm512_add_epi8(v[step], odd));
             _mm512_storeu_ps(b->scales[g][i], scales_avx512(type, raw));
         }
 }
 
-/* n <= 6 tokens (a constant) against a block: y += scale * s * sum, groups ascending. */
-AVX512 INLINE void panel_tokens_avx512(const int n, const struct panel_block *b,
-                                       const struct input *in, size_t t, size_t block, int from,
-                                       float (*y)[2][TILE])
+AVX512 INLINE void panel_tokens_avx512(const int how, const uint32_t type, const int n,
+                                       const struct panel_block *b, const struct input *in,
+                                       size_t t, size_t block, float (*y)[2][TILE])
 {
+    const int offset = type == TYPE_Q8 ? 128 : type == TYPE_Q6 ? 32 : 31;
     size_t ld = in->ldq / GROUP, at = t * ld + block * 8;
     __m512 acc[6][2];
+    (void)how;
     for (int j = 0; j < n; j++)
         for (int i = 0; i < 2; i++)
             acc[j][i] = _mm512_loadu_ps(y[j][i]);
-    for (size_t g = 0; g < 8; g++) {
-        const int8_t *q = in->q + (at + g) * GROUP;
+    for (size_t g = 0; g < 8; g++, at++) {
+        const int8_t *q = in->q + at * GROUP;
         __m512i sum[6][2];
-        for (int j = 0; j < n; j++)
-            sum[j][0] = sum[j][1] = _mm512_set1_epi32(b->starts[from + j][g]);
+        for (int j = 0; j < n; j++) /* unsigned operands are too large by the offset */
+            sum[j][0] = sum[j][1] = _mm512_set1_epi32(-offset * in->sum[at + (size_t)j * ld]);
         UNROLL
         for (int step = 0; step < 8; step++) {
             __m512i w0 = _mm512_loadu_si512(b->operands[g][step][0]);
@@ -6484,8 +6235,8 @@ AVX512 INLINE void panel_tokens_avx512(const int n, const struct panel_block *b,
             for (int i = 0; i < 2; i++) {
                 __m512 product = _mm512_mul_ps(_mm512_loadu_ps(b->scales[g][i]),
                                                _mm512_cvtepi32_ps(sum[j][i]));
-                __m512 scale = _mm512_set1_ps(in->scale[at + g + (size_t)j * ld]);
-                acc[j][i] = _mm512_add_ps(acc[j][i], _mm512_mul_ps(scale, product));
+                acc[j][i] = _mm512_fmadd_ps(_mm512_set1_ps(in->scale[at + (size_t)j * ld]),
+                                            product, acc[j][i]);
             }
     }
     for (int j = 0; j < n; j++)
@@ -6493,187 +6244,14 @@ AVX512 INLINE void panel_tokens_avx512(const int n, const struct panel_block *b,
             _mm512_storeu_ps(y[j][i], acc[j][i]);
 }
 
-AVX512 INLINE void panel_avx512(uint32_t type, const uint8_t *const tiles[2], uint32_t cols,
-                                const struct input *in, size_t t, int n_tokens,
-                                float y[][2][TILE])
+AVX512 static void panel_avx512(const struct tiles *w, const struct input *in, size_t t, int n,
+                                float *y)
 {
-    const int32_t offset = type == TYPE_Q8 ? 128 : type == TYPE_Q6 ? 32 : 31;
     struct panel_block b;
-    memset(y, 0, (size_t)n_tokens * sizeof *y);
-    for (size_t block = 0; block < (cols + 255) / 256; block++) {
-        unpack_panel_avx512(type, tiles, block, &b);
-        start_sums(in, t, n_tokens, block, offset, &b);
-        for (int from = 0, n; from < n_tokens; from += n) {
-            n = n_tokens - from < 6 ? n_tokens - from : 6;
-#define PIECE(count, offset)                                                                \
-    panel_tokens_avx512(count, &b, in, t + (size_t)(from + (offset)), block, from + (offset), \
-                        y + from + (offset))
-            if (n == 6)
-                PIECE(6, 0);
-            else
-                FOR_EACH_PIECE(PIECE);
-#undef PIECE
-        }
-    }
-    for (int j = 0; j < n_tokens; j++)
-        for (int i = 0; i < 2; i++)
-            _mm512_storeu_ps(y[j][i], _mm512_mul_ps(_mm512_loadu_ps(y[j][i]),
-                                                    _mm512_loadu_ps((const float *)tiles[i])));
+    panel_by_type(unpack_panel_avx512, panel_tokens_avx512, 0, 6, &b, w, in, t, n, y);
 }
 
-AVX512 static void panel_q8_avx512(const uint8_t *const tiles[2], uint32_t cols,
-                                   const struct input *in, size_t t, int n, float y[][2][TILE])
-{
-    panel_avx512(TYPE_Q8, tiles, cols, in, t, n, y);
-}
-
-AVX512 static void panel_q6_avx512(const uint8_t *const tiles[2], uint32_t cols,
-                                   const struct input *in, size_t t, int n, float y[][2][TILE])
-{
-    panel_avx512(TYPE_Q6, tiles, cols, in, t, n, y);
-}
-
-AVX512 static void panel_q4_avx512(const uint8_t *const tiles[2], uint32_t cols,
-                                   const struct input *in, size_t t, int n, float y[][2][TILE])
-{
-    panel_avx512(TYPE_Q4, tiles, cols, in, t, n, y);
-}
-
-AVX512 INLINE __m512 cached_avx512(int half, const void *p, size_t i)
-{
-    if (half)
-        return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)((const uint16_t *)p + i)));
-    return _mm512_loadu_ps((const float *)p + i);
-}
-
-/* n queries against n_groups (a constant) x 16 keys. */
-AVX512 INLINE void scores_tile_avx512(int half, const int n, const int n_groups,
-                                      const float *const *q, int head_dim,
-                                      const void *const *keys, float (*s)[KEY_BLOCK], int at)
-{
-    __m512 acc[8][4];
-    for (int j = 0; j < n; j++)
-        for (int g = 0; g < n_groups; g++)
-            acc[j][g] = _mm512_setzero_ps();
-    for (int h = 0; h < head_dim; h++)
-        for (int g = 0; g < n_groups; g++) {
-            __m512 key = cached_avx512(half, keys[g], (size_t)h * TILE);
-            if (n <= 2 && h % 2 == 0) /* the same place four groups on */
-                _mm_prefetch((const char *)keys[g] + (half ? 2 : 4) * TILE * (h + 4 * head_dim),
-                             _MM_HINT_T0);
-            for (int j = 0; j < n; j++)
-                acc[j][g] = _mm512_add_ps(acc[j][g],
-                                          _mm512_mul_ps(_mm512_set1_ps(q[j][h]), key));
-        }
-    for (int j = 0; j < n; j++)
-        for (int g = 0; g < n_groups; g++)
-            _mm512_storeu_ps(s[j] + at + g * TILE, acc[j][g]);
-}
-
-AVX512 INLINE void scores_avx512(int half, const float *const *q, int n, int head_dim,
-                                 const void *const *keys, int n_groups, float (*s)[KEY_BLOCK])
-{
-    int g = 0;
-#define PIECE_4(count, from) \
-    scores_tile_avx512(half, count, 4, q + (from), head_dim, keys + g, s + (from), g * TILE)
-#define PIECE_1(count, from) \
-    scores_tile_avx512(half, count, 1, q + (from), head_dim, keys + g, s + (from), g * TILE)
-    for (; n_groups - g >= 4; g += 4)
-        FOR_EACH_PIECE(PIECE_4);
-    for (; g < n_groups; g++)
-        FOR_EACH_PIECE_OF_8(PIECE_1);
-#undef PIECE_4
-#undef PIECE_1
-}
-
-/* n queries, n_parts (a constant) x 16 dimensions from h on. */
-AVX512 INLINE void mix_tile_avx512(int half, const int n, const int n_parts,
-                                   const float (*p)[KEY_BLOCK], int width,
-                                   const void *const *values, int first, int last, int h, float *o)
-{
-    __m512 acc[8][8];
-    for (int j = 0; j < n; j++)
-        for (int part = 0; part < n_parts; part++)
-            acc[j][part] = _mm512_setzero_ps();
-    for (int i = first; i <= last; i++)
-        for (int part = 0; part < n_parts; part++) {
-            size_t at = (size_t)(i % TILE * width + h + part * TILE);
-            __m512 value = cached_avx512(half, values[i / TILE], at);
-            if (n <= 2 && part % 2 == 0) /* sixteen positions on */
-                _mm_prefetch((const char *)values[i / TILE] +
-                                 (half ? 2 : 4) * (at + TILE * (size_t)width), _MM_HINT_T0);
-            for (int j = 0; j < n; j++)
-                acc[j][part] = _mm512_add_ps(acc[j][part],
-                                             _mm512_mul_ps(_mm512_set1_ps(p[j][i]), value));
-        }
-    for (int j = 0; j < n; j++)
-        for (int part = 0; part < n_parts; part++)
-            _mm512_storeu_ps(o + j * width + h + part * TILE, acc[j][part]);
-}
-
-AVX512 INLINE void mix_avx512(int half, const float (*p)[KEY_BLOCK], int n, int width,
-                              const void *const *values, int first, int last, float *o)
-{
-    int h = 0;
-#define PIECE_4(count, from)                                                              \
-    mix_tile_avx512(half, count, 4, p + (from), width, values, first, last, h,            \
-                    o + (from) * width)
-#define PIECE_1(count, from)                                                              \
-    mix_tile_avx512(half, count, 1, p + (from), width, values, first, last, h,            \
-                    o + (from) * width)
-    for (; n <= 2 && width - h >= 8 * TILE; h += 8 * TILE) /* decoding: long streams */
-        if (n == 2)
-            mix_tile_avx512(half, 2, 8, p, width, values, first, last, h, o);
-        else
-            mix_tile_avx512(half, 1, 8, p, width, values, first, last, h, o);
-    for (; width - h >= 4 * TILE; h += 4 * TILE)
-        FOR_EACH_PIECE(PIECE_4);
-    for (; h < width; h += TILE)
-        FOR_EACH_PIECE_OF_8(PIECE_1);
-#undef PIECE_4
-#undef PIECE_1
-}
-
-AVX512 static void scores_f32_avx512(const float *const *q, int n, int head_dim,
-                                     const void *const *keys, int n_groups,
-                                     float (*s)[KEY_BLOCK])
-{
-    scores_avx512(0, q, n, head_dim, keys, n_groups, s);
-}
-
-AVX512 static void scores_f16_avx512(const float *const *q, int n, int head_dim,
-                                     const void *const *keys, int n_groups,
-                                     float (*s)[KEY_BLOCK])
-{
-    scores_avx512(1, q, n, head_dim, keys, n_groups, s);
-}
-
-AVX512 static void mix_f32_avx512(const float (*p)[KEY_BLOCK], int n, int width,
-                                  const void *const *values, int first, int last, float *o)
-{
-    mix_avx512(0, p, n, width, values, first, last, o);
-}
-
-AVX512 static void mix_f16_avx512(const float (*p)[KEY_BLOCK], int n, int width,
-                                  const void *const *values, int first, int last, float *o)
-{
-    mix_avx512(1, p, n, width, values, first, last, o);
-}
-
-/* ---- the matrix class with AVX-512: floats, fused, or dot products of bf16 pairs ---- */
-
-/* acc + w * x, or with bf16 pairs acc + w.low * x.low + w.high * x.high. */
-AVX512 INLINE __m512 fused_avx512(int bf16, __m512 acc, __m512 w, __m512 x)
-{
-#ifdef HAVE_AVX512BF16
-    if (bf16) {
-        __asm__("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x));
-        return acc;
-    }
-#endif
-    (void)bf16;
-    return _mm512_fmadd_ps(w, x, acc);
-}
+/* ---- the matrix class with AVX-512: dot products of bf16 pairs ---- */
 
 /* Rounded to bf16, to nearest even, in the high halves of the lanes; NaN stays NaN. */
 AVX512 INLINE __m512i round_bf16_avx512(__m512 x)
@@ -6683,6 +6261,11 @@ AVX512 INLINE __m512i round_bf16_avx512(__m512 x)
     __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
     __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
     return _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
+}
+
+AVX512 INLINE __m256i bf16_avx512(__m512 x)
+{
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(round_bf16_avx512(x), 16));
 }
 
 /* Lanes of a low, of b high. */
@@ -6698,266 +6281,91 @@ AVX512 static void pack_row_avx512(const float *x, uint32_t n, uint16_t *pairs)
         for (uint32_t half = 0; half < GROUP; half += TILE) {
             uint32_t rest = k + half < n ? n - k - half : 0;
             __mmask16 valid = rest >= TILE ? 0xffff : (__mmask16)((1u << rest) - 1);
-            __m512i y = round_bf16_avx512(_mm512_maskz_loadu_ps(valid, x + k + half));
             _mm256_storeu_si256((__m256i *)(pairs + half),
-                                _mm512_cvtepi32_epi16(_mm512_srli_epi32(y, 16)));
+                                bf16_avx512(_mm512_maskz_loadu_ps(valid, x + k + half)));
         }
 }
 
-/* n tokens (a constant), two tiles.  An operand is a line of 16 rows x one dword of an
- * input: a float, or a pair of bf16.  Sixteen steps' dwords are contiguous in x. */
-AVX512 INLINE void steps_avx512(int bf16, const int n, const uint8_t *const w[2], int n_steps,
-                                const uint8_t *x, size_t token_stride, size_t run_stride,
-                                float (*y)[2][TILE])
+/* Packed keys: [H / 2][16][2]. */
+AVX512 static void pack_keys_avx512(const uint16_t *keys, int head_dim, uint8_t *to)
 {
-    __m512 acc[8][2];
-    for (int j = 0; j < n; j++)
-        for (int i = 0; i < 2; i++)
-            acc[j][i] = _mm512_loadu_ps(y[j][i]);
-    for (int step = 0; step < n_steps; step++) {
-        __m512 w0 = _mm512_loadu_ps(w[0] + step * 64), w1 = _mm512_loadu_ps(w[1] + step * 64);
-        const uint8_t *from = x + (size_t)(step / 16) * run_stride + step % 16 * 4;
-        for (int j = 0; j < n; j++) {
-            float dword;
-            memcpy(&dword, from + (size_t)j * token_stride, 4);
-            __m512 v = _mm512_set1_ps(dword);
-            acc[j][0] = fused_avx512(bf16, acc[j][0], w0, v);
-            acc[j][1] = fused_avx512(bf16, acc[j][1], w1, v);
-        }
-    }
-    for (int j = 0; j < n; j++)
-        for (int i = 0; i < 2; i++)
-            _mm512_storeu_ps(y[j][i], acc[j][i]);
+    for (int h = 0; h < head_dim; h += 2, keys += 2 * TILE, to += 64)
+        _mm512_store_si512(to, pair_bf16_avx512(
+            line_avx512(LINES_F16, 0, (const uint8_t *)keys),
+            line_avx512(LINES_F16, 0, (const uint8_t *)(keys + TILE))));
 }
 
-AVX512 static void matrix_bf16_avx512(const uint8_t *const tiles[2], uint32_t cols,
-                                      const struct input *in, size_t t, int n_tokens,
-                                      float y[][2][TILE])
+/* Packed values: [H / 16][pairs of positions of a panel][16][2]. */
+AVX512 static void pack_values_avx512(const uint16_t *values, int head_dim, int n_valid, int at,
+                                      uint8_t *to)
 {
-    _Alignas(64) float w[2][FLOAT_BLOCK][TILE];
-    const uint8_t *const operands[2] = {(const uint8_t *)w[0], (const uint8_t *)w[1]};
-    memset(y, 0, (size_t)n_tokens * sizeof *y);
-    for (uint32_t k = 0; k < cols; k += FLOAT_BLOCK) {
-        int n_inputs = cols - k < FLOAT_BLOCK ? (int)(cols - k) : FLOAT_BLOCK;
-        for (int i = 0; i < 2; i++)
-            for (int j = 0; j < n_inputs; j++)
-                _mm512_store_ps(w[i][j], weights_avx512(1, tiles[i], k + (uint32_t)j));
-        for (int from = 0, n; from < n_tokens; from += n) {
-            n = n_tokens - from < 8 ? n_tokens - from : 8;
-            const float *x = in->x + (t + (size_t)from) * in->ldx + k;
-#define PIECE(count, offset)                                                               \
-    steps_avx512(0, count, operands, n_inputs,                                             \
-                 (const uint8_t *)(x + (size_t)(offset) * in->ldx), in->ldx * sizeof(float),  \
-                 64, y + from + (offset))
-            FOR_EACH_PIECE_OF_8(PIECE);
-#undef PIECE
-        }
-    }
-}
-
-/* 256 inputs of the tiles, as they are, at a time. */
-AVX512 static void matrix_bf16_avx512bf16(const uint8_t *const tiles[2], uint32_t cols,
-                                          const struct input *in, size_t t, int n_tokens,
-                                          float y[][2][TILE])
-{
-    memset(y, 0, (size_t)n_tokens * sizeof *y);
-    for (uint32_t k = 0; k < cols; k += BLOCK_INPUTS) {
-        uint32_t inputs = cols - k < BLOCK_INPUTS ? cols - k : BLOCK_INPUTS;
-        const uint8_t *const w[2] = {tiles[0] + k / 2 * 64, tiles[1] + k / 2 * 64};
-        int n_steps = (int)(inputs + 1) / 2;
-        for (int from = 0, n; from < n_tokens; from += n) {
-            n = n_tokens - from < 8 ? n_tokens - from : 8;
-            const uint16_t *x = pairs_row(in, t + (size_t)from) + k / GROUP * PAIRS_STRIDE;
-#define PIECE(count, offset)                                                            \
-    steps_avx512(1, count, w, n_steps, (const uint8_t *)(x + (offset) * GROUP),         \
-                 GROUP * sizeof *x, PAIRS_STRIDE * sizeof *x, y + from + (offset))
-            FOR_EACH_PIECE_OF_8(PIECE);
-#undef PIECE
-        }
-    }
-}
-
-/* Packed keys: [H][16] floats, or [H / 2][16][2] bf16; a line is 16 lanes of a dword. */
-AVX512 INLINE void pack_keys_avx512(int bf16, const uint16_t *keys, int head_dim, uint8_t *to)
-{
-    for (int h = 0; h < head_dim; h += 1 + bf16, to += 64) {
-        __m512 a = cached_avx512(1, keys, (size_t)(h * TILE));
-        if (bf16)
-            _mm512_store_si512(to, pair_bf16_avx512(a, cached_avx512(1, keys,
-                                                                     (size_t)(h * TILE + TILE))));
-        else
-            _mm512_store_ps(to, a);
-    }
-}
-
-AVX512 INLINE __m512 value_avx512(const uint16_t *values, int head_dim, int n_valid, int i, int h)
-{
-    return i < n_valid ? cached_avx512(1, values, (size_t)(i * head_dim + h))
-                       : _mm512_setzero_ps();
-}
-
-/* Packed values: [H / 16][positions of a panel][16] floats, or pairs of positions. */
-AVX512 INLINE void pack_values_avx512(int bf16, const uint16_t *values, int head_dim, int n_valid,
-                                      int at, uint8_t *to)
-{
-    int lines = panel_positions(head_dim, bf16 ? 2 : 4) / (1 + bf16);
-    to += at / (1 + bf16) * 64;
-    for (int i = 0; i < TILE; i += 1 + bf16, to += 64)
+    size_t strip = (size_t)panel_positions(head_dim) / 2 * 64;
+    to += at / 2 * 64;
+    for (int i = 0; i < TILE; i += 2, values += 2 * head_dim, to += 64)
         for (int h = 0; h < head_dim; h += TILE) {
-            __m512 a = value_avx512(values, head_dim, n_valid, i, h);
-            __m512 b = value_avx512(values, head_dim, n_valid, i + 1, h);
-            _mm512_store_si512(to + (size_t)(h / TILE * lines) * 64,
-                               bf16 ? pair_bf16_avx512(a, b) : _mm512_castps_si512(a));
+            __m512 a = _mm512_setzero_ps(), b = a;
+            if (i < n_valid)
+                a = line_avx512(LINES_F16, 0, (const uint8_t *)(values + h));
+            if (i + 1 < n_valid)
+                b = line_avx512(LINES_F16, 0, (const uint8_t *)(values + head_dim + h));
+            _mm512_store_si512(to + (size_t)(h / TILE) * strip, pair_bf16_avx512(a, b));
         }
 }
 
-/* n queries, n_groups x 16 keys (constants); q: dwords. */
-AVX512 INLINE void scores_block_avx512(int bf16, const int n, const int n_groups,
-                                       const uint32_t *const *q, int n_steps,
-                                       const uint8_t *keys, float (*s)[KEY_BLOCK], int at)
-{
-    __m512 acc[8][2];
-    for (int j = 0; j < n; j++)
-        for (int g = 0; g < n_groups; g++)
-            acc[j][g] = _mm512_setzero_ps();
-    for (int step = 0; step < n_steps; step++)
-        for (int g = 0; g < n_groups; g++) {
-            __m512 key = _mm512_load_ps(keys + (g * n_steps + step) * 64);
-            for (int j = 0; j < n; j++) {
-                __m512 v = _mm512_castsi512_ps(_mm512_set1_epi32((int)q[j][step]));
-                acc[j][g] = fused_avx512(bf16, acc[j][g], key, v);
-            }
-        }
-    for (int j = 0; j < n; j++)
-        for (int g = 0; g < n_groups; g++)
-            _mm512_storeu_ps(s[j] + at + g * TILE, acc[j][g]);
-}
+#ifdef HAVE_AVX512BF16
 
-/* Floats as the dwords that a step multiplies: themselves, or pairs rounded to bf16. */
-AVX512 INLINE void dwords_avx512(int bf16, const float *x, int n, uint32_t *to)
+/* bf16 tiles as they are, 256 inputs at a time. */
+AVX512 static void panel_avx512bf16(const struct tiles *w, const struct input *in, size_t t, int n,
+                                    float *y)
 {
-    if (!bf16)
-        memcpy(to, x, (size_t)n * sizeof *x);
-    for (int i = 0; bf16 && i < n; i += TILE) {
-        __m512i y = _mm512_srli_epi32(round_bf16_avx512(_mm512_loadu_ps(x + i)), 16);
-        _mm256_storeu_si256((__m256i *)(to + i / 2), _mm512_cvtepi32_epi16(y));
-    }
-}
-
-AVX512 INLINE void scores_packed_avx512(int bf16, const float *const *q, int n, int head_dim,
-                                        const uint8_t *keys, int n_groups,
-                                        float (*s)[KEY_BLOCK])
-{
-    uint32_t dwords[MAX_QUERIES][CACHE_PANEL / (4 * TILE)];
-    const uint32_t *p[MAX_QUERIES];
-    int g = 0, n_steps = head_dim / (1 + bf16);
-    for (int j = 0; j < n; j++) {
-        dwords_avx512(bf16, q[j], head_dim, dwords[j]);
-        p[j] = dwords[j];
-    }
-#define PIECE_2(count, from) \
-    scores_block_avx512(bf16, count, 2, p + (from), n_steps, keys, s + (from), g * TILE)
-#define PIECE_1(count, from) \
-    scores_block_avx512(bf16, count, 1, p + (from), n_steps, keys, s + (from), g * TILE)
-    for (; n_groups - g >= 2; g += 2, keys += n_steps * 128)
-        FOR_EACH_PIECE_OF_8(PIECE_2);
-    if (g < n_groups)
-        FOR_EACH_PIECE_OF_8(PIECE_1);
-#undef PIECE_2
-#undef PIECE_1
-}
-
-/* n queries (a constant), 32 dimensions; p: dwords. */
-AVX512 INLINE void mix_block_avx512(int bf16, const int n, uint32_t (*p)[KEY_BLOCK],
-                                    const uint8_t *const values[2], int n_steps, float *const *o,
-                                    int h)
-{
-    __m512 acc[8][2];
-    for (int j = 0; j < n; j++)
-        for (int i = 0; i < 2; i++)
-            acc[j][i] = _mm512_loadu_ps(o[j] + h + i * TILE);
-    for (int step = 0; step < n_steps; step++) {
-        __m512 v0 = _mm512_load_ps(values[0] + step * 64);
-        __m512 v1 = _mm512_load_ps(values[1] + step * 64);
-        for (int j = 0; j < n; j++) {
-            __m512 w = _mm512_castsi512_ps(_mm512_set1_epi32((int)p[j][step]));
-            acc[j][0] = fused_avx512(bf16, acc[j][0], v0, w);
-            acc[j][1] = fused_avx512(bf16, acc[j][1], v1, w);
+    for (uint32_t k = 0; k < w->cols; k += BLOCK_INPUTS) {
+        int n_pairs = min_i32(BLOCK_INPUTS / 2, (int)(w->cols - k + 1) / 2);
+        struct lines lines = {w->data[0] + k / 2 * 64, LINES_PAIRS, n_pairs, 2,
+                              w->data[1] - w->data[0], 64, 0, 1 << 30, k > 0, PAIRS_STRIDE / 2};
+        for (int j = 0, rows; j < n; j += rows) { /* rows of pairs follow each other by tiles */
+            size_t row = t + (size_t)j;
+            rows = min_i32(TILE - (int)(row % TILE), n - j);
+            add_lines_avx512(&lines, (const float *)(const void *)(pairs_row(in, row) +
+                                                                  k / GROUP * PAIRS_STRIDE),
+                             GROUP / 2, rows, y + j * 2 * TILE, 2 * TILE);
         }
     }
-    for (int j = 0; j < n; j++)
-        for (int i = 0; i < 2; i++)
-            _mm512_storeu_ps(o[j] + h + i * TILE, acc[j][i]);
 }
 
-AVX512 INLINE void mix_packed_avx512(int bf16, const float (*p)[KEY_BLOCK], int n, int head_dim,
-                                     const uint8_t *values, int first, int n_keys,
-                                     float *const *o)
+/* n rows of `size` floats, `ld` from each other, as pairs of bf16. */
+AVX512 INLINE void pairs_avx512(const float *x, size_t ld, int n, int size, uint32_t *to)
 {
-    uint32_t dwords[MAX_QUERIES][KEY_BLOCK];
-    int lines = panel_positions(head_dim, bf16 ? 2 : 4) / (1 + bf16);
-    int n_steps = n_keys / (1 + bf16);
-    for (int j = 0; j < n; j++)
-        dwords_avx512(bf16, p[j], n_keys, dwords[j]);
-    for (int h = 0; h < head_dim; h += 2 * TILE) {
-        const uint8_t *part = values + (size_t)(h / TILE * lines + first / (1 + bf16)) * 64;
-        const uint8_t *const parts[2] = {part, part + (size_t)lines * 64};
-#define PIECE(count, from) \
-    mix_block_avx512(bf16, count, dwords + (from), parts, n_steps, o + (from), h)
-        FOR_EACH_PIECE_OF_8(PIECE);
-#undef PIECE
-    }
+    for (int j = 0; j < n; j++, x += ld)
+        for (int i = 0; i < size; i += TILE, to += TILE / 2)
+            _mm256_storeu_si256((__m256i *)to, bf16_avx512(_mm512_loadu_ps(x + i)));
 }
 
-AVX512 static void pack_keys_f32_avx512(const uint16_t *keys, int head_dim, uint8_t *to)
+AVX512 static void scores_avx512bf16(const float *q, int n, int head_dim, const uint8_t *keys,
+                                     int n_groups, float (*s)[KEY_BLOCK])
 {
-    pack_keys_avx512(0, keys, head_dim, to);
+    float pairs[MAX_QUERIES * MAX_PACKED_HEAD / 2];
+    ptrdiff_t group_bytes = (ptrdiff_t)head_dim * TILE * 2;
+    struct lines lines = {keys, LINES_PAIRS, head_dim / 2, n_groups, group_bytes, 64, 0, 1 << 30,
+                          0, TILE};
+    pairs_avx512(q, (size_t)head_dim, n, head_dim, (uint32_t *)(void *)pairs);
+    add_lines_avx512(&lines, pairs, (size_t)head_dim / 2, n, s[0], KEY_BLOCK);
 }
 
-AVX512 static void pack_keys_bf16_avx512(const uint16_t *keys, int head_dim, uint8_t *to)
+AVX512 static void mix_avx512bf16(const float (*s)[KEY_BLOCK], int n, int head_dim,
+                                  const uint8_t *values, int first, int n_keys, float *o)
 {
-    pack_keys_avx512(1, keys, head_dim, to);
+    float pairs[MAX_QUERIES * KEY_BLOCK / 2];
+    struct lines lines = {values + first / 2 * 64, LINES_PAIRS, n_keys / 2, head_dim / TILE,
+                          panel_positions(head_dim) / 2 * 64, 64, 0, 1 << 30, 0, TILE};
+    pairs_avx512(s[0], KEY_BLOCK, n, n_keys, (uint32_t *)(void *)pairs);
+    add_lines_avx512(&lines, pairs, (size_t)n_keys / 2, n, o, (size_t)head_dim);
 }
 
-AVX512 static void pack_values_f32_avx512(const uint16_t *values, int head_dim, int n_valid,
-                                          int at, uint8_t *to)
-{
-    pack_values_avx512(0, values, head_dim, n_valid, at, to);
-}
-
-AVX512 static void pack_values_bf16_avx512(const uint16_t *values, int head_dim, int n_valid,
-                                           int at, uint8_t *to)
-{
-    pack_values_avx512(1, values, head_dim, n_valid, at, to);
-}
-
-AVX512 static void scores_packed_f32_avx512(const float *const *q, int n, int head_dim,
-                                            const uint8_t *keys, int n_groups,
-                                            float (*s)[KEY_BLOCK])
-{
-    scores_packed_avx512(0, q, n, head_dim, keys, n_groups, s);
-}
-
-AVX512 static void scores_packed_bf16_avx512(const float *const *q, int n, int head_dim,
-                                             const uint8_t *keys, int n_groups,
-                                             float (*s)[KEY_BLOCK])
-{
-    scores_packed_avx512(1, q, n, head_dim, keys, n_groups, s);
-}
-
-AVX512 static void mix_packed_f32_avx512(const float (*p)[KEY_BLOCK], int n, int head_dim,
-                                         const uint8_t *values, int first, int n_keys,
-                                         float *const *o)
-{
-    mix_packed_avx512(0, p, n, head_dim, values, first, n_keys, o);
-}
-
-AVX512 static void mix_packed_bf16_avx512(const float (*p)[KEY_BLOCK], int n, int head_dim,
-                                          const uint8_t *values, int first, int n_keys,
-                                          float *const *o)
-{
-    mix_packed_avx512(1, p, n, head_dim, values, first, n_keys, o);
-}
+static const struct matrix_kernels avx512bf16_matrix = {
+    .types = 1 << TYPE_BF16, .panel = panel_avx512bf16, .pack_row = pack_row_avx512,
+    .pack_keys = pack_keys_avx512, .pack_values = pack_values_avx512,
+    .scores = scores_avx512bf16, .mix = mix_avx512bf16};
+#endif
 
 /* ---- the matrix class with AMX: tiles of 16 x 32 bf16 ---- */
 
@@ -7119,15 +6527,15 @@ AVX512 INLINE void multiply_amx(uint32_t type, const int n, struct panel_amx *p,
 
 /* Whole tiles of tokens are multiplied, from the one that holds token t on; of their sums
  * only those asked for are handed on. */
-AVX512 INLINE void panel_amx(uint32_t type, const uint8_t *const tiles[2], uint32_t cols,
-                             const struct input *in, size_t t, int n, float y[][2][TILE])
+AVX512 INLINE void panel_of_type_amx(const uint32_t type, const struct tiles *w,
+                                     const struct input *in, size_t t, int n, float *y)
 {
     struct panel_amx p;
     uint32_t skip = t % TILE, rows = skip + (uint32_t)n, n_tiles = (rows + TILE - 1) / TILE;
     const uint16_t *x = pairs_row(in, t - skip);
     size_t next_tokens = TILE * in->ldq;
-    p.tiles[0] = tiles[0], p.tiles[1] = tiles[1], p.cols = cols;
-    p.n_groups = (cols + GROUP - 1) / GROUP, p.n_unpacked = p.owed = 0;
+    p.tiles[0] = w->data[0], p.tiles[1] = w->data[1], p.cols = w->cols;
+    p.n_groups = (w->cols + GROUP - 1) / GROUP, p.n_unpacked = p.owed = 0;
     config_amx(rows < TILE ? rows : TILE);
     for (int i = 0; i < 16; i++)
         unpack_next_amx(type, &p);
@@ -7142,35 +6550,22 @@ AVX512 INLINE void panel_amx(uint32_t type, const uint8_t *const tiles[2], uint3
     for (int i = 0; i < 2; i++) {
         __m512 scale = _mm512_set1_ps(1);
         if (type != TYPE_BF16)
-            scale = _mm512_loadu_ps((const float *)tiles[i]);
+            scale = _mm512_loadu_ps((const float *)w->data[i]);
         for (uint32_t at = skip; at < rows; at++)
-            _mm512_storeu_ps(y[at - skip][i],
+            _mm512_storeu_ps(y + ((at - skip) * 2 + (uint32_t)i) * TILE,
                              _mm512_mul_ps(scale, _mm512_loadu_ps(p.c[at / TILE][i][at % TILE])));
     }
 }
 
-AVX512 static void matrix_bf16_amx(const uint8_t *const tiles[2], uint32_t cols,
-                                   const struct input *in, size_t t, int n, float y[][2][TILE])
+AVX512 static void panel_amx(const struct tiles *w, const struct input *in, size_t t, int n,
+                             float *y)
 {
-    panel_amx(TYPE_BF16, tiles, cols, in, t, n, y);
-}
-
-AVX512 static void matrix_q8_amx(const uint8_t *const tiles[2], uint32_t cols,
-                                 const struct input *in, size_t t, int n, float y[][2][TILE])
-{
-    panel_amx(TYPE_Q8, tiles, cols, in, t, n, y);
-}
-
-AVX512 static void matrix_q6_amx(const uint8_t *const tiles[2], uint32_t cols,
-                                 const struct input *in, size_t t, int n, float y[][2][TILE])
-{
-    panel_amx(TYPE_Q6, tiles, cols, in, t, n, y);
-}
-
-AVX512 static void matrix_q4_amx(const uint8_t *const tiles[2], uint32_t cols,
-                                 const struct input *in, size_t t, int n, float y[][2][TILE])
-{
-    panel_amx(TYPE_Q4, tiles, cols, in, t, n, y);
+    switch (w->type) {
+    case TYPE_BF16: panel_of_type_amx(TYPE_BF16, w, in, t, n, y); break;
+    case TYPE_Q8: panel_of_type_amx(TYPE_Q8, w, in, t, n, y); break;
+    case TYPE_Q6: panel_of_type_amx(TYPE_Q6, w, in, t, n, y); break;
+    default: panel_of_type_amx(TYPE_Q4, w, in, t, n, y); break;
+    }
 }
 
 /* Attention multiplies n queries' A tile with up to four B tiles (n_b: 4 or 1, a constant),
@@ -7220,25 +6615,20 @@ INLINE void scores_block_amx(const int n_b, const uint16_t *q, int head_dim,
     store_sums_amx(n_b, s, KEY_BLOCK * sizeof *s);
 }
 
-AVX512 static void scores_packed_amx(const float *const *q, int n, int head_dim,
-                                     const uint8_t *keys, int n_groups, float (*s)[KEY_BLOCK])
+AVX512 static void scores_amx(const float *q, int n, int head_dim, const uint8_t *keys,
+                              int n_groups, float (*s)[KEY_BLOCK])
 {
-    _Alignas(64) uint16_t a[CACHE_PANEL / (4 * TILE) / GROUP][TILE][GROUP];
+    _Alignas(64) uint16_t a[MAX_PACKED_HEAD / GROUP][TILE][GROUP];
     size_t group_bytes = (size_t)head_dim * TILE * sizeof(uint16_t);
     int g = 0;
     for (int j = 0; j < n; j++)
-        pack_row_avx512(q[j], (uint32_t)head_dim, a[0][j]);
+        pack_row_avx512(q + j * head_dim, (uint32_t)head_dim, a[0][j]);
     config_amx((uint32_t)n);
     for (; n_groups - g >= 4; g += 4)
         scores_block_amx(4, a[0][0], head_dim, keys + (size_t)g * group_bytes, s[0] + g * TILE);
     for (; g < n_groups; g++)
         scores_block_amx(1, a[0][0], head_dim, keys + (size_t)g * group_bytes, s[0] + g * TILE);
     tile_release();
-}
-
-AVX512 INLINE __m256i bf16_avx512(__m512 x)
-{
-    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(round_bf16_avx512(x), 16));
 }
 
 /* B tiles of 32 positions of which only first .. end - 1 are seen: zeros for the others, for
@@ -7271,30 +6661,31 @@ AVX512 INLINE void mix_block_amx(const int n_b, const uint16_t *weights, const u
     store_sums_amx(n_b, to, stride);
 }
 
-AVX512 static void mix_packed_amx(const float (*p)[KEY_BLOCK], int n, int head_dim,
-                                  const uint8_t *values, int first, int n_keys, float *const *o)
+AVX512 static void mix_amx(const float (*s)[KEY_BLOCK], int n, int head_dim,
+                           const uint8_t *values, int first, int n_keys, float *o)
 {
     _Alignas(64) uint16_t a[KEY_BLOCK / GROUP][TILE][GROUP];
-    _Alignas(64) float sums[MAX_QUERIES][CACHE_PANEL / (4 * TILE)];
-    size_t next_b = (size_t)panel_positions(head_dim, sizeof(uint16_t)) / 2 * 64;
+    size_t next_b = (size_t)panel_positions(head_dim) / 2 * 64;
+    size_t stride = (size_t)head_dim * sizeof *o;
     int h = 0, end = first + n_keys;
     if (first % GROUP || end % GROUP)
         memset(a, 0, sizeof a);
     for (int j = 0; j < n; j++)
         for (int i = 0, at = first % GROUP; i < n_keys; i += TILE, at += TILE)
             _mm256_storeu_si256((__m256i *)(a[at / GROUP][j] + at % GROUP),
-                                bf16_avx512(_mm512_loadu_ps(p[j] + i)));
+                                bf16_avx512(_mm512_loadu_ps(s[j] + i)));
     config_amx((uint32_t)n);
     for (; head_dim - h >= 4 * TILE; h += 4 * TILE, values += 4 * next_b)
-        mix_block_amx(4, a[0][0], values, next_b, first, end, sums[0] + h, sizeof *sums);
+        mix_block_amx(4, a[0][0], values, next_b, first, end, o + h, stride);
     for (; h < head_dim; h += TILE, values += next_b)
-        mix_block_amx(1, a[0][0], values, next_b, first, end, sums[0] + h, sizeof *sums);
+        mix_block_amx(1, a[0][0], values, next_b, first, end, o + h, stride);
     tile_release();
-    for (int j = 0; j < n; j++)
-        for (h = 0; h < head_dim; h += TILE)
-            _mm512_storeu_ps(o[j] + h, _mm512_add_ps(_mm512_loadu_ps(o[j] + h),
-                                                     _mm512_load_ps(sums[j] + h)));
 }
+
+static const struct matrix_kernels amx_matrix = {
+    .types = 1 << TYPE_BF16 | 1 << TYPE_Q8 | 1 << TYPE_Q6 | 1 << TYPE_Q4, .panel = panel_amx,
+    .pack_row = pack_row_avx512, .pack_keys = pack_keys_avx512, .pack_values = pack_values_avx512,
+    .scores = scores_amx, .mix = mix_amx};
 
 #endif /* HAVE_AMX */
 
@@ -7374,76 +6765,32 @@ static int has_amx(void) /* AMX-BF16 and AMX-TILE */
 }
 
 static int may_use_tiles(void) { return !syscall(SYS_arch_prctl, REQ_XCOMP_PERM, XTILEDATA); }
-
-static const struct matrix_kernels amx_matrix = {
-    {NULL, NULL, matrix_bf16_amx, matrix_q8_amx, matrix_q6_amx, matrix_q4_amx},
-    pack_row_avx512, sizeof(uint16_t), pack_keys_bf16_avx512, pack_values_bf16_avx512,
-    scores_packed_amx, mix_packed_amx};
 #endif
 
-static const struct matrix_kernels avx512bf16_matrix = {
-    {NULL, NULL, matrix_bf16_avx512bf16, NULL, NULL, NULL}, pack_row_avx512, sizeof(uint16_t),
-    pack_keys_bf16_avx512, pack_values_bf16_avx512, scores_packed_bf16_avx512,
-    mix_packed_bf16_avx512};
-
-static const struct matrix_kernels avx512_matrix = {
-    {NULL, NULL, matrix_bf16_avx512, NULL, NULL, NULL}, NULL, sizeof(float),
-    pack_keys_f32_avx512, pack_values_f32_avx512, scores_packed_f32_avx512,
-    mix_packed_f32_avx512};
-
-static const struct matrix_kernels avx2_matrix = {
-    {NULL, NULL, matrix_bf16_avx2, NULL, NULL, NULL}, NULL, sizeof(float),
-    pack_keys_avx2, pack_values_avx2, scores_packed_avx2, mix_packed_avx2};
+/* A row of AVX-512, or of AVX2, apart from what differs. */
+#define AVX512_ROW                                                                            \
+    .add_lines = add_lines_avx512, .product = product_avx512, .panel = panel_avx512,          \
+    .quantise = quantise_avx512, .rms_norm = rms_norm_avx512, .geglu = geglu_avx512,          \
+    .soft_cap = soft_cap_avx512, .exp_sum = exp_sum_avx512, .blend = blend_avx512,           \
+    .to_half = to_half_avx512
+#define AVX2_ROW                                                                              \
+    .add_lines = add_lines_avx2, .quantise = quantise_avx2, .rms_norm = rms_norm_avx2,        \
+    .geglu = geglu_avx2, .soft_cap = soft_cap_avx2, .exp_sum = exp_sum_avx2,                  \
+    .blend = blend_avx2, .to_half = to_half_avx2
 
 #ifdef HAVE_AMX
-/* Sapphire Rapids and newer Xeons. */
-static const struct kernels amx_kernels = {
-    "amx", has_amx,
-    {NULL, product_f32_avx512, product_bf16_avx512, product_q8_avx512, product_q6_avx512,
-     product_q4_avx512},
-    {NULL, NULL, NULL, panel_q8_avx512, panel_q6_avx512, panel_q4_avx512},
-    quantise_avx512, rms_norm_avx512, geglu_avx512, soft_cap_avx512, exp_sum_avx512,
-    to_half_avx512, {scores_f32_avx512, scores_f16_avx512}, {mix_f32_avx512, mix_f16_avx512},
-    &amx_matrix};
+static const struct kernels amx_kernels = {"amx", has_amx, AVX512_ROW, .matrix = &amx_matrix};
 #endif
-
-/* Zen 4 and newer: bf16 dot products at twice the rate of floats. */
-static const struct kernels avx512bf16_kernels = {
-    "avx512bf16", has_avx512bf16,
-    {NULL, product_f32_avx512, product_bf16_avx512, product_q8_avx512, product_q6_avx512,
-     product_q4_avx512},
-    {NULL, NULL, NULL, panel_q8_avx512, panel_q6_avx512, panel_q4_avx512},
-    quantise_avx512, rms_norm_avx512, geglu_avx512, soft_cap_avx512, exp_sum_avx512,
-    to_half_avx512, {scores_f32_avx512, scores_f16_avx512}, {mix_f32_avx512, mix_f16_avx512},
-    &avx512bf16_matrix};
-
-/* Ice Lake and newer servers. */
-static const struct kernels avx512_kernels = {
-    "avx512", has_avx512,
-    {NULL, product_f32_avx512, product_bf16_avx512, product_q8_avx512, product_q6_avx512,
-     product_q4_avx512},
-    {NULL, NULL, NULL, panel_q8_avx512, panel_q6_avx512, panel_q4_avx512},
-    quantise_avx512, rms_norm_avx512, geglu_avx512, soft_cap_avx512, exp_sum_avx512,
-    to_half_avx512, {scores_f32_avx512, scores_f16_avx512}, {mix_f32_avx512, mix_f16_avx512},
-    &avx512_matrix};
-
-/* Client CPUs since Alder Lake, which lack AVX-512. */
-static const struct kernels avxvnni_kernels = {
-    "avxvnni", has_avxvnni,
-    {NULL, product_f32_avx2, product_bf16_avx2, product_q8_avxvnni, product_q6_avxvnni,
-     product_q4_avxvnni},
-    {NULL, NULL, NULL, panel_q8_avxvnni, panel_q6_avxvnni, panel_q4_avxvnni},
-    quantise_avx2, rms_norm_avx2, geglu_avx2, soft_cap_avx2, exp_sum_avx2, to_half_avx2,
-    {scores_f32_avx2, scores_f16_avx2}, {mix_f32_avx2, mix_f16_avx2}, &avx2_matrix};
-
-/* Haswell to Comet Lake, Zen 1 to Zen 3. */
-static const struct kernels avx2_kernels = {
-    "avx2", has_avx2,
-    {NULL, product_f32_avx2, product_bf16_avx2, product_q8_avx2, product_q6_avx2,
-     product_q4_avx2},
-    {NULL, NULL, NULL, panel_q8_avx2, panel_q6_avx2, panel_q4_avx2},
-    quantise_avx2, rms_norm_avx2, geglu_avx2, soft_cap_avx2, exp_sum_avx2, to_half_avx2,
-    {scores_f32_avx2, scores_f16_avx2}, {mix_f32_avx2, mix_f16_avx2}, &avx2_matrix};
+#ifdef HAVE_AVX512BF16
+static const struct kernels avx512bf16_kernels = {"avx512bf16", has_avx512bf16, AVX512_ROW,
+                                                  .matrix = &avx512bf16_matrix};
+#endif
+static const struct kernels avx512_kernels = {"avx512", has_avx512, AVX512_ROW};
+static const struct kernels avxvnni_kernels = {"avxvnni", has_avxvnni, AVX2_ROW,
+                                               .product = product_avxvnni,
+                                               .panel = panel_avxvnni};
+static const struct kernels avx2_kernels = {"avx2", has_avx2, AVX2_ROW, .product = product_avx2,
+                                            .panel = panel_avx2};
 
 #endif /* HAVE_X86 */
 
@@ -7457,63 +6804,56 @@ static const struct kernels avx2_kernels = {
  * of a tile.  The rows of the table differ in how they sum a group: */
 enum { WIDENING, SDOT, SMMLA };
 
-/* Input k (is it odd?) of a tile against n tokens, n a constant. */
-INLINE void float_step_neon(int is_bf16, int odd, const int n, const uint8_t *tile, size_t k,
-                            const float *x, size_t ldx, float32x4_t acc[4][4])
+/* 4 numbers of a line as floats; of bf16 those of the odd line of two or the one before. */
+INLINE float32x4_t line_neon(const int type, int odd, const uint8_t *line, int quarter)
 {
-    float32x4_t w[4];
-    for (int i = 0; i < 4; i++) {
-        uint32x4_t pair = vld1q_u32((const uint32_t *)tile + (is_bf16 ? k / 2 : k) * TILE + i * 4);
-        pair = !is_bf16 ? pair : odd ? vandq_u32(pair, vdupq_n_u32(0xffff0000))
-                                     : vshlq_n_u32(pair, 16);
-        w[i] = vreinterpretq_f32_u32(pair);
+    if (type == LINES_F16)
+        return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16((const uint16_t *)line + quarter * 4)));
+    uint32x4_t w = vld1q_u32((const uint32_t *)line + quarter * 4);
+    if (type == LINES_BF16)
+        w = odd ? vandq_u32(w, vdupq_n_u32(0xffff0000)) : vshlq_n_u32(w, 16);
+    return vreinterpretq_f32_u32(w);
+}
+
+/* Line k of the strips into acc[row][strip][quarter]. */
+INLINE void add_line_neon(const int type, int odd, const int n, const int strips,
+                          const struct lines *l, int k, const float *x, size_t ldx,
+                          float32x4_t acc[4][4][4])
+{
+    const uint8_t *line = l->data + (size_t)k / (type == LINES_BF16 ? 2 : 1) * l->line_bytes;
+    for (int i = 0; i < strips; i++, line += l->strip_bytes) {
+        if (n == 1 && !odd)
+            __builtin_prefetch(line + l->ahead);
+        for (int quarter = 0; quarter < 4; quarter++) {
+            float32x4_t w = line_neon(type, odd, line, quarter);
+            for (int j = 0; j < n; j++)
+                acc[j][i][quarter] = vfmaq_n_f32(acc[j][i][quarter], w, x[(size_t)j * ldx + (size_t)k]);
+        }
+    }
+}
+
+INLINE void lines_neon(const int type, const int n, const int strips, const struct lines *l,
+                       const float *x, size_t ldx, float *y, size_t ldy)
+{
+    float32x4_t acc[4][4][4];
+    for (int j = 0; j < n; j++)
+        for (int i = 0; i < 4 * strips; i++)
+            acc[j][i / 4][i % 4] = l->go_on ? vld1q_f32(y + (size_t)j * ldy + i * 4)
+                                            : vdupq_n_f32(0);
+    for (int k = 0; k < l->n_lines; k += 1 + (type == LINES_BF16)) {
+        add_line_neon(type, 0, n, strips, l, k, x, ldx, acc);
+        if (type == LINES_BF16 && k + 1 < l->n_lines)
+            add_line_neon(type, 1, n, strips, l, k + 1, x, ldx, acc);
     }
     for (int j = 0; j < n; j++)
-        for (int i = 0; i < 4; i++)
-            acc[j][i] = vaddq_f32(acc[j][i], vmulq_n_f32(w[i], x[(size_t)j * ldx + k]));
+        for (int i = 0; i < 4 * strips; i++)
+            vst1q_f32(y + (size_t)j * ldy + i * 4, acc[j][i / 4][i % 4]);
 }
 
-INLINE void float_tile_neon(int is_bf16, const int n, const uint8_t *tile, uint32_t cols,
-                            const float *x, size_t ldx, float (*y)[TILE])
+static void add_lines_neon(const struct lines *l, const float *x, size_t ldx, int n, float *y,
+                           size_t ldy)
 {
-    float32x4_t acc[4][4];
-    size_t k = 0;
-    for (int j = 0; j < n; j++)
-        for (int i = 0; i < 4; i++)
-            acc[j][i] = vdupq_n_f32(0);
-    for (; k + 1 < cols; k += 2) {
-        for (int line = 0; n == 1 && line < (is_bf16 ? 1 : 2); line++)
-            __builtin_prefetch(tile + (is_bf16 ? k / 2 : k + (size_t)line) * 64 + PREFETCH_AHEAD);
-        float_step_neon(is_bf16, 0, n, tile, k, x, ldx, acc);
-        float_step_neon(is_bf16, 1, n, tile, k + 1, x, ldx, acc);
-    }
-    if (k < cols)
-        float_step_neon(is_bf16, 0, n, tile, k, x, ldx, acc);
-    for (int j = 0; j < n; j++)
-        for (int i = 0; i < 4; i++)
-            vst1q_f32(y[j] + i * 4, acc[j][i]);
-}
-
-INLINE void float_product_neon(int is_bf16, const uint8_t *tile, uint32_t cols,
-                               const struct input *in, size_t t, int n, float y[][TILE])
-{
-    const float *x = in->x + t * in->ldx;
-#define PIECE(count, from) \
-    float_tile_neon(is_bf16, count, tile, cols, x + (size_t)(from) * in->ldx, in->ldx, y + (from))
-    FOR_EACH_PIECE(PIECE);
-#undef PIECE
-}
-
-static void product_f32_neon(const uint8_t *tile, uint32_t cols, const struct input *in, size_t t,
-                             int n, float y[][TILE])
-{
-    float_product_neon(0, tile, cols, in, t, n, y);
-}
-
-static void product_bf16_neon(const uint8_t *tile, uint32_t cols, const struct input *in, size_t t,
-                              int n, float y[][TILE])
-{
-    float_product_neon(1, tile, cols, in, t, n, y);
+    lines_by_type(lines_neon, 4, l, x, ldx, n, y, ldy);
 }
 
 /* Rows 4 quarter .. 4 quarter + 3 of a group as 8 registers of [4 rows][4 inputs], signed;
@@ -7665,11 +7005,11 @@ INLINE void group_sums_neon(const int sums, uint32_t type, const int n, const in
     }
 }
 
-/* acc + x_scale * float(s * sum).  Both factors of s * sum are exact floats, so the rounded
+/* fused(x_scale * float(s * sum) + acc).  Both factors of s * sum are exact floats, so the rounded
  * float product is the rounded integer product. */
 INLINE float32x4_t add_group_neon(float32x4_t acc, float32x4_t s, int32x4_t sum, float x_scale)
 {
-    return vaddq_f32(acc, vmulq_n_f32(vmulq_f32(s, vcvtq_f32_s32(sum)), x_scale));
+    return vfmaq_n_f32(acc, vmulq_f32(s, vcvtq_f32_s32(sum)), x_scale);
 }
 
 /* A group of a tile, and what n tokens hold against it. */
@@ -7696,11 +7036,11 @@ INLINE void add_quarter_neon(const int sums, uint32_t type, const int n,
     }
 }
 
-INLINE void quantised_tile_neon(const int sums, uint32_t type, const int n, const uint8_t *tile,
-                                uint32_t cols, const struct input *in, size_t t,
-                                float (*y)[TILE])
+INLINE void tile_neon(const int sums, const uint32_t type, const int n, const struct tiles *w,
+                      const struct input *in, size_t t, float *y)
 {
-    size_t n_groups = round_up(cols, BLOCK_INPUTS) / GROUP, at = t * (in->ldq / GROUP);
+    const uint8_t *tile = w->data[0];
+    size_t n_groups = round_up(w->cols, BLOCK_INPUTS) / GROUP, at = t * (in->ldq / GROUP);
     float32x4_t acc[4][4];
     for (int j = 0; j < n; j++)
         for (int i = 0; i < 4; i++)
@@ -7723,25 +7063,27 @@ INLINE void quantised_tile_neon(const int sums, uint32_t type, const int n, cons
     }
     for (int j = 0; j < n; j++)
         for (int i = 0; i < 4; i++)
-            vst1q_f32(y[j] + i * 4, vmulq_f32(acc[j][i], vld1q_f32((const float *)tile + i * 4)));
+            vst1q_f32(y + j * TILE + i * 4, vmulq_f32(acc[j][i], vld1q_f32((const float *)tile + i * 4)));
 }
 
-INLINE void quantised_neon(const int sums, uint32_t type, const uint8_t *tile, uint32_t cols,
-                           const struct input *in, size_t t, int n, float y[][TILE])
+static void product_neon(const struct tiles *w, const struct input *in, size_t t, int n, float *y)
 {
-#define PIECE(count, from) \
-    quantised_tile_neon(sums, type, count, tile, cols, in, t + (size_t)(from), y + (from))
-    FOR_EACH_PIECE(PIECE);
-#undef PIECE
+    tile_by_type(tile_neon, WIDENING, 4, w, in, t, n, y);
 }
 
-/* Two tiles' 256 inputs, unpacked once for many tokens. */
+static void product_dotprod(const struct tiles *w, const struct input *in, size_t t, int n,
+                            float *y)
+{
+    tile_by_type(tile_neon, SDOT, 4, w, in, t, n, y);
+}
+
+/* Two tiles' 256 inputs, unpacked. */
 struct panel_block {
     int8_t operands[8][8][8][16]; /* [group][tile, quarter][step][4 rows][4 inputs] */
     float scales[8][8][4];
 };
 
-INLINE void unpack_panel_neon(const int sums, uint32_t type, const uint8_t *const tiles[2],
+INLINE void unpack_panel_neon(const int sums, const uint32_t type, const struct tiles *w,
                               size_t block, struct panel_block *b)
 {
     for (int g = 0; g < 8; g++)
@@ -7749,33 +7091,33 @@ INLINE void unpack_panel_neon(const int sums, uint32_t type, const uint8_t *cons
             const uint8_t *scale_bytes, *group;
             float32x4_t s[4];
             int32x4_t odd[4];
-            int8x16_t w[8];
-            group = group_at(type, tiles[i / 4], block * 8 + (size_t)g, &scale_bytes);
+            int8x16_t v[8];
+            group = group_at(type, w->data[i / 4], block * 8 + (size_t)g, &scale_bytes);
             scales_neon(type, scale_bytes, s, odd);
-            operands_neon(type, group, i % 4, w);
+            operands_neon(type, group, i % 4, v);
             for (int step = 0; step < 8 && type == TYPE_Q4; step++)
-                w[step] = vaddq_s8(w[step], vreinterpretq_s8_s32(vmulq_n_s32(odd[i % 4],
+                v[step] = vaddq_s8(v[step], vreinterpretq_s8_s32(vmulq_n_s32(odd[i % 4],
                                                                              0x01010101)));
             for (int step = 0; step < 8 && sums == SMMLA; step += 2) {
-                int32x4_t first = vreinterpretq_s32_s8(w[step]);
-                int32x4_t second = vreinterpretq_s32_s8(w[step + 1]);
-                w[step] = vreinterpretq_s8_s32(vzip1q_s32(first, second));
-                w[step + 1] = vreinterpretq_s8_s32(vzip2q_s32(first, second));
+                int32x4_t first = vreinterpretq_s32_s8(v[step]);
+                int32x4_t second = vreinterpretq_s32_s8(v[step + 1]);
+                v[step] = vreinterpretq_s8_s32(vzip1q_s32(first, second));
+                v[step + 1] = vreinterpretq_s8_s32(vzip2q_s32(first, second));
             }
             for (int step = 0; step < 8; step++)
-                vst1q_s8(b->operands[g][i][step], w[step]);
+                vst1q_s8(b->operands[g][i][step], v[step]);
             vst1q_f32(b->scales[g][i], s[i % 4]);
         }
 }
 
-/* n tokens (a constant) against a block: y += scale * s * sum, groups ascending.  Four
+/* Four
  * tokens' inputs and a quarter's operands fill half the registers and are used four times
  * (SMMLA: twice, for twice the products) a load. */
-INLINE void panel_tokens_neon(const int sums, uint32_t type, const int n,
-                              const struct panel_block *b, const struct input *in, size_t at,
-                              float (*y)[2][TILE])
+INLINE void panel_tokens_neon(const int sums, const uint32_t type, const int n,
+                              const struct panel_block *b, const struct input *in, size_t t,
+                              size_t block, float (*y)[2][TILE])
 {
-    size_t ld = in->ldq / GROUP;
+    size_t ld = in->ldq / GROUP, at = t * ld + block * 8;
     for (size_t g = 0; g < 8; g++, at++) {
         int8x16_t x[8], w[8];
         int32x4_t sum[4];
@@ -7794,207 +7136,22 @@ INLINE void panel_tokens_neon(const int sums, uint32_t type, const int n,
     }
 }
 
-INLINE void panel_neon(const int sums, uint32_t type, const uint8_t *const tiles[2], uint32_t cols,
-                       const struct input *in, size_t t, int n, float y[][2][TILE])
+static void panel_neon(const struct tiles *w, const struct input *in, size_t t, int n, float *y)
 {
     struct panel_block b;
-    size_t ld = in->ldq / GROUP;
-    memset(y, 0, (size_t)n * sizeof *y);
-    for (size_t block = 0; block < round_up(cols, BLOCK_INPUTS) / BLOCK_INPUTS; block++) {
-        unpack_panel_neon(sums, type, tiles, block, &b);
-#define PIECE(count, from)                                                                 \
-    panel_tokens_neon(sums, type, count, &b, in, (t + (size_t)(from)) * ld + block * 8, y + (from))
-        FOR_EACH_PIECE(PIECE);
-#undef PIECE
-    }
-    for (int j = 0; j < n; j++)
-        for (int i = 0; i < 8; i++) {
-            float *to = y[j][i / 4] + i % 4 * 4;
-            const float *scales = (const float *)tiles[i / 4] + i % 4 * 4;
-            vst1q_f32(to, vmulq_f32(vld1q_f32(to), vld1q_f32(scales)));
-        }
+    panel_by_type(unpack_panel_neon, panel_tokens_neon, WIDENING, 4, &b, w, in, t, n, y);
 }
 
-static void product_q8_neon(const uint8_t *tile, uint32_t cols, const struct input *in, size_t t,
-                            int n, float y[][TILE])
+static void panel_dotprod(const struct tiles *w, const struct input *in, size_t t, int n, float *y)
 {
-    quantised_neon(WIDENING, TYPE_Q8, tile, cols, in, t, n, y);
+    struct panel_block b;
+    panel_by_type(unpack_panel_neon, panel_tokens_neon, SDOT, 4, &b, w, in, t, n, y);
 }
 
-static void product_q6_neon(const uint8_t *tile, uint32_t cols, const struct input *in, size_t t,
-                            int n, float y[][TILE])
+static void panel_i8mm(const struct tiles *w, const struct input *in, size_t t, int n, float *y)
 {
-    quantised_neon(WIDENING, TYPE_Q6, tile, cols, in, t, n, y);
-}
-
-static void product_q4_neon(const uint8_t *tile, uint32_t cols, const struct input *in, size_t t,
-                            int n, float y[][TILE])
-{
-    quantised_neon(WIDENING, TYPE_Q4, tile, cols, in, t, n, y);
-}
-
-static void product_q8_dotprod(const uint8_t *tile, uint32_t cols, const struct input *in, size_t t,
-                               int n, float y[][TILE])
-{
-    quantised_neon(SDOT, TYPE_Q8, tile, cols, in, t, n, y);
-}
-
-static void product_q6_dotprod(const uint8_t *tile, uint32_t cols, const struct input *in, size_t t,
-                               int n, float y[][TILE])
-{
-    quantised_neon(SDOT, TYPE_Q6, tile, cols, in, t, n, y);
-}
-
-static void product_q4_dotprod(const uint8_t *tile, uint32_t cols, const struct input *in, size_t t,
-                               int n, float y[][TILE])
-{
-    quantised_neon(SDOT, TYPE_Q4, tile, cols, in, t, n, y);
-}
-
-static void panel_q8_neon(const uint8_t *const tiles[2], uint32_t cols, const struct input *in,
-                          size_t t, int n, float y[][2][TILE])
-{
-    panel_neon(WIDENING, TYPE_Q8, tiles, cols, in, t, n, y);
-}
-
-static void panel_q6_neon(const uint8_t *const tiles[2], uint32_t cols, const struct input *in,
-                          size_t t, int n, float y[][2][TILE])
-{
-    panel_neon(WIDENING, TYPE_Q6, tiles, cols, in, t, n, y);
-}
-
-static void panel_q4_neon(const uint8_t *const tiles[2], uint32_t cols, const struct input *in,
-                          size_t t, int n, float y[][2][TILE])
-{
-    panel_neon(WIDENING, TYPE_Q4, tiles, cols, in, t, n, y);
-}
-
-static void panel_q8_dotprod(const uint8_t *const tiles[2], uint32_t cols, const struct input *in,
-                             size_t t, int n, float y[][2][TILE])
-{
-    panel_neon(SDOT, TYPE_Q8, tiles, cols, in, t, n, y);
-}
-
-static void panel_q6_dotprod(const uint8_t *const tiles[2], uint32_t cols, const struct input *in,
-                             size_t t, int n, float y[][2][TILE])
-{
-    panel_neon(SDOT, TYPE_Q6, tiles, cols, in, t, n, y);
-}
-
-static void panel_q4_dotprod(const uint8_t *const tiles[2], uint32_t cols, const struct input *in,
-                             size_t t, int n, float y[][2][TILE])
-{
-    panel_neon(SDOT, TYPE_Q4, tiles, cols, in, t, n, y);
-}
-
-static void panel_q8_i8mm(const uint8_t *const tiles[2], uint32_t cols, const struct input *in,
-                          size_t t, int n, float y[][2][TILE])
-{
-    panel_neon(SMMLA, TYPE_Q8, tiles, cols, in, t, n, y);
-}
-
-static void panel_q6_i8mm(const uint8_t *const tiles[2], uint32_t cols, const struct input *in,
-                          size_t t, int n, float y[][2][TILE])
-{
-    panel_neon(SMMLA, TYPE_Q6, tiles, cols, in, t, n, y);
-}
-
-static void panel_q4_i8mm(const uint8_t *const tiles[2], uint32_t cols, const struct input *in,
-                          size_t t, int n, float y[][2][TILE])
-{
-    panel_neon(SMMLA, TYPE_Q4, tiles, cols, in, t, n, y);
-}
-
-INLINE float32x4_t cached_neon(int half, const void *p, size_t i)
-{
-    if (half)
-        return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16((const uint16_t *)p + i)));
-    return vld1q_f32((const float *)p + i);
-}
-
-/* n queries against 16 keys. */
-INLINE void scores_tile_neon(int half, const int n, const float *const *q, int head_dim,
-                             const void *keys, float (*s)[KEY_BLOCK], int at)
-{
-    float32x4_t acc[4][4];
-    for (int j = 0; j < n; j++)
-        for (int i = 0; i < 4; i++)
-            acc[j][i] = vdupq_n_f32(0);
-    for (int h = 0; h < head_dim; h++)
-        for (int i = 0; i < 4; i++) {
-            float32x4_t key = cached_neon(half, keys, (size_t)(h * TILE + i * 4));
-            for (int j = 0; j < n; j++)
-                acc[j][i] = vaddq_f32(acc[j][i], vmulq_n_f32(key, q[j][h]));
-        }
-    for (int j = 0; j < n; j++)
-        for (int i = 0; i < 4; i++)
-            vst1q_f32(s[j] + at + i * 4, acc[j][i]);
-}
-
-INLINE void scores_neon(int half, const float *const *q, int n, int head_dim,
-                        const void *const *keys, int n_groups, float (*s)[KEY_BLOCK])
-{
-    for (int g = 0; g < n_groups; g++) {
-#define PIECE(count, from) \
-    scores_tile_neon(half, count, q + (from), head_dim, keys[g], s + (from), g * TILE)
-        FOR_EACH_PIECE(PIECE);
-#undef PIECE
-    }
-}
-
-/* n queries, dimensions h .. h + 15. */
-INLINE void mix_tile_neon(int half, const int n, const float (*p)[KEY_BLOCK], int width,
-                          const void *const *values, int first, int last, int h, float *o)
-{
-    float32x4_t acc[4][4];
-    for (int j = 0; j < n; j++)
-        for (int part = 0; part < 4; part++)
-            acc[j][part] = vdupq_n_f32(0);
-    for (size_t i = (size_t)first; i <= (size_t)last; i++)
-        for (int part = 0; part < 4; part++) {
-            size_t at = i % TILE * (size_t)width + (size_t)(h + part * 4);
-            float32x4_t value = cached_neon(half, values[i / TILE], at);
-            for (int j = 0; j < n; j++)
-                acc[j][part] = vaddq_f32(acc[j][part], vmulq_n_f32(value, p[j][i]));
-        }
-    for (int j = 0; j < n; j++)
-        for (int part = 0; part < 4; part++)
-            vst1q_f32(o + j * width + h + part * 4, acc[j][part]);
-}
-
-INLINE void mix_neon(int half, const float (*p)[KEY_BLOCK], int n, int width,
-                     const void *const *values, int first, int last, float *o)
-{
-    for (int h = 0; h < width; h += TILE) {
-#define PIECE(count, from) \
-    mix_tile_neon(half, count, p + (from), width, values, first, last, h, o + (from) * width)
-        FOR_EACH_PIECE(PIECE);
-#undef PIECE
-    }
-}
-
-static void scores_f32_neon(const float *const *q, int n, int head_dim, const void *const *keys,
-                            int n_groups, float (*s)[KEY_BLOCK])
-{
-    scores_neon(0, q, n, head_dim, keys, n_groups, s);
-}
-
-static void scores_f16_neon(const float *const *q, int n, int head_dim, const void *const *keys,
-                            int n_groups, float (*s)[KEY_BLOCK])
-{
-    scores_neon(1, q, n, head_dim, keys, n_groups, s);
-}
-
-static void mix_f32_neon(const float (*p)[KEY_BLOCK], int n, int width, const void *const *values,
-                         int first, int last, float *o)
-{
-    mix_neon(0, p, n, width, values, first, last, o);
-}
-
-static void mix_f16_neon(const float (*p)[KEY_BLOCK], int n, int width, const void *const *values,
-                         int first, int last, float *o)
-{
-    mix_neon(1, p, n, width, values, first, last, o);
+    struct panel_block b;
+    panel_by_type(unpack_panel_neon, panel_tokens_neon, SMMLA, 4, &b, w, in, t, n, y);
 }
 
 /* ---- which ARM is this ---- */
@@ -8035,50 +7192,19 @@ static int has_i8mm(void)
     return has_dotprod() && (told || has_feature(1, 13, "hw.optional.arm.FEAT_I8MM", 66));
 }
 
-/* Neoverse V1 and N2, Graviton 3, Apple M2 and newer. */
-static const struct kernels i8mm_kernels = {
-    "i8mm", has_i8mm,
-    {NULL, product_f32_neon, product_bf16_neon, product_q8_dotprod, product_q6_dotprod,
-     product_q4_dotprod},
-    {NULL, NULL, NULL, panel_q8_i8mm, panel_q6_i8mm, panel_q4_i8mm},
-    quantise, rms_norm, geglu, soft_cap, exp_sum, to_half,
-    {scores_f32_neon, scores_f16_neon}, {mix_f32_neon, mix_f16_neon}, NULL};
+#define NEON_ROW                                                                              \
+    .add_lines = add_lines_neon, .quantise = quantise, .rms_norm = rms_norm, .geglu = geglu,  \
+    .soft_cap = soft_cap, .exp_sum = exp_sum, .blend = blend, .to_half = to_half
 
-/* Cortex-A55, A75, A76 and Neoverse N1 (Raspberry Pi 5, Graviton 2), Apple M1. */
-static const struct kernels dotprod_kernels = {
-    "dotprod", has_dotprod,
-    {NULL, product_f32_neon, product_bf16_neon, product_q8_dotprod, product_q6_dotprod,
-     product_q4_dotprod},
-    {NULL, NULL, NULL, panel_q8_dotprod, panel_q6_dotprod, panel_q4_dotprod},
-    quantise, rms_norm, geglu, soft_cap, exp_sum, to_half,
-    {scores_f32_neon, scores_f16_neon}, {mix_f32_neon, mix_f16_neon}, NULL};
-
-/* Cortex-A53 and A72 (Raspberry Pi 3 and 4). */
-static const struct kernels neon_kernels = {
-    "neon", always,
-    {NULL, product_f32_neon, product_bf16_neon, product_q8_neon, product_q6_neon,
-     product_q4_neon},
-    {NULL, NULL, NULL, panel_q8_neon, panel_q6_neon, panel_q4_neon},
-    quantise, rms_norm, geglu, soft_cap, exp_sum, to_half,
-    {scores_f32_neon, scores_f16_neon}, {mix_f32_neon, mix_f16_neon}, NULL};
+static const struct kernels i8mm_kernels = {"i8mm", has_i8mm, NEON_ROW,
+                                            .product = product_dotprod, .panel = panel_i8mm};
+static const struct kernels dotprod_kernels = {"dotprod", has_dotprod, NEON_ROW,
+                                               .product = product_dotprod,
+                                               .panel = panel_dotprod};
+static const struct kernels neon_kernels = {"neon", always, NEON_ROW, .product = product_neon,
+                                            .panel = panel_neon};
 
 #endif /* HAVE_NEON */
-
-/* Best row first. */
-static const struct kernels *const all_kernels[] = {
-#ifdef HAVE_AMX
-    &amx_kernels,
-#endif
-#ifdef HAVE_X86
-    &avx512bf16_kernels, &avx512_kernels, &avxvnni_kernels, &avx2_kernels,
-#endif
-#ifdef HAVE_NEON
-    &i8mm_kernels, &dotprod_kernels, &neon_kernels,
-#endif
-    &scalar_kernels,
-};
-
-enum { N_KERNELS = sizeof all_kernels / sizeof *all_kernels };
 
 /* The best row this CPU has, or the one that GEMMA2_ISA names. */
 static const struct kernels *select_kernels(struct errbuf *err)
@@ -8099,9 +7225,9 @@ static const struct kernels *select_kernels(struct errbuf *err)
 
 static const struct matrix_kernels *permitted_matrix(const struct matrix_kernels *wanted)
 {
-#ifdef HAVE_AMX /* on CPUs with AMX floats are faster than bf16 dot products without it */
+#ifdef HAVE_AMX
     if (wanted == &amx_matrix && !may_use_tiles())
-        return &avx512_matrix;
+        return NULL;
 #endif
     return wanted;
 }

@@ -90,6 +90,7 @@ static void test_rows_are_columns(void)
     for (uint32_t type = F32; type < N_TYPES; type++) {
         uint32_t cols = 67;
         struct matrix w = random_matrix(type, 16, cols);
+        struct tiles tile = {{w.data}, 1, type, cols};
         struct input in = random_input(1, cols);
         float row[67], y[1][TILE];
         int bad = 0;
@@ -97,7 +98,7 @@ static void test_rows_are_columns(void)
             memset(in.x, 0, cols * sizeof *in.x);
             in.x[k] = 1;
             quantise_input(&in, 1, cols);
-            scalar_kernels.product[type](w.data, cols, &in, 0, 1, y);
+            multiply_tiles(&scalar_kernels, &tile, &in, 0, 1, y[0]);
             for (uint32_t r = 0; r < 16; r++) {
                 read_row(&w, r, row);
                 bad += fabsf(y[0][r] - row[k]) > (type >= Q8 ? 1e-6f : 0) * fabsf(row[k]);

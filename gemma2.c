@@ -1015,9 +1015,10 @@ INLINE uint16_t *pairs_row(const struct input *in, size_t t)
 /* What a kernel of floats reads: lines of 16 numbers.  A line is an input of a tile (its
  * lanes are rows), a dimension of 16 keys (its lanes are keys), or 16 dimensions of a value.
  * Strips of lines lie strip_bytes apart: tiles, groups of keys, the parts of a value. */
+enum line_type { LINES_F32, LINES_F16, LINES_BF16, LINES_PAIRS };
 struct lines {
     const uint8_t *data;
-    enum { LINES_F32, LINES_F16, LINES_BF16, LINES_PAIRS } type;
+    enum line_type type;
     int n_lines, n_strips;
     ptrdiff_t strip_bytes;
     size_t line_bytes; /* from a line to the next one; with bf16 from two lines to the next two */
@@ -1141,7 +1142,8 @@ INLINE float line_number(const struct lines *l, int strip, int k, int lane)
         return ((const float *)(data + (size_t)k * l->line_bytes))[lane];
     if (l->type == LINES_F16)
         return from_half(((const uint16_t *)(data + (size_t)k * l->line_bytes))[lane]);
-    return from_bf16(((const uint16_t *)(data + (size_t)(k / 2) * l->line_bytes))[2 * lane + k % 2]);
+    data += (size_t)(k / 2) * l->line_bytes;
+    return from_bf16(((const uint16_t *)data)[2 * lane + k % 2]);
 }
 
 /* y = fused(x * number + y), lines ascending. */
@@ -2115,7 +2117,8 @@ struct partial {
 /* The cache of one kv head in one layer. */
 struct kv_head {
     const uint8_t *keys, *values;
-    int type, bytes; /* of a number: LINES_F32 or LINES_F16, 4 or 2 */
+    enum line_type type;
+    int bytes;       /* of a number */
     int groups;      /* R / 16 */
     int head_dim, width;
     float cap;
@@ -5542,11 +5545,11 @@ INLINE int at_once(int left, int most)
     return most;
 }
 
-typedef void lines_fn(const int type, const int n, const int strips, const struct lines *l,
+typedef void lines_fn(enum line_type type, const int n, const int strips, const struct lines *l,
                       const float *x, size_t ldx, float *y, size_t ldy);
 
 /* n rows, at most `most` sums of lines at once. */
-INLINE void lines_by_strips(lines_fn *kernel, const int most, const int type, const int n,
+INLINE void lines_by_strips(lines_fn *kernel, const int most, enum line_type type, const int n,
                             const struct lines *l, const float *x, size_t ldx, float *y,
                             size_t ldy)
 {
@@ -5566,7 +5569,7 @@ INLINE void lines_by_strips(lines_fn *kernel, const int most, const int type, co
     }
 }
 
-INLINE void lines_by_rows(lines_fn *kernel, const int most, const int type,
+INLINE void lines_by_rows(lines_fn *kernel, const int most, enum line_type type,
                           const struct lines *l, const float *x, size_t ldx, int n, float *y,
                           size_t ldy)
 {
@@ -5714,7 +5717,7 @@ struct panel_block {
 ELEMENT_WISE(avx2, AVX2)
 
 /* 8 numbers of a line as floats; of bf16 those of the odd line of two or the one before. */
-AVX2 INLINE __m256 line_avx2(const int type, int odd, const uint8_t *line, int half)
+AVX2 INLINE __m256 line_avx2(enum line_type type, int odd, const uint8_t *line, int half)
 {
     if (type == LINES_F16)
         return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(line + half * 16)));
@@ -5726,7 +5729,7 @@ AVX2 INLINE __m256 line_avx2(const int type, int odd, const uint8_t *line, int h
 }
 
 /* Line k of the strips into acc[row][strip][half]. */
-AVX2 INLINE void add_line_avx2(const int type, int odd, const int n, const int strips,
+AVX2 INLINE void add_line_avx2(enum line_type type, int odd, const int n, const int strips,
                                const struct lines *l, int k, const float *x, size_t ldx,
                                __m256 acc[4][4][2])
 {
@@ -5743,8 +5746,9 @@ AVX2 INLINE void add_line_avx2(const int type, int odd, const int n, const int s
     }
 }
 
-AVX2 INLINE void lines_avx2(const int type, const int n, const int strips, const struct lines *l,
-                            const float *x, size_t ldx, float *y, size_t ldy)
+AVX2 INLINE void lines_avx2(enum line_type type, const int n, const int strips,
+                            const struct lines *l, const float *x, size_t ldx, float *y,
+                            size_t ldy)
 {
     __m256 acc[4][4][2];
     for (int j = 0; j < n; j++)
@@ -6013,18 +6017,19 @@ AVX2 static void panel_avxvnni(const struct tiles *w, const struct input *in, si
 ELEMENT_WISE(avx512, AVX512)
 
 /* A line as floats, of bf16 the odd one of two or the one before; pairs as they are. */
-AVX512 INLINE __m512 line_avx512(const int type, int odd, const uint8_t *line)
+AVX512 INLINE __m512 line_avx512(enum line_type type, int odd, const uint8_t *line)
 {
     if (type == LINES_F16)
         return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)line));
     __m512i w = _mm512_loadu_si512(line);
     if (type == LINES_BF16)
-        w = odd ? _mm512_and_si512(w, _mm512_set1_epi32((int)0xffff0000)) : _mm512_slli_epi32(w, 16);
+        w = odd ? _mm512_and_si512(w, _mm512_set1_epi32((int)0xffff0000))
+                : _mm512_slli_epi32(w, 16);
     return _mm512_castsi512_ps(w);
 }
 
 /* acc + w * x, of bf16 pairs acc + w.low * x.low + w.high * x.high. */
-AVX512 INLINE __m512 fused_avx512(const int type, __m512 acc, __m512 w, __m512 x)
+AVX512 INLINE __m512 fused_avx512(enum line_type type, __m512 acc, __m512 w, __m512 x)
 {
 #ifdef HAVE_AVX512BF16
     if (type == LINES_PAIRS) {
@@ -6037,7 +6042,7 @@ AVX512 INLINE __m512 fused_avx512(const int type, __m512 acc, __m512 w, __m512 x
 }
 
 /* Line k of the strips into acc[row][strip]. */
-AVX512 INLINE void add_line_avx512(const int type, int odd, const int n, const int strips,
+AVX512 INLINE void add_line_avx512(enum line_type type, int odd, const int n, const int strips,
                                    const struct lines *l, int k, const float *x, size_t ldx,
                                    __m512 acc[8][8])
 {
@@ -6052,7 +6057,7 @@ AVX512 INLINE void add_line_avx512(const int type, int odd, const int n, const i
     }
 }
 
-AVX512 INLINE void lines_avx512(const int type, const int n, const int strips,
+AVX512 INLINE void lines_avx512(enum line_type type, const int n, const int strips,
                                 const struct lines *l, const float *x, size_t ldx, float *y,
                                 size_t ldy)
 {
@@ -6805,7 +6810,7 @@ static const struct kernels avx2_kernels = {"avx2", has_avx2, AVX2_ROW, .product
 enum { WIDENING, SDOT, SMMLA };
 
 /* 4 numbers of a line as floats; of bf16 those of the odd line of two or the one before. */
-INLINE float32x4_t line_neon(const int type, int odd, const uint8_t *line, int quarter)
+INLINE float32x4_t line_neon(enum line_type type, int odd, const uint8_t *line, int quarter)
 {
     if (type == LINES_F16)
         return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16((const uint16_t *)line + quarter * 4)));
@@ -6816,7 +6821,7 @@ INLINE float32x4_t line_neon(const int type, int odd, const uint8_t *line, int q
 }
 
 /* Line k of the strips into acc[row][strip][quarter]. */
-INLINE void add_line_neon(const int type, int odd, const int n, const int strips,
+INLINE void add_line_neon(enum line_type type, int odd, const int n, const int strips,
                           const struct lines *l, int k, const float *x, size_t ldx,
                           float32x4_t acc[4][4][4])
 {
@@ -6827,12 +6832,13 @@ INLINE void add_line_neon(const int type, int odd, const int n, const int strips
         for (int quarter = 0; quarter < 4; quarter++) {
             float32x4_t w = line_neon(type, odd, line, quarter);
             for (int j = 0; j < n; j++)
-                acc[j][i][quarter] = vfmaq_n_f32(acc[j][i][quarter], w, x[(size_t)j * ldx + (size_t)k]);
+                acc[j][i][quarter] = vfmaq_n_f32(acc[j][i][quarter], w,
+                                                 x[(size_t)j * ldx + (size_t)k]);
         }
     }
 }
 
-INLINE void lines_neon(const int type, const int n, const int strips, const struct lines *l,
+INLINE void lines_neon(enum line_type type, const int n, const int strips, const struct lines *l,
                        const float *x, size_t ldx, float *y, size_t ldy)
 {
     float32x4_t acc[4][4][4];
@@ -7063,7 +7069,8 @@ INLINE void tile_neon(const int sums, const uint32_t type, const int n, const st
     }
     for (int j = 0; j < n; j++)
         for (int i = 0; i < 4; i++)
-            vst1q_f32(y + j * TILE + i * 4, vmulq_f32(acc[j][i], vld1q_f32((const float *)tile + i * 4)));
+            vst1q_f32(y + j * TILE + i * 4,
+                      vmulq_f32(acc[j][i], vld1q_f32((const float *)tile + i * 4)));
 }
 
 static void product_neon(const struct tiles *w, const struct input *in, size_t t, int n, float *y)

@@ -396,7 +396,7 @@ static void row_vectors(const struct kernels *row)
 }
 
 /* Lines of a type, in strips with gaps between them, that mean nothing but numbers. */
-static void *random_lines(struct lines *l, int type, int n_lines, int n_strips)
+static void *random_lines(struct lines *l, enum line_type type, int n_lines, int n_strips)
 {
     size_t bytes = type == LINES_F16 ? 2 : 4, gap = below(2) * 64;
     size_t used = (size_t)(n_lines + 1) * TILE * bytes + gap;
@@ -409,12 +409,13 @@ static void *random_lines(struct lines *l, int type, int n_lines, int n_strips)
     for (size_t i = 0; i < used * (size_t)n_strips && type == LINES_BF16; i += 4)
         set_u16(data + i, bits_of(x[i / 4]) >> 16); /* the low halves, too, are plain numbers */
     free(x);
-    *l = (struct lines){data, (int)type, n_lines, n_strips, (ptrdiff_t)used, TILE * bytes, 0, 1,
+    *l = (struct lines){data, type, n_lines, n_strips, (ptrdiff_t)used, TILE * bytes, 0, 1,
                         (int)below(2), 0};
     return data;
 }
 
-static int lines_differ(const struct kernels *row, int type, int n, int n_lines, int n_strips)
+static int lines_differ(const struct kernels *row, enum line_type type, int n, int n_lines,
+                        int n_strips)
 {
     struct lines l;
     void *data = random_lines(&l, type, n_lines, n_strips);
@@ -429,7 +430,7 @@ static int lines_differ(const struct kernels *row, int type, int n, int n_lines,
 
 static void row_lines(const struct kernels *row)
 {
-    static const struct { int type; const char *name; } line_types[] = {
+    static const struct { enum line_type type; const char *name; } line_types[] = {
         {LINES_F32, "f32"}, {LINES_F16, "f16"}, {LINES_BF16, "bf16"}};
     for (int i = 0; i < 3; i++) {
         int bad = 0;

@@ -505,6 +505,8 @@ static void plain_attend(const gemma2_session *s, int layer, int kv_head, int32_
             *x = cap > 0 ? cap * tanh_f32(*x * inverse) : *x;
             block_max = *x > block_max ? *x : block_max;
         }
+        if (cap > 0 && cap <= 60) /* exp and its sums are floats without a maximum */
+            block_max = 0;
         block_max = block_max == -INFINITY ? 0 : block_max; /* all NaN */
         for (int32_t p = from; p <= to; p++) {
             float weight = exp_f32(score[p - from] - block_max);
@@ -1028,7 +1030,7 @@ struct lines {
 };
 
 /* y[j][16 strip + lane] = sum of x[j][k] * line k of the strip [lane], for n rows j; k ascends,
- * and each product and sum round once together (fused_f32).  Of LINES_PAIRS, which only the
+ * and each product and sum round once together (add_product).  Of LINES_PAIRS, which only the
  * matrix class has, both x and the lines hold pairs of bf16, multiplied pair by pair. */
 typedef void add_lines_fn(const struct lines *lines, const float *x, size_t ldx, int n, float *y,
                           size_t ldy);
@@ -1108,6 +1110,12 @@ INLINE float from_half(uint16_t h)
     return float_of(sign | special | bits_of(magnitude));
 }
 
+/* Number i of a cache, of f16 or f32. */
+INLINE float cached(const void *p, size_t i, int is_f16)
+{
+    return is_f16 ? from_half(((const uint16_t *)p)[i]) : ((const float *)p)[i];
+}
+
 INLINE void to_half(const float *x, size_t n, uint16_t *y)
 {
     for (size_t i = 0; i < n; i++)
@@ -1116,21 +1124,21 @@ INLINE void to_half(const float *x, size_t n, uint16_t *y)
 
 /* ---- products ---- */
 
-/* a * b + c, rounded once.  Without such an instruction: a * b is exact in double; the sum,
+/* sum + a * b, rounded once.  Without such an instruction: a * b is exact in double; the sum,
  * where it is not exact, is moved to the neighbour with an odd last bit that lies towards
  * the exact value, and then rounds to float as the exact value does. */
-INLINE float fused_f32(float a, float b, float c)
+INLINE float add_product(float sum, float a, float b)
 {
 #ifdef __FP_FAST_FMAF
-    return __builtin_fmaf(a, b, c);
+    return __builtin_fmaf(a, b, sum);
 #else
-    double product = (double)a * b, sum = product + c, part = sum - product;
-    double error = (product - (sum - part)) + (c - part); /* sum + error is exact */
-    int64_t bits, towards = (error > 0) == (sum > 0) ? 1 : -1;
-    memcpy(&bits, &sum, sizeof bits);
+    double product = (double)a * b, y = product + sum, part = y - product;
+    double error = (product - (y - part)) + (sum - part); /* y + error is exact */
+    int64_t bits, towards = (error > 0) == (y > 0) ? 1 : -1;
+    memcpy(&bits, &y, sizeof bits);
     bits += (error > 0 || error < 0) && !(bits & 1) ? towards : 0;
-    memcpy(&sum, &bits, sizeof sum);
-    return (float)sum;
+    memcpy(&y, &bits, sizeof y);
+    return (float)y;
 #endif
 }
 
@@ -1146,7 +1154,7 @@ INLINE float line_number(const struct lines *l, int strip, int k, int lane)
     return from_bf16(((const uint16_t *)data)[2 * lane + k % 2]);
 }
 
-/* y = fused(x * number + y), lines ascending. */
+/* y = y + x * number, rounded once; lines ascend. */
 static void add_lines(const struct lines *l, const float *x, size_t ldx, int n, float *y,
                       size_t ldy)
 {
@@ -1158,15 +1166,15 @@ static void add_lines(const struct lines *l, const float *x, size_t ldx, int n, 
             for (int j = 0; j < n; j++) {
                 float *to = y + (size_t)j * ldy + strip * TILE;
                 for (int r = 0; r < TILE; r++)
-                    to[r] = fused_f32(x[(size_t)j * ldx + (size_t)k], line[r],
-                                      k || l->go_on ? to[r] : 0);
+                    to[r] = add_product(k || l->go_on ? to[r] : 0, line[r],
+                                        x[(size_t)j * ldx + (size_t)k]);
             }
         }
 }
 
 /* Quantised weights.  Per group of 32 inputs, ascending:
  *     sum = sum of v * q           an exact integer
- *     y   = fused(x_scale * float(s * sum) + y)
+ *     y   = y + x_scale * float(s * sum), rounded once
  * and in the end y = S * y. */
 static void product(const struct tiles *w, const struct input *in, size_t t, int n, float *y)
 {
@@ -1185,14 +1193,14 @@ static void product(const struct tiles *w, const struct input *in, size_t t, int
                 for (int r = 0; r < TILE; r++)
                     sum[r] += v[k][r] * q[k];
             for (int r = 0; r < TILE; r++)
-                y[i * TILE + r] = fused_f32(x_scale, (float)(s[r] * sum[r]), y[i * TILE + r]);
+                y[i * TILE + r] = add_product(y[i * TILE + r], x_scale, (float)(s[r] * sum[r]));
         }
     }
     for (int i = 0; i < n * TILE; i++)
         y[i] *= ((const float *)w->data[0])[i % TILE];
 }
 
-/* Weights of any type.  Floats are lines: y = fused(x * w + y), inputs ascending, from 0;
+/* Weights of any type.  Floats are lines, inputs ascending from 0;
  * with many tokens in steps of inputs that stay in the fastest cache. */
 static void multiply_tiles(const struct kernels *isa, const struct tiles *w,
                            const struct input *in, size_t t, int n, float *y)
@@ -1253,9 +1261,6 @@ INLINE void quantise(const float *x, uint32_t n, int8_t *q, float *scale, int32_
 }
 
 /* ---- exp and tanh: the engine's own, because libraries differ ---- */
-
-/* sum + a * b, as every kernel of floats rounds it. */
-INLINE float add_product(float sum, float a, float b) { return sum + a * b; }
 
 /* exp(x) within 1.1 units in the last place; 0 below -87.3, at least 2.4e38 above 88.4;
  * exp(0) = 1; NaN stays NaN.  exp(x) = 2^n exp(r) with r = x - n ln 2, |r| <= 0.3466. */
@@ -2095,7 +2100,7 @@ static void rotate_and_store_task(void *context, size_t t)
 /* ---- attention ----
  * Positions fall into absolute blocks of 256.  For a query, each block that it sees gives a
  * partial result: a maximum m, the sum of exp(score - m), and the sum o[H] of
- * exp(score - m) * value, fused, positions ascending, both from 0.  m is 0 where the soft-cap
+ * exp(score - m) * value, positions ascending, both from 0.  m is 0 where the soft-cap
  * keeps exp and its sums within floats, else the block's largest score.  Partial results merge
  * in ascending order, wherever and by whomever they were computed.
  *
@@ -5632,7 +5637,7 @@ INLINE void tile_by_type(tile_fn *kernel, const int how, const int most, const s
 struct panel_block;
 typedef void unpack_panel_fn(const int how, const uint32_t type, const struct tiles *w,
                              size_t block, struct panel_block *b);
-/* n tokens from t on against a block: y[token][tile][row] = fused(scale * float(s * sum) + y). */
+/* n tokens from t on against a block: y[token][tile][row] += scale * float(s * sum), rounded once. */
 typedef void panel_tokens_fn(const int how, const uint32_t type, const int n,
                              const struct panel_block *b, const struct input *in, size_t t,
                              size_t block, float (*y)[2][TILE]);
@@ -7011,7 +7016,7 @@ INLINE void group_sums_neon(const int sums, uint32_t type, const int n, const in
     }
 }
 
-/* fused(x_scale * float(s * sum) + acc).  Both factors of s * sum are exact floats, so the rounded
+/* acc + x_scale * float(s * sum), rounded once.  Both factors of s * sum are exact floats, so the rounded
  * float product is the rounded integer product. */
 INLINE float32x4_t add_group_neon(float32x4_t acc, float32x4_t s, int32x4_t sum, float x_scale)
 {

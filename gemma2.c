@@ -365,9 +365,11 @@ struct row { /* one token of a pass */
     int32_t position;
 };
 
-struct pace { /* seconds of a single step: of one thread [0], of the team [1]; 0: not known */
-    double seconds[2], since; /* seconds since the way last changed */
-    int is_team;              /* how the last step went */
+enum { FEW_ROWS = 8 };
+struct pace {          /* of passes of so many rows */
+    double seconds[2]; /* a pass of one thread, and of the team; 0: not known */
+    double since;      /* seconds since the way last changed */
+    int is_team;       /* the way of the last pass */
 };
 
 struct candidate { /* sampling */
@@ -387,7 +389,7 @@ struct gemma2_session {
     _Atomic int cancelled; /* see gemma2_cancel */
     int32_t *ids;           /* [n_context] */
     struct layer_cache *cache; /* [L] */
-    struct pace pace;
+    struct pace pace[FEW_ROWS];
     gemma2_hook *hook; /* or NULL */
     void *hook_context;
     /* scratch for a pass of n_batch rows */
@@ -2729,18 +2731,19 @@ static void run_pass(struct member *me, void *context)
 }
 
 /* Another program may hold a processor that the team counts on, and one thread alone is then
- * faster than a team that waits for it.  So single steps are timed both ways.  The slower way
- * is tried again whenever as much time has passed as 128 such steps take; the team for the
- * first time after 5 ms. */
+ * faster than a team that waits for it.  So passes of few rows are timed both ways.  The slower
+ * way is tried again whenever as much time has passed as 128 such passes take; for the first
+ * time the team is tried after 5 ms, and the lone thread after 16 passes. */
 static int next_way(const struct pace *p)
 {
     double other = p->seconds[!p->is_team];
-    if (p->since > (other > 0 ? 128 * other : 0.005))
+    double first = p->is_team ? 16 * p->seconds[1] : 0.005;
+    if (p->since > (other > 0 ? 128 * other : first))
         return !p->is_team;
     return other > 0 ? p->seconds[1] <= p->seconds[0] : p->is_team;
 }
 
-/* A mean of late steps, in which one slow step counts little. */
+/* A mean of late passes, in which a single slow one counts little. */
 static void note_pace(struct pace *p, int is_team, double seconds)
 {
     double *mean = &p->seconds[is_team];
@@ -2770,11 +2773,12 @@ static int evaluate(struct pass *p)
     gemma2_session *s = p->lead;
     s->status = GEMMA2_OK;
     int n_threads = useful_threads(s, p->n);
-    int is_team = n_threads > 1 && !is_reference(p) && (p->n > 8 || next_way(&s->pace));
+    struct pace *pace = p->n <= FEW_ROWS ? &s->pace[p->n - 1] : NULL;
+    int is_team = n_threads > 1 && !is_reference(p) && (!pace || next_way(pace));
     double start = clock_now();
     run_team(is_team ? n_threads : 1, run_pass, p);
-    if (p->n == 1 && n_threads > 1)
-        note_pace(&s->pace, is_team, clock_now() - start);
+    if (pace && n_threads > 1)
+        note_pace(pace, is_team, clock_now() - start);
     for (size_t t = 0; t < p->n && s->status < 0; t++)
         s->rows[t].session->position--;
     for (size_t t = 0; p->logprobs && t < p->n && s->status == GEMMA2_OK && s->targets[t] >= 0; t++)
@@ -3842,10 +3846,13 @@ int gemma2_session_plan(const gemma2_model *m, const gemma2_session_params *para
     return status < 0 ? status : place_session(&s, NULL, plan);
 }
 
-/* Frequencies of RoPE, theta^(-2i/H), rounded where transformers rounds them. */
+/* A large model begins with the team.  Frequencies of RoPE, theta^(-2i/H), are rounded where
+ * transformers rounds them. */
 static void start_session(gemma2_session *s)
 {
     int32_t h = s->model->config.head_dim;
+    for (int i = 0; i < FEW_ROWS; i++)
+        s->pace[i].is_team = s->model->config.file_bytes > 64 << 20;
     double log_theta = log_f64(s->model->config.rope_theta);
     for (int32_t i = 0; i < h / 2; i++) {
         float exponent = (float)(2 * i) / (float)h;

@@ -224,7 +224,8 @@ typedef struct {
     uint32_t struct_size;
     int32_t n_context;  /* positions; 0: as trained; more than that is allowed */
     int32_t n_batch;    /* rows of one pass, 1..4096; 0: 256, or the context if shorter */
-    int32_t n_threads;  /* 1..1024; 0: one a processor */
+    int32_t n_threads;  /* 1..1024; 0: one a processor that this process may use, by its
+                         * affinity mask and its control group's quota */
     int32_t window;     /* local layers' window, 1..W; 0: W */
     int32_t cache_type; /* GEMMA2_CACHE_*; auto: f32 for all-f32 weights, else f16 */
 } gemma2_session_params;

@@ -267,6 +267,9 @@ static void test_pace(void)
           "pace: %g, %g and %g seconds", idle, busy, again);
     note_pace(&p, p.is_team, 0.4);
     check(next_way(&p) == 1, "pace: one slow step changes nothing");
+    struct pace large = {{0, 0}, 0, 1};
+    check(team_steps(&large, 0.08, 0.045, &idle) > 980 && idle < 1.02 * 0.045 * 2000,
+          "pace: a large model, which begins with the team");
 }
 
 /* Phases of tasks in turn with phases of the calling thread alone. */

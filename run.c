@@ -1052,7 +1052,8 @@ static const kind BINARY = {"", 0, 0, "binary data", 0, 0}, PLAIN_TEXT = {"", 0,
 static const kind *kind_of(const char *bytes, size_t n)
 {
     for (size_t i = 0; i < sizeof KINDS / sizeof *KINDS; i++)
-        if (n >= KINDS[i].at + KINDS[i].n && !memcmp(bytes + KINDS[i].at, KINDS[i].bytes, KINDS[i].n))
+        if (n >= KINDS[i].at + KINDS[i].n &&
+            memcmp(bytes + KINDS[i].at, KINDS[i].bytes, KINDS[i].n) == 0)
             return KINDS + i;
     size_t odd = 0, zeros[2] = {0, 0}, length, most = n < HEAD_BYTES ? n : HEAD_BYTES;
     for (size_t i = 0; i < most; i += length) {
@@ -2188,7 +2189,8 @@ static void put_residual(void *context, const gemma2_activation *a)
 {
     tracer *t = context;
     if (strcmp(a->name, "residual") == 0 && a->layer == t->p->config->n_layers - 1)
-        memcpy(last_row(a), t->residuals + (size_t)t->lens_layer * a->cols, a->cols * sizeof(float));
+        memcpy(last_row(a), t->residuals + (size_t)t->lens_layer * a->cols,
+               a->cols * sizeof(float));
 }
 
 /* Bytes of weights that a step reads; of the embedding a row for each token. */
@@ -2304,8 +2306,9 @@ static int trace(program *p)
         free(ranked);
     }
     if (status == DONE && p->opts->trace_layer < 0)
-        put_format(&p->out, "step [tokens, values], of the last token norm and first values, weights "
-                   "read, time, formula\n(report: arXiv 2408.00118; code: gemma_pytorch, model.py)\n");
+        put_format(&p->out, "step [tokens, values], norm and first values of the last token, "
+                   "weights read, time, formula\n"
+                   "(report: arXiv 2408.00118; functions: gemma_pytorch, model.py)\n");
     if (status == DONE)
         status = traced_pass(&t, print_step, 0);
     free(t.residuals);

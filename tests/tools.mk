@@ -51,7 +51,7 @@ build/%_emulated: tests/%.c gemma2.c gemma2.h $(wildcard tests/*.h tests/unit/*)
 test-oracle: run
 	$(PYTHON) tests/oracle.py
 
-# Makes each change of tests/exercises.md; test_golden must see it.
+# Checks what tests/exercises.md says of its eight changes.
 test-exercises:
 	@$(PYTHON) tests/exercises.py
 

@@ -54,6 +54,9 @@
 #endif
 #if defined(__clang__)
 #pragma STDC FP_CONTRACT OFF
+#if __clang_major__ >= 12
+#pragma clang fp reassociate(off) /* for a host that includes this file under its own pragma */
+#endif
 #elif defined(__GNUC__)
 #pragma GCC optimize("fp-contract=off") /* for builds that forget the flag */
 #pragma GCC optimize("no-trapping-math") /* no value changes; comparisons become vectors */

@@ -39,8 +39,8 @@
  * SAME BITS.  Every sum below has one stated order.  In products of weights and in attention
  * each product rounds once together with the sum, everywhere else before it is added; exp and
  * tanh are this file's own.  The appendix repeats the same roundings, so all instruction sets,
- * thread counts and batch sizes give the same bits.  That needs a
- * compiler that does not contract a*b+c (-ffp-contract=off; the pragmas below stand in for
+ * thread counts and batch sizes give the same bits.  That needs a compiler that does not
+ * contract a*b+c (-ffp-contract=off; the pragmas below stand in for
  * a missing flag, not for a contrary one), does not reorder (no -ffast-math) and computes
  * floats as floats (no x87).  A build that breaks this does not compile, or opens no model. */
 

@@ -88,9 +88,10 @@ $(SHARED_LIB): build/gemma2.o
 # Installs programs, library, header, manual (PREFIX=, DESTDIR=).
 install: run lib
 	@for dir in $(bindir) $(libdir) $(includedir) $(pkgconfigdir) $(mandir)/man1 \
-		$(BASH_DIR) $(ZSH_DIR) $(FISH_DIR); do $(INSTALL) -d "$(DESTDIR)$$dir" || exit 1; done
+		$(BASH_DIR) $(ZSH_DIR) $(FISH_DIR) $(datarootdir)/gemma2; do $(INSTALL) -d "$(DESTDIR)$$dir" || exit 1; done
 	$(INSTALL_PROGRAM) run "$(DESTDIR)$(bindir)/gemma2"
 	$(INSTALL_PROGRAM) export.py "$(DESTDIR)$(bindir)/gemma2-export"
+	$(INSTALL_DATA) tokenizer.bin "$(DESTDIR)$(datarootdir)/gemma2/tokenizer.bin"
 	$(INSTALL_DATA) gemma2.h "$(DESTDIR)$(includedir)/gemma2.h"
 	$(INSTALL_DATA) build/libgemma2.a "$(DESTDIR)$(libdir)/libgemma2.a"
 	$(INSTALL_PROGRAM) $(SHARED_LIB) "$(DESTDIR)$(libdir)/$(firstword $(LIB_NAMES))"
@@ -110,8 +111,8 @@ install: run lib
 uninstall:
 	@for file in $(addprefix $(bindir)/,gemma2 gemma2-export) $(includedir)/gemma2.h $(pkgconfigdir)/gemma2.pc \
 		$(addprefix $(libdir)/,libgemma2.a $(LIB_NAMES)) $(mandir)/man1/gemma2.1 \
-		$(BASH_DIR)/gemma2 $(ZSH_DIR)/_gemma2 $(FISH_DIR)/gemma2.fish; do \
-		rm -f "$(DESTDIR)$$file" || exit 1; done
+		$(BASH_DIR)/gemma2 $(ZSH_DIR)/_gemma2 $(FISH_DIR)/gemma2.fish \
+		$(datarootdir)/gemma2/tokenizer.bin; do rm -f "$(DESTDIR)$$file" || exit 1; done
 
 # Removes what was built.
 clean:

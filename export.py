@@ -4796,8 +4796,11 @@ def find_tokenizer(given, reader, n_vocab):
     else:
         path, tokenizer = reader.tokenizer()
     if tokenizer is None and not given and n_vocab in (256000, 256128):
-        path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tokenizer.bin")
-        if os.path.isfile(path):
+        here = os.path.dirname(os.path.realpath(__file__))
+        path = next(filter(os.path.isfile, (
+            os.path.join(here, *place, "tokenizer.bin")
+            for place in ((), ("..", "share", "gemma2")))), None)  # as a checkout, as installed
+        if path:
             tokenizer = tokenizer_of_file(path)
             warn("the checkpoint brings no tokenizer; Gemma 2's own (tokenizer.bin) is used")
     if tokenizer is None:
@@ -5214,7 +5217,8 @@ def mark_turns(tokenizer, facts):
     pieces = re.compile("|".join(map(re.escape, sorted(ids, key=len, reverse=True))) or "(?!)")
     for text in facts.values():
         for found in pieces.findall(text):
-            tokenizer.kinds[ids[found]] = MARKER
+            if tokenizer.kinds[ids[found]] == USER:  # control pieces never come from text
+                tokenizer.kinds[ids[found]] = MARKER
     end = pieces.match(facts["chat.model.after"].lstrip())
     if end:
         tokenizer.stop_ids += (ids[end.group()],)

@@ -30,11 +30,11 @@ claim "all can read it" test -z "$(find "$D" ! -perm -444 -o -type d ! -perm -55
 files "$ROOT" >"$TMP/files"
 for file in bin/gemma2 bin/gemma2-export include/gemma2.h lib/libgemma2.a lib/pkgconfig/gemma2.pc \
     share/man/man1/gemma2.1 share/bash-completion/completions/gemma2 \
-    share/zsh/site-functions/_gemma2 share/fish/vendor_completions.d/gemma2.fish; do
+    share/zsh/site-functions/_gemma2 share/fish/vendor_completions.d/gemma2.fish share/gemma2/tokenizer.bin; do
     claim "$file" test -s "$ROOT/$file"
 done
-claim "12 files" test "$(wc -l <"$TMP/files")" -eq 12
-claim "no file outside" test "$(files "$D" | wc -l)" -eq 12
+claim "13 files" test "$(wc -l <"$TMP/files")" -eq 13
+claim "no file outside" test "$(files "$D" | wc -l)" -eq 13
 claim "the converter runs" sh -c "'$ROOT/bin/gemma2-export' --help | grep -q 'usage: gemma2-export'"
 claim "the header is this one" cmp gemma2.h "$ROOT/include/gemma2.h"
 LIB=$ROOT/lib

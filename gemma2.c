@@ -1019,9 +1019,9 @@ INLINE uint16_t *pairs_row(const struct input *in, size_t t)
     return in->pairs + t / TILE * TILE * in->ldq + t % TILE * GROUP;
 }
 
-/* What a kernel of floats reads: lines of 16 numbers.  A line is an input of a tile (its
- * lanes are rows), a dimension of 16 keys (its lanes are keys), or 16 dimensions of a value.
- * Strips of lines lie strip_bytes apart: tiles, groups of keys, the parts of a value. */
+/* What a kernel of floats reads: lines of 16 numbers.  A line holds an input's weights in the 16
+ * rows of a tile, a dimension of 16 keys, or 16 dimensions of a value.  Strips of lines lie
+ * strip_bytes apart: tiles, groups of keys, the parts of a value. */
 enum line_type { LINES_F32, LINES_F16, LINES_BF16, LINES_PAIRS };
 struct lines {
     const uint8_t *data;
@@ -7132,8 +7132,7 @@ INLINE void unpack_panel_neon(const int sums, const uint32_t type, const struct 
         }
 }
 
-/* Four
- * tokens' inputs and a quarter's operands fill half the registers and are used four times
+/* Four tokens' inputs and a quarter's operands fill half the registers and are used four times
  * (SMMLA: twice, for twice the products) a load. */
 INLINE void panel_tokens_neon(const int sums, const uint32_t type, const int n,
                               const struct panel_block *b, const struct input *in, size_t t,

@@ -148,7 +148,7 @@ typedef struct {
     uint32_t read_into_memory; /* 0: map the file (default).  1: read it into memory with huge
                                 * pages: a tenth faster to decode, slower to open */
     uint32_t exact_prefill;    /* 1: gemma2_prefill returns the bits of gemma2_eval; no matrix
-                                * units, bf16 arithmetic or fused sums */
+                                * units or bf16 arithmetic */
 } gemma2_open_params;
 GEMMA2_API void gemma2_open_params_init(gemma2_open_params *params);
 
@@ -267,8 +267,8 @@ GEMMA2_API const int32_t *gemma2_history(const gemma2_session *session); /* ids 
  * is evaluated. */
 GEMMA2_API int gemma2_eval(gemma2_session *session, const int32_t *ids, size_t n,
                            float *logits);
-/* The same, faster, for prompts: inputs of products may be rounded to bf16 and sums fused.  So
- * the bits depend on the CPU, but not on threads or batches.  They stay as close to those of f32
+/* The same, faster, for prompts: where the CPU has units for bf16, inputs of products are rounded
+ * to it.  So the bits depend on the CPU, but not on threads or batches.  They stay as close to those of f32
  * weights and arithmetic: on the demo model q8's divergence from them, 0.00016 nats a token for
  * gemma2_eval, grows by at most 5 %, and bf16 weights stay below a fifth of it.  f32 weights, and
  * attention over an f32 cache, stay exact.  A long prompt may come in pieces, to show progress or

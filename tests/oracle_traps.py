@@ -127,30 +127,30 @@ def test_files(program, folder):
 
 SOURCES = [  # trap, pattern that stands once in gemma2.c, replacement, words of the failure
     ("1 no soft-cap of scores in the code",
-     r"    if \(kv->cap > 0\)\n        isa->soft_cap\(s, \(size_t\)n, kv->cap\);\n", "",
+     r"    if \(cap > 0\)\n        isa->soft_cap\(s, \(size_t\)n, cap\);\n", "",
      "attn of layer 0"),
     ("6 window off by one", r"row->position - window \+ 1\)", "row->position - window)",
      "attn of layer 0"),
     ("7 ring without room for a batch", r"slots = \(int64_t\)s->window \+ s->n_batch;",
      "slots = (int64_t)s->window;", "odd chunks: attn of layer 0"),
     ("7 ring wraps one group early",
-     r"slot_group = \(size_t\)\(\(base / TILE \+ g\) % kv->groups\)",
-     "slot_group = (size_t)((base / TILE + g) % (kv->groups > 1 ? kv->groups - 1 : 1))",
+     r"slot = \(from / TILE \+ g\) % kv->groups;",
+     "slot = (from / TILE + g) % (kv->groups > 1 ? kv->groups - 1 : 1);",
      "attn of layer 0"),
-    ("7 slots do not follow the ring", r"\(size_t\)\(position % cache->slots\)",
-     "(size_t)(position < cache->slots ? position : cache->slots - 1)", "attn of layer 0"),
+    ("7 slots do not follow the ring", r"slot = \(size_t\)\(position % c->slots\);\n(    return \(slot / TILE \* h)",
+     r"slot = (size_t)(position < c->slots ? position : c->slots - 1);\n\1", "attn of layer 0"),
     ("9 exact GELU", r"gate\[i\] = 0\.5f \* x \* \(1\.0f \+ tanh_f32\(inner\)\) \* up\[i\];",
      "(void)inner; gate[i] = 0.5f * x * (1.0f + (float)erf((double)x * 0.70710678118654752)) "
      "* up[i];",
      "geglu of layer 0"),
     ("10 angles in bf16",
-     r"float angle = \(float\)s->rows\[t\]\.position \* s->inverse_frequency\[i\];",
-     "float angle = (float)s->rows[t].position * s->inverse_frequency[i]; uint32_t bits; "
+     r"float angle = \(float\)row->position \* s->inverse_frequency\[i\];",
+     "float angle = (float)row->position * s->inverse_frequency[i]; uint32_t bits; "
      "memcpy(&bits, &angle, 4); bits = (bits + 0x8000) & 0xffff0000; memcpy(&angle, &bits, 4);",
      "q of layer 0"),
     ("10 positions in bf16",
-     r"float angle = \(float\)s->rows\[t\]\.position \* s->inverse_frequency\[i\];",
-     "float angle = (float)s->rows[t].position; uint32_t bits; memcpy(&bits, &angle, 4); "
+     r"float angle = \(float\)row->position \* s->inverse_frequency\[i\];",
+     "float angle = (float)row->position; uint32_t bits; memcpy(&bits, &angle, 4); "
      "bits = (bits + 0x8000) & 0xffff0000; memcpy(&angle, &bits, 4); "
      "angle *= s->inverse_frequency[i];", r"long, .*logits at position 2[59]"),
     ("11 norms scale by w", r"y\[i\] = x\[i\] \* scale \* \(1\.0f \+ w\[i\]\);",
@@ -159,8 +159,8 @@ SOURCES = [  # trap, pattern that stands once in gemma2.c, replacement, words of
     ("14 BOS twice", r"emit\(&e, m->config\.bos\);",
      "{ emit(&e, m->config.bos); emit(&e, m->config.bos); }", "BOS is not there once"),
     ("15 one stop id", r"i < m->config\.n_stop; i\+\+", "i < 1; i++", "stop ids"),
-    ("interleaved RoPE", r"float a = x\[i\], b = x\[i \+ half\];\n"
-     r"(\s*)x\[i\] = (.*)\n\s*x\[i \+ half\] = (.*)\n",
+    ("interleaved RoPE", r"float a = x\[i\], b = x\[i \+ n_pairs\];\n"
+     r"(\s*)x\[i\] = (.*)\n\s*x\[i \+ n_pairs\] = (.*)\n",
      r"float a = x[2 * i], b = x[2 * i + 1];\n\1x[2 * i] = \2\n\1x[2 * i + 1] = \3\n",
      "q of layer 0"),
 ]

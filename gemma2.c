@@ -1665,18 +1665,13 @@ static int default_threads(void)
     return min_i32(max_i32(n, 1), 1024);
 }
 
-/* ===================================================================================
- * 6. The model
- *
+/* ---- the cache and a session's memory: one function counts and places ----
  * Cache.  A layer keeps, for each kv head, R slots; position p lives in slot p % R.  R is
  * the context in a global layer; in a local one window + largest batch, so that the first
  * row of a batch still finds its window when the last one is stored.  Slots come in
  * groups of 16:
  *     keys   [R / 16][H][16 slots]     a dot product runs down H, 16 keys in the lanes
- *     values [R / 16][16 slots][H']    H' = H rounded up to 16, 16 dimensions in the lanes
- * =================================================================================== */
-
-/* ---- laying out a session: one function counts and places ---- */
+ *     values [R / 16][16 slots][H']    H' = H rounded up to 16, 16 dimensions in the lanes */
 
 struct arena {
     uint8_t *base; /* NULL: only count */
@@ -5647,7 +5642,8 @@ INLINE void tile_by_type(tile_fn *kernel, const int how, const int most, const s
 struct panel_block;
 typedef void unpack_panel_fn(const int how, const uint32_t type, const struct tiles *w,
                              size_t block, struct panel_block *b);
-/* n tokens from t on against a block: y[token][tile][row] += scale * float(s * sum), rounded once. */
+/* n tokens from t on against a block: y[token][tile][row] += scale * float(s * sum), rounded
+ * once. */
 typedef void panel_tokens_fn(const int how, const uint32_t type, const int n,
                              const struct panel_block *b, const struct input *in, size_t t,
                              size_t block, float (*y)[2][TILE]);
@@ -7026,8 +7022,8 @@ INLINE void group_sums_neon(const int sums, uint32_t type, const int n, const in
     }
 }
 
-/* acc + x_scale * float(s * sum), rounded once.  Both factors of s * sum are exact floats, so the rounded
- * float product is the rounded integer product. */
+/* acc + x_scale * float(s * sum), rounded once.  Both factors of s * sum are exact floats, so
+ * the rounded float product is the rounded integer product. */
 INLINE float32x4_t add_group_neon(float32x4_t acc, float32x4_t s, int32x4_t sum, float x_scale)
 {
     return vfmaq_n_f32(acc, vmulq_f32(s, vcvtq_f32_s32(sum)), x_scale);

@@ -268,11 +268,11 @@ GEMMA2_API const int32_t *gemma2_history(const gemma2_session *session); /* ids 
 GEMMA2_API int gemma2_eval(gemma2_session *session, const int32_t *ids, size_t n,
                            float *logits);
 /* The same, faster, for prompts: where the CPU has units for bf16, inputs of products are rounded
- * to it.  So the bits depend on the CPU, but not on threads or batches.  They stay as close to those of f32
- * weights and arithmetic: on the demo model q8's divergence from them, 0.00016 nats a token for
- * gemma2_eval, grows by at most 5 %, and bf16 weights stay below a fifth of it.  f32 weights, and
- * attention over an f32 cache, stay exact.  A long prompt may come in pieces, to show progress or
- * to be cancelled. */
+ * to it.  So the bits depend on the CPU, but not on threads or batches.  They stay as close to
+ * those of f32 weights and arithmetic: on the demo model q8's divergence from them, 0.00016 nats
+ * a token for gemma2_eval, grows by at most 5 %, and bf16 weights stay below a fifth of it.  f32
+ * weights, and attention over an f32 cache, stay exact.  A long prompt may come in pieces, to show
+ * progress or to be cancelled. */
 GEMMA2_API int gemma2_prefill(gemma2_session *session, const int32_t *ids, size_t n,
                               float *logits);
 

@@ -225,7 +225,8 @@ static gemma2_model *make_shape(const struct options *o)
                 o->shape, o->type, (double)size / 1e9, (double)free_memory() / 1e9);
         exit(1);
     }
-    void *p = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | (o->plan ? MAP_NORESERVE : 0), -1,
+    int flags = MAP_PRIVATE | MAP_ANONYMOUS | (o->plan ? MAP_NORESERVE : 0);
+    void *p = mmap(NULL, size, PROT_READ | PROT_WRITE, flags, -1,
                    0);
     if (p == MAP_FAILED)
         die("cannot map the weights");

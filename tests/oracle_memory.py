@@ -1,5 +1,5 @@
 """Memory of a conversion, for oracle.py: a model as wide as 27B, with an adapter of rank 64 on
-all its matrices, converts in well under the 4 GB that README promises for any Gemma 2.
+all its matrices, converts in less than the 400 MB that README promises for any Gemma 2.
 
 By hand, with two layers and all 256,000 rows, from any form, in a few minutes and up to 12 GB
 of disk and memory (what is measured is export.py alone):

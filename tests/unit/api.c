@@ -2,7 +2,8 @@
 
 static void test_strings(void)
 {
-    static const int codes[] = {1, GEMMA2_ERR_FOREIGN - 1, 1000, -1000, INT32_MAX, INT32_MIN, INT32_MIN + 1};
+    static const int codes[] = {1, GEMMA2_ERR_FOREIGN - 1, 1000, -1000, INT32_MAX, INT32_MIN,
+                                INT32_MIN + 1};
     char version[32];
     snprintf(version, sizeof version, "%d.%d.%d", GEMMA2_VERSION_MAJOR, GEMMA2_VERSION_MINOR,
              GEMMA2_VERSION_PATCH);

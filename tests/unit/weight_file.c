@@ -512,7 +512,8 @@ static void test_foreign(void)
         {"version https://git-lfs.github.com/spec/v1\n", 43, "LFS"},
         {"\x89GEMMA2\n", 8, "cut short"}, {"\x89GEMMA2\n\1\0\0\0", 12, "cut short"},
         {"\x89GEMMA", 6, "not a gemma2.c model"}, {"hello", 5, "not a gemma2.c model"},
-        {"x", 1, "not a gemma2.c model"}, {"\x80\2}q\0", 5, "PyTorch"}, {"\x89HDF\r\n\x1a\n", 8, "HDF5"},
+        {"x", 1, "not a gemma2.c model"}, {"\x80\2}q\0", 5, "PyTorch"},
+        {"\x89HDF\r\n\x1a\n", 8, "HDF5"},
         {"\x89GEMSES\n", 8, "saved session"}, {"\x89GEMMAI\n", 8, "importance"},
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)

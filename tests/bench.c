@@ -226,8 +226,7 @@ static gemma2_model *make_shape(const struct options *o)
         exit(1);
     }
     int flags = MAP_PRIVATE | MAP_ANONYMOUS | (o->plan ? MAP_NORESERVE : 0);
-    void *p = mmap(NULL, size, PROT_READ | PROT_WRITE, flags, -1,
-                   0);
+    void *p = mmap(NULL, size, PROT_READ | PROT_WRITE, flags, -1, 0);
     if (p == MAP_FAILED)
         die("cannot map the weights");
 #ifdef MADV_HUGEPAGE

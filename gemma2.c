@@ -6,11 +6,11 @@
  *   3 Kernels         the specification of every sum, in plain C
  *   4 The pass        sharing of work, cache, attention, feed-forward, layer, head
  *   5 Tokenizer       SentencePiece BPE, both ways
- *   6 Sampler         penalties, temperature, top-k, top-p, min-p, PCG32
+ *   6 Sampler         penalties, top-k, temperature, top-p, min-p, PCG32
  *   7 Public API      in the order of gemma2.h
  *   8 Back rooms      files, SHA-256, hostile headers, saved sessions, importance
  *   A Appendix        the kernels of section 3 again, faster: AVX2, AVX-512, AMX, NEON ..
- * Whoever stops reading at the appendix has understood everything.
+ * You can stop at the appendix: it makes section 3 faster, and prompts on some CPUs less exact.
  *
  * NOTATION (the Gemma 2 report, arXiv 2408.00118, and google-deepmind/gemma)
  *   T tokens of a pass   D model width   N query heads   K key/value heads   H head_dim
@@ -39,10 +39,11 @@
  * SAME BITS.  Every sum below has one stated order.  In products of weights and in attention
  * each product rounds once together with the sum, everywhere else before it is added; exp and
  * tanh are this file's own.  The appendix repeats the same roundings, so all instruction sets,
- * thread counts and batch sizes give the same bits.  That needs a compiler that does not
- * contract a*b+c (-ffp-contract=off; the pragmas below stand in for
- * a missing flag, not for a contrary one), does not reorder (no -ffast-math) and computes
- * floats as floats (no x87).  A build that breaks this does not compile, or opens no model. */
+ * thread counts and batch sizes give the same bits.  The one exception is the matrix class of
+ * section 3, which gemma2_prefill uses where a CPU has units for bf16.  Equal bits need a
+ * compiler that does not contract a*b+c (-ffp-contract=off; the pragmas below stand in for a
+ * missing flag, not for a contrary one), does not reorder (no -ffast-math) and computes floats
+ * as floats (no x87).  A build that breaks this does not compile, or opens no model. */
 
 #if (!defined(__GNUC__) && !defined(__clang__)) || defined(__cplusplus)
 #error "gemma2.c is written in GNU C11: compile it as C, with gcc or clang"
@@ -267,7 +268,8 @@ static int32_t max_i32(int32_t a, int32_t b) { return a > b ? a : b; }
  *   All three (config.py): V 256,000, context 8192, window 4096, RoPE's theta 10000, eps 1e-6,
  *   soft-caps 50 on scores and 30 on logits, no biases, one matrix for embedding and head.
  *   Layers 0, 2, 4 .. are local, 1, 3, 5 .. and so the last one global (config.py, attn_types).
- *   The file states all of this for each model (section 2); nothing below assumes it.
+ *   The file states all of these numbers for each model (section 2), and the code reads them
+ *   there.  What the code assumes is the diagram: GELU, no biases, a norm on both sides.
  *
  * What surprises those who know other transformers, and the function where it happens:
  *   every second layer sees 4096 keys only, itself included               plain_attention
@@ -510,7 +512,7 @@ static void plain_attend(const gemma2_session *s, int layer, int kv_head, int32_
             *x = cap > 0 ? cap * tanh_f32(*x * inverse) : *x;
             block_max = *x > block_max ? *x : block_max;
         }
-        if (cap > 0 && cap <= 60) /* exp and its sums are floats without a maximum */
+        if (cap > 0 && cap <= 60) /* exp cannot overflow, so no maximum is needed */
             block_max = 0;
         block_max = block_max == -INFINITY ? 0 : block_max; /* all NaN */
         for (int32_t p = from; p <= to; p++) {
@@ -846,6 +848,12 @@ static uint64_t dimension(const gemma2_config *c, char letter)
  *        q4 to the even nibble)
  *   type 0 bytes  no tensor
  *
+ * A new quantised format needs a line in this table and in types, its readers here (a value_..,
+ * scale_of, an unpacker, group_product), a case in tile_by_type and panel_by_type, and in each
+ * row of the appendix its operands, offsets and scales.  Chains of types there end with q4, so
+ * search for TYPE_Q6.  A new type of cache needs a line_type and a case in number_bytes, cached,
+ * store_head and the saved session.
+ *
  * S is finite.  Padded rows are never returned and padded inputs meet zero activations, so
  * neither matters; exporters write zero bytes there, and never the byte -128 in q8 values or
  * q6 scales (readers compute with it like with any other). */
@@ -984,7 +992,8 @@ static void read_row(const struct matrix *w, uint32_t r, float *y)
 /* ===================================================================================
  * 3. Kernels: the specification
  *
- * What these functions return, to the bit, is what every row of the appendix returns.
+ * What these functions return, to the bit, is what every row of the appendix returns, except
+ * in the matrix class (struct matrix_kernels).
  * Each operation rounds to float, to nearest even; sums run in the order written.
  * =================================================================================== */
 
@@ -1051,11 +1060,14 @@ struct tiles {
  * from t on: a product has one tile and n <= 8, a panel two tiles and n <= 256. */
 typedef void product_fn(const struct tiles *w, const struct input *in, size_t t, int n, float *y);
 
-/* The matrix class: what gemma2_prefill may use where a CPU has units for it.  Inputs of
- * products, attention weights and what attention reads from the cache are rounded to bf16, so
- * results differ from the exact class, and from one instruction set to another; but not
- * with the number of threads or with the way tokens are cut into batches.  f32 weights and
- * f32 caches never use it. */
+/* The matrix class: what gemma2_prefill uses where a CPU has units for bf16.
+ *   row avx512bf16   products of bf16 weights; q8, q6 and q4 stay exact
+ *   row amx          products of bf16, q8, q6 and q4 weights; s * value is rounded to bf16, too
+ *   both             attention over an f16 cache (cut_attention): keys, values and its weights
+ * Inputs are rounded to bf16 and sums have another order, so results differ from the exact class
+ * and between the two rows, but not with the number of threads or the way tokens are cut into
+ * batches.  f32 weights and f32 caches never use it.  choose_matrix decides when a model is
+ * opened: exact_prefill declines it. */
 struct matrix_kernels {
     uint32_t types;  /* bit t: panel multiplies weights of type t, for any number of rows */
     product_fn *panel;
@@ -1407,8 +1419,8 @@ static const struct kernels scalar_kernels = {
 
 static const struct kernels *select_kernels(struct errbuf *err); /* appendix */
 
-/* A row's matrix class, or what stands in for it where the system refuses its registers;
- * what it asks for the process keeps.  In the appendix. */
+/* A row's matrix class, or what stands in for it where the system refuses its registers.  A
+ * permission, once granted, stays with the process.  In the appendix. */
 static const struct matrix_kernels *permitted_matrix(const struct matrix_kernels *wanted);
 
 /* A running log-sum-exp over blocks of logits. */
@@ -1485,8 +1497,8 @@ static void cos_sin(double x, float *cosine, float *sine)
  * All threads of a pass run the same program, each on its own, with its own copy of what
  * the program remembers.  What changes memory of all happens in phases of tasks: share()
  * draws tasks from a common count until the phase has none left, and waits for those that
- * other threads still do.  Nobody waits for a thread that has no task: one that lost its
- * processor comes late, finds its share taken and runs on until it meets the others.
+ * other threads still do.  Within a pass nobody waits for a thread that has no task: a thread
+ * that lost its processor finds no tasks left and skips ahead until it catches up.
  * =================================================================================== */
 
 /* The floating-point environment the specification assumes: round to nearest even,
@@ -1737,10 +1749,13 @@ static void place_scratch(gemma2_session *s, struct arena *a)
     s->adjusted = take(a, v, sizeof(float));
 }
 
+/* Of one number of the cache. */
+static size_t number_bytes(const gemma2_session *s) { return s->is_f16 ? 2 : 4; }
+
 static size_t head_bytes(const gemma2_session *s, const struct layer_cache *c, int values)
 {
     size_t width = values ? (size_t)s->width : (size_t)s->model->config.head_dim;
-    return (size_t)c->slots * width * (s->is_f16 ? 2 : 4);
+    return (size_t)c->slots * width * number_bytes(s);
 }
 
 /* Returns the bytes of the cache alone. */
@@ -1756,7 +1771,7 @@ static size_t place_cache(gemma2_session *s, struct arena *a)
         layer.slots = (int32_t)round_up((size_t)slots, TILE);
         if (c->is_local[l])
             s->ring = layer.slots;
-        size_t a_slot = (size_t)c->n_kv_heads * (s->is_f16 ? 2 : 4);
+        size_t a_slot = (size_t)c->n_kv_heads * number_bytes(s);
         layer.keys = take(a, (size_t)layer.slots, a_slot * (size_t)c->head_dim);
         layer.values = take(a, (size_t)layer.slots, a_slot * (size_t)s->width);
         if (a->base)
@@ -1896,7 +1911,15 @@ struct product {
     size_t n_pairs, pairs_a_task;
 };
 
-/* In the class of the pass; the matrix class takes two tiles. */
+/* The way of a product, outputs [T][rows] of up to three W that read the same input:
+ *   multiply           cuts the rows of W into tasks
+ *   product_task       a run of pairs of tiles, each through multiply_pair
+ *   multiply_pair      two tiles for up to 256 rows of the pass, together (multiply_in_class) or
+ *                      one by one (multiply_tile), and stores what they give
+ *   multiply_in_class  the matrix class's panel, or multiply_tiles of section 3, which takes the
+ *                      kernel: isa->product for at most 8 rows, isa->panel for more, or
+ *                      isa->add_lines for f32 and bf16
+ * In the class of the pass; the matrix class takes two tiles. */
 static void multiply_in_class(const struct pass *p, const struct tiles *w,
                               const struct input *in, size_t t, int n, float *y)
 {
@@ -2135,7 +2158,7 @@ static struct kv_head kv_head_of(const gemma2_session *s, int layer, int head)
     const gemma2_config *config = &s->model->config;
     struct kv_head kv = {c->keys + (size_t)head * head_bytes(s, c, 0),
                          c->values + (size_t)head * head_bytes(s, c, 1),
-                         s->is_f16 ? LINES_F16 : LINES_F32, s->is_f16 ? 2 : 4, c->slots / TILE,
+                         s->is_f16 ? LINES_F16 : LINES_F32, (int)number_bytes(s), c->slots / TILE,
                          config->head_dim, s->width, config->attn_softcap};
     return kv;
 }
@@ -2577,7 +2600,7 @@ static void ask_task(void *context, size_t task)
             p->lead->status = GEMMA2_ERR_CANCELLED;
 }
 
-/* All threads get the same answer, or a late one that the others get further on. */
+/* All threads get the same answer.  A late thread may already see that of a later layer. */
 static int is_cancelled(struct pass *p)
 {
     share(p->me, 1, ask_task, p);
@@ -2741,7 +2764,7 @@ static int next_way(const struct pace *p)
     return other > 0 ? p->seconds[1] <= p->seconds[0] : p->is_team;
 }
 
-/* A mean of late passes, in which a single slow one counts little. */
+/* A running mean of recent passes, in which a single slow pass counts little. */
 static void note_pace(struct pace *p, int is_team, double seconds)
 {
     double *mean = &p->seconds[is_team];
@@ -2874,7 +2897,7 @@ static int compare_text(struct text a, struct text b)
     return order ? order : (a.n > b.n) - (a.n < b.n);
 }
 
-/* Equal pieces go by id, but those that no text finds come last. */
+/* Equal pieces go by id, but pieces that text can never match come last. */
 static int whole_before(const struct tokenizer *t, uint32_t a, uint32_t b)
 {
     int order = compare_text(piece_text(t, a), piece_text(t, b));
@@ -5235,7 +5258,7 @@ static int next_place(const gemma2_session *s, struct place *at)
 static uint8_t *slot_of(const gemma2_session *s, const struct place *at, size_t *step)
 {
     const struct layer_cache *c = &s->cache[at->layer];
-    size_t slot = (size_t)(at->position % c->slots), number = s->is_f16 ? 2 : 4;
+    size_t slot = (size_t)(at->position % c->slots), number = number_bytes(s);
     size_t h = (size_t)s->model->config.head_dim;
     uint8_t *base = (at->values ? c->values : c->keys) +
                     (size_t)at->head * head_bytes(s, c, at->values);
@@ -5246,7 +5269,7 @@ static uint8_t *slot_of(const gemma2_session *s, const struct place *at, size_t 
 
 static size_t place_bytes_saved(const gemma2_session *s)
 {
-    return (size_t)s->model->config.head_dim * (s->is_f16 ? 2 : 4);
+    return (size_t)s->model->config.head_dim * number_bytes(s);
 }
 
 static void save_place(const gemma2_session *s, const struct place *at, uint8_t *to)
@@ -5342,7 +5365,7 @@ static void clear_before_oldest(const gemma2_session *s)
 {
     const gemma2_config *c = &s->model->config;
     struct place at = {0, 1, 0, 0};
-    size_t step, bytes = (size_t)s->width * (s->is_f16 ? 2 : 4);
+    size_t step, bytes = (size_t)s->width * number_bytes(s);
     for (; at.layer < c->n_layers; at.layer++)
         for (at.head = 0; c->is_local[at.layer] && at.head < c->n_kv_heads; at.head++)
             for (at.position = s->oldest / TILE * TILE; at.position < s->oldest; at.position++)
@@ -6400,7 +6423,7 @@ struct tile_shapes { /* what LDTILECFG reads */
 
 /* Tile numbers are part of the instructions, hence macros; assembly, because compilers
  * declare too little of the memory that their own intrinsics read.  The tests bring these
- * six in C for CPUs without them (tests/emulate.h). */
+ * six in C, for CPUs without them (tests/emulate.h). */
 #ifndef GEMMA2_EMULATE
 #define tile_config(shapes) __asm__ volatile("ldtilecfg %0" : : "m"(*(shapes)))
 #define tile_release() __asm__ volatile("tilerelease")

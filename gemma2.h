@@ -102,9 +102,9 @@ extern "C" {
 #endif
 
 #define GEMMA2_VERSION_MAJOR 0
-#define GEMMA2_VERSION_MINOR 1
+#define GEMMA2_VERSION_MINOR 2
 #define GEMMA2_VERSION_PATCH 0
-#define GEMMA2_VERSION_STRING "0.1.0"
+#define GEMMA2_VERSION_STRING "0.2.0"
 #define GEMMA2_VERSION_NUMBER \
     (GEMMA2_VERSION_MAJOR * 10000 + GEMMA2_VERSION_MINOR * 100 + GEMMA2_VERSION_PATCH)
 
@@ -267,12 +267,12 @@ GEMMA2_API const int32_t *gemma2_history(const gemma2_session *session); /* ids 
  * is evaluated. */
 GEMMA2_API int gemma2_eval(gemma2_session *session, const int32_t *ids, size_t n,
                            float *logits);
-/* The same, faster, for prompts: where the CPU has units for bf16, inputs of products are rounded
- * to it.  So the bits depend on the CPU, but not on threads or batches.  They stay as close to
- * those of f32 weights and arithmetic: on the demo model q8's divergence from them, 0.00016 nats
- * a token for gemma2_eval, grows by at most 5 %, and bf16 weights stay below a fifth of it.  f32
- * weights, and attention over an f32 cache, stay exact.  A long prompt may come in pieces, to show
- * progress or to be cancelled. */
+/* The same, faster, for prompts: where the CPU has units for bf16, inputs of products and of
+ * attention may be rounded to it.  So the bits depend on the CPU, but not on threads or batches.
+ * Results stay about as close to f32 arithmetic as those of gemma2_eval: on the demo model q8's
+ * divergence, 0.00016 nats a token, grows by at most 5 %, and bf16 weights stay below a fifth of
+ * it.  f32 weights, and attention over an f32 cache, stay exact.  A long prompt may come in
+ * pieces, to show progress or to be cancelled. */
 GEMMA2_API int gemma2_prefill(gemma2_session *session, const int32_t *ids, size_t n,
                               float *logits);
 
@@ -342,7 +342,8 @@ GEMMA2_API int64_t gemma2_session_save(const gemma2_session *session, void *buff
 /* Makes the session continue where the saved one stood, with the same bits, on any instruction
  * set, context, batch and number of threads.  Logits are not saved: the next call evaluates a
  * token.  GEMMA2_ERR_FOREIGN where the bytes are no saved session, GEMMA2_ERR_CORRUPT where they
- * are a damaged one; GEMMA2_ERR_MISMATCH and GEMMA2_ERR_CONTEXT as for a copy. */
+ * are a damaged one, GEMMA2_ERR_MISMATCH where another version wrote them; that and
+ * GEMMA2_ERR_CONTEXT also as for a copy. */
 GEMMA2_API int gemma2_session_restore(gemma2_session *session, const void *data, size_t size);
 
 /* ---- Importance: how large the inputs of products are, for quantisation ----------- */
@@ -460,8 +461,8 @@ typedef struct {
     uint32_t struct_size;
     uint32_t n_bias;
     const gemma2_bias *bias;
-    int32_t penalty_last;      /* how many last tokens of the session penalties look at; 64.  Takes
-                                * the square of its time */
+    int32_t penalty_last;      /* how many last tokens of the session penalties look at; 64.  Cost
+                                * grows with its square */
     float repetition_penalty;  /* divides positive, multiplies negative logits; above 0, at most
                                 * 1e6; 1: off */
     float presence_penalty;    /* taken off once; -1e6..1e6; 0: off */

@@ -511,7 +511,7 @@ static const char *foreign_meaning(const char *argument)
     if (n < 2 || n > sizeof name - 3)
         return NULL;
     for (size_t i = 0; i < n; i++)
-        name[i + 1] = argument[i] == '_' ? '-' : argument[i];
+        name[i + 1] = (char)(argument[i] == '_' ? '-' : argument[i]);
     name[n + 1] = ' ';
     for (size_t i = 0; i < sizeof FOREIGN / sizeof *FOREIGN; i++)
         if (strstr(FOREIGN[i].names, name))
@@ -3092,12 +3092,12 @@ static int reader_left(int error) { return error == EPIPE; }
  * such limit. */
 static struct termios lines, keys;
 static volatile sig_atomic_t is_raw;
+static int can_mark_pastes; /* a terminal named dumb would show the request */
 
-/* The settings, and whether pastes are marked (bracketed paste, which TERM=dumb would show). */
+/* The settings, and whether pastes are marked (bracketed paste). */
 static void set_terminal(const struct termios *settings, int marks_pastes)
 {
-    const char *name = getenv("TERM");
-    if (name && strcmp(name, "dumb") != 0) {
+    if (can_mark_pastes) {
         ssize_t written = write(STDERR_FILENO, marks_pastes ? "\033[?2004h" : "\033[?2004l", 8);
         (void)written;
     }
@@ -3129,6 +3129,8 @@ static void on_suspend(int signal_number)
 static int terminal_raw(void)
 {
     struct sigaction suspend = {0};
+    const char *name = getenv("TERM");
+    can_mark_pastes = name && strcmp(name, "dumb") != 0;
     if (!isatty(STDERR_FILENO) || tcgetattr(STDIN_FILENO, &lines) != 0)
         return 0;
     keys = lines;

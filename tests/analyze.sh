@@ -8,14 +8,16 @@ mkdir -p $OUT
 
 # Of clang-tidy's groups: bugprone, cert, portability, performance, the analyzer.  Off are those
 # that ask for C11 Annex K, for a check of every fprintf, for another style (swappable
-# parameters, memcmp without != 0, paddings, reserved _DEFAULT_SOURCE), and the two that take a
-# product of small constants and indexes for one that could overflow int.
+# parameters, memcmp without != 0, paddings, reserved _DEFAULT_SOURCE), the two that take a
+# product of small constants and indexes for one that could overflow int, and parentheses around
+# what a macro declares.
 TIDY='-*,bugprone-*,cert-*,portability-*,performance-*,clang-analyzer-*'
 TIDY=$TIDY,-clang-analyzer-security.insecureAPI.DeprecatedOrUnsafeBufferHandling
 TIDY=$TIDY,-clang-analyzer-optin.performance.Padding,-bugprone-easily-swappable-parameters
 TIDY=$TIDY,-bugprone-suspicious-string-compare,-bugprone-reserved-identifier,-cert-dcl37-c
 TIDY=$TIDY,-cert-dcl51-cpp,-cert-err33-c,-bugprone-implicit-widening-of-multiplication-result
 TIDY=$TIDY,-bugprone-misplaced-widening-cast,-bugprone-not-null-terminated-result
+TIDY=$TIDY,-bugprone-macro-parentheses
 
 # run TOOL FILE COMMAND...: its findings as "TOOL FILE CHECK: the line's text"
 run() {

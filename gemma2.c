@@ -36,9 +36,9 @@
  *   x starts as embedding[id] * sqrt(D); after L layers final_norm, then the embedding
  *   again as output head, then logits = 30 tanh(logits / 30).
  *
- * SAME BITS.  Every sum below has one stated order.  In products of weights and in attention
- * each product rounds once together with the sum, everywhere else before it is added; exp and
- * tanh are this file's own.  The appendix repeats the same roundings, so all instruction sets,
+ * SAME BITS.  Every sum below has one stated order.  In products of weights and in the sums
+ * over keys and values each product rounds once together with the sum, everywhere else before
+ * it is added; exp and tanh are this file's own.  The appendix repeats the same roundings, so all instruction sets,
  * thread counts and batch sizes give the same bits.  The one exception is the matrix class of
  * section 3, which gemma2_prefill uses where a CPU has units for bf16.  Equal bits need a
  * compiler that does not contract a*b+c (-ffp-contract=off; the pragmas below stand in for a
@@ -848,9 +848,9 @@ static uint64_t dimension(const gemma2_config *c, char letter)
  *        q4 to the even nibble)
  *   type 0 bytes  no tensor
  *
- * A new quantised format needs a line in this table and in types, its readers here (a value_..,
- * scale_of, an unpacker, group_product), a case in tile_by_type and panel_by_type, and in each
- * row of the appendix its operands, offsets and scales.  Chains of types there end with q4, so
+ * A new quantised format needs a TYPE_, a line in this table and in types, its readers here (a
+ * value_.., scale_of, an unpacker, group_product), a case in tile_by_type, panel_by_type and
+ * AMX's panel, and in each row of the appendix its operands, offsets and scales.  Chains of types there end with q4, so
  * search for TYPE_Q6.  A new type of cache needs a line_type and a case in number_bytes, cached,
  * store_head and the saved session.
  *
@@ -1917,8 +1917,8 @@ struct product {
  *   multiply_pair      two tiles for up to 256 rows of the pass, together (multiply_in_class) or
  *                      one by one (multiply_tile), and stores what they give
  *   multiply_in_class  the matrix class's panel, or multiply_tiles of section 3, which takes the
- *                      kernel: isa->product for at most 8 rows, isa->panel for more, or
- *                      isa->add_lines for f32 and bf16
+ *                      kernel: isa->product for one tile and at most 8 rows, isa->panel for
+ *                      two tiles and up to 256, or isa->add_lines for f32 and bf16
  * In the class of the pass; the matrix class takes two tiles. */
 static void multiply_in_class(const struct pass *p, const struct tiles *w,
                               const struct input *in, size_t t, int n, float *y)
@@ -2834,8 +2834,8 @@ static int is_matchable(int kind)
     return kind == GEMMA2_PIECE_NORMAL || kind == GEMMA2_PIECE_USER || kind == GEMMA2_PIECE_MARKER;
 }
 
-/* Sets of kinds: what is found whole, before anything is merged, in a text, in a stranger's
- * text, and in a chat template. */
+/* Sets of kinds: what is found whole, before anything is merged, in a stranger's text, in any
+ * other text, and in a chat template. */
 enum {
     WHOLE_PLAIN = 1 << GEMMA2_PIECE_USER,
     WHOLE_TEXT = WHOLE_PLAIN | 1 << GEMMA2_PIECE_MARKER,

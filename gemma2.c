@@ -38,12 +38,13 @@
  *
  * SAME BITS.  Every sum below has one stated order.  In products of weights and in the sums
  * over keys and values each product rounds once together with the sum, everywhere else before
- * it is added; exp and tanh are this file's own.  The appendix repeats the same roundings, so all instruction sets,
- * thread counts and batch sizes give the same bits.  The one exception is the matrix class of
- * section 3, which gemma2_prefill uses where a CPU has units for bf16.  Equal bits need a
- * compiler that does not contract a*b+c (-ffp-contract=off; the pragmas below stand in for a
- * missing flag, not for a contrary one), does not reorder (no -ffast-math) and computes floats
- * as floats (no x87).  A build that breaks this does not compile, or opens no model. */
+ * it is added; exp and tanh are this file's own.  The appendix repeats the same roundings, so
+ * all instruction sets, thread counts and batch sizes give the same bits.  The one exception is
+ * the matrix class of section 3, which gemma2_prefill uses where a CPU has units for bf16.
+ * Equal bits need a compiler that does not contract a*b+c (-ffp-contract=off; the pragmas below
+ * stand in for a missing flag, not for a contrary one), does not reorder (no -ffast-math) and
+ * computes floats as floats (no x87).  A build that breaks this does not compile, or opens no
+ * model. */
 
 #if (!defined(__GNUC__) && !defined(__clang__)) || defined(__cplusplus)
 #error "gemma2.c is written in GNU C11: compile it as C, with gcc or clang"
@@ -850,9 +851,9 @@ static uint64_t dimension(const gemma2_config *c, char letter)
  *
  * A new quantised format needs a TYPE_, a line in this table and in types, its readers here (a
  * value_.., scale_of, an unpacker, group_product), a case in tile_by_type, panel_by_type and
- * AMX's panel, and in each row of the appendix its operands, offsets and scales.  Chains of types there end with q4, so
- * search for TYPE_Q6.  A new type of cache needs a line_type and a case in number_bytes, cached,
- * store_head and the saved session.
+ * AMX's panel, and in each row of the appendix its operands, offsets and scales.  Chains of
+ * types there end with q4, so search for TYPE_Q6.  A new type of cache needs a line_type and a
+ * case in number_bytes, cached, store_head and the saved session.
  *
  * S is finite.  Padded rows are never returned and padded inputs meet zero activations, so
  * neither matters; exporters write zero bytes there, and never the byte -128 in q8 values or

@@ -1750,7 +1750,7 @@ static void place_scratch(gemma2_session *s, struct arena *a)
     s->adjusted = take(a, v, sizeof(float));
 }
 
-/* Of one number of the cache. */
+/* Bytes of a number in the cache. */
 static size_t number_bytes(const gemma2_session *s) { return s->is_f16 ? 2 : 4; }
 
 static size_t head_bytes(const gemma2_session *s, const struct layer_cache *c, int values)
@@ -5500,7 +5500,7 @@ static void gather_task(void *context, size_t task)
         }
 }
 
-/* Where the input's columns begin among those of all inputs. */
+/* Where the input's columns begin among the columns of all inputs. */
 static uint64_t input_first(const gemma2_config *c, int layer, int input)
 {
     uint64_t first = 0;

@@ -383,22 +383,16 @@ struct candidate { /* sampling */
     int32_t id;
 };
 
-struct gemma2_session {
+/* What a pass needs beside sessions: threads, and scratch for n_batch rows. */
+struct gemma2_worker {
     const gemma2_model *model;
     void *owned; /* to free, or NULL */
-    int32_t n_context, n_batch, n_threads, window;
-    int is_f16;    /* the cache; else f32 */
-    int32_t width; /* H' */
-    int32_t position;      /* tokens held */
-    int32_t ring, oldest;  /* slots of a local layer; the first position they still hold */
-    int32_t pending;       /* rows of the pass being set up */
-    _Atomic int cancelled; /* see gemma2_cancel */
-    int32_t *ids;           /* [n_context] */
-    struct layer_cache *cache; /* [L] */
+    int32_t n_batch, n_threads, n_context;
+    gemma2_run *run; /* the host's threads; NULL: OpenMP's */
+    void *run_context;
     struct pace pace[FEW_ROWS];
     gemma2_hook *hook; /* or NULL */
     void *hook_context;
-    /* scratch for a pass of n_batch rows */
     _Atomic int status; /* of the pass */
     struct row *rows, **wanted; /* [B]; those whose logits the caller wants */
     float *x;                 /* [B][D] the residual stream */
@@ -422,6 +416,21 @@ struct gemma2_session {
     size_t ldq, partial_rows, partial_blocks;
 };
 
+struct gemma2_session {
+    const gemma2_model *model;
+    gemma2_worker *worker; /* one of its own, in the same block, or one that others share */
+    void *owned; /* to free, or NULL */
+    int32_t n_context, n_batch, window;
+    int is_f16;    /* the cache; else f32 */
+    int32_t width; /* H' */
+    int32_t position;      /* tokens held */
+    int32_t ring, oldest;  /* slots of a local layer; the first position they still hold */
+    int32_t pending;       /* rows of the pass being set up */
+    _Atomic int cancelled; /* see gemma2_cancel */
+    int32_t *ids;           /* [n_context] */
+    struct layer_cache *cache; /* [L] */
+};
+
 /* ---- the model in plain loops ----
  * One token through all layers, written to be read: GEMMA2_ISA=reference runs it.  It adds in
  * the order of section 3's specification and therefore gives the bits of the engine.  The
@@ -443,6 +452,7 @@ static void store_head(const gemma2_session *s, int layer, int head, int32_t pos
                        float *value); /* section 4 */
 
 struct pass;
+static gemma2_worker *worker_of(const struct pass *p);
 static int is_cancelled(struct pass *p);
 static void trace(const struct pass *p, const char *name, int layer, float *data, size_t rows,
                   size_t cols);
@@ -482,12 +492,12 @@ static void plain_product(const struct matrix *w, const float *x, float *y)
 }
 
 /* The pairs (i, i + H/2) of a head turn by position * theta^(-2i/H). */
-static void plain_rope(const gemma2_session *s, int32_t position, float scale, float *x)
+static void plain_rope(const gemma2_worker *work, int32_t position, float scale, float *x)
 {
-    int half = s->model->config.head_dim / 2;
+    int half = work->model->config.head_dim / 2;
     for (int i = 0; i < half; i++) {
         float a = x[i], b = x[i + half], cosine, sine;
-        cos_sin((float)position * s->inverse_frequency[i], &cosine, &sine);
+        cos_sin((float)position * work->inverse_frequency[i], &cosine, &sine);
         x[i] = (a * cosine - b * sine) * scale;
         x[i + half] = (b * cosine + a * sine) * scale;
     }
@@ -540,54 +550,56 @@ static void plain_attention(const struct pass *p, int layer, gemma2_session *s, 
 {
     const gemma2_config *c = &s->model->config;
     const struct layer *w = &s->model->layers[layer];
+    gemma2_worker *work = worker_of(p);
     int32_t first = c->is_local[layer] ? max_i32(0, position - s->window + 1) : 0;
     int h = c->head_dim, group = c->n_heads / c->n_kv_heads;
-    plain_norm(&w->attn_norm, c->rms_norm_eps, x, s->normed);
-    trace(p, "attn_norm", layer, s->normed, 1, w->q.cols);
-    plain_product(&w->q, s->normed, s->q);
-    plain_product(&w->k, s->normed, s->k);
-    plain_product(&w->v, s->normed, s->v);
+    plain_norm(&w->attn_norm, c->rms_norm_eps, x, work->normed);
+    trace(p, "attn_norm", layer, work->normed, 1, w->q.cols);
+    plain_product(&w->q, work->normed, work->q);
+    plain_product(&w->k, work->normed, work->k);
+    plain_product(&w->v, work->normed, work->v);
     for (int i = 0; i < c->n_heads; i++)
-        plain_rope(s, position, c->query_scale, s->q + i * h);
+        plain_rope(work, position, c->query_scale, work->q + i * h);
     for (int i = 0; i < c->n_kv_heads; i++) {
-        plain_rope(s, position, 1, s->k + i * h);
-        store_head(s, layer, i, position, s->k + i * h, s->v + i * h);
+        plain_rope(work, position, 1, work->k + i * h);
+        store_head(s, layer, i, position, work->k + i * h, work->v + i * h);
     }
-    trace(p, "q", layer, s->q, 1, w->q.rows);
-    trace(p, "k", layer, s->k, 1, w->k.rows);
-    trace(p, "v", layer, s->v, 1, w->v.rows);
+    trace(p, "q", layer, work->q, 1, w->q.rows);
+    trace(p, "k", layer, work->k, 1, w->k.rows);
+    trace(p, "v", layer, work->v, 1, w->v.rows);
     for (int i = 0; i < c->n_heads; i++)
-        plain_attend(s, layer, i / group, first, position, s->q + i * h, s->attended + i * h);
-    trace(p, "attn", layer, s->attended, 1, w->o.cols);
-    plain_product(&w->o, s->attended, s->added);
-    trace(p, "o", layer, s->added, 1, w->o.rows);
-    plain_norm(&w->post_attn_norm, c->rms_norm_eps, s->added, s->added);
-    trace(p, "post_attn_norm", layer, s->added, 1, w->o.rows);
+        plain_attend(s, layer, i / group, first, position, work->q + i * h, work->attended + i * h);
+    trace(p, "attn", layer, work->attended, 1, w->o.cols);
+    plain_product(&w->o, work->attended, work->added);
+    trace(p, "o", layer, work->added, 1, w->o.rows);
+    plain_norm(&w->post_attn_norm, c->rms_norm_eps, work->added, work->added);
+    trace(p, "post_attn_norm", layer, work->added, 1, w->o.rows);
     for (int i = 0; i < c->d_model; i++)
-        x[i] += s->added[i];
+        x[i] += work->added[i];
     trace(p, "attn_residual", layer, x, 1, w->o.rows);
 }
 
 /* x = x + post_ffn_norm(down(gelu(gate(y)) * up(y))), y = ffn_norm(x). */
-static void plain_feed_forward(const struct pass *p, int layer, gemma2_session *s, float *x)
+static void plain_feed_forward(const struct pass *p, int layer, float *x)
 {
-    const gemma2_config *c = &s->model->config;
-    const struct layer *w = &s->model->layers[layer];
-    plain_norm(&w->ffn_norm, c->rms_norm_eps, x, s->normed);
-    trace(p, "ffn_norm", layer, s->normed, 1, w->gate.cols);
-    plain_product(&w->gate, s->normed, s->gated);
-    plain_product(&w->up, s->normed, s->up);
+    gemma2_worker *work = worker_of(p);
+    const gemma2_config *c = &work->model->config;
+    const struct layer *w = &work->model->layers[layer];
+    plain_norm(&w->ffn_norm, c->rms_norm_eps, x, work->normed);
+    trace(p, "ffn_norm", layer, work->normed, 1, w->gate.cols);
+    plain_product(&w->gate, work->normed, work->gated);
+    plain_product(&w->up, work->normed, work->up);
     for (int i = 0; i < c->d_ffn; i++) {
-        float g = s->gated[i], inner = 0.797884561f * (g + 0.044715f * (g * g * g));
-        s->gated[i] = 0.5f * g * (1 + tanh_f32(inner)) * s->up[i];
+        float g = work->gated[i], inner = 0.797884561f * (g + 0.044715f * (g * g * g));
+        work->gated[i] = 0.5f * g * (1 + tanh_f32(inner)) * work->up[i];
     }
-    trace(p, "geglu", layer, s->gated, 1, w->gate.rows);
-    plain_product(&w->down, s->gated, s->added);
-    trace(p, "down", layer, s->added, 1, w->down.rows);
-    plain_norm(&w->post_ffn_norm, c->rms_norm_eps, s->added, s->added);
-    trace(p, "post_ffn_norm", layer, s->added, 1, w->down.rows);
+    trace(p, "geglu", layer, work->gated, 1, w->gate.rows);
+    plain_product(&w->down, work->gated, work->added);
+    trace(p, "down", layer, work->added, 1, w->down.rows);
+    plain_norm(&w->post_ffn_norm, c->rms_norm_eps, work->added, work->added);
+    trace(p, "post_ffn_norm", layer, work->added, 1, w->down.rows);
     for (int i = 0; i < c->d_model; i++)
-        x[i] += s->added[i];
+        x[i] += work->added[i];
     trace(p, "residual", layer, x, 1, w->down.rows);
 }
 
@@ -602,18 +614,19 @@ static void plain_forward(struct pass *p, gemma2_session *s, int32_t id, int32_t
     trace(p, "embedding", 0, x, 1, (size_t)c->d_model);
     for (int layer = 0; layer < c->n_layers && !is_cancelled(p); layer++) {
         plain_attention(p, layer, s, position, x);
-        plain_feed_forward(p, layer, s, x);
+        plain_feed_forward(p, layer, x);
     }
 }
 
 /* logits[V] = cap * tanh(head(final_norm(x)) / cap) */
-static void plain_head(const struct pass *p, gemma2_session *s, const float *x, float *logits)
+static void plain_head(const struct pass *p, const float *x, float *logits)
 {
-    const gemma2_config *c = &s->model->config;
+    gemma2_worker *work = worker_of(p);
+    const gemma2_config *c = &work->model->config;
     float cap = c->final_softcap, inverse = 1 / cap;
-    plain_norm(&s->model->final_norm, c->rms_norm_eps, x, s->normed);
-    trace(p, "final_norm", 0, s->normed, 1, s->model->head.cols);
-    plain_product(&s->model->head, s->normed, logits);
+    plain_norm(&work->model->final_norm, c->rms_norm_eps, x, work->normed);
+    trace(p, "final_norm", 0, work->normed, 1, work->model->head.cols);
+    plain_product(&work->model->head, work->normed, logits);
     for (int i = 0; i < c->n_vocab && cap > 0; i++)
         logits[i] = cap * tanh_f32(logits[i] * inverse);
 }
@@ -1556,9 +1569,15 @@ static void float_env_leave(float_env old) { fesetenv(&old); }
 
 typedef void task_fn(void *context, size_t task);
 
+struct member;
+typedef void program_fn(struct member *me, void *context);
+
 struct team {
     _Alignas(64) _Atomic size_t drawn; /* tasks given out, of all phases so far */
     _Alignas(64) _Atomic size_t done;  /* tasks finished */
+    program_fn *program;
+    void *context;
+    _Atomic int is_through; /* a thread has reached the program's end */
 };
 
 /* One thread's place in the program. */
@@ -1630,36 +1649,49 @@ static void await_caller(struct member *me)
         end_phase(me, 1);
 }
 
-typedef void program_fn(struct member *me, void *context);
-
-/* Runs the program on a team of up to n_threads; one thread never enters OpenMP. */
-static void run_team(int n_threads, program_fn *program, void *context)
+/* A thread of the team: OpenMP's or the host's. */
+static void join_team(void *argument, int32_t index)
 {
-#ifdef _OPENMP
-    if (n_threads > 1) {
-        struct team team = {0, 0};
-#pragma omp parallel num_threads(n_threads)
-        {
-            struct member me = {&team, omp_get_thread_num(), 0};
-            float_env env = float_env_enter();
-            program(&me, context);
-            float_env_leave(env);
-        }
+    struct team *team = argument;
+    struct member me = {team, index, 0};
+    float_env env = float_env_enter();
+    team->program(&me, team->context);
+    float_env_leave(env);
+    team->is_through = 1;
+}
+
+/* Runs the program on a team of up to n_threads; one thread never enters OpenMP.  No thread
+ * waits for one that has not come, so a host may run fewer than asked for, at any time and in
+ * any order.  If it runs none, the caller does all. */
+static void run_team(const gemma2_worker *work, int n_threads, program_fn *program, void *context)
+{
+    if (n_threads == 1) {
+        program(&(struct member){NULL, 0, 0}, context);
         return;
     }
+    struct team team = {.program = program, .context = context};
+    if (work->run)
+        work->run(work->run_context, n_threads, join_team, &team);
+    else {
+#ifdef _OPENMP
+#pragma omp parallel num_threads(n_threads)
+        join_team(&team, omp_get_thread_num());
 #endif
-    (void)n_threads;
-    program(&(struct member){NULL, 0, 0}, context);
+    }
+    if (!team.is_through)
+        join_team(&team, 0);
 }
 
 /* Seconds since some moment. */
 static double clock_now(void)
 {
-#ifdef _OPENMP
-    return omp_get_wtime();
+    struct timespec t = {0, 0};
+#ifdef HAVE_MMAP
+    clock_gettime(CLOCK_MONOTONIC, &t);
 #else
-    return 0;
+    timespec_get(&t, TIME_UTC);
 #endif
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
 static double processor_quota(const char *root); /* section 8 */
@@ -1669,8 +1701,12 @@ static double processor_quota(const char *root); /* section 8 */
 static int default_threads(void)
 {
     int n = 1;
-#ifdef _OPENMP
+#if defined(_OPENMP)
     n = omp_get_num_procs();
+#elif defined(HAVE_MMAP)
+    n = (int)sysconf(_SC_NPROCESSORS_ONLN);
+#elif defined(_WIN32)
+    n = (int)GetActiveProcessorCount(ALL_PROCESSOR_GROUPS);
 #endif
     double quota = n > 1 ? processor_quota("") : 0;
     if (quota > 0 && quota < n)
@@ -1678,7 +1714,7 @@ static int default_threads(void)
     return min_i32(max_i32(n, 1), 1024);
 }
 
-/* ---- the cache and a session's memory: one function counts and places ----
+/* ---- the cache, a session's memory and a worker's: one function counts and places ----
  * Cache.  A layer keeps, for each kv head, R slots; position p lives in slot p % R.  R is
  * the context in a global layer; in a local one window + largest batch, so that the first
  * row of a batch still finds its window when the last one is stored.  Slots come in
@@ -1708,46 +1744,48 @@ static void *take(struct arena *a, size_t n, size_t bytes)
 enum { SPLIT_ROWS = 4 }; /* rows whose attention may be split over blocks of positions */
 
 /* The floats of one block of one row's split attention: per query head max, sum, o[H']. */
-static size_t partial_floats(const gemma2_session *s)
+static size_t partial_floats(const gemma2_model *m)
 {
-    return (size_t)s->model->config.n_heads * ((size_t)s->width + TILE);
+    size_t width = round_up((size_t)m->config.head_dim, TILE);
+    return (size_t)m->config.n_heads * (width + TILE);
 }
 
-static void place_scratch(gemma2_session *s, struct arena *a)
+static void place_scratch(gemma2_worker *work, struct arena *a)
 {
-    const gemma2_config *c = &s->model->config;
-    size_t b = (size_t)s->n_batch, d = (size_t)c->d_model, heads = (size_t)dimension(c, 'q');
+    const gemma2_config *c = &work->model->config;
+    size_t b = (size_t)work->n_batch, d = (size_t)c->d_model, heads = (size_t)dimension(c, 'q');
     size_t f = (size_t)c->d_ffn, kv = (size_t)dimension(c, 'k'), v = (size_t)c->n_vocab;
     size_t widest = d > heads ? d : heads;
-    s->ldq = round_up(widest > f ? widest : f, BLOCK_INPUTS);
-    s->partial_rows = (size_t)min_i32(s->n_batch, SPLIT_ROWS);
-    s->rows = take(a, b, sizeof *s->rows);
-    s->wanted = take(a, b, sizeof *s->wanted);
-    s->x = take(a, b, d * sizeof(float));
-    s->normed = take(a, b, d * sizeof(float));
-    s->q = take(a, b, heads * sizeof(float));
-    s->k = take(a, b, kv * sizeof(float));
-    s->v = take(a, b, kv * sizeof(float));
-    s->attended = take(a, b, heads * sizeof(float));
-    s->gated = take(a, b, f * sizeof(float));
-    if (s->model->is_reference)
-        s->up = take(a, f, sizeof(float));
-    s->added = take(a, b, d * sizeof(float));
-    s->cosine = take(a, b * (size_t)c->head_dim / 2, sizeof(float));
-    s->sine = take(a, b * (size_t)c->head_dim / 2, sizeof(float));
-    s->inverse_frequency = take(a, (size_t)c->head_dim / 2, sizeof(float));
-    if (s->model->matrix)
-        s->in_pairs = take(a, round_up(b, TILE), s->ldq * sizeof *s->in_pairs);
-    s->in_q = take(a, b, s->ldq);
-    s->in_scale = take(a, b, s->ldq / GROUP * sizeof(float));
-    s->in_sum = take(a, b, s->ldq / GROUP * sizeof(int32_t));
-    s->sums = take(a, b, sizeof *s->sums);
-    s->targets = take(a, b, sizeof *s->targets);
-    s->partial_blocks = ((size_t)s->n_context + KEY_BLOCK - 1) / KEY_BLOCK + 1;
-    s->partial = take(a, s->partial_blocks, s->partial_rows * partial_floats(s) * sizeof(float));
+    work->ldq = round_up(widest > f ? widest : f, BLOCK_INPUTS);
+    work->partial_rows = (size_t)min_i32(work->n_batch, SPLIT_ROWS);
+    work->rows = take(a, b, sizeof *work->rows);
+    work->wanted = take(a, b, sizeof *work->wanted);
+    work->x = take(a, b, d * sizeof(float));
+    work->normed = take(a, b, d * sizeof(float));
+    work->q = take(a, b, heads * sizeof(float));
+    work->k = take(a, b, kv * sizeof(float));
+    work->v = take(a, b, kv * sizeof(float));
+    work->attended = take(a, b, heads * sizeof(float));
+    work->gated = take(a, b, f * sizeof(float));
+    if (work->model->is_reference)
+        work->up = take(a, f, sizeof(float));
+    work->added = take(a, b, d * sizeof(float));
+    work->cosine = take(a, b * (size_t)c->head_dim / 2, sizeof(float));
+    work->sine = take(a, b * (size_t)c->head_dim / 2, sizeof(float));
+    work->inverse_frequency = take(a, (size_t)c->head_dim / 2, sizeof(float));
+    if (work->model->matrix)
+        work->in_pairs = take(a, round_up(b, TILE), work->ldq * sizeof *work->in_pairs);
+    work->in_q = take(a, b, work->ldq);
+    work->in_scale = take(a, b, work->ldq / GROUP * sizeof(float));
+    work->in_sum = take(a, b, work->ldq / GROUP * sizeof(int32_t));
+    work->sums = take(a, b, sizeof *work->sums);
+    work->targets = take(a, b, sizeof *work->targets);
+    work->partial_blocks = ((size_t)work->n_context + KEY_BLOCK - 1) / KEY_BLOCK + 1;
+    work->partial = take(a, work->partial_blocks,
+                         work->partial_rows * partial_floats(work->model) * sizeof(float));
     size_t log_sums = b * HEAD_BLOCK * sizeof(float), sampling = v * sizeof(struct candidate);
-    s->candidates = take(a, log_sums > sampling ? log_sums : sampling, 1);
-    s->adjusted = take(a, v, sizeof(float));
+    work->candidates = take(a, log_sums > sampling ? log_sums : sampling, 1);
+    work->adjusted = take(a, v, sizeof(float));
 }
 
 /* Bytes of a number in the cache. */
@@ -1781,18 +1819,27 @@ static size_t place_cache(gemma2_session *s, struct arena *a)
     return a->used - before;
 }
 
-/* Lays out everything behind the session's own struct; base NULL: counts only. */
-static int place_session(gemma2_session *s, uint8_t *base, gemma2_plan *plan)
+/* Lays out a worker, or a session and the worker of its own, in one block, the structs first;
+ * base NULL: counts only.  A session that was given a worker has no other. */
+static int place_all(gemma2_session *s, gemma2_worker *work, uint8_t *base, gemma2_plan *plan)
 {
     struct arena a = {base, 0, 0};
-    take(&a, 1, sizeof *s);
-    s->cache = take(&a, (size_t)s->model->config.n_layers, sizeof *s->cache);
-    s->ids = take(&a, (size_t)s->n_context, sizeof *s->ids);
-    place_scratch(s, &a);
-    plan->cache = place_cache(s, &a);
+    *plan = (gemma2_plan){.weights = work->model->config.file_bytes};
+    if (s) {
+        take(&a, 1, sizeof *s);
+        s->cache = take(&a, (size_t)s->model->config.n_layers, sizeof *s->cache);
+        s->ids = take(&a, (size_t)s->n_context, sizeof *s->ids);
+    }
+    if (!s || !s->worker) {
+        gemma2_worker *own = take(&a, 1, sizeof *own);
+        place_scratch(work, &a);
+        if (s)
+            s->worker = own;
+    }
+    if (s)
+        plan->cache = place_cache(s, &a);
     plan->total = a.used;
     plan->scratch = plan->total - plan->cache;
-    plan->weights = s->model->config.file_bytes;
     return a.overflow ? GEMMA2_ERR_ARGUMENT : GEMMA2_OK;
 }
 
@@ -1807,7 +1854,31 @@ static int all_weights_f32(const gemma2_model *m)
 }
 
 /* Fills in the defaults and checks the ranges. */
-static int read_session_params(gemma2_session *s, const gemma2_model *m,
+static int read_worker_params(gemma2_worker *work, const gemma2_model *m,
+                              const gemma2_worker_params *given)
+{
+    gemma2_worker_params p;
+    gemma2_worker_params_init(&p);
+    if (given && !copy_params(&p, sizeof p, given, given->struct_size))
+        return GEMMA2_ERR_ARGUMENT;
+    memset(work, 0, sizeof *work);
+    work->model = m;
+    work->n_batch = p.n_batch ? p.n_batch : 256;
+    work->n_context = p.n_context ? p.n_context : m->config.n_context;
+    work->n_threads = p.n_threads ? p.n_threads : default_threads();
+#ifndef _OPENMP
+    work->n_threads = p.run || work->n_threads < 1 ? work->n_threads : 1;
+#endif
+    work->run = p.run;
+    work->run_context = p.run_context;
+    if (!m->config.n_layers || work->n_batch < 1 || work->n_batch > 4096 || work->n_threads < 1 ||
+        work->n_threads > 1024 || work->n_context < 1 || work->n_context > 1 << 30)
+        return GEMMA2_ERR_ARGUMENT;
+    return GEMMA2_OK;
+}
+
+/* The same for a session, and for the worker of its own if it is given none. */
+static int read_session_params(gemma2_session *s, gemma2_worker *work, const gemma2_model *m,
                                const gemma2_session_params *given)
 {
     gemma2_session_params p;
@@ -1817,18 +1888,20 @@ static int read_session_params(gemma2_session *s, const gemma2_model *m,
     const gemma2_config *c = &m->config;
     memset(s, 0, sizeof *s);
     s->model = m;
+    s->worker = p.worker;
     s->n_context = p.n_context ? p.n_context : c->n_context;
     s->n_batch = p.n_batch ? p.n_batch : min_i32(256, s->n_context);
-    s->n_threads = p.n_threads ? p.n_threads : default_threads();
     s->window = p.window ? p.window : c->window;
     s->is_f16 = p.cache_type ? p.cache_type == GEMMA2_CACHE_F16 : !all_weights_f32(m);
     s->width = (int32_t)round_up((size_t)c->head_dim, TILE);
     s->ring = INT32_MAX; /* no layer is local */
-    if (!c->n_layers || s->n_context < 1 || s->n_context > 1 << 30 || s->n_batch < 1 ||
-        s->n_batch > 4096 || s->n_threads < 1 || s->n_threads > 1024 || s->window < 1 ||
-        s->window > c->window || p.cache_type < 0 || p.cache_type > GEMMA2_CACHE_F16)
+    if (s->window < 1 || s->window > c->window || p.cache_type < 0 ||
+        p.cache_type > GEMMA2_CACHE_F16)
         return GEMMA2_ERR_ARGUMENT;
-    return GEMMA2_OK;
+    gemma2_worker_params own = {.struct_size = sizeof own, .n_batch = s->n_batch,
+                                .n_threads = p.n_threads, .n_context = s->n_context};
+    int status = read_worker_params(work, m, &own);
+    return status == GEMMA2_OK && p.worker && p.worker->model != m ? GEMMA2_ERR_MISMATCH : status;
 }
 
 /* ---- a pass: n rows through all layers ---- */
@@ -1836,36 +1909,39 @@ static int read_session_params(gemma2_session *s, const gemma2_model *m,
 /* Every thread has a copy of its own; what it points to is shared. */
 struct pass {
     const gemma2_model *model;
-    gemma2_session *lead; /* whose scratch and threads serve the pass */
-    size_t n, n_wanted;   /* rows; those of lead->wanted */
+    gemma2_worker *worker;
+    size_t n, n_wanted;   /* rows; those of worker->wanted */
     const struct matrix_kernels *matrix; /* NULL: the exact class */
-    float *logprobs;     /* [T] of lead->targets, or NULL */
+    float *logprobs;     /* [T] of worker->targets, or NULL */
     double *sums;        /* what gemma2_importance wants, or NULL ... */
     uint32_t block;      /* ... in blocks of so many inputs */
     int layer;
     struct member *me;
 };
 
+static gemma2_worker *worker_of(const struct pass *p) { return p->worker; }
+
 static void share_rows(struct pass *p, task_fn *task) { share(p->me, p->n, task, p); }
 
-/* Shows an activation [rows][cols] to the session's hook, by the thread that called. */
+/* Shows an activation [rows][cols] to the worker's hook, by the thread that called. */
 static void trace(const struct pass *p, const char *name, int layer, float *data, size_t rows,
                   size_t cols)
 {
-    const gemma2_session *s = p->lead;
-    if (!s->hook)
+    const gemma2_worker *work = p->worker;
+    if (!work->hook)
         return;
     if (p->me->index == 0) {
         gemma2_activation a = {name, layer, rows, cols, data};
-        s->hook(s->hook_context, &a);
+        work->hook(work->hook_context, &a);
     }
     await_caller(p->me);
 }
 
 static struct input input_of(const struct pass *p, float *x, size_t ldx)
 {
-    const gemma2_session *s = p->lead;
-    struct input in = {x, ldx, s->in_q, s->in_scale, s->in_sum, s->in_pairs, s->ldq};
+    const gemma2_worker *work = p->worker;
+    struct input in = {x,           ldx,            work->in_q, work->in_scale,
+                       work->in_sum, work->in_pairs, work->ldq};
     return in;
 }
 
@@ -2013,7 +2089,7 @@ static void multiply(const struct pass *p, struct product job)
     for (int i = 0; i < 3 && job.w[i] && !(i && job.gated); i++)
         job.n_pairs += count_pairs(&job, i);
     size_t most = (512 << 10) / (2 * job.w[0]->tile_bytes);
-    size_t fair = job.n_pairs / ((size_t)p->lead->n_threads * 4);
+    size_t fair = job.n_pairs / ((size_t)p->worker->n_threads * 4);
     job.pairs_a_task = most < fair ? most : fair;
     job.pairs_a_task += !job.pairs_a_task;
     share(p->me, (job.n_pairs + job.pairs_a_task - 1) / job.pairs_a_task, product_task, &job);
@@ -2105,13 +2181,13 @@ static void store_head(const gemma2_session *s, int layer, int head, int32_t pos
 static void rotate_and_store_task(void *context, size_t t)
 {
     const struct pass *p = context;
-    const gemma2_session *s = p->lead;
+    const gemma2_worker *work = p->worker;
     const gemma2_config *c = &p->model->config;
     size_t h = (size_t)c->head_dim, n_pairs = h / 2;
-    const float *cosine = s->cosine + t * n_pairs, *sine = s->sine + t * n_pairs;
-    float *q = s->q + t * (size_t)c->n_heads * h, *k = s->k + t * (size_t)c->n_kv_heads * h;
-    float *v = s->v + t * (size_t)c->n_kv_heads * h;
-    const struct row *row = &s->rows[t];
+    const float *cosine = work->cosine + t * n_pairs, *sine = work->sine + t * n_pairs;
+    float *q = work->q + t * (size_t)c->n_heads * h, *k = work->k + t * (size_t)c->n_kv_heads * h;
+    float *v = work->v + t * (size_t)c->n_kv_heads * h;
+    const struct row *row = &work->rows[t];
     for (int i = 0; i < c->n_heads; i++)
         rotate(q + (size_t)i * h, n_pairs, cosine, sine, c->query_scale);
     for (int i = 0; i < c->n_kv_heads; i++) {
@@ -2335,13 +2411,13 @@ static void attend_packed(struct attention *a, int32_t first, int32_t last)
  * position itself included (gemma_pytorch's mask; transformers sliding_window_overlay). */
 static struct query query_of(const struct pass *p, size_t t, int head)
 {
-    const gemma2_session *lead = p->lead;
-    const struct row *row = &lead->rows[t];
+    const gemma2_worker *work = p->worker;
+    const struct row *row = &work->rows[t];
     const gemma2_config *c = &p->model->config;
     size_t h = (size_t)c->head_dim;
     int32_t window = c->is_local[p->layer] ? row->session->window : row->position + 1;
-    struct query q = {lead->q + (t * (size_t)c->n_heads + (size_t)head) * h,
-                      lead->attended + (t * (size_t)c->n_heads + (size_t)head) * h,
+    struct query q = {work->q + (t * (size_t)c->n_heads + (size_t)head) * h,
+                      work->attended + (t * (size_t)c->n_heads + (size_t)head) * h,
                       max_i32(0, row->position - window + 1), row->position};
     return q;
 }
@@ -2358,9 +2434,10 @@ struct attention_job {
 /* Where a split job keeps query head `head` of row t after a block: max, sum, at TILE o[H']. */
 static float *partial_of(const struct attention_job *job, size_t t, int32_t block, int head)
 {
-    const gemma2_session *s = job->p->lead;
-    size_t at = (t * s->partial_blocks + (size_t)block) * partial_floats(s);
-    return s->partial + at + (size_t)head * ((size_t)s->width + TILE);
+    const gemma2_worker *work = job->p->worker;
+    size_t at = (t * work->partial_blocks + (size_t)block) * partial_floats(work->model);
+    size_t a_head = partial_floats(work->model) / (size_t)work->model->config.n_heads;
+    return work->partial + at + (size_t)head * a_head;
 }
 
 /* The queries of a that have been gathered: all they see, or one block of it. */
@@ -2400,8 +2477,8 @@ static void attend_task(void *context, size_t task)
     a.isa = p->model->isa, a.matrix = job->matrix, a.n = 0;
     for (size_t t = first; t < last; t++)
         for (int g = 0; g < group; g++) {
-            const gemma2_session *s = p->lead->rows[t].session;
-            int end = g + 1 == group && (t + 1 == last || p->lead->rows[t + 1].session != s);
+            const gemma2_session *s = p->worker->rows[t].session;
+            int end = g + 1 == group && (t + 1 == last || p->worker->rows[t + 1].session != s);
             struct query *q = &a.query[a.n++];
             *q = query_of(p, t, head * group + g);
             if (job->n_blocks)
@@ -2436,24 +2513,25 @@ static void merge_blocks_task(void *context, size_t task)
 static struct attention_job cut_attention(const struct pass *p)
 {
     const gemma2_config *c = &p->model->config;
-    const gemma2_session *lead = p->lead;
-    int group = c->n_heads / c->n_kv_heads, threads = lead->n_threads;
+    const gemma2_worker *work = p->worker;
+    int group = c->n_heads / c->n_kv_heads, threads = work->n_threads;
     int wanted = (int)(p->n * (size_t)c->n_kv_heads / (4 * (size_t)threads));
     struct attention_job job = {p, NULL, 0, INT32_MAX, 0};
-    if (p->matrix && lead->is_f16 && c->head_dim % GROUP == 0 && c->head_dim <= MAX_PACKED_HEAD)
+    if (p->matrix && work->rows[0].session->is_f16 && c->head_dim % GROUP == 0 &&
+        c->head_dim <= MAX_PACKED_HEAD)
         job.matrix = p->matrix;
     job.rows = (size_t)max_i32(1, min_i32(max_i32(wanted, MAX_QUERIES / group),
                                           MANY_QUERIES / group));
     size_t tasks = (p->n + job.rows - 1) / job.rows * (size_t)c->n_kv_heads;
-    if (job.matrix || threads == 1 || p->n > lead->partial_rows || tasks >= 4 * (size_t)threads)
+    if (job.matrix || threads == 1 || p->n > work->partial_rows || tasks >= 4 * (size_t)threads)
         return job;
     int32_t last_block = 0;
     for (size_t t = 0; t < p->n; t++) {
         job.first_block = min_i32(job.first_block, query_of(p, t, 0).first / KEY_BLOCK);
-        last_block = max_i32(last_block, lead->rows[t].position / KEY_BLOCK);
+        last_block = max_i32(last_block, work->rows[t].position / KEY_BLOCK);
     }
     int32_t n_blocks = last_block - job.first_block + 1;
-    if (n_blocks > 1 && (size_t)n_blocks <= lead->partial_blocks) /* another's may be longer */
+    if (n_blocks > 1 && (size_t)n_blocks <= work->partial_blocks) /* another's may be longer */
         job.n_blocks = n_blocks, job.rows = p->n;
     return job;
 }
@@ -2475,7 +2553,7 @@ static void attend_rows(struct pass *p)
 static void add_normed(const struct pass *p, const struct matrix *w, size_t t)
 {
     size_t d = w->rows;
-    float *x = p->lead->x + t * d, *added = p->lead->added + t * d;
+    float *x = p->worker->x + t * d, *added = p->worker->added + t * d;
     norm(p, w, added, added);
     for (size_t i = 0; i < d; i++)
         x[i] += added[i];
@@ -2486,15 +2564,15 @@ static void attention_enter_task(void *context, size_t t)
     const struct pass *p = context;
     const struct layer *w = &p->model->layers[p->layer];
     size_t at = t * w->q.cols;
-    norm(p, &w->attn_norm, p->lead->x + at, p->lead->normed + at);
-    prepare_row(p, p->lead->normed, t, (const struct matrix *[]){&w->q, &w->k, &w->v}, 3);
+    norm(p, &w->attn_norm, p->worker->x + at, p->worker->normed + at);
+    prepare_row(p, p->worker->normed, t, (const struct matrix *[]){&w->q, &w->k, &w->v}, 3);
 }
 
 static void prepare_attended_task(void *context, size_t t)
 {
     const struct pass *p = context;
     const struct matrix *w = &p->model->layers[p->layer].o;
-    prepare_row(p, p->lead->attended, t, &w, 1);
+    prepare_row(p, p->worker->attended, t, &w, 1);
 }
 
 static void attention_leave_task(void *context, size_t t)
@@ -2506,27 +2584,28 @@ static void attention_leave_task(void *context, size_t t)
 /* x = x + post_attn_norm(o(attend(q, k, v of attn_norm(x)))) */
 static void attention(struct pass *p)
 {
-    gemma2_session *s = p->lead;
+    gemma2_worker *work = p->worker;
     const struct layer *w = &p->model->layers[p->layer];
     uint32_t d = w->q.cols;
     share_rows(p, attention_enter_task);
-    trace(p, "attn_norm", p->layer, s->normed, p->n, d);
-    gather(p, p->layer, INPUT_Q, s->normed, d);
-    multiply(p, (struct product){.x = s->normed, .n = p->n, .w = {&w->q, &w->k, &w->v},
-                                 .y = {s->q, s->k, s->v}});
+    trace(p, "attn_norm", p->layer, work->normed, p->n, d);
+    gather(p, p->layer, INPUT_Q, work->normed, d);
+    multiply(p, (struct product){.x = work->normed, .n = p->n, .w = {&w->q, &w->k, &w->v},
+                                 .y = {work->q, work->k, work->v}});
     share_rows(p, rotate_and_store_task);
-    trace(p, "q", p->layer, s->q, p->n, w->q.rows);
-    trace(p, "k", p->layer, s->k, p->n, w->k.rows);
-    trace(p, "v", p->layer, s->v, p->n, w->v.rows);
+    trace(p, "q", p->layer, work->q, p->n, w->q.rows);
+    trace(p, "k", p->layer, work->k, p->n, w->k.rows);
+    trace(p, "v", p->layer, work->v, p->n, w->v.rows);
     attend_rows(p);
-    trace(p, "attn", p->layer, s->attended, p->n, w->o.cols);
-    gather(p, p->layer, INPUT_O, s->attended, w->o.cols);
+    trace(p, "attn", p->layer, work->attended, p->n, w->o.cols);
+    gather(p, p->layer, INPUT_O, work->attended, w->o.cols);
     share_rows(p, prepare_attended_task);
-    multiply(p, (struct product){.x = s->attended, .n = p->n, .w = {&w->o}, .y = {s->added}});
-    trace(p, "o", p->layer, s->added, p->n, d);
+    multiply(p, (struct product){.x = work->attended, .n = p->n, .w = {&w->o},
+                                 .y = {work->added}});
+    trace(p, "o", p->layer, work->added, p->n, d);
     share_rows(p, attention_leave_task);
-    trace(p, "post_attn_norm", p->layer, s->added, p->n, d);
-    trace(p, "attn_residual", p->layer, s->x, p->n, d);
+    trace(p, "post_attn_norm", p->layer, work->added, p->n, d);
+    trace(p, "attn_residual", p->layer, work->x, p->n, d);
 }
 
 static void ffn_enter_task(void *context, size_t t)
@@ -2534,15 +2613,15 @@ static void ffn_enter_task(void *context, size_t t)
     const struct pass *p = context;
     const struct layer *w = &p->model->layers[p->layer];
     size_t at = t * w->gate.cols;
-    norm(p, &w->ffn_norm, p->lead->x + at, p->lead->normed + at);
-    prepare_row(p, p->lead->normed, t, (const struct matrix *[]){&w->gate, &w->up}, 2);
+    norm(p, &w->ffn_norm, p->worker->x + at, p->worker->normed + at);
+    prepare_row(p, p->worker->normed, t, (const struct matrix *[]){&w->gate, &w->up}, 2);
 }
 
 static void prepare_gated_task(void *context, size_t t)
 {
     const struct pass *p = context;
     const struct matrix *w = &p->model->layers[p->layer].down;
-    prepare_row(p, p->lead->gated, t, &w, 1);
+    prepare_row(p, p->worker->gated, t, &w, 1);
 }
 
 static void ffn_leave_task(void *context, size_t t)
@@ -2554,22 +2633,22 @@ static void ffn_leave_task(void *context, size_t t)
 /* x = x + post_ffn_norm(down(gelu(gate(y)) * up(y))), y = ffn_norm(x) */
 static void feed_forward(struct pass *p)
 {
-    gemma2_session *s = p->lead;
+    gemma2_worker *work = p->worker;
     const struct layer *w = &p->model->layers[p->layer];
     uint32_t d = w->gate.cols, f = w->gate.rows;
     share_rows(p, ffn_enter_task);
-    trace(p, "ffn_norm", p->layer, s->normed, p->n, d);
-    gather(p, p->layer, INPUT_GATE, s->normed, d);
-    multiply(p, (struct product){.x = s->normed, .n = p->n, .w = {&w->gate, &w->up},
-                                 .y = {s->gated}, .gated = 1});
-    trace(p, "geglu", p->layer, s->gated, p->n, f);
-    gather(p, p->layer, INPUT_DOWN, s->gated, f);
+    trace(p, "ffn_norm", p->layer, work->normed, p->n, d);
+    gather(p, p->layer, INPUT_GATE, work->normed, d);
+    multiply(p, (struct product){.x = work->normed, .n = p->n, .w = {&w->gate, &w->up},
+                                 .y = {work->gated}, .gated = 1});
+    trace(p, "geglu", p->layer, work->gated, p->n, f);
+    gather(p, p->layer, INPUT_DOWN, work->gated, f);
     share_rows(p, prepare_gated_task);
-    multiply(p, (struct product){.x = s->gated, .n = p->n, .w = {&w->down}, .y = {s->added}});
-    trace(p, "down", p->layer, s->added, p->n, d);
+    multiply(p, (struct product){.x = work->gated, .n = p->n, .w = {&w->down}, .y = {work->added}});
+    trace(p, "down", p->layer, work->added, p->n, d);
     share_rows(p, ffn_leave_task);
-    trace(p, "post_ffn_norm", p->layer, s->added, p->n, d);
-    trace(p, "residual", p->layer, s->x, p->n, d);
+    trace(p, "post_ffn_norm", p->layer, work->added, p->n, d);
+    trace(p, "residual", p->layer, work->x, p->n, d);
 }
 
 /* x = embedding[id] * embedding_scale (the scale is sqrt(D) rounded to bf16, as in
@@ -2578,17 +2657,17 @@ static void feed_forward(struct pass *p)
 static void embed_task(void *context, size_t t)
 {
     const struct pass *p = context;
-    const gemma2_session *s = p->lead;
+    const gemma2_worker *work = p->worker;
     const gemma2_config *c = &p->model->config;
-    const struct row *row = &s->rows[t];
+    const struct row *row = &work->rows[t];
     size_t d = (size_t)c->d_model, n_pairs = (size_t)c->head_dim / 2;
-    float *x = s->x + t * d;
+    float *x = work->x + t * d;
     read_row(&p->model->embedding, (uint32_t)row->session->ids[row->position], x);
     for (size_t i = 0; i < d; i++)
         x[i] *= c->embedding_scale;
     for (size_t i = 0; i < n_pairs; i++) {
-        float angle = (float)row->position * s->inverse_frequency[i];
-        cos_sin(angle, s->cosine + t * n_pairs + i, s->sine + t * n_pairs + i);
+        float angle = (float)row->position * work->inverse_frequency[i];
+        cos_sin(angle, work->cosine + t * n_pairs + i, work->sine + t * n_pairs + i);
     }
 }
 
@@ -2597,32 +2676,32 @@ static void ask_task(void *context, size_t task)
 {
     const struct pass *p = context;
     for (size_t t = task; t < p->n; t++)
-        if (p->lead->rows[t].session->cancelled)
-            p->lead->status = GEMMA2_ERR_CANCELLED;
+        if (p->worker->rows[t].session->cancelled)
+            p->worker->status = GEMMA2_ERR_CANCELLED;
 }
 
 /* All threads get the same answer.  A late thread may already see that of a later layer. */
 static int is_cancelled(struct pass *p)
 {
     share(p->me, 1, ask_task, p);
-    return p->lead->status < 0;
+    return p->worker->status < 0;
 }
 
 static int is_reference(const struct pass *p) { return p->model->is_reference && !p->sums; }
 
-/* The residual stream of all rows, from embedding to last layer, in lead->x. */
+/* The residual stream of all rows, from embedding to last layer, in worker->x. */
 static int forward(struct pass *p)
 {
     if (is_reference(p)) {
         for (size_t t = 0; t < p->n; t++) {
-            const struct row *row = &p->lead->rows[t];
+            const struct row *row = &p->worker->rows[t];
             plain_forward(p, row->session, row->session->ids[row->position], row->position,
-                          p->lead->x + t * (size_t)p->model->config.d_model);
+                          p->worker->x + t * (size_t)p->model->config.d_model);
         }
         return !is_cancelled(p);
     }
     share_rows(p, embed_task);
-    trace(p, "embedding", 0, p->lead->x, p->n, (size_t)p->model->config.d_model);
+    trace(p, "embedding", 0, p->worker->x, p->n, (size_t)p->model->config.d_model);
     for (p->layer = 0; p->layer < p->model->config.n_layers; p->layer++) {
         if (is_cancelled(p))
             return 0;
@@ -2637,16 +2716,16 @@ static int forward(struct pass *p)
 /* Norms row t of the residual stream into row `to` of normed. */
 static void head_enter(const struct pass *p, size_t t, size_t to)
 {
-    gemma2_session *s = p->lead;
+    gemma2_worker *work = p->worker;
     const struct matrix *head = &p->model->head;
-    norm(p, &p->model->final_norm, s->x + t * head->cols, s->normed + to * head->cols);
-    prepare_row(p, s->normed, to, &head, 1);
+    norm(p, &p->model->final_norm, work->x + t * head->cols, work->normed + to * head->cols);
+    prepare_row(p, work->normed, to, &head, 1);
 }
 
 static void head_enter_task(void *context, size_t t)
 {
     const struct pass *p = context;
-    head_enter(p, (size_t)(p->lead->wanted[t] - p->lead->rows), t);
+    head_enter(p, (size_t)(p->worker->wanted[t] - p->worker->rows), t);
 }
 
 enum { CAP_CHUNK = 16384 };
@@ -2656,7 +2735,7 @@ static void cap_logits_task(void *context, size_t task)
     const struct pass *p = context;
     size_t v = (size_t)p->model->config.n_vocab, chunks = (v + CAP_CHUNK - 1) / CAP_CHUNK;
     size_t first = task % chunks * CAP_CHUNK, n = v - first < CAP_CHUNK ? v - first : CAP_CHUNK;
-    p->model->isa->soft_cap(p->lead->wanted[task / chunks]->logits + first, n,
+    p->model->isa->soft_cap(p->worker->wanted[task / chunks]->logits + first, n,
                             p->model->config.final_softcap);
 }
 
@@ -2664,24 +2743,24 @@ static void cap_logits_task(void *context, size_t task)
  * logits = cap * tanh(norm(x) E^T / cap). */
 static void head(struct pass *p)
 {
-    gemma2_session *s = p->lead;
+    gemma2_worker *work = p->worker;
     size_t n = p->n_wanted, v = (size_t)p->model->config.n_vocab;
     if (!n)
         return;
     if (is_reference(p))
         for (size_t i = 0; i < n; i++)
-            plain_head(p, s, s->x + (size_t)(s->wanted[i] - s->rows) * p->model->head.cols,
-                       s->wanted[i]->logits);
+            plain_head(p, work->x + (size_t)(work->wanted[i] - work->rows) * p->model->head.cols,
+                       work->wanted[i]->logits);
     else {
         share(p->me, n, head_enter_task, p);
-        trace(p, "final_norm", 0, s->normed, n, p->model->head.cols);
-        multiply(p, (struct product){.x = s->normed, .n = n, .w = {&p->model->head},
-                                     .to = s->wanted});
+        trace(p, "final_norm", 0, work->normed, n, p->model->head.cols);
+        multiply(p, (struct product){.x = work->normed, .n = n, .w = {&p->model->head},
+                                     .to = work->wanted});
         if (p->model->config.final_softcap > 0)
             share(p->me, n * ((v + CAP_CHUNK - 1) / CAP_CHUNK), cap_logits_task, p);
     }
     for (size_t i = 0; i < n; i++)
-        trace(p, "logits", (int)i, s->wanted[i]->logits, 1, v);
+        trace(p, "logits", (int)i, work->wanted[i]->logits, 1, v);
 }
 
 /* Log-probabilities of one target a row, without a row of logits: the head runs in blocks
@@ -2696,16 +2775,16 @@ static void score_enter_task(void *context, size_t t)
 {
     const struct pass *p = context;
     head_enter(p, t, t);
-    p->lead->sums[t] = (struct log_sum){-INFINITY, 0, 0};
+    p->worker->sums[t] = (struct log_sum){-INFINITY, 0, 0};
 }
 
 static void score_block_task(void *context, size_t t)
 {
     const struct score_job *job = context;
     const gemma2_model *m = job->pass->model;
-    struct log_sum *sum = &job->pass->lead->sums[t];
+    struct log_sum *sum = &job->pass->worker->sums[t];
     float *x = job->buf + t * job->n;
-    size_t target = (size_t)job->pass->lead->targets[t];
+    size_t target = (size_t)job->pass->worker->targets[t];
     if (m->config.final_softcap > 0)
         m->isa->soft_cap(x, job->n, m->config.final_softcap);
     if (target >= job->first && target < job->first + job->n)
@@ -2715,15 +2794,15 @@ static void score_block_task(void *context, size_t t)
 
 static void score_rows(struct pass *p)
 {
-    gemma2_session *s = p->lead;
-    struct score_job score = {p, 0, 0, (float *)s->candidates};
+    gemma2_worker *work = p->worker;
+    struct score_job score = {p, 0, 0, (float *)work->candidates};
     share_rows(p, score_enter_task);
     for (; score.first < p->model->head.rows && !is_cancelled(p); score.first += score.n) {
         struct matrix w = p->model->head;
         w.data += score.first / TILE * w.tile_bytes;
         w.rows = w.rows - score.first < HEAD_BLOCK ? w.rows - (uint32_t)score.first : HEAD_BLOCK;
         score.n = w.rows;
-        multiply(p, (struct product){.x = s->normed, .n = p->n, .w = {&w}, .y = {score.buf}});
+        multiply(p, (struct product){.x = work->normed, .n = p->n, .w = {&w}, .y = {score.buf}});
         share(p->me, p->n, score_block_task, &score);
     }
 }
@@ -2743,12 +2822,12 @@ static void run_pass(struct member *me, void *context)
     if (!forward(&p))
         return;
     head(&p);
-    p.n -= p.logprobs && p.lead->targets[p.n - 1] < 0;
+    p.n -= p.logprobs && p.worker->targets[p.n - 1] < 0;
     if (p.logprobs && p.n)
         score_rows(&p);
     if (p.sums) { /* the head's input, of every row */
         share_rows(&p, score_enter_task);
-        gather(&p, p.layer, INPUT_Q, p.lead->normed, p.model->head.cols);
+        gather(&p, p.layer, INPUT_Q, p.worker->normed, p.model->head.cols);
     }
 }
 
@@ -2782,30 +2861,32 @@ static void note_pace(struct pace *p, int is_team, double seconds)
  * for every 8 rows. */
 enum { BYTES_A_THREAD = 128 << 10 };
 
-static int useful_threads(const gemma2_session *s, size_t n)
+static int useful_threads(const gemma2_worker *work, size_t n)
 {
-    uint64_t useful = s->model->config.file_bytes / BYTES_A_THREAD * (1 + n / 8);
-    return useful < (uint64_t)s->n_threads ? (int)useful : s->n_threads;
+    uint64_t useful = work->model->config.file_bytes / BYTES_A_THREAD * (1 + n / 8);
+    return useful < (uint64_t)work->n_threads ? max_i32(1, (int32_t)useful) : work->n_threads;
 }
 
 /* Runs n rows.  If a session cancels the pass, its rows do not count: what they wrote to the
  * rings lies outside all windows. */
 static int evaluate(struct pass *p)
 {
-    gemma2_session *s = p->lead;
-    s->status = GEMMA2_OK;
-    int n_threads = useful_threads(s, p->n);
-    struct pace *pace = p->n <= FEW_ROWS ? &s->pace[p->n - 1] : NULL;
-    int is_team = n_threads > 1 && !is_reference(p) && (!pace || next_way(pace));
+    gemma2_worker *work = p->worker;
+    work->status = GEMMA2_OK;
+    int n_threads = useful_threads(work, p->n);
+    struct pace *pace = p->n <= FEW_ROWS ? &work->pace[p->n - 1] : NULL;
+    int is_team = n_threads > 1 && !is_reference(p) && !(work->hook && work->run) &&
+                  (!pace || next_way(pace));
     double start = clock_now();
-    run_team(is_team ? n_threads : 1, run_pass, p);
+    run_team(work, is_team ? n_threads : 1, run_pass, p);
     if (pace && n_threads > 1)
         note_pace(pace, is_team, clock_now() - start);
-    for (size_t t = 0; t < p->n && s->status < 0; t++)
-        s->rows[t].session->position--;
-    for (size_t t = 0; p->logprobs && t < p->n && s->status == GEMMA2_OK && s->targets[t] >= 0; t++)
-        p->logprobs[t] = log_sum_end(&s->sums[t]);
-    return s->status;
+    for (size_t t = 0; t < p->n && work->status < 0; t++)
+        work->rows[t].session->position--;
+    if (p->logprobs && work->status == GEMMA2_OK)
+        for (size_t t = 0; t < p->n && work->targets[t] >= 0; t++)
+            p->logprobs[t] = log_sum_end(&work->sums[t]);
+    return work->status;
 }
 
 /* ===================================================================================
@@ -3658,23 +3739,24 @@ static int sampler_is_sound(const gemma2_sampler *given)
 
 static int32_t sample(gemma2_session *s, gemma2_sampler *p, const float *logits)
 {
+    gemma2_worker *work = s->worker;
     size_t n = (size_t)s->model->config.n_vocab, k = (size_t)p->top_k;
     if (!all_finite(logits, n))
         return GEMMA2_ERR_NONFINITE;
     if (p->n_bias || p->repetition_penalty != 1 || p->presence_penalty != 0 ||
         p->frequency_penalty != 0) {
-        memcpy(s->adjusted, logits, n * sizeof *logits);
-        int status = adjust_logits(s, p, s->adjusted);
+        memcpy(work->adjusted, logits, n * sizeof *logits);
+        int status = adjust_logits(s, p, work->adjusted);
         if (status < 0)
             return status;
-        logits = s->adjusted;
+        logits = work->adjusted;
     }
     if (p->temperature == 0)
         k = 1;
-    size_t kept = keep_top(logits, n, k && k < n ? k : n, s->candidates);
+    size_t kept = keep_top(logits, n, k && k < n ? k : n, work->candidates);
     if (!kept) /* every token is banned */
         return GEMMA2_ERR_ARGUMENT;
-    return p->temperature == 0 ? s->candidates[0].id : draw(p, s->candidates, kept);
+    return p->temperature == 0 ? work->candidates[0].id : draw(p, work->candidates, kept);
 }
 
 /* ===================================================================================
@@ -3853,33 +3935,52 @@ void gemma2_session_params_init(gemma2_session_params *params)
 int32_t gemma2_threads(int32_t n_threads)
 {
 #ifndef _OPENMP
-    n_threads = 0;
+    n_threads = 1;
 #endif
     return n_threads ? n_threads : default_threads();
+}
+
+void gemma2_worker_params_init(gemma2_worker_params *params)
+{
+    if (params)
+        *params = (gemma2_worker_params){.struct_size = sizeof *params};
+}
+
+int gemma2_worker_plan(const gemma2_model *m, const gemma2_worker_params *params,
+                       gemma2_plan *plan)
+{
+    gemma2_worker work;
+    if (!m || !plan)
+        return GEMMA2_ERR_ARGUMENT;
+    int status = read_worker_params(&work, m, params);
+    return status < 0 ? status : place_all(NULL, &work, NULL, plan);
 }
 
 int gemma2_session_plan(const gemma2_model *m, const gemma2_session_params *params,
                         gemma2_plan *plan)
 {
     gemma2_session s;
+    gemma2_worker work;
     if (!m || !plan)
         return GEMMA2_ERR_ARGUMENT;
-    int status = read_session_params(&s, m, params);
-    return status < 0 ? status : place_session(&s, NULL, plan);
+    int status = read_session_params(&s, &work, m, params);
+    return status < 0 ? status : place_all(&s, &work, NULL, plan);
 }
 
 /* A large model begins with the team.  Frequencies of RoPE, theta^(-2i/H), are rounded where
  * transformers rounds them. */
-static void start_session(gemma2_session *s)
+static void start_worker(gemma2_worker *work)
 {
-    int32_t h = s->model->config.head_dim;
+    int32_t h = work->model->config.head_dim;
+    float_env env = float_env_enter();
     for (int i = 0; i < FEW_ROWS; i++)
-        s->pace[i].is_team = s->model->config.file_bytes > 64 << 20;
-    double log_theta = log_f64(s->model->config.rope_theta);
+        work->pace[i].is_team = work->model->config.file_bytes > 64 << 20;
+    double log_theta = log_f64(work->model->config.rope_theta);
     for (int32_t i = 0; i < h / 2; i++) {
         float exponent = (float)(2 * i) / (float)h;
-        s->inverse_frequency[i] = 1.0f / (float)exp_f64((double)exponent * log_theta);
+        work->inverse_frequency[i] = 1.0f / (float)exp_f64((double)exponent * log_theta);
     }
+    float_env_leave(env);
 }
 
 gemma2_session *gemma2_session_place(const gemma2_model *m, const gemma2_session_params *params,
@@ -3887,27 +3988,72 @@ gemma2_session *gemma2_session_place(const gemma2_model *m, const gemma2_session
 {
     struct errbuf err = {err_text, err_size};
     gemma2_session s;
+    gemma2_worker work;
     gemma2_plan plan;
-    int status = m ? read_session_params(&s, m, params) : GEMMA2_ERR_ARGUMENT;
+    int status = m ? read_session_params(&s, &work, m, params) : GEMMA2_ERR_ARGUMENT;
     if (!m)
         fail(&err, "there is no model to make a session of");
     else if (!m->config.n_layers)
         fail(&err, "this file holds a tokenizer only, it cannot generate");
+    else if (status == GEMMA2_ERR_MISMATCH)
+        fail(&err, "the worker is of another model than the session");
     else if (status < 0)
         fail(&err, "session parameters are out of range");
-    else if (place_session(&s, NULL, &plan) < 0)
+    else if (place_all(&s, &work, NULL, &plan) < 0)
         fail(&err, "a context of %d tokens is too large for this machine", s.n_context);
     else if (!memory || (uintptr_t)memory % 64 || size < plan.total)
         fail(&err, "a session needs %llu bytes aligned to 64", (unsigned long long)plan.total);
     else {
-        float_env env = float_env_enter();
-        place_session(&s, memory, &plan);
-        start_session(&s);
-        float_env_leave(env);
+        int has_own = !s.worker;
+        place_all(&s, &work, memory, &plan);
+        if (has_own) {
+            start_worker(&work);
+            memcpy(s.worker, &work, sizeof work);
+        }
         memcpy(memory, &s, sizeof s);
         return memory;
     }
     return NULL;
+}
+
+/* Zeros, aligned to 64; *owned is to be freed. */
+static void *allocate_block(uint64_t bytes, void **owned)
+{
+    *owned = bytes < SIZE_MAX - 63 ? calloc(1, (size_t)bytes + 63) : NULL;
+    return *owned ? (char *)*owned + (-(uintptr_t)*owned & 63) : NULL;
+}
+
+gemma2_worker *gemma2_worker_new(const gemma2_model *m, const gemma2_worker_params *params,
+                                 char *err_text, size_t err_size)
+{
+    struct errbuf err = {err_text, err_size};
+    gemma2_worker work, *placed;
+    gemma2_plan plan;
+    void *owned;
+    if (!m || read_worker_params(&work, m, params) < 0 ||
+        place_all(NULL, &work, NULL, &plan) < 0) {
+        fail(&err, !m                       ? "there is no model to make a worker for"
+                   : !m->config.n_layers ? "this file holds a tokenizer only, it cannot generate"
+                                         : "worker parameters are out of range");
+        return NULL;
+    }
+    placed = allocate_block(plan.total, &owned);
+    if (!placed) {
+        fail(&err, "out of memory: a worker needs %llu MB; choose a smaller batch",
+             (unsigned long long)(plan.total >> 20));
+        return NULL;
+    }
+    place_all(NULL, &work, (uint8_t *)placed, &plan);
+    start_worker(&work);
+    work.owned = owned;
+    memcpy(placed, &work, sizeof work);
+    return placed;
+}
+
+void gemma2_worker_free(gemma2_worker *work)
+{
+    if (work)
+        free(work->owned);
 }
 
 gemma2_session *gemma2_session_new(const gemma2_model *m, const gemma2_session_params *params,
@@ -3915,22 +4061,21 @@ gemma2_session *gemma2_session_new(const gemma2_model *m, const gemma2_session_p
 {
     struct errbuf err = {err_text, err_size};
     gemma2_plan plan = {0, 0, 0, 0};
-    void *memory = NULL;
+    void *memory = NULL, *owned = NULL;
     if (gemma2_session_plan(m, params, &plan) == GEMMA2_OK) {
-        memory = calloc(1, (size_t)plan.total + 63);
+        memory = allocate_block(plan.total, &owned);
         if (!memory) {
             fail(&err, "out of memory: a session needs %llu MB; choose a smaller context",
                  (unsigned long long)(plan.total >> 20));
             return NULL;
         }
     }
-    void *aligned = memory ? (char *)memory + (-(uintptr_t)memory & 63) : NULL;
     gemma2_session *s =
-        gemma2_session_place(m, params, aligned, (size_t)plan.total, err_text, err_size);
+        gemma2_session_place(m, params, memory, (size_t)plan.total, err_text, err_size);
     if (s)
-        s->owned = memory;
+        s->owned = owned;
     else
-        free(memory);
+        free(owned);
     return s;
 }
 
@@ -3959,27 +4104,30 @@ static int check_ids(const gemma2_session *s, const int32_t *ids, size_t n)
 /* Appends a row to the pass and its token to its session. */
 static void add_row(struct pass *p, gemma2_session *s, int32_t id, float *logits)
 {
-    struct row *row = &p->lead->rows[p->n++];
+    struct row *row = &p->worker->rows[p->n++];
     *row = (struct row){s, logits, s->position++};
     s->ids[row->position] = id;
     s->oldest = max_i32(s->oldest, s->position - s->ring);
     if (logits)
-        p->lead->wanted[p->n_wanted++] = row;
+        p->worker->wanted[p->n_wanted++] = row;
 }
 
 /* Evaluates ids of one session in passes of n_batch rows, until one is cancelled; shape is
  * what the passes have in common.  With logprobs, targets are the ids that follow, and
  * `next` for the last. */
-static int run_ids(struct pass shape, const int32_t *ids, size_t n, float *logits, int32_t next)
+static int run_ids(gemma2_session *s, struct pass shape, const int32_t *ids, size_t n,
+                   float *logits, int32_t next)
 {
-    gemma2_session *s = shape.lead;
     float_env env = float_env_enter();
+    size_t most = (size_t)min_i32(s->n_batch, s->worker->n_batch);
     int status = GEMMA2_OK;
+    shape.model = s->model;
+    shape.worker = s->worker;
     for (size_t done = 0; done < n && status == GEMMA2_OK;) {
         struct pass p = shape;
-        for (; p.n < (size_t)s->n_batch && done < n; done++) {
+        for (; p.n < most && done < n; done++) {
             int last = done + 1 == n;
-            s->targets[p.n] = last ? next : ids[done + 1];
+            s->worker->targets[p.n] = last ? next : ids[done + 1];
             add_row(&p, s, ids[done], last ? logits : NULL);
         }
         status = evaluate(&p);
@@ -3996,8 +4144,7 @@ static int evaluate_ids(gemma2_session *s, const int32_t *ids, size_t n,
     int status = check_ids(s, ids, n);
     if (status < 0)
         return status;
-    struct pass shape = {.model = s->model, .lead = s, .matrix = matrix};
-    return run_ids(shape, ids, n, logits, -1);
+    return run_ids(s, (struct pass){.matrix = matrix}, ids, n, logits, -1);
 }
 
 int gemma2_eval(gemma2_session *s, const int32_t *ids, size_t n, float *logits)
@@ -4034,13 +4181,12 @@ static int check_rows(const gemma2_row *rows, size_t n)
 
 int gemma2_eval_rows(const gemma2_row *rows, size_t n)
 {
-    if (!rows || !n || !rows[0].session || n > (size_t)rows[0].session->n_batch)
+    if (!rows || !n || !rows[0].session || n > (size_t)rows[0].session->worker->n_batch)
         return GEMMA2_ERR_ARGUMENT;
     int status = check_rows(rows, n);
     if (status < 0)
         return status;
-    gemma2_session *lead = rows[0].session;
-    struct pass p = {.model = lead->model, .lead = lead};
+    struct pass p = {.model = rows[0].session->model, .worker = rows[0].session->worker};
     float_env env = float_env_enter();
     for (size_t t = 0; t < n; t++)
         add_row(&p, rows[t].session, rows[t].id, rows[t].logits);
@@ -4056,8 +4202,7 @@ int gemma2_score(gemma2_session *s, const int32_t *ids, size_t n, int32_t next, 
         return status;
     if (!logprobs || next < -1 || next >= s->model->config.n_vocab)
         return next >= s->model->config.n_vocab ? GEMMA2_ERR_TOKEN : GEMMA2_ERR_ARGUMENT;
-    struct pass shape = {.model = s->model, .lead = s, .logprobs = logprobs};
-    status = run_ids(shape, ids, n, NULL, next);
+    status = run_ids(s, (struct pass){.logprobs = logprobs}, ids, n, NULL, next);
     if (status == GEMMA2_OK && !all_finite(logprobs, next < 0 ? n - 1 : n))
         status = GEMMA2_ERR_NONFINITE;
     return status;
@@ -4075,8 +4220,8 @@ int gemma2_set_hook(gemma2_session *s, gemma2_hook *hook, void *context)
 {
     if (!s)
         return GEMMA2_ERR_ARGUMENT;
-    s->hook = hook;
-    s->hook_context = context;
+    s->worker->hook = hook;
+    s->worker->hook_context = context;
     return GEMMA2_OK;
 }
 
@@ -4133,15 +4278,16 @@ int gemma2_read_out(gemma2_session *s, const float *state, float *logits)
 {
     if (!s || !state || !logits)
         return GEMMA2_ERR_ARGUMENT;
-    gemma2_hook *hook = s->hook;
+    gemma2_worker *work = s->worker;
+    gemma2_hook *hook = work->hook;
     float_env env = float_env_enter();
-    s->hook = NULL;
-    memcpy(s->x, state, (size_t)s->model->config.d_model * sizeof *state);
-    s->rows[0] = (struct row){s, logits, 0};
-    s->wanted[0] = s->rows;
-    run_team(useful_threads(s, 1), run_head,
-             &(struct pass){.model = s->model, .lead = s, .n = 1, .n_wanted = 1});
-    s->hook = hook;
+    work->hook = NULL;
+    memcpy(work->x, state, (size_t)s->model->config.d_model * sizeof *state);
+    work->rows[0] = (struct row){s, logits, 0};
+    work->wanted[0] = work->rows;
+    run_team(work, useful_threads(work, 1), run_head,
+             &(struct pass){.model = s->model, .worker = work, .n = 1, .n_wanted = 1});
+    work->hook = hook;
     float_env_leave(env);
     return GEMMA2_OK;
 }
@@ -4170,8 +4316,7 @@ int gemma2_importance(gemma2_session *s, const int32_t *ids, size_t n, uint32_t 
         return status;
     if (!sums || (block != 1 && block != 32 && block != 64 && block != 128 && block != 256))
         return GEMMA2_ERR_ARGUMENT;
-    struct pass shape = {.model = s->model, .lead = s, .block = block, .sums = sums};
-    return run_ids(shape, ids, n, NULL, -1);
+    return run_ids(s, (struct pass){.block = block, .sums = sums}, ids, n, NULL, -1);
 }
 
 /* ---- text ---- */

@@ -53,10 +53,10 @@
  * RULES FOR EVERY CALL
  *
  * Ownership.  gemma2_close frees what gemma2_open* gave, gemma2_session_free what
- * gemma2_session_new gave.  Your buffers stay yours and are not kept, except the bytes of
- * gemma2_open_memory and gemma2_session_place, which must outlive the model or the session.
- * Pointers you get live as long as the model or session they came from.  A model must outlive
- * its sessions.
+ * gemma2_session_new gave, gemma2_worker_free what gemma2_worker_new gave.  Your buffers stay
+ * yours and are not kept, except the bytes of gemma2_open_memory and gemma2_session_place, which must
+ * outlive the model or the session.  Pointers you get live as long as the model or session they
+ * came from.  A model must outlive its workers and sessions, a worker its sessions.
  *
  * Errors.  Functions that make something return NULL on failure and write one sentence to err,
  * which is always terminated and may be NULL.  The others return a negative GEMMA2_ERR_ code.  A
@@ -102,9 +102,9 @@ extern "C" {
 #endif
 
 #define GEMMA2_VERSION_MAJOR 0
-#define GEMMA2_VERSION_MINOR 2
+#define GEMMA2_VERSION_MINOR 3
 #define GEMMA2_VERSION_PATCH 0
-#define GEMMA2_VERSION_STRING "0.2.0"
+#define GEMMA2_VERSION_STRING "0.3.0"
 #define GEMMA2_VERSION_NUMBER \
     (GEMMA2_VERSION_MAJOR * 10000 + GEMMA2_VERSION_MINOR * 100 + GEMMA2_VERSION_PATCH)
 
@@ -213,6 +213,34 @@ GEMMA2_API int gemma2_get_section(const gemma2_model *model, size_t i, gemma2_se
  * there is no entry i, or GEMMA2_ERR_CORRUPT with a sentence in err. */
 GEMMA2_API int gemma2_check(const gemma2_model *model, size_t i, char *err, size_t err_size);
 
+/* ---- Worker --------------------------------------------------------------------- */
+
+/* Threads and scratch for passes.  A session brings a worker of its own unless it is given one:
+ * then it is little more than its cache, and any number of sessions of one model share the
+ * worker.  A worker and all its sessions belong to one thread at a time. */
+typedef struct gemma2_worker gemma2_worker;
+
+/* The host's threads instead of OpenMP's: calls fn(arg, i) for each i from 0 to n - 1, each on a
+ * thread of its own and all at once, and returns when all calls have.  One may be made on the
+ * calling thread.  With fewer threads than n, with some i left out, with one call after another or
+ * with none at all, a pass takes longer but gives the same bits.  No call may still run, or begin,
+ * after the return. */
+typedef void gemma2_run(void *run_context, int32_t n, void (*fn)(void *arg, int32_t i),
+                        void *arg);
+
+/* gemma2_worker_params_init sets struct_size, and zeros, which mean the defaults. */
+typedef struct {
+    uint32_t struct_size;
+    int32_t n_batch;   /* rows of one pass, 1..4096; 0: 256 */
+    int32_t n_threads; /* 1..1024; 0: one a processor that this process may use, by its affinity
+                        * mask (with OpenMP) and its control group's quota */
+    int32_t n_context; /* in passes of up to 4 rows, threads share the attention of one row to as
+                        * many positions; 0: as trained */
+    gemma2_run *run;   /* NULL: OpenMP, and one thread where the library was built without it */
+    void *run_context;
+} gemma2_worker_params;
+GEMMA2_API void gemma2_worker_params_init(gemma2_worker_params *params);
+
 /* ---- Session -------------------------------------------------------------------- */
 
 typedef struct gemma2_session gemma2_session;
@@ -223,28 +251,39 @@ enum { GEMMA2_CACHE_AUTO = 0, GEMMA2_CACHE_F32 = 1, GEMMA2_CACHE_F16 = 2 };
 typedef struct {
     uint32_t struct_size;
     int32_t n_context;  /* positions; 0: as trained; more than that is allowed */
-    int32_t n_batch;    /* rows of one pass, 1..4096; 0: 256, or the context if shorter */
-    int32_t n_threads;  /* 1..1024; 0: one a processor that this process may use, by its
-                         * affinity mask and its control group's quota */
+    int32_t n_batch;    /* its rows in one pass, 1..4096; 0: 256, or the context if shorter */
+    int32_t n_threads;  /* of a worker of its own, as gemma2_worker_params has it; without
+                         * effect where a worker is given */
     int32_t window;     /* local layers' window, 1..W; 0: W */
     int32_t cache_type; /* GEMMA2_CACHE_*; auto: f32 for all-f32 weights, else f16 */
+    gemma2_worker *worker; /* must outlive the session; NULL: a worker of its own, for n_batch
+                            * rows, within the session's memory */
 } gemma2_session_params;
 GEMMA2_API void gemma2_session_params_init(gemma2_session_params *params);
 
-/* How many bytes a session with these params takes. */
+/* How many bytes a session or a worker with these params takes. */
 typedef struct {
     uint64_t weights; /* of the file, mapped, shared by all sessions */
     uint64_t cache;   /* keys and values; touched only as positions fill up */
-    uint64_t scratch; /* activations, sampling, ids */
+    uint64_t scratch; /* activations and sampling: a worker; ids */
     uint64_t total;   /* cache + scratch: what gemma2_session_place needs */
 } gemma2_plan;
 /* params may be NULL.  GEMMA2_ERR_ARGUMENT where they, or the sizes they lead to, are out of
- * range. */
+ * range; GEMMA2_ERR_MISMATCH where the worker is of another model. */
 GEMMA2_API int gemma2_session_plan(const gemma2_model *model,
                                    const gemma2_session_params *params, gemma2_plan *plan);
+GEMMA2_API int gemma2_worker_plan(const gemma2_model *model,
+                                  const gemma2_worker_params *params, gemma2_plan *plan);
 
-/* How many threads a session with that n_threads runs on: for 0 the default, and 1 for any
- * number where the library was built without OpenMP. */
+/* A worker for sessions of the model, which must outlive it.  params may be NULL.  One
+ * allocation; none follow it. */
+GEMMA2_API gemma2_worker *gemma2_worker_new(const gemma2_model *model,
+                                            const gemma2_worker_params *params,
+                                            char *err, size_t err_size);
+GEMMA2_API void gemma2_worker_free(gemma2_worker *worker); /* NULL is fine */
+
+/* How many threads a session or a worker with that n_threads and without `run` has: for 0 the
+ * default, and 1 for any number where the library was built without OpenMP. */
 GEMMA2_API int32_t gemma2_threads(int32_t n_threads);
 
 /* A session at position 0.  params may be NULL.  One allocation; none follow it. */
@@ -283,7 +322,7 @@ typedef struct {
     float *logits; /* V floats, or NULL where not wanted */
 } gemma2_row;
 /* Evaluates the rows like gemma2_eval; those of one session follow one another in order.  The
- * first row's session lends its scratch and threads.  GEMMA2_ERR_ARGUMENT for more rows than its
+ * first row's session lends its worker.  GEMMA2_ERR_ARGUMENT for more rows than the worker's
  * n_batch, or more of one session than that session's; GEMMA2_ERR_MISMATCH for sessions of two
  * models. */
 GEMMA2_API int gemma2_eval_rows(const gemma2_row *rows, size_t n_rows);
@@ -313,10 +352,11 @@ typedef struct {
     float *data;
 } gemma2_activation;
 typedef void gemma2_hook(void *context, const gemma2_activation *activation);
-/* Calls hook with context after each step of every pass that this session leads (it is the
- * only one, or that of the first row).  The thread that evaluates makes the call; the hook
- * may change data, which the following steps then read, and may not use the session but for
- * gemma2_cancel and what only asks.  hook NULL: no calls, and no cost. */
+/* Calls hook with context after each step of every pass of the session's worker, whichever
+ * sessions take part.  The thread that evaluates makes the call; where the threads are the host's,
+ * it evaluates alone.  The hook may change data, which the following steps then read, and may not
+ * use sessions of this worker but for gemma2_cancel and what only asks.  hook NULL: no calls, and
+ * no cost. */
 GEMMA2_API int gemma2_set_hook(gemma2_session *session, gemma2_hook *hook, void *context);
 
 /* The logits [V] that a residual stream state[D] would give: final norm, head, soft-cap.  With
@@ -477,7 +517,7 @@ typedef struct {
 GEMMA2_API void gemma2_sampler_init(gemma2_sampler *sampler, uint64_t seed);
 
 /* Draws an id from logits (V floats, left alone).  Equal logits rank by lower id.  The session
- * lends its scratch and, to the penalties, its history.  GEMMA2_ERR_ARGUMENT also when every token
+ * lends its worker's scratch and, to the penalties, its history.  GEMMA2_ERR_ARGUMENT also when every token
  * is banned or a bias or penalty makes a logit NaN or +infinity, GEMMA2_ERR_TOKEN for a bias of an
  * unknown id, GEMMA2_ERR_NONFINITE for logits that are not finite.  After an error the sampler is
  * as it was. */

@@ -685,7 +685,7 @@ static void run_work(struct report *report, gemma2_session *s, const struct limi
     free(logits);
     struct result *r = &report->results[report->n_results++];
     *r = (struct result){.kind = decode ? "decode at" : "prefill", .n = n,
-                         .threads = s->n_threads, .speed = summarise(speed, runs)};
+                         .threads = s->worker->n_threads, .speed = summarise(speed, runs)};
     double gb = 1e-9 * (double)(weight_bytes(s->model) + cache_bytes_read(s, depth));
     r->done = r->speed.median * (decode ? gb : gflop_a_token(s->model));
     r->limit = decode ? l->best_read / gb : prefill_limit(s->model, l);
@@ -702,8 +702,9 @@ static double time_sessions(gemma2_session **s, int n, float *logits)
     double start = now();
     for (int i = 0; i < DECODED; i++) {
         for (int k = 0; k < n; k++)
-            rows[k] = (gemma2_row){s[k], (int32_t)((size_t)(i * 7919 + k * 104729) % v),
-                                   logits + (size_t)k * v};
+            rows[k] = (gemma2_row){.session = s[k],
+                                   .id = (int32_t)((size_t)(i * 7919 + k * 104729) % v),
+                                   .logits = logits + (size_t)k * v};
         if (gemma2_eval_rows(rows, (size_t)n) < 0)
             die("a shared pass failed");
     }
@@ -716,7 +717,12 @@ static void run_sessions(struct report *report, gemma2_session_params params, in
     double speed[MAX_RUNS];
     char err[256];
     float *logits = malloc((size_t)n * sizeof *logits * (size_t)report->m->config.n_vocab);
-    params.n_context = DECODED, params.n_batch = n;
+    gemma2_worker_params of = {.struct_size = sizeof of, .n_batch = n,
+                               .n_threads = params.n_threads, .n_context = DECODED};
+    gemma2_worker *work = gemma2_worker_new(report->m, &of, err, sizeof err);
+    if (!work)
+        die(err);
+    params.n_context = DECODED, params.n_batch = 1, params.worker = work;
     for (int k = 0; k < n; k++)
         if (!(s[k] = gemma2_session_new(report->m, &params, err, sizeof err)))
             die(err);
@@ -726,12 +732,13 @@ static void run_sessions(struct report *report, gemma2_session_params params, in
     for (int i = 0; i < report->o->runs; i++)
         speed[i] = time_sessions(s, n, logits);
     struct result *r = &report->results[report->n_results++];
-    *r = (struct result){.kind = "sessions", .n = n, .threads = s[0]->n_threads,
+    *r = (struct result){.kind = "sessions", .n = n, .threads = work->n_threads,
                          .speed = summarise(speed, report->o->runs)};
     r->done = r->speed.median / n;
     print_result(r);
     for (int k = 0; k < n; k++)
         gemma2_session_free(s[k]);
+    gemma2_worker_free(work);
     free(logits);
 }
 
@@ -751,7 +758,7 @@ static void run_threads(struct report *report, int threads)
         die(err);
     report->batch = s->n_batch, report->half = s->is_f16;
     struct limits *l = &report->limits[report->n_limits++];
-    l->threads = s->n_threads;
+    l->threads = s->worker->n_threads;
     if (!o->no_limits)
         measure_limits(report->m, l);
     print_limits(l);

@@ -573,7 +573,7 @@ class Config(C.Structure):
 
 class SessionParams(C.Structure):
     _fields_ = [("struct_size", C.c_uint32)] + [(n, C.c_int32) for n in (
-        "n_context n_batch n_threads window cache_type").split()]
+        "n_context n_batch n_threads window cache_type").split()] + [("worker", C.c_void_p)]
 
 
 class Row(C.Structure):

@@ -14,5 +14,5 @@ static void run_phase(struct member *me, void *context)
 static void share_out(int n_threads, size_t n, task_fn *task, void *context)
 {
     struct phase p = {n, task, context};
-    run_team(n_threads, run_phase, &p);
+    run_team(&(gemma2_worker){0}, n_threads, run_phase, &p);
 }

@@ -331,6 +331,116 @@ static void test_shared_passes(void)
     }
 }
 
+/* Sessions without scratch share a worker, in passes of their own and together: the bits of
+ * sessions alone, whatever the worker's batch. */
+static void share_worker(const struct model *x, const char *name, struct setup o, int32_t batch)
+{
+    int32_t ids[2][24];
+    float *truth[2], *logits = fresh(2 * vocab(x->m) * sizeof *logits);
+    gemma2_worker_params p = {.struct_size = sizeof p, .n_batch = batch, .n_threads = o.threads};
+    gemma2_plan alone = {0, 0, 0, 0}, with = alone, of_worker = alone;
+    gemma2_session *s[2];
+    gemma2_worker *work = gemma2_worker_new(x->m, &p, NULL, 0);
+    gemma2_session_params params = {.struct_size = sizeof params, .n_context = o.context,
+                                    .n_batch = o.batch, .n_threads = o.threads, .window = o.window,
+                                    .cache_type = o.cache};
+    gemma2_session_plan(x->m, &params, &alone);
+    params.worker = work;
+    gemma2_session_plan(x->m, &params, &with);
+    gemma2_worker_plan(x->m, &p, &of_worker);
+    check(with.cache == alone.cache && with.scratch < 4096 && of_worker.cache == 0 &&
+              of_worker.total > 4096 && with.total == with.cache + with.scratch &&
+              with.weights == x->image.size, "%s: plans of a shared worker", name);
+    for (int k = 0; k < 2; k++) {
+        random_ids(x->m, ids[k], 24);
+        truth[k] = step_by_step(x->m, o, ids[k], 24);
+        s[k] = gemma2_session_new(x->m, &params, NULL, 0);
+    }
+    int bad = 0;
+    for (size_t at = 0; at < 24; at += 3)
+        for (int k = 0; k < 2; k++) {
+            size_t i = at + 1 + (size_t)k;
+            gemma2_row rows[2] = {{.session = s[k], .id = ids[k][i], .logits = logits},
+                                  {.session = s[!k], .id = ids[!k][i],
+                                   .logits = logits + vocab(x->m)}};
+            bad += k == 0 && gemma2_eval(s[0], ids[0] + at, 1, NULL) != GEMMA2_OK;
+            bad += k == 0 && gemma2_eval(s[1], ids[1] + at, 1, NULL) != GEMMA2_OK;
+            bad += batch > 1 ? gemma2_eval_rows(rows, 2) != GEMMA2_OK
+                             : gemma2_eval(s[k], &rows[0].id, 1, logits) != GEMMA2_OK ||
+                                   gemma2_eval(s[!k], &rows[1].id, 1, rows[1].logits) != GEMMA2_OK;
+            bad += logits_differ(x->m, logits, truth[k], i) +
+                   logits_differ(x->m, rows[1].logits, truth[!k], i);
+        }
+    for (int k = 0; k < 2; k++) {
+        bad += gemma2_rewind(s[k], 0) != GEMMA2_OK;
+        bad += gemma2_eval(s[k], ids[k], 24, logits) != GEMMA2_OK;
+        bad += logits_differ(x->m, logits, truth[k], 23);
+    }
+    check(!bad, "%s: a shared worker of batch %d: %d wrong", name, batch, bad);
+    for (int k = 0; k < 2; k++)
+        gemma2_session_free(s[k]), free(truth[k]);
+    gemma2_worker_free(work);
+    free(logits);
+}
+
+static void test_shared_worker(void)
+{
+    for (int i = 0; i < N_SHAPES; i++) {
+        struct model x = make(&shapes[i]);
+        for (int32_t batch = 1; batch < 40; batch += 13)
+            share_worker(&x, shapes[i].name, (struct setup){24, 1 + batch / 2, 1 + i % 2, 0, 0},
+                         batch);
+        unmake(&x);
+    }
+}
+
+/* Workers that cannot be, and sessions of another model's. */
+static void test_worker_params(void)
+{
+    static const struct {
+        gemma2_worker_params p;
+        int legal;
+    } cases[] = {
+        {{sizeof(gemma2_worker_params), 0, 0, 0, NULL, NULL}, 1},
+        {{sizeof(gemma2_worker_params), -1, 0, 0, NULL, NULL}, 0},
+        {{sizeof(gemma2_worker_params), 4097, 1, 0, NULL, NULL}, 0},
+        {{sizeof(gemma2_worker_params), 4096, 1, 0, NULL, NULL}, 1},
+        {{sizeof(gemma2_worker_params), 1, -1, 0, NULL, NULL}, 0},
+        {{sizeof(gemma2_worker_params), 1, 1025, 0, NULL, NULL}, 0},
+        {{sizeof(gemma2_worker_params), 1, 1, -1, NULL, NULL}, 0},
+        {{sizeof(gemma2_worker_params), 1, 1, (1 << 30) + 1, NULL, NULL}, 0},
+        {{0, 1, 1, 1, NULL, NULL}, 0}, {{10, 1, 1, 1, NULL, NULL}, 0},
+        {{~0u, 1, 1, 1, NULL, NULL}, 0}, {{8, 1, -1, -1, NULL, NULL}, 1}};
+    struct model x = make(&shapes[0]), y = make(&shapes[1]);
+    gemma2_plan plan;
+    char err[256];
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        err[0] = 0;
+        gemma2_worker *work = gemma2_worker_new(x.m, &cases[i].p, err, sizeof err);
+        check(!!work == cases[i].legal && !work == !!err[0], "worker params %zu", i);
+        check(gemma2_worker_plan(x.m, &cases[i].p, &plan) ==
+                  (cases[i].legal ? GEMMA2_OK : GEMMA2_ERR_ARGUMENT), "worker params %zu: plan", i);
+        gemma2_worker_free(work);
+    }
+    gemma2_worker *work = gemma2_worker_new(y.m, NULL, NULL, 0);
+    gemma2_session_params p = {.struct_size = sizeof p, .worker = work};
+    err[0] = 0;
+    check(gemma2_session_plan(x.m, &p, &plan) == GEMMA2_ERR_MISMATCH &&
+              !gemma2_session_new(x.m, &p, err, sizeof err) && strstr(err, "another model"),
+          "a worker of another model: %s", err);
+    err[0] = 0;
+    check(!gemma2_worker_new(NULL, NULL, err, sizeof err) && err[0] &&
+              gemma2_worker_plan(NULL, NULL, &plan) == GEMMA2_ERR_ARGUMENT &&
+              gemma2_worker_plan(x.m, NULL, NULL) == GEMMA2_ERR_ARGUMENT, "worker: NULL");
+    gemma2_worker_params_init(NULL), gemma2_worker_free(NULL);
+    gemma2_worker_free(work);
+    alloc_calls = 0, alloc_fails_at = 1, err[0] = 0;
+    check(!gemma2_worker_new(x.m, NULL, err, sizeof err) && strstr(err, "memory"),
+          "no memory for a worker: %s", err);
+    alloc_fails_at = 0;
+    unmake(&x), unmake(&y);
+}
+
 /* Far into a context: attention split over blocks of 256 keys for 1 to 4 rows, windows that
  * cross the blocks' edges.  `at` are chunks that end at or around those edges. */
 static int far_differs(const gemma2_model *m, struct setup o, const int32_t *ids,
@@ -706,13 +816,17 @@ static void test_session_params(void)
         gemma2_session_params p;
         int legal;
     } cases[] = {
-        {{24, -1, 0, 0, 0, 0}, 0}, {{24, (1 << 30) + 1, 1, 0, 0, 0}, 0}, {{24, 1, 0, 0, 0, 0}, 1},
-        {{24, 8, -1, 0, 0, 0}, 0}, {{24, 8, 4097, 0, 0, 0}, 0}, {{24, 8, 4096, 0, 0, 0}, 1},
-        {{24, 8, 0, -1, 0, 0}, 0}, {{24, 8, 0, 1025, 0, 0}, 0}, {{24, 8, 0, 1024, 0, 0}, 1},
-        {{24, 8, 0, 0, -1, 0}, 0}, {{24, 8, 0, 0, 9, 0}, 0}, {{24, 8, 0, 0, 8, 0}, 1},
-        {{24, 8, 0, 0, 0, 3}, 0}, {{24, 8, 0, 0, 0, -1}, 0}, {{24, 8, 0, 0, 0, 2}, 1},
-        {{0, 8, 0, 0, 0, 0}, 0}, {{~0u, 8, 0, 0, 0, 0}, 0}, {{8, 8, -1, -1, -1, -1}, 1},
-        {{22, 8, 0, 0, 0, 0}, 0}, {{24, 0, 0, 0, 0, 0}, 1}, {{24, 100, 0, 0, 0, 0}, 1},
+{{24, -1, 0, 0, 0, 0, NULL}, 0}, {{24, (1 << 30) + 1, 1, 0, 0, 0, NULL}, 0},
+        {{24, 1, 0, 0, 0, 0, NULL}, 1}, {{24, 8, -1, 0, 0, 0, NULL}, 0},
+        {{24, 8, 4097, 0, 0, 0, NULL}, 0}, {{24, 8, 4096, 0, 0, 0, NULL}, 1},
+        {{24, 8, 0, -1, 0, 0, NULL}, 0}, {{24, 8, 0, 1025, 0, 0, NULL}, 0},
+        {{24, 8, 0, 1024, 0, 0, NULL}, 1}, {{24, 8, 0, 0, -1, 0, NULL}, 0},
+        {{24, 8, 0, 0, 9, 0, NULL}, 0}, {{24, 8, 0, 0, 8, 0, NULL}, 1},
+        {{24, 8, 0, 0, 0, 3, NULL}, 0}, {{24, 8, 0, 0, 0, -1, NULL}, 0},
+        {{24, 8, 0, 0, 0, 2, NULL}, 1}, {{0, 8, 0, 0, 0, 0, NULL}, 0},
+        {{~0u, 8, 0, 0, 0, 0, NULL}, 0}, {{8, 8, -1, -1, -1, -1, NULL}, 1},
+        {{22, 8, 0, 0, 0, 0, NULL}, 0}, {{24, 0, 0, 0, 0, 0, NULL}, 1},
+        {{24, 100, 0, 0, 0, 0, NULL}, 1},
     };
     struct model x = make(&shapes[0]);
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
@@ -850,6 +964,8 @@ static void test_model(void)
     test_reference();
     test_hook();
     test_shared_passes();
+    test_shared_worker();
+    test_worker_params();
     test_scales();
     test_layer_kinds();
     test_plans();

@@ -1,4 +1,5 @@
 /* Section 4, sharing of work, and the floating-point environment. */
+#include <pthread.h>
 
 /* Every task once, in the environment of the specification, whatever the host has. */
 struct shared_tasks {
@@ -47,9 +48,9 @@ static void test_threads(void)
         status |= gemma2_score(s, ids + 200, 60, 1, scores[i > 0]);
         for (size_t k = 260; k < 265; k++)
             status |= gemma2_eval(s, ids + k, 1, to);
-        check(status == GEMMA2_OK, "%d threads: %d", s->n_threads, status);
+        check(status == GEMMA2_OK, "%d threads: %d", s->worker->n_threads, status);
         check(!i || (!logits_differ(x.m, to, logits, 0) && !memcmp(scores[0], scores[1], 60 * 4)),
-              "%d threads change results", s->n_threads);
+              "%d threads change results", s->worker->n_threads);
         gemma2_session_free(s);
     }
     free(logits);
@@ -297,13 +298,98 @@ static void test_turns(void)
 {
     for (int threads = 1; threads <= 5; threads += 2) {
         struct turns t = {{0}, 0};
-        run_team(threads, take_turns, &t);
+        run_team(&(gemma2_worker){0}, threads, take_turns, &t);
         check(t.seen == 1400, "turns of %d threads: %d of 1400 tasks seen", threads, t.seen);
     }
 }
 
+/* ---- the host's threads ---- */
+
+struct call {
+    void (*fn)(void *arg, int32_t i);
+    void *arg;
+    int32_t i;
+};
+
+static void *make_call(void *call)
+{
+    struct call *c = call;
+    c->fn(c->arg, c->i);
+    return NULL;
+}
+
+/* What a host makes of the calls it is asked for. */
+enum way { ALL_AT_ONCE, BUT_FOR_0, ONLY_0, ONLY_LAST, NONE, ASCENDING, DESCENDING, TWICE, N_WAYS };
+
+static void run_way(void *way, int32_t n, void (*fn)(void *arg, int32_t i), void *arg)
+{
+    pthread_t threads[32];
+    struct call calls[32];
+    int is_given[32] = {0}, at_once = *(int *)way < ONLY_0 || *(int *)way == TWICE;
+    for (int32_t k = 0; k < n; k++) {
+        int32_t i = *(int *)way == DESCENDING ? n - 1 - k : k;
+        int given = *(int *)way == BUT_FOR_0   ? i > 0
+                    : *(int *)way == ONLY_0    ? i == 0
+                    : *(int *)way == ONLY_LAST ? i == n - 1 : *(int *)way != NONE;
+        calls[k] = (struct call){fn, arg, *(int *)way == TWICE ? i / 2 : i};
+        is_given[k] = given && at_once && !pthread_create(&threads[k], NULL, make_call, &calls[k]);
+        if (given && !at_once)
+            make_call(&calls[k]);
+    }
+    for (int32_t k = 0; k < n; k++)
+        if (is_given[k])
+            pthread_join(threads[k], NULL);
+}
+
+static int steps_seen;
+static void count_step(void *context, const gemma2_activation *a)
+{
+    steps_seen += a->rows > 0 && context == NULL;
+}
+
+/* Whatever the host does with the calls, a pass ends and gives the bits of one thread, also while
+ * a hook looks on and where a session is cancelled. */
+static void test_host_threads(void)
+{
+    struct shape shape = {"pool", 2, 264, 8, 4, 32, 600, 700, 100, 300, 50, 30, 1, 0,
+                          {Q8, F32, Q4, BF16, Q6}, 64};
+    int32_t ids[41];
+    struct model x = make(&shape);
+    float *logits = fresh(vocab(x.m) * sizeof *logits), scores[2][8];
+    random_ids(x.m, ids, 41);
+    float *truth = step_by_step(x.m, (struct setup){64, 1, 1, 0, 0}, ids, 41);
+    for (int way = 0; way < 2 * N_WAYS; way++) {
+        int which = way % N_WAYS, threads = way < N_WAYS ? 3 : 32;
+        gemma2_worker_params p = {.struct_size = sizeof p, .n_batch = 20, .n_threads = threads,
+                                  .run = run_way, .run_context = &which};
+        gemma2_worker *work = gemma2_worker_new(x.m, &p, NULL, 0);
+        gemma2_session_params of = {.struct_size = sizeof of, .n_context = 64, .worker = work};
+        gemma2_session *s = gemma2_session_new(x.m, &of, NULL, 0);
+        int status = gemma2_eval(s, ids, 40, NULL);
+        for (int i = 0; i < FEW_ROWS; i++)
+            work->pace[i].is_team = 1;
+        status |= gemma2_eval(s, ids + 40, 1, logits);
+        check(status == GEMMA2_OK && !logits_differ(x.m, logits, truth, 40),
+              "host's threads, way %d: %d", way, status);
+        gemma2_rewind(s, 32);
+        gemma2_set_hook(s, count_step, NULL);
+        steps_seen = 0;
+        check(gemma2_score(s, ids + 32, 8, 3, scores[way > 0]) == GEMMA2_OK && steps_seen == 27 &&
+                  !memcmp(scores[0], scores[way > 0], sizeof scores[0]),
+              "host's threads, way %d: %d steps traced", way, steps_seen);
+        gemma2_set_hook(s, NULL, NULL);
+        gemma2_cancel(s, 1);
+        check(gemma2_eval(s, ids + 40, 1, logits) == GEMMA2_ERR_CANCELLED &&
+                  gemma2_position(s) == 40, "host's threads, way %d: cancelled", way);
+        gemma2_session_free(s), gemma2_worker_free(work);
+    }
+    free(truth), free(logits);
+    unmake(&x);
+}
+
 static void test_work_sharing(void)
 {
+    test_host_threads();
     test_turns();
     test_pace();
     test_share();

@@ -287,7 +287,7 @@ static int32_t max_i32(int32_t a, int32_t b) { return a > b ? a : b; }
  *   a text begins with BOS; without it the model talks nonsense           gemma2_encode
  * =================================================================================== */
 
-enum { TYPE_BYTES, TYPE_F32, TYPE_BF16, TYPE_Q8, TYPE_Q6, TYPE_Q4, N_TYPES };
+enum { TYPE_BYTES, TYPE_F32, TYPE_BF16, TYPE_Q8, TYPE_Q6, TYPE_Q4, TYPE_Q3, N_TYPES };
 enum {
     HEADER_BYTES = 512, ENTRY_BYTES = 96, IDENTITY_AT = 480, MAX_LAYERS = 1024,
     MAX_HEAD_DIM = 1024, TILE = 16, GROUP = 32, BLOCK_INPUTS = 256,
@@ -754,9 +754,11 @@ enum { N_ROLES = sizeof roles / sizeof *roles };
 static const struct {
     const char *name;
     uint32_t group_bytes; /* of 32 inputs, 16 rows; 0: not quantised */
-} types[N_TYPES] = {{"bytes", 0}, {"f32", 0}, {"bf16", 0}, {"q8", 512}, {"q6", 384}, {"q4", 256}};
+} types[N_TYPES] = {{"bytes", 0}, {"f32", 0},  {"bf16", 0}, {"q8", 512},
+                    {"q6", 384},  {"q4", 256}, {"q3", 192}};
 
 static int is_quantised(uint32_t type) { return type >= TYPE_Q8; }
+static int has_group_bit(uint32_t type) { return type >= TYPE_Q4; }
 
 /* Bytes of a tile of 16 rows (below); cols is at most 2^22. */
 static uint64_t tile_bytes(uint32_t type, uint64_t cols)
@@ -845,6 +847,7 @@ static uint64_t dimension(const gemma2_config *c, char letter)
  *   type 3 q8     inputs are padded to 256.  A tile starts with S, one f32 a row (64
  *        4 q6     bytes); then blocks of 256 inputs: 128 bytes of group scales
  *        5 q4     [8 groups][16 rows] u8, then 8 groups of 32 inputs:
+ *        6 q3
  *
  *     q8 group, 512 bytes: 8 steps of [16 rows][4 inputs] signed bytes, -127 .. 127
  *     q6 group, 384 bytes: 256 bytes of low nibbles, arranged as in q4; then 2 operands of
@@ -855,18 +858,25 @@ static uint64_t dimension(const gemma2_config *c, char letter)
  *            input of a group:  0 1 2 3 | 4 5 6 7 | 8 ..   (4 inputs are a step)
  *            operand, nibble:   0 low   | 0 high  | 1 low ..
  *        the value is CODEBOOK[nibble] + 4 * (group scale byte & 1)
- *     group scale s: q8 the byte, 0 .. 255; q6 the byte as signed, -127 .. 127; q4 the
- *        byte as signed >> 1, -64 .. 63
+ *     q3 group, 192 bytes: 3 operands arranged as in q4.  Three bits of a nibble are the index of
+ *        that input, in steps 0 .. 5; the fourth bits of the operands are those of steps 6 and 7
+ *            bit of a byte:     7         6 5 4     3         2 1 0
+ *            operand 0:      step 7 bit 0 step 1 | step 6 bit 0 step 0
+ *            operand 1:      step 7 bit 1 step 3 | step 6 bit 1 step 2
+ *            operand 2:      step 7 bit 2 step 5 | step 6 bit 2 step 4
+ *        the value is CODEBOOKS_Q3[8 * (group scale byte & 1) + index]
+ *     group scale s: q8 the byte, 0 .. 255; q6 the byte as signed, -127 .. 127; q4 and q3 the
+ *        byte as signed >> 1, -64 .. 63; bit 0 is the group bit
  *     weight = S * (s * value): s * value is an exact integer, its product with S rounds.
  *        Exporters choose S and s first, then the nearest value, ties to the even one (in
- *        q4 to the even nibble)
+ *        q4 and q3 to the even index)
  *   type 0 bytes  no tensor
  *
  * A new quantised format needs a TYPE_, a line in this table and in types, its readers here (a
- * value_.., scale_of, an unpacker, group_product), a case in tile_by_type, panel_by_type and
- * AMX's panel, and in each row of the appendix its operands, offsets and scales.  Chains of
- * types there end with q4, so search for TYPE_Q6.  A new type of cache needs a line_type and a
- * case in number_bytes, cached, store_head and the saved session.
+ * value_.., value_of, scale_of, unpack_group), a case in tile_by_type, panel_by_type and AMX's
+ * panel, and in each row of the appendix its operands, offsets and scales.  Chains of types there
+ * end with q4 or q3, so search for TYPE_Q6.  A new type of cache needs a line_type and a case in
+ * number_bytes, cached, store_head and the saved session.
  *
  * S is finite.  Padded rows are never returned and padded inputs meet zero activations, so
  * neither matters; exporters write zero bytes there, and never the byte -128 in q8 values or
@@ -877,7 +887,11 @@ static uint64_t dimension(const gemma2_config *c, char letter)
 static const int8_t CODEBOOK[16] = {-31, -25, -20, -16, -12, -9, -6, -3,
                                     0, 3, 6, 9, 13, 17, 22, 28};
 
-/* The low nibbles that q6 and q4 share. */
+/* 8 values for a group bit of 0, 8 for 1. */
+static const int8_t CODEBOOKS_Q3[16] = {-31, -20, -11, -5, 0, 6, 14, 23,
+                                        -29, -18, -9, -3, 2, 8, 16, 25};
+
+/* The nibbles of q6's low bits, of q4 and of q3. */
 INLINE int low_nibble(const uint8_t *group, int i, int r)
 {
     return group[i / 8 * 64 + r * 4 + i % 4] >> (i & 4) & 15;
@@ -900,48 +914,53 @@ INLINE int value_q4(const uint8_t *group, uint8_t scale_byte, int i, int r)
     return CODEBOOK[low_nibble(group, i, r)] + 4 * (scale_byte & 1);
 }
 
+INLINE int value_q3(const uint8_t *group, uint8_t scale_byte, int i, int r)
+{
+    int index = low_nibble(group, i, r) & 7;
+    if (i >= 24) /* steps 6 and 7: bit 3 of steps 0, 2, 4 and of 1, 3, 5 */
+        index = low_nibble(group, i - 24, r) >> 3 | low_nibble(group, i - 16, r) >> 3 << 1 |
+                low_nibble(group, i - 8, r) >> 3 << 2;
+    return CODEBOOKS_Q3[8 * (scale_byte & 1) + index];
+}
+
+INLINE int value_of(uint32_t type, const uint8_t *group, uint8_t scale_byte, int i, int r)
+{
+    switch (type) {
+    case TYPE_Q8: return value_q8(group, i, r);
+    case TYPE_Q6: return value_q6(group, i, r);
+    case TYPE_Q4: return value_q4(group, scale_byte, i, r);
+    default: return value_q3(group, scale_byte, i, r);
+    }
+}
+
 INLINE int32_t scale_of(uint32_t type, uint8_t byte)
 {
     if (type == TYPE_Q8)
         return byte;
-    return type == TYPE_Q6 ? (int8_t)byte : ((int8_t)byte - (byte & 1)) / 2;
+    return has_group_bit(type) ? ((int8_t)byte - (byte & 1)) / 2 : (int8_t)byte;
 }
 
 /* Unpacking a group of a quantised tile: 32 inputs x 16 rows, and the 16 group scales. */
-typedef void unpack_fn(const uint8_t *group, const uint8_t *scale_bytes,
-                       int8_t values[GROUP][TILE], int32_t scales[TILE]);
-
-static void unpack_q8(const uint8_t *group, const uint8_t *scale_bytes,
-                      int8_t values[GROUP][TILE], int32_t scales[TILE])
-{
-    for (int i = 0; i < GROUP; i++)
-        for (int r = 0; r < TILE; r++)
-            values[i][r] = (int8_t)value_q8(group, i, r);
-    for (int r = 0; r < TILE; r++)
-        scales[r] = scale_of(TYPE_Q8, scale_bytes[r]);
-}
-
-static void unpack_q6(const uint8_t *group, const uint8_t *scale_bytes,
-                      int8_t values[GROUP][TILE], int32_t scales[TILE])
-{
-    for (int i = 0; i < GROUP; i++)
-        for (int r = 0; r < TILE; r++)
-            values[i][r] = (int8_t)value_q6(group, i, r);
-    for (int r = 0; r < TILE; r++)
-        scales[r] = scale_of(TYPE_Q6, scale_bytes[r]);
-}
-
-static void unpack_q4(const uint8_t *group, const uint8_t *scale_bytes,
+INLINE void unpack_as(const uint32_t type, const uint8_t *group, const uint8_t *scale_bytes,
                       int8_t values[GROUP][TILE], int32_t scales[TILE])
 {
     for (int r = 0; r < TILE; r++)
-        scales[r] = scale_of(TYPE_Q4, scale_bytes[r]);
+        scales[r] = scale_of(type, scale_bytes[r]);
     for (int i = 0; i < GROUP; i++)
         for (int r = 0; r < TILE; r++)
-            values[i][r] = (int8_t)value_q4(group, scale_bytes[r], i, r);
+            values[i][r] = (int8_t)value_of(type, group, scale_bytes[r], i, r);
 }
 
-static unpack_fn *const unpackers[N_TYPES] = {NULL, NULL, NULL, unpack_q8, unpack_q6, unpack_q4};
+static void unpack_group(uint32_t type, const uint8_t *group, const uint8_t *scale_bytes,
+                         int8_t values[GROUP][TILE], int32_t scales[TILE])
+{
+    switch (type) {
+    case TYPE_Q8: unpack_as(TYPE_Q8, group, scale_bytes, values, scales); break;
+    case TYPE_Q6: unpack_as(TYPE_Q6, group, scale_bytes, values, scales); break;
+    case TYPE_Q4: unpack_as(TYPE_Q4, group, scale_bytes, values, scales); break;
+    default: unpack_as(TYPE_Q3, group, scale_bytes, values, scales); break;
+    }
+}
 
 /* Where group g of a quantised tile lies, and its 16 scale bytes. */
 INLINE const uint8_t *group_at(uint32_t type, const uint8_t *tile, size_t g,
@@ -978,9 +997,7 @@ INLINE int32_t group_product(const struct matrix *w, size_t row, size_t g, const
     uint8_t byte = scale_bytes[lane];
     int32_t sum = 0;
     for (int i = 0; i < GROUP; i++)
-        sum += q[i] * (w->type == TYPE_Q8   ? value_q8(group, i, lane)
-                       : w->type == TYPE_Q6 ? value_q6(group, i, lane)
-                                            : value_q4(group, byte, i, lane));
+        sum += q[i] * value_of(w->type, group, byte, i, lane);
     return scale_of(w->type, byte) * sum;
 }
 
@@ -997,7 +1014,7 @@ static void read_row(const struct matrix *w, uint32_t r, float *y)
             int8_t values[GROUP][TILE];
             int32_t scales[TILE];
             const uint8_t *scale_bytes, *group = group_at(w->type, tile, i / GROUP, &scale_bytes);
-            unpackers[w->type](group, scale_bytes, values, scales);
+            unpack_group(w->type, group, scale_bytes, values, scales);
             for (uint32_t j = 0; j < GROUP && i + j < w->cols; j++)
                 y[i + j] = ((const float *)tile)[lane] * (float)(scales[lane] * values[j][lane]);
         }
@@ -1075,8 +1092,8 @@ struct tiles {
 typedef void product_fn(const struct tiles *w, const struct input *in, size_t t, int n, float *y);
 
 /* The matrix class: what gemma2_prefill uses where a CPU has units for bf16.
- *   row avx512bf16   products of bf16 weights; q8, q6 and q4 stay exact
- *   row amx          products of bf16, q8, q6 and q4 weights; s * value is rounded to bf16, too
+ *   row avx512bf16   products of bf16 weights; quantised ones stay exact
+ *   row amx          products of bf16 and quantised weights; s * value is rounded to bf16, too
  *   both             attention over an f16 cache (cut_attention): keys, values and its weights
  * Inputs are rounded to bf16 and sums have another order, so results differ from the exact class
  * and between the two rows, but not with the number of threads or the way tokens are cut into
@@ -1215,7 +1232,7 @@ static void product(const struct tiles *w, const struct input *in, size_t t, int
         int8_t v[GROUP][TILE];
         int32_t s[TILE];
         const uint8_t *scale_bytes, *group = group_at(w->type, w->data[0], g, &scale_bytes);
-        unpackers[w->type](group, scale_bytes, v, s);
+        unpack_group(w->type, group, scale_bytes, v, s);
         for (int i = 0; i < n; i++) {
             const int8_t *q = in->q + (t + (size_t)i) * in->ldq + g * GROUP;
             float x_scale = in->scale[(t + (size_t)i) * groups_a_row + g];
@@ -5805,8 +5822,10 @@ INLINE void tile_by_type(tile_fn *kernel, const int how, const int most, const s
         tile_by_rows(kernel, how, most, TYPE_Q8, w, in, t, n, y);
     else if (w->type == TYPE_Q6)
         tile_by_rows(kernel, how, most, TYPE_Q6, w, in, t, n, y);
-    else
+    else if (w->type == TYPE_Q4)
         tile_by_rows(kernel, how, most, TYPE_Q4, w, in, t, n, y);
+    else
+        tile_by_rows(kernel, how, most, TYPE_Q3, w, in, t, n, y);
 }
 
 /* A panel: 256 inputs of both tiles are unpacked once for all tokens. */
@@ -5854,8 +5873,10 @@ INLINE void panel_by_type(unpack_panel_fn *unpack, panel_tokens_fn *tokens, cons
         panel_of_type(unpack, tokens, how, most, TYPE_Q8, b, w, in, t, n, to);
     else if (w->type == TYPE_Q6)
         panel_of_type(unpack, tokens, how, most, TYPE_Q6, b, w, in, t, n, to);
-    else
+    else if (w->type == TYPE_Q4)
         panel_of_type(unpack, tokens, how, most, TYPE_Q4, b, w, in, t, n, to);
+    else
+        panel_of_type(unpack, tokens, how, most, TYPE_Q3, b, w, in, t, n, to);
 }
 
 #ifdef HAVE_X86
@@ -5953,20 +5974,58 @@ AVX2 static void add_lines_avx2(const struct lines *l, const float *x, size_t ld
     lines_by_type(lines_avx2, 4, l, x, ldx, n, y, ldy);
 }
 
-/* Rows 8 half .. 8 half + 7 of a group as 8 registers of [8 rows][4 inputs], unsigned: q6
- * value + 32, q4 codebook + 31, q8 value + 128 for VNNI but signed without it. */
-AVX2 INLINE void operands_avx2(int vnni, uint32_t type, const uint8_t *group, int half,
-                               __m256i w[8])
+/* The group bits of 8 rows. */
+AVX2 INLINE __m256i odd_rows_avx2(const uint8_t *bytes)
 {
-    const __m128i code = _mm_add_epi8(_mm_loadu_si128((const __m128i *)CODEBOOK),
-                                      _mm_set1_epi8(31));
-    const __m256i codebook = _mm256_broadcastsi128_si256(code), low = _mm256_set1_epi8(15);
+    return _mm256_and_si256(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)bytes)),
+                            _mm256_set1_epi32(1));
+}
+
+/* A codebook of 16 values, 31 added. */
+AVX2 INLINE __m256i codebook_avx2(const int8_t *values)
+{
+    return _mm256_add_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)values)),
+                           _mm256_set1_epi8(31));
+}
+
+/* q3: three bits of each nibble and the group bit are an index; the fourth bits, put together in
+ * `rest`, are the nibbles of steps 6 and 7. */
+AVX2 INLINE void operands_q3_avx2(const uint8_t *group, const uint8_t *scale_bytes, __m256i w[8])
+{
+    const __m256i codebook = codebook_avx2(CODEBOOKS_Q3), low = _mm256_set1_epi8(7);
+    const __m256i book = _mm256_mullo_epi32(odd_rows_avx2(scale_bytes),
+                                            _mm256_set1_epi32(0x08080808));
+    __m256i rest = _mm256_setzero_si256();
+    for (int o = 0; o < 4; o++) {
+        __m256i raw = rest;
+        if (o < 3) {
+            raw = _mm256_loadu_si256((const __m256i *)(group + o * 64));
+            rest = _mm256_or_si256(rest, _mm256_and_si256(_mm256_srli_epi16(raw, 3 - o),
+                                                          _mm256_set1_epi8((char)(0x11 << o))));
+        }
+        for (int i = 0; i < 2; i++) {
+            __m256i index = _mm256_and_si256(i ? _mm256_srli_epi16(raw, 4) : raw, low);
+            w[2 * o + i] = _mm256_shuffle_epi8(codebook, _mm256_or_si256(index, book));
+        }
+    }
+}
+
+/* Rows 8 half .. 8 half + 7 of a group as 8 registers of [8 rows][4 inputs], unsigned: q6
+ * value + 32, q4 codebook + 31, q3 value + 31, q8 value + 128 for VNNI but signed without it. */
+AVX2 INLINE void operands_avx2(int vnni, uint32_t type, const uint8_t *group,
+                               const uint8_t *scale_bytes, int half, __m256i w[8])
+{
+    const __m256i codebook = codebook_avx2(CODEBOOK), low = _mm256_set1_epi8(15);
     const __m256i high_bits = _mm256_set1_epi8(0x30);
     if (type == TYPE_Q8) {
         const __m256i flip = _mm256_set1_epi8(vnni ? -128 : 0);
         for (int i = 0; i < 8; i++)
             w[i] = _mm256_xor_si256(
                 _mm256_loadu_si256((const __m256i *)(group + i * 64 + half * 32)), flip);
+        return;
+    }
+    if (type == TYPE_Q3) {
+        operands_q3_avx2(group + half * 32, scale_bytes, w);
         return;
     }
     for (int o = 0; o < 4; o++) {
@@ -6005,8 +6064,8 @@ AVX2 INLINE __m256i broadcast_avx2(const int8_t *four_inputs)
 #endif
 
 /* acc + the products of two steps, w[0] with inputs q[0..3], w[1] with q[4..7].  AVX-VNNI
- * adds four products at a time.  Without it pairs go through 16 bits: two pairs of q6 or q4
- * fit (4 * 63 * 127), but only one of q8, and that with the sign moved to the input. */
+ * adds four products at a time.  Without it pairs go through 16 bits: two pairs of q6, q4 or
+ * q3 fit (4 * 63 * 127), but only one of q8, and that with the sign moved to the input. */
 AVX2 INLINE __m256i dot_avx2(int vnni, uint32_t type, __m256i acc, __m256i w0, __m256i w1,
                              __m256i x0, __m256i x1)
 {
@@ -6046,21 +6105,16 @@ AVX2 INLINE __m256i group_sum_avx2(int vnni, uint32_t type, const __m256i w[8], 
     return _mm256_add_epi32(sum[0], sum[1]);
 }
 
-/* q4's values are 4 higher in rows whose scale byte is odd: 1 for those of 8 rows. */
-AVX2 INLINE __m256i odd_rows_avx2(const uint8_t *bytes)
-{
-    return _mm256_and_si256(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)bytes)),
-                            _mm256_set1_epi32(1));
-}
-
 /* What the unsigned operands of 8 rows are off by, times -1, in the low 16 bits of each
- * lane. */
+ * lane: q4's values are 4 higher in rows whose group bit is 1. */
 AVX2 INLINE __m256i offset_avx2(int vnni, uint32_t type, const uint8_t *bytes)
 {
     if (type == TYPE_Q8)
         return _mm256_set1_epi32(vnni ? -128 & 0xffff : 0);
     if (type == TYPE_Q6)
         return _mm256_set1_epi32(-32 & 0xffff);
+    if (type == TYPE_Q3)
+        return _mm256_set1_epi32(-31 & 0xffff);
     return _mm256_add_epi32(_mm256_set1_epi32(-31 & 0xffff),
                             _mm256_slli_epi32(odd_rows_avx2(bytes), 2));
 }
@@ -6071,7 +6125,7 @@ AVX2 INLINE __m256 scales_avx2(uint32_t type, const uint8_t *bytes)
 {
     __m128i raw = _mm_loadl_epi64((const __m128i *)bytes);
     __m256i s = type == TYPE_Q8 ? _mm256_cvtepu8_epi32(raw) : _mm256_cvtepi8_epi32(raw);
-    return _mm256_cvtepi32_ps(type == TYPE_Q4 ? _mm256_srai_epi32(s, 1) : s);
+    return _mm256_cvtepi32_ps(has_group_bit(type) ? _mm256_srai_epi32(s, 1) : s);
 }
 
 AVX2 INLINE void tile_avx2(const int vnni, const uint32_t type, const int n,
@@ -6089,7 +6143,7 @@ AVX2 INLINE void tile_avx2(const int vnni, const uint32_t type, const int n,
         for (int half = 0; half < 2; half++) {
             __m256i v[8], offset = offset_avx2(vnni, type, scale_bytes + 8 * half);
             __m256 s = scales_avx2(type, scale_bytes + 8 * half);
-            operands_avx2(vnni, type, group, half, v);
+            operands_avx2(vnni, type, group, scale_bytes + 8 * half, half, v);
             for (int i = 0; i < n; i++) {
                 size_t at = (t + (size_t)i) * ld + g;
                 __m256i start = _mm256_madd_epi16(offset, _mm256_set1_epi32(in->sum[at]));
@@ -6129,7 +6183,7 @@ AVX2 INLINE void unpack_panel_avx2(const int vnni, const uint32_t type, const st
             scale_bytes += i % 2 * 8;
             if (type == TYPE_Q4)
                 odd = _mm256_mullo_epi32(odd_rows_avx2(scale_bytes), _mm256_set1_epi32(0x04040404));
-            operands_avx2(vnni, type, group, i % 2, v);
+            operands_avx2(vnni, type, group, scale_bytes, i % 2, v);
             for (int step = 0; step < 8; step++)
                 _mm256_storeu_si256((__m256i *)(b->operands[g][step][i / 2] + i % 2 * 32),
                                     _mm256_add_epi8(v[step], odd));
@@ -6267,14 +6321,55 @@ AVX512 static void add_lines_avx512(const struct lines *l, const float *x, size_
         lines_by_type(lines_avx512, 16, l, x, ldx, n, y, ldy);
 }
 
+/* The rows whose group bit is 1. */
+AVX512 INLINE __mmask16 odd_rows_avx512(__m128i scale_bytes)
+{
+    return _mm_test_epi8_mask(scale_bytes, _mm_set1_epi8(1));
+}
+
+/* A codebook of 16 values, 31 added. */
+AVX512 INLINE __m512i codebook_avx512(const int8_t *values)
+{
+    return _mm512_add_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)values)),
+                           _mm512_set1_epi8(31));
+}
+
+/* The bits of a that the mask has, the others of b. */
+AVX512 INLINE __m512i pick_avx512(char mask, __m512i a, __m512i b)
+{
+    return _mm512_ternarylogic_epi32(_mm512_set1_epi8(mask), a, b, 0xca);
+}
+
+/* q3: three bits of each nibble and the group bit are an index; the fourth bits, put together in
+ * raw[3], are the nibbles of steps 6 and 7. */
+AVX512 INLINE void operands_q3_avx512(const uint8_t *group, __m128i scale_bytes, __m512i w[8])
+{
+    const __m512i codebook = codebook_avx512(CODEBOOKS_Q3);
+    const __m512i book = _mm512_maskz_set1_epi32(odd_rows_avx512(scale_bytes), 0x08080808);
+    __m512i raw[4];
+    for (int o = 0; o < 3; o++)
+        raw[o] = _mm512_loadu_si512(group + o * 64);
+    raw[3] = pick_avx512(0x11, _mm512_srli_epi16(raw[0], 3), _mm512_srli_epi16(raw[1], 2));
+    raw[3] = pick_avx512(0x33, raw[3], _mm512_srli_epi16(raw[2], 1));
+    for (int i = 0; i < 8; i++) {
+        __m512i nibble = i % 2 ? _mm512_srli_epi16(raw[i / 2], 4) : raw[i / 2];
+        w[i] = _mm512_shuffle_epi8(codebook, pick_avx512(7, nibble, book));
+    }
+}
+
 /* A group as 8 registers of [16 rows][4 inputs], unsigned: q8 value + 128, q6 value + 32,
- * q4 codebook + 31. */
-AVX512 INLINE void operands_avx512(uint32_t type, const uint8_t *group, __m512i w[8])
+ * q4 codebook + 31, q3 value + 31. */
+AVX512 INLINE void operands_avx512(uint32_t type, const uint8_t *group, __m128i scale_bytes,
+                                   __m512i w[8])
 {
     const __m512i low = _mm512_set1_epi8(15), high_bits = _mm512_set1_epi8(0x30);
     if (type == TYPE_Q8) {
         for (int i = 0; i < 8; i++)
             w[i] = _mm512_xor_si512(_mm512_loadu_si512(group + i * 64), _mm512_set1_epi8(-128));
+        return;
+    }
+    if (type == TYPE_Q3) {
+        operands_q3_avx512(group, scale_bytes, w);
         return;
     }
     for (int o = 0; o < 4; o++) {
@@ -6289,27 +6384,21 @@ AVX512 INLINE void operands_avx512(uint32_t type, const uint8_t *group, __m512i 
         for (int j = 0; j < 4; j++)
             w[4 * o + j] = _mm512_or_si512(w[4 * o + j], _mm512_and_si512(moved[j], high_bits));
     }
-    if (type == TYPE_Q4) {
-        __m128i code = _mm_add_epi8(_mm_loadu_si128((const __m128i *)CODEBOOK), _mm_set1_epi8(31));
-        __m512i codebook = _mm512_broadcast_i32x4(code);
-        for (int i = 0; i < 8; i++)
-            w[i] = _mm512_shuffle_epi8(codebook, w[i]);
-    }
+    const __m512i codebook = codebook_avx512(CODEBOOK);
+    for (int i = 0; i < 8 && type == TYPE_Q4; i++)
+        w[i] = _mm512_shuffle_epi8(codebook, w[i]);
 }
 
-/* q4's values are 4 higher in rows whose scale byte is odd. */
-AVX512 INLINE __mmask16 odd_rows_avx512(__m128i scale_bytes)
-{
-    return _mm_test_epi8_mask(scale_bytes, _mm_set1_epi8(1));
-}
-
-/* What the unsigned operands are off by, times -1, in the low 16 bits of each lane. */
+/* What the unsigned operands are off by, times -1, in the low 16 bits of each lane: q4's values
+ * are 4 higher in rows whose group bit is 1. */
 AVX512 INLINE __m512i offset_avx512(uint32_t type, __m128i scale_bytes)
 {
     if (type == TYPE_Q8)
         return _mm512_set1_epi32(-128 & 0xffff);
     if (type == TYPE_Q6)
         return _mm512_set1_epi32(-32 & 0xffff);
+    if (type == TYPE_Q3)
+        return _mm512_set1_epi32(-31 & 0xffff);
     return _mm512_mask_set1_epi32(_mm512_set1_epi32(-31 & 0xffff), odd_rows_avx512(scale_bytes),
                                   -27 & 0xffff);
 }
@@ -6320,7 +6409,7 @@ AVX512 INLINE __m512 scales_avx512(uint32_t type, __m128i scale_bytes)
 {
     __m512i s = type == TYPE_Q8 ? _mm512_cvtepu8_epi32(scale_bytes)
                                 : _mm512_cvtepi8_epi32(scale_bytes);
-    return _mm512_cvtepi32_ps(type == TYPE_Q4 ? _mm512_srai_epi32(s, 1) : s);
+    return _mm512_cvtepi32_ps(has_group_bit(type) ? _mm512_srai_epi32(s, 1) : s);
 }
 
 AVX512 INLINE __m512i group_sum_avx512(int chains, const __m512i w[8], const int8_t *q,
@@ -6351,7 +6440,7 @@ AVX512 INLINE void tile_avx512(const int how, const uint32_t type, const int n,
         __m128i raw = _mm_loadu_si128((const __m128i *)scale_bytes);
         __m512i v[8], offset = offset_avx512(type, raw);
         __m512 s = scales_avx512(type, raw);
-        operands_avx512(type, group, v);
+        operands_avx512(type, group, raw, v);
         for (int i = 0; i < n; i++) {
             size_t at = (t + (size_t)i) * ld + g;
             __m512i start = _mm512_dpwssd_epi32(_mm512_setzero_si512(), offset,
@@ -6383,7 +6472,7 @@ AVX512 INLINE void unpack_panel_avx512(const int how, const uint32_t type, const
             __m512i v[8], odd = _mm512_setzero_si512();
             if (type == TYPE_Q4)
                 odd = _mm512_maskz_set1_epi32(odd_rows_avx512(raw), 0x04040404);
-            operands_avx512(type, group, v);
+            operands_avx512(type, group, raw, v);
             for (int step = 0; step < 8; step++)
                 _mm512_storeu_si512(b->operands[g][step][i], _mm512_add_epi8(v[step], odd));
             _mm512_storeu_ps(b->scales[g][i], scales_avx512(type, raw));
@@ -6629,7 +6718,7 @@ AVX512 INLINE void unpack_group_amx(uint32_t type, const uint8_t *tile, size_t g
         _mm_prefetch((const char *)group + line + PREFETCH_AHEAD, _MM_HINT_T0);
     __m128i raw = _mm_loadu_si128((const __m128i *)scale_bytes);
     __m512i w[8], zero = _mm512_setzero_si512(), s = _mm512_cvtepi8_epi32(raw);
-    s = type == TYPE_Q4 ? _mm512_srai_epi32(s, 1) : s;
+    s = has_group_bit(type) ? _mm512_srai_epi32(s, 1) : s;
     __m512i start = type == TYPE_Q8 ? zero : _mm512_madd_epi16(offset_avx512(type, raw), s);
     s = _mm512_and_si512(s, _mm512_set1_epi32(0xff));
     const __m512i scale[4] = {s, _mm512_slli_epi32(s, 8), _mm512_slli_epi32(s, 16),
@@ -6639,7 +6728,7 @@ AVX512 INLINE void unpack_group_amx(uint32_t type, const uint8_t *tile, size_t g
     const __m512i high_words = _mm512_add_epi32( /* 1 of one operand, 1 of the other, 3, 3 .. */
         _mm512_set1_epi32(33 << 16 | 1), _mm512_slli_epi16(_mm512_or_si512(
             lanes, _mm512_slli_epi32(lanes, 16)), 1));
-    operands_avx512(type, group, w);
+    operands_avx512(type, group, raw, w);
     UNROLL
     for (int step = 0; step < 8; step++) {
         __m512i x[4];
@@ -6751,7 +6840,8 @@ AVX512 static void panel_amx(const struct tiles *w, const struct input *in, size
     case TYPE_BF16: panel_of_type_amx(TYPE_BF16, w, in, t, n, y); break;
     case TYPE_Q8: panel_of_type_amx(TYPE_Q8, w, in, t, n, y); break;
     case TYPE_Q6: panel_of_type_amx(TYPE_Q6, w, in, t, n, y); break;
-    default: panel_of_type_amx(TYPE_Q4, w, in, t, n, y); break;
+    case TYPE_Q4: panel_of_type_amx(TYPE_Q4, w, in, t, n, y); break;
+    default: panel_of_type_amx(TYPE_Q3, w, in, t, n, y); break;
     }
 }
 
@@ -6870,8 +6960,8 @@ AVX512 static void mix_amx(const float (*s)[KEY_BLOCK], int n, int head_dim,
 }
 
 static const struct matrix_kernels amx_matrix = {
-    .types = 1 << TYPE_BF16 | 1 << TYPE_Q8 | 1 << TYPE_Q6 | 1 << TYPE_Q4, .panel = panel_amx,
-    .pack_row = pack_row_avx512, .pack_keys = pack_keys_avx512, .pack_values = pack_values_avx512,
+    .types = 1 << TYPE_BF16 | 1 << TYPE_Q8 | 1 << TYPE_Q6 | 1 << TYPE_Q4 | 1 << TYPE_Q3,
+    .panel = panel_amx, .pack_row = pack_row_avx512, .pack_keys = pack_keys_avx512, .pack_values = pack_values_avx512,
     .scores = scores_amx, .mix = mix_amx};
 
 #endif /* HAVE_AMX */
@@ -7044,14 +7134,35 @@ static void add_lines_neon(const struct lines *l, const float *x, size_t ldx, in
     lines_by_type(lines_neon, 4, l, x, ldx, n, y, ldy);
 }
 
+/* q3: three bits of each nibble and the group bit, 4 where odd, are an index; the fourth bits, put
+ * together in raw[3], are the nibbles of steps 6 and 7. */
+INLINE void operands_q3_neon(const uint8_t *group, int32x4_t odd, int8x16_t w[8])
+{
+    const uint8x16_t book = vreinterpretq_u8_s32(vmulq_n_s32(odd, 0x02020202));
+    const uint8x16_t low = vdupq_n_u8(7);
+    const int8x16_t codebooks = vld1q_s8(CODEBOOKS_Q3);
+    uint8x16_t raw[4];
+    for (int o = 0; o < 3; o++)
+        raw[o] = vld1q_u8(group + o * 64);
+    raw[3] = vbslq_u8(vdupq_n_u8(0x11), vshrq_n_u8(raw[0], 3), vshrq_n_u8(raw[1], 2));
+    raw[3] = vbslq_u8(vdupq_n_u8(0x33), raw[3], vshrq_n_u8(raw[2], 1));
+    for (int i = 0; i < 8; i++) {
+        uint8x16_t nibble = i % 2 ? vshrq_n_u8(raw[i / 2], 4) : raw[i / 2];
+        w[i] = vqtbl1q_s8(codebooks, vbslq_u8(low, nibble, book));
+    }
+}
+
 /* Rows 4 quarter .. 4 quarter + 3 of a group as 8 registers of [4 rows][4 inputs], signed;
- * q4 without its 4 * odd bit. */
-INLINE void operands_neon(uint32_t type, const uint8_t *group, int quarter, int8x16_t w[8])
+ * q4 without what odd adds. */
+INLINE void operands_neon(uint32_t type, const uint8_t *group, int32x4_t odd, int quarter,
+                          int8x16_t w[8])
 {
     const int8x16_t codebook = vld1q_s8(CODEBOOK);
     group += quarter * 16;
     for (int i = 0; i < 8 && type == TYPE_Q8; i++)
         w[i] = vreinterpretq_s8_u8(vld1q_u8(group + i * 64));
+    if (type == TYPE_Q3)
+        operands_q3_neon(group, odd, w);
     for (int o = 0; o < 4 && type == TYPE_Q4; o++) {
         uint8x16_t raw = vld1q_u8(group + o * 64);
         w[2 * o] = vqtbl1q_s8(codebook, vandq_u8(raw, vdupq_n_u8(15)));
@@ -7082,20 +7193,20 @@ INLINE void widen_neon(int is_signed, uint8x16_t bytes, int32x4_t y[4])
     }
 }
 
-/* Group scales of 16 rows as floats, and what q4 adds to the values of each row. */
+/* Group scales of 16 rows as floats, and 4 for rows whose group bit is 1: what q4 adds. */
 INLINE void scales_neon(uint32_t type, const uint8_t *bytes, float32x4_t s[4], int32x4_t odd[4])
 {
     uint8x16_t raw = vld1q_u8(bytes);
     int32x4_t whole[4];
-    widen_neon(0, vandq_u8(vshlq_n_u8(raw, 2), vdupq_n_u8(type == TYPE_Q4 ? 4 : 0)), odd);
-    if (type == TYPE_Q4)
+    widen_neon(0, vandq_u8(vshlq_n_u8(raw, 2), vdupq_n_u8(has_group_bit(type) ? 4 : 0)), odd);
+    if (has_group_bit(type))
         raw = vreinterpretq_u8_s8(vshrq_n_s8(vreinterpretq_s8_u8(raw), 1));
     widen_neon(type != TYPE_Q8, raw, whole);
     for (int i = 0; i < 4; i++)
         s[i] = vcvtq_f32_s32(whole[i]);
 }
 
-/* Sums without SDOT go through 16 bits: a whole group of q6 or q4 fits (8 * 32 * 127), but
+/* Sums without SDOT go through 16 bits: a whole group of q6, q4 or q3 fits (8 * 32 * 127), but
  * only two steps of q8 (2 * 128 * 127). */
 INLINE int32x4_t widening_sum(uint32_t type, const int8x16_t w[8], const int8x16_t x[2])
 {
@@ -7215,7 +7326,7 @@ INLINE void add_quarter_neon(const int sums, uint32_t type, const int n,
 {
     int8x16_t w[8];
     int32x4_t sum[4];
-    operands_neon(type, g->weights, quarter, w);
+    operands_neon(type, g->weights, g->odd[quarter], quarter, w);
     group_sums_neon(sums, type, n, w, g->x, sum);
     for (int j = 0; j < n; j++, at += in->ldq / GROUP) {
         if (type == TYPE_Q4)
@@ -7283,7 +7394,7 @@ INLINE void unpack_panel_neon(const int sums, const uint32_t type, const struct 
             int8x16_t v[8];
             group = group_at(type, w->data[i / 4], block * 8 + (size_t)g, &scale_bytes);
             scales_neon(type, scale_bytes, s, odd);
-            operands_neon(type, group, i % 4, v);
+            operands_neon(type, group, odd[i % 4], i % 4, v);
             for (int step = 0; step < 8 && type == TYPE_Q4; step++)
                 v[step] = vaddq_s8(v[step], vreinterpretq_s8_s32(vmulq_n_s32(odd[i % 4],
                                                                              0x01010101)));

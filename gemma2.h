@@ -203,7 +203,7 @@ GEMMA2_API const char *gemma2_fact(const gemma2_model *model, const char *key, s
 /* One entry of the file's directory. */
 typedef struct {
     const char *role;   /* "embedding", "q", ...; "optional" for one this version skips */
-    const char *type;   /* "f32", "bf16", "q8", "q6", "q4" or "bytes" */
+    const char *type;   /* "f32", "bf16", "q8", "q6", "q4", "q3" or "bytes" */
     int32_t layer;      /* -1 where it belongs to no layer */
     uint64_t rows, cols, bytes;
 } gemma2_section;

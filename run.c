@@ -2575,7 +2575,7 @@ static int put_turns(program *p)
 /* One line for each type of section: how many, how many values, how many bytes. */
 static void put_sections(program *p)
 {
-    static const char *const types[] = {"bytes", "f32", "bf16", "q8", "q6", "q4"};
+    static const char *const types[] = {"bytes", "f32", "bf16", "q8", "q6", "q4", "q3"};
     for (size_t t = 0; t < sizeof types / sizeof types[0]; t++) {
         uint64_t count = 0, values = 0, bytes = 0;
         gemma2_section section;

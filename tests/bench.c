@@ -2,7 +2,7 @@
  *
  *   bench model.bin [options]
  *   bench --shape 2b --type q8 [--head q6] [options]     random weights, made in memory; q4
- *                      keeps v and head at q6, as export.py does
+ *                      and q3 keep v and head at q6, as export.py does
  *
  *   --threads N[,N]    default: one a processor; of several counts a scaling line compares
  *                      the last with the first
@@ -168,7 +168,7 @@ static uint64_t build_image(uint8_t *base, size_t shape, uint32_t type, uint32_t
                 in_layer != (l < shapes[shape].l))
                 continue;
             uint32_t t = r->id == ROLE_TOKENIZER ? TYPE_BYTES : r->cols == '1' ? TYPE_F32
-                         : !in_layer ? head : type == TYPE_Q4 && !strcmp(r->name, "v") ? TYPE_Q6
+                         : !in_layer ? head : has_group_bit(type) && !strcmp(r->name, "v") ? TYPE_Q6
                                      : type;
             uint64_t rows = dimension(&c, r->rows), cols = dimension(&c, r->cols);
             uint64_t tile = tile_bytes(t == TYPE_BYTES ? TYPE_F32 : t, cols);
@@ -218,7 +218,7 @@ static gemma2_model *make_shape(const struct options *o)
     if (i == n)
         die("--shape is 2b, 9b or 27b");
     uint32_t type = type_named(o->type);
-    uint32_t head = o->head ? type_named(o->head) : type == TYPE_Q4 ? TYPE_Q6 : type;
+    uint32_t head = o->head ? type_named(o->head) : has_group_bit(type) ? TYPE_Q6 : type;
     uint64_t size = build_image(NULL, i, type, head, 0);
     if (!o->plan && size + (2u << 30) > free_memory()) {
         fprintf(stderr, "bench: %s in %s needs %.1f GB and 2 more for the session; %.1f are free\n",

@@ -166,7 +166,7 @@ struct shape {
     uint32_t types[5], align; /* tensors take the types in turn */
 };
 
-enum { F32 = TYPE_F32, BF16 = TYPE_BF16, Q8 = TYPE_Q8, Q6 = TYPE_Q6, Q4 = TYPE_Q4 };
+enum { F32 = TYPE_F32, BF16 = TYPE_BF16, Q8 = TYPE_Q8, Q6 = TYPE_Q6, Q4 = TYPE_Q4, Q3 = TYPE_Q3 };
 
 /* Nothing is a multiple of what kernels like; 9 heads share one kv head, others 3 and 1. */
 static const struct shape shapes[] = {
@@ -175,6 +175,7 @@ static const struct shape shapes[] = {
     {"q8", 3, 40, 9, 1, 4, 300, 83, 8, 64, 50, 30, 1, 0, {Q8, Q8, Q8, Q8, Q8}, 64},
     {"q6", 2, 264, 4, 4, 16, 70, 100, 8, 64, 0, 30, 2, 0, {Q6, Q6, Q6, Q6, Q6}, 4096},
     {"q4", 2, 48, 8, 2, 18, 33, 131, 8, 64, 50, 0, 3, 1, {Q4, Q4, Q4, Q4, Q6}, 64},
+    {"q3", 2, 48, 8, 2, 18, 270, 131, 8, 64, 0, 30, 1, 0, {Q3, Q3, Q3, Q3, Q3}, 64},
     {"mixed", 5, 33, 4, 2, 22, 37, 77, 8, 64, 20, 15, 19, 1, {F32, Q8, BF16, Q4, Q6}, 128},
 };
 enum { N_SHAPES = sizeof shapes / sizeof *shapes };
@@ -197,7 +198,8 @@ static uint64_t tensor_bytes(uint32_t type, uint64_t rows, uint64_t cols)
     case BF16: return tiles * (cols + cols % 2) * 16 * 2;
     case Q8: return tiles * (64 + blocks * (128 + 4096));
     case Q6: return tiles * (64 + blocks * (128 + 3072));
-    default: return tiles * (64 + blocks * (128 + 2048));
+    case Q4: return tiles * (64 + blocks * (128 + 2048));
+    default: return tiles * (64 + blocks * (128 + 1536));
     }
 }
 

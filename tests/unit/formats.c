@@ -20,7 +20,10 @@ static int32_t weight_at(uint32_t type, const uint8_t *data, uint32_t cols, uint
                          uint32_t col, float *scale)
 {
     static const int code[16] = {-31, -25, -20, -16, -12, -9, -6, -3, 0, 3, 6, 9, 13, 17, 22, 28};
-    uint32_t group_bytes = type == Q8 ? 512 : type == Q6 ? 384 : 256, lane = row % 16;
+    static const int code3[2][8] = {{-31, -20, -11, -5, 0, 6, 14, 23},
+                                    {-29, -18, -9, -3, 2, 8, 16, 25}};
+    static const uint32_t sizes[N_TYPES] = {[Q8] = 512, [Q6] = 384, [Q4] = 256, [Q3] = 192};
+    uint32_t group_bytes = sizes[type], lane = row % 16;
     const uint8_t *tile = data + row / 16 * tensor_bytes(type, 1, cols);
     const uint8_t *block = tile + 64 + col / 256 * (128 + 8 * group_bytes);
     const uint8_t *group = block + 128 + col % 256 / 32 * group_bytes;
@@ -28,10 +31,18 @@ static int32_t weight_at(uint32_t type, const uint8_t *data, uint32_t cols, uint
     *scale = float_of(get_u32(tile + lane * 4));
     if (type == Q8)
         return s * (group[step * 64 + input] ^ 128) - s * 128;
+    if (type == Q3 && step >= 6) {
+        int index = 0;
+        for (int o = 0; o < 3; o++)
+            index += (group[o * 64 + input] >> (step == 6 ? 3 : 7) & 1) << o;
+        return ((s > 127 ? s - 256 : s) - (s & 1)) / 2 * code3[s & 1][index];
+    }
     int byte = group[step / 2 * 64 + input], low = step % 2 ? byte / 16 : byte % 16;
     int sign = s > 127 ? s - 256 : s;
     if (type == Q6)
         return sign * ((group[256 + step / 4 * 64 + input] >> 2 * (step % 4) & 3) * 16 + low - 32);
+    if (type == Q3)
+        return (sign - (s & 1)) / 2 * code3[s & 1][low % 8];
     return (sign - (s & 1)) / 2 * (code[low] + 4 * (s & 1));
 }
 
@@ -47,7 +58,7 @@ static struct matrix random_matrix(uint32_t type, uint32_t rows, uint32_t cols)
 static void test_unpack(void)
 {
     static const uint32_t cols[] = {1, 31, 256, 257, 300};
-    for (uint32_t type = Q8; type <= Q4; type++)
+    for (uint32_t type = Q8; type <= Q3; type++)
         for (int i = 0; i < 5; i++) {
             struct matrix w = random_matrix(type, 19, cols[i]);
             float *y = fresh(cols[i] * sizeof *y), scale;

@@ -5,7 +5,7 @@ What the file looks like, byte for byte, is written at the top of gemma2.c (sect
 and 3).  This script follows it and says here only how the numbers are chosen.
 
   1. Ground         command line, errors, warnings, signals, JSON
-  2. Number formats f32 and bf16 tiles; q8, q6, q4: search for scales, then packing
+  2. Number formats f32 and bf16 tiles; q8, q6, q4, q3: search for scales, then packing
   3. The model      facts, roles of tensors and their shapes
   4. Checkpoints    the way of a weight on one page; safetensors and PyTorch, plain and quantised;
                     GGUF; gemma.cpp's .sbs; Keras and Flax; names on Hugging Face's hub; LoRA
@@ -59,7 +59,7 @@ VERSION = "0.1.0"
 
 # As called: an installed copy is gemma2-export
 NAME = os.path.basename(sys.argv[0]) if __name__ in ("__main__", "__mp_main__") else "export.py"
-TYPE_NAMES = "f32", "bf16", "q8", "q6", "q4"
+TYPE_NAMES = "f32", "bf16", "q8", "q6", "q4", "q3"
 
 EPILOG = """
 Checkpoints, with the package that each needs beside numpy:
@@ -76,6 +76,7 @@ Types, with bits a weight and typical loss:
   f32   32     exact          q8    8.25   none that can be noticed (the default)
   bf16  16     as released    q6    6.25   barely any
                               q4    4.25   little; embedding, head and v stay q6
+                              q3    3.25   more; embedding, head and v stay q6
 
 Names for --tensor: embedding, head, layers.N.q, .k, .v, .o, .gate, .up, .down, with * ? [].
 The last --tensor that matches counts, before --head, before --type.  Norms are always f32.
@@ -437,37 +438,39 @@ def weighted_square(a, moments):
 
 
 def nearest_integer(lo, hi):
-    def nearest(t):
+    def nearest(t, _):
         np.clip(t, lo, hi, out=t)
         return np.rint(t, out=t)  # ties to even
     return nearest
 
 
+# The codebooks that a group's bit chooses from.
 CODEBOOK = np.array([-31, -25, -20, -16, -12, -9, -6, -3, 0, 3, 6, 9, 13, 17, 22, 28], np.float32)
+BOOKS_Q4 = np.stack((CODEBOOK, CODEBOOK + 4))
+BOOKS_Q3 = np.array([[-31, -20, -11, -5, 0, 6, 14, 23],
+                     [-29, -18, -9, -3, 2, 8, 16, 25]], np.float32)
 
 
-def codebook_table():
-    """Nearest codebook value for each of 256 keys k = floor(2t) + ceil(2t) + 128.
+def nearest_in(books):
+    """A function of t and of the group bit, in place.
 
-    The borders between codebook values are multiples of 1/2, so 2t decides: k is even
-    where 2t is an integer and odd between two integers.  On a border the even index wins.
+    The borders between values are multiples of 1/2, so 2t decides: the key floor(2t) +
+    ceil(2t) + 128 is even where 2t is an integer and odd between two integers.  On a border
+    the even index wins.
     """
     t = (np.arange(256) - 128) / 4.0
-    distance = np.abs(t[:, None] - CODEBOOK)
-    distance[:, 1::2] += 1e-3  # less than the 1/8 at least that separates other distances
-    return CODEBOOK[distance.argmin(axis=1)]
+    distance = np.abs(t[:, None] - books[:, None])
+    distance[:, :, 1::2] += 1e-3  # less than the 1/8 at least that separates other distances
+    table = np.take_along_axis(books, distance.argmin(axis=2), axis=1).ravel()
 
-
-NEAREST_CODE = codebook_table()
-
-
-def nearest_codebook(t):
-    t *= 2
-    np.clip(t, -63.5, 63.5, out=t)
-    key = np.ceil(t)
-    key += np.floor(t, out=t)
-    key += 128
-    return np.take(NEAREST_CODE, key.astype(np.uint8), mode="wrap", out=t)
+    def nearest(t, book):
+        t *= 2
+        np.clip(t, -63.5, 63.5, out=t)
+        key = np.ceil(t)
+        key += np.floor(t, out=t)
+        key += 128 + 256 * book
+        return np.take(table, key.astype(np.uint16), mode="clip", out=t)
+    return nearest
 
 
 # ---- Packing of chosen values: v [32, T*G*16] int8 to bytes [T, G, of a group] --
@@ -485,11 +488,11 @@ def nibbles(code):
     return steps[:, 0] | steps[:, 1] << 4
 
 
-def group_q8(v, tiles, groups):
+def group_q8(v, _, tiles, groups):
     return lanes_last(v.view(np.uint8), tiles, groups)
 
 
-def group_q6(v, tiles, groups):
+def group_q6(v, _, tiles, groups):
     code = (v + 32).view(np.uint8)
     high = (code >> 4).reshape(2, 4, 4, -1)  # [operand, step of it, input, ...]
     high = high[:, 0] | high[:, 1] << 2 | high[:, 2] << 4 | high[:, 3] << 6
@@ -497,45 +500,59 @@ def group_q6(v, tiles, groups):
                            lanes_last(high, tiles, groups)), axis=2)
 
 
-CODE_OF_VALUE = np.zeros(60, np.uint8)  # by v + 31
-CODE_OF_VALUE[CODEBOOK.astype(int) + 31] = np.arange(16)
+def index_in(books):
+    """A function of values and group bits."""
+    table = np.zeros((2, 64), np.uint8)  # by v + 31
+    for book in 0, 1:
+        table[book, books[book].astype(int) + 31] = np.arange(books.shape[1])
+    return lambda v, book: np.take(table, v + 31 + 64 * book.astype(np.int16), mode="clip")
 
 
-def group_q4(v, tiles, groups):
-    return lanes_last(nibbles(np.take(CODE_OF_VALUE, v + 31, mode="wrap")), tiles, groups)
+INDEX_Q4, INDEX_Q3 = index_in(BOOKS_Q4), index_in(BOOKS_Q3)
+
+
+def group_q4(v, book, tiles, groups):
+    return lanes_last(nibbles(INDEX_Q4(v, book)), tiles, groups)
+
+
+def group_q3(v, book, tiles, groups):
+    """Six steps as q4's, the last two in the fourth bits of their nibbles."""
+    steps = INDEX_Q3(v, book).reshape(8, 4, -1)
+    for operand in 0, 1, 2:
+        steps[2 * operand:2 * operand + 2] |= (steps[6:] >> operand & 1) << 3
+    return lanes_last(steps[0:6:2] | steps[1:6:2] << 4, tiles, groups)
 
 
 # ---- Scales ---------------------------------------------------------------------------
 
-# lo, hi    ends of the values        nearest  t to values, in place
-# shifts    may be added to all values of a group, chosen by bit 0 of the scale byte
+# ends      lowest and highest value, for each of the group's bits that there are
+# nearest   t and the group's bit to values, in place of t
 # s_lo, s_hi  ends of s; 0 where only the positive sign exists
 # steps     real scales tried, relative to the one that just covers the group
 # tries     then the integers s tried, relative to floor(d / S)
 # group     packs the values          group_bytes  of 32 x 16 values
 # blank     the value whose bits are zero, for padding
 Grid = collections.namedtuple(
-    "Grid", "lo hi nearest shifts s_lo s_hi steps tries group group_bytes blank")
+    "Grid", "ends nearest s_lo s_hi steps tries group group_bytes blank")
 
 # Why so many: with 32 weights a group, rounding is partly luck, and a choice among scales
 # that lie close together turns it to advantage (a tenth of the error of q8).
-Q8 = Grid(-127, 127, nearest_integer(-127, 127), (0,), 0, 255,
+Q8 = Grid(((-127, 127),), nearest_integer(-127, 127), 0, 255,
           (1.03,), range(-6, 5), group_q8, 512, 0)
-Q6 = Grid(-32, 31, nearest_integer(-32, 31), (0,), -127, 127,
+Q6 = Grid(((-32, 31),), nearest_integer(-32, 31), -127, 127,
           (1.03, 1.01, 0.99, 0.97), range(-1, 3), group_q6, 384, -32)
-Q4 = Grid(-31, 28, nearest_codebook, (0, 4), -64, 63,
+Q4 = Grid(BOOKS_Q4[:, [0, -1]].tolist(), nearest_in(BOOKS_Q4), -64, 63,
           (1.02, 0.95, 0.89, 0.83, 0.77, 0.71), range(0, 2), group_q4, 256, -31)
+Q3 = Grid(BOOKS_Q3[:, [0, -1]].tolist(), nearest_in(BOOKS_Q3), -64, 63,
+          (1.02, 0.95, 0.89, 0.83, 0.77, 0.71), range(0, 2), group_q3, 192, -31)
 
 TINY = 1e-30   # a group whose weights are all smaller is zero
 HUGE = 1e15    # beyond, the squares of the search leave f32
 
 
-def values(x, d, shift, grid, live):
+def values(x, d, book, grid, live):
     """The values v of x that quantise best with the scales d (0: all zero)."""
-    v = x / np.where(d == 0, np.float32(np.inf), d)
-    v -= shift
-    v = grid.nearest(v)
-    v += shift
+    v = grid.nearest(x / np.where(d == 0, np.float32(np.inf), d), book)
     if live is not None:
         v *= live
     return v
@@ -547,31 +564,30 @@ def dot(a, b, weight):
 
 
 def best_real_scales(x, grid, live, weight):
-    """For each group the real scale d and the shift with the least squared error.
+    """For each group the real scale d and the bit with the least squared error.
 
     With the values v of some scale, d = <w,v>/<v,v> is the best scale for those values
     and leaves <w,w> - <w,v>^2/<v,v>; so the candidate with the largest gain
-    <w,v>^2/<v,v> is kept.  Tried are both signs, every shift, and a few scales around
+    <w,v>^2/<v,v> is kept.  Tried are both signs, both bits, and a few scales around
     the one that just covers the group.
     """
     top, bottom = x.max(axis=0), x.min(axis=0)
-    gain, d, best_shift = np.full_like(top, -1), np.zeros_like(top), np.zeros_like(top)
-    for shift in grid.shifts:
-        lo, hi = grid.lo + shift, grid.hi + shift
+    gain, d, best_book = np.full_like(top, -1), np.zeros_like(top), np.zeros_like(top)
+    for book, (lo, hi) in enumerate(grid.ends):
         covers = [np.maximum(top / hi, bottom / lo)]
         if grid.s_lo < 0:
             covers.append(np.minimum(top / lo, bottom / hi))
         for cover in covers:
             for step in grid.steps:
-                v = values(x, cover * np.float32(step), shift, grid, live)
+                v = values(x, cover * np.float32(step), book, grid, live)
                 wv, vv = dot(x, v, weight), dot(v, v, weight)
                 fit = wv / np.where(vv == 0, np.float32(1), vv)
                 better = wv * fit > gain
                 np.copyto(gain, wv * fit, where=better)
                 np.copyto(d, fit, where=better)
-                np.copyto(best_shift, shift, where=better)
+                np.copyto(best_book, book, where=better)
     d[np.maximum(top, -bottom) < TINY] = 0
-    return d, best_shift
+    return d, best_book
 
 
 def row_scales(d, grid):
@@ -582,14 +598,14 @@ def row_scales(d, grid):
     return need.max(axis=1, keepdims=True)
 
 
-def group_scales(x, d, S, shift, grid, live, weight):
+def group_scales(x, d, S, book, grid, live, weight):
     """s: of a few integers around d / S the one that leaves the least squared error."""
     below = np.floor(d / np.where(S == 0, np.float32(1), S))
     best, least = np.zeros_like(d), np.full_like(d, np.inf)
     for offset in grid.tries:
         s = np.clip(below + np.float32(offset), grid.s_lo, grid.s_hi)
         ds = (S * s).reshape(-1)
-        v = values(x, ds, shift, grid, live)
+        v = values(x, ds, book, grid, live)
         error = ds * (ds * dot(v, v, weight) - 2 * dot(x, v, weight))  # less <w,w>
         error = error.reshape(d.shape)
         better = error < least
@@ -598,7 +614,7 @@ def group_scales(x, d, S, shift, grid, live, weight):
     return np.where(d == 0, np.float32(0), best)
 
 
-def settle(x, v, ds, shift, grid, live, moments, tiles, sweeps):
+def settle(x, v, ds, book, grid, live, moments, tiles, sweeps):
     """Values that leave less error in the products than the nearest ones do: one input after
     the other, its rounding makes up for the errors of its block as they stand (coordinate
     descent on e M e^T, which never rises).
@@ -615,7 +631,7 @@ def settle(x, v, ds, shift, grid, live, moments, tiles, sweeps):
     M = blocks_of(moments, n_blocks * len(moments))
     diagonal = np.einsum("bii->bi", M).copy()
     diagonal[diagonal == 0] = 1  # padding
-    d, shift, v = in_blocks(ds), in_blocks(shift), in_blocks(v)
+    d, book, v = in_blocks(ds), in_blocks(book), in_blocks(v)
     live = None if live is None else in_blocks(live)
     q = v * np.repeat(d, GROUP, axis=1)
     pull = M @ (in_blocks(x) - q)
@@ -624,7 +640,7 @@ def settle(x, v, ds, shift, grid, live, moments, tiles, sweeps):
         near, old = pull[:, group].copy(), q[:, group].copy()
         for k, i in enumerate(range(group.start, group.stop)):
             best = q[:, i] + near[:, k] / diagonal[:, i, None]
-            v[:, i] = values(best, d[:, g], shift[:, g], grid, None if live is None else live[:, i])
+            v[:, i] = values(best, d[:, g], book[:, g], grid, None if live is None else live[:, i])
             step = v[:, i] * d[:, g] - q[:, i]
             near -= M[:, group, i, None] * step[:, None]
             q[:, i] += step
@@ -667,31 +683,31 @@ def pack_quantised(w, grid, moments=None, effort=0):
         weight = regroup(padded(weight, BLOCK))
 
     grid = wider(grid, effort)
-    d, shift = best_real_scales(x, grid, partly, weight)
+    d, book = best_real_scales(x, grid, partly, weight)
     by_row = (tiles, groups, TILE)
     S = row_scales(d.reshape(by_row), grid)
-    s = group_scales(x, d.reshape(by_row), S, shift, grid, partly, weight)
+    s = group_scales(x, d.reshape(by_row), S, book, grid, partly, weight)
     ds = (S * s).reshape(-1)
-    v = values(x, ds, shift, grid, partly)
+    v = values(x, ds, book, grid, partly)
     if moments is not None and len(moments) > 1:
-        v = settle(x, v, ds, shift, grid, partly, moments, tiles, SWEEPS * (1 + effort))
+        v = settle(x, v, ds, book, grid, partly, moments, tiles, SWEEPS * (1 + effort))
     lost = (x - v * ds).reshape(GROUP, tiles, groups, TILE).transpose(1, 3, 2, 0)
     lost = lost.reshape(full.shape)[:rows, :cols]
 
-    v -= shift
     code = v.astype(np.int8)
+    book[s.reshape(-1) == 0] = 0
     if live is not None:
         code[live == 0] = grid.blank
-    body = grid.group(code, tiles, groups)
-    return assemble(S, s, shift.reshape(by_row), body, live, grid), lost
+    body = grid.group(code, book, tiles, groups)
+    return assemble(S, s, book.reshape(by_row), body, grid), lost
 
 
-def assemble(S, s, shift, body, live, grid):
+def assemble(S, s, book, body, grid):
     """Tiles: S of 16 rows, then blocks of group scales and groups."""
     tiles, groups, _ = s.shape
     scale = s.astype(np.int16)
-    if len(grid.shifts) > 1:
-        scale = scale << 1 | (shift != 0) & (scale != 0)
+    if len(grid.ends) > 1:
+        scale = scale << 1 | (book != 0)
     blocks = groups * GROUP // BLOCK
     per_block = BLOCK // GROUP
     out = np.empty((tiles, tile_bytes_of(grid, groups * GROUP)), np.uint8)
@@ -729,6 +745,7 @@ TYPES = {
     "q8": quantised_type(3, Q8),
     "q6": quantised_type(4, Q6),
     "q4": quantised_type(5, Q4),
+    "q3": quantised_type(6, Q3),
 }
 
 
@@ -5391,7 +5408,7 @@ def human(n):
 
 def choose_type(name, tied, options):
     """The type of a tensor: norms f32; else the last --tensor that matches, --head for the
-    output head, --type; only a q4 file keeps embedding, head and v at q6 (v is a fiftieth of
+    output head, --type; only a q4 or q3 file keeps embedding, head and v at q6 (v is a fiftieth of
     the weights, and a quarter of the divergence if it is q4)."""
     if is_norm(name):
         return "f32"
@@ -5400,7 +5417,7 @@ def choose_type(name, tied, options):
             return type_name
     if options.head and name == ("embedding" if tied else "head"):
         return options.head
-    if options.type == "q4" and name.split(".")[-1] in ("embedding", "head", "v"):
+    if options.type in ("q4", "q3") and name.split(".")[-1] in ("embedding", "head", "v"):
         return "q6"
     return options.type
 

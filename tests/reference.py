@@ -117,7 +117,7 @@ def hf_logits(model, ids):
 
 
 def quantise_inputs(module):
-    """Lets a Linear see its inputs as the engine's q8, q6 and q4 kernels do: int8 in groups
+    """Lets a Linear see its inputs as the engine's q8, q6, q4 and q3 kernels do: int8 in groups
     of 32, scale absmax / 127."""
     import torch
 
@@ -181,7 +181,7 @@ def hf_trace(model, ids):
 ROLES = {1: "facts", 2: "tokenizer", 16: "embedding", 17: "head", 18: "final_norm",
          32: "attn_norm", 33: "q", 34: "k", 35: "v", 36: "o", 37: "post_attn_norm",
          40: "ffn_norm", 41: "gate", 42: "up", 43: "down", 44: "post_ffn_norm"}
-TYPES = {0: "bytes", 1: "f32", 2: "bf16", 3: "q8", 4: "q6", 5: "q4"}
+TYPES = {0: "bytes", 1: "f32", 2: "bf16", 3: "q8", 4: "q6", 5: "q4", 6: "q3"}
 HEADER_FIELDS = {  # name: (offset, struct format)
     "file_bytes": (32, "<Q"), "alignment": (56, "<I"), "L": (64, "<I"), "D": (68, "<I"),
     "N": (72, "<I"), "K": (76, "<I"), "H": (80, "<I"), "F": (84, "<I"), "V": (88, "<I"),
@@ -189,6 +189,8 @@ HEADER_FIELDS = {  # name: (offset, struct format)
     "attn_softcap": (112, "<f"), "final_softcap": (116, "<f"), "query_scale": (120, "<f"),
     "embedding_scale": (124, "<f"), "n_stop": (256, "<I")}
 CODEBOOK = np.array([-31, -25, -20, -16, -12, -9, -6, -3, 0, 3, 6, 9, 13, 17, 22, 28], np.int64)
+CODEBOOKS_Q3 = np.array([[-31, -20, -11, -5, 0, 6, 14, 23], [-29, -18, -9, -3, 2, 8, 16, 25]],
+                        np.int64)
 
 
 class Bin:
@@ -283,11 +285,11 @@ def dequantise(kind, data, rows, cols):
     return np.ascontiguousarray(w.reshape(tiles * 16, -1)[:rows, :cols])
 
 
-GROUP_BYTES = {"q8": 512, "q6": 384, "q4": 256}
+GROUP_BYTES = {"q8": 512, "q6": 384, "q4": 256, "q3": 192}
 
 
 def dequantise_blocks(kind, data, tiles, blocks):
-    """q8, q6, q4 to [tiles, 16, blocks * 256]."""
+    """q8, q6, q4, q3 to [tiles, 16, blocks * 256]."""
     group = GROUP_BYTES[kind]
     raw = np.frombuffer(data, np.uint8).reshape(tiles, 64 + blocks * (128 + 8 * group))
     S = raw[:, :64].copy().view(np.float32)                              # [tile][row]
@@ -297,6 +299,9 @@ def dequantise_blocks(kind, data, tiles, blocks):
     if kind == "q8":
         s, values = b.astype(np.int64), v.view(np.int8).astype(np.int64)
         values = values.reshape(tiles, blocks, 8, 8, 16, 4)              # [step][row][input]
+    elif kind == "q3":
+        s = b.view(np.int8).astype(np.int64) >> 1
+        values = CODEBOOKS_Q3[(b & 1)[:, :, :, None, :, None], index_steps(v)]
     else:
         low = nibble_steps(v[..., :256])
         if kind == "q4":
@@ -311,10 +316,17 @@ def dequantise_blocks(kind, data, tiles, blocks):
 
 
 def nibble_steps(v):
-    """4 operands of [16 rows][4 inputs]: step 2 o low, 2 o + 1 high -> [8][16][4]."""
-    v = v.reshape(v.shape[:-1] + (4, 16, 4)).astype(np.int64)
+    """n operands of [16 rows][4 inputs]: step 2 o low, 2 o + 1 high -> [2 n][16][4]."""
+    v = v.reshape(v.shape[:-1] + (-1, 16, 4)).astype(np.int64)
     both = np.stack([v & 15, v >> 4], axis=-3)
-    return both.reshape(v.shape[:-3] + (8, 16, 4))
+    return both.reshape(v.shape[:-3] + (-1, 16, 4))
+
+
+def index_steps(v):
+    """3 operands as nibbles: bits 0 .. 2 steps 0 .. 5, bits 3 steps 6 and 7 -> [8][16][4]."""
+    nibble = nibble_steps(v)
+    last = [sum((nibble[..., 2 * o + i, :, :] >> 3) << o for o in range(3)) for i in (0, 1)]
+    return np.concatenate([nibble & 7, np.stack(last, axis=-3)], axis=-3)
 
 
 def high_steps(v):
@@ -334,7 +346,7 @@ HF_NAMES = {"attn_norm": "input_layernorm", "q": "self_attn.q_proj", "k": "self_
 
 def hf_from_bin(bin_file):
     """transformers running what a weight file says: its facts, its weights dequantised
-    and, where they were q8, q6 or q4, activations in int8."""
+    and, where they were quantised, activations in int8."""
     import torch
     h = bin_file.header
     untied = ("head", 0) in bin_file.sections

@@ -3,7 +3,7 @@
  *   1 Platform      what is not plain C11, declared; sections 9 and 10 hold it
  *   2 Ground        exit codes, messages, growable arrays, checked output
  *   3 Options       one table that drives parsing, --help and suggestions
- *   4 Text          UTF-8, what a terminal may see, JSON strings, what a file seems to be
+ *   4 Text          UTF-8, what a terminal may see, JSON, what a file seems to be
  *   5 The prompt    where it comes from, its ids, the chat template
  *   6 The reply     prefill, sampling, stop strings, streaming, timings, saved sessions
  *   7 Modes         generate, converse, tokenize, logits, trace, score, perplexity, importance,
@@ -1001,6 +1001,343 @@ static void put_json(output *out, const char *text, size_t n)
         else
             put_bytes(out, text + i, length);
     }
+}
+
+/* ---- JSON, by the letter of RFC 8259.  A text becomes a flat array of nodes in its own order,
+ * and nothing here calls itself, so no input leads deep.  Strings and numbers stay text until
+ * asked for. ---- */
+
+#ifdef __GNUC__
+#define NOT_USED_YET __attribute__((unused)) /* the modes that read JSON follow */
+#else
+#define NOT_USED_YET
+#endif
+
+typedef enum {
+    JSON_NULL, JSON_FALSE, JSON_TRUE, JSON_NUMBER, JSON_STRING, JSON_ARRAY, JSON_OBJECT
+} json_kind;
+
+typedef struct {
+    json_kind kind;
+    size_t start, end; /* its bytes in the text; a string's are those between the quotes */
+    size_t n;          /* elements of an array; members of an object, a key and a value each */
+    size_t next;       /* index of the first node behind it and all that it holds */
+} json_node;
+
+typedef struct {
+    const char *text;
+    size_t size, at;
+    array nodes;     /* json_node; the first is the whole */
+    const char *why; /* what is wrong at byte `at`, or NULL */
+} json;
+
+enum { JSON_DEPTH = 512 };
+
+static int json_wrong(json *j, const char *why)
+{
+    j->why = why;
+    return 0;
+}
+
+/* Four hexadecimal digits, or UINT32_MAX. */
+static uint32_t json_hex(const char *text, size_t n)
+{
+    uint32_t value = 0;
+    for (size_t i = 0; i < 4; i++) {
+        const char *digits = "0123456789abcdef", *digit = NULL;
+        if (i < n && text[i])
+            digit = strchr(digits, tolower((unsigned char)text[i]));
+        if (!digit)
+            return UINT32_MAX;
+        value = value << 4 | (uint32_t)(digit - digits);
+    }
+    return value;
+}
+
+/* The character that the n >= 1 bytes inside a string begin with, and how many of them it takes;
+ * *why where there is none. */
+static uint32_t json_char(const char *text, size_t n, size_t *length, const char **why)
+{
+    static const char names[] = "\"\\/bfnrt", meanings[] = "\"\\/\b\f\n\r\t";
+    uint32_t code = next_char(text, n, length), low;
+    if (code < 0x20)
+        *why = "a control character in a string must be an escape, as in \\n";
+    else if (code == REPLACEMENT && *length == 1)
+        *why = "this byte is not valid UTF-8";
+    if (code != '\\')
+        return code;
+    *length = 2;
+    const char *name = n > 1 && text[1] ? strchr(names, text[1]) : NULL;
+    if (name)
+        return (unsigned char)meanings[name - names];
+    code = n > 1 && text[1] == 'u' ? json_hex(text + 2, n - 2) : UINT32_MAX;
+    *length = 6;
+    if (code == UINT32_MAX)
+        *why = "there is no such escape; a backslash itself is \\\\";
+    if (code < 0xD800 || code > 0xDFFF)
+        return code;
+    low = n > 7 && text[6] == '\\' && text[7] == 'u' ? json_hex(text + 8, n - 8) : UINT32_MAX;
+    *length = 12;
+    if (code > 0xDBFF || low < 0xDC00 || low > 0xDFFF)
+        *why = "half of a surrogate pair stands alone here";
+    return 0x10000 + ((code & 0x3FF) << 10 | (low & 0x3FF));
+}
+
+static json_node *json_push(json *j, json_kind kind, size_t start)
+{
+    json_node *node = extend(&j->nodes, 1, sizeof *node);
+    if (node)
+        *node = (json_node){kind, start, j->at, 0, j->nodes.n};
+    else
+        j->why = "there is not enough memory to read it";
+    return node;
+}
+
+static int json_string(json *j)
+{
+    size_t start = ++j->at, length;
+    for (; j->at < j->size && j->text[j->at] != '"'; j->at += length) {
+        const char *why = NULL;
+        json_char(j->text + j->at, j->size - j->at, &length, &why);
+        if (why)
+            return json_wrong(j, why);
+    }
+    if (j->at == j->size)
+        return json_wrong(j, "a string has no closing quote");
+    int pushed = json_push(j, JSON_STRING, start) != NULL;
+    j->at++;
+    return pushed;
+}
+
+static size_t json_digits(json *j)
+{
+    size_t start = j->at;
+    while (j->at < j->size && j->text[j->at] >= '0' && j->text[j->at] <= '9')
+        j->at++;
+    return j->at - start;
+}
+
+/* Takes the character at hand if it is one of these. */
+static int json_take(json *j, const char *characters)
+{
+    int found = j->at < j->size && j->text[j->at] && strchr(characters, j->text[j->at]);
+    j->at += (size_t)found;
+    return found;
+}
+
+static int json_scan_number(json *j)
+{
+    size_t start = j->at;
+    json_take(j, "-");
+    size_t first = j->at, whole = json_digits(j);
+    if (whole > 1 && j->text[first] == '0') {
+        j->at = first;
+        return json_wrong(j, "a number cannot begin with a needless 0");
+    }
+    int sound = whole && (!json_take(j, ".") || json_digits(j));
+    if (sound && json_take(j, "eE")) {
+        json_take(j, "+-");
+        sound = json_digits(j) != 0;
+    }
+    return sound ? json_push(j, JSON_NUMBER, start) != NULL : json_wrong(j, "a digit must follow");
+}
+
+/* A value that holds no others. */
+static int json_scalar(json *j)
+{
+    static const char *const words[] = {"null", "false", "true"};
+    char c = j->at < j->size ? j->text[j->at] : '\0';
+    if (c == '"')
+        return json_string(j);
+    if (c == '-' || (c >= '0' && c <= '9'))
+        return json_scan_number(j);
+    for (int i = 0; i < 3; i++) {
+        size_t n = strlen(words[i]), start = j->at;
+        if (j->size - start >= n && memcmp(j->text + start, words[i], n) == 0) {
+            j->at += n;
+            return json_push(j, (json_kind)(JSON_NULL + i), start) != NULL;
+        }
+    }
+    return json_wrong(j, j->at < j->size ? "a value must stand here" : "it ends too early");
+}
+
+typedef struct {
+    const char *text, *end; /* of a key */
+    size_t object;
+} json_key;
+
+/* Below, equal or above 0: orders keys of one object by their characters. */
+static int by_key(const void *left, const void *right)
+{
+    const json_key *a = left, *b = right;
+    const char *l = a->text, *r = b->text, *why;
+    size_t length;
+    if (a->object != b->object)
+        return a->object < b->object ? -1 : 1;
+    while (l < a->end && r < b->end) {
+        uint32_t x = json_char(l, (size_t)(a->end - l), &length, &why);
+        l += length;
+        uint32_t y = json_char(r, (size_t)(b->end - r), &length, &why);
+        r += length;
+        if (x != y)
+            return x < y ? -1 : 1;
+    }
+    return (l < a->end) - (r < b->end);
+}
+
+static const json_node *json_next(const json *j, const json_node *node)
+{
+    return (const json_node *)j->nodes.items + node->next;
+}
+
+/* Whether every object has each of its keys once. */
+static int json_keys_differ(json *j)
+{
+    const json_node *nodes = j->nodes.items;
+    array keys = {0};
+    for (size_t i = 0; i < j->nodes.n; i++) {
+        const json_node *key = nodes + i + 1;
+        for (size_t k = 0; nodes[i].kind == JSON_OBJECT && nodes[i].n > 1 && k < nodes[i].n; k++) {
+            json_key *item = extend(&keys, 1, sizeof *item);
+            if (!item) {
+                free(keys.items);
+                return json_wrong(j, "there is not enough memory to read it");
+            }
+            *item = (json_key){j->text + key->start, j->text + key->end, i};
+            key = json_next(j, key + 1);
+        }
+    }
+    const json_key *sorted = keys.items;
+    if (keys.n)
+        qsort(keys.items, keys.n, sizeof *sorted, by_key);
+    for (size_t i = 1; i < keys.n && !j->why; i++)
+        if (by_key(sorted + i - 1, sorted + i) == 0) {
+            const char *later = sorted[i].text > sorted[i - 1].text ? sorted[i].text
+                                                                    : sorted[i - 1].text;
+            j->at = (size_t)(later - j->text) - 1;
+            j->why = "this key stands twice in its object";
+        }
+    free(keys.items);
+    return !j->why;
+}
+
+static char json_skip(json *j)
+{
+    while (json_take(j, " \t\r\n"))
+        ;
+    return j->at < j->size ? j->text[j->at] : '\0';
+}
+
+/* What stands before a value: nothing in an array, a key and a colon in an object. */
+static int json_lead(json *j, json_node *container)
+{
+    container->n++;
+    if (container->kind == JSON_ARRAY)
+        return 1;
+    if (json_skip(j) != '"')
+        return json_wrong(j, "a key in quotes must stand here");
+    if (!json_string(j))
+        return 0;
+    json_skip(j);
+    return json_take(j, ":") || json_wrong(j, "a colon must follow the key");
+}
+
+/* Reads a text that is one value.  Returns 1, or 0 with why and at.  nodes are to be freed. */
+NOT_USED_YET static int json_read(json *j, const char *text, size_t size)
+{
+    size_t open[JSON_DEPTH], depth = 0; /* the nodes that are not closed yet */
+    *j = (json){text, size, 0, {0}, NULL};
+    for (;;) {
+        char c = json_skip(j);
+        int opens = c == '[' || c == '{';
+        if (opens && depth == JSON_DEPTH)
+            return json_wrong(j, "arrays and objects are nested more than 512 deep");
+        if (opens) {
+            if (!json_push(j, c == '[' ? JSON_ARRAY : JSON_OBJECT, j->at++))
+                return 0;
+            open[depth++] = j->nodes.n - 1;
+        } else if (!json_scalar(j))
+            return 0;
+        for (int first = opens; depth; first = 0) { /* what closes here */
+            json_node *container = (json_node *)j->nodes.items + open[depth - 1];
+            c = json_skip(j);
+            if (c != (container->kind == JSON_ARRAY ? ']' : '}')) {
+                if (!first && !json_take(j, ","))
+                    return json_wrong(j, "a comma or the end must stand here");
+                if (!json_lead(j, container))
+                    return 0;
+                break;
+            }
+            container->end = ++j->at;
+            container->next = j->nodes.n;
+            depth--;
+        }
+        if (depth == 0)
+            break;
+    }
+    json_skip(j);
+    return j->at < size ? json_wrong(j, "nothing may follow the value") : json_keys_differ(j);
+}
+
+/* Whether a string is that text. */
+static int json_is(const json *j, const json_node *node, const char *text)
+{
+    json_key a = {j->text + node->start, j->text + node->end, 0}, b = {text, text + strlen(text), 0};
+    return node->kind == JSON_STRING && by_key(&a, &b) == 0;
+}
+
+/* The value of a key, or NULL. */
+NOT_USED_YET static const json_node *json_get(const json *j, const json_node *object, const char *name)
+{
+    const json_node *key = object + 1;
+    for (size_t i = 0; object->kind == JSON_OBJECT && i < object->n; i++) {
+        if (json_is(j, key, name))
+            return key + 1;
+        key = json_next(j, key + 1);
+    }
+    return NULL;
+}
+
+/* Appends the characters of a string, in UTF-8; returns 1, or 0 without memory. */
+NOT_USED_YET static int json_text(const json *j, const json_node *string, array *to)
+{
+    const char *why;
+    size_t length;
+    for (size_t at = string->start; at < string->end; at += length) {
+        uint32_t code = json_char(j->text + at, string->end - at, &length, &why);
+        size_t n = code < 0x80 ? 1 : code < 0x800 ? 2 : code < 0x10000 ? 3 : 4;
+        unsigned char *byte = extend(to, n, 1);
+        if (!byte)
+            return 0;
+        for (size_t i = n; i-- > 1; code >>= 6)
+            byte[i] = (unsigned char)(0x80 | (code & 0x3F));
+        byte[0] = (unsigned char)(n == 1 ? code : (0xF00u >> n & 0xFF) | code);
+    }
+    return 1;
+}
+
+/* A number from least to most that float can hold; returns 1 or 0. */
+NOT_USED_YET static int json_real(const json *j, const json_node *node, double least, double most, float *value)
+{
+    char text[64];
+    size_t n = node->end - node->start;
+    if (node->kind != JSON_NUMBER || n >= sizeof text)
+        return 0;
+    memcpy(text, j->text + node->start, n);
+    text[n] = '\0';
+    return parse_real(text, least, most, value);
+}
+
+/* A whole number without fraction or exponent, at most `most`; returns 1 or 0. */
+NOT_USED_YET static int json_whole(const json *j, const json_node *node, uint64_t most, uint64_t *value)
+{
+    char text[24];
+    size_t n = node->end - node->start;
+    if (node->kind != JSON_NUMBER || n >= sizeof text)
+        return 0;
+    memcpy(text, j->text + node->start, n);
+    text[n] = '\0';
+    return parse_whole(text, most, value);
 }
 
 static void format_bytes(char text[32], uint64_t bytes)

@@ -3,11 +3,12 @@
 # failure; .ci/run installs all of them and so names their packages.
 
 EXAMPLES = build/example_minimal build/example_chat build/example_sampler
-C_TESTS = test test_session test_header test_golden hostile fault replay
+C_TESTS = test test_session test_header test_run test_golden hostile fault replay
 
 # These use the library; the other tests include gemma2.c.
-LINKED = $(addprefix build/,test_header check_model) $(EXAMPLES)
+LINKED = $(addprefix build/,test_header test_run check_model) $(EXAMPLES)
 $(LINKED): build/gemma2.o
+build/test_run: run.c
 
 JOBS = $(if $(filter -j%,$(MAKEFLAGS)),,-j$(shell getconf _NPROCESSORS_ONLN || echo 1))
 test-programs: run $(addprefix build/,$(C_TESTS)) $(EXAMPLES)

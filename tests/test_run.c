@@ -1,0 +1,158 @@
+/* Unit tests of run.c, which is included here so that its statics are in reach.
+ *
+ *   cc -O2 -ffp-contract=off tests/test_run.c gemma2.c -lm && ./a.out */
+#define main run_main
+#define check run_check /* its own is a mode */
+#include "../run.c"
+#undef main
+#undef check
+
+static int n_passed, n_failed;
+
+PRINTF_LIKE(2, 3) static int check(int ok, const char *format, ...)
+{
+    va_list arguments;
+    va_start(arguments, format);
+    if (!ok) {
+        printf("FAIL ");
+        vprintf(format, arguments);
+        printf("\n");
+    }
+    va_end(arguments);
+    n_passed += ok != 0;
+    n_failed += !ok;
+    return ok;
+}
+
+/* ---- JSON ---- */
+
+/* Reads a copy of exactly those bytes, so that a sanitizer sees a step past their end. */
+static int reads(const char *text, size_t size, json *j)
+{
+    char *copy = malloc(size ? size : 1);
+    if (!copy)
+        exit(1);
+    memcpy(copy, text, size);
+    int sound = json_read(j, copy, size);
+    check(sound == !j->why, "%s: a refusal needs a reason, and nothing else has one", text);
+    check(j->at <= size, "%s: the place of an error is in the text", text);
+    free(j->nodes.items);
+    free(copy);
+    return sound;
+}
+
+static const char *const SOUND[] = {
+    "0", "-0", "12.5e-3", " null\n", "true", "false", "\"\"", "[]", "{}", "[1,2, [3]]",
+    "{\"a\":1,\"b\":{\"a\":[{}]},\"A\":2}", "\"\\u0000\\ud83d\\ude00\\/\\b\"", "\"\xc3\xa9\x7f\"",
+    "\"\xEF\xBF\xBD\"", "1E+2", "[{\"\":{\"\":0}},{\"\":1}]", "\"\xF4\x8F\xBF\xBF\""};
+
+static const struct {
+    const char *text;
+    size_t at;
+    const char *why;
+} UNSOUND[] = {
+    {"", 0, "early"}, {" ", 1, "early"}, {"[", 1, "early"}, {"{", 1, "key"}, {"nul", 0, "value"},
+    {"nulll", 4, "follow"}, {"True", 0, "value"}, {"NaN", 0, "value"}, {"+1", 0, "value"},
+    {".5", 0, "value"}, {"01", 0, "needless"}, {"-", 1, "digit"}, {"-a", 1, "digit"},
+    {"1.", 2, "digit"}, {"1e", 2, "digit"}, {"1e+", 3, "digit"}, {"0x1", 1, "follow"},
+    {"1 2", 2, "follow"}, {"[1,]", 3, "value"}, {"[,1]", 1, "value"}, {"[1 2]", 3, "comma"},
+    {"[1}", 2, "comma"}, {"{\"a\"}", 4, "colon"}, {"{\"a\":}", 5, "value"}, {"{a:1}", 1, "key"},
+    {"{\"a\":1,}", 7, "key"}, {"{'a':1}", 1, "key"}, {"{1:1}", 1, "key"}, {"{\"a\":1]", 6, "comma"},
+    {"\"", 1, "quote"}, {"\"\\", 1, "escape"}, {"\"\\\"", 3, "quote"}, {"\"\\x\"", 1, "escape"},
+    {"\"\\u12\"", 1, "escape"}, {"\"\\u12g4\"", 1, "escape"}, {"\"\\ud800\"", 1, "surrogate"},
+    {"\"\\udc00\"", 1, "surrogate"}, {"\"\\ud800\\ud800\"", 1, "surrogate"},
+    {"\"\\ud800x\\udc00\"", 1, "surrogate"}, {"\"\t\"", 1, "control"}, {"\"a\n\"", 2, "control"},
+    {"\"\xff\"", 1, "UTF-8"}, {"\"\xc3\"", 1, "UTF-8"}, {"\"\xc0\x80\"", 1, "UTF-8"},
+    {"\"\xed\xa0\x80\"", 1, "UTF-8"}, {"\"\xf5\x80\x80\x80\"", 1, "UTF-8"},
+    {"\xEF\xBB\xBF{}", 0, "value"}, {"{\"a\":1,\"a\":2}", 7, "twice"},
+    {"{\"a\":1,\"b\":2,\"\\u0061\":3}", 13, "twice"}, {"[{\"\\n\":0,\"\\u000A\":0}]", 9, "twice"},
+    {"// x\n1", 0, "value"}, {"[1]]", 3, "follow"}};
+
+static void test_json_refusals(void)
+{
+    json j;
+    for (size_t i = 0; i < sizeof SOUND / sizeof *SOUND; i++)
+        if (!reads(SOUND[i], strlen(SOUND[i]), &j))
+            check(0, "%s: %s", SOUND[i], j.why);
+    for (size_t i = 0; i < sizeof UNSOUND / sizeof *UNSOUND; i++) {
+        int refused = !reads(UNSOUND[i].text, strlen(UNSOUND[i].text), &j);
+        if (check(refused, "%s is taken", UNSOUND[i].text)) {
+            check(strstr(j.why, UNSOUND[i].why) != NULL, "%s: %s", UNSOUND[i].text, j.why);
+            check(j.at == UNSOUND[i].at, "%s: at byte %zu", UNSOUND[i].text, j.at);
+        }
+    }
+    check(!reads("\"\0\"", 3, &j), "a NUL in a string is taken");
+    check(!reads("1\0", 2, &j) && !reads("\0", 1, &j) && !reads("[1,\0]", 5, &j),
+          "a NUL between values is taken");
+    const char *whole = SOUND[10]; /* every beginning of an object is refused */
+    for (size_t n = 0; n < strlen(whole); n++)
+        check(!reads(whole, n, &j), "%.*s is taken", (int)n, whole);
+}
+
+/* Nesting up to the limit, far beyond it, and wide objects. */
+static void test_json_sizes(void)
+{
+    enum { WIDE = 200000, DEEP = 1000000 };
+    json j;
+    char *text = malloc(16 * WIDE + 2);
+    if (!text)
+        exit(1);
+    memset(text, '[', JSON_DEPTH);
+    memset(text + JSON_DEPTH, ']', JSON_DEPTH);
+    check(reads(text, 2 * JSON_DEPTH, &j), "512 arrays are refused");
+    memset(text, '[', DEEP);
+    check(!reads(text, DEEP, &j) && j.at == JSON_DEPTH, "a million arrays are taken");
+    for (int repeats = 0; repeats < 2; repeats++) {
+        size_t n = 0;
+        for (int i = 0; i < WIDE; i++)
+            n += (size_t)sprintf(text + n, "%c\"%07d\":0", i ? ',' : '{',
+                                 repeats && i == WIDE - 1 ? 5 : i);
+        text[n++] = '}';
+        check(reads(text, n, &j) == !repeats, "an object of 200,000 keys, %d of them twice", repeats);
+    }
+    free(text);
+}
+
+static void test_json_values(void)
+{
+    static const char text[] =
+        "{\"s\": \"a\\\"\\\\\\/\\b\\f\\n\\r\\t\\u0000\\u00e9\\u20ac\\uD83D\\uDE00\xc3\xa9\","
+        " \"n\": [12, -1, 1.5, 1e2, 18446744073709551615, 18446744073709551616, 1e400, 0.1],"
+        " \"\\u006f\": {\"x\": null, \"y\": [true, false]}}";
+    static const char meaning[] = "a\"\\/\b\f\n\r\t\0\xc3\xa9\xe2\x82\xac\xf0\x9f\x98\x80\xc3\xa9";
+    json j;
+    uint64_t whole;
+    float real;
+    array decoded = {0};
+    if (!check(json_read(&j, text, sizeof text - 1), "a text is refused"))
+        return;
+    const json_node *root = j.nodes.items, *s = json_get(&j, root, "s");
+    check(root->kind == JSON_OBJECT && root->n == 3 && root->next == j.nodes.n, "the root");
+    check(s && json_text(&j, s, &decoded) && decoded.n == sizeof meaning - 1 &&
+          memcmp(decoded.items, meaning, decoded.n) == 0, "the characters of a string");
+    const json_node *n = json_get(&j, root, "n");
+    static const int wholes[] = {1, 0, 0, 0, 1, 0, 0, 0}, reals[] = {1, 0, 1, 1, 0, 0, 0, 1};
+    if (check(n && n->kind == JSON_ARRAY && n->n == 8, "an array of 8")) {
+        const json_node *each = n + 1;
+        for (int i = 0; i < 8; i++, each = json_next(&j, each)) {
+            check(json_whole(&j, each, UINT64_MAX, &whole) == wholes[i], "whole number %d", i);
+            check(json_real(&j, each, 0, 1000, &real) == reals[i], "number %d", i);
+        }
+        check(!memcmp(&real, &(float){0.1f}, sizeof real), "0.1 is %g", (double)real);
+    }
+    const json_node *o = json_get(&j, root, "o");
+    check(o && json_get(&j, o, "x") && json_get(&j, o, "x")->kind == JSON_NULL, "o.x");
+    check(o && json_get(&j, o, "y") && json_get(&j, o, "y")->n == 2, "o.y");
+    check(!json_get(&j, root, "x") && !json_get(&j, s, "s") && !json_get(&j, root, ""), "no keys");
+    free(j.nodes.items);
+    free(decoded.items);
+}
+
+int main(void)
+{
+    test_json_refusals();
+    test_json_sizes();
+    test_json_values();
+    printf("%d passed, %d failed\n", n_passed, n_failed);
+    return n_failed > 0;
+}

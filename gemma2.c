@@ -425,8 +425,9 @@ struct gemma2_session {
     int32_t width; /* H' */
     int32_t position;      /* tokens held */
     int32_t ring, oldest;  /* slots of a local layer; the first position they still hold */
-    int32_t pending;       /* rows of the pass being set up */
+    int32_t pending, fate; /* rows of the pass being set up; GEMMA2_OK, or why they are not done */
     _Atomic int cancelled; /* see gemma2_cancel */
+    int is_out;            /* cancelled since the pass began */
     int32_t *ids;           /* [n_context] */
     struct layer_cache *cache; /* [L] */
 };
@@ -1928,7 +1929,8 @@ struct pass {
     const gemma2_model *model;
     gemma2_worker *worker;
     size_t n, n_wanted;   /* rows; those of worker->wanted */
-    const struct matrix_kernels *matrix; /* NULL: the exact class */
+    size_t n_exact, wanted_exact; /* as many of them come first and are of the exact class .. */
+    const struct matrix_kernels *matrix; /* .. and the others of this one's */
     float *logprobs;     /* [T] of worker->targets, or NULL */
     double *sums;        /* what gemma2_importance wants, or NULL ... */
     uint32_t block;      /* ... in blocks of so many inputs */
@@ -1968,13 +1970,14 @@ static int uses_matrix(const struct pass *p, uint32_t type)
 }
 
 /* Rounds row t of x, whose width is that of the n weights that read it: to int8 for
- * quantised ones, to bf16 for those that the matrix class multiplies. */
-static void prepare_row(const struct pass *p, float *x, size_t t,
+ * quantised ones, to bf16 for those that the matrix class multiplies; the first n_exact rows are
+ * none of its. */
+static void prepare_row(const struct pass *p, float *x, size_t t, size_t n_exact,
                         const struct matrix *const *weights, int n)
 {
     int as_int8 = 0, as_bf16 = 0;
     for (int i = 0; i < n; i++)
-        if (uses_matrix(p, weights[i]->type))
+        if (t >= n_exact && uses_matrix(p, weights[i]->type))
             as_bf16 = 1;
         else
             as_int8 |= is_quantised(weights[i]->type);
@@ -1986,7 +1989,7 @@ static void prepare_row(const struct pass *p, float *x, size_t t,
         p->model->isa->quantise(x, cols, in.q + t * in.ldq, in.scale + t * groups,
                                 in.sum + t * groups);
     if (as_bf16)
-        p->matrix->pack_row(x, cols, pairs_row(&in, t));
+        p->matrix->pack_row(x, cols, pairs_row(&in, t - n_exact));
 }
 
 /* ---- products ----
@@ -1996,7 +1999,7 @@ static void prepare_row(const struct pass *p, float *x, size_t t,
 struct product {
     const struct pass *pass;
     float *x;                  /* [n][cols of W] */
-    size_t n;
+    size_t n, n_exact;
     const struct matrix *w[3]; /* NULL behind the last */
     float *y[3];               /* [n][rows of W[i]] */
     struct row *const *to;     /* or y[0] goes to the logits of these rows */
@@ -2013,26 +2016,31 @@ struct product {
  *   multiply_in_class  the matrix class's panel, or multiply_tiles of section 3, which takes the
  *                      kernel: isa->product for one tile and at most 8 rows, isa->panel for
  *                      two tiles and up to 256, or isa->add_lines for f32 and bf16
- * In the class of the pass; the matrix class takes two tiles. */
-static void multiply_in_class(const struct pass *p, const struct tiles *w,
-                              const struct input *in, size_t t, int n, float *y)
+ * Rows of both classes meet a pair of tiles one class after the other, while it is in the cache.
+ * The matrix class takes two tiles. */
+static int in_matrix(const struct product *job, uint32_t type, size_t t)
 {
-    if (uses_matrix(p, w->type))
-        p->matrix->panel(w, in, t, n, y);
+    return t >= job->n_exact && uses_matrix(job->pass, type);
+}
+
+static void multiply_in_class(const struct product *job, const struct tiles *w, size_t t, int n,
+                              float *y)
+{
+    if (in_matrix(job, w->type, t))
+        job->pass->matrix->panel(w, &job->in, t - job->n_exact, n, y);
     else
-        multiply_tiles(p->model->isa, w, in, t, n, y);
+        multiply_tiles(job->pass->model->isa, w, &job->in, t, n, y);
 }
 
 /* y[i][which] of n <= 256 rows from t on, for one tile: no kernel takes it with another. */
 static void multiply_tile(const struct product *job, const struct matrix *w,
                           const uint8_t *tile, size_t t, int n, float (*y)[2][TILE], int which)
 {
-    const struct pass *p = job->pass;
     _Alignas(64) float out[MAX_PRODUCT_ROWS * 2 * TILE]; /* [rows][one.n][16] */
-    struct tiles one = {{tile, tile}, uses_matrix(p, w->type) ? 2 : 1, w->type, w->cols};
+    struct tiles one = {{tile, tile}, in_matrix(job, w->type, t) ? 2 : 1, w->type, w->cols};
     for (int first = 0; first < n; first += MAX_PRODUCT_ROWS) {
         int rows = min_i32(n - first, MAX_PRODUCT_ROWS);
-        multiply_in_class(p, &one, &job->in, t + (size_t)first, rows, out);
+        multiply_in_class(job, &one, t + (size_t)first, rows, out);
         for (int i = 0; i < rows; i++)
             memcpy(y[first + i][which], out + i * one.n * TILE, sizeof y[0][0]);
     }
@@ -2059,13 +2067,17 @@ static void multiply_pair(const struct product *job, int which, size_t pair)
     struct tiles tiles = {{w[0]->data + tile * w[0]->tile_bytes,
                            w[1]->data + (tile + !job->gated) * w[1]->tile_bytes},
                           2, w[0]->type, w[0]->cols};
-    int together = both && w[0]->type == w[1]->type &&
-                   (!is_quantised(tiles.type) || uses_matrix(p, tiles.type) ||
-                    (p->model->isa->panel && job->n > MAX_PRODUCT_ROWS));
-    for (size_t t = 0; t < job->n; t += MAX_PANEL_ROWS) {
-        int n = job->n - t < MAX_PANEL_ROWS ? (int)(job->n - t) : MAX_PANEL_ROWS;
+    int same = both && w[0]->type == w[1]->type;
+    int any_matrix = uses_matrix(p, w[0]->type) || uses_matrix(p, w[1]->type);
+    size_t n_exact = any_matrix && job->n_exact < job->n ? job->n_exact : job->n;
+    for (size_t t = 0, end; t < job->n; t = end) {
+        end = t < n_exact ? n_exact : job->n;
+        end = end - t < MAX_PANEL_ROWS ? end : t + MAX_PANEL_ROWS;
+        int n = (int)(end - t);
+        int together = same && (!is_quantised(tiles.type) || in_matrix(job, tiles.type, t) ||
+                                (p->model->isa->panel && job->n > MAX_PRODUCT_ROWS));
         if (together)
-            multiply_in_class(p, &tiles, &job->in, t, n, y[0][0]);
+            multiply_in_class(job, &tiles, t, n, y[0][0]);
         else
             for (int i = 0; i < 1 + both; i++)
                 multiply_tile(job, w[i], tiles.data[i], t, n, y, i);
@@ -2103,6 +2115,7 @@ static void multiply(const struct pass *p, struct product job)
 {
     job.pass = p;
     job.in = input_of(p, job.x, job.w[0]->cols);
+    job.n_exact = job.to ? p->wanted_exact : p->n_exact;
     for (int i = 0; i < 3 && job.w[i] && !(i && job.gated); i++)
         job.n_pairs += count_pairs(&job, i);
     size_t most = (512 << 10) / (2 * job.w[0]->tile_bytes);
@@ -2442,7 +2455,6 @@ static struct query query_of(const struct pass *p, size_t t, int head)
 /* How the attention of a pass is cut into tasks. */
 struct attention_job {
     const struct pass *p;
-    const struct matrix_kernels *matrix; /* or NULL: the exact class */
     size_t rows;         /* of a task, with one kv head */
     int32_t first_block; /* if split: a task takes one block, from this on .. */
     int32_t n_blocks;    /* .. this many; 0: a task takes all */
@@ -2479,6 +2491,13 @@ static void attend_gathered(const struct attention_job *job, struct attention *a
     a->n = 0;
 }
 
+/* The matrix class's kernels, if it attends to the session's cache. */
+static const struct matrix_kernels *matrix_attention(const struct pass *p, const gemma2_session *s)
+{
+    int h = p->model->config.head_dim;
+    return s->is_f16 && h % GROUP == 0 && h <= MAX_PACKED_HEAD ? p->matrix : NULL;
+}
+
 /* One kv head for some neighbouring rows, with their G query heads each. */
 static void attend_task(void *context, size_t task)
 {
@@ -2491,17 +2510,19 @@ static void attend_task(void *context, size_t task)
     size_t first = task / kv_heads / n_blocks * job->rows;
     size_t last = first + job->rows < p->n ? first + job->rows : p->n;
     struct attention a;
-    a.isa = p->model->isa, a.matrix = job->matrix, a.n = 0;
+    a.isa = p->model->isa, a.n = 0;
     for (size_t t = first; t < last; t++)
         for (int g = 0; g < group; g++) {
             const gemma2_session *s = p->worker->rows[t].session;
-            int end = g + 1 == group && (t + 1 == last || p->worker->rows[t + 1].session != s);
+            int end = g + 1 == group && (t + 1 == last || t + 1 == p->n_exact ||
+                                         p->worker->rows[t + 1].session != s);
             struct query *q = &a.query[a.n++];
             *q = query_of(p, t, head * group + g);
             if (job->n_blocks)
                 q->out = partial_of(job, t, block, head * group + g) + TILE;
             if (a.n == MANY_QUERIES || end) {
                 a.kv = kv_head_of(s, p->layer, head);
+                a.matrix = t < p->n_exact ? NULL : matrix_attention(p, s);
                 attend_gathered(job, &a, block);
             }
         }
@@ -2533,14 +2554,12 @@ static struct attention_job cut_attention(const struct pass *p)
     const gemma2_worker *work = p->worker;
     int group = c->n_heads / c->n_kv_heads, threads = work->n_threads;
     int wanted = (int)(p->n * (size_t)c->n_kv_heads / (4 * (size_t)threads));
-    struct attention_job job = {p, NULL, 0, INT32_MAX, 0};
-    if (p->matrix && work->rows[0].session->is_f16 && c->head_dim % GROUP == 0 &&
-        c->head_dim <= MAX_PACKED_HEAD)
-        job.matrix = p->matrix;
+    struct attention_job job = {p, 0, INT32_MAX, 0};
     job.rows = (size_t)max_i32(1, min_i32(max_i32(wanted, MAX_QUERIES / group),
                                           MANY_QUERIES / group));
     size_t tasks = (p->n + job.rows - 1) / job.rows * (size_t)c->n_kv_heads;
-    if (job.matrix || threads == 1 || p->n > work->partial_rows || tasks >= 4 * (size_t)threads)
+    if (p->n_exact < p->n || threads == 1 || p->n > work->partial_rows ||
+        tasks >= 4 * (size_t)threads)
         return job;
     int32_t last_block = 0;
     for (size_t t = 0; t < p->n; t++) {
@@ -2582,14 +2601,15 @@ static void attention_enter_task(void *context, size_t t)
     const struct layer *w = &p->model->layers[p->layer];
     size_t at = t * w->q.cols;
     norm(p, &w->attn_norm, p->worker->x + at, p->worker->normed + at);
-    prepare_row(p, p->worker->normed, t, (const struct matrix *[]){&w->q, &w->k, &w->v}, 3);
+    prepare_row(p, p->worker->normed, t, p->n_exact,
+                (const struct matrix *[]){&w->q, &w->k, &w->v}, 3);
 }
 
 static void prepare_attended_task(void *context, size_t t)
 {
     const struct pass *p = context;
     const struct matrix *w = &p->model->layers[p->layer].o;
-    prepare_row(p, p->worker->attended, t, &w, 1);
+    prepare_row(p, p->worker->attended, t, p->n_exact, &w, 1);
 }
 
 static void attention_leave_task(void *context, size_t t)
@@ -2631,14 +2651,15 @@ static void ffn_enter_task(void *context, size_t t)
     const struct layer *w = &p->model->layers[p->layer];
     size_t at = t * w->gate.cols;
     norm(p, &w->ffn_norm, p->worker->x + at, p->worker->normed + at);
-    prepare_row(p, p->worker->normed, t, (const struct matrix *[]){&w->gate, &w->up}, 2);
+    prepare_row(p, p->worker->normed, t, p->n_exact,
+                (const struct matrix *[]){&w->gate, &w->up}, 2);
 }
 
 static void prepare_gated_task(void *context, size_t t)
 {
     const struct pass *p = context;
     const struct matrix *w = &p->model->layers[p->layer].down;
-    prepare_row(p, p->worker->gated, t, &w, 1);
+    prepare_row(p, p->worker->gated, t, p->n_exact, &w, 1);
 }
 
 static void ffn_leave_task(void *context, size_t t)
@@ -2688,13 +2709,18 @@ static void embed_task(void *context, size_t t)
     }
 }
 
-/* Ends the pass once the owner of any row asked for that. */
+/* Ends the pass once the owners of all rows asked for that. */
 static void ask_task(void *context, size_t task)
 {
     const struct pass *p = context;
+    int n_left = 0;
     for (size_t t = task; t < p->n; t++)
         if (p->worker->rows[t].session->cancelled)
-            p->worker->status = GEMMA2_ERR_CANCELLED;
+            p->worker->rows[t].session->is_out = 1;
+    for (size_t t = task; t < p->n; t++)
+        n_left += !p->worker->rows[t].session->is_out;
+    if (!n_left)
+        p->worker->status = GEMMA2_ERR_CANCELLED;
 }
 
 /* All threads get the same answer.  A late thread may already see that of a later layer. */
@@ -2730,19 +2756,19 @@ static int forward(struct pass *p)
 
 /* ---- the output head ---- */
 
-/* Norms row t of the residual stream into row `to` of normed. */
-static void head_enter(const struct pass *p, size_t t, size_t to)
+/* Norms row t of the residual stream into row `to` of normed, whose first n_exact are exact. */
+static void head_enter(const struct pass *p, size_t t, size_t to, size_t n_exact)
 {
     gemma2_worker *work = p->worker;
     const struct matrix *head = &p->model->head;
     norm(p, &p->model->final_norm, work->x + t * head->cols, work->normed + to * head->cols);
-    prepare_row(p, work->normed, to, &head, 1);
+    prepare_row(p, work->normed, to, n_exact, &head, 1);
 }
 
 static void head_enter_task(void *context, size_t t)
 {
     const struct pass *p = context;
-    head_enter(p, (size_t)(p->worker->wanted[t] - p->worker->rows), t);
+    head_enter(p, (size_t)(p->worker->wanted[t] - p->worker->rows), t, p->wanted_exact);
 }
 
 enum { CAP_CHUNK = 16384 };
@@ -2791,7 +2817,7 @@ struct score_job {
 static void score_enter_task(void *context, size_t t)
 {
     const struct pass *p = context;
-    head_enter(p, t, t);
+    head_enter(p, t, t, p->n_exact);
     p->worker->sums[t] = (struct log_sum){-INFINITY, 0, 0};
 }
 
@@ -2884,12 +2910,17 @@ static int useful_threads(const gemma2_worker *work, size_t n)
     return useful < (uint64_t)work->n_threads ? max_i32(1, (int32_t)useful) : work->n_threads;
 }
 
-/* Runs n rows.  If a session cancels the pass, its rows do not count: what they wrote to the
- * rings lies outside all windows. */
+/* Runs n rows.  Those of a session that was cancelled do not count: what they wrote to the rings
+ * lies outside all windows. */
 static int evaluate(struct pass *p)
 {
     gemma2_worker *work = p->worker;
     work->status = GEMMA2_OK;
+    for (size_t t = 0; t < p->n; t++)
+        if (work->rows[t].logits) {
+            work->wanted[p->n_wanted++] = &work->rows[t];
+            p->wanted_exact += t < p->n_exact;
+        }
     int n_threads = useful_threads(work, p->n);
     struct pace *pace = p->n <= FEW_ROWS ? &work->pace[p->n - 1] : NULL;
     int is_team = n_threads > 1 && !is_reference(p) && !(work->hook && work->run) &&
@@ -2898,8 +2929,8 @@ static int evaluate(struct pass *p)
     run_team(work, is_team ? n_threads : 1, run_pass, p);
     if (pace && n_threads > 1)
         note_pace(pace, is_team, clock_now() - start);
-    for (size_t t = 0; t < p->n && work->status < 0; t++)
-        work->rows[t].session->position--;
+    for (size_t t = 0; t < p->n; t++)
+        work->rows[t].session->position -= work->rows[t].session->is_out;
     if (p->logprobs && work->status == GEMMA2_OK)
         for (size_t t = 0; t < p->n && work->targets[t] >= 0; t++)
             p->logprobs[t] = log_sum_end(&work->sums[t]);
@@ -4118,15 +4149,13 @@ static int check_ids(const gemma2_session *s, const int32_t *ids, size_t n)
     return GEMMA2_OK;
 }
 
-/* Appends a row to the pass and its token to its session. */
-static void add_row(struct pass *p, gemma2_session *s, int32_t id, float *logits)
+/* Makes a token that is appended to its session row `at` of the pass. */
+static void put_row(struct pass *p, size_t at, gemma2_session *s, int32_t id, float *logits)
 {
-    struct row *row = &p->worker->rows[p->n++];
-    *row = (struct row){s, logits, s->position++};
-    s->ids[row->position] = id;
+    p->worker->rows[at] = (struct row){s, logits, s->position};
+    s->ids[s->position++] = id;
     s->oldest = max_i32(s->oldest, s->position - s->ring);
-    if (logits)
-        p->worker->wanted[p->n_wanted++] = row;
+    s->is_out = 0;
 }
 
 /* Evaluates ids of one session in passes of n_batch rows, until one is cancelled; shape is
@@ -4145,8 +4174,9 @@ static int run_ids(gemma2_session *s, struct pass shape, const int32_t *ids, siz
         for (; p.n < most && done < n; done++) {
             int last = done + 1 == n;
             s->worker->targets[p.n] = last ? next : ids[done + 1];
-            add_row(&p, s, ids[done], last ? logits : NULL);
+            put_row(&p, p.n++, s, ids[done], last ? logits : NULL);
         }
+        p.n_exact = p.matrix ? 0 : p.n;
         status = evaluate(&p);
         if (shape.logprobs)
             shape.logprobs += p.n;
@@ -4174,40 +4204,67 @@ int gemma2_prefill(gemma2_session *s, const int32_t *ids, size_t n, float *logit
     return evaluate_ids(s, ids, n, s ? s->model->matrix : NULL, logits);
 }
 
-/* Checks that ids are known, and sessions are of one model and have room. */
-static int check_rows(const gemma2_row *rows, size_t n)
+/* Says in each row whether its session can do all the rows that it is given. */
+static void judge_rows(const gemma2_worker *work, gemma2_row *rows, size_t n)
 {
     for (size_t i = 0; i < n; i++) {
-        if (!rows[i].session)
-            return GEMMA2_ERR_ARGUMENT;
-        if (rows[i].session->model != rows[0].session->model)
-            return GEMMA2_ERR_MISMATCH;
-        rows[i].session->pending = 0;
+        gemma2_session *s = rows[i].session;
+        if (s)
+            s->pending = 0, s->fate = s->model != work->model ? GEMMA2_ERR_MISMATCH
+                                      : s->cancelled          ? GEMMA2_ERR_CANCELLED : GEMMA2_OK;
     }
     for (size_t i = 0; i < n; i++) {
         gemma2_session *s = rows[i].session;
+        if (!s || s->fate == GEMMA2_ERR_MISMATCH)
+            continue;
         if (++s->pending > s->n_batch)
-            return GEMMA2_ERR_ARGUMENT;
-        if (s->pending > s->n_context - s->position)
-            return GEMMA2_ERR_CONTEXT;
-        if (rows[i].id < 0 || rows[i].id >= s->model->config.n_vocab)
-            return GEMMA2_ERR_TOKEN;
+            s->fate = GEMMA2_ERR_ARGUMENT;
+        else if (s->pending > s->n_context - s->position)
+            s->fate = GEMMA2_ERR_CONTEXT;
+        else if (rows[i].id < 0 || rows[i].id >= s->model->config.n_vocab)
+            s->fate = GEMMA2_ERR_TOKEN;
     }
+    for (size_t i = 0; i < n; i++)
+        rows[i].status = rows[i].session ? rows[i].session->fate : GEMMA2_ERR_ARGUMENT;
+}
+
+/* Rows of the exact class come first in the pass; those of one session are in order anyhow. */
+static int run_rows(gemma2_worker *work, gemma2_row *rows, size_t n)
+{
+    struct pass p = {.model = work->model, .worker = work, .matrix = work->model->matrix};
+    size_t at = 0;
+    for (size_t i = 0; i < n; i++)
+        p.n += rows[i].status == GEMMA2_OK, p.n_exact += rows[i].status == GEMMA2_OK &&
+                                                         !(rows[i].prefill && p.matrix);
+    size_t behind = p.n_exact;
+    for (size_t i = 0; i < n; i++)
+        if (rows[i].status == GEMMA2_OK)
+            put_row(&p, rows[i].prefill && p.matrix ? behind++ : at++, rows[i].session,
+                    rows[i].id, rows[i].logits);
+    if (p.n)
+        evaluate(&p);
+    for (size_t i = 0; i < n; i++)
+        if (rows[i].status == GEMMA2_OK && rows[i].session->is_out)
+            rows[i].status = GEMMA2_ERR_CANCELLED;
+    for (size_t i = 0; i < n; i++)
+        if (rows[i].status < 0)
+            return rows[i].status;
     return GEMMA2_OK;
 }
 
-int gemma2_eval_rows(const gemma2_row *rows, size_t n)
+int gemma2_eval_rows(gemma2_row *rows, size_t n)
 {
-    if (!rows || !n || !rows[0].session || n > (size_t)rows[0].session->worker->n_batch)
+    const gemma2_session *first = NULL;
+    for (size_t i = 0; rows && i < n && !first; i++)
+        first = rows[i].session;
+    if (!first || n > (size_t)first->worker->n_batch) {
+        for (size_t i = 0; rows && i < n; i++)
+            rows[i].status = GEMMA2_ERR_ARGUMENT;
         return GEMMA2_ERR_ARGUMENT;
-    int status = check_rows(rows, n);
-    if (status < 0)
-        return status;
-    struct pass p = {.model = rows[0].session->model, .worker = rows[0].session->worker};
+    }
     float_env env = float_env_enter();
-    for (size_t t = 0; t < n; t++)
-        add_row(&p, rows[t].session, rows[t].id, rows[t].logits);
-    status = evaluate(&p);
+    judge_rows(first->worker, rows, n);
+    int status = run_rows(first->worker, rows, n);
     float_env_leave(env);
     return status;
 }
@@ -4303,7 +4360,8 @@ int gemma2_read_out(gemma2_session *s, const float *state, float *logits)
     work->rows[0] = (struct row){s, logits, 0};
     work->wanted[0] = work->rows;
     run_team(work, useful_threads(work, 1), run_head,
-             &(struct pass){.model = s->model, .worker = work, .n = 1, .n_wanted = 1});
+             &(struct pass){.model = s->model, .worker = work, .n = 1, .n_wanted = 1,
+                             .n_exact = 1, .wanted_exact = 1});
     work->hook = hook;
     float_env_leave(env);
     return GEMMA2_OK;

@@ -319,13 +319,19 @@ GEMMA2_API int gemma2_prefill(gemma2_session *session, const int32_t *ids, size_
 typedef struct {
     gemma2_session *session;
     int32_t id;
-    float *logits; /* V floats, or NULL where not wanted */
+    float *logits;   /* V floats, or NULL where not wanted */
+    int32_t prefill; /* 0: the bits of gemma2_eval; else those of gemma2_prefill */
+    int32_t status;  /* out: GEMMA2_OK, or why this row was not done */
 } gemma2_row;
-/* Evaluates the rows like gemma2_eval; those of one session follow one another in order.  The
- * first row's session lends its worker.  GEMMA2_ERR_ARGUMENT for more rows than the worker's
- * n_batch, or more of one session than that session's; GEMMA2_ERR_MISMATCH for sessions of two
- * models. */
-GEMMA2_API int gemma2_eval_rows(const gemma2_row *rows, size_t n_rows);
+/* Evaluates the rows in one pass of the first session's worker; those of one session follow one
+ * another in order.  All rows of a session are done, or none: their status is
+ * GEMMA2_ERR_MISMATCH where it is of another model than the worker, GEMMA2_ERR_ARGUMENT for more
+ * rows than its n_batch, GEMMA2_ERR_CONTEXT where it lacks room for them, GEMMA2_ERR_TOKEN or
+ * GEMMA2_ERR_CANCELLED.  A row without a session is GEMMA2_ERR_ARGUMENT.  The other sessions' rows
+ * are done.  Returns GEMMA2_OK when all rows were done, else the status of the first that was not.
+ * Without any session, or with more rows than the worker's n_batch, no row is done and all are
+ * GEMMA2_ERR_ARGUMENT. */
+GEMMA2_API int gemma2_eval_rows(gemma2_row *rows, size_t n_rows);
 
 /* Appends n >= 1 tokens like gemma2_eval and writes natural log-probabilities: logprobs[i] is that
  * of ids[i + 1] after those before it, and logprobs[n - 1] that of next, or left alone when next is
@@ -337,7 +343,7 @@ GEMMA2_API int gemma2_score(gemma2_session *session, const int32_t *ids, size_t 
  * GEMMA2_ERR_CANCELLED.  on = 0 withdraws that.  Past its last layer a call succeeds, but for
  * gemma2_score, which asks again all along the head.  Passes of n_batch rows that were complete
  * stay, see gemma2_position; the rows of the cut pass count as taken back by gemma2_rewind.  A
- * shared pass ends for all its sessions. */
+ * shared pass goes on for the sessions that are not cancelled, and ends early when all are. */
 GEMMA2_API int gemma2_cancel(gemma2_session *session, int on);
 
 /* One step of a pass: the values [rows][cols] that it gave, a row for each token of the pass.

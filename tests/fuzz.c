@@ -190,7 +190,7 @@ static void moves(gemma2_session *s, const uint8_t *p, float *logits)
     gemma2_session *t = any_session(s->model, p);
     uint8_t *saved = fresh((size_t)n);
     float *again = fresh(vocab(s->model) * sizeof *again);
-    gemma2_row rows[2] = {{s, id, logits}, {t, id, again}};
+    gemma2_row rows[2] = {row_of(s, id, logits), row_of(t, id, again)};
     holds(gemma2_session_save(s, saved, (size_t)n) == n, "a session takes what it says");
     holds((p[6] % 2 ? gemma2_session_copy(t, s) : gemma2_session_restore(t, saved, (size_t)n)) ==
               GEMMA2_OK, "and is restored or copied");
@@ -224,7 +224,7 @@ static void use_session(const gemma2_model *m, const uint8_t *p)
         holds(status == GEMMA2_OK || status == GEMMA2_ERR_NONFINITE, "scores");
         holds(gemma2_position(s) == at + k, "scored tokens are held");
     }
-    gemma2_row row = {s, ids[1], logits};
+    gemma2_row row = row_of(s, ids[1], logits);
     gemma2_cancel(s, 1);
     status = gemma2_eval_rows(&row, 1);
     holds(status == (at + max_i32(k, 0) < room ? GEMMA2_ERR_CANCELLED : GEMMA2_ERR_CONTEXT) &&

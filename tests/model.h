@@ -425,6 +425,18 @@ static gemma2_session *start(const gemma2_model *m, struct setup o)
     return s;
 }
 
+static gemma2_row row_of(gemma2_session *s, int32_t id, float *logits)
+{
+    gemma2_row row = {.session = s, .id = id, .logits = logits};
+    return row;
+}
+
+static int eval_row(gemma2_session *s, int32_t id, float *logits)
+{
+    gemma2_row row = row_of(s, id, logits);
+    return gemma2_eval_rows(&row, 1);
+}
+
 static size_t vocab(const gemma2_model *m) { return (size_t)gemma2_get_config(m)->n_vocab; }
 
 static void random_ids(const gemma2_model *m, int32_t *ids, size_t n)

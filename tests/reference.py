@@ -589,7 +589,8 @@ class SessionParams(C.Structure):
 
 
 class Row(C.Structure):
-    _fields_ = [("session", C.c_void_p), ("id", C.c_int32), ("logits", C.c_void_p)]
+    _fields_ = [("session", C.c_void_p), ("id", C.c_int32), ("logits", C.c_void_p),
+                ("prefill", C.c_int32), ("status", C.c_int32)]
 
 
 class Message(C.Structure):

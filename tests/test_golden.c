@@ -271,7 +271,7 @@ static int eval_all(gemma2_session *s, const int32_t *ids, size_t n, float *logi
 {
     gemma2_row rows[1024];
     for (size_t i = 0; i < n; i++) {
-        gemma2_row row = {s, ids[i], logits + i * V};
+        gemma2_row row = {.session = s, .id = ids[i], .logits = logits + i * V};
         rows[i] = row;
     }
     return gemma2_eval_rows(rows, n);

@@ -56,6 +56,15 @@ static void on_trace(void *context, const gemma2_activation *a)
         gemma2_cancel(watch.session, 1);
 }
 
+/* Cancels the three sessions at context in the first layer, and counts the layers that follow. */
+static void cancel_all(void *context, const gemma2_activation *a)
+{
+    gemma2_session **s = context;
+    watch.layers_after += !strcmp(a->name, "attn_norm") && s[0]->cancelled;
+    for (int i = 0; i < 3; i++)
+        gemma2_cancel(s[i], 1);
+}
+
 static void cancel_in(gemma2_session *s, int pass, int layer)
 {
     watch.session = s, watch.pass = pass, watch.layer = layer;
@@ -121,7 +130,7 @@ static void test_null_session(const gemma2_model *m)
               gemma2_score(s, NULL, 1, 1, x) == GEMMA2_ERR_ARGUMENT, "no ids");
     check(gemma2_read_out(NULL, NULL, NULL) == GEMMA2_ERR_ARGUMENT, "a state of no session");
     check(gemma2_set_hook(NULL, NULL, NULL) == GEMMA2_ERR_ARGUMENT &&
-              gemma2_eval_rows(&(gemma2_row){NULL, 1, x}, 1) == GEMMA2_ERR_ARGUMENT &&
+              eval_row(NULL, 1, x) == GEMMA2_ERR_ARGUMENT &&
               gemma2_importance(s, &id, 1, 1, NULL) == GEMMA2_ERR_ARGUMENT, "NULL: hook, row, sums");
     check(gemma2_rewind(NULL, 0) == GEMMA2_ERR_ARGUMENT &&
               gemma2_cancel(NULL, 1) == GEMMA2_ERR_ARGUMENT, "no session: rewind, cancel");
@@ -246,7 +255,7 @@ static void test_cancel_holds(void)
         check(gemma2_eval(s, ids + 5, 7, logits) == GEMMA2_ERR_CANCELLED &&
                   gemma2_prefill(s, ids + 5, 1, logits) == GEMMA2_ERR_CANCELLED &&
                   gemma2_score(s, ids + 5, 2, 1, scores) == GEMMA2_ERR_CANCELLED &&
-                  gemma2_eval_rows(&(gemma2_row){s, ids[5], logits}, 1) == GEMMA2_ERR_CANCELLED,
+                  eval_row(s, ids[5], logits) == GEMMA2_ERR_CANCELLED,
               "cancelled, and still");
         check(gemma2_position(s) == 5 && is_zero((uint8_t *)logits, vocab(x.m) * 4),
               "nothing came of it");
@@ -287,32 +296,56 @@ static void cancel_everywhere(const struct model *x, const char *name, int32_t b
     free(truth), free(logits);
 }
 
-/* One session's cancellation ends the pass for all, and none has moved. */
+/* A shared pass goes on without the session that cancelled it, whose rows are named and do not
+ * count; cancelled by all, it ends at the layer it is at. */
 static void test_cancel_shared(void)
 {
     struct model x = make(&shapes[4]);
     gemma2_session *s[3];
-    gemma2_row rows[3];
+    gemma2_row rows[4];
     int32_t ids[3][9];
-    float *truth[3], *logits = fresh(3 * vocab(x.m) * sizeof *logits);
+    float *truth[3], *logits = fresh(4 * vocab(x.m) * sizeof *logits);
     for (int i = 0; i < 3; i++) {
         random_ids(x.m, ids[i], 9);
         truth[i] = step_by_step(x.m, (struct setup){9, 4, 1, 0, 0}, ids[i], 9);
         s[i] = start(x.m, (struct setup){9, 4, 1, 0, 0});
-        gemma2_eval(s[i], ids[i], 8, NULL);
-        rows[i] = (gemma2_row){s[i], ids[i][8], logits + (size_t)i * vocab(x.m)};
+        gemma2_eval(s[i], ids[i], 7, NULL);
     }
-    for (int i = 0; i < 3; i++) {
+    for (int i = 0; i < 3; i++) { /* one more row than sessions: two rows are of session i */
+        for (int k = 0; k < 4; k++) {
+            int of = k < 3 ? k : i;
+            gemma2_rewind(s[of], 7);
+            rows[k] = row_of(s[of], ids[of][k < 3 ? 7 : 8], logits + (size_t)k * vocab(x.m));
+        }
+        gemma2_set_hook(s[0], on_trace, NULL);
         cancel_in(s[i], 1, 1);
-        check(gemma2_eval_rows(rows, 3) == GEMMA2_ERR_CANCELLED && !watch.layers_after &&
-                  gemma2_position(s[0]) == 8 && gemma2_position(s[1]) == 8 &&
-                  gemma2_position(s[2]) == 8, "a shared pass, cancelled by session %d", i);
+        check(gemma2_eval_rows(rows, 4) == GEMMA2_ERR_CANCELLED &&
+                  rows[3].status == GEMMA2_ERR_CANCELLED && gemma2_position(s[i]) == 7,
+              "a shared pass, cancelled by session %d", i);
         watch.session = NULL;
+        for (int k = 0; k < 3; k++)
+            check(rows[k].status == (k == i ? GEMMA2_ERR_CANCELLED : GEMMA2_OK) &&
+                      gemma2_position(s[k]) == 7 + (k != i) &&
+                      (k == i || !logits_differ(x.m, rows[k].logits, truth[k], 7)),
+                  "cancelled by session %d: row %d", i, k);
+        memset(logits, 0, 4 * vocab(x.m) * sizeof *logits);
+        check(gemma2_eval_rows(rows + i, 1) == GEMMA2_ERR_CANCELLED &&
+                  rows[i].status == GEMMA2_ERR_CANCELLED &&
+                  is_zero((uint8_t *)rows[i].logits, vocab(x.m) * 4), "and before the pass");
         gemma2_cancel(s[i], 0);
     }
+    for (int i = 0; i < 3; i++)
+        gemma2_rewind(s[i], 7), rows[i].id = ids[i][7];
+    watch.layers_after = 0;
+    gemma2_set_hook(s[0], cancel_all, s);
+    check(gemma2_eval_rows(rows, 3) == GEMMA2_ERR_CANCELLED && !watch.layers_after &&
+              gemma2_position(s[2]) == 7, "a shared pass, cancelled by all");
+    gemma2_set_hook(s[0], NULL, NULL);
+    for (int i = 0; i < 3; i++)
+        gemma2_cancel(s[i], 0);
     check(gemma2_eval_rows(rows, 3) == GEMMA2_OK, "the shared pass again");
     for (int i = 0; i < 3; i++) {
-        check(!logits_differ(x.m, rows[i].logits, truth[i], 8), "session %d's logits", i);
+        check(!logits_differ(x.m, rows[i].logits, truth[i], 7), "session %d's logits", i);
         gemma2_session_free(s[i]), free(truth[i]);
     }
     free(logits);
@@ -553,7 +586,7 @@ static void test_far_rows(void)
         for (int t = 0; t < ROWS; t++) {
             s[t] = start(x.m, (struct setup){contexts[i][t], 16, 3, 0, 0});
             gemma2_eval(s[t], ids, (size_t)held[i][t], NULL);
-            rows[t] = (gemma2_row){s[t], ids[held[i][t]], logits[t]};
+            rows[t] = row_of(s[t], ids[held[i][t]], logits[t]);
         }
         check(gemma2_eval_rows(rows, ROWS) == GEMMA2_OK, "far rows");
         for (int t = 0; t < ROWS; t++) {
@@ -1015,7 +1048,7 @@ static void test_no_allocation(void)
     int before = n_allocations, status = gemma2_prefill(s, ids, 20, logits);
     status |= gemma2_score(s, ids + 20, 8, 1, scores) | gemma2_eval(s, ids + 28, 1, logits);
     status |= gemma2_session_copy(t, s) | (gemma2_sample(s, &sampler, logits) < 0);
-    status |= gemma2_eval_rows((gemma2_row[]){{s, 1, logits}, {t, 2, NULL}}, 2);
+    status |= gemma2_eval_rows((gemma2_row[]){row_of(s, 1, logits), row_of(t, 2, NULL)}, 2);
     int64_t bytes = gemma2_session_save(s, saved, sizeof saved);
     status |= gemma2_session_restore(t, saved, (size_t)bytes) | gemma2_rewind(t, 27);
     status |= gemma2_encode(x.m, "a cab", 5, 0, ids, 30, scratch, sizeof scratch) <= 0;

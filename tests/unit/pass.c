@@ -294,7 +294,7 @@ static void share_passes(const gemma2_model *m, gemma2_session **s, int32_t (*id
                     before += owner[j] == k;
                 if (at + before >= 30)
                     break;
-                rows[n] = (gemma2_row){s[k], ids[k][at + before], logits + n * vocab(m)};
+                rows[n] = row_of(s[k], ids[k][at + before], logits + n * vocab(m));
                 position[n] = at + before, owner[n++] = k;
             }
         }
@@ -360,9 +360,8 @@ static void share_worker(const struct model *x, const char *name, struct setup o
     for (size_t at = 0; at < 24; at += 3)
         for (int k = 0; k < 2; k++) {
             size_t i = at + 1 + (size_t)k;
-            gemma2_row rows[2] = {{.session = s[k], .id = ids[k][i], .logits = logits},
-                                  {.session = s[!k], .id = ids[!k][i],
-                                   .logits = logits + vocab(x->m)}};
+            gemma2_row rows[2] = {row_of(s[k], ids[k][i], logits),
+                                  row_of(s[!k], ids[!k][i], logits + vocab(x->m))};
             bad += k == 0 && gemma2_eval(s[0], ids[0] + at, 1, NULL) != GEMMA2_OK;
             bad += k == 0 && gemma2_eval(s[1], ids[1] + at, 1, NULL) != GEMMA2_OK;
             bad += batch > 1 ? gemma2_eval_rows(rows, 2) != GEMMA2_OK
@@ -392,6 +391,114 @@ static void test_shared_worker(void)
                          batch);
         unmake(&x);
     }
+}
+
+/* Prompts and single tokens in one pass: a prompt by gemma2_prefill, a token by gemma2_eval, and a
+ * session whose rows are of both classes, give the bits they give alone. */
+static void mix_classes(const struct model *x, const char *name, int cache)
+{
+    enum { PROMPT = 21, N = PROMPT + 5 };
+    const struct setup o = {64, 40, 1, 0, cache};
+    const char *isa = x->m->isa->name;
+    int32_t ids[3][N];
+    int where[3][N], bad[3] = {0};
+    size_t v = vocab(x->m);
+    gemma2_session *s[3], *alone = start(x->m, o);
+    gemma2_row rows[3 * N];
+    float *logits = fresh(3 * N * v * sizeof *logits), *one = fresh(v * sizeof *one);
+    gemma2_worker_params p = {.struct_size = sizeof p, .n_batch = 3 * N, .n_threads = 2};
+    gemma2_worker *work = gemma2_worker_new(x->m, &p, NULL, 0);
+    gemma2_session_params params = {.struct_size = sizeof params, .n_context = 64, .n_batch = 40,
+                                    .cache_type = cache, .worker = work};
+    for (int k = 0; k < 3; k++)
+        random_ids(x->m, ids[k], N), s[k] = gemma2_session_new(x->m, &params, NULL, 0);
+    gemma2_eval(s[1], ids[1], PROMPT, NULL);
+    size_t n = 0;
+    memset(where, -1, sizeof where);
+    for (size_t i = 0; i < N; i++) /* in turn: a prompt; single tokens; both, ending exact */
+        for (int k = 0; k < 3; k++)
+            if (k == 1 ? i >= PROMPT : k == 2 || i < PROMPT) {
+                rows[n] = row_of(s[k], ids[k][i], logits + n * v);
+                rows[n].prefill = k == 0 || (k == 2 && i < PROMPT);
+                where[k][i] = (int)n++;
+            }
+    check(gemma2_eval_rows(rows, n) == GEMMA2_OK, "%s on %s: both classes", name, isa);
+    for (int k = 0; k < 3; k++) {
+        gemma2_rewind(alone, 0);
+        for (size_t i = 0; i < (k ? N : PROMPT); i++) {
+            (k == 1 || i >= PROMPT ? gemma2_eval : gemma2_prefill)(alone, &ids[k][i], 1, one);
+            if (where[k][i] >= 0)
+                bad[k] += logits_differ(x->m, one, rows[where[k][i]].logits, 0);
+        }
+    }
+    check(!bad[0] && !bad[1] && !bad[2], "%s on %s, cache %d: %d, %d and %d rows of both classes "
+          "differ", name, isa, cache, bad[0], bad[1], bad[2]);
+    for (int k = 0; k < 3; k++)
+        gemma2_session_free(s[k]);
+    gemma2_session_free(alone), gemma2_worker_free(work);
+    free(logits), free(one);
+}
+
+static void test_mixed_classes(void)
+{
+    static const struct shape shape[] = {
+        {"bf16", 3, 64, 4, 2, 32, 96, 70, 37, 300, 50, 30, 5, 0,
+         {BF16, BF16, BF16, BF16, BF16}, 64},
+        {"all types", 2, 264, 8, 4, 32, 600, 100, 100, 300, 50, 30, 1, 0,
+         {Q8, BF16, Q4, BF16, Q6}, 64}};
+    for (int i = 0; i < 2; i++) {
+        struct model x = make(&shape[i]);
+        for (int k = 0; k < N_KERNELS; k++)
+            for (int cache = GEMMA2_CACHE_F32; cache <= GEMMA2_CACHE_F16; cache++)
+                if (has_matrix(all_kernels[k]) || k == N_KERNELS - 1) {
+                    x.m->isa = all_kernels[k], x.m->matrix = all_kernels[k]->matrix;
+                    mix_classes(&x, shape[i].name, cache);
+                }
+        unmake(&x);
+    }
+}
+
+/* Rows that cannot be done are named, each with its reason, and the others are done. */
+static void test_rows_refused(void)
+{
+    enum { BAD = 7 };
+    struct model x = make(&shapes[0]), y = make(&shapes[1]);
+    int32_t ids[4];
+    float *logits = fresh(2 * vocab(x.m) * sizeof *logits);
+    random_ids(x.m, ids, 4);
+    float *truth = step_by_step(x.m, (struct setup){12, 3, 1, 0, 0}, ids, 4);
+    gemma2_session *full = start(x.m, (struct setup){2, 3, 1, 0, 0});
+    gemma2_session *cancelled = start(x.m, (struct setup){12, 3, 1, 0, 0});
+    gemma2_session *small = start(x.m, (struct setup){12, 1, 1, 0, 0});
+    gemma2_session *sound = start(x.m, (struct setup){12, 12, 1, 0, 0});
+    gemma2_session *wrong = start(x.m, (struct setup){12, 3, 1, 0, 0});
+    gemma2_session *foreign = start(y.m, (struct setup){12, 3, 1, 0, 0});
+    gemma2_row rows[BAD + 4] = {
+        row_of(NULL, 1, NULL), row_of(sound, ids[0], logits), row_of(foreign, 1, logits),
+        row_of(full, 1, NULL), row_of(cancelled, 1, NULL), row_of(small, 1, NULL),
+        row_of(small, 1, NULL), row_of(wrong, 1, NULL), row_of(wrong, -1, NULL),
+        row_of(sound, ids[1], logits + vocab(x.m)), row_of(full, 1, NULL)};
+    static const int expected[BAD + 4] = {
+        GEMMA2_ERR_ARGUMENT, GEMMA2_OK, GEMMA2_ERR_MISMATCH, GEMMA2_ERR_CONTEXT,
+        GEMMA2_ERR_CANCELLED, GEMMA2_ERR_ARGUMENT, GEMMA2_ERR_ARGUMENT, GEMMA2_ERR_TOKEN,
+        GEMMA2_ERR_TOKEN, GEMMA2_OK, GEMMA2_ERR_CONTEXT};
+    gemma2_eval(full, ids, 1, NULL), gemma2_cancel(cancelled, 1);
+    check(gemma2_eval_rows(rows + 1, BAD + 3) == GEMMA2_ERR_MISMATCH, "the first row's reason");
+    gemma2_rewind(sound, 0);
+    check(gemma2_eval_rows(rows, BAD + 4) == GEMMA2_ERR_ARGUMENT, "no session: the reason");
+    for (int i = 0; i < BAD + 4; i++)
+        check(rows[i].status == expected[i], "row %d: status %d", i, rows[i].status);
+    check(gemma2_position(sound) == 2 && !logits_differ(x.m, logits, truth, 0) &&
+              !logits_differ(x.m, logits + vocab(x.m), truth, 1), "the rows that can be done");
+    check(gemma2_position(full) == 1 && !gemma2_position(cancelled) && !gemma2_position(small) &&
+              !gemma2_position(foreign) && !gemma2_position(wrong), "the others stay");
+    rows[1].session = rows[9].session = NULL;
+    check(gemma2_eval_rows(rows, 2) == GEMMA2_ERR_ARGUMENT && rows[1].status < 0, "no sessions");
+    check(gemma2_eval_rows(rows + 2, 1) == GEMMA2_OK, "a session alone is of its own model");
+    gemma2_session_free(full), gemma2_session_free(cancelled), gemma2_session_free(small);
+    gemma2_session_free(sound), gemma2_session_free(wrong), gemma2_session_free(foreign);
+    free(truth), free(logits);
+    unmake(&x), unmake(&y);
 }
 
 /* Workers that cannot be, and sessions of another model's. */
@@ -497,7 +604,7 @@ static void test_far_shared(void)
         gemma2_eval(s[1], ids, 480, NULL);
         gemma2_row rows[4];
         for (int i = 0; i < 4; i++)
-            rows[i] = (gemma2_row){s[(i / 2 + lead) % 2], 0, logits + (size_t)i * vocab(x.m)};
+            rows[i] = row_of(s[(i / 2 + lead) % 2], 0, logits + (size_t)i * vocab(x.m));
         for (int i = 0; i < 4; i++)
             rows[i].id = ids[(rows[i].session == s[0] ? 280 : 480) + i % 2];
         check(gemma2_eval_rows(rows, 4) == GEMMA2_OK, "far rows");
@@ -563,7 +670,7 @@ static void context_edge(const struct model *x, const int32_t *ids, int32_t cont
     float *logits = fresh(vocab(x->m) * sizeof *logits), *logprobs = fresh(5000 * 4);
     gemma2_session *s = start(x->m, (struct setup){context, 100, 1, 0, 1});
     size_t n = (size_t)context;
-    gemma2_row rows[2] = {{s, ids[n - 1], logits}, {s, ids[n], logits}};
+    gemma2_row rows[2] = {row_of(s, ids[n - 1], logits), row_of(s, ids[n], logits)};
     int bad = gemma2_prefill(s, ids, n + 1, logits) != GEMMA2_ERR_CONTEXT;
     bad += gemma2_eval(s, ids, n + 1, logits) != GEMMA2_ERR_CONTEXT;
     bad += gemma2_score(s, ids, n + 1, -1, logprobs) != GEMMA2_ERR_CONTEXT;
@@ -771,7 +878,8 @@ static void test_refused_calls(void)
     gemma2_session *s = start(x.m, (struct setup){12, 3, 1, 0, 0});
     gemma2_session *t = start(x.m, (struct setup){12, 2, 1, 0, 0});
     gemma2_session *u = start(y.m, (struct setup){12, 3, 1, 0, 0});
-    gemma2_row rows[4] = {{s, 1, NULL}, {s, 1, NULL}, {s, 1, NULL}, {s, 1, NULL}};
+    gemma2_row rows[4] = {row_of(s, 1, NULL), row_of(s, 1, NULL), row_of(s, 1, NULL),
+                          row_of(s, 1, NULL)};
     gemma2_eval(s, ids, 11, NULL);
     check(gemma2_eval(s, ids, 2, logits) == GEMMA2_ERR_CONTEXT, "two tokens for one place");
     check(gemma2_prefill(s, ids, SIZE_MAX, logits) == GEMMA2_ERR_CONTEXT, "SIZE_MAX tokens");
@@ -783,7 +891,7 @@ static void test_refused_calls(void)
         bad_ids[2] = i == 0 ? -1 : i == 1 ? v : INT32_MAX;
         check(gemma2_eval(t, bad_ids, 3, logits) == GEMMA2_ERR_TOKEN, "id %d", bad_ids[2]);
         check(gemma2_score(t, bad_ids, 3, 1, logprobs) == GEMMA2_ERR_TOKEN, "score: id");
-        check(gemma2_eval_rows(&(gemma2_row){t, bad_ids[2], NULL}, 1) == GEMMA2_ERR_TOKEN,
+        check(eval_row(t, bad_ids[2], NULL) == GEMMA2_ERR_TOKEN,
               "row id");
     }
     check(gemma2_score(s, ids, 1, v, logprobs) == GEMMA2_ERR_TOKEN, "score: next");
@@ -791,15 +899,14 @@ static void test_refused_calls(void)
     check(gemma2_score(s, ids, 1, 1, NULL) == GEMMA2_ERR_ARGUMENT, "score: no room");
     check(gemma2_eval_rows(rows, 0) == GEMMA2_ERR_ARGUMENT, "no rows");
     check(gemma2_eval_rows(NULL, 1) == GEMMA2_ERR_ARGUMENT, "NULL rows");
-    check(gemma2_eval_rows(rows, 4) == GEMMA2_ERR_ARGUMENT, "more rows than n_batch");
-    rows[1].session = u;
-    check(gemma2_eval_rows(rows, 2) == GEMMA2_ERR_MISMATCH, "rows of two models");
-    rows[1].session = NULL;
-    check(gemma2_eval_rows(rows, 2) == GEMMA2_ERR_ARGUMENT, "a row of no session");
+    check(gemma2_eval_rows(rows, 4) == GEMMA2_ERR_ARGUMENT &&
+              rows[3].status == GEMMA2_ERR_ARGUMENT, "more rows than n_batch");
     gemma2_session *wide = start(x.m, (struct setup){12, 8, 1, 0, 0});
-    gemma2_row many[4] = {{wide, 1, NULL}, {t, 1, NULL}, {t, 1, NULL}, {t, 1, NULL}};
-    check(gemma2_eval_rows(many, 4) == GEMMA2_ERR_ARGUMENT, "3 rows of a session of n_batch 2");
-    check(gemma2_position(t) == 0 && gemma2_position(wide) == 0, "refused rows count");
+    gemma2_row many[4] = {row_of(wide, 1, NULL), row_of(t, 1, NULL), row_of(t, 1, NULL),
+                          row_of(t, 1, NULL)};
+    check(gemma2_eval_rows(many, 4) == GEMMA2_ERR_ARGUMENT && many[0].status == GEMMA2_OK &&
+              many[1].status == GEMMA2_ERR_ARGUMENT, "3 rows of a session of n_batch 2");
+    check(gemma2_position(t) == 0 && gemma2_position(wide) == 1, "refused rows count");
     check(gemma2_position(s) == 11 && gemma2_context(s) == 12, "position after refusals");
     check(gemma2_eval(s, ids + 11, 1, logits) == GEMMA2_OK &&
               !logits_differ(x.m, logits, truth, 11), "logits after refusals");
@@ -935,7 +1042,7 @@ static void test_large_vocabulary(void)
     gemma2_row rows[N];
     for (int t = 0; t < N; t++) {
         gemma2_logprob(logits + t * V, V, ids[t + 1], truth + t);
-        rows[t] = (gemma2_row){large, ids[t], got + t * V};
+        rows[t] = row_of(large, ids[t], got + t * V);
     }
     check(gemma2_eval_rows(rows, N) == GEMMA2_OK && !memcmp(got, logits, N * V * sizeof *got),
           "many logits of many rows");
@@ -966,6 +1073,8 @@ static void test_model(void)
     test_shared_passes();
     test_shared_worker();
     test_worker_params();
+    test_mixed_classes();
+    test_rows_refused();
     test_scales();
     test_layer_kinds();
     test_plans();

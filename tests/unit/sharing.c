@@ -80,7 +80,7 @@ static void compute_numbers(const struct image *image, int threads, struct numbe
     memset(out->scratch, 0, sizeof out->scratch);
     gemma2_prefill(s, ids, 10, out->logits[0]);
     gemma2_eval(s, ids + 10, 5, out->logits[1]);
-    gemma2_eval_rows(&(gemma2_row){s, ids[15], out->logits[2]}, 1);
+    eval_row(s, ids[15], out->logits[2]);
     gemma2_score(s, ids + 16, 3, 5, out->score);
     gemma2_logprob(out->logits[0], vocab(m), 3, &out->logprob);
     out->id = gemma2_sample(s, &sampler, out->logits[2]);

@@ -276,7 +276,8 @@ static void test_largest_dimensions(void)
     c->n_layers = 0, c->n_heads = 4096, c->head_dim = 1024, c->d_model = 1 << 20;
     c->d_ffn = 1 << 22, c->n_kv_heads = 4096;
     gemma2_session s;
-    check(read_session_params(&s, x.m, &params) < 0, "no layers, no session");
+    gemma2_worker work;
+    check(read_session_params(&s, &work, x.m, &params) < 0, "no layers, no session");
     c->n_layers = 1024;
     check(saved_bytes(&s, 1 << 30, 0) > (uint64_t)1 << 62, "a saved session of 2^65 bytes");
     for (int l = 0; l < 1024; l++)
@@ -286,6 +287,13 @@ static void test_largest_dimensions(void)
     char err[256] = "";
     check(!gemma2_session_new(x.m, &params, err, sizeof err) && strstr(err, "too large"),
           "a session of 2^65 bytes: %s", err);
+    c->n_vocab = INT32_MAX;
+    gemma2_worker_params most = {.struct_size = sizeof most, .n_batch = 4096, .n_threads = 1,
+                                 .n_context = 1 << 30};
+    check(gemma2_worker_plan(x.m, &most, &plan) < 0 || plan.total > (uint64_t)1 << 40,
+          "a worker for the largest dimensions");
+    err[0] = 0;
+    check(!gemma2_worker_new(x.m, &most, err, sizeof err) && err[0], "and none: %s", err);
     free(m.data);
     unmake(&x);
 }

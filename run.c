@@ -101,6 +101,10 @@ static void terminal_restore(void); /* a signal handler may call it */
 /* Up to n bytes that were typed; 0 at the end, below 0 with errno. */
 static long read_terminal(char *bytes, size_t n);
 static int input_waits(void);           /* some was typed already */
+/* Up to n bytes of standard input; 0 at the end.  Below 0: an error, or with wait 0, and EAGAIN
+ * in errno, that nothing is there yet. */
+static long read_input(char *bytes, size_t n, int wait);
+static uint64_t memory_bytes(void);     /* of the machine; UINT64_MAX where it does not say */
 static int is_cut(size_t line);         /* a line of so many bytes may have lost its end */
 
 /* ===================================================================================
@@ -145,13 +149,19 @@ PRINTF_LIKE(1, 0) static void say(const char *format, va_list arguments)
     fprintf(stderr, "%s\n", sentence);
 }
 
+static char *overheard; /* [SENTENCE] where a failure's sentence goes instead, or NULL */
+
 /* One sentence, of a failure; returns status. */
 PRINTF_LIKE(2, 3) static int fail(int status, const char *format, ...)
 {
     va_list arguments;
-    fprintf(stderr, "%s: ", program_name);
     va_start(arguments, format);
-    say(format, arguments);
+    if (overheard) {
+        vsnprintf(overheard, SENTENCE, format, arguments);
+    } else {
+        fprintf(stderr, "%s: ", program_name);
+        say(format, arguments);
+    }
     va_end(arguments);
     return status;
 }
@@ -211,8 +221,9 @@ static void *extend(array *a, size_t count, size_t item)
     return start;
 }
 
-/* Standard output.  The first error sticks, and silences what follows. */
+/* Standard output, or memory.  The first error sticks, and silences what follows. */
 typedef struct {
+    array *memory; /* of char, or NULL */
     int terminal; /* text must carry no control sequences */
     int error;    /* errno of the first write that failed, 0 while all is well */
 } output;
@@ -225,16 +236,30 @@ static void note_write(output *out, int failed)
 
 static void put_bytes(output *out, const char *bytes, size_t n)
 {
-    if (n && !out->error)
-        note_write(out, fwrite(bytes, 1, n, stdout) != n);
+    char *end = out->memory && n ? extend(out->memory, n, 1) : NULL;
+    if (end)
+        memcpy(end, bytes, n);
+    else if (n && !out->error)
+        note_write(out, out->memory || fwrite(bytes, 1, n, stdout) != n);
 }
 
 PRINTF_LIKE(2, 3) static void put_format(output *out, const char *format, ...)
 {
-    va_list arguments;
+    va_list arguments, again;
     va_start(arguments, format);
-    if (!out->error)
+    if (out->memory) {
+        va_copy(again, arguments);
+        int n = vsnprintf(NULL, 0, format, again);
+        va_end(again);
+        char *end = n < 0 ? NULL : extend(out->memory, (size_t)n + 1, 1);
+        note_write(out, !end);
+        if (end) {
+            vsnprintf(end, (size_t)n + 1, format, arguments);
+            out->memory->n--; /* the NUL */
+        }
+    } else if (!out->error) {
         note_write(out, vfprintf(stdout, format, arguments) < 0);
+    }
     va_end(arguments);
 }
 
@@ -271,7 +296,7 @@ static int finish_output(output *out, int status)
 
 typedef enum {
     GENERATE, CONVERSE, TOKENIZE, DETOKENIZE, LOGITS, SCORE, PERPLEXITY, IMPORTANCE, INFO, CHECK,
-    TRACE
+    TRACE, BATCH
 } mode_kind;
 
 /* What a mode does with the rest of the command line. */
@@ -286,6 +311,7 @@ static const unsigned TRAITS[] = {
     [IMPORTANCE] = READS_PROMPT | EVALUATES,
     [CHECK] = 0,
     [TRACE] = READS_PROMPT | EVALUATES,
+    [BATCH] = EVALUATES | TAKES_JSON,
 };
 
 typedef struct option option;
@@ -301,6 +327,8 @@ typedef struct {
     const char *subject; /* its text */
     int32_t logits, trace_layer; /* -1: all layers in short */
     int32_t block; /* of the importance */
+    const char *results; /* where a batch's go, or NULL */
+    int32_t parallel; /* lines of a batch at a time, 0: as many as seem good */
     int chat;
     const char *after_chat; /* the number behind a -c: a llama.cpp user's context */
     const char *system;
@@ -420,6 +448,14 @@ static const option OPTIONS[] = {
     {0, "session", "FILE", "go on from FILE where it exists, and keep there what\n"
      "was read and shown; the prompt is what comes next", IS(TEXT, kept)},
     {0, "load", "FILE", "go on from such a file, and leave it as it is", IS(TEXT, loaded)},
+
+    HEAD("Many prompts in one process: see Batches below"),
+    {0, "batch", "IN.jsonl", "a result for each line; - is standard input",
+     ASKS(BATCH, TEXT, subject)},
+    {'o', "output", "OUT.jsonl", "where results go; those that it has already are not made\n"
+     "again (default: standard output)", IS(TEXT, results)},
+    {0, "parallel", "N", "N lines at a time, 1 to 256 (default: 16, or what half of\n"
+     "the memory can hold)", IN(WHOLE, parallel, "a whole number from 1 to 256", 1, 256)},
 
     HEAD("Instead of plain text"),
     {0, "json", NULL, "one JSON object: text, prompt_ids, ids, logprobs,\n"
@@ -556,6 +592,13 @@ static const char NOTES[] =
     "  well (and when Ctrl-C at its prompt, SIGTERM or SIGHUP ends a conversation).  It stays\n"
     "  as it was after an error or an interrupted answer.  Under --exact what follows is the\n"
     "  same, to the bit, as in one go.\n"
+    "\nBatches\n"
+    "  A line of IN is {\"prompt\": TEXT} or {\"messages\": [{\"role\": \"user\", \"content\":\n"
+    "  TEXT}, ...]}, and may have id, max_tokens, temperature, top_k, top_p, min_p, seed and\n"
+    "  stop.  Or it is one of OpenAI's batch files, for /v1/chat/completions or\n"
+    "  /v1/completions, and is answered in that form.  Results come as they finish, each what\n"
+    "  that prompt alone would give with this seed.  A bad line has an error as its result.\n"
+    "  After a crash the same command goes on where it was.  Exit code 1: a line failed.\n"
     "\nOutput\n"
     "  Text goes to standard output, speed, seed and warnings to standard error.  On a\n"
     "  terminal control characters of the text are shown as U+FFFD.  The ids of --json are\n"
@@ -884,6 +927,10 @@ static int check_options(options *opts)
     if (opts->block > 1 && (opts->block < 32 || opts->block & (opts->block - 1)))
         return fail(USAGE, "--importance-block '%" PRId32 "': it takes 1, 32, 64, 128 or 256",
                     opts->block);
+    if ((opts->results || opts->parallel) && opts->mode != BATCH)
+        return fail(USAGE, "--%s belongs to --batch IN.jsonl", opts->results ? "output" : "parallel");
+    if (opts->echo && opts->mode == BATCH)
+        return fail(USAGE, "--batch and --echo do not go together");
     if (opts->system && !opts->chat)
         return fail(USAGE, "--system belongs to a chat; add -c");
     if (opts->ids && opts->chat)
@@ -1006,12 +1053,6 @@ static void put_json(output *out, const char *text, size_t n)
 /* ---- JSON, by the letter of RFC 8259.  A text becomes a flat array of nodes in its own order,
  * and nothing here calls itself, so no input leads deep.  Strings and numbers stay text until
  * asked for. ---- */
-
-#ifdef __GNUC__
-#define NOT_USED_YET __attribute__((unused)) /* the modes that read JSON follow */
-#else
-#define NOT_USED_YET
-#endif
 
 typedef enum {
     JSON_NULL, JSON_FALSE, JSON_TRUE, JSON_NUMBER, JSON_STRING, JSON_ARRAY, JSON_OBJECT
@@ -1243,7 +1284,7 @@ static int json_lead(json *j, json_node *container)
 }
 
 /* Reads a text that is one value.  Returns 1, or 0 with why and at.  nodes are to be freed. */
-NOT_USED_YET static int json_read(json *j, const char *text, size_t size)
+static int json_read(json *j, const char *text, size_t size)
 {
     size_t open[JSON_DEPTH], depth = 0; /* the nodes that are not closed yet */
     *j = (json){text, size, 0, {0}, NULL};
@@ -1287,7 +1328,7 @@ static int json_is(const json *j, const json_node *node, const char *text)
 }
 
 /* The value of a key, or NULL. */
-NOT_USED_YET static const json_node *json_get(const json *j, const json_node *object, const char *name)
+static const json_node *json_get(const json *j, const json_node *object, const char *name)
 {
     const json_node *key = object + 1;
     for (size_t i = 0; object->kind == JSON_OBJECT && i < object->n; i++) {
@@ -1299,7 +1340,7 @@ NOT_USED_YET static const json_node *json_get(const json *j, const json_node *ob
 }
 
 /* Appends the characters of a string, in UTF-8; returns 1, or 0 without memory. */
-NOT_USED_YET static int json_text(const json *j, const json_node *string, array *to)
+static int json_text(const json *j, const json_node *string, array *to)
 {
     const char *why;
     size_t length;
@@ -1316,20 +1357,8 @@ NOT_USED_YET static int json_text(const json *j, const json_node *string, array 
     return 1;
 }
 
-/* A number from least to most that float can hold; returns 1 or 0. */
-NOT_USED_YET static int json_real(const json *j, const json_node *node, double least, double most, float *value)
-{
-    char text[64];
-    size_t n = node->end - node->start;
-    if (node->kind != JSON_NUMBER || n >= sizeof text)
-        return 0;
-    memcpy(text, j->text + node->start, n);
-    text[n] = '\0';
-    return parse_real(text, least, most, value);
-}
-
 /* A whole number without fraction or exponent, at most `most`; returns 1 or 0. */
-NOT_USED_YET static int json_whole(const json *j, const json_node *node, uint64_t most, uint64_t *value)
+static int json_whole(const json *j, const json_node *node, uint64_t most, uint64_t *value)
 {
     char text[24];
     size_t n = node->end - node->start;
@@ -1457,6 +1486,7 @@ typedef struct {
     reply reply;
     keyboard keys;
     int shows_progress, progress_shown;
+    int silent; /* a line of a batch: the reply's text is kept, not shown */
 } program;
 
 /* A line that the next one overwrites; only for people who look at it. */
@@ -1750,7 +1780,7 @@ static void show_text(program *p, int at_end)
         if (match == 2 || (match == 1 && !at_end))
             break;
     }
-    if (cut > r->shown && !p->opts->json) {
+    if (cut > r->shown && !p->opts->json && !p->silent) {
         put_text(&p->out, text + r->shown, cut - r->shown);
         put_flush(&p->out);
     }
@@ -1774,21 +1804,23 @@ static int append_text(program *p, int32_t id)
     return n < 0 ? engine_failed(p, "decoding", n) : DONE;
 }
 
-/* Chooses one more token; evaluates the one before it first. */
-static int step(program *p)
+/* Whether the reply must end before its next token. */
+static void check_limits(program *p)
 {
     reply *r = &p->reply;
-    const int32_t *ids = p->ids.items;
-    if ((size_t)gemma2_position(p->session) < p->ids.n) {
-        int code = gemma2_eval(p->session, ids + p->ids.n - 1, 1, p->logits);
-        if (code == GEMMA2_ERR_CANCELLED) {
-            r->finish = AT_INTERRUPT;
-            return DONE;
-        }
-        if (code < 0)
-            return engine_failed(p, "generating", code);
-        r->decode_passes++;
-    }
+    if (stop_asked)
+        r->finish = AT_INTERRUPT;
+    else if (p->opts->max_tokens >= 0 && r->n_ids >= (size_t)p->opts->max_tokens)
+        r->finish = AT_LENGTH;
+    else if (p->ids.n >= (size_t)gemma2_context(p->session))
+        r->finish = AT_CONTEXT;
+}
+
+/* Chooses the next token by the logits after those so far, shows its text, and sees whether the
+ * reply ends with it. */
+static int choose(program *p)
+{
+    reply *r = &p->reply;
     int32_t id = gemma2_sample(p->session, &p->sampler, p->logits);
     if (id < 0)
         return engine_failed(p, "choosing a token", id);
@@ -1812,7 +1844,34 @@ static int step(program *p)
         return status ? status : out_of_memory();
     *end = r->text.n;
     r->n_ids++;
+    show_text(p, 0);
     return DONE;
+}
+
+/* Evaluates the last token, unless the prompt's reading did, and chooses the next. */
+static int step(program *p)
+{
+    const int32_t *ids = p->ids.items;
+    if ((size_t)gemma2_position(p->session) < p->ids.n) {
+        int code = gemma2_eval(p->session, ids + p->ids.n - 1, 1, p->logits);
+        if (code == GEMMA2_ERR_CANCELLED) {
+            p->reply.finish = AT_INTERRUPT;
+            return DONE;
+        }
+        if (code < 0)
+            return engine_failed(p, "generating", code);
+        p->reply.decode_passes++;
+    }
+    return choose(p);
+}
+
+/* Shows what was held back, as nothing more comes. */
+static int end_text(program *p)
+{
+    int status = p->reply.finish == AT_STOP_STRING ? DONE : append_text(p, -1);
+    if (status == DONE && p->reply.finish != AT_STOP_STRING)
+        show_text(p, 1);
+    return status;
 }
 
 /* Generates from the session's logits until something ends it. */
@@ -1822,21 +1881,12 @@ static int decode(program *p)
     double began = seconds();
     int status = DONE;
     while (!status && !r->finish && !p->out.error) {
-        if (stop_asked)
-            r->finish = AT_INTERRUPT;
-        else if (p->opts->max_tokens >= 0 && r->n_ids >= (size_t)p->opts->max_tokens)
-            r->finish = AT_LENGTH;
-        else if (p->ids.n >= (size_t)gemma2_context(p->session))
-            r->finish = AT_CONTEXT;
-        else if (!(status = step(p)))
-            show_text(p, 0);
+        check_limits(p);
+        if (!r->finish)
+            status = step(p);
     }
     r->decode_s = seconds() - began;
-    if (status == DONE && r->finish != AT_STOP_STRING) {
-        status = append_text(p, -1);
-        show_text(p, 1);
-    }
-    return status;
+    return status ? status : end_text(p);
 }
 
 /* One reply to the ids so far.  Ctrl-C stops it. */
@@ -3011,6 +3061,936 @@ static int check(program *p)
     return DONE;
 }
 
+/* 32 bits: easy to type again, and exact as a number in any reader of JSON. */
+static uint64_t random_seed(void)
+{
+    uint32_t bits;
+    if (random_bits(&bits))
+        return bits;
+    uint64_t mix = (uint64_t)time(NULL) ^ (uint64_t)(seconds() * 1e9) ^ (uintptr_t)&bits;
+    return (mix * 6364136223846793005u) >> 32;
+}
+
+static void init_sampler(program *p)
+{
+    const gemma2_config *c = p->config;
+    const options *opts = p->opts;
+    gemma2_sampler seeded, *sampler = &p->sampler;
+    p->seed = opts->seed_given ? opts->seed : random_seed();
+    gemma2_sampler_init(&seeded, p->seed);
+    *sampler = opts->sampler;
+    sampler->rng = seeded.rng;
+    sampler->bias = opts->biases;
+    if (sampler->penalty_last < 0)
+        sampler->penalty_last = gemma2_context(p->session);
+    for (int32_t i = 0; opts->ignore_eos && i < c->n_stop; i++)
+        opts->biases[sampler->n_bias++] = (gemma2_bias){c->stop[i], -INFINITY};
+    if (opts->ignore_eos && p->end_of_reply >= 0)
+        opts->biases[sampler->n_bias++] = (gemma2_bias){p->end_of_reply, -INFINITY};
+}
+
+/* ---- --batch: many prompts in one process.  Lines share passes: a line joins as another ends,
+ * and its result is the one it would have alone. ---- */
+
+enum { MOST_PARALLEL = 256 }; /* rows of a pass */
+
+/* Input that is taken line by line. */
+typedef struct {
+    FILE *file; /* NULL: standard input, of which only what is there is taken */
+    array bytes;
+    size_t at, seen; /* where the next line begins; so far there is no newline */
+    size_t number;   /* of the last line, from 1 */
+    uint64_t size, taken; /* bytes in all, or 0 where nobody knows; bytes of all lines so far */
+    int ended, overlong;
+} line_input;
+
+/* An id of a line, as JSON. */
+typedef struct {
+    size_t at, n; /* in batch.names; n 0: a free place */
+    int seen;     /* 1: an input line has it; 0: only the results of an earlier run */
+} line_id;
+
+/* A place for one line.  Its program is a whole one, for one reply, without output. */
+typedef struct {
+    program p;
+    options opts;
+    array texts, stops, messages, id, model; /* what the line says */
+    size_t number;
+    size_t pure; /* positions of the session that another prompt may begin with */
+    int busy, begun, ready; /* has a line; its prompt is begun; its logits are there */
+    int openai, logprobs;
+} batch_slot;
+
+typedef struct {
+    program *p;
+    gemma2_worker *worker;
+    batch_slot *slots;
+    size_t n_slots;
+    line_input in;
+    FILE *out;
+    array line, names;
+    line_id *ids;
+    size_t n_ids, room; /* room is a power of two */
+    int exact; /* prompts read in one arithmetic, so they may be cut anywhere */
+    size_t done, failed, skipped, prompt_tokens, shared_tokens, reply_tokens;
+    double began;
+} batch;
+
+/* The next line, without its newline, or NULL: at the end, or with wait 0 where none is there
+ * yet.  A line above 2^28 bytes comes as nothing, and overlong says so. */
+static const char *next_line(line_input *in, int wait, size_t *n)
+{
+    enum { PIECE = 1 << 16 };
+    for (;;) {
+        char *bytes = in->bytes.items;
+        char *end = in->seen < in->bytes.n ? memchr(bytes + in->seen, '\n', in->bytes.n - in->seen)
+                                           : NULL;
+        if (end || (in->ended && (in->at < in->bytes.n || in->overlong))) {
+            size_t start = in->at;
+            *n = (end ? (size_t)(end - bytes) : in->bytes.n) - start;
+            in->at = in->seen = start + *n + (end != NULL);
+            in->taken += *n + 1;
+            in->number++;
+            return bytes ? bytes + start : "";
+        }
+        if (in->ended)
+            return NULL;
+        if (in->at) /* what is left moves to the front */
+            memmove(bytes, bytes + in->at, in->bytes.n -= in->at);
+        in->at = 0;
+        if (in->bytes.n > LONGEST_TEXT) {
+            in->overlong = 1;
+            in->bytes.n = 0;
+        }
+        in->seen = in->bytes.n;
+        char *free_bytes = extend(&in->bytes, PIECE, 1);
+        if (!free_bytes) { /* the same as too long */
+            in->overlong = 1;
+            in->bytes.n = in->seen = 0;
+            continue;
+        }
+        long got = in->file ? (long)fread(free_bytes, 1, PIECE, in->file)
+                            : read_input(free_bytes, PIECE, wait);
+        in->bytes.n -= PIECE - (got > 0 ? (size_t)got : 0);
+        if (got < 0 && errno == EAGAIN)
+            return NULL;
+        in->ended = got <= 0;
+    }
+}
+
+/* Where an id is among those known, or the free place for it; NULL without memory. */
+static line_id *place_of_id(batch *b, const char *id, size_t n)
+{
+    if (2 * (b->n_ids + 1) > b->room) {
+        size_t old_room = b->room;
+        line_id *old = b->ids;
+        b->room = old_room ? 2 * old_room : 1024;
+        b->ids = calloc(b->room, sizeof *b->ids);
+        if (!b->ids) {
+            b->ids = old;
+            b->room = old_room;
+            return NULL;
+        }
+        for (size_t i = 0; i < old_room; i++)
+            if (old[i].n)
+                *place_of_id(b, (char *)b->names.items + old[i].at, old[i].n) = old[i];
+        free(old);
+    }
+    uint64_t hash = 14695981039346656037u;
+    for (size_t i = 0; i < n; i++)
+        hash = (hash ^ (unsigned char)id[i]) * 1099511628211u;
+    for (size_t i = (size_t)(hash ^ hash >> 32);; i++) {
+        line_id *place = b->ids + (i & (b->room - 1));
+        if (place->n == 0 || (place->n == n && memcmp((char *)b->names.items + place->at, id, n) == 0))
+            return place;
+    }
+}
+
+/* Notes an id.  Returns 1 where it is new, 0 where it is known, -1 without memory; *before is
+ * whether an input line had it. */
+static int note_id(batch *b, const array *id, int seen, int *before)
+{
+    line_id *place = place_of_id(b, id->items, id->n);
+    if (!place)
+        return -1;
+    *before = place->n && place->seen;
+    if (place->n) {
+        place->seen |= seen;
+        return 0;
+    }
+    size_t at = b->names.n;
+    char *copy = extend(&b->names, id->n, 1);
+    if (!copy)
+        return -1;
+    memcpy(copy, id->items, id->n);
+    *place = (line_id){at, id->n, seen};
+    b->n_ids++;
+    return 1;
+}
+
+/* The id that an object has under a name, as JSON; 0 where it has none, -1 where it is neither
+ * text nor a whole number. */
+static int get_id(const json *j, const char *name, array *id)
+{
+    const json_node *node = json_get(j, j->nodes.items, name);
+    output out = {.memory = id};
+    array text = {0};
+    if (!node || node->kind == JSON_NULL)
+        return 0;
+    const char *number = j->text + node->start;
+    size_t n = node->end - node->start;
+    id->n = 0;
+    if (node->kind == JSON_NUMBER && !memchr(number, '.', n) && !memchr(number, 'e', n) &&
+        !memchr(number, 'E', n)) {
+        put_bytes(&out, number, n);
+        return 1;
+    }
+    if (node->kind != JSON_STRING || !json_text(j, node, &text)) {
+        free(text.items);
+        return -1;
+    }
+    put_bytes(&out, "\"", 1);
+    put_json(&out, text.items, text.n);
+    put_bytes(&out, "\"", 1);
+    free(text.items);
+    return 1;
+}
+
+/* ---- what a line asks for ---- */
+
+/* The text of a string, with a NUL behind it; NULL where it is none.  texts has room for all
+ * strings of the line, so none moves. */
+static const char *keep_text(batch_slot *s, const json *j, const json_node *node, size_t *n)
+{
+    size_t start = s->texts.n;
+    if (node->kind != JSON_STRING || !json_text(j, node, &s->texts))
+        return NULL;
+    *n = s->texts.n - start;
+    char *end = extend(&s->texts, 1, 1);
+    if (!end)
+        return NULL;
+    *end = '\0';
+    return (const char *)s->texts.items + start;
+}
+
+/* "stop": a text or a list of texts. */
+static int keep_stops(batch_slot *s, const json *j, const json_node *value)
+{
+    size_t n = value->kind == JSON_ARRAY ? value->n : 1, length;
+    const json_node *each = value->kind == JSON_ARRAY ? value + 1 : value;
+    for (s->stops.n = 0; n; n--, each = json_next(j, each)) {
+        const char *text = keep_text(s, j, each, &length);
+        if (!text || length == 0 || strlen(text) != length)
+            return fail(USAGE, "\"stop\" takes texts that are not empty and hold no NUL");
+        const char **place = extend(&s->stops, 1, sizeof *place);
+        if (!place)
+            return out_of_memory();
+        *place = text;
+    }
+    s->opts.stops = s->stops.items;
+    s->opts.n_stops = s->stops.n;
+    return DONE;
+}
+
+static int add_message(batch_slot *s, int32_t role, const char *text, size_t n)
+{
+    gemma2_message *m = extend(&s->messages, 1, sizeof *m);
+    if (!m)
+        return out_of_memory();
+    *m = (gemma2_message){role, text, (int64_t)n};
+    return DONE;
+}
+
+static int keep_messages(batch_slot *s, const json *j, const json_node *list)
+{
+    static const char *const roles[] = {"system", "user", "assistant"};
+    const char *system = s->opts.system;
+    if (list->kind != JSON_ARRAY || !list->n)
+        return fail(USAGE, "\"messages\" must be a list of messages");
+    const json_node *each = list + 1;
+    for (size_t i = 0; i < list->n; i++, each = json_next(j, each)) {
+        const json_node *role = json_get(j, each, "role"), *content = json_get(j, each, "content");
+        int32_t r = 0;
+        size_t n;
+        while (role && r < 3 && !json_is(j, role, roles[r]))
+            r++;
+        const char *text = role && content && r < 3 ? keep_text(s, j, content, &n) : NULL;
+        if (!text)
+            return fail(USAGE, "message %zu needs a \"role\", which is system, user or assistant, "
+                        "and a \"content\", which is text", i + 1);
+        int status = i == 0 && system && r != GEMMA2_ROLE_SYSTEM
+            ? add_message(s, GEMMA2_ROLE_SYSTEM, system, strlen(system)) : DONE;
+        if (status == DONE)
+            status = add_message(s, r, text, n);
+        if (status != DONE)
+            return status;
+    }
+    s->opts.chat = 1;
+    return DONE;
+}
+
+/* A key whose number is the value of the option with that name. */
+static int take_number(batch_slot *s, const json *j, const json_node *value, const char *key)
+{
+    char name[40], text[64];
+    const char *unused, *meaning;
+    size_t n = value->end - value->start;
+    snprintf(name, sizeof name, "--%s",
+             strcmp(key, "max_completion_tokens") == 0 ? "max_tokens" : key);
+    meaning = foreign_meaning(name);
+    const option *o = find_option(meaning ? meaning : name, &unused);
+    snprintf(text, sizeof text, "%.*s", (int)(n < sizeof text ? n : 0), j->text + value->start);
+    if (value->kind != JSON_NUMBER || !set_option(&s->opts, o, text))
+        return fail(USAGE, "\"%s\" takes %s", key, o->takes);
+    return DONE;
+}
+
+/* The place of "schema", "choices" and "response_format". */
+static int constrain_reply(batch_slot *s, const json *j, const json_node *value, const char *key)
+{
+    (void)s;
+    const json_node *type = value->kind == JSON_OBJECT ? json_get(j, value, "type") : NULL;
+    if (type && json_is(j, type, "text"))
+        return DONE;
+    return fail(USAGE, "\"%s\": this version cannot constrain the reply of a batch's line", key);
+}
+
+static int in_words(const char *words, const char *word)
+{
+    char padded[48];
+    return snprintf(padded, sizeof padded, " %s ", word) < (int)sizeof padded &&
+           strstr(words, padded) != NULL;
+}
+
+/* One key of a request. */
+static int take_member(batch_slot *s, const json *j, const char *key, const json_node *value)
+{
+    uint64_t number;
+    if (value->kind == JSON_NULL)
+        return DONE;
+    if (in_words(" max_tokens temperature top_k top_p min_p seed presence_penalty "
+                 "frequency_penalty repetition_penalty ", key) ||
+        (s->openai && strcmp(key, "max_completion_tokens") == 0))
+        return take_number(s, j, value, key);
+    if (strcmp(key, "stop") == 0)
+        return keep_stops(s, j, value);
+    if (strcmp(key, "messages") == 0)
+        return keep_messages(s, j, value);
+    if (in_words(s->openai ? " response_format " : " schema choices ", key))
+        return constrain_reply(s, j, value, key);
+    if (in_words(s->openai ? " prompt " : " id prompt ", key))
+        return DONE; /* see read_request */
+    if (s->openai && in_words(" model user metadata store service_tier ", key))
+        return DONE; /* these change no result */
+    if (s->openai && in_words(" stream echo ", key))
+        return value->kind == JSON_FALSE ? DONE
+                                         : fail(USAGE, "\"%s\" must be false in a batch", key);
+    if (s->openai && in_words(" n best_of ", key))
+        return json_whole(j, value, 1, &number) && number == 1
+            ? DONE : fail(USAGE, "\"%s\" must be 1: a line has one reply", key);
+    if (s->openai && strcmp(key, "logprobs") == 0) {
+        s->logprobs = s->opts.json = value->kind != JSON_FALSE;
+        return value->kind == JSON_TRUE || value->kind == JSON_FALSE ||
+               json_whole(j, value, 20, &number) ? DONE
+               : fail(USAGE, "\"logprobs\" must be true or false");
+    }
+    if (s->openai && strcmp(key, "top_logprobs") == 0)
+        return json_whole(j, value, 0, &number)
+            ? DONE : fail(USAGE, "\"top_logprobs\": a batch tells those of the tokens chosen only");
+    return fail(USAGE, "there is no key \"%s\" here", key);
+}
+
+/* What a line, or the body of OpenAI's, says; the prompt's ids. */
+static int read_request(batch_slot *s, const json *j, const json_node *request)
+{
+    program *p = &s->p;
+    char err[SENTENCE];
+    size_t n;
+    if (request->kind != JSON_OBJECT)
+        return fail(USAGE, "%s must be an object", s->openai ? "\"body\"" : "the line");
+    const json_node *key = request + 1, *prompt = json_get(j, request, "prompt");
+    for (size_t i = 0; i < request->n; i++, key = json_next(j, key + 1)) {
+        const char *name = keep_text(s, j, key, &n);
+        int status = name ? take_member(s, j, name, key + 1) : out_of_memory();
+        if (status != DONE)
+            return status;
+    }
+    if ((prompt != NULL) == (s->messages.n != 0))
+        return fail(USAGE, "a line has either a \"prompt\" or \"messages\"");
+    const char *text = prompt ? keep_text(s, j, prompt, &n) : "";
+    if (!text)
+        return fail(USAGE, "\"prompt\" must be a text");
+    if (s->openai && prompt)
+        s->opts.chat = 0;
+    int status = open_chat(p);
+    if (status == DONE && !prompt) {
+        if (gemma2_chat_check(p->model, s->messages.items, s->messages.n, GEMMA2_CHAT_GENERATE, err,
+                              sizeof err) < 0)
+            return fail(USAGE, "%s", err);
+        return push_encoded(p, s->messages.items, s->messages.n, GEMMA2_CHAT_GENERATE);
+    }
+    if (status == DONE && s->opts.chat)
+        return push_turn(p, text, n);
+    if (status == DONE && p->config->bos >= 0)
+        status = push_id(p, p->config->bos);
+    return status ? status : push_text(p, text, n, 0);
+}
+
+/* The wrapping of OpenAI's lines, and what is inside. */
+static int read_openai(batch_slot *s, const json *j)
+{
+    const json_node *root = j->nodes.items, *method = json_get(j, root, "method");
+    const json_node *url = json_get(j, root, "url"), *body = json_get(j, root, "body");
+    const json_node *model = body ? json_get(j, body, "model") : NULL;
+    if (method && !json_is(j, method, "POST"))
+        return fail(USAGE, "\"method\" must be POST");
+    int chats = url && json_is(j, url, "/v1/chat/completions");
+    if (!chats && !(url && json_is(j, url, "/v1/completions")))
+        return fail(USAGE, "\"url\" must be /v1/chat/completions or /v1/completions");
+    if (!body || !json_get(j, body, chats ? "messages" : "prompt"))
+        return fail(USAGE, "\"body\" must hold \"%s\"", chats ? "messages" : "prompt");
+    if (model && model->kind == JSON_STRING && !json_text(j, model, &s->model))
+        return out_of_memory();
+    return read_request(s, j, body);
+}
+
+/* A session with room for the reply, at most the run's context. */
+static int fit_session(batch *b, batch_slot *s)
+{
+    char err[256];
+    const options *opts = b->p->opts;
+    gemma2_session_params params = opts->session;
+    size_t context = (size_t)(params.n_context ? params.n_context : b->p->config->n_context);
+    size_t n = s->p.ids.n, most = s->opts.max_tokens < 0 ? context : (size_t)s->opts.max_tokens;
+    if (n == 0)
+        return fail(USAGE, "the prompt has no tokens to go on from");
+    if (n > context)
+        return fail(USAGE, "the prompt has %zu tokens and the context holds %zu; shorten it or "
+                    "raise --context", n, context);
+    size_t need = most < context - n ? n + most : context;
+    size_t held = s->p.session ? (size_t)gemma2_context(s->p.session) : 0;
+    if (held >= need)
+        return DONE;
+    params.n_context = (int32_t)(need < context / 2 ? 2 * need : context);
+    params.worker = b->worker;
+    gemma2_session_free(s->p.session);
+    s->pure = 0;
+    s->p.session = gemma2_session_new(b->p->model, &params, err, sizeof err);
+    return s->p.session ? DONE : fail(FAILED, "%s", err);
+}
+
+/* Empties a place for the next line; its session stays as it is. */
+static void clear_slot(const batch *b, batch_slot *s)
+{
+    program *p = &s->p;
+    array ids = p->ids, text = p->reply.text, logprobs = p->reply.logprobs, ends = p->reply.ends;
+    ids.n = text.n = logprobs.n = ends.n = 0;
+    s->opts = *b->p->opts;
+    s->opts.seed = b->p->seed;
+    s->opts.seed_given = 1;
+    *p = (program){.opts = &s->opts, .model = b->p->model, .config = b->p->config,
+                   .session = p->session, .logits = p->logits, .ids = ids, .end_of_reply = -1,
+                   .silent = 1, .reply = {.text = text, .logprobs = logprobs, .ends = ends}};
+    s->texts.n = s->stops.n = s->messages.n = s->id.n = s->model.n = 0;
+    s->busy = s->begun = s->ready = s->openai = s->logprobs = 0;
+}
+
+/* Takes a line into a place.  Returns -1 where an earlier run has its result. */
+static int read_request_line(batch *b, batch_slot *s, const char *text, size_t n)
+{
+    char number[24];
+    json j = {0};
+    int before, status = DONE, known = 0;
+    output id = {.memory = &s->id};
+    if (b->in.number == 1 && n >= 3 && memcmp(text, "\xEF\xBB\xBF", 3) == 0)
+        text += 3, n -= 3;
+    put_bytes(&id, number, (size_t)snprintf(number, sizeof number, "%zu", b->in.number));
+    if (b->in.overlong)
+        return fail(USAGE, "the line is longer than 268435456 bytes or than memory");
+    if (!extend(&s->texts, n, 1))
+        return out_of_memory();
+    s->texts.n = 0;
+    if (!json_read(&j, text, n))
+        status = fail(USAGE, "the line is no JSON: at byte %zu: %s", j.at + 1, j.why);
+    const json_node *root = j.nodes.items;
+    if (status == DONE && root->kind == JSON_OBJECT) {
+        s->openai = json_get(&j, root, "custom_id") || json_get(&j, root, "body");
+        int got = get_id(&j, s->openai ? "custom_id" : "id", &s->id);
+        if (got < 0 || (s->openai && !(got && *(char *)s->id.items == '"')))
+            status = fail(USAGE, s->openai ? "\"custom_id\" must be a text"
+                                           : "\"id\" must be a text or a whole number");
+        known = status ? 0 : note_id(b, &s->id, 1, &before);
+        if (known < 0)
+            status = out_of_memory();
+        else if (status == DONE && !known && before)
+            status = fail(USAGE, "an earlier line has the same id");
+        else if (status == DONE && !known) {
+            free(j.nodes.items);
+            return -1;
+        }
+    }
+    if (status == DONE)
+        status = s->openai ? read_openai(s, &j) : read_request(s, &j, root);
+    free(j.nodes.items);
+    if (status == DONE)
+        status = fit_session(b, s);
+    if (status == DONE)
+        init_sampler(&s->p);
+    return status;
+}
+
+/* ---- results ---- */
+
+static void put_logprobs(batch_slot *s, output *out)
+{
+    const program *p = &s->p;
+    const int32_t *ids = (const int32_t *)p->ids.items + p->ids.n - p->reply.n_ids;
+    const float *logprobs = p->reply.logprobs.items;
+    put_format(out, "{\"content\": [");
+    for (size_t i = 0; i < p->reply.logprobs.n; i++) {
+        size_t n;
+        const char *piece = gemma2_piece(p->model, ids[i], &n, NULL);
+        put_format(out, "%s{\"token\": \"", i ? ", " : "");
+        put_json(out, piece, n);
+        put_format(out, "\", \"logprob\": %.9g, \"top_logprobs\": []}", (double)logprobs[i]);
+    }
+    put_format(out, "]}");
+}
+
+/* The same line gives the same bytes: that is why "created" is 0. */
+static void put_openai(batch_slot *s, output *out, const char *error)
+{
+    const reply *r = &s->p.reply;
+    size_t n_prompt = s->p.ids.n - r->n_ids;
+    const char *inside = (const char *)s->id.items + 1; /* of the quotes, with the second one */
+    int n = (int)s->id.n - 1, chats = s->opts.chat;
+    put_format(out, "{\"id\": \"batch_req_%.*s, \"custom_id\": \"%.*s, \"response\": {", n, inside, n,
+               inside);
+    put_format(out, "\"status_code\": %d, \"request_id\": \"req_%.*s, \"body\": {", error ? 400 : 200,
+               n, inside);
+    if (error) {
+        put_format(out, "\"error\": {\"message\": \"");
+        put_json(out, error, strlen(error));
+        put_format(out, "\", \"type\": \"invalid_request_error\", \"code\": null}}}, \"error\": null}\n");
+        return;
+    }
+    put_format(out, "\"id\": \"%s-%.*s, \"object\": \"%s\", \"created\": 0, \"model\": \"",
+               chats ? "chatcmpl" : "cmpl", n, inside, chats ? "chat.completion" : "text_completion");
+    put_json(out, s->model.items, s->model.n);
+    put_format(out, "\", \"choices\": [{\"index\": 0, %s\"",
+               chats ? "\"message\": {\"role\": \"assistant\", \"content\": " : "\"text\": ");
+    put_json(out, r->text.items, r->text.n);
+    put_format(out, "\"%s, \"logprobs\": ", chats ? "}" : "");
+    if (s->logprobs)
+        put_logprobs(s, out);
+    else
+        put_format(out, "null");
+    put_format(out, ", \"finish_reason\": \"%s\"}], \"usage\": {\"prompt_tokens\": %zu, ",
+               r->finish == AT_LENGTH || r->finish == AT_CONTEXT ? "length" : "stop", n_prompt);
+    put_format(out, "\"completion_tokens\": %zu, \"total_tokens\": %zu}}}, \"error\": null}\n",
+               r->n_ids, n_prompt + r->n_ids);
+}
+
+static void put_result(batch_slot *s, output *out, const char *error)
+{
+    const reply *r = &s->p.reply;
+    const int32_t *ids = s->p.ids.items;
+    size_t n_prompt = s->p.ids.n - r->n_ids;
+    put_format(out, "{\"id\": ");
+    put_bytes(out, s->id.items, s->id.n);
+    put_format(out, error ? ", \"error\": {\"message\": \"" : ", \"text\": \"");
+    if (error)
+        put_json(out, error, strlen(error));
+    else
+        put_json(out, r->text.items, r->text.n);
+    if (error) {
+        put_format(out, "\"}}\n");
+        return;
+    }
+    put_format(out, "\", \"finish_reason\": \"%s\", \"seed\": %" PRIu64, FINISH_REASONS[r->finish],
+               s->p.seed);
+    put_format(out, ", \"usage\": {\"prompt_tokens\": %zu, \"completion_tokens\": %zu}", n_prompt,
+               r->n_ids);
+    if (s->opts.json) {
+        put_format(out, ", \"ids\": [");
+        put_ids(out, ids + n_prompt, r->n_ids, ", ");
+        put_format(out, "], \"logprobs\": [");
+        for (size_t i = 0; i < r->logprobs.n; i++)
+            put_format(out, "%s%.9g", i ? ", " : "", (double)((float *)r->logprobs.items)[i]);
+        put_bytes(out, "]", 1);
+    }
+    put_format(out, "}\n");
+}
+
+/* Writes a line's result, or why it has none, and frees its place. */
+static int end_line(batch *b, batch_slot *s, const char *error)
+{
+    output line = {.memory = &b->line};
+    b->line.n = 0;
+    if (s->openai && s->id.n && *(char *)s->id.items == '"')
+        put_openai(s, &line, error);
+    else
+        put_result(s, &line, error);
+    s->busy = 0;
+    b->failed += error != NULL;
+    b->done += error == NULL;
+    b->reply_tokens += s->p.reply.n_ids;
+    if (line.error)
+        return out_of_memory();
+    errno = 0; /* the file has no buffer: a line is one write */
+    note_write(&b->p->out, fwrite(b->line.items, 1, b->line.n, b->out) != b->line.n);
+    if (b->p->out.error && b->out != stdout)
+        return fail(FAILED, "cannot write to %s: %s", b->p->opts->results,
+                    strerror(b->p->out.error));
+    return b->p->out.error ? FAILED : DONE;
+}
+
+/* ---- the passes ---- */
+
+/* Chooses a token, if the line may have one more, and ends the line where it ends. */
+static int choose_next(batch *b, batch_slot *s)
+{
+    char error[SENTENCE] = "";
+    reply *r = &s->p.reply;
+    overheard = error;
+    check_limits(&s->p);
+    int status = r->finish ? DONE : choose(&s->p);
+    if (status == DONE && !r->finish)
+        check_limits(&s->p);
+    if (status == DONE && r->finish && r->finish != AT_INTERRUPT)
+        status = end_text(&s->p);
+    overheard = NULL;
+    int ended = status != DONE || (r->finish && r->finish != AT_INTERRUPT);
+    return ended ? end_line(b, s, status ? error : NULL) : DONE;
+}
+
+/* Lets the session begin with what others hold of its prompt.  Prompts are cut as in a run for
+ * this prompt alone, as the bits may depend on it, and their last token is always evaluated. */
+static void share_beginning(batch *b, batch_slot *s)
+{
+    const int32_t *ids = s->p.ids.items;
+    batch_slot *best = s;
+    size_t most = 0;
+    for (batch_slot *o = b->slots; o < b->slots + b->n_slots; o++) {
+        size_t held = !o->p.session ? 0 : b->exact ? (size_t)gemma2_position(o->p.session) : o->pure;
+        size_t n = 0;
+        held = held < s->p.ids.n - 1 ? held : s->p.ids.n - 1;
+        const int32_t *history = held ? gemma2_history(o->p.session) : NULL;
+        while (n < held && history[n] == ids[n])
+            n++;
+        n -= b->exact ? 0 : n % PREFILL_PIECE;
+        if (n > most || (n == most && o == s)) {
+            most = n;
+            best = o;
+        }
+    }
+    if (best != s && (!most || gemma2_session_copy(s->p.session, best->p.session) < 0))
+        most = 0;
+    if (gemma2_rewind(s->p.session, (int32_t)most) < 0)
+        gemma2_rewind(s->p.session, (int32_t)(most = 0));
+    s->pure = most;
+    s->begun = 1;
+    b->shared_tokens += most;
+}
+
+/* Reads one piece of a prompt. */
+static int read_piece(batch *b, batch_slot *s, size_t *n)
+{
+    if (!s->begun)
+        share_beginning(b, s);
+    size_t at = (size_t)gemma2_position(s->p.session), left = s->p.ids.n - at;
+    *n = left < PREFILL_PIECE ? left : PREFILL_PIECE;
+    interruptible = s->p.session;
+    int code = gemma2_prefill(s->p.session, (int32_t *)s->p.ids.items + at, *n,
+                              *n == left ? s->p.logits : NULL);
+    interruptible = NULL;
+    if (code == GEMMA2_ERR_CANCELLED)
+        return DONE;
+    if (code < 0)
+        return end_line(b, s, gemma2_error_string(code));
+    s->pure += *n == PREFILL_PIECE ? *n : 0;
+    b->prompt_tokens += *n;
+    s->ready = *n == left;
+    return s->ready ? choose_next(b, s) : DONE;
+}
+
+/* Reads a piece's worth of prompts, the earliest line first, so that it has what later ones
+ * begin with, too. */
+static int read_prompts(batch *b)
+{
+    int status = DONE;
+    for (size_t n, sum = 0; sum < PREFILL_PIECE && status == DONE && !stop_asked; sum += n) {
+        batch_slot *first = NULL;
+        for (batch_slot *s = b->slots; s < b->slots + b->n_slots; s++)
+            if (s->busy && !s->ready && (!first || s->number < first->number))
+                first = s;
+        if (!first)
+            break;
+        status = read_piece(b, first, &n);
+    }
+    return status;
+}
+
+/* One pass for all lines that have a token to evaluate. */
+static int shared_pass(batch *b)
+{
+    gemma2_row rows[MOST_PARALLEL];
+    batch_slot *slots[MOST_PARALLEL];
+    size_t n = 0;
+    int status = DONE;
+    for (batch_slot *s = b->slots; s < b->slots + b->n_slots; s++)
+        if (s->busy && s->ready) {
+            rows[n] = (gemma2_row){.session = s->p.session, .logits = s->p.logits,
+                                   .id = ((int32_t *)s->p.ids.items)[s->p.ids.n - 1]};
+            slots[n++] = s;
+        }
+    int code = n ? gemma2_eval_rows(rows, n) : GEMMA2_OK;
+    for (size_t i = 0; i < n && status == DONE && !stop_asked; i++)
+        status = code < 0 ? end_line(b, slots[i], gemma2_error_string(code))
+                          : choose_next(b, slots[i]);
+    return status;
+}
+
+/* ---- the whole ---- */
+
+/* Gives lines to the places that are free. */
+static int fill_slots(batch *b)
+{
+    int status = DONE, active = 0;
+    for (batch_slot *s = b->slots; s < b->slots + b->n_slots; s++)
+        active += s->busy;
+    for (batch_slot *s = b->slots; s < b->slots + b->n_slots && status == DONE; s++) {
+        char error[SENTENCE] = "";
+        size_t n;
+        if (s->busy)
+            continue;
+        const char *text = stop_asked ? NULL : next_line(&b->in, active == 0, &n);
+        if (!text)
+            break;
+        clear_slot(b, s);
+        int read = -1;
+        size_t blanks = 0;
+        while (blanks < n && strchr(" \t\r", text[blanks]) && text[blanks])
+            blanks++;
+        if (blanks < n || b->in.overlong) {
+            overheard = error;
+            read = read_request_line(b, s, text, n);
+            overheard = NULL;
+            b->skipped += read < 0;
+        }
+        b->in.overlong = 0;
+        s->number = b->in.number;
+        s->busy = read == DONE;
+        active += s->busy;
+        if (read > 0)
+            status = end_line(b, s, error);
+        if (!s->busy)
+            s--; /* the place is still free */
+    }
+    return status;
+}
+
+static double elapsed(const batch *b) { return seconds() - b->began; }
+
+static void show_batch(batch *b)
+{
+    double time = elapsed(b);
+    char left[40] = "";
+    if (b->in.size && b->in.taken)
+        snprintf(left, sizeof left, ", %.0f s left",
+                 time * ((double)b->in.size / (double)b->in.taken - 1));
+    show_progress(b->p, "%zu done, %zu failed, %.1f tok/s%s", b->done + b->skipped, b->failed,
+                  rate(b->reply_tokens, time), b->in.size > b->in.taken ? left : "");
+}
+
+static int run_batch(batch *b)
+{
+    int status = DONE;
+    double shown = b->began;
+    while (status == DONE && !stop_asked) {
+        size_t active = 0;
+        status = fill_slots(b);
+        for (size_t i = 0; i < b->n_slots; i++)
+            active += (size_t)b->slots[i].busy;
+        if (!active && b->in.ended && b->in.at >= b->in.bytes.n)
+            break;
+        if (status == DONE)
+            status = read_prompts(b);
+        if (status == DONE && !stop_asked)
+            status = shared_pass(b);
+        if (seconds() - shown > 0.5) {
+            shown = seconds();
+            show_batch(b);
+        }
+    }
+    clear_progress(b->p);
+    return status;
+}
+
+/* Notes the ids that have a result in a line of the output; returns 1 where the line stays. */
+static int has_result(batch *b, const char *text, size_t n)
+{
+    json j;
+    array id = {0};
+    int stays = 0, before;
+    if (json_read(&j, text, n) && ((json_node *)j.nodes.items)->kind == JSON_OBJECT) {
+        const json_node *root = j.nodes.items, *response = json_get(&j, root, "response");
+        const json_node *code = response ? json_get(&j, response, "status_code") : NULL;
+        uint64_t number = 0;
+        if (code)
+            json_whole(&j, code, 999, &number);
+        int ours = json_get(&j, root, "text") != NULL;
+        stays = (ours || number == 200) && get_id(&j, ours ? "id" : "custom_id", &id) == 1 &&
+                note_id(b, &id, 0, &before) == 1;
+    }
+    free(j.nodes.items);
+    free(id.items);
+    return stays;
+}
+
+/* Opens the output.  Of an earlier run's results the sound ones stay, once each. */
+static int open_results(batch *b)
+{
+    const char *path = b->p->opts->results;
+    array bytes = {0};
+    b->out = stdout;
+    if (!path || strcmp(path, "-") == 0)
+        return setvbuf(stdout, NULL, _IONBF, 0), DONE;
+    FILE *earlier = is_special(path) ? NULL : open_path(path, "rb");
+    int status = earlier ? read_file(earlier, path, UINT64_MAX / 4, &bytes) : DONE;
+    if (earlier)
+        fclose(earlier);
+    char *text = bytes.items, *end;
+    size_t kept = 0;
+    for (size_t at = 0; status == DONE && at < bytes.n; at = (size_t)(end - text) + 1) {
+        end = memchr(text + at, '\n', bytes.n - at);
+        if (!end)
+            break;
+        size_t n = (size_t)(end - text) + 1 - at;
+        if (has_result(b, text + at, n - 1)) {
+            memmove(text + kept, text + at, n);
+            kept += n;
+        }
+    }
+    if (status == DONE && kept < bytes.n)
+        status = save_file("the results", path, text, kept);
+    patience = stop_asked = 0;
+    free(bytes.items);
+    b->out = status ? NULL : open_path(path, "ab");
+    if (status == DONE && !b->out)
+        return fail(FAILED, "cannot open %s: %s", path, strerror(errno));
+    if (b->out)
+        setvbuf(b->out, NULL, _IONBF, 0);
+    return status;
+}
+
+static int open_lines(batch *b)
+{
+    const char *path = b->p->opts->subject;
+    if (strcmp(path, "-") == 0)
+        return catch_interrupts(1), DONE; /* they end a waiting read */
+    if (is_directory(path) || !(b->in.file = open_path(path, "rb")))
+        return fail(FAILED, "cannot open %s: %s", path,
+                    is_directory(path) ? "it is a directory" : strerror(errno));
+    if (!is_special(path) && fseek(b->in.file, 0, SEEK_END) == 0) {
+        long size = ftell(b->in.file);
+        b->in.size = size > 0 ? (uint64_t)size : 0;
+        rewind(b->in.file);
+    }
+    return DONE;
+}
+
+/* Makes the worker and the places, and tells what memory they may take: by default at most 16
+ * places, and fewer where these could fill half of the machine's memory. */
+static int open_slots(batch *b)
+{
+    char err[256], each[32], all[32];
+    program *p = b->p;
+    const options *opts = p->opts;
+    gemma2_worker_params worker;
+    gemma2_session_params params = opts->session;
+    gemma2_plan plan, threads;
+    gemma2_worker_params_init(&worker);
+    worker.n_threads = params.n_threads;
+    worker.n_context = params.n_context;
+    b->worker = gemma2_worker_new(p->model, &worker, err, sizeof err);
+    if (!b->worker)
+        return fail(FAILED, "%s", err);
+    params.worker = b->worker;
+    int code = gemma2_worker_plan(p->model, &worker, &threads);
+    if (code == GEMMA2_OK)
+        code = gemma2_session_plan(p->model, &params, &plan);
+    if (code < 0)
+        return fail(USAGE, "a context of %" PRId32 " tokens cannot be had (%s)", params.n_context,
+                    gemma2_error_string(code));
+    uint64_t logits = 4 * (uint64_t)p->config->n_vocab, one = plan.total + logits;
+    b->n_slots = opts->parallel ? (size_t)opts->parallel : 16;
+    while (!opts->parallel && b->n_slots > 1 && b->n_slots * one > memory_bytes() / 2)
+        b->n_slots--;
+    format_bytes(each, one);
+    format_bytes(all, b->n_slots * one + threads.total);
+    if (!opts->quiet)
+        remark("batch: at most %zu sessions of up to %" PRId32 " tokens, %s each, %s in all", b->n_slots,
+               params.n_context ? params.n_context : p->config->n_context, each, all);
+    b->slots = calloc(b->n_slots, sizeof *b->slots);
+    for (size_t i = 0; b->slots && i < b->n_slots; i++)
+        if (!(b->slots[i].p.logits = malloc((size_t)logits)))
+            return out_of_memory();
+    return b->slots ? DONE : out_of_memory();
+}
+
+static void close_batch(batch *b)
+{
+    for (batch_slot *s = b->slots; s && s < b->slots + b->n_slots; s++) {
+        gemma2_session_free(s->p.session);
+        free(s->p.logits);
+        array *const arrays[] = {&s->p.ids, &s->p.reply.text, &s->p.reply.logprobs, &s->p.reply.ends,
+                                 &s->texts, &s->stops, &s->messages, &s->id, &s->model};
+        for (size_t i = 0; i < sizeof arrays / sizeof *arrays; i++)
+            free(arrays[i]->items);
+    }
+    gemma2_worker_free(b->worker);
+    free(b->slots);
+    free(b->in.bytes.items);
+    free(b->line.items);
+    free(b->names.items);
+    free(b->ids);
+    if (b->in.file)
+        fclose(b->in.file);
+    if (b->out && b->out != stdout)
+        fclose(b->out);
+}
+
+static int answer_lines(program *p)
+{
+    static const char *const exact[] = {"reference", "scalar", "avx2", "avxvnni", "avx512"};
+    batch b = {.p = p, .exact = p->opts->open.exact_prefill != 0};
+    for (size_t i = 0; i < sizeof exact / sizeof *exact; i++)
+        b.exact |= strcmp(p->config->isa, exact[i]) == 0;
+    p->seed = p->opts->seed_given ? p->opts->seed : random_seed();
+    int status = open_lines(&b);
+    if (status == DONE)
+        status = open_results(&b);
+    if (status == DONE)
+        status = open_slots(&b);
+    if (status == DONE) {
+        stop_asked = 0;
+        patience = PATIENCE;
+        b.began = seconds();
+        status = run_batch(&b);
+        double time = elapsed(&b);
+        if (!p->opts->quiet)
+            remark("batch: %zu done, %zu failed, %zu done before; prompts %zu tokens and %zu shared, "
+                   "replies %zu, %.1f tok/s in %.1f s; seed %" PRIu64, b.done, b.failed, b.skipped,
+                   b.prompt_tokens, b.shared_tokens, b.reply_tokens, rate(b.reply_tokens, time), time,
+                   p->seed);
+    }
+    close_batch(&b);
+    if (p->out.error && reader_left(p->out.error))
+        return DONE;
+    return stop_asked ? INTERRUPTED : status ? status : b.failed ? FAILED : DONE;
+}
+
 /* ===================================================================================
  * 8. main
  * =================================================================================== */
@@ -3122,34 +4102,6 @@ static int open_session(program *p, const gemma2_session_params *params)
     return p->logits ? DONE : out_of_memory();
 }
 
-/* 32 bits: easy to type again, and exact as a number in any reader of JSON. */
-static uint64_t random_seed(void)
-{
-    uint32_t bits;
-    if (random_bits(&bits))
-        return bits;
-    uint64_t mix = (uint64_t)time(NULL) ^ (uint64_t)(seconds() * 1e9) ^ (uintptr_t)&bits;
-    return (mix * 6364136223846793005u) >> 32;
-}
-
-static void init_sampler(program *p)
-{
-    const gemma2_config *c = p->config;
-    const options *opts = p->opts;
-    gemma2_sampler seeded, *sampler = &p->sampler;
-    p->seed = opts->seed_given ? opts->seed : random_seed();
-    gemma2_sampler_init(&seeded, p->seed);
-    *sampler = opts->sampler;
-    sampler->rng = seeded.rng;
-    sampler->bias = opts->biases;
-    if (sampler->penalty_last < 0)
-        sampler->penalty_last = gemma2_context(p->session);
-    for (int32_t i = 0; opts->ignore_eos && i < c->n_stop; i++)
-        opts->biases[sampler->n_bias++] = (gemma2_bias){c->stop[i], -INFINITY};
-    if (opts->ignore_eos && p->end_of_reply >= 0)
-        opts->biases[sampler->n_bias++] = (gemma2_bias){p->end_of_reply, -INFINITY};
-}
-
 /* Modes that evaluate a prompt. */
 static int run_prompt(program *p)
 {
@@ -3201,6 +4153,8 @@ static int run(program *p)
     if (status != DONE || !(TRAITS[opts->mode] & EVALUATES))
         return status ? status : run_on_file(p);
 
+    if (opts->mode == BATCH)
+        return answer_lines(p);
     gemma2_session_params params = opts->session;
     if (chunks && params.n_context == 0)
         params.n_context = p->config->n_context < 512 ? p->config->n_context : 512;
@@ -3494,6 +4448,26 @@ static int input_waits(void)
     return poll(&input, 1, 20) > 0 && input.revents & POLLIN;
 }
 
+static long read_input(char *bytes, size_t n, int wait)
+{
+    struct pollfd input = {STDIN_FILENO, POLLIN, 0};
+    if (!wait && poll(&input, 1, 0) <= 0) {
+        errno = EAGAIN;
+        return -1;
+    }
+    return (long)read(STDIN_FILENO, bytes, n);
+}
+
+static uint64_t memory_bytes(void)
+{
+#ifdef _SC_PHYS_PAGES
+    long pages = sysconf(_SC_PHYS_PAGES), size = sysconf(_SC_PAGESIZE);
+    if (pages > 0 && size > 0)
+        return (uint64_t)pages * (uint64_t)size;
+#endif
+    return UINT64_MAX;
+}
+
 static int is_cut(size_t line) { return line >= 4095; }
 
 #else
@@ -3639,6 +4613,18 @@ static long read_terminal(char *bytes, size_t n)
 }
 
 /* A key that stands for a character. */
+static long read_input(char *bytes, size_t n, int wait)
+{
+    (void)wait; /* pipes there cannot be asked */
+    return (long)fread(bytes, 1, n, stdin);
+}
+
+static uint64_t memory_bytes(void)
+{
+    MEMORYSTATUSEX status = {.dwLength = sizeof status};
+    return GlobalMemoryStatusEx(&status) ? status.ullTotalPhys : UINT64_MAX;
+}
+
 static int input_waits(void)
 {
     INPUT_RECORD records[128];

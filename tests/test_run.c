@@ -122,7 +122,6 @@ static void test_json_values(void)
     static const char meaning[] = "a\"\\/\b\f\n\r\t\0\xc3\xa9\xe2\x82\xac\xf0\x9f\x98\x80\xc3\xa9";
     json j;
     uint64_t whole;
-    float real;
     array decoded = {0};
     if (!check(json_read(&j, text, sizeof text - 1), "a text is refused"))
         return;
@@ -131,14 +130,12 @@ static void test_json_values(void)
     check(s && json_text(&j, s, &decoded) && decoded.n == sizeof meaning - 1 &&
           memcmp(decoded.items, meaning, decoded.n) == 0, "the characters of a string");
     const json_node *n = json_get(&j, root, "n");
-    static const int wholes[] = {1, 0, 0, 0, 1, 0, 0, 0}, reals[] = {1, 0, 1, 1, 0, 0, 0, 1};
+    static const int wholes[] = {1, 0, 0, 0, 1, 0, 0, 0};
     if (check(n && n->kind == JSON_ARRAY && n->n == 8, "an array of 8")) {
         const json_node *each = n + 1;
         for (int i = 0; i < 8; i++, each = json_next(&j, each)) {
             check(json_whole(&j, each, UINT64_MAX, &whole) == wholes[i], "whole number %d", i);
-            check(json_real(&j, each, 0, 1000, &real) == reals[i], "number %d", i);
         }
-        check(!memcmp(&real, &(float){0.1f}, sizeof real), "0.1 is %g", (double)real);
     }
     const json_node *o = json_get(&j, root, "o");
     check(o && json_get(&j, o, "x") && json_get(&j, o, "x")->kind == JSON_NULL, "o.x");

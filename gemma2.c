@@ -1703,13 +1703,19 @@ static void run_team(const gemma2_worker *work, int n_threads, program_fn *progr
 /* Seconds since some moment. */
 static double clock_now(void)
 {
-    struct timespec t = {0, 0};
-#ifdef HAVE_MMAP
-    clock_gettime(CLOCK_MONOTONIC, &t);
+#ifdef _WIN32
+    LARGE_INTEGER ticks, a_second;
+    QueryPerformanceCounter(&ticks), QueryPerformanceFrequency(&a_second);
+    return (double)ticks.QuadPart / (double)a_second.QuadPart;
 #else
+    struct timespec t = {0, 0};
+#if defined(HAVE_MMAP)
+    clock_gettime(CLOCK_MONOTONIC, &t);
+#elif defined(TIME_UTC)
     timespec_get(&t, TIME_UTC);
 #endif
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+#endif
 }
 
 static double processor_quota(const char *root); /* section 8 */
@@ -1884,14 +1890,13 @@ static int read_worker_params(gemma2_worker *work, const gemma2_model *m,
     work->n_batch = p.n_batch ? p.n_batch : 256;
     work->n_context = p.n_context ? p.n_context : m->config.n_context;
     work->n_threads = p.n_threads ? p.n_threads : default_threads();
-#ifndef _OPENMP
-    work->n_threads = p.run || work->n_threads < 1 ? work->n_threads : 1;
-#endif
     work->run = p.run;
     work->run_context = p.run_context;
     if (!m->config.n_layers || work->n_batch < 1 || work->n_batch > 4096 || work->n_threads < 1 ||
         work->n_threads > 1024 || work->n_context < 1 || work->n_context > 1 << 30)
         return GEMMA2_ERR_ARGUMENT;
+    if (!p.run)
+        work->n_threads = gemma2_threads(work->n_threads);
     return GEMMA2_OK;
 }
 

@@ -54,24 +54,25 @@
  *
  * Ownership.  gemma2_close frees what gemma2_open* gave, gemma2_session_free what
  * gemma2_session_new gave, gemma2_worker_free what gemma2_worker_new gave.  Your buffers stay
- * yours and are not kept, except the bytes of gemma2_open_memory and gemma2_session_place, which must
- * outlive the model or the session.  Pointers you get live as long as the model or session they
- * came from.  A model must outlive its workers and sessions, a worker its sessions.
+ * yours and are not kept, except the bytes of gemma2_open_memory and gemma2_session_place, which
+ * must outlive the model or the session.  Pointers you get live as long as the model or session
+ * they came from.  A model must outlive its workers and sessions, a worker its sessions.
  *
  * Errors.  Functions that make something return NULL on failure and write one sentence to err,
  * which is always terminated and may be NULL.  The others return a negative GEMMA2_ERR_ code.  A
  * call that fails leaves the session as it was, unless its comment says otherwise.  A NULL that
  * the comment does not allow is GEMMA2_ERR_ARGUMENT; functions that return a pointer, a size, or
  * yes or no then return NULL or 0.  The library never exits, aborts, prints, installs signal
- * handlers or keeps global state.  It calls back only what gemma2_set_hook was given.  The one
- * environment variable it reads is GEMMA2_ISA, at open.  A call takes up to 200 KB of stack, also
- * in OpenMP's threads.
+ * handlers or keeps global state.  It calls back only the hook of gemma2_set_hook and the
+ * `run` of a worker.  The one environment variable it reads is GEMMA2_ISA, at open.  A call takes
+ * up to 200 KB of stack, also in OpenMP's threads or the host's.
  *
  * Threads.  A model never changes after it was opened: any number of threads may use it.  A
  * session belongs to one thread at a time; only gemma2_cancel may be called from any thread and
  * from a signal handler.  With n_threads = 1 OpenMP is never entered.  With more, OpenMP keeps a
  * pool of threads for each calling thread, which spin while they wait: a host with more threads
- * than processors should set n_threads = 1 or OMP_WAIT_POLICY=passive.  Inside a parallel region
+ * than processors should set n_threads = 1 or OMP_WAIT_POLICY=passive, or lend a worker its own
+ * threads.  Inside a parallel region
  * of the host OpenMP may grant fewer threads than asked for.  Results do not depend on it.
  *
  * Processes.  After fork() the child may use models and its copies of sessions whose n_threads is
@@ -523,10 +524,10 @@ typedef struct {
 GEMMA2_API void gemma2_sampler_init(gemma2_sampler *sampler, uint64_t seed);
 
 /* Draws an id from logits (V floats, left alone).  Equal logits rank by lower id.  The session
- * lends its worker's scratch and, to the penalties, its history.  GEMMA2_ERR_ARGUMENT also when every token
- * is banned or a bias or penalty makes a logit NaN or +infinity, GEMMA2_ERR_TOKEN for a bias of an
- * unknown id, GEMMA2_ERR_NONFINITE for logits that are not finite.  After an error the sampler is
- * as it was. */
+ * lends its worker's scratch and, to the penalties, its history.  GEMMA2_ERR_ARGUMENT also when
+ * every token is banned or a bias or penalty makes a logit NaN or +infinity, GEMMA2_ERR_TOKEN for a
+ * bias of an unknown id, GEMMA2_ERR_NONFINITE for logits that are not finite.  After an error the
+ * sampler is as it was. */
 GEMMA2_API int32_t gemma2_sample(gemma2_session *session, gemma2_sampler *sampler,
                                  const float *logits);
 /* Natural log-probability of id under logits (n floats), before temperature and cuts, into

@@ -7,8 +7,9 @@
  *   4 The pass        sharing of work, cache, attention, feed-forward, layer, head
  *   5 Tokenizer       SentencePiece BPE, both ways
  *   6 Sampler         penalties, top-k, temperature, top-p, min-p, PCG32
- *   7 Public API      in the order of gemma2.h
- *   8 Back rooms      files, SHA-256, hostile headers, saved sessions, importance
+ *   7 Speculation     guesses of the next tokens, verified several a pass
+ *   8 Public API      in the order of gemma2.h
+ *   9 Back rooms      files, SHA-256, hostile headers, saved sessions, importance
  *   A Appendix        the kernels of section 3 again, faster: AVX2, AVX-512, AMX, NEON ..
  * You can stop at the appendix: it makes section 3 faster, and prompts on some CPUs less exact.
  *
@@ -371,7 +372,7 @@ struct row { /* one token of a pass */
     int32_t position;
 };
 
-enum { FEW_ROWS = 8 };
+enum { FEW_ROWS = 8, MAX_DRAFTS = 15 };
 struct pace {          /* of passes of so many rows */
     double seconds[2]; /* a pass of one thread, and of the team; 0: not known */
     double since;      /* seconds since the way last changed */
@@ -424,8 +425,10 @@ struct gemma2_session {
     int is_f16;    /* the cache; else f32 */
     int32_t width; /* H' */
     int32_t position;      /* tokens held */
-    int32_t ring, oldest;  /* slots of a local layer; the first position they still hold */
+    int32_t ring, oldest;  /* slots of a local layer but the drafts'; the first position in them */
     int32_t pending, fate; /* rows of the pass being set up; GEMMA2_OK, or why they are not done */
+    const gemma2_ahead *ahead;         /* whose drafts lie behind position, or NULL */
+    const gemma2_session *cancels_too; /* the one that this one drafts for, or NULL */
     _Atomic int cancelled; /* see gemma2_cancel */
     int is_out;            /* cancelled since the pass began */
     int32_t *ids;           /* [n_context] */
@@ -1718,7 +1721,7 @@ static double clock_now(void)
 #endif
 }
 
-static double processor_quota(const char *root); /* section 8 */
+static double processor_quota(const char *root); /* section 9 */
 
 /* As many as the processors that this process may use (the system's affinity mask), and no
  * more than its control group's quota pays for. */
@@ -1741,8 +1744,8 @@ static int default_threads(void)
 /* ---- the cache, a session's memory and a worker's: one function counts and places ----
  * Cache.  A layer keeps, for each kv head, R slots; position p lives in slot p % R.  R is
  * the context in a global layer; in a local one window + largest batch, so that the first
- * row of a batch still finds its window when the last one is stored.  Slots come in
- * groups of 16:
+ * row of a batch still finds its window when the last one is stored, and 16 for drafts
+ * (section 7), which thus overwrite nothing that counts.  Slots come in groups of 16:
  *     keys   [R / 16][H][16 slots]     a dot product runs down H, 16 keys in the lanes
  *     values [R / 16][16 slots][H']    H' = H rounded up to 16, 16 dimensions in the lanes */
 
@@ -1829,11 +1832,14 @@ static size_t place_cache(gemma2_session *s, struct arena *a)
     for (int l = 0; l < c->n_layers; l++) {
         struct layer_cache layer = {NULL, NULL, 0};
         int64_t slots = s->n_context;
-        if (c->is_local[l] && (int64_t)s->window + s->n_batch < slots)
+        int wraps = c->is_local[l] && (int64_t)s->window + s->n_batch < slots;
+        if (wraps)
             slots = (int64_t)s->window + s->n_batch;
         layer.slots = (int32_t)round_up((size_t)slots, TILE);
         if (c->is_local[l])
             s->ring = layer.slots;
+        if (wraps)
+            layer.slots += (int32_t)round_up(MAX_DRAFTS, TILE);
         size_t a_slot = (size_t)c->n_kv_heads * number_bytes(s);
         layer.keys = take(a, (size_t)layer.slots, a_slot * (size_t)c->head_dim);
         layer.values = take(a, (size_t)layer.slots, a_slot * (size_t)s->width);
@@ -2146,7 +2152,7 @@ static const struct {
 } layer_inputs[INPUTS_A_LAYER] = {{"q", 'D'}, {"o", 'q'}, {"gate", 'D'}, {"down", 'F'}};
 
 static void gather(const struct pass *p, int layer, int input, const float *x,
-                   size_t cols); /* section 8 */
+                   size_t cols); /* section 9 */
 
 /* RoPE on one head: pairs (i, i + H/2) turn by the row's angles (half-split, as in
  * transformers apply_rotary_pos_emb), then times scale. */
@@ -2714,13 +2720,18 @@ static void embed_task(void *context, size_t t)
     }
 }
 
+static int is_stopped(const gemma2_session *s)
+{
+    return s->cancelled || (s->cancels_too && s->cancels_too->cancelled);
+}
+
 /* Ends the pass once the owners of all rows asked for that. */
 static void ask_task(void *context, size_t task)
 {
     const struct pass *p = context;
     int n_left = 0;
     for (size_t t = task; t < p->n; t++)
-        if (p->worker->rows[t].session->cancelled)
+        if (is_stopped(p->worker->rows[t].session))
             p->worker->rows[t].session->is_out = 1;
     for (size_t t = task; t < p->n; t++)
         n_left += !p->worker->rows[t].session->is_out;
@@ -3813,10 +3824,272 @@ static int32_t sample(gemma2_session *s, gemma2_sampler *p, const float *logits)
 }
 
 /* ===================================================================================
- * 7. Public API, in the order of gemma2.h
+ * 7. Speculation: several tokens a pass, with the bits of one after another
+ *
+ * A proposer guesses what follows.  One pass evaluates the token asked for and the guesses
+ * behind it, the drafts, with logits after each.  While the caller then asks for the very
+ * tokens that were drafted, it gets their logits without a pass.  The session holds only what
+ * was asked for.  The drafts' keys and values lie in slots behind its position, where the next
+ * pass overwrites them if the caller goes another way.  Rows of the exact class do not depend on
+ * their company, so every result is the same to the bit; guesses decide about time alone.
+ *
+ * How many drafts pay depends on the cost of k rows and on how often a guess comes true; both
+ * are measured.  Losses are booked, and above 1/200 of the time there are no more drafts.
  * =================================================================================== */
 
-/* Of the back rooms, section 8. */
+/* Lookup believes the tokens that followed the last 8, 5, 3 or 2 earlier.  Guesses of each length
+ * have their own record, and so have those of a proposer. */
+enum { N_MATCHES = 4, N_SOURCES = N_MATCHES + 1 };
+static const int32_t match_lengths[N_MATCHES] = {8, 5, 3, 2};
+
+struct guesses {
+    double chance;  /* that the next one comes true: a running mean */
+    double seconds; /* that one takes to make */
+};
+
+struct gemma2_ahead {
+    const gemma2_model *model;
+    void *owned;
+    int32_t n_context, most; /* ids that lookup knows; drafts a pass */
+    int adapts, looks_up;
+    gemma2_propose *propose;
+    void *context;
+    gemma2_session *draft; /* or NULL */
+    const gemma2_session *session; /* which the drafts follow, if its `ahead` agrees: */
+    int32_t n_drafts, n_used;
+    float *logits;         /* [most][V] after each draft */
+    int32_t n_seen, *seen; /* [n_context] ids that are in the index */
+    uint32_t index_mask;
+    int32_t *index[N_MATCHES]; /* by hash of a match: the position behind its last one, or 0 */
+    struct guesses *source, sources[N_SOURCES]; /* of the drafts; the last is the proposer */
+    double cost[MAX_DRAFTS + 2]; /* seconds of a pass of so many rows; 0: not known */
+    double spent, balance;       /* seconds in all; gained by drafts, less what they cost */
+    gemma2_ahead_counts counts;
+};
+
+static void place_ahead(gemma2_ahead *a, struct arena *arena)
+{
+    size_t slots = 16;
+    while (slots < (size_t)a->n_context)
+        slots *= 2;
+    take(arena, 1, sizeof *a);
+    a->index_mask = (uint32_t)slots - 1;
+    a->logits = take(arena, (size_t)a->most, (size_t)a->model->config.n_vocab * sizeof(float));
+    for (int i = 0; i < N_MATCHES && a->looks_up; i++)
+        a->index[i] = take(arena, slots, sizeof(int32_t));
+    if (a->looks_up)
+        a->seen = take(arena, (size_t)a->n_context, sizeof(int32_t));
+}
+
+static int32_t common_prefix(const int32_t *a, int32_t n, const int32_t *b, int32_t m)
+{
+    int32_t i = 0;
+    while (i < n && i < m && a[i] == b[i])
+        i++;
+    return i;
+}
+
+/* ---- lookup ---- */
+
+static int32_t *index_slot(gemma2_ahead *a, int match, int32_t end)
+{
+    uint32_t hash = 0;
+    for (int32_t i = end - match_lengths[match]; i < end; i++)
+        hash = (hash ^ (uint32_t)a->seen[i]) * 0x9e3779b1u;
+    return &a->index[match][(hash ^ hash >> 15) & a->index_mask];
+}
+
+/* Brings the index up to date.  What it says of ids that are gone is checked when it is read. */
+static void index_history(gemma2_ahead *a, const int32_t *ids, int32_t n)
+{
+    a->n_seen = common_prefix(a->seen, a->n_seen, ids, n);
+    for (; a->n_seen < n; a->n_seen++) {
+        for (int i = 0; i < N_MATCHES; i++)
+            if (a->n_seen >= match_lengths[i])
+                *index_slot(a, i, a->n_seen) = a->n_seen;
+        a->seen[a->n_seen] = ids[a->n_seen];
+    }
+}
+
+/* The position behind an earlier place of the longest match, or 0. */
+static int32_t find_match(gemma2_ahead *a, const int32_t *ids, int32_t n, int *match)
+{
+    if (!a->looks_up || n > a->n_context)
+        return 0;
+    index_history(a, ids, n);
+    for (*match = 0; *match < N_MATCHES; ++*match) {
+        int32_t length = match_lengths[*match];
+        int32_t at = n > length ? *index_slot(a, *match, n) : 0;
+        if (at && at < n &&
+            !memcmp(ids + at - length, ids + n - length, (size_t)length * sizeof *ids))
+            return at;
+    }
+    return 0;
+}
+
+/* ---- a draft model ---- */
+
+/* Evaluates what the draft's session lacks of the history.  Returns how many tokens that took,
+ * or a negative code. */
+static int32_t follow(gemma2_session *draft, const int32_t *ids, int32_t n, float *logits)
+{
+    int32_t held = common_prefix(draft->ids, draft->position, ids, n);
+    held = min_i32(held, n - 1);
+    if (gemma2_rewind(draft, held) < 0)
+        gemma2_rewind(draft, held = 0);
+    int status = n - held > FEW_ROWS
+                     ? gemma2_prefill(draft, ids + held, (size_t)(n - held), logits)
+                     : gemma2_eval(draft, ids + held, (size_t)(n - held), logits);
+    return status < 0 ? status : n - held;
+}
+
+/* What the draft model thinks likeliest, token by token. */
+static int32_t propose_draft(void *context, const int32_t *ids, int32_t n, int32_t *out, int32_t most)
+{
+    gemma2_ahead *a = context;
+    float *logits = a->logits;
+    int32_t made = 0;
+    int status = follow(a->draft, ids, n, logits);
+    while (status >= 0 && made < most) {
+        int32_t best = 0;
+        for (int32_t i = 1; i < a->model->config.n_vocab; i++)
+            best = logits[i] > logits[best] ? i : best;
+        out[made++] = best;
+        if (made < most)
+            status = gemma2_eval(a->draft, &best, 1, logits);
+    }
+    return made;
+}
+
+/* Whether two models call the same pieces by the same ids. */
+static int same_vocabulary(const gemma2_model *a, const gemma2_model *b)
+{
+    int32_t n = a->config.n_vocab;
+    if (b->config.n_vocab != n || memcmp(a->tokenizer.kinds, b->tokenizer.kinds, (size_t)n))
+        return 0;
+    for (int32_t id = 0; id < n; id++) {
+        struct text x = piece_text(&a->tokenizer, (uint32_t)id);
+        struct text y = piece_text(&b->tokenizer, (uint32_t)id);
+        if (x.n != y.n || memcmp(x.p, y.p, x.n))
+            return 0;
+    }
+    return 1;
+}
+
+/* ---- how many ---- */
+
+/* Seconds of a pass of so many rows: as measured, or along a line through those measured. */
+static double cost_of(const gemma2_ahead *a, int32_t rows)
+{
+    int32_t low = rows;
+    while (a->cost[low] <= 0)
+        low--;
+    double a_row = low > 1 ? (a->cost[low] - a->cost[1]) / (low - 1) : a->cost[1] / 8;
+    return a->cost[low] + (a_row > 0 ? a_row : 0) * (rows - low);
+}
+
+/* The number of drafts that promises most tokens a second: i drafts of chance p each give
+ * 1 + p + .. + p^i tokens.  Where none does, one may still be tried, if losses are small. */
+static int32_t choose_drafts(const gemma2_ahead *a, const struct guesses *source, int32_t most)
+{
+    if (!a->adapts || most < 1)
+        return most;
+    if (a->cost[1] <= 0 || a->balance < -a->spent / 200 - a->cost[1])
+        return 0;
+    double chance = 1, tokens = 1, best = 1 / a->cost[1];
+    int32_t n = 0;
+    for (int32_t i = 1; i <= most; i++) {
+        chance *= source->chance;
+        tokens += chance;
+        double rate = tokens / (cost_of(a, i + 1) + i * source->seconds);
+        if (rate > best)
+            best = rate, n = i;
+    }
+    return n ? n : a->balance > -a->spent / 400;
+}
+
+static void note_mean(double *mean, double x)
+{
+    if (x > 0)
+        *mean = *mean > 0 ? *mean + ((x < 2 * *mean ? x : 2 * *mean) - *mean) / 8 : x;
+}
+
+/* A draft was asked for, or another token in its place. */
+static void note_answer(gemma2_ahead *a, int is_draft)
+{
+    a->source->chance += (is_draft - a->source->chance) / 8;
+    a->counts.accepted += (uint64_t)is_draft;
+    a->balance = fmin(a->balance + is_draft * a->cost[1], 4 * a->cost[1]);
+}
+
+/* Writes guesses of what follows the n ids and notes their source; returns how many. */
+static int32_t make_guesses(gemma2_ahead *a, const int32_t *history, int32_t n, int32_t *ids,
+                            int32_t most)
+{
+    int match = 0;
+    int32_t made = 0, at = find_match(a, history, n, &match);
+    if (at) {
+        a->source = &a->sources[match];
+        int32_t wanted = choose_drafts(a, a->source, most);
+        for (; made < wanted; made++, at++) /* past the end what is guessed goes on */
+            ids[made] = at < n ? history[at] : ids[at - n];
+    }
+    if (made || !a->propose)
+        return made;
+    a->source = &a->sources[N_MATCHES];
+    int32_t wanted = choose_drafts(a, a->source, most), held = a->draft ? a->draft->position : n;
+    if (wanted < 1)
+        return 0;
+    double start = clock_now();
+    int32_t given = a->propose(a->context, history, n, ids, wanted);
+    if (given > 0 && n - held <= 2) /* a draft that catches up says nothing about its pace */
+        note_mean(&a->source->seconds, (clock_now() - start) / min_i32(given, wanted));
+    while (made < given && made < wanted && ids[made] >= 0 &&
+           ids[made] < a->model->config.n_vocab)
+        made++;
+    return made;
+}
+
+/* One pass over id and drafts. */
+static int evaluate_ahead(gemma2_session *s, gemma2_ahead *a, int32_t id, float *logits)
+{
+    gemma2_row rows[MAX_DRAFTS + 1];
+    int32_t ids[MAX_DRAFTS + 1], position = s->position, oldest = s->oldest;
+    int32_t room = min_i32(min_i32(s->n_batch, s->worker->n_batch), s->n_context - position) - 1;
+    s->ahead = NULL;
+    s->ids[position] = ids[0] = id;
+    if (a->draft)
+        a->draft->cancels_too = s;
+    int32_t n = make_guesses(a, s->ids, position + 1, ids + 1, min_i32(a->most, room));
+    if (a->draft)
+        a->draft->cancels_too = NULL;
+    for (int32_t i = 0; i <= n; i++)
+        rows[i] = (gemma2_row){
+            .session = s, .id = ids[i],
+            .logits = i ? a->logits + (size_t)(i - 1) * (size_t)a->model->config.n_vocab : logits};
+    double start = clock_now();
+    int status = gemma2_eval_rows(rows, (size_t)n + 1);
+    double seconds = clock_now() - start;
+    s->position = position + (status == GEMMA2_OK);
+    s->oldest = max_i32(oldest, position + 1 - s->ring);
+    if (status < 0)
+        return status;
+    note_mean(&a->cost[n + 1], seconds);
+    a->spent += seconds + n * a->source->seconds;
+    if (n && a->cost[1] > 0)
+        a->balance -= a->cost[n + 1] - a->cost[1] + n * a->source->seconds;
+    a->counts.passes++;
+    a->counts.drafted += (uint64_t)n;
+    a->session = s, s->ahead = a;
+    a->n_drafts = n, a->n_used = 0;
+    return GEMMA2_OK;
+}
+
+/* ===================================================================================
+ * 8. Public API, in the order of gemma2.h
+ * =================================================================================== */
+
+/* Of the back rooms, section 9. */
 static int file_open(struct file *f, const char *path, int read_in, struct errbuf *err);
 static void file_close(struct file *f);
 static void digest_of(const uint8_t *a, size_t n, const uint8_t *b, size_t m, uint8_t digest[32]);
@@ -4161,6 +4434,7 @@ static void put_row(struct pass *p, size_t at, gemma2_session *s, int32_t id, fl
     s->ids[s->position++] = id;
     s->oldest = max_i32(s->oldest, s->position - s->ring);
     s->is_out = 0;
+    s->ahead = NULL;
 }
 
 /* Evaluates ids of one session in passes of n_batch rows, until one is cancelled; shape is
@@ -4312,6 +4586,7 @@ int gemma2_rewind(gemma2_session *s, int32_t n)
     if (n && max_i32(0, n - s->window + 1) < s->oldest)
         return GEMMA2_ERR_REWIND;
     s->position = n;
+    s->ahead = NULL;
     if (!n)
         s->oldest = 0;
     return GEMMA2_OK;
@@ -4608,8 +4883,117 @@ int gemma2_logprob(const float *logits, size_t n, int32_t id, float *logprob)
     return GEMMA2_OK;
 }
 
+/* ---- speculation ---- */
+
+void gemma2_ahead_params_init(gemma2_ahead_params *params)
+{
+    if (params)
+        *params = (gemma2_ahead_params){.struct_size = sizeof *params, .lookup = 1};
+}
+
+/* Fills in the defaults and checks the ranges. */
+static int read_ahead_params(gemma2_ahead *a, const gemma2_model *m,
+                             const gemma2_ahead_params *given, struct errbuf *err)
+{
+    gemma2_ahead_params p;
+    gemma2_ahead_params_init(&p);
+    if (!m || !m->config.n_layers)
+        return fail(err, "there is no model to look ahead for");
+    if ((given && !copy_params(&p, sizeof p, given, given->struct_size)) || p.n_drafts < 0 ||
+        p.n_drafts > MAX_DRAFTS || p.n_context < 0 || p.n_context > 1 << 30 ||
+        (p.draft && p.propose))
+        return fail(err, "gemma2_ahead_new: parameters are out of range");
+    if (p.draft && !same_vocabulary(m, p.draft->model))
+        return fail(err, "the draft model has another vocabulary; give a model whose pieces are "
+                         "the same");
+    *a = (gemma2_ahead){.model = m, .adapts = !p.n_drafts, .looks_up = p.lookup != 0,
+                        .propose = p.draft ? propose_draft : p.propose, .context = p.context,
+                        .draft = p.draft};
+    a->n_context = p.n_context ? p.n_context : m->config.n_context;
+    a->most = p.n_drafts ? p.n_drafts : MAX_DRAFTS;
+    for (int i = 0; i < N_SOURCES; i++)
+        a->sources[i].chance = 0.5;
+    a->source = a->sources;
+    return 1;
+}
+
+uint64_t gemma2_ahead_bytes(const gemma2_model *m, const gemma2_ahead_params *params)
+{
+    gemma2_ahead a;
+    struct errbuf err = {NULL, 0};
+    struct arena arena = {NULL, 0, 0};
+    if (!read_ahead_params(&a, m, params, &err))
+        return 0;
+    place_ahead(&a, &arena);
+    return arena.overflow ? 0 : arena.used;
+}
+
+gemma2_ahead *gemma2_ahead_new(const gemma2_model *m, const gemma2_ahead_params *params,
+                               char *err_text, size_t err_size)
+{
+    struct errbuf err = {err_text, err_size};
+    gemma2_ahead start, *a;
+    if (!read_ahead_params(&start, m, params, &err))
+        return NULL;
+    size_t bytes = (size_t)gemma2_ahead_bytes(m, params);
+    void *memory = bytes ? calloc(1, bytes + 63) : NULL;
+    if (!memory) {
+        fail(&err, "out of memory: looking ahead needs %llu MB; choose fewer drafts",
+             (unsigned long long)(bytes >> 20));
+        return NULL;
+    }
+    a = (gemma2_ahead *)((char *)memory + (-(uintptr_t)memory & 63));
+    place_ahead(&start, &(struct arena){(uint8_t *)a, 0, 0});
+    *a = start;
+    a->owned = memory;
+    a->source = a->sources;
+    if (a->draft)
+        a->context = a;
+    return a;
+}
+
+void gemma2_ahead_free(gemma2_ahead *a)
+{
+    if (a)
+        free(a->owned);
+}
+
+int gemma2_eval_ahead(gemma2_session *s, gemma2_ahead *a, int32_t id, float *logits)
+{
+    int status = a ? check_ids(s, &id, 1) : GEMMA2_ERR_ARGUMENT;
+    if (status < 0)
+        return status;
+    if (s->model != a->model)
+        return GEMMA2_ERR_MISMATCH;
+    int waits = s->ahead == a && a->session == s && a->n_used < a->n_drafts;
+    int is_draft = waits && s->ids[s->position] == id;
+    if (is_draft && s->cancelled) {
+        s->oldest = max_i32(s->oldest, s->position + 1 - s->ring); /* as a pass leaves it */
+        return GEMMA2_ERR_CANCELLED;
+    }
+    if (waits)
+        note_answer(a, is_draft);
+    if (!is_draft)
+        return evaluate_ahead(s, a, id, logits);
+    size_t v = (size_t)s->model->config.n_vocab;
+    if (logits)
+        memcpy(logits, a->logits + (size_t)a->n_used * v, v * sizeof *logits);
+    a->n_used++;
+    s->position++;
+    s->oldest = max_i32(s->oldest, s->position - s->ring);
+    return GEMMA2_OK;
+}
+
+int gemma2_ahead_count(const gemma2_ahead *a, gemma2_ahead_counts *counts)
+{
+    if (!a || !counts)
+        return GEMMA2_ERR_ARGUMENT;
+    *counts = a->counts;
+    return GEMMA2_OK;
+}
+
 /* ===================================================================================
- * 8. Back rooms: files, SHA-256, hostile headers, saved sessions, importance
+ * 9. Back rooms: files, SHA-256, hostile headers, saved sessions, importance
  * =================================================================================== */
 
 /* ---- files ---- */
@@ -5606,6 +5990,7 @@ static void restore_session(gemma2_session *s, const uint8_t *p)
     const uint8_t *from = p + SAVED_BYTES;
     s->position = (int32_t)get_u32(p + 32);
     s->oldest = (int32_t)get_u32(p + 36);
+    s->ahead = NULL;
     for (int32_t i = 0; i < s->position; i++, from += 4)
         s->ids[i] = (int32_t)get_u32(from);
     clear_before_oldest(s);
@@ -5619,6 +6004,7 @@ static void copy_session(gemma2_session *to, const gemma2_session *from)
     uint8_t numbers[MAX_HEAD_DIM * 4];
     to->position = from->position;
     to->oldest = from->oldest;
+    to->ahead = NULL;
     clear_before_oldest(to);
     memcpy(to->ids, from->ids, (size_t)from->position * sizeof *to->ids);
     for (struct place at = before_first; next_place(from, &at);) {

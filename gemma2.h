@@ -534,6 +534,50 @@ GEMMA2_API int32_t gemma2_sample(gemma2_session *session, gemma2_sampler *sample
  * *logprob. */
 GEMMA2_API int gemma2_logprob(const float *logits, size_t n, int32_t id, float *logprob);
 
+/* ---- Speculation: several tokens a pass, and the same bits ------------------------ */
+
+/* Guesses what follows the n >= 1 ids of history: writes at most `most` ids and returns how many.
+ * A wrong guess costs time, nothing else.  It may not use the session. */
+typedef int32_t gemma2_propose(void *context, const int32_t *history, int32_t n, int32_t *ids,
+                               int32_t most);
+
+/* gemma2_ahead_params_init sets struct_size, lookup to 1, and zeros. */
+typedef struct {
+    uint32_t struct_size;
+    int32_t n_drafts;  /* guesses a pass, 1..15; 0: as many as pay, by what was measured */
+    int32_t n_context; /* the longest history that lookup reads; 0: the trained context */
+    int32_t lookup;    /* 1: guess what followed the last tokens earlier in the history */
+    gemma2_session *draft;   /* a second model with the same pieces guesses; or NULL.  It keeps
+                              * this session in step, and nobody else may use it */
+    gemma2_propose *propose; /* your own guesses in place of a draft's; or NULL */
+    void *context;           /* for propose */
+} gemma2_ahead_params;
+GEMMA2_API void gemma2_ahead_params_init(gemma2_ahead_params *params);
+
+/* What guesses need and what was learnt about them; for sessions of one model, in turn.  params
+ * may be NULL.  One allocation of gemma2_ahead_bytes (0: params out of range), mostly a row of
+ * logits for each guess.  The draft's session must outlive it. */
+typedef struct gemma2_ahead gemma2_ahead;
+GEMMA2_API uint64_t gemma2_ahead_bytes(const gemma2_model *model,
+                                       const gemma2_ahead_params *params);
+GEMMA2_API gemma2_ahead *gemma2_ahead_new(const gemma2_model *model,
+                                          const gemma2_ahead_params *params, char *err,
+                                          size_t err_size);
+GEMMA2_API void gemma2_ahead_free(gemma2_ahead *ahead); /* NULL is fine */
+
+/* gemma2_eval(session, &id, 1, logits) with the same bits, faster where guesses come true: a
+ * pass may also evaluate guesses behind id, and a later call that asks for one needs no pass.
+ * The session holds only what was asked for.  Any other call that moves it drops the guesses.
+ * With a session of n_batch 1 nothing is guessed. */
+GEMMA2_API int gemma2_eval_ahead(gemma2_session *session, gemma2_ahead *ahead, int32_t id,
+                                 float *logits);
+
+/* Since gemma2_ahead_new: passes made, guesses evaluated, guesses that were asked for. */
+typedef struct {
+    uint64_t passes, drafted, accepted;
+} gemma2_ahead_counts;
+GEMMA2_API int gemma2_ahead_count(const gemma2_ahead *ahead, gemma2_ahead_counts *counts);
+
 #ifdef __cplusplus
 }
 #endif

@@ -1,4 +1,4 @@
-/* Section 7, the public API: what no other section holds. */
+/* Section 8, the public API: what no other section holds. */
 
 static void test_strings(void)
 {

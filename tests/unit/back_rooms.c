@@ -1,4 +1,4 @@
-/* Section 8, the back rooms: SHA-256, and errors that are cut. */
+/* Section 9, the back rooms: SHA-256, and errors that are cut. */
 
 static int is_digest(const uint8_t digest[32], const char *hex)
 {

@@ -782,7 +782,8 @@ static void test_plans(void)
         p.cache_type = i / (N_SHAPES * 4) % 2 ? GEMMA2_CACHE_F16 : GEMMA2_CACHE_F32;
         uint64_t want = 0, number = p.cache_type == GEMMA2_CACHE_F16 ? 2 : 4;
         for (uint32_t l = 0; l < s->layers; l++) {
-            int32_t slots = s->local >> l & 1 ? min_i32(p.n_context, 8 + p.n_batch) : p.n_context;
+            int wraps = s->local >> l & 1 && 8 + p.n_batch < p.n_context;
+            int32_t slots = wraps ? 8 + p.n_batch + 16 : p.n_context; /* 16 for drafts */
             uint64_t heads = ((uint64_t)slots + 15) / 16 * 16 * s->k * number;
             want += (heads * s->h + 63) / 64 * 64 + heads * ((s->h + 15) / 16 * 16);
         }

@@ -7,7 +7,7 @@
  *   5 The prompt    where it comes from, its ids, the chat template
  *   6 The reply     prefill, sampling, stop strings, streaming, timings, saved sessions
  *   7 Modes         generate, converse, tokenize, logits, trace, score, perplexity, importance,
- *                   info, check
+ *                   info, check, batches
  *   8 main
  *   9 POSIX   10 Windows
  *
@@ -928,7 +928,8 @@ static int check_options(options *opts)
         return fail(USAGE, "--importance-block '%" PRId32 "': it takes 1, 32, 64, 128 or 256",
                     opts->block);
     if ((opts->results || opts->parallel) && opts->mode != BATCH)
-        return fail(USAGE, "--%s belongs to --batch IN.jsonl", opts->results ? "output" : "parallel");
+        return fail(USAGE, "--%s belongs to --batch IN.jsonl",
+                    opts->results ? "output" : "parallel");
     if (opts->echo && opts->mode == BATCH)
         return fail(USAGE, "--batch and --echo do not go together");
     if (opts->system && !opts->chat)
@@ -1323,7 +1324,8 @@ static int json_read(json *j, const char *text, size_t size)
 /* Whether a string is that text. */
 static int json_is(const json *j, const json_node *node, const char *text)
 {
-    json_key a = {j->text + node->start, j->text + node->end, 0}, b = {text, text + strlen(text), 0};
+    json_key a = {j->text + node->start, j->text + node->end, 0};
+    json_key b = {text, text + strlen(text), 0};
     return node->kind == JSON_STRING && by_key(&a, &b) == 0;
 }
 
@@ -3201,7 +3203,8 @@ static line_id *place_of_id(batch *b, const char *id, size_t n)
         hash = (hash ^ (unsigned char)id[i]) * 1099511628211u;
     for (size_t i = (size_t)(hash ^ hash >> 32);; i++) {
         line_id *place = b->ids + (i & (b->room - 1));
-        if (place->n == 0 || (place->n == n && memcmp((char *)b->names.items + place->at, id, n) == 0))
+        const char *name = (char *)b->names.items + place->at;
+        if (place->n == 0 || (place->n == n && memcmp(name, id, n) == 0))
             return place;
     }
 }
@@ -3564,18 +3567,20 @@ static void put_openai(batch_slot *s, output *out, const char *error)
     size_t n_prompt = s->p.ids.n - r->n_ids;
     const char *inside = (const char *)s->id.items + 1; /* of the quotes, with the second one */
     int n = (int)s->id.n - 1, chats = s->opts.chat;
-    put_format(out, "{\"id\": \"batch_req_%.*s, \"custom_id\": \"%.*s, \"response\": {", n, inside, n,
-               inside);
-    put_format(out, "\"status_code\": %d, \"request_id\": \"req_%.*s, \"body\": {", error ? 400 : 200,
+    put_format(out, "{\"id\": \"batch_req_%.*s, \"custom_id\": \"%.*s, \"response\": {", n, inside,
                n, inside);
+    put_format(out, "\"status_code\": %d, \"request_id\": \"req_%.*s, \"body\": {",
+               error ? 400 : 200, n, inside);
     if (error) {
         put_format(out, "\"error\": {\"message\": \"");
         put_json(out, error, strlen(error));
-        put_format(out, "\", \"type\": \"invalid_request_error\", \"code\": null}}}, \"error\": null}\n");
+        put_format(out, "\", \"type\": \"invalid_request_error\", \"code\": null}}}, "
+                        "\"error\": null}\n");
         return;
     }
     put_format(out, "\"id\": \"%s-%.*s, \"object\": \"%s\", \"created\": 0, \"model\": \"",
-               chats ? "chatcmpl" : "cmpl", n, inside, chats ? "chat.completion" : "text_completion");
+               chats ? "chatcmpl" : "cmpl", n, inside,
+               chats ? "chat.completion" : "text_completion");
     put_json(out, s->model.items, s->model.n);
     put_format(out, "\", \"choices\": [{\"index\": 0, %s\"",
                chats ? "\"message\": {\"role\": \"assistant\", \"content\": " : "\"text\": ");
@@ -3672,7 +3677,7 @@ static void share_beginning(batch *b, batch_slot *s)
     batch_slot *best = s;
     size_t most = 0;
     for (batch_slot *o = b->slots; o < b->slots + b->n_slots; o++) {
-        size_t held = !o->p.session ? 0 : b->exact ? (size_t)gemma2_position(o->p.session) : o->pure;
+        size_t held = b->exact && o->p.session ? (size_t)gemma2_position(o->p.session) : o->pure;
         size_t n = 0;
         held = held < s->p.ids.n - 1 ? held : s->p.ids.n - 1;
         const int32_t *history = held ? gemma2_history(o->p.session) : NULL;
@@ -3930,8 +3935,8 @@ static int open_slots(batch *b)
     format_bytes(each, one);
     format_bytes(all, b->n_slots * one + threads.total);
     if (!opts->quiet)
-        remark("batch: at most %zu sessions of up to %" PRId32 " tokens, %s each, %s in all", b->n_slots,
-               params.n_context ? params.n_context : p->config->n_context, each, all);
+        remark("batch: at most %zu sessions of up to %" PRId32 " tokens, %s each, %s in all",
+               b->n_slots, params.n_context ? params.n_context : p->config->n_context, each, all);
     b->slots = calloc(b->n_slots, sizeof *b->slots);
     for (size_t i = 0; b->slots && i < b->n_slots; i++)
         if (!(b->slots[i].p.logits = malloc((size_t)logits)))
@@ -3944,8 +3949,9 @@ static void close_batch(batch *b)
     for (batch_slot *s = b->slots; s && s < b->slots + b->n_slots; s++) {
         gemma2_session_free(s->p.session);
         free(s->p.logits);
-        array *const arrays[] = {&s->p.ids, &s->p.reply.text, &s->p.reply.logprobs, &s->p.reply.ends,
-                                 &s->texts, &s->stops, &s->messages, &s->id, &s->model};
+        array *const arrays[] = {&s->p.ids, &s->p.reply.text, &s->p.reply.logprobs,
+                                 &s->p.reply.ends, &s->texts, &s->stops, &s->messages, &s->id,
+                                 &s->model};
         for (size_t i = 0; i < sizeof arrays / sizeof *arrays; i++)
             free(arrays[i]->items);
     }
@@ -3980,10 +3986,10 @@ static int answer_lines(program *p)
         status = run_batch(&b);
         double time = elapsed(&b);
         if (!p->opts->quiet)
-            remark("batch: %zu done, %zu failed, %zu done before; prompts %zu tokens and %zu shared, "
-                   "replies %zu, %.1f tok/s in %.1f s; seed %" PRIu64, b.done, b.failed, b.skipped,
-                   b.prompt_tokens, b.shared_tokens, b.reply_tokens, rate(b.reply_tokens, time), time,
-                   p->seed);
+            remark("batch: %zu done, %zu failed, %zu done before; prompts %zu tokens and %zu "
+                   "shared, replies %zu, %.1f tok/s in %.1f s; seed %" PRIu64, b.done, b.failed,
+                   b.skipped, b.prompt_tokens, b.shared_tokens, b.reply_tokens,
+                   rate(b.reply_tokens, time), time, p->seed);
     }
     close_batch(&b);
     if (p->out.error && reader_left(p->out.error))

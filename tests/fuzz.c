@@ -799,7 +799,7 @@ static const char *const WORDS[] = {
     "-n5", "--seed=9", "--context=20", "--stop=", "\xff\xc2\x9b", "1e99", "-1", "<eot>\n", "w9",
     "--session", "--load", "kept", "-m", "--logit-bias", "5-inf", "--repeat-penalty",
     "--presence-penalty", "--repeat-last-n", "--num_ctx", "-fa", "--trace", "--trace-layer",
-    "--importance", "--importance-block", "32"};
+    "--importance", "--importance-block", "32", "--batch", "-o", "--parallel"};
 enum { N_WORDS = sizeof WORDS / sizeof *WORDS };
 
 /* Numbers of four digits could ask for more time or memory than a fuzzer has, and a path could

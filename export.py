@@ -447,8 +447,8 @@ def nearest_integer(lo, hi):
 # The codebooks that a group's bit chooses from.
 CODEBOOK = np.array([-31, -25, -20, -16, -12, -9, -6, -3, 0, 3, 6, 9, 13, 17, 22, 28], np.float32)
 BOOKS_Q4 = np.stack((CODEBOOK, CODEBOOK + 4))
-BOOKS_Q3 = np.array([[-31, -20, -11, -5, 0, 6, 14, 23],
-                     [-29, -18, -9, -3, 2, 8, 16, 25]], np.float32)
+BOOKS_Q3 = np.array([[-31, -17, -9, -2, 4, 10, 17, 27],
+                     [-31, -20, -12, -5, 1, 7, 14, 23]], np.float32)
 
 
 def nearest_in(books):
@@ -544,7 +544,7 @@ Q6 = Grid(((-32, 31),), nearest_integer(-32, 31), -127, 127,
 Q4 = Grid(BOOKS_Q4[:, [0, -1]].tolist(), nearest_in(BOOKS_Q4), -64, 63,
           (1.02, 0.95, 0.89, 0.83, 0.77, 0.71), range(0, 2), group_q4, 256, -31)
 Q3 = Grid(BOOKS_Q3[:, [0, -1]].tolist(), nearest_in(BOOKS_Q3), -64, 63,
-          (1.02, 0.95, 0.89, 0.83, 0.77, 0.71), range(0, 2), group_q3, 192, -31)
+          (1.03, 0.97, 0.92, 0.87, 0.82, 0.77, 0.72, 0.66, 0.6), range(0, 2), group_q3, 192, -31)
 
 TINY = 1e-30   # a group whose weights are all smaller is zero
 HUGE = 1e15    # beyond, the squares of the search leave f32

@@ -70,10 +70,15 @@ MODELS = {
     "mixed": dict(layers="LG", vocab_size=337, hidden_size=38, num_attention_heads=2,
                   num_key_value_heads=1, head_dim=12, intermediate_size=35,
                   query_pre_attn_scalar=12),
+    # q3 in every matrix, an odd number of columns, a row of several blocks.
+    "three": dict(layers="LG", vocab_size=335, hidden_size=38, num_attention_heads=2,
+                  num_key_value_heads=1, head_dim=12, intermediate_size=275,
+                  query_pre_attn_scalar=12),
 }
 EXPORT_OPTIONS = {"mixed": ["--type", "q8", "--head", "q6", "--tensor", "*.q=q4",
                             "--tensor", "*.up=q4", "--tensor", "*.k=bf16",
-                            "--tensor", "*.down=q6"]}
+                            "--tensor", "*.down=q6"],
+                  "three": ["--type", "q3", "--head", "q3", "--tensor", "*.v=q3"]}
 # Positions kept of the activations: the window filling, full and far past its first wrap.
 ROWS = {"both": [0, 1, 6, 7, 8, 9, 15, 16, 17, 23, 24, 31, 32, 33, 40, 43],
         "long": [0, 7, 8, 9, 63, 127, 128, 200, 255, 256, 257, 258, 297, 298, 299]}
@@ -143,7 +148,7 @@ def make_model(name, number, tokenizer):
         model = ref.hf_from_bin(ref.Bin(path + ".bin"))
     trace = ref.hf_trace(model, ids)
     rows = ROWS.get(name, ROWS["both"])
-    logits_only = name in ("long", "mixed")
+    logits_only = name in ("long", *EXPORT_OPTIONS)
     with open(path + ".trace", "wb") as f:
         f.write(b"G2TRACE\n")
         write_record(f, "tokens", 0, ids)

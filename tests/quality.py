@@ -48,6 +48,8 @@ VARIANTS = [
     ("q4 (head, v q6)", None, "--type q4"),
     ("q4, importance", MEANS, "--type q4"),
     ("q4, importance in blocks", BLOCKS, "--type q4"),
+    ("q3 (head, v q6)", None, "--type q3"),
+    ("q3, importance in blocks", BLOCKS, "--type q3"),
     ("q4, head q4", None, "--type q4 --head q4"),
     ("q4, head q4, importance", MEANS, "--type q4 --head q4"),
     ("q4, head q4, importance in blocks", BLOCKS, "--type q4 --head q4"),

@@ -750,6 +750,7 @@ static void test_tale(const char *path)
 static const expectation MODELS[] = {
     {"both", 1e-4f, 2e-5f},  {"untied", 7e-5f, 1e-5f}, {"final", 3e-5f, 6e-6f},
     {"long", 4e-5f, 1e-5f},  {"mixed", 2e-5f, 1e-5f},
+    {"three", 2e-5f, 1e-5f},
 };
 
 /* ---- gemma2_importance ---------------------------------------------------------------- */

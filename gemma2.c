@@ -7412,8 +7412,8 @@ AVX512 static void mix_amx(const float (*s)[KEY_BLOCK], int n, int head_dim,
 
 static const struct matrix_kernels amx_matrix = {
     .types = 1 << TYPE_BF16 | 1 << TYPE_Q8 | 1 << TYPE_Q6 | 1 << TYPE_Q4 | 1 << TYPE_Q3,
-    .panel = panel_amx, .pack_row = pack_row_avx512, .pack_keys = pack_keys_avx512, .pack_values = pack_values_avx512,
-    .scores = scores_amx, .mix = mix_amx};
+    .panel = panel_amx, .pack_row = pack_row_avx512, .pack_keys = pack_keys_avx512,
+    .pack_values = pack_values_avx512, .scores = scores_amx, .mix = mix_amx};
 
 #endif /* HAVE_AMX */
 

@@ -801,7 +801,7 @@ static void test_saved_bytes(void)
         int32_t ids[30];
         size_t size;
         rnd_state = 7;
-        struct model x = make(&shapes[half ? 2 : 5]);
+        struct model x = make(&shapes[half ? 2 : N_SHAPES - 1]);
         gemma2_session *s = start(x.m, (struct setup){40, 4, 1, 0, 1 + half});
         random_ids(x.m, ids, 30);
         gemma2_eval(s, ids, 30, NULL);

@@ -18,7 +18,7 @@ import numpy as np
 import reference as ref
 from reference import check
 
-COMPILE = [os.environ.get("CC", "cc"), "-std=c11", "-O0", "-ffp-contract=off", "-w"]
+COMPILE = [os.environ.get("CC", "cc"), "-std=c11", "-O1", "-ffp-contract=off", "-w"]
 
 
 def build(folder, source=None):

@@ -761,6 +761,7 @@ def packed_bytes(type_name, rows, cols):
 ROLES = [
     ("embedding", 16, "V", "D"), ("head", 17, "V", "D"), ("final_norm", 18, "D", "1"),
 ]
+SCORE = "score", 19, "S", "D"  # the head of a reward model or classifier, where there is one
 LAYER_ROLES = [  # in the order in which a layer uses them
     ("attn_norm", 32, "D", "1"), ("q", 33, "NH", "D"), ("k", 34, "KH", "D"),
     ("v", 35, "KH", "D"), ("o", 36, "D", "NH"), ("post_attn_norm", 37, "D", "1"),
@@ -771,8 +772,9 @@ FACTS, TOKENIZER = 1, 2
 
 
 class Model:
-    """What the file's header says, but for the vocabulary, which the embedding decides."""
-    L = D = N = K = H = F = V = 0
+    """What the file's header says, but for the vocabulary, which the embedding decides, and S, the
+    scores that a reward model or classifier gives."""
+    L = D = N = K = H = F = V = S = 0
     window = context = 0
     eps = attn_softcap = final_softcap = query_scale = embedding_scale = rope_theta = 0.0
     local = ()      # per layer: sees a sliding window only
@@ -790,7 +792,8 @@ def tensor_table(model):
         for name, role, rows, cols in LAYER_ROLES:
             table["layers.%d.%s" % (layer, name)] = (
                 role, layer, model.dimension(rows), model.dimension(cols))
-    for name, role, rows, cols in sorted(ROLES, key=lambda r: r[0] != "final_norm"):
+    last = sorted(ROLES, key=lambda r: r[0] != "final_norm") + [SCORE] * bool(model.S)
+    for name, role, rows, cols in last:
         table[name] = role, 0, model.dimension(rows), model.dimension(cols)
     return table
 
@@ -961,7 +964,7 @@ OTHER_MODELS = [  # pattern of model_type, what it is
     ("embedding_?gemma.*|gemma_embedding", "EmbeddingGemma, which attends in both directions"),
     ("diffusion_gemma.*", "a diffusion model"),
 ]
-HEADS = re.compile(r".*For(Sequence|Token)Classification|.*Reward.*|.*ForQuestionAnswering")
+HEADS = re.compile(r".*ForTokenClassification|.*Reward.*|.*ForQuestionAnswering")
 
 # Model attribute, keys of config.json (first found counts), value where all are missing
 # (None: must be there), least and greatest value
@@ -1312,7 +1315,7 @@ WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|module|_forward_module|_fsdp_w
 # Hugging Face's name without them to ours; a layer's stand after "layers.N."
 HF_NAMES = {  # gemma_pytorch's embedding last
     "embed_tokens.weight": "embedding", "norm.weight": "final_norm", "lm_head.weight": "head",
-    "embedder.weight": "embedding",
+    "score.weight": "score", "embedder.weight": "embedding",
 }
 HF_LAYER_NAMES = {
     "input_layernorm.weight": "attn_norm",
@@ -1328,7 +1331,7 @@ DROPPED = re.compile(  # computed anyway; scales of quantised activations and ca
     r".*rotary_emb\.inv_freq|.*\.(input|output|kv|[qkv])_(scale|zero_point|scale_ub)|"
     r".*\.(activation|act)_scale")
 REFUSED = [  # pattern of a name, what it means
-    (r"(score|classifier|v_head|value_head|reward_head|regression_layer)\..*", "a head that gives "
+    (r"(classifier|v_head|value_head|reward_head|regression_layer)\..*", "a head that gives "
      "scores: the checkpoint is a reward model or a classifier, which writes no text"),
     (r".*(vision_tower|multi_modal_projector|vision_model|language_model).*",
      "part of a vision model such as PaliGemma"),
@@ -3756,6 +3759,11 @@ def check_shapes(reader):
     if "embedding" not in reader.tensors:
         raise ExportError("the checkpoint lacks the embedding: fetch all of its files")
     model.V = reader.tensors["embedding"].shape[0]
+    if "score" in reader.tensors:
+        model.S = reader.tensors["score"].shape[0]
+        if model.S > 1024:
+            raise ExportError("score.weight gives %d scores, and 1 to 1024 can be converted"
+                              % model.S)
     check_limits(model)
     table = tensor_table(model)
     missing = [n for n in table if n not in reader.tensors and n != "head"]
@@ -5410,7 +5418,7 @@ def choose_type(name, tied, options):
     """The type of a tensor: norms f32; else the last --tensor that matches, --head for the
     output head, --type; only a q4 or q3 file keeps embedding, head and v at q6 (v is a fiftieth of
     the weights, and a quarter of the divergence if it is q4)."""
-    if is_norm(name):
+    if is_norm(name) or name == "score":
         return "f32"
     for pattern, type_name in reversed(options.tensor):
         if fnmatch.fnmatchcase(name, pattern):
@@ -5483,7 +5491,7 @@ class Importance:
 
     def key(self, name, tied):
         """Which input the matrix of that name multiplies; None where it only looks up rows."""
-        if is_norm(name):
+        if is_norm(name) or name == "score":
             return None
         if name in ("embedding", "head"):
             return "head" if name == "head" or tied else None

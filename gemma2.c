@@ -357,7 +357,7 @@ struct gemma2_model {
     struct tokenizer tokenizer;
     struct text chat[N_CHAT_PARTS]; /* p NULL: absent */
     uint8_t own_turns[3][MAX_OWN_TURN];
-    struct matrix embedding, head, final_norm;
+    struct matrix embedding, head, final_norm, score; /* score.data NULL: writes text only */
     struct layer layers[];
 };
 
@@ -692,6 +692,7 @@ static void plain_head(const struct pass *p, const float *x, float *logits)
  *    16 embedding  [V, D]    tied output head unless role 17 is there
  *    17 head       [V, D]    an output head of its own, or a cheaper copy of a tied one
  *    18 final_norm [D, 1]    norms are f32, stored as trained: x is scaled by 1 + w
+ *    19 score      [s, D]    reward models and classifiers: s = 1 .. 1024 scores of a state
  *    32 attn_norm  [D, 1]    33 q [N*H, D]  34 k [K*H, D]  35 v [K*H, D]  36 o [D, N*H]
  *    37 post_attn_norm       40 ffn_norm    41 gate [F, D] 42 up [F, D]   43 down [D, F]
  *    44 post_ffn_norm        (32 .. 44 once for each layer)
@@ -724,10 +725,11 @@ static void plain_head(const struct pass *p, const float *x, float *logits)
 
 enum { /* roles */
     ROLE_FACTS = 1, ROLE_TOKENIZER = 2, ROLE_EMBEDDING = 16, ROLE_HEAD = 17,
-    ROLE_FINAL_NORM = 18, ROLE_LAYER_FIRST = 32
+    ROLE_FINAL_NORM = 18, ROLE_SCORE = 19, ROLE_LAYER_FIRST = 32
 };
 
-/* The roles a file can have.  Dimensions: V, D, F, 1, q = N*H, k = K*H; '-' no matrix. */
+/* The roles a file can have.  Dimensions: V, D, F, 1, q = N*H, k = K*H, s scores; '-' no
+ * matrix. */
 struct role {
     uint32_t id;
     const char *name;
@@ -741,6 +743,7 @@ static const struct role roles[] = {
     {ROLE_EMBEDDING, "embedding", 'V', 'D', offsetof(gemma2_model, embedding)},
     {ROLE_HEAD, "head", 'V', 'D', offsetof(gemma2_model, head)},
     {ROLE_FINAL_NORM, "final_norm", 'D', '1', offsetof(gemma2_model, final_norm)},
+    {ROLE_SCORE, "score", 's', 'D', offsetof(gemma2_model, score)},
     {32, "attn_norm", 'D', '1', offsetof(struct layer, attn_norm)},
     {33, "q", 'q', 'D', offsetof(struct layer, q)},
     {34, "k", 'k', 'D', offsetof(struct layer, k)},
@@ -836,6 +839,7 @@ static uint64_t dimension(const gemma2_config *c, char letter)
     case 'F': return (uint64_t)c->d_ffn;
     case 'q': return (uint64_t)c->n_heads * (uint64_t)c->head_dim;
     case 'k': return (uint64_t)c->n_kv_heads * (uint64_t)c->head_dim;
+    case 's': return (uint64_t)c->n_scores;
     default: return 1;
     }
 }
@@ -1007,7 +1011,7 @@ INLINE int32_t group_product(const struct matrix *w, size_t row, size_t g, const
     return scale_of(w->type, byte) * sum;
 }
 
-/* Row r of a matrix as floats: y[cols].  Only the embedding is read this way. */
+/* Row r of a matrix as floats: y[cols].  The embedding is read this way, and scores' rows. */
 static void read_row(const struct matrix *w, uint32_t r, float *y)
 {
     const uint8_t *tile = w->data + r / TILE * w->tile_bytes;
@@ -1945,6 +1949,7 @@ struct pass {
     size_t n_exact, wanted_exact; /* as many of them come first and are of the exact class .. */
     const struct matrix_kernels *matrix; /* .. and the others of this one's */
     float *logprobs;     /* [T] of worker->targets, or NULL */
+    float *states;       /* [T][D] after the final norm, or NULL */
     double *sums;        /* what gemma2_importance wants, or NULL ... */
     uint32_t block;      /* ... in blocks of so many inputs */
     int layer;
@@ -2875,6 +2880,13 @@ static void run_head(struct member *me, void *context)
     head(&p);
 }
 
+static void state_task(void *context, size_t t)
+{
+    const struct pass *p = context;
+    size_t at = t * (size_t)p->model->config.d_model;
+    norm(p, &p->model->final_norm, p->worker->x + at, p->states + at);
+}
+
 /* The program of every thread of a pass. */
 static void run_pass(struct member *me, void *context)
 {
@@ -2883,6 +2895,8 @@ static void run_pass(struct member *me, void *context)
     if (!forward(&p))
         return;
     head(&p);
+    if (p.states)
+        share_rows(&p, state_task);
     p.n -= p.logprobs && p.worker->targets[p.n - 1] < 0;
     if (p.logprobs && p.n)
         score_rows(&p);
@@ -4461,6 +4475,8 @@ static int run_ids(gemma2_session *s, struct pass shape, const int32_t *ids, siz
         status = evaluate(&p);
         if (shape.logprobs)
             shape.logprobs += p.n;
+        if (shape.states)
+            shape.states += p.n * (size_t)s->model->config.d_model;
     }
     float_env_leave(env);
     return status;
@@ -4628,8 +4644,6 @@ int gemma2_session_restore(gemma2_session *s, const void *data, size_t size)
     return status;
 }
 
-/* ---- importance ---- */
-
 int gemma2_read_out(gemma2_session *s, const float *state, float *logits)
 {
     if (!s || !state || !logits)
@@ -4648,6 +4662,38 @@ int gemma2_read_out(gemma2_session *s, const float *state, float *logits)
     float_env_leave(env);
     return GEMMA2_OK;
 }
+
+int gemma2_states(gemma2_session *s, const int32_t *ids, size_t n, float *states)
+{
+    int status = check_ids(s, ids, n);
+    if (status < 0)
+        return status;
+    if (!states)
+        return GEMMA2_ERR_ARGUMENT;
+    status = run_ids(s, (struct pass){.states = states}, ids, n, NULL, -1);
+    if (status == GEMMA2_OK && !all_finite(states, n * (size_t)s->model->config.d_model))
+        status = GEMMA2_ERR_NONFINITE;
+    return status;
+}
+
+int gemma2_scores(gemma2_session *s, const float *state, float *scores)
+{
+    if (!s || !state || !scores || !s->model->score.data)
+        return GEMMA2_ERR_ARGUMENT;
+    const struct matrix *w = &s->model->score;
+    float_env env = float_env_enter();
+    for (uint32_t r = 0; r < w->rows; r++) {
+        float lane[TILE] = {0};
+        read_row(w, r, s->worker->normed);
+        for (uint32_t i = 0; i < w->cols; i++)
+            lane[i % TILE] += s->worker->normed[i] * state[i];
+        scores[r] = add_lanes(lane);
+    }
+    float_env_leave(env);
+    return GEMMA2_OK;
+}
+
+/* ---- importance ---- */
 
 int gemma2_get_input(const gemma2_model *m, size_t i, gemma2_input *out)
 {
@@ -5422,6 +5468,8 @@ static struct matrix *matrix_of(gemma2_model *m, const struct role *r, uint32_t 
 static int place_matrix(struct gemma2_model *m, const struct role *r, const struct entry *e,
                         struct errbuf *err)
 {
+    if (r->id == ROLE_SCORE && e->rows >= 1 && e->rows <= 1024)
+        m->config.n_scores = (int32_t)e->rows;
     uint64_t rows = dimension(&m->config, r->rows), cols = dimension(&m->config, r->cols);
     uint32_t layers = r->id >= ROLE_LAYER_FIRST ? (uint32_t)m->config.n_layers : 1;
     if (e->layer >= layers || !m->config.n_layers)
@@ -5486,7 +5534,7 @@ static int check_complete(struct gemma2_model *m, struct errbuf *err)
     for (int i = 0; i < N_ROLES && m->config.n_layers; i++) {
         const struct role *r = &roles[i];
         int layers = r->id >= ROLE_LAYER_FIRST ? m->config.n_layers : 1;
-        for (int l = 0; r->rows != '-' && r->id != ROLE_HEAD && l < layers; l++)
+        for (int l = 0; r->rows != '-' && r->id != ROLE_HEAD && r->id != ROLE_SCORE && l < layers; l++)
             if (!matrix_of(m, r, (uint32_t)l)->data)
                 return fail(err, "the model file lacks %s (layer %d); convert the checkpoint again",
                             r->name, l);

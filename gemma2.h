@@ -193,6 +193,7 @@ typedef struct {
     uint8_t identity[32];    /* SHA-256 of header and directory */
     uint64_t file_bytes;
     const char *isa; /* the instruction set in use, "avx512" */
+    int32_t n_scores; /* of a reward model or classifier, see gemma2_scores; else 0 */
 } gemma2_config;
 GEMMA2_API const gemma2_config *gemma2_get_config(const gemma2_model *model);
 GEMMA2_API int gemma2_is_stop(const gemma2_model *model, int32_t id); /* 1 or 0 */
@@ -370,6 +371,16 @@ GEMMA2_API int gemma2_set_hook(gemma2_session *session, gemma2_hook *hook, void 
  * the "residual" of a layer this shows what the model would say after it (the logit lens).
  * Between calls that evaluate; the session stays where it is, and no hook is called. */
 GEMMA2_API int gemma2_read_out(gemma2_session *session, const float *state, float *logits);
+
+/* Appends n >= 1 tokens like gemma2_eval and writes states[n][D]: the residual stream after the
+ * last layer and the final norm, which embeddings of text are made of.  After
+ * GEMMA2_ERR_NONFINITE the tokens have been appended. */
+GEMMA2_API int gemma2_states(gemma2_session *session, const int32_t *ids, size_t n,
+                             float *states);
+/* The n_scores outputs of the score head of a reward model or classifier for one of these states
+ * (as transformers' Gemma2ForSequenceClassification: that of the last token, no soft-cap).
+ * GEMMA2_ERR_ARGUMENT where the model has no such head.  Between calls that evaluate. */
+GEMMA2_API int gemma2_scores(gemma2_session *session, const float *state, float *scores);
 
 /* Goes back to the first n tokens, exactly.  Rewinding to 0 always works.  Any other position
  * works while the session has held at most window + n_batch tokens since 0; after that, one that

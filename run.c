@@ -296,7 +296,7 @@ static int finish_output(output *out, int status)
 
 typedef enum {
     GENERATE, CONVERSE, TOKENIZE, DETOKENIZE, LOGITS, SCORE, PERPLEXITY, IMPORTANCE, INFO, CHECK,
-    TRACE, BATCH
+    TRACE, BATCH, EMBED, REWARD
 } mode_kind;
 
 /* What a mode does with the rest of the command line. */
@@ -312,6 +312,8 @@ static const unsigned TRAITS[] = {
     [CHECK] = 0,
     [TRACE] = READS_PROMPT | EVALUATES,
     [BATCH] = EVALUATES | TAKES_JSON,
+    [EMBED] = READS_PROMPT | EVALUATES | TAKES_JSON,
+    [REWARD] = READS_PROMPT | EVALUATES | TAKES_JSON,
 };
 
 typedef struct option option;
@@ -469,6 +471,11 @@ static const option OPTIONS[] = {
      LOGITS},
     {0, "score", NULL, "log-probability of every prompt token, total",
      ASKS(SCORE, MODE, asked)},
+    {0, "embed", "KIND", "the prompt as D numbers, one JSON array: the state after\n"
+     "the final norm of the last token, or the mean of all\n(last, mean); models that embed in "
+     "<eos> want it written", ASKS(EMBED, TEXT, subject)},
+    {0, "reward", NULL, "what a reward model or classifier gives the prompt: one\n"
+     "JSON array of its scores", ASKS(REWARD, MODE, asked)},
     {0, "perplexity", "FILE", "perplexity of a text; the method is below",
      ASKS(PERPLEXITY, TEXT, subject)},
     {0, "importance", "OUT", "how large the inputs of every product are, over the\n"
@@ -927,6 +934,8 @@ static int check_options(options *opts)
     if (opts->block > 1 && (opts->block < 32 || opts->block & (opts->block - 1)))
         return fail(USAGE, "--importance-block '%" PRId32 "': it takes 1, 32, 64, 128 or 256",
                     opts->block);
+    if (opts->mode == EMBED && strcmp(opts->subject, "last") && strcmp(opts->subject, "mean"))
+        return fail(USAGE, "--embed '%s': it takes last or mean", opts->subject);
     if ((opts->results || opts->parallel) && opts->mode != BATCH)
         return fail(USAGE, "--%s belongs to --batch IN.jsonl",
                     opts->results ? "output" : "parallel");
@@ -2725,6 +2734,42 @@ static int score(program *p)
     return DONE;
 }
 
+static void put_numbers(output *out, const double *x, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        put_format(out, "%s%.9g", i ? ", " : "[", x[i]);
+    put_format(out, "]\n");
+}
+
+/* The prompt's states after the final norm, a piece at a time: their mean, or the last one,
+ * which also leads to the scores of a reward model. */
+static int embed(program *p)
+{
+    size_t d = (size_t)p->config->d_model, n_scores = (size_t)p->config->n_scores;
+    int is_mean = p->opts->mode == EMBED && !strcmp(p->opts->subject, "mean");
+    float *states = calloc(PREFILL_PIECE * d + n_scores, sizeof *states), *last = states;
+    double *sums = calloc(d + n_scores, sizeof *sums);
+    int code = states && sums ? GEMMA2_OK : GEMMA2_ERR_MEMORY;
+    for (size_t at = 0, n; code >= 0 && at < p->ids.n; at += n) {
+        n = p->ids.n - at < PREFILL_PIECE ? p->ids.n - at : PREFILL_PIECE;
+        code = gemma2_states(p->session, (const int32_t *)p->ids.items + at, n, states);
+        last = states + (n - 1) * d;
+        for (size_t i = 0; is_mean && i < n * d; i++)
+            sums[i % d] += (double)states[i] / (double)p->ids.n;
+    }
+    if (code >= 0 && p->opts->mode == REWARD)
+        code = gemma2_scores(p->session, last, states + PREFILL_PIECE * d);
+    if (p->opts->mode == REWARD)
+        last = states + PREFILL_PIECE * d;
+    size_t n = p->opts->mode == REWARD ? n_scores : d;
+    for (size_t i = 0; !is_mean && code >= 0 && i < n; i++)
+        sums[i] = (double)last[i];
+    if (code >= 0)
+        put_numbers(&p->out, sums, n);
+    free(states), free(sums);
+    return code < 0 ? engine_failed(p, "evaluating the prompt", code) : DONE;
+}
+
 /* Sums over the scored tokens of all chunks so far. */
 typedef struct {
     double sum, squares; /* of negative log-probabilities */
@@ -4125,10 +4170,14 @@ static int run_prompt(program *p)
         return fail(USAGE, "the prompt has %zu tokens and the context holds %" PRId32
                            "; shorten it or raise --context", p->ids.n, context);
     warn_of_prompt(p);
+    if (p->opts->mode == REWARD && !p->config->n_scores)
+        return fail(USAGE, "--reward: this model has no head for scores; it is no reward model");
     switch (p->opts->mode) {
     case LOGITS: return best_logits(p);
     case SCORE: return score(p);
     case TRACE: return trace(p);
+    case EMBED:
+    case REWARD: return embed(p);
     default: return generate(p);
     }
 }

@@ -629,6 +629,8 @@ name="score total"
 awk '$1 == "total" { d = $2 - sum; exit !(d < 1e-6 && d > -1e-6) } { sum += $2 }' "$TMP/out" &&
     pass || fail "total is not the sum"
 run "score of nothing" 0 "$STORY" --score ""; out_is "total\t0\n"
+refuses "last or mean" "a state of no kind" 2 "$STORY" --embed first x
+refuses "no head for scores" "scores of a model without" 2 "$STORY" --reward x
 run "perplexity" 0 "$STORY" --perplexity "$HERE/demo/README.md" -C 64
 out_has "^perplexity	[0-9.]*	+/-	[0-9.]*$"; err_has "^\[1/"
 keep perplexity

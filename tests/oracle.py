@@ -31,6 +31,7 @@ import oracle_memory
 import oracle_packed
 import oracle_quality
 import oracle_sbs
+import oracle_states
 import oracle_traps
 import reference as ref
 from reference import check
@@ -372,7 +373,7 @@ SECTIONS = {"models": test_models, "sessions": test_sessions, "formats": test_fo
             "arrays": oracle_arrays.test_arrays, "lora": oracle_lora.test_lora,
             "memory": oracle_memory.test_memory, "packed": oracle_packed.test_packed,
             "quality": oracle_quality.test_quality, "chat": oracle_chat.test_chat,
-            "traps": oracle_traps.test_traps}
+            "states": oracle_states.test_states, "traps": oracle_traps.test_traps}
 
 
 def main():

@@ -616,7 +616,8 @@ class Engine:
                 ("session_free", None, "p"), ("session_params_init", None, "p"),
                 ("eval", C.c_int, "ppzp"), ("prefill", C.c_int, "ppzp"),
                 ("eval_rows", C.c_int, "pz"), ("rewind", C.c_int, "pi"),
-                ("score", C.c_int, "ppzip"), ("encode_scratch", C.c_size_t, "z"),
+                ("score", C.c_int, "ppzip"), ("states", C.c_int, "ppzp"),
+                ("scores", C.c_int, "ppp"), ("set_hook", C.c_int, "ppp"), ("encode_scratch", C.c_size_t, "z"),
                 ("encode", C.c_int64, "pslupzpz"), ("decode", C.c_int, "ppipz"),
                 ("chat_scratch", C.c_size_t, "ppz"), ("encode_chat", C.c_int64, "ppzupzpz"),
                 ("is_stop", C.c_int, "pi"), ("position", C.c_int32, "p"),
@@ -686,7 +687,7 @@ class Model:
 
 class Session:
     def __init__(self, model, **params):
-        self.lib, self.V = model.lib, model.config.n_vocab
+        self.lib, self.V, self.D = model.lib, model.config.n_vocab, model.config.d_model
         p = SessionParams()
         self.lib.gemma2_session_params_init(C.addressof(p))
         for name, value in {"n_threads": 1, **params}.items():
@@ -716,6 +717,18 @@ class Session:
         rows = (Row * len(ids))(*[Row(self.handle, int(t), out[i].ctypes.data)
                                   for i, t in enumerate(ids)])
         self.check(self.lib.gemma2_eval_rows(C.addressof(rows), len(ids)))
+        return out
+
+    def states(self, ids):
+        """Appends ids; the states [len(ids), D] after the final norm."""
+        a = np.array(ids, np.int32)
+        out = np.empty((len(ids), self.D), np.float32)
+        self.check(self.lib.gemma2_states(self.handle, a.ctypes.data, len(a), out.ctypes.data))
+        return out
+
+    def scores(self, state, n):
+        state, out = np.ascontiguousarray(state, np.float32), np.empty(n, np.float32)
+        self.check(self.lib.gemma2_scores(self.handle, state.ctypes.data, out.ctypes.data))
         return out
 
     def score(self, ids, following=-1):

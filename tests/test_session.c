@@ -129,6 +129,11 @@ static void test_null_session(const gemma2_model *m)
     check(gemma2_prefill(s, NULL, 1, x) == GEMMA2_ERR_ARGUMENT &&
               gemma2_score(s, NULL, 1, 1, x) == GEMMA2_ERR_ARGUMENT, "no ids");
     check(gemma2_read_out(NULL, NULL, NULL) == GEMMA2_ERR_ARGUMENT, "a state of no session");
+    check(gemma2_states(NULL, &id, 1, x) == GEMMA2_ERR_ARGUMENT &&
+              gemma2_states(s, NULL, 1, x) == GEMMA2_ERR_ARGUMENT &&
+              gemma2_states(s, &id, 1, NULL) == GEMMA2_ERR_ARGUMENT &&
+              gemma2_scores(s, x, x) == GEMMA2_ERR_ARGUMENT &&
+              gemma2_scores(NULL, x, x) == GEMMA2_ERR_ARGUMENT, "no states, no scores");
     check(gemma2_set_hook(NULL, NULL, NULL) == GEMMA2_ERR_ARGUMENT &&
               eval_row(NULL, 1, x) == GEMMA2_ERR_ARGUMENT &&
               gemma2_importance(s, &id, 1, 1, NULL) == GEMMA2_ERR_ARGUMENT, "NULL: hook, row, sums");

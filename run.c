@@ -3453,7 +3453,7 @@ static int read_request(batch_slot *s, const json *j, const json_node *request)
 {
     program *p = &s->p;
     char err[SENTENCE];
-    size_t n;
+    size_t n = 0;
     if (request->kind != JSON_OBJECT)
         return fail(USAGE, "%s must be an object", s->openai ? "\"body\"" : "the line");
     const json_node *key = request + 1, *prompt = json_get(j, request, "prompt");

@@ -252,6 +252,7 @@ static int copy_params(void *to, size_t size, const void *from, uint32_t struct_
 
 static int32_t min_i32(int32_t a, int32_t b) { return a < b ? a : b; }
 static int32_t max_i32(int32_t a, int32_t b) { return a > b ? a : b; }
+static uint32_t min_u32(uint32_t a, uint32_t b) { return a < b ? a : b; }
 
 /* ===================================================================================
  * 1. Gemma 2
@@ -356,6 +357,7 @@ struct gemma2_model {
     } facts, tokenizer_bytes;
     struct tokenizer tokenizer;
     struct text chat[N_CHAT_PARTS]; /* p NULL: absent */
+    _Atomic(struct vocabulary *) vocabulary_made, *vocabulary; /* see vocabulary_of */
     uint8_t own_turns[3][MAX_OWN_TURN];
     struct matrix embedding, head, final_norm, score; /* score.data NULL: writes text only */
     struct layer layers[];
@@ -3686,7 +3688,7 @@ static size_t spaced_text(struct text s, char *out)
 }
 
 /* ===================================================================================
- * 6. Sampler
+ * 6. Sampler, and what constrains it
  * =================================================================================== */
 
 /* PCG32, XSH-RR 64/32 (O'Neill 2014): 32 random bits. */
@@ -3750,11 +3752,16 @@ static void make_heap(struct candidate *heap, size_t n, int best_first)
 }
 
 /* A heap of the k best of n logits, the best on top.  -inf is left out. */
-static size_t keep_top(const float *x, size_t n, size_t k, struct candidate *heap)
+static size_t keep_top(const float *x, const uint32_t *allow, size_t n, size_t k,
+                       struct candidate *heap)
 {
     size_t kept = 0;
     for (size_t i = 0; i < n; i++) {
         struct candidate c = {x[i], (int32_t)i};
+        if (allow && !(allow[i / 32] >> i % 32 & 1)) {
+            i |= allow[i / 32] ? 0 : 31;
+            continue;
+        }
         if (x[i] == -INFINITY)
             continue;
         if (kept < k) {
@@ -3821,8 +3828,9 @@ static int32_t sample(gemma2_session *s, gemma2_sampler *p, const float *logits)
 {
     gemma2_worker *work = s->worker;
     size_t n = (size_t)s->model->config.n_vocab, k = (size_t)p->top_k;
-    if (!all_finite(logits, n))
-        return GEMMA2_ERR_NONFINITE;
+    for (size_t i = 0; i < n; i++)
+        if (!(logits[i] < INFINITY))
+            return GEMMA2_ERR_NONFINITE;
     if (p->n_bias || p->repetition_penalty != 1 || p->presence_penalty != 0 ||
         p->frequency_penalty != 0) {
         memcpy(work->adjusted, logits, n * sizeof *logits);
@@ -3833,10 +3841,1232 @@ static int32_t sample(gemma2_session *s, gemma2_sampler *p, const float *logits)
     }
     if (p->temperature == 0)
         k = 1;
-    size_t kept = keep_top(logits, n, k && k < n ? k : n, work->candidates);
+    const uint32_t *allow = p->struct_size >= sizeof *p ? p->allow : NULL;
+    size_t kept = keep_top(logits, allow, n, k && k < n ? k : n, work->candidates);
     if (!kept) /* every token is banned */
         return GEMMA2_ERR_ARGUMENT;
     return p->temperature == 0 ? work->candidates[0].id : draw(p, work->candidates, kept);
+}
+
+/* ---- grammars: what a reply may be, as a machine that reads bytes ----
+ *
+ * A grammar becomes instructions.  Rules call each other as functions do, a rule's body is a
+ * graph, and characters are their UTF-8 bytes, so a token may end inside a character.  Where a
+ * reply stands is a set of pairs (instruction, stack), because alternatives run side by side.  A
+ * stack is again a set of such pairs: all places that may be returned to.  Sets are numbered by
+ * their contents (gemma2_matcher), so what a byte does to a set is worked out once. */
+enum { OP_ACCEPT, OP_END, OP_BYTE, OP_TOKEN, OP_CALL, OP_SPLIT };
+enum { MAX_GRAMMAR = 1 << 22, MAX_INSTS = 1 << 20, MAX_COST = 1 << 24, MAX_REPEAT = 2000,
+       MAX_NESTING = 250, MAX_RANGES = 1000, MAX_CODE = 0x10ffff };
+static const uint32_t NOWHERE = 0xffffffff;
+
+struct inst {
+    uint8_t op, low, high; /* OP_BYTE: bytes low..high.  OP_TOKEN: low 1 is any other token */
+    uint32_t next;
+    uint32_t other; /* OP_CALL: the rule; next is where it returns to.  OP_TOKEN: the id.
+                     * OP_SPLIT: the second way, or NOWHERE */
+};
+
+struct rule {
+    uint32_t start, name_at, name_n; /* where the name stands in the text */
+};
+
+struct gemma2_grammar {
+    const gemma2_model *model;
+    struct inst *insts; /* [0] accepts */
+    struct rule *rules;
+    uint32_t *cost;     /* [insts] bytes of the shortest way to the end of the rule */
+    uint32_t n_insts, n_rules, root;
+};
+
+/* A piece of graph under construction: it is left through insts[last].next. */
+struct fragment {
+    uint32_t first, last;
+};
+
+struct parser {
+    gemma2_grammar *g;
+    const uint8_t *text;
+    uint32_t size, at, nesting, n_slots;
+    uint32_t *slots; /* hash of the names of rules: 1 + rule */
+    struct rule *rule; /* the one that is being read */
+    int failed;
+    struct errbuf *err;
+};
+
+/* Refuses what stands at that byte of the text; NOWHERE: all of it. */
+__attribute__((format(PRINTF_FORMAT, 3, 4)))
+static void refuse(struct parser *p, uint32_t at, const char *format, ...)
+{
+    char what[200];
+    uint32_t line = 1, column = 1;
+    va_list args;
+    va_start(args, format);
+    vsnprintf(what, sizeof what, format, args);
+    va_end(args);
+    for (uint32_t i = 0; at != NOWHERE && i < at && i < p->size; i++) {
+        column = p->text[i] == '\n' ? 1 : column + ((p->text[i] & 0xc0) != 0x80);
+        line += p->text[i] == '\n';
+    }
+    if (!p->failed && at == NOWHERE)
+        fail(p->err, "%s", what);
+    else if (!p->failed)
+        fail(p->err, "line %u, column %u: %s", line, column, what);
+    p->failed = 1;
+}
+
+/* Appends an instruction; after a failure it is always the first one. */
+static uint32_t add_inst(struct parser *p, int op, uint32_t other, uint32_t low, uint32_t high)
+{
+    gemma2_grammar *g = p->g;
+    if (g->n_insts == MAX_INSTS)
+        refuse(p, p->at, "up to here the grammar takes more than %d instructions", MAX_INSTS);
+    if (p->failed)
+        return 0;
+    g->insts[g->n_insts] = (struct inst){(uint8_t)op, (uint8_t)low, (uint8_t)high, NOWHERE, other};
+    return g->n_insts++;
+}
+
+static struct fragment single(struct parser *p, int op, uint32_t other)
+{
+    uint32_t at = add_inst(p, op, other, 0, 0);
+    return (struct fragment){at, at};
+}
+
+static struct fragment nothing(struct parser *p) { return single(p, OP_SPLIT, NOWHERE); }
+
+static struct fragment join(struct parser *p, struct fragment f, struct fragment g)
+{
+    p->g->insts[f.last].next = g.first;
+    return (struct fragment){f.first, g.last};
+}
+
+/* f or g; first may be NOWHERE for none yet.  All ways meet in one last instruction. */
+static struct fragment either(struct parser *p, struct fragment f, struct fragment g)
+{
+    if (f.first == NOWHERE)
+        return join(p, g, nothing(p));
+    struct fragment split = single(p, OP_SPLIT, g.first);
+    p->g->insts[split.first].next = f.first;
+    p->g->insts[g.last].next = f.last;
+    return (struct fragment){split.first, f.last};
+}
+
+static struct fragment add_bytes(struct parser *p, const uint8_t *low, const uint8_t *high,
+                                 uint32_t n)
+{
+    struct fragment f = nothing(p);
+    for (uint32_t i = 0; i < n; i++) {
+        uint32_t at = add_inst(p, OP_BYTE, NOWHERE, low[i], high[i]);
+        f = join(p, f, (struct fragment){at, at});
+    }
+    return f;
+}
+
+static uint32_t put_utf8(uint32_t code, uint8_t bytes[4])
+{
+    static const uint8_t lead[5] = {0, 0, 0xc0, 0xe0, 0xf0};
+    uint32_t n = code < 0x80 ? 1 : code < 0x800 ? 2 : code < 0x10000 ? 3 : 4;
+    for (uint32_t i = n; i-- > 1; code >>= 6)
+        bytes[i] = (uint8_t)(0x80 | (code & 63));
+    bytes[0] = (uint8_t)(lead[n] | code);
+    return n;
+}
+
+/* f or a character low..high.  Runs of characters have first bytes in common, then a byte that
+ * varies, then bytes that take every value. */
+static struct fragment add_codes(struct parser *p, struct fragment f, uint32_t low, uint32_t high)
+{
+    static const uint32_t top[5] = {0, 0x7f, 0x7ff, 0xffff, MAX_CODE};
+    while (low <= high && !p->failed) {
+        uint8_t from[4], to[4];
+        if (low >= 0xd800 && low <= 0xdfff) { /* surrogates are no characters */
+            low = 0xe000;
+            continue;
+        }
+        uint32_t n = put_utf8(low, from), end = min_u32(high, top[n]), unit = 1, free_bytes = 1;
+        if (low < 0xd800)
+            end = min_u32(end, 0xd7ff);
+        for (; free_bytes < n && low % (64 * unit) == 0 && low + 64 * unit - 1 <= end; free_bytes++)
+            unit *= 64;
+        if (free_bytes < n)
+            end = min_u32(end, low / (64 * unit) * (64 * unit) + 64 * unit - 1);
+        end = low + (end + 1 - low) / unit * unit - 1;
+        put_utf8(end, to);
+        f = either(p, f, add_bytes(p, from, to, n));
+        low = end + 1;
+    }
+    return f;
+}
+
+/* ---- GBNF ---- */
+
+static int peek(const struct parser *p) { return p->at < p->size ? p->text[p->at] : -1; }
+
+/* Skips blanks and comments, and newlines where a rule may go on behind them. */
+static void skip_blanks(struct parser *p, int newlines)
+{
+    for (int c; (c = peek(p)) == ' ' || c == '\t' || c == '#' ||
+                (newlines && (c == '\n' || c == '\r')); p->at++)
+        if (c == '#') {
+            while (p->at < p->size && peek(p) != '\n' && peek(p) != '\r')
+                p->at++;
+            p->at--;
+        }
+}
+
+static uint32_t read_hex(struct parser *p, int digits)
+{
+    uint32_t code = 0, start = p->at;
+    for (; digits > 0; digits--, p->at++) {
+        int c = peek(p), d = hex_digit(c >= 'a' && c <= 'f' ? c - 32 : c);
+        if (d < 0 || code > MAX_CODE) {
+            refuse(p, start, "hexadecimal digits of a character were expected here");
+            return 0;
+        }
+        code = code * 16 + (uint32_t)d;
+    }
+    return code;
+}
+
+/* A character of a literal or class, with its escapes. */
+static uint32_t read_char(struct parser *p)
+{
+    static const char names[] = "tnr\\\"[]", codes[] = "\t\n\r\\\"[]";
+    uint32_t start = p->at, n = utf8_length(p->text + start, p->size - start), code;
+    if (!n) {
+        refuse(p, start, "this is not UTF-8");
+        return 0;
+    }
+    if (peek(p) != '\\') {
+        code = n == 1 ? p->text[start] : p->text[start] & (0x7fu >> n);
+        for (uint32_t i = 1; i < n; i++)
+            code = code << 6 | (p->text[start + i] & 63);
+        p->at += n;
+        return code;
+    }
+    p->at++;
+    int c = peek(p);
+    const char *found = c > 0 ? strchr(names, c) : NULL;
+    p->at++;
+    if (found)
+        return (uint32_t)codes[found - names];
+    if (c != 'x' && c != 'u' && c != 'U') {
+        refuse(p, start, "there is no such escape; there are \\t \\n \\r \\\\ \\\" \\[ \\] \\xHH "
+                         "\\uHHHH \\UHHHHHHHH");
+        return 0;
+    }
+    code = read_hex(p, c == 'x' ? 2 : c == 'u' ? 4 : 8);
+    if (code > MAX_CODE || (code >= 0xd800 && code <= 0xdfff))
+        refuse(p, start, "U+%04X is no character", code);
+    return code;
+}
+
+/* Whether a text or class goes on; refuses one without an end. */
+static int goes_on(struct parser *p, int end, uint32_t start)
+{
+    if (!p->failed && (peek(p) < 0 || peek(p) == '\n'))
+        refuse(p, start, "this has no closing %c", end);
+    return !p->failed && peek(p) != end;
+}
+
+static struct fragment read_literal(struct parser *p)
+{
+    struct fragment f = nothing(p);
+    uint32_t start = p->at++;
+    while (goes_on(p, '"', start)) {
+        uint8_t bytes[4];
+        uint32_t n = put_utf8(read_char(p), bytes);
+        f = join(p, f, add_bytes(p, bytes, bytes, n));
+    }
+    p->at++;
+    return f;
+}
+
+static int compare_keys(const void *left, const void *right)
+{
+    uint64_t a, b;
+    memcpy(&a, left, sizeof a), memcpy(&b, right, sizeof b);
+    return (a > b) - (a < b);
+}
+
+static struct fragment read_class(struct parser *p)
+{
+    uint64_t ranges[MAX_RANGES + 1]; /* low << 32 | high */
+    uint32_t start = p->at++, n = 0, next = 0;
+    struct fragment f = {NOWHERE, NOWHERE};
+    int negated = peek(p) == '^';
+    p->at += (uint32_t)negated;
+    while (goes_on(p, ']', start)) {
+        uint32_t low = read_char(p), high = low;
+        if (peek(p) == '-' && p->at + 1 < p->size && p->text[p->at + 1] != ']') {
+            p->at++;
+            high = goes_on(p, ']', start) ? read_char(p) : 0;
+        }
+        if (high < low || n == MAX_RANGES)
+            refuse(p, p->at, high < low ? "this range ends before it begins"
+                                        : "this class has too many parts; make two of it");
+        else
+            ranges[n++] = (uint64_t)low << 32 | high;
+    }
+    p->at++;
+    qsort(ranges, n, sizeof *ranges, compare_keys);
+    if (negated) /* one more, behind all characters, for the gap before it */
+        ranges[n++] = (uint64_t)(MAX_CODE + 1) << 32;
+    for (uint32_t i = 0; i < n && !p->failed; i++) {
+        uint32_t low = (uint32_t)(ranges[i] >> 32), high = (uint32_t)ranges[i];
+        if (!negated)
+            f = add_codes(p, f, low, high);
+        else if (low > next)
+            f = add_codes(p, f, next, low - 1);
+        next = high >= next ? high + 1 : next;
+    }
+    if (f.first == NOWHERE)
+        refuse(p, start, "no character is in this class");
+    return p->failed ? nothing(p) : f;
+}
+
+static uint32_t read_number(struct parser *p, uint32_t most)
+{
+    uint32_t n = 0, start = p->at;
+    for (; peek(p) >= '0' && peek(p) <= '9'; p->at++)
+        n = min_u32(n * 10 + (uint32_t)(peek(p) - '0'), most + 1);
+    if (p->at == start)
+        refuse(p, start, "a number was expected here");
+    return n;
+}
+
+/* <[id]> or <text>, one token; with ! before it any token of text but that. */
+static struct fragment read_token(struct parser *p)
+{
+    const gemma2_model *m = p->g->model;
+    uint32_t start = p->at, negated = peek(p) == '!', id = NOWHERE;
+    p->at += negated;
+    uint32_t name_at = p->at;
+    while (peek(p) >= 0 && peek(p) != '\n' && peek(p) != '>')
+        p->at++;
+    struct text name = {p->text + name_at, p->at + 1 - name_at};
+    if (peek(p) != '>' || *name.p != '<') {
+        refuse(p, start, "a token is <[id]> or <text>, with ! before it for any other token");
+        return nothing(p);
+    }
+    if (name.n > 4 && name.p[1] == '[' && name.p[name.n - 2] == ']') {
+        uint32_t end = p->at - 1;
+        p->at = name_at + 2;
+        id = read_number(p, MAX_GRAMMAR);
+        if (p->at != end)
+            refuse(p, p->at, "a token's id is a number");
+        p->at = end + 1;
+    } else
+        for (uint32_t i = 0; i < m->tokenizer.n && id == NOWHERE; i++)
+            id = same_text(piece_text(&m->tokenizer, i), name) ? i : NOWHERE;
+    p->at++;
+    if (id >= m->tokenizer.n)
+        refuse(p, start, "the vocabulary has no such token");
+    else if (!negated && gemma2_is_stop(m, (int32_t)id))
+        refuse(p, start, "this token ends replies, so it cannot be a part of them");
+    else if (!negated && m->tokenizer.kinds[id] == GEMMA2_PIECE_BYTE)
+        refuse(p, start, "this token is a single byte, which may be no character");
+    uint32_t at = add_inst(p, OP_TOKEN, id, negated, 0);
+    return (struct fragment){at, at};
+}
+
+/* The rule of that name, which may be defined later. */
+static uint32_t read_name(struct parser *p)
+{
+    gemma2_grammar *g = p->g;
+    struct text name = {p->text + p->at, 0};
+    uint32_t hash = 2166136261u, start = p->at;
+    for (int c; (c = peek(p)) == '-' || c == '_' || (c >= '0' && c <= '9') ||
+                ((c | 32) >= 'a' && (c | 32) <= 'z'); p->at++, name.n++)
+        hash = (hash ^ (uint32_t)c) * 16777619u;
+    for (hash ^= hash >> 15;; hash++) {
+        uint32_t *slot = &p->slots[hash & (p->n_slots - 1)];
+        const struct rule *r = &g->rules[*slot ? *slot - 1 : 0];
+        struct text other = {p->text + r->name_at, r->name_n};
+        if (!*slot) {
+            g->rules[g->n_rules++] = (struct rule){NOWHERE, start, name.n};
+            *slot = g->n_rules;
+        } else if (!same_text(name, other))
+            continue;
+        return *slot - 1;
+    }
+}
+
+static void define_rule(struct parser *p, struct rule *r, struct fragment body)
+{
+    struct fragment whole = join(p, body, single(p, OP_END, NOWHERE));
+    r->start = whole.first;
+}
+
+/* *, +, ? or {m,n} behind f.  A counted item becomes a rule that is called. */
+static struct fragment read_repeat(struct parser *p, struct fragment f)
+{
+    gemma2_grammar *g = p->g;
+    int c = peek(p);
+    uint32_t start = p->at++, least = c == '+', most = c == '?' ? 1 : NOWHERE;
+    if (c == '{') {
+        skip_blanks(p, 0);
+        least = most = read_number(p, MAX_REPEAT);
+        skip_blanks(p, 0);
+        if (peek(p) == ',') {
+            p->at++, skip_blanks(p, 0);
+            most = peek(p) == '}' ? NOWHERE : read_number(p, MAX_REPEAT);
+            most = most > MAX_REPEAT ? NOWHERE : most;
+            skip_blanks(p, 0);
+        }
+        if (peek(p) != '}' || least > MAX_REPEAT || most < least)
+            refuse(p, start, "a repetition is {m}, {m,} or {m,n}, with m at most n and %d",
+                   MAX_REPEAT);
+        p->at++;
+    }
+    if (least == 1 && most == 1)
+        return f;
+    struct fragment split, whole = nothing(p), end = nothing(p);
+    int counted = least > 1 || (most > 1 && most != NOWHERE);
+    uint32_t item = g->n_rules;
+    if (counted) {
+        g->rules[g->n_rules++] = (struct rule){NOWHERE, p->rule->name_at, p->rule->name_n};
+        define_rule(p, &g->rules[item], f);
+    }
+    for (uint32_t i = 0; i < least && counted && !p->failed; i++)
+        whole = join(p, whole, single(p, OP_CALL, item));
+    for (uint32_t i = least; i < most && !p->failed; i++) {
+        struct fragment more = counted ? single(p, OP_CALL, item) : f;
+        split = single(p, OP_SPLIT, end.first);
+        whole = join(p, whole, join(p, split, more));
+        if (most == NOWHERE) { /* a loop; + enters it behind the split */
+            g->insts[more.last].next = split.first;
+            if (least && !counted)
+                g->insts[whole.first].next = more.first;
+            return p->failed ? end : (struct fragment){whole.first, end.last};
+        }
+    }
+    return join(p, whole, end);
+}
+
+static struct fragment read_ways(struct parser *p);
+
+static struct fragment read_item(struct parser *p)
+{
+    int c = peek(p);
+    uint32_t start = p->at;
+    struct fragment f = {NOWHERE, NOWHERE};
+    if (c == '"')
+        return read_literal(p);
+    if (c == '[')
+        return read_class(p);
+    if (c == '<' || c == '!')
+        return read_token(p);
+    if (c == '.')
+        return p->at++, add_codes(p, f, 0, MAX_CODE);
+    if (c == '(') {
+        p->at++;
+        if (++p->nesting > MAX_NESTING)
+            refuse(p, start, "parentheses are nested deeper than %d", MAX_NESTING);
+        f = p->failed ? nothing(p) : read_ways(p);
+        if (peek(p) != ')')
+            refuse(p, start, "this ( is not closed");
+        p->at++, p->nesting--;
+        return f;
+    }
+    uint32_t rule = read_name(p);
+    if (p->at == start)
+        refuse(p, start, "nothing of a grammar begins with this character");
+    return single(p, OP_CALL, rule);
+}
+
+/* Alternatives, up to the ')' or the end of the rule. */
+static struct fragment read_ways(struct parser *p)
+{
+    struct fragment ways = {NOWHERE, NOWHERE};
+    for (;;) {
+        struct fragment way = nothing(p);
+        skip_blanks(p, 1);
+        for (int c; !p->failed && (c = peek(p)) != '|' && c != ')' && c != '\n' && c >= 0;) {
+            struct fragment item = read_item(p);
+            for (skip_blanks(p, p->nesting != 0); !p->failed && (c = peek(p)) > 0 &&
+                                                  strchr("*+?{", c);
+                 skip_blanks(p, p->nesting != 0))
+                item = read_repeat(p, item);
+            way = join(p, way, item);
+            if (peek(p) == '\r')
+                break;
+        }
+        ways = either(p, ways, way);
+        if (p->failed || peek(p) != '|')
+            return p->failed ? nothing(p) : ways;
+        p->at++;
+    }
+}
+
+static void read_rules(struct parser *p)
+{
+    gemma2_grammar *g = p->g;
+    for (skip_blanks(p, 1); !p->failed && p->at < p->size; skip_blanks(p, 1)) {
+        uint32_t start = p->at, rule = read_name(p);
+        if (p->at == start)
+            refuse(p, start, "a rule was expected here: name ::= ...");
+        skip_blanks(p, 0);
+        if (p->size - min_u32(p->at, p->size) < 3 || memcmp(p->text + p->at, "::=", 3))
+            refuse(p, p->at, "::= was expected behind the name of a rule");
+        if (p->failed)
+            return;
+        p->at += 3;
+        p->rule = &g->rules[rule];
+        define_rule(p, p->rule, read_ways(p));
+        if (peek(p) == ')')
+            refuse(p, p->at, "this ) closes nothing");
+    }
+    g->root = NOWHERE;
+    for (uint32_t r = 0; r < g->n_rules; r++) {
+        struct text name = {p->text + g->rules[r].name_at, g->rules[r].name_n};
+        if (g->rules[r].start == NOWHERE)
+            refuse(p, g->rules[r].name_at, "there is no rule '%.*s'", (int)min_u32(name.n, 60),
+                   (const char *)name.p);
+        if (g->root == NOWHERE && same_text(name, as_text("root")))
+            g->root = r;
+    }
+    if (g->root == NOWHERE)
+        refuse(p, NOWHERE, "the grammar has no rule 'root'");
+}
+
+/* ---- finishing a grammar: shortest ways, empty languages, left recursion ---- */
+
+static void push_key(uint64_t *heap, uint32_t *n, uint64_t key)
+{
+    uint32_t at = (*n)++;
+    for (; at && heap[(at - 1) / 2] > key; at = (at - 1) / 2)
+        heap[at] = heap[(at - 1) / 2];
+    heap[at] = key;
+}
+
+static uint64_t pop_key(uint64_t *heap, uint32_t *n)
+{
+    uint64_t least = heap[0], last = heap[--*n];
+    uint32_t at = 0;
+    for (uint32_t child; (child = 2 * at + 1) < *n; at = child) {
+        child += child + 1 < *n && heap[child + 1] < heap[child];
+        if (heap[child] >= last)
+            break;
+        heap[at] = heap[child];
+    }
+    heap[at] = last;
+    return least;
+}
+
+/* The instruction behind this one's other, or NOWHERE. */
+static uint32_t second(const gemma2_grammar *g, const struct inst *i)
+{
+    return i->op == OP_CALL ? g->rules[i->other].start : i->op == OP_SPLIT ? i->other : NOWHERE;
+}
+
+/* What an instruction costs if those that it leads to cost what is known so far. */
+static uint32_t cost_at(const gemma2_grammar *g, const struct inst *i)
+{
+    uint32_t to = second(g, i), next = i->next == NOWHERE ? NOWHERE : g->cost[i->next];
+    uint32_t other = to == NOWHERE ? NOWHERE : g->cost[to];
+    if (i->op <= OP_END)
+        return 0;
+    if (i->op == OP_SPLIT)
+        return min_u32(next, other);
+    if (next == NOWHERE || (i->op == OP_CALL && other == NOWHERE))
+        return NOWHERE;
+    next += i->op == OP_CALL ? other : 1;
+    return next > MAX_COST ? NOWHERE : next;
+}
+
+/* Fills g->cost, the cheapest first (Dijkstra's way, as Knuth carried it over to grammars). */
+static int find_costs(gemma2_grammar *g)
+{
+    uint32_t n = g->n_insts, n_heap = 0;
+    uint32_t *head = malloc(3 * (size_t)n * sizeof *head), *link = head + n;
+    uint64_t *heap = malloc(3 * (size_t)n * sizeof *heap);
+    int ok = head && heap;
+    memset(g->cost, 0xff, n * sizeof *g->cost);
+    if (ok)
+        memset(head, 0xff, n * sizeof *head);
+    for (uint32_t i = 0; ok && i < 2 * n; i++) { /* lists of those that lead to an instruction */
+        const struct inst *inst = &g->insts[i / 2];
+        uint32_t to = i % 2 ? second(g, inst) : inst->next;
+        if (to != NOWHERE)
+            link[i] = head[to], head[to] = i;
+        if (i % 2 && inst->op <= OP_END)
+            push_key(heap, &n_heap, i / 2);
+    }
+    while (ok && n_heap) {
+        uint64_t key = pop_key(heap, &n_heap);
+        uint32_t at = (uint32_t)key;
+        if (g->cost[at] != NOWHERE)
+            continue;
+        g->cost[at] = (uint32_t)(key >> 32);
+        for (uint32_t i = head[at]; i != NOWHERE; i = link[i]) {
+            uint32_t cost = cost_at(g, &g->insts[i / 2]);
+            if (cost != NOWHERE && g->cost[i / 2] == NOWHERE)
+                push_key(heap, &n_heap, (uint64_t)cost << 32 | i / 2);
+        }
+    }
+    free(head), free(heap);
+    return ok;
+}
+
+/* A rule that can begin with itself, NOWHERE for none, or n_rules for no memory.  Walks what
+ * rules begin with; a rule is open while its end mark lies on the stack. */
+static uint32_t left_recursive(const gemma2_grammar *g)
+{
+    enum { UNSEEN, OPEN, CLOSED, IS_END = 1 << 30 };
+    uint32_t found = NOWHERE;
+    uint8_t *seen = calloc(g->n_insts + (size_t)g->n_rules, 1), *state = seen + g->n_insts;
+    uint32_t *stack = malloc((2 * ((size_t)g->n_insts + g->n_rules) + 2) * sizeof *stack);
+    if (!seen || !stack)
+        found = g->n_rules;
+    for (uint32_t r = 0, n = 0; r < g->n_rules && found == NOWHERE; r++) {
+        uint32_t enter = state[r] == UNSEEN ? r : NOWHERE;
+        do {
+            if (enter != NOWHERE) {
+                state[enter] = OPEN;
+                stack[n++] = IS_END | enter;
+                stack[n++] = g->rules[enter].start;
+            } else if (!n)
+                break;
+            uint32_t at = stack[--n];
+            enter = NOWHERE;
+            if (at & IS_END)
+                state[at & ~(uint32_t)IS_END] = CLOSED;
+            else if (!seen[at]) {
+                const struct inst *i = &g->insts[at];
+                seen[at] = 1;
+                int passes = i->op == OP_SPLIT ||
+                             (i->op == OP_CALL && g->cost[second(g, i)] == 0);
+                if (passes && i->next != NOWHERE)
+                    stack[n++] = i->next;
+                if (i->op == OP_SPLIT && i->other != NOWHERE)
+                    stack[n++] = i->other;
+                if (i->op == OP_CALL && state[i->other] == OPEN)
+                    found = i->other;
+                if (i->op == OP_CALL && state[i->other] == UNSEEN)
+                    enter = i->other;
+            }
+        } while (found == NOWHERE);
+    }
+    free(seen), free(stack);
+    return found;
+}
+
+/* ---- the vocabulary as a tree of bytes, for masks ----
+ *
+ * Nodes lie in depth-first order: a node's subtree follows it, and skip leads past it.  Most
+ * tokens are plain text: where a grammar takes any such text their bits are ready, and only the
+ * tree of the other tokens is walked. */
+enum { MAX_TOKEN_BYTES = 255, PLAIN_CHARS = 16, NO_TOKEN = 0xffffff };
+
+struct node {
+    uint32_t skip;  /* nodes of the subtree, this one included << 8 | byte */
+    uint32_t token; /* id or NO_TOKEN << 8 | depth, 1 at the top */
+};
+
+struct tree {
+    struct node *nodes;
+    uint32_t n;
+};
+
+struct vocabulary {
+    struct tree all, rest; /* all tokens of text, and those that are not plain */
+    uint32_t *plain;       /* mask of tokens of up to PLAIN_CHARS characters as JSON writes them */
+    uint32_t *text;        /* mask of the tokens that are whole characters */
+    uint32_t n_words;
+};
+
+struct token_text {
+    uint64_t start; /* the first bytes, big-endian */
+    struct text bytes;
+    uint32_t id;
+};
+
+static int compare_tokens(const void *left, const void *right)
+{
+    const struct token_text *a = left, *b = right;
+    if (a->start != b->start)
+        return a->start < b->start ? -1 : 1;
+    int order = compare_text(a->bytes, b->bytes);
+    return order ? order : (a->id > b->id) - (a->id < b->id);
+}
+
+/* Whole characters: 1, and 2 if they are plain.  0: a part of a character. */
+static int text_kind(struct text s)
+{
+    uint32_t chars = 0, length, kind = 2;
+    for (uint32_t i = 0; i < s.n; i += length, chars++) {
+        length = utf8_length(s.p + i, s.n - i);
+        if (!length)
+            return 0;
+        if (s.p[i] < 0x20 || s.p[i] == '"' || s.p[i] == '\\' || chars == PLAIN_CHARS)
+            kind = 1;
+    }
+    return (int)kind;
+}
+
+/* A tree of sorted tokens, all or those that are not plain.  Tokens of equal bytes become
+ * brothers.  0: no memory. */
+static int build_tree(struct tree *tree, const struct token_text *t, uint32_t n, int all)
+{
+    uint32_t stack[MAX_TOKEN_BYTES + 1], depth = 0, same;
+    const struct text *last = NULL;
+    size_t bytes = 1;
+    for (uint32_t i = 0; i < n; i++)
+        bytes += all || text_kind(t[i].bytes) < 2 ? t[i].bytes.n : 0;
+    if (bytes >= NO_TOKEN || !(tree->nodes = malloc(bytes * sizeof *tree->nodes)))
+        return 0;
+    for (uint32_t i = 0; i <= n; i++) {
+        const struct text *s = &t[i].bytes;
+        if (i < n && !all && text_kind(*s) == 2)
+            continue;
+        for (same = 0; i < n && last && same < last->n && same + 1 < s->n &&
+                       last->p[same] == s->p[same];)
+            same++;
+        for (; depth > same; depth--)
+            tree->nodes[stack[depth]].skip |= (tree->n - stack[depth]) << 8;
+        if (i == n)
+            break;
+        while (depth < s->n) {
+            stack[++depth] = tree->n;
+            tree->nodes[tree->n++] = (struct node){s->p[depth - 1],
+                                                   (uint32_t)NO_TOKEN << 8 | depth};
+        }
+        tree->nodes[tree->n - 1].token = t[i].id << 8 | depth;
+        last = s;
+    }
+    return 1;
+}
+
+static void free_vocabulary(struct vocabulary *v)
+{
+    if (v)
+        free(v->all.nodes), free(v->rest.nodes), free(v->plain);
+    free(v);
+}
+
+/* The bytes that a token adds to a reply, 0 of them for one that has no text. */
+static uint32_t token_bytes(const struct tokenizer *t, uint32_t id, uint8_t *bytes)
+{
+    struct text s = piece_text(t, id);
+    int kind = t->kinds[id];
+    if (kind == GEMMA2_PIECE_BYTE)
+        return bytes[0] = (uint8_t)byte_piece(s), 1;
+    if (kind != GEMMA2_PIECE_NORMAL && kind != GEMMA2_PIECE_USER)
+        return 0;
+    return (uint32_t)spaced_text(s, (char *)bytes);
+}
+
+static struct vocabulary *make_vocabulary(const gemma2_model *m)
+{
+    const struct tokenizer *t = &m->tokenizer;
+    struct vocabulary *v = calloc(1, sizeof *v);
+    size_t blob = t->n ? get_u32(t->ends + 4 * (size_t)(t->n - 1)) : 0, used = 0;
+    uint32_t n = 0, words = (t->n + 31) / 32;
+    struct token_text *texts = malloc(t->n * sizeof *texts);
+    uint8_t *bytes = malloc(blob + 1);
+    if (v && texts && bytes && (v->plain = calloc(2 * (size_t)words, sizeof *v->plain))) {
+        v->n_words = words, v->text = v->plain + words;
+        for (uint32_t id = 0; id < t->n; id++) {
+            struct text s = {bytes + used, token_bytes(t, id, bytes + used)};
+            if (!s.n || s.n > MAX_TOKEN_BYTES || gemma2_is_stop(m, (int32_t)id))
+                continue;
+            texts[n] = (struct token_text){0, s, id};
+            for (uint32_t i = 0; i < 8; i++)
+                texts[n].start = texts[n].start << 8 | (i < s.n ? s.p[i] : 0);
+            used += s.n, n++;
+            uint32_t bit = 1u << id % 32;
+            v->text[id / 32] |= text_kind(s) ? bit : 0;
+            v->plain[id / 32] |= text_kind(s) == 2 ? bit : 0;
+        }
+        qsort(texts, n, sizeof *texts, compare_tokens);
+    }
+    if (!v || !v->plain || !build_tree(&v->all, texts, n, 1) || !build_tree(&v->rest, texts, n, 0))
+        free_vocabulary(v), v = NULL;
+    free(texts), free(bytes);
+    return v;
+}
+
+/* The model's, made when first asked for.  Threads that ask at once all make one; the first to
+ * finish wins. */
+static const struct vocabulary *vocabulary_of(const gemma2_model *m)
+{
+    struct vocabulary *none_yet = NULL, *v = atomic_load(m->vocabulary);
+    if (v || !(v = make_vocabulary(m)))
+        return v;
+    if (!atomic_compare_exchange_strong(m->vocabulary, &none_yet, v)) {
+        free_vocabulary(v);
+        v = none_yet;
+    }
+    return v;
+}
+
+/* ---- matching: numbered sets, and masks ---- */
+enum { MAX_SETS = 1 << 19, MAX_ITEMS = 1 << 21, SET_SLOTS = 1 << 20, MAX_ROWS = 4096,
+       MAX_MASKS = 32, MAX_CLOSURE = 1 << 13, SEEN_SLOTS = 1 << 15, MAX_FRONT = 128,
+       LONGEST_PLAN = 1024, SEARCH_NODES = 3000 };
+
+struct set {
+    uint32_t first, n, hash;
+    uint32_t cost;   /* bytes of the shortest way to an end of the reply; 0: it may end here */
+    uint32_t row;    /* 1 + its row, or 0 */
+    uint32_t mask;   /* 1 + its mask, or 0 */
+    uint32_t tokens; /* 1 + tokens of a shortest way, or 0 where that is not known */
+    uint32_t mark;   /* of the search that saw it last */
+    uint32_t refers; /* an OP_TOKEN may follow */
+};
+
+struct gemma2_matcher {
+    const gemma2_grammar *grammar;
+    const struct vocabulary *vocabulary;
+    uint32_t n_sets, n_items, n_rows, n_masks, clock, mark, tag;
+    int full;              /* something did not fit: an answer is incomplete */
+    struct set *sets;      /* 0: dead.  1: the reply is over */
+    uint64_t *items;       /* stack << 32 | instruction, ascending in each set */
+    uint32_t *set_slots;   /* hash of sets */
+    uint32_t (*rows)[256]; /* what each byte makes of a set */
+    uint32_t *masks;       /* [MAX_MASKS][words] */
+    struct ready_mask {
+        uint32_t set, used, worst; /* worst: the highest cost behind any of its tokens */
+    } ready[MAX_MASKS];
+    uint32_t row_set[MAX_ROWS];
+    /* scratch */
+    uint64_t seen[SEEN_SLOTS]; /* hash of the closure */
+    uint32_t seen_at[MAX_CLOSURE], n_closure, n_leaves, n_calls, n_gathered;
+    uint64_t closure[MAX_CLOSURE], leaves[MAX_CLOSURE], calls[MAX_CLOSURE];
+    uint64_t gathered[MAX_CLOSURE], last[MAX_CLOSURE];
+    uint32_t queue[SEARCH_NODES + 2];
+};
+
+static void forget_sets(gemma2_matcher *m)
+{
+    m->n_sets = 2, m->n_items = 1, m->n_rows = m->n_masks = 0, m->full = 0;
+    m->tag += 2;
+    memset(m->set_slots, 0, SET_SLOTS * sizeof *m->set_slots);
+    memset(m->sets, 0, 2 * sizeof *m->sets);
+    m->sets[0].cost = NOWHERE;
+    m->items[0] = 0; /* OP_ACCEPT, no stack */
+    m->sets[1].n = 1;
+}
+
+/* The number of the set of what was gathered; 0 for nothing or where there is no room. */
+static uint32_t intern(gemma2_matcher *m)
+{
+    uint64_t *items = m->gathered, h = 0;
+    uint32_t n = 0, n_all = m->n_gathered;
+    m->n_gathered = 0;
+    if (n_all > 1)
+        qsort(items, n_all, sizeof *items, compare_keys);
+    for (uint32_t i = 0; i < n_all; i++)
+        if (!i || items[i] != items[n - 1]) {
+            items[n++] = items[i];
+            h = (h ^ items[i]) * 0x9e3779b97f4a7c15u, h ^= h >> 29;
+        }
+    if (n < 2 && (!n || !items[0]))
+        return n;
+    uint32_t hash = (uint32_t)(h >> 20), at = hash % SET_SLOTS;
+    for (; m->set_slots[at]; at = (at + 1) % SET_SLOTS) {
+        const struct set *s = &m->sets[m->set_slots[at]];
+        if (s->hash == hash && s->n == n && !memcmp(m->items + s->first, items, n * sizeof *items))
+            return m->set_slots[at];
+    }
+    if (m->n_sets == MAX_SETS || m->n_items + n > MAX_ITEMS) {
+        m->full = 1;
+        return 0;
+    }
+    struct set s = {.first = m->n_items, .n = n, .hash = hash, .cost = NOWHERE};
+    for (uint32_t i = 0; i < n; i++) {
+        uint32_t own = m->grammar->cost[(uint32_t)items[i]], stack = (uint32_t)(items[i] >> 32);
+        s.cost = min_u32(s.cost, min_u32(own + (stack ? m->sets[stack].cost : 0), 1u << 30));
+    }
+    memcpy(m->items + m->n_items, items, n * sizeof *items);
+    m->n_items += n;
+    m->sets[m->n_sets] = s;
+    return m->set_slots[at] = m->n_sets++;
+}
+
+static int add_items(gemma2_matcher *m, const uint64_t *items, uint32_t n)
+{
+    if (m->n_gathered + n > MAX_CLOSURE)
+        return m->full = 1, 0;
+    memcpy(m->gathered + m->n_gathered, items, n * sizeof *items);
+    m->n_gathered += n;
+    return 1;
+}
+
+/* Gathers (instruction, stack); at the end of a rule it goes on where the stack says. */
+static void collect(gemma2_matcher *m, uint32_t at, uint32_t stack)
+{
+    const gemma2_grammar *g = m->grammar;
+    while (g->insts[at].op == OP_SPLIT && g->insts[at].other == NOWHERE &&
+           g->insts[at].next != NOWHERE)
+        at = g->insts[at].next;
+    uint64_t item = (uint64_t)stack << 32 | at;
+    if (g->insts[at].op == OP_END)
+        add_items(m, m->items + m->sets[stack].first, m->sets[stack].n);
+    else if (g->cost[at] != NOWHERE)
+        add_items(m, &item, 1);
+}
+
+/* Notes that (instruction, stack) is reached without a byte. */
+static void reach(gemma2_matcher *m, uint32_t at, uint32_t stack)
+{
+    uint64_t key = ((uint64_t)stack << 32 | at) + 1;
+    uint32_t slot = (uint32_t)(key * 0x9e3779b97f4a7c15u >> 40) % SEEN_SLOTS;
+    if (at == NOWHERE || m->grammar->cost[at] == NOWHERE)
+        return;
+    for (; m->seen[slot]; slot = (slot + 1) % SEEN_SLOTS)
+        if (m->seen[slot] == key)
+            return;
+    if (m->n_closure == MAX_CLOSURE) {
+        m->full = 1;
+        return;
+    }
+    m->seen[slot] = key;
+    m->seen_at[m->n_closure] = slot;
+    m->closure[m->n_closure++] = key - 1;
+}
+
+static void step_over(gemma2_matcher *m, uint64_t item, uint32_t index)
+{
+    uint32_t stack = (uint32_t)(item >> 32);
+    const struct inst *i = &m->grammar->insts[(uint32_t)item];
+    const struct set *s = &m->sets[stack];
+    if (i->op == OP_BYTE || i->op == OP_TOKEN)
+        m->leaves[m->n_leaves++] = item;
+    else if (i->op == OP_CALL)
+        m->calls[m->n_calls++] = (uint64_t)i->other << 32 | index;
+    else if (i->op == OP_SPLIT)
+        reach(m, i->next, stack), reach(m, i->other, stack);
+    for (uint32_t k = 0; i->op == OP_END && k < s->n; k++)
+        reach(m, (uint32_t)m->items[s->first + k], (uint32_t)(m->items[s->first + k] >> 32));
+}
+
+/* All instructions that read, which a set reaches before it reads, into m->leaves.  All that
+ * call a rule in one wave share a stack. */
+static void close_set(gemma2_matcher *m, uint32_t set)
+{
+    const gemma2_grammar *g = m->grammar;
+    m->n_closure = m->n_leaves = 0;
+    for (uint32_t i = 0; i < m->sets[set].n; i++) {
+        uint64_t item = m->items[m->sets[set].first + i];
+        reach(m, (uint32_t)item, (uint32_t)(item >> 32));
+    }
+    for (uint32_t next = 0; next < m->n_closure;) {
+        for (m->n_calls = 0; next < m->n_closure; next++)
+            step_over(m, m->closure[next], next);
+        qsort(m->calls, m->n_calls, sizeof *m->calls, compare_keys);
+        for (uint32_t i = 0; i < m->n_calls; i++) {
+            uint64_t item = m->closure[(uint32_t)m->calls[i]], rule = m->calls[i] >> 32;
+            collect(m, g->insts[(uint32_t)item].next, (uint32_t)(item >> 32));
+            if (i + 1 < m->n_calls && m->calls[i + 1] >> 32 == rule)
+                continue;
+            uint32_t stack = intern(m);
+            if (stack)
+                reach(m, g->rules[rule].start, stack);
+        }
+    }
+    for (uint32_t i = 0; i < m->n_closure; i++)
+        m->seen[m->seen_at[i]] = 0;
+}
+
+/* The sets that follow a set, by byte; NULL where there is no room. */
+static const uint32_t *sets_after(gemma2_matcher *m, uint32_t set)
+{
+    const struct inst *insts = m->grammar->insts;
+    uint8_t edge[257] = {0};
+    uint32_t n_last = 0, id = 0;
+    if (m->sets[set].row)
+        return m->rows[m->sets[set].row - 1];
+    if (m->n_rows == MAX_ROWS)
+        return m->full = 1, NULL;
+    close_set(m, set);
+    uint32_t *row = m->rows[m->n_rows];
+    for (uint32_t i = 0; i < m->n_leaves; i++) {
+        const struct inst *leaf = &insts[(uint32_t)m->leaves[i]];
+        if (leaf->op == OP_BYTE)
+            edge[leaf->low] = edge[leaf->high + 1] = 1;
+        m->sets[set].refers |= leaf->op == OP_TOKEN;
+    }
+    for (uint32_t byte = 0, end; byte < 256; byte = end) {
+        for (end = byte + 1; end < 256 && !edge[end];)
+            end++;
+        for (uint32_t i = 0; i < m->n_leaves; i++) {
+            const struct inst *leaf = &insts[(uint32_t)m->leaves[i]];
+            if (leaf->op == OP_BYTE && leaf->low <= byte && byte <= leaf->high)
+                collect(m, leaf->next, (uint32_t)(m->leaves[i] >> 32));
+        }
+        size_t size = m->n_gathered * sizeof *m->last;
+        if (m->n_gathered != n_last || memcmp(m->last, m->gathered, size)) {
+            n_last = m->n_gathered;
+            memcpy(m->last, m->gathered, size);
+            id = intern(m);
+        }
+        m->n_gathered = 0;
+        for (uint32_t i = byte; i < end; i++)
+            row[i] = id;
+    }
+    if (m->full)
+        return NULL;
+    m->row_set[m->n_rows] = set;
+    m->sets[set].row = ++m->n_rows;
+    return row;
+}
+
+struct walk {
+    uint32_t limit; /* most tokens that may follow the one allowed */
+    uint32_t *mask; /* NULL: sets are collected in the matcher's queue */
+    uint32_t worst, cut, n_found, nodes, most_nodes;
+};
+
+static uint32_t tokens_of(gemma2_matcher *m, uint32_t set);
+
+/* The token leads to the set: allows it, or notes the set. */
+static void take_token(gemma2_matcher *m, struct walk *w, uint32_t token, uint32_t set)
+{
+    struct set *s = &m->sets[set];
+    if (!w->mask) {
+        if (s->mark != m->mark)
+            s->mark = m->mark, m->queue[w->n_found++] = set;
+    } else if (s->cost > w->limit && tokens_of(m, set) > w->limit)
+        w->cut = 1;
+    else {
+        w->worst = s->cost > w->worst ? s->cost : w->worst;
+        w->mask[token / 32] |= 1u << token % 32;
+    }
+}
+
+/* All tokens of the tree that may follow the set. */
+static void walk_tree(gemma2_matcher *m, const struct tree *tree, uint32_t set, struct walk *w)
+{
+    const uint32_t *rows[MAX_TOKEN_BYTES + 1];
+    rows[0] = sets_after(m, set);
+    for (uint32_t i = 0; rows[0] && i < tree->n && w->nodes <= w->most_nodes; w->nodes++) {
+        struct node node = tree->nodes[i];
+        uint32_t depth = node.token & 255, next = rows[depth - 1][node.skip & 255];
+        if (next && node.token >> 8 != NO_TOKEN)
+            take_token(m, w, node.token >> 8, next);
+        if (next && node.skip >> 8 > 1)
+            next = (rows[depth] = sets_after(m, next)) != NULL;
+        i += next ? 1 : node.skip >> 8;
+    }
+}
+
+/* The fewest tokens of the first, by bytes, of the shortest ways to the end.  What remains of
+ * it after a token is again the first of the shortest: so a way found stays open. */
+static uint32_t plan_tokens(gemma2_matcher *m, uint32_t set)
+{
+    uint8_t way[LONGEST_PLAN];
+    uint32_t best[LONGEST_PLAN + 1], n = m->sets[set].cost;
+    const struct tree *tree = &m->vocabulary->all;
+    for (uint32_t i = 0, byte = 0; i < n; i++, byte = 0) {
+        const uint32_t *row = n <= LONGEST_PLAN ? sets_after(m, set) : NULL;
+        while (row && byte < 256 && (!row[byte] || m->sets[row[byte]].cost != n - i - 1))
+            byte++;
+        if (!row || byte == 256) /* the way goes through an OP_TOKEN */
+            return n;
+        way[i] = (uint8_t)byte;
+        set = row[byte];
+    }
+    best[n] = 0;
+    for (uint32_t i = n; i-- > 0;) {
+        uint32_t at = 0, end = tree->n;
+        best[i] = NOWHERE;
+        for (uint32_t k = i; k < n; k++) {
+            while (at < end && (tree->nodes[at].skip & 255) != way[k])
+                at += tree->nodes[at].skip >> 8;
+            if (at >= end)
+                break;
+            if (tree->nodes[at].token >> 8 != NO_TOKEN)
+                best[i] = min_u32(best[i], best[k + 1] + 1);
+            uint32_t twin = at + (tree->nodes[at].skip >> 8);
+            while (tree->nodes[at].skip >> 8 == 1 && twin < end && /* the last has the children */
+                   (tree->nodes[twin].skip & 255) == way[k])
+                at = twin, twin += tree->nodes[at].skip >> 8;
+            end = twin, at++;
+        }
+    }
+    return best[0];
+}
+
+/* The fewest tokens of all ways, if a small search finds it, else NOWHERE. */
+static uint32_t search_tokens(gemma2_matcher *m, uint32_t set)
+{
+    struct walk w = {.most_nodes = SEARCH_NODES, .n_found = 1};
+    m->mark++;
+    m->queue[0] = set;
+    for (uint32_t level = 1, first = 0; first < w.n_found; level++) {
+        uint32_t end = w.n_found;
+        for (; first < end; first++)
+            walk_tree(m, &m->vocabulary->all, m->queue[first], &w);
+        if (w.nodes > w.most_nodes || m->full)
+            return NOWHERE;
+        for (uint32_t i = end; i < w.n_found; i++)
+            if (m->sets[m->queue[i]].cost == 0)
+                return level;
+    }
+    return NOWHERE;
+}
+
+/* Tokens of a shortest way from the set to an end of the reply. */
+static uint32_t tokens_of(gemma2_matcher *m, uint32_t set)
+{
+    struct set *s = &m->sets[set];
+    if (s->cost == 0 || s->tokens)
+        return s->cost ? s->tokens - 1 : 0;
+    uint32_t n = plan_tokens(m, set);
+    if (n > 1)
+        n = min_u32(n, search_tokens(m, set));
+    if (!m->full)
+        s->tokens = n + 1;
+    return n;
+}
+
+/* The distinct sets that bytes low..high make of those in list; 0 if one is dead. */
+static uint32_t advance(gemma2_matcher *m, uint32_t list[MAX_FRONT], uint32_t n, int low, int high)
+{
+    uint32_t to[MAX_FRONT], n_to = 0;
+    for (uint32_t i = 0; i < n; i++) {
+        const uint32_t *row = sets_after(m, list[i]);
+        for (int byte = low; byte <= high; byte++) {
+            uint32_t k = 0;
+            while (row && k < n_to && to[k] != row[byte])
+                k++;
+            if (!row || !row[byte] || k == MAX_FRONT)
+                return 0;
+            to[k] = row[byte];
+            n_to += k == n_to;
+        }
+    }
+    memcpy(list, to, n_to * sizeof *list);
+    return n_to;
+}
+
+/* Whether any plain text of up to PLAIN_CHARS characters may follow; the highest cost behind
+ * one goes to *worst. */
+static int takes_plain(gemma2_matcher *m, uint32_t set, uint32_t *worst)
+{
+    static const uint8_t bytes[11][8] = { /* low and high of each byte of a character */
+        {0x20, 0x21}, {0x23, 0x5b}, {0x5d, 0x7f}, {0xc2, 0xdf, 0x80, 0xbf},
+        {0xe0, 0xe0, 0xa0, 0xbf, 0x80, 0xbf}, {0xe1, 0xec, 0x80, 0xbf, 0x80, 0xbf},
+        {0xed, 0xed, 0x80, 0x9f, 0x80, 0xbf}, {0xee, 0xef, 0x80, 0xbf, 0x80, 0xbf},
+        {0xf0, 0xf0, 0x90, 0xbf, 0x80, 0xbf, 0x80, 0xbf},
+        {0xf1, 0xf3, 0x80, 0xbf, 0x80, 0xbf, 0x80, 0xbf},
+        {0xf4, 0xf4, 0x80, 0x8f, 0x80, 0xbf, 0x80, 0xbf}};
+    uint32_t level[MAX_FRONT] = {set}, next[MAX_FRONT], n = 1, n_next, mark = ++m->mark;
+    for (int chars = 0; n && chars < PLAIN_CHARS; chars++, n = n_next) {
+        n_next = 0;
+        for (uint32_t i = 0; i < n * 11; i++) {
+            uint32_t front[MAX_FRONT] = {level[i / 11]}, n_front = 1;
+            const uint8_t *b = bytes[i % 11];
+            for (int k = 0; k < 8 && b[k] && n_front; k += 2)
+                n_front = advance(m, front, n_front, b[k], b[k + 1]);
+            if (!n_front)
+                return 0;
+            for (uint32_t k = 0; k < n_front; k++) {
+                struct set *s = &m->sets[front[k]];
+                if (s->mark == mark)
+                    continue;
+                if (n_next == MAX_FRONT)
+                    return 0;
+                s->mark = mark;
+                *worst = s->cost > *worst ? s->cost : *worst;
+                next[n_next++] = front[k];
+            }
+        }
+        memcpy(level, next, n_next * sizeof *next);
+    }
+    return 1;
+}
+
+/* Keeps a mask that no limit cut, in place of the one that was used longest ago. */
+static void keep_mask(gemma2_matcher *m, uint32_t set, uint32_t worst, const uint32_t *mask)
+{
+    uint32_t at = 0, words = m->vocabulary->n_words;
+    for (uint32_t i = 0; i < m->n_masks; i++)
+        at = m->ready[i].used < m->ready[at].used ? i : at;
+    if (m->n_masks < MAX_MASKS)
+        at = m->n_masks++;
+    else
+        m->sets[m->ready[at].set].mask = 0;
+    m->ready[at] = (struct ready_mask){set, ++m->clock, worst};
+    memcpy(m->masks + (size_t)at * words, mask, words * sizeof *mask);
+    m->sets[set].mask = at + 1;
+}
+
+/* The set after one token that the grammar asks for, or any other token, by instruction. */
+static uint32_t after_leaf(gemma2_matcher *m, uint64_t leaf)
+{
+    collect(m, m->grammar->insts[(uint32_t)leaf].next, (uint32_t)(leaf >> 32));
+    return intern(m);
+}
+
+/* Adds to the mask the tokens that the grammar itself speaks of. */
+static void add_tokens(gemma2_matcher *m, uint32_t set, struct walk *w)
+{
+    close_set(m, set);
+    for (uint32_t i = 0, to; i < m->n_leaves; i++) {
+        const struct inst *leaf = &m->grammar->insts[(uint32_t)m->leaves[i]];
+        if (leaf->op != OP_TOKEN || !(to = after_leaf(m, m->leaves[i])))
+            continue;
+        for (uint32_t id = leaf->low ? 0 : leaf->other; id < m->vocabulary->n_words * 32; id++) {
+            if (!leaf->low || (id != leaf->other && m->vocabulary->text[id / 32] >> id % 32 & 1))
+                take_token(m, w, id, to);
+            if (!leaf->low)
+                break;
+        }
+    }
+}
+
+/* The tokens that may follow the set if left more may come, this one included. */
+static void fill_mask(gemma2_matcher *m, uint32_t set, uint32_t left, uint32_t *mask)
+{
+    const struct vocabulary *v = m->vocabulary;
+    const gemma2_config *c = &m->grammar->model->config;
+    struct walk w = {.limit = left - 1, .mask = mask, .most_nodes = NOWHERE};
+    uint32_t kept = m->sets[set].mask;
+    if (kept && left && m->ready[kept - 1].worst <= w.limit) {
+        m->ready[kept - 1].used = ++m->clock;
+        memcpy(mask, m->masks + (size_t)(kept - 1) * v->n_words, v->n_words * sizeof *mask);
+        return;
+    }
+    memset(mask, 0, v->n_words * sizeof *mask);
+    if (left && takes_plain(m, set, &w.worst) && w.worst <= w.limit) {
+        memcpy(mask, v->plain, v->n_words * sizeof *mask);
+        walk_tree(m, &v->rest, set, &w);
+    } else if (left) {
+        w.worst = 0;
+        walk_tree(m, &v->all, set, &w);
+    }
+    if (left && m->sets[set].refers)
+        add_tokens(m, set, &w);
+    for (int32_t i = 0; i < c->n_stop && m->sets[set].cost == 0; i++)
+        mask[c->stop[i] / 32] |= 1u << c->stop[i] % 32;
+    if (left && !w.cut && !m->full)
+        keep_mask(m, set, w.worst, mask);
+}
+
+/* What the token makes of the set; 0 if the grammar does not take it. */
+static uint32_t after_token(gemma2_matcher *m, uint32_t set, uint32_t id)
+{
+    uint8_t bytes[MAX_PIECE_BYTES];
+    uint32_t n = token_bytes(&m->grammar->model->tokenizer, id, bytes);
+    int is_text = m->vocabulary->text[id / 32] >> id % 32 & 1;
+    uint32_t to = n && n <= MAX_TOKEN_BYTES ? set : 0;
+    const uint32_t *row = sets_after(m, set);
+    for (uint32_t i = 0; i < n && to; i++)
+        to = (row = sets_after(m, to)) ? row[bytes[i]] : 0;
+    if (!m->sets[set].refers)
+        return to;
+    close_set(m, set);
+    add_items(m, m->items + m->sets[to].first, m->sets[to].n);
+    for (uint32_t i = 0; i < m->n_leaves; i++) {
+        const struct inst *leaf = &m->grammar->insts[(uint32_t)m->leaves[i]];
+        if (leaf->op == OP_TOKEN && (leaf->low ? id != leaf->other && is_text : id == leaf->other))
+            collect(m, leaf->next, (uint32_t)(m->leaves[i] >> 32));
+    }
+    return intern(m);
 }
 
 /* ===================================================================================
@@ -4194,6 +5424,7 @@ void gemma2_close(gemma2_model *m)
     if (!m)
         return;
     file_close(&m->file);
+    free_vocabulary(atomic_load(&m->vocabulary_made));
     free(m);
 }
 
@@ -4929,6 +6160,163 @@ int gemma2_logprob(const float *logits, size_t n, int32_t id, float *logprob)
     *logprob = log_sum_end(&sum);
     float_env_leave(env);
     return GEMMA2_OK;
+}
+
+/* ---- grammars ---- */
+
+/* Reads the text into g, whose memory is there. */
+static int compile(gemma2_grammar *g, const char *text, uint32_t size, struct errbuf *err)
+{
+    struct parser p = {.g = g, .text = (const uint8_t *)text, .size = size, .n_slots = 64,
+                       .err = err};
+    while (p.n_slots < size + 2)
+        p.n_slots *= 2;
+    p.slots = calloc(p.n_slots, sizeof *p.slots);
+    if (!p.slots)
+        return fail(err, "out of memory for the grammar");
+    g->insts[g->n_insts++] = (struct inst){.op = OP_ACCEPT, .next = NOWHERE, .other = NOWHERE};
+    read_rules(&p);
+    free(p.slots);
+    if (!p.failed && (!(g->cost = malloc(g->n_insts * sizeof *g->cost)) || !find_costs(g)))
+        refuse(&p, NOWHERE, "out of memory for the grammar");
+    if (!p.failed && g->cost[g->rules[g->root].start] == NOWHERE)
+        refuse(&p, NOWHERE, "the grammar has no sentence of at most %d bytes", MAX_COST);
+    uint32_t rule = p.failed ? NOWHERE : left_recursive(g);
+    if (rule < g->n_rules)
+        refuse(&p, g->rules[rule].name_at, "the rule '%.*s' can begin with itself (left "
+               "recursion): let it end with itself", (int)min_u32(g->rules[rule].name_n, 60),
+               text + g->rules[rule].name_at);
+    else if (rule != NOWHERE)
+        refuse(&p, NOWHERE, "out of memory for the grammar");
+    return !p.failed;
+}
+
+gemma2_grammar *gemma2_grammar_new(const gemma2_model *m, const char *text, int64_t size,
+                                   char *err_text, size_t err_size)
+{
+    struct errbuf err = {err_text, err_size};
+    if (!m || !text || size < -1)
+        return fail(&err, "gemma2_grammar_new: no model or no text"), NULL;
+    size_t n = size < 0 ? strlen(text) : (size_t)size;
+    if (n > MAX_GRAMMAR)
+        return fail(&err, "a grammar of more than %d bytes is too long", MAX_GRAMMAR), NULL;
+    for (int i = 0; i < 256; i++)
+        if (m->tokenizer.byte_id[i] < 0)
+            return fail(&err, "the vocabulary has no piece for byte %d, so replies cannot be "
+                              "constrained", i), NULL;
+    gemma2_grammar *g = calloc(1, sizeof *g);
+    if (g) {
+        g->model = m;
+        g->insts = malloc(MAX_INSTS * sizeof *g->insts);
+        g->rules = malloc((n + 2) * sizeof *g->rules);
+    }
+    if (!g || !g->insts || !g->rules)
+        fail(&err, "out of memory for the grammar");
+    else if (compile(g, text, (uint32_t)n, &err)) {
+        void *insts = realloc(g->insts, g->n_insts * sizeof *g->insts);
+        void *rules = realloc(g->rules, g->n_rules * sizeof *g->rules);
+        g->insts = insts ? insts : g->insts;
+        g->rules = rules ? rules : g->rules;
+        return g;
+    }
+    gemma2_grammar_free(g);
+    return NULL;
+}
+
+void gemma2_grammar_free(gemma2_grammar *g)
+{
+    if (g)
+        free(g->insts), free(g->rules), free(g->cost);
+    free(g);
+}
+
+gemma2_matcher *gemma2_matcher_new(const gemma2_grammar *g)
+{
+    const struct vocabulary *v = g ? vocabulary_of(g->model) : NULL;
+    gemma2_matcher *m = v ? calloc(1, sizeof *m) : NULL;
+    if (!m)
+        return NULL;
+    m->grammar = g, m->vocabulary = v;
+    m->tag = (uint32_t)((uintptr_t)m >> 6) | 1;
+    m->sets = malloc(MAX_SETS * sizeof *m->sets);
+    m->items = malloc(MAX_ITEMS * sizeof *m->items);
+    m->rows = malloc(MAX_ROWS * sizeof *m->rows);
+    m->masks = malloc(MAX_MASKS * (size_t)v->n_words * sizeof *m->masks);
+    m->set_slots = calloc(SET_SLOTS, sizeof *m->set_slots);
+    if (m->sets && m->items && m->rows && m->masks && m->set_slots)
+        return forget_sets(m), m;
+    gemma2_matcher_free(m);
+    return NULL;
+}
+
+void gemma2_matcher_free(gemma2_matcher *m)
+{
+    if (m)
+        free(m->sets), free(m->items), free(m->rows), free(m->masks), free(m->set_slots);
+    free(m);
+}
+
+int gemma2_matcher_start(gemma2_matcher *m, gemma2_grammar_state *state)
+{
+    if (!m || !state)
+        return GEMMA2_ERR_ARGUMENT;
+    if (m->full || m->n_sets > MAX_SETS / 2 || m->n_items > MAX_ITEMS / 2)
+        forget_sets(m);
+    collect(m, m->grammar->rules[m->grammar->root].start, 1);
+    *state = (gemma2_grammar_state){m->tag, intern(m)};
+    return GEMMA2_OK;
+}
+
+/* Checks the state, which may hold anything, and makes room for rows. */
+static int enter_state(gemma2_matcher *m, const gemma2_grammar_state *state)
+{
+    if (state->tag != m->tag || !state->set || state->set >= m->n_sets)
+        return GEMMA2_ERR_MISMATCH;
+    if (m->full || m->n_rows > MAX_ROWS / 2) {
+        for (uint32_t i = 0; i < m->n_rows; i++)
+            m->sets[m->row_set[i]].row = 0;
+        m->n_rows = 0, m->full = 0;
+    }
+    return GEMMA2_OK;
+}
+
+int gemma2_matcher_allowed(gemma2_matcher *m, const gemma2_grammar_state *state, int64_t left,
+                           uint32_t *mask)
+{
+    if (!m || !state || !mask || left < -1)
+        return GEMMA2_ERR_ARGUMENT;
+    int status = enter_state(m, state);
+    if (status < 0)
+        return status;
+    fill_mask(m, state->set, left < 0 || left > 1 << 30 ? 1u << 30 : (uint32_t)left, mask);
+    return m->full ? GEMMA2_ERR_SPACE : GEMMA2_OK;
+}
+
+int gemma2_matcher_accept(gemma2_matcher *m, gemma2_grammar_state *state, int32_t id)
+{
+    if (!m || !state)
+        return GEMMA2_ERR_ARGUMENT;
+    int status = enter_state(m, state);
+    if (status < 0)
+        return status;
+    if (id < 0 || id >= m->grammar->model->config.n_vocab)
+        return GEMMA2_ERR_TOKEN;
+    int stops = gemma2_is_stop(m->grammar->model, id);
+    uint32_t next = stops ? m->sets[state->set].cost == 0 : after_token(m, state->set, (uint32_t)id);
+    if (m->full)
+        return GEMMA2_ERR_SPACE;
+    if (!next)
+        return GEMMA2_ERR_TOKEN;
+    state->set = next;
+    return GEMMA2_OK;
+}
+
+int64_t gemma2_matcher_shortest(gemma2_matcher *m, const gemma2_grammar_state *state)
+{
+    if (!m || !state)
+        return GEMMA2_ERR_ARGUMENT;
+    int status = enter_state(m, state);
+    return status < 0 ? status : (int64_t)tokens_of(m, state->set);
 }
 
 /* ---- speculation ---- */
@@ -5833,6 +7221,7 @@ static gemma2_model *allocate_model(struct file *f, struct errbuf *err)
         return NULL;
     }
     memset(m, 0, sizeof *m + layers);
+    m->vocabulary = &m->vocabulary_made;
     m->config = small.config;
     m->isa = small.isa;
     m->directory = small.directory;

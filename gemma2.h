@@ -531,19 +531,71 @@ typedef struct {
     float min_p;               /* relative to the best token; 0..1; 0: off */
     uint64_t rng;              /* state of PCG32 (XSH-RR 64/32, increment 1442695040888963407,
                                 * seeded as by pcg32_srandom); one draw a token, none if greedy */
+    const uint32_t *allow;     /* bits of the tokens that may be drawn, see
+                                * gemma2_matcher_allowed; NULL: all */
 } gemma2_sampler;
 GEMMA2_API void gemma2_sampler_init(gemma2_sampler *sampler, uint64_t seed);
 
-/* Draws an id from logits (V floats, left alone).  Equal logits rank by lower id.  The session
- * lends its worker's scratch and, to the penalties, its history.  GEMMA2_ERR_ARGUMENT also when
- * every token is banned or a bias or penalty makes a logit NaN or +infinity, GEMMA2_ERR_TOKEN for a
- * bias of an unknown id, GEMMA2_ERR_NONFINITE for logits that are not finite.  After an error the
- * sampler is as it was. */
+/* Draws an id from logits (V floats, left alone; -INFINITY bans a token).  Equal logits rank by
+ * lower id.  The session lends its worker's scratch and, to the penalties, its history.
+ * GEMMA2_ERR_ARGUMENT also when every token is banned or a bias or penalty makes a logit NaN or
+ * +infinity, GEMMA2_ERR_TOKEN for a bias of an unknown id, GEMMA2_ERR_NONFINITE for logits that are
+ * NaN or +infinity.  After an error the sampler is as it was. */
 GEMMA2_API int32_t gemma2_sample(gemma2_session *session, gemma2_sampler *sampler,
                                  const float *logits);
 /* Natural log-probability of id under logits (n floats), before temperature and cuts, into
  * *logprob. */
 GEMMA2_API int gemma2_logprob(const float *logits, size_t n, int32_t id, float *logprob);
+
+/* ---- Grammars: what a reply may be ------------------------------------------------ */
+
+/* Compiled from GBNF, the dialect of llama.cpp's grammars: rules name ::= ..., of which root is
+ * the start; "text", [a-z] [^"\\], . for any character, (a | b), * + ? {m} {m,} {m,n}, # comments,
+ * and tokens <[id]> <text> !<text>.  Never changes, so any number of threads may use it.  The
+ * model must outlive it.  A grammar that is refused leaves "line L, column C: ..." in err: one of
+ * over 4 MB, 2^20 instructions (about one for each byte of text and for each repetition) or 250
+ * parentheses deep, without a sentence, or with a rule that can begin with itself.
+ *
+ *   gemma2_matcher_start(matcher, &state), sampler.allow = mask;
+ *   for (...) {
+ *       gemma2_matcher_allowed(matcher, &state, left, mask);
+ *       id = gemma2_sample(session, &sampler, logits);
+ *       gemma2_matcher_accept(matcher, &state, id);
+ *   } */
+typedef struct gemma2_grammar gemma2_grammar;
+GEMMA2_API gemma2_grammar *gemma2_grammar_new(const gemma2_model *model, const char *text,
+                                              int64_t size, char *err, size_t err_size);
+GEMMA2_API void gemma2_grammar_free(gemma2_grammar *grammar); /* NULL is fine */
+
+/* What was worked out about a grammar, at most 60 MB; most take less than 5.  For one thread at a
+ * time, any number of replies.  The grammar must outlive it.  NULL: out of memory.  The first one
+ * of a model sorts the vocabulary, which takes a fifth of a second. */
+typedef struct gemma2_matcher gemma2_matcher;
+GEMMA2_API gemma2_matcher *gemma2_matcher_new(const gemma2_grammar *grammar);
+GEMMA2_API void gemma2_matcher_free(gemma2_matcher *matcher); /* NULL is fine */
+
+/* Where a reply stands; may be copied.  GEMMA2_ERR_MISMATCH for a state of another matcher, and
+ * for one from before a start that made the matcher forget, as it does when its memory is half
+ * used.  GEMMA2_ERR_SPACE where it has no room for what was asked; the state stays. */
+typedef struct {
+    uint32_t tag, set;
+} gemma2_grammar_state;
+GEMMA2_API int gemma2_matcher_start(gemma2_matcher *matcher, gemma2_grammar_state *state);
+
+/* Sets the bits of the tokens that may come next, bit id % 32 of mask[id / 32], for all of V.
+ * Stop tokens may where the reply may end; other tokens without text, as turn markers, only where
+ * the grammar names them.  left, -1 for any number: how many tokens may still come.  With
+ * left >= gemma2_matcher_shortest only those are allowed after which the reply can be finished. */
+GEMMA2_API int gemma2_matcher_allowed(gemma2_matcher *matcher, const gemma2_grammar_state *state,
+                                      int64_t left, uint32_t *mask);
+/* Moves the state behind the token.  GEMMA2_ERR_TOKEN, and the state stays, where the grammar does
+ * not take it. */
+GEMMA2_API int gemma2_matcher_accept(gemma2_matcher *matcher, gemma2_grammar_state *state,
+                                     int32_t id);
+/* How many tokens finish the reply, 0 where it may end: the fewest where a short search finds
+ * them, else those of the text with the fewest bytes. */
+GEMMA2_API int64_t gemma2_matcher_shortest(gemma2_matcher *matcher,
+                                           const gemma2_grammar_state *state);
 
 /* ---- Speculation: several tokens a pass, and the same bits ------------------------ */
 

@@ -342,6 +342,9 @@ typedef struct {
     int seed_given;
     const char **stops; /* room for one per argument */
     size_t n_stops;
+    const char **choices; /* the same */
+    size_t n_choices;
+    const char *grammar; /* a file */
     gemma2_bias *biases; /* room for one per argument and all stop ids */
     int ignore_eos, echo, json, quiet, verbose, help, version;
     const char *kept, *loaded; /* files of sessions */
@@ -354,6 +357,7 @@ typedef enum {
     TEXT,    /* const char * field */
     PROMPT,  /* the same, and counts as a source of the prompt */
     STOP,    /* one more stop string */
+    CHOICE,  /* one more choice */
     BIAS,    /* one more logit bias */
     WHOLE,   /* int32_t field; least -1: "-1" is allowed, too */
     REAL,    /* float field */
@@ -430,6 +434,11 @@ static const option OPTIONS[] = {
      IN(BIAS, biases, "a token id, a sign and a number, as in 235+1.5 or 235-inf", 0, 0)},
     {0, "stop", "TEXT", "end the reply before TEXT; may be repeated",
      IN(STOP, stops, "a text that is not empty", 0, 0)},
+    {0, "choice", "TEXT", "reply with exactly one of the TEXTs; to be repeated.  --json\n"
+     "adds \"choices\": the probability of each, tokenised by\n"
+     "itself behind the prompt; they sum to 1",
+     IN(CHOICE, choices, "a text that is not empty", 0, 0)},
+    {0, "grammar", "FILE", "reply with a sentence of this grammar, in GBNF", IS(TEXT, grammar)},
     {0, "ignore-eos", NULL, "never choose a token that ends the text", IS(FLAG, ignore_eos)},
 
     HEAD("Running"),
@@ -506,6 +515,7 @@ static const struct {
     {" --num-thread --num-threads --n-threads ", "--threads"},
     {" --repetition-penalty ", "--repeat-penalty"},
     {" -l ", "--logit-bias"},
+    {" --grammar-file ", "--grammar"},
     {" -sys --system-prompt ", "--system"},
     {" -cnv --conversation ", "--chat"},
     {" -r --reverse-prompt ", "--stop"},
@@ -515,8 +525,8 @@ static const struct {
     {" --no-display-prompt --no-cnv -no-cnv --no-conversation --jinja -st --single-turn "
      "--no-warmup --no-context-shift ", ""},
     {" -i --interactive ", "a conversation is -c, a prompt is -p TEXT"},
-    {" --grammar --grammar-file --json-schema --json-schema-file --format ",
-     "this version cannot hold a reply to a grammar or a schema"},
+    {" --json-schema --json-schema-file --format --schema ",
+     "this version cannot hold a reply to a schema; --grammar takes a grammar in GBNF"},
     {" -ngl --gpu-layers --n-gpu-layers --num-gpu -dev --device -sm --split-mode -ts "
      "--tensor-split -mg --main-gpu -fa --flash-attn ",
      "everything runs on the CPU here, so leave it out"},
@@ -774,6 +784,9 @@ static int set_option(options *opts, const option *o, const char *value)
     case STOP:
         opts->stops[opts->n_stops] = value;
         return opts->stops[opts->n_stops++][0] != '\0';
+    case CHOICE:
+        opts->choices[opts->n_choices] = value;
+        return opts->choices[opts->n_choices++][0] != '\0';
     case BIAS:
         return parse_bias(value, &opts->biases[opts->sampler.n_bias++]);
     case WHOLE:
@@ -941,6 +954,14 @@ static int check_options(options *opts)
                     opts->results ? "output" : "parallel");
     if (opts->echo && opts->mode == BATCH)
         return fail(USAGE, "--batch and --echo do not go together");
+    if ((opts->n_choices || opts->grammar) && !(traits & TAKES_SESSION))
+        return fail(USAGE, "--%s and --%s do not go together", opts->grammar ? "grammar" : "choice",
+                    name);
+    if (opts->n_choices && opts->grammar)
+        return fail(USAGE, "--choice and --grammar do not go together");
+    if ((opts->n_choices || opts->grammar) && opts->ignore_eos)
+        return fail(USAGE, "--ignore-eos and --%s do not go together: such a reply has an end",
+                    opts->grammar ? "grammar" : "choice");
     if (opts->system && !opts->chat)
         return fail(USAGE, "--system belongs to a chat; add -c");
     if (opts->ids && opts->chat)
@@ -1449,6 +1470,91 @@ static const kind *kind_of(const char *bytes, size_t n)
  * =================================================================================== */
 
 /* Why a reply ended. */
+/* ---- what constrains the reply: a grammar in GBNF, which --choice becomes ---- */
+
+typedef struct {
+    gemma2_grammar *grammar;
+    gemma2_matcher *matcher; /* NULL: the reply may be anything */
+    gemma2_grammar_state state;
+    uint32_t *mask;
+    int64_t shortest; /* tokens that the shortest reply takes */
+} constraint;
+
+/* Appends bytes to an array of char; 0 without memory. */
+static int add_text(array *to, const char *text, size_t n)
+{
+    char *end = extend(to, n, 1);
+    if (end && n)
+        memcpy(end, text, n);
+    return end != NULL;
+}
+
+PRINTF_LIKE(2, 3) static int add_format(array *to, const char *format, ...)
+{
+    char text[256];
+    va_list arguments;
+    va_start(arguments, format);
+    int n = vsnprintf(text, sizeof text, format, arguments);
+    va_end(arguments);
+    return n >= 0 && (size_t)n < sizeof text && add_text(to, text, (size_t)n);
+}
+
+/* Appends a text as a literal of GBNF. */
+static int add_literal(array *to, const char *text, size_t n)
+{
+    int ok = add_text(to, "\"", 1);
+    for (size_t i = 0; i < n && ok; i++) {
+        unsigned char c = (unsigned char)text[i];
+        if (c < 0x20 || c == '"' || c == '\\')
+            ok = add_format(to, "\\x%02X", c);
+        else
+            ok = add_text(to, text + i, 1);
+    }
+    return ok && add_text(to, "\" ", 2);
+}
+
+static void close_constraint(constraint *c)
+{
+    gemma2_matcher_free(c->matcher);
+    gemma2_grammar_free(c->grammar);
+    free(c->mask);
+    *c = (constraint){0};
+}
+
+/* Makes the constraint of a grammar; returns 0 with a sentence in err. */
+static int open_constraint(constraint *c, const gemma2_model *model, const char *gbnf, size_t n,
+                           char *err, size_t size)
+{
+    size_t words = ((size_t)gemma2_get_config(model)->n_vocab + 31) / 32;
+    *c = (constraint){.grammar = gemma2_grammar_new(model, gbnf, (int64_t)n, err, size)};
+    if (!c->grammar)
+        return 0;
+    c->matcher = gemma2_matcher_new(c->grammar);
+    c->mask = malloc(words * sizeof *c->mask);
+    gemma2_matcher_start(c->matcher, &c->state);
+    c->shortest = gemma2_matcher_shortest(c->matcher, &c->state);
+    if (c->matcher && c->mask && c->shortest >= 0)
+        return 1;
+    snprintf(err, size, "out of memory for the grammar");
+    close_constraint(c);
+    return 0;
+}
+
+/* Whether the reply may end here. */
+static int may_end(constraint *c)
+{
+    return c->matcher && gemma2_matcher_shortest(c->matcher, &c->state) == 0;
+}
+
+/* The choices as a grammar. */
+static int add_choices(array *gbnf, const char *const *texts, size_t n)
+{
+    int ok = add_format(gbnf, "root ::= ");
+    for (size_t i = 0; i < n && ok; i++)
+        ok = (i == 0 || add_format(gbnf, "| ")) && add_literal(gbnf, texts[i], strlen(texts[i]));
+    return ok;
+}
+
 typedef enum {
     RUNNING, AT_STOP, AT_STOP_STRING, AT_LENGTH, AT_CONTEXT, AT_INTERRUPT
 } finish_reason;
@@ -1459,6 +1565,7 @@ static const char *const FINISH_REASONS[] = {
 typedef struct {
     array text;       /* char: all of it, up to a stop string */
     array logprobs;   /* float: one an id, under --json */
+    array choices;    /* double: their probabilities, under --json */
     array ends;       /* size_t: bytes of text after each id */
     size_t shown;     /* bytes of text that no stop string can take back */
     gemma2_utf8 hold; /* bytes of a character still incomplete */
@@ -1488,6 +1595,7 @@ typedef struct {
     gemma2_session *session;
     float *logits; /* [V] after the last token of the session */
     gemma2_sampler sampler;
+    constraint constraint;
     uint64_t seed;
     int32_t end_of_reply; /* the mark of the chat template, or -1 */
     double load_s;
@@ -1822,9 +1930,92 @@ static void check_limits(program *p)
     if (stop_asked)
         r->finish = AT_INTERRUPT;
     else if (p->opts->max_tokens >= 0 && r->n_ids >= (size_t)p->opts->max_tokens)
-        r->finish = AT_LENGTH;
+        r->finish = may_end(&p->constraint) ? AT_STOP : AT_LENGTH;
     else if (p->ids.n >= (size_t)gemma2_context(p->session))
-        r->finish = AT_CONTEXT;
+        r->finish = may_end(&p->constraint) ? AT_STOP : AT_CONTEXT;
+}
+
+/* Sets the mask of the tokens that may come next. */
+static int constrain(program *p)
+{
+    constraint *c = &p->constraint;
+    int64_t left = gemma2_context(p->session) - (int64_t)p->ids.n;
+    if (p->opts->max_tokens >= 0 && p->opts->max_tokens - (int64_t)p->reply.n_ids < left)
+        left = p->opts->max_tokens - (int64_t)p->reply.n_ids;
+    int code = gemma2_matcher_allowed(c->matcher, &c->state, left, c->mask);
+    if (code < 0)
+        return engine_failed(p, "constraining the reply", code);
+    if (p->end_of_reply >= 0 && may_end(c))
+        c->mask[p->end_of_reply / 32] |= (uint32_t)1 << p->end_of_reply % 32;
+    return DONE;
+}
+
+/* Begins a constrained reply; refuses one for which the context or -n leaves no room. */
+static int start_constraint(program *p)
+{
+    constraint *c = &p->constraint;
+    int64_t room = gemma2_context(p->session) - (int64_t)p->ids.n;
+    if (!c->matcher)
+        return DONE;
+    gemma2_matcher_start(c->matcher, &c->state);
+    if (p->opts->max_tokens >= 0 && p->opts->max_tokens < c->shortest)
+        return fail(USAGE, "-n %" PRId32 " leaves no room for the shortest reply, which takes %"
+                    PRId64 " tokens", p->opts->max_tokens, c->shortest);
+    if (c->shortest > room)
+        return fail(USAGE, "the context has room for %" PRId64 " more tokens and the shortest "
+                    "reply takes %" PRId64, room, c->shortest);
+    return DONE;
+}
+
+/* The natural log-probability of a text, tokenised as a text of its own, behind the prompt whose
+ * logits are there; the session comes back to where it was. */
+static int score_choice(program *p, const char *text, double *sum)
+{
+    int32_t at = gemma2_position(p->session);
+    size_t scratch_size = gemma2_encode_scratch(strlen(text)), n_ids = strlen(text) + 1;
+    char *memory = malloc(scratch_size + n_ids * (sizeof(int32_t) + sizeof(float)));
+    int32_t *ids = (int32_t *)(void *)(memory + scratch_size);
+    float *logprobs = (float *)(ids + n_ids);
+    if (!memory || !scratch_size) {
+        free(memory);
+        return out_of_memory();
+    }
+    int64_t n = gemma2_encode(p->model, text, -1, GEMMA2_ENCODE_PLAIN, ids, n_ids, memory,
+                              scratch_size);
+    int code = n < 0 ? (int)n : GEMMA2_OK;
+    if (n > 0)
+        code = gemma2_logprob(p->logits, (size_t)p->config->n_vocab, ids[0], logprobs);
+    if (n > 1 && code == GEMMA2_OK)
+        code = gemma2_score(p->session, ids, (size_t)n - 1, ids[n - 1], logprobs + 1);
+    if (n > 1 && code == GEMMA2_OK)
+        code = gemma2_rewind(p->session, at);
+    *sum = 0;
+    for (int64_t i = 0; i < n && code == GEMMA2_OK; i++)
+        *sum += (double)logprobs[i];
+    free(memory);
+    return code < 0 ? engine_failed(p, "weighing the choices", code) : DONE;
+}
+
+/* The probabilities of the choices among themselves, for --json. */
+static int weigh_choices(program *p)
+{
+    size_t n = p->opts->n_choices;
+    double best = -HUGE_VAL, total = 0;
+    p->reply.choices.n = 0;
+    double *weights = extend(&p->reply.choices, n, sizeof *weights);
+    if (!weights)
+        return out_of_memory();
+    for (size_t i = 0; i < n; i++) {
+        int status = score_choice(p, p->opts->choices[i], &weights[i]);
+        if (status != DONE)
+            return status;
+        best = weights[i] > best ? weights[i] : best;
+    }
+    for (size_t i = 0; i < n; i++)
+        total += weights[i] = exp(weights[i] - best);
+    for (size_t i = 0; i < n; i++)
+        weights[i] /= total;
+    return DONE;
 }
 
 /* Chooses the next token by the logits after those so far, shows its text, and sees whether the
@@ -1832,6 +2023,9 @@ static void check_limits(program *p)
 static int choose(program *p)
 {
     reply *r = &p->reply;
+    int status = p->constraint.matcher ? constrain(p) : DONE;
+    if (status != DONE)
+        return status;
     int32_t id = gemma2_sample(p->session, &p->sampler, p->logits);
     if (id < 0)
         return engine_failed(p, "choosing a token", id);
@@ -1847,7 +2041,9 @@ static int choose(program *p)
         if (code < 0)
             return engine_failed(p, "generating", code);
     }
-    int status = push_id(p, id);
+    if (p->constraint.matcher)
+        gemma2_matcher_accept(p->constraint.matcher, &p->constraint.state, id);
+    status = push_id(p, id);
     if (status == DONE)
         status = append_text(p, id);
     size_t *end = status == DONE ? extend(&r->ends, 1, sizeof *end) : NULL;
@@ -1904,16 +2100,21 @@ static int decode(program *p)
 static int make_reply(program *p)
 {
     reply *r = &p->reply;
-    array text = r->text, logprobs = r->logprobs, ends = r->ends;
+    array text = r->text, logprobs = r->logprobs, ends = r->ends, choices = r->choices;
     text.n = logprobs.n = ends.n = 0;
-    *r = (reply){.text = text, .logprobs = logprobs, .ends = ends};
+    *r = (reply){.text = text, .logprobs = logprobs, .ends = ends, .choices = choices};
+    int status = start_constraint(p);
+    if (status != DONE)
+        return status;
     stop_asked = 0;
     gemma2_cancel(p->session, 0);
     interruptible = p->session;
     patience = PATIENCE;
-    int status = prefill(p);
+    status = prefill(p);
     if (status == DONE && !p->opts->json)
         put_text(&p->out, p->echo.items, p->echo.n);
+    if (status == DONE && !r->finish && p->opts->json && p->opts->n_choices)
+        status = weigh_choices(p);
     if (status == DONE && !r->finish)
         status = decode(p);
     if (!p->opts->json)
@@ -2108,6 +2309,11 @@ static void print_json(program *p)
     put_format(out, "], \"logprobs\": [");
     for (size_t i = 0; i < r->logprobs.n; i++)
         put_format(out, "%s%.9g", i ? ", " : "", (double)logprobs[i]);
+    for (size_t i = 0; i < r->choices.n; i++) {
+        put_format(out, i ? ", {\"text\": \"" : "], \"choices\": [{\"text\": \"");
+        put_json(out, p->opts->choices[i], strlen(p->opts->choices[i]));
+        put_format(out, "\", \"probability\": %.9g}", ((const double *)r->choices.items)[i]);
+    }
     put_format(out, "], \"finish_reason\": \"%s\", \"seed\": %" PRIu64,
                FINISH_REASONS[r->finish], p->seed);
     put_format(out, ", \"timings\": {\"load_s\": %.6f, \"prefill_s\": %.6f", p->load_s,
@@ -3128,6 +3334,7 @@ static void init_sampler(program *p)
     *sampler = opts->sampler;
     sampler->rng = seeded.rng;
     sampler->bias = opts->biases;
+    sampler->allow = p->constraint.mask;
     if (sampler->penalty_last < 0)
         sampler->penalty_last = gemma2_context(p->session);
     for (int32_t i = 0; opts->ignore_eos && i < c->n_stop; i++)
@@ -3393,14 +3600,30 @@ static int take_number(batch_slot *s, const json *j, const json_node *value, con
     return DONE;
 }
 
-/* The place of "schema", "choices" and "response_format". */
+/* "choices": the texts of which the reply is one. */
 static int constrain_reply(batch_slot *s, const json *j, const json_node *value, const char *key)
 {
-    (void)s;
-    const json_node *type = value->kind == JSON_OBJECT ? json_get(j, value, "type") : NULL;
+    const json_node *type = json_get(j, value, "type"), *each = value + 1;
+    array gbnf = {0};
+    char err[SENTENCE] = "out of memory";
+    size_t length = 0;
     if (type && json_is(j, type, "text"))
         return DONE;
-    return fail(USAGE, "\"%s\": this version cannot constrain the reply of a batch's line", key);
+    if (strcmp(key, "choices") || value->kind != JSON_ARRAY || !value->n)
+        return fail(USAGE, "\"%s\": %s", key, strcmp(key, "choices") == 0
+                    ? "it takes a list of texts" : "this version knows no schemas");
+    int ok = add_format(&gbnf, "root ::= ");
+    for (size_t i = 0; i < value->n && ok; i++, each = json_next(j, each)) {
+        const char *text = keep_text(s, j, each, &length);
+        if (!text || !length)
+            snprintf(err, sizeof err, "it takes texts that are not empty");
+        ok = text && length && (i == 0 || add_format(&gbnf, "| ")) &&
+             add_literal(&gbnf, text, length);
+    }
+    close_constraint(&s->p.constraint);
+    ok = ok && open_constraint(&s->p.constraint, s->p.model, gbnf.items, gbnf.n, err, sizeof err);
+    free(gbnf.items);
+    return ok ? DONE : fail(USAGE, "\"%s\": %s", key, err);
 }
 
 static int in_words(const char *words, const char *word)
@@ -3533,6 +3756,7 @@ static void clear_slot(const batch *b, batch_slot *s)
     program *p = &s->p;
     array ids = p->ids, text = p->reply.text, logprobs = p->reply.logprobs, ends = p->reply.ends;
     ids.n = text.n = logprobs.n = ends.n = 0;
+    close_constraint(&p->constraint);
     s->opts = *b->p->opts;
     s->opts.seed = b->p->seed;
     s->opts.seed_given = 1;
@@ -3582,6 +3806,8 @@ static int read_request_line(batch *b, batch_slot *s, const char *text, size_t n
     free(j.nodes.items);
     if (status == DONE)
         status = fit_session(b, s);
+    if (status == DONE)
+        status = start_constraint(&s->p);
     if (status == DONE)
         init_sampler(&s->p);
     return status;
@@ -3994,6 +4220,7 @@ static void close_batch(batch *b)
     for (batch_slot *s = b->slots; s && s < b->slots + b->n_slots; s++) {
         gemma2_session_free(s->p.session);
         free(s->p.logits);
+        close_constraint(&s->p.constraint);
         array *const arrays[] = {&s->p.ids, &s->p.reply.text, &s->p.reply.logprobs,
                                  &s->p.reply.ends, &s->texts, &s->stops, &s->messages, &s->id,
                                  &s->model};
@@ -4193,6 +4420,27 @@ static int run_on_file(program *p)
     }
 }
 
+/* Reads --choice or --grammar, before the prompt costs time. */
+static int load_constraint(program *p)
+{
+    const options *opts = p->opts;
+    const char *path = opts->grammar, *name = path ? "--grammar " : "--choice";
+    array text = {0}, gbnf = {0};
+    char err[SENTENCE] = "out of memory";
+    int status = path ? read_path(path, &text) : DONE, ok = 0;
+    if (status != DONE || (!path && !opts->n_choices))
+        return status;
+    ok = path || add_choices(&gbnf, opts->choices, opts->n_choices);
+    const array *source = path ? &text : &gbnf;
+    ok = ok && open_constraint(&p->constraint, p->model, source->n ? source->items : "", source->n,
+                               err, sizeof err);
+    free(text.items);
+    free(gbnf.items);
+    if (!ok)
+        return fail(USAGE, "%s%s: %s", name, path ? path : "", err);
+    return DONE;
+}
+
 static int run(program *p)
 {
     char err[SENTENCE];
@@ -4221,6 +4469,9 @@ static int run(program *p)
     if (chunks)
         return opts->mode == PERPLEXITY ? perplexity(p, (size_t)params.n_context)
                                         : importance(p, (size_t)params.n_context);
+    status = load_constraint(p);
+    if (status != DONE)
+        return status;
     init_sampler(p);
     status = load_session(p);
     if (status != DONE)
@@ -4261,9 +4512,10 @@ int main(int argc, char **argv)
         return USAGE;
     }
     opts.stops = malloc(sizeof *opts.stops * (size_t)argc);
+    opts.choices = malloc(sizeof *opts.choices * (size_t)argc);
     opts.biases = malloc(sizeof *opts.biases * ((size_t)argc + 16));
-    if (!opts.stops || !opts.biases) {
-        free(opts.stops), free(opts.biases);
+    if (!opts.stops || !opts.choices || !opts.biases) {
+        free(opts.stops), free(opts.choices), free(opts.biases);
         return out_of_memory();
     }
     p.out.terminal = is_terminal(stdout);
@@ -4280,6 +4532,7 @@ int main(int argc, char **argv)
 
     interruptible = NULL;
     gemma2_session_free(p.session);
+    close_constraint(&p.constraint);
     gemma2_close(p.model);
     free(p.logits);
     free(p.prompt.items);
@@ -4288,7 +4541,9 @@ int main(int argc, char **argv)
     free(p.reply.text.items);
     free(p.reply.logprobs.items);
     free(p.reply.ends.items);
+    free(p.reply.choices.items);
     free(opts.stops);
+    free(opts.choices);
     free(opts.biases);
     return status == INTERRUPTED && ended_by ? 128 + ended_by : status;
 }

@@ -843,5 +843,32 @@ else
     echo "not run: what a terminal sees, there is no script (util-linux)"
 fi
 
+# ---- Replies that are constrained ---------------------------------------------------
+for seed in 1 2 3; do
+    run "choice, seed $seed" 0 "$STORY" -q -s $seed --choice "a cat" --choice dogs Once
+    case $(cat "$TMP/out") in "a cat" | dogs) pass ;; *) fail "it chose '$(cat "$TMP/out")'" ;; esac
+done
+run "choices as JSON" 0 "$STORY" -q --json --choice Yes --choice No Once
+out_has '"choices": \[{"text": "Yes", "probability": 0[.][0-9]*}, {"text": "No", "prob'
+out_has '"finish_reason": "stop"'
+sum=$(sed 's/.*"choices"//; s/"finish.*//' "$TMP/out" | tr ',}' '\n\n' |
+      awk '/probability/ {sum += $2} END {printf "%.5f", sum}')
+claim "$sum" = 1.00000 "sum of the probabilities"
+refuses "-n 1 leaves no room for the shortest reply, which takes 3 tokens" "choice and -n" 2 \
+    "$STORY" -n 1 --choice "The dog ran" Once
+printf 'root ::= "<" [a-z]{3,} ">"\n' >"$TMP/g"
+for n in 5 6 9 30; do
+    run "grammar, -n $n" 0 "$STORY" -q -n $n --grammar "$TMP/g" Once
+    claim "$(grep -c '^<[a-z]\{3,\}>$' "$TMP/out")" -eq 1 "a whole sentence of the grammar"
+done
+printf 'root ::= "a"\nb ::= (\n' >"$TMP/g"
+refuses "line 2, column 7: this ( is not closed" "open parenthesis" 2 "$STORY" --grammar "$TMP/g" x
+refuses "do not go together" "choice and grammar" 2 "$STORY" --choice a --grammar "$TMP/g" x
+refuses "do not go together" "choice and --score" 2 "$STORY" --choice a --score x
+refuses "do not go together" "choice without end" 2 "$STORY" --choice a --ignore-eos x
+printf '{"prompt": "Once", "choices": ["a cat", "a dog"]}\n' >"$TMP/in"
+run "choices of a line" 0 "$STORY" -q --batch -
+out_has '"text": "a \(cat\|dog\)", "finish_reason": "stop"'
+
 echo "$passed passed, $failed failed"
 [ "$failed" -eq 0 ]

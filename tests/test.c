@@ -17,6 +17,7 @@
 #include "unit/tokenizer.c"
 #include "unit/chat.c"
 #include "unit/sampler.c"
+#include "unit/constraints.c"
 #include "unit/ahead.c"
 #include "unit/api.c"
 #include "unit/back_rooms.c"
@@ -29,8 +30,8 @@ static const struct {
     {"ground", test_ground}, {"file", test_weight_file}, {"formats", test_formats},
     {"kernels", test_kernels}, {"sharing", test_work_sharing}, {"model", test_model},
     {"far", test_far_positions},
-    {"text", test_text}, {"chat", test_chat}, {"sampler", test_sampler}, {"ahead", test_ahead},
-    {"api", test_api}};
+    {"text", test_text}, {"chat", test_chat}, {"sampler", test_sampler},
+    {"constraints", test_constraints}, {"ahead", test_ahead}, {"api", test_api}};
 enum { N_SECTIONS = sizeof sections / sizeof *sections };
 
 static int run_section(const char *name)

@@ -1,0 +1,152 @@
+/* Section 6, what constrains the sampler: grammars and masks. */
+
+static gemma2_model *words; /* tokenizer.bin */
+
+/* Whether the text, token by token as encoded, is a sentence of the grammar. */
+static int takes(gemma2_matcher *m, const char *text)
+{
+    static int32_t ids[4096];
+    gemma2_grammar_state state;
+    size_t room = gemma2_encode_scratch(4096);
+    void *scratch = malloc(room);
+    int64_t n = gemma2_encode(words, text, -1, GEMMA2_ENCODE_PLAIN, ids, 4096, scratch, room);
+    int status = gemma2_matcher_start(m, &state);
+    for (int64_t i = 0; i < n && status == GEMMA2_OK; i++)
+        status = gemma2_matcher_accept(m, &state, ids[i]);
+    if (status == GEMMA2_OK) /* a stop id is taken where the reply may end */
+        status = gemma2_matcher_accept(m, &state, words->config.stop[0]);
+    free(scratch);
+    return status == GEMMA2_OK;
+}
+
+/* Texts behind '+' must be taken, behind '-' refused. */
+static const struct language {
+    const char *grammar, *texts[8];
+} LANGUAGES[] = {
+    {"root ::= \"yes\" | \"no\"", {"+yes", "+no", "-", "-ye", "-yess", "-Yes"}},
+    {"# c\nroot ::= (a # d\n | b)+ \"!\"?\na ::= \"x\" |\n \"y\"\nb ::= [0-9]{2}\n",
+     {"+x", "+xy12!", "-1", "-123", "-!", "-x!!"}},
+    {"root ::= [^a-c\\n]*", {"+", "+xyz \xc3\xa9\xf0\x9f\x98\x80", "-b", "-x\n"}},
+    {"root ::= [\xc3\xa9-\xc3\xbc]{2,3} \"\\u00df\"",
+     {"+\xc3\xa9\xc3\xbc\xc3\x9f", "-\xc3\xa9\xc3\x9f", "-ee\xc3\x9f"}},
+    {"root ::= .{3}", {"+abc", "+\xe6\x97\xa5\n\xf0\x9f\x98\x80", "-ab", "-abcd"}},
+    {"root ::= \"(\" root \")\" root | \"\"", {"+", "+()", "+(()())()", "-(()", "-)("}},
+    {"root ::= (\"a\"* \"b\"?)* \"c\"{0} x{1,2}\nx ::= \"d\"", {"+d", "+abbadd", "-ab", "-ddd"}},
+    {"root ::= \"x\"{1} \"y\"{2,} \"z\"+", {"+xyyz", "+xyyyyzz", "-xyz", "-yyz", "-xyy"}},
+    {"root ::= \"\\\"\\\\\\x41\\t\" [\\]\\[-]", {"+\"\\A\t]", "+\"\\A\t-", "-\"\\A\tx"}},
+    {"root ::= s\ns ::= \"a\" s \"b\"? | \"c\"", {"+c", "+aaacb", "+aaac", "-aacbbb"}},
+    {"root ::= (\"\" | \"x\")* .+ \"end\"", {"+xxaend", "+endend", "-end", "-xen"}},
+    {"root ::= <[235285]> !<bos>*", {"+Iab", "+I", "-b"}}, /* 235285: I */
+    {"root ::= \"a\"\nroot ::= \"b\"", {"+b", "-a"}}, /* the last counts */
+};
+
+static const char *const REFUSED[][2] = {
+    {"root ::= root \"a\" | \"b\"", "line 1, column 1: the rule 'root' can begin with itself"},
+    {"root ::= \"x\" | n root \"a\"\nn ::= \"\"", "can begin with itself"},
+    {"root ::= \"a\" root", "the grammar has no sentence"},
+    {"a ::= \"a\"", "no rule 'root'"},
+    {"root ::= \"a\"\nb ::= c", "line 2, column 7: there is no rule 'c'"},
+    {"root ::= (\"a\"", "line 1, column 10: this ( is not closed"},
+    {"root ::= \"a", "line 1, column 10: this has no closing \""},
+    {"root ::= [a", "this has no closing ]"},
+    {"root ::= []", "no character is in this class"},
+    {"root ::= [b-a]", "this range ends before it begins"},
+    {"root ::= \"\\q\"", "there is no such escape"},
+    {"root ::= \"\\uD800\"", "U+D800 is no character"},
+    {"root ::= \"a\"{2001}", "a repetition is"},
+    {"root ::= \"a\"{3,2}", "a repetition is"},
+    {"root ::= \"a\")", "this ) closes nothing"},
+    {"root = \"a\"", "::= was expected"},
+    {"root ::= \"\xff\"", "this is not UTF-8"},
+    {"root ::= <[999999]>", "the vocabulary has no such token"},
+    {"root ::= \"a\" <eos>", "this token ends replies"},
+};
+
+static void test_languages(void)
+{
+    char err[256];
+    for (size_t i = 0; i < sizeof LANGUAGES / sizeof *LANGUAGES; i++) {
+        const struct language *l = &LANGUAGES[i];
+        gemma2_grammar *g = gemma2_grammar_new(words, l->grammar, -1, err, sizeof err);
+        gemma2_matcher *m = gemma2_matcher_new(g);
+        check(m != NULL, "%s: %s", l->grammar, err);
+        for (int k = 0; m && k < 8 && l->texts[k]; k++)
+            check(takes(m, l->texts[k] + 1) == (l->texts[k][0] == '+'), "%s: %s", l->grammar,
+                  l->texts[k]);
+        gemma2_matcher_free(m), gemma2_grammar_free(g);
+    }
+    for (size_t i = 0; i < sizeof REFUSED / sizeof *REFUSED; i++) {
+        gemma2_grammar *g = gemma2_grammar_new(words, REFUSED[i][0], -1, err, sizeof err);
+        check(!g && strstr(err, REFUSED[i][1]), "%s: %s", REFUSED[i][0], g ? "taken" : err);
+        gemma2_grammar_free(g);
+    }
+}
+
+/* Every mask says of each token what accept says, and a reply that is cut ends in time. */
+static void test_masks(void)
+{
+    static uint32_t mask[8192];
+    char err[256];
+    uint32_t n = (uint32_t)words->config.n_vocab, draw = 1;
+    for (size_t i = 0; i < sizeof LANGUAGES / sizeof *LANGUAGES; i++) {
+        gemma2_grammar *g = gemma2_grammar_new(words, LANGUAGES[i].grammar, -1, err, sizeof err);
+        gemma2_matcher *m = gemma2_matcher_new(g);
+        gemma2_grammar_state state, next;
+        gemma2_matcher_start(m, &state);
+        int64_t left = gemma2_matcher_shortest(m, &state) + (int64_t)(i % 3), over = 0;
+        for (int step = 0; !over; step++, left--) {
+            int32_t chosen = -1, choices = 0;
+            check(gemma2_matcher_allowed(m, &state, step ? left : -1, mask) == GEMMA2_OK, "mask");
+            for (uint32_t id = step ? n : 0; id < n; id++) {
+                next = state;
+                check((gemma2_matcher_accept(m, &next, (int32_t)id) == GEMMA2_OK) ==
+                      (int)(mask[id / 32] >> id % 32 & 1), "%s: token %u", LANGUAGES[i].grammar, id);
+            }
+            gemma2_matcher_allowed(m, &state, left, mask);
+            for (uint32_t id = 0; id < n; id++)
+                if (mask[id / 32] >> id % 32 & 1) {
+                    draw = draw * 1664525 + 1013904223;
+                    chosen = (draw >> 16) % (uint32_t)++choices ? chosen : (int32_t)id;
+                }
+            check(chosen >= 0, "%s: nothing is allowed with %d left", LANGUAGES[i].grammar, (int)left);
+            over = chosen < 0 || gemma2_is_stop(words, chosen);
+            if (!over)
+                check(gemma2_matcher_accept(m, &state, chosen) == GEMMA2_OK, "accept");
+        }
+        next = (gemma2_grammar_state){state.tag, state.set + 100000000};
+        check(gemma2_matcher_accept(m, &next, 5) == GEMMA2_ERR_MISMATCH, "a hostile state");
+        next.tag ^= 1;
+        check(gemma2_matcher_allowed(m, &next, 1, mask) == GEMMA2_ERR_MISMATCH, "a foreign state");
+        gemma2_matcher_free(m), gemma2_grammar_free(g);
+    }
+}
+
+/* Grammars that take memory or depth are refused or stay small. */
+static void test_huge_grammars(void)
+{
+    enum { N = 60000 };
+    static char text[2 * N + 64];
+    char err[256];
+    size_t n = (size_t)sprintf(text, "root ::= ");
+    memset(text + n, '(', N), memcpy(text + n + N, "\"a\"", 3), memset(text + n + N + 3, ')', N);
+    gemma2_grammar *g = gemma2_grammar_new(words, text, (int64_t)(n + 2 * N + 3), err, sizeof err);
+    check(!g && strstr(err, "nested deeper"), "60,000 parentheses");
+    static const char repeats[] = "root ::= (((\"a\"{1,2000} \"b\"){1,2000}){1,2000})";
+    g = gemma2_grammar_new(words, repeats, -1, err, sizeof err);
+    check(g && g->n_insts < 20000, "nested repetition: %s", g ? "large" : err);
+    gemma2_grammar_free(g);
+}
+
+static void test_constraints(void)
+{
+    char err[256];
+    words = gemma2_open("tokenizer.bin", NULL, err, sizeof err);
+    if (!words) {
+        check(0, "tokenizer.bin: %s", err);
+        return;
+    }
+    test_languages();
+    test_masks();
+    test_huge_grammars();
+    gemma2_close(words);
+}

@@ -6355,7 +6355,7 @@ static int read_ahead_params(gemma2_ahead *a, const gemma2_model *m,
 
 uint64_t gemma2_ahead_bytes(const gemma2_model *m, const gemma2_ahead_params *params)
 {
-    gemma2_ahead a;
+    gemma2_ahead a = {.model = NULL};
     struct errbuf err = {NULL, 0};
     struct arena arena = {NULL, 0, 0};
     if (!read_ahead_params(&a, m, params, &err))

@@ -348,6 +348,9 @@ typedef struct {
     gemma2_bias *biases; /* room for one per argument and all stop ids */
     int ignore_eos, echo, json, quiet, verbose, help, version;
     const char *kept, *loaded; /* files of sessions */
+    int lookup;                /* guess from what was said */
+    const char *draft;         /* a model that guesses */
+    int32_t draft_max;         /* guesses a pass; 0: adapts */
 } options;
 
 typedef enum {
@@ -362,7 +365,8 @@ typedef enum {
     WHOLE,   /* int32_t field; least -1: "-1" is allowed, too */
     REAL,    /* float field */
     SEED,
-    CACHE
+    CACHE,
+    SWITCH   /* int field: on or off */
 } option_kind;
 
 struct option {
@@ -450,6 +454,13 @@ static const option OPTIONS[] = {
      FROM_1(session.window)},
     {0, "kv", "f32|f16", "type of the cached keys and values (default: f32\n"
      "for f32 weights, else f16)", IN(CACHE, session.cache_type, "f32 or f16", 0, 0)},
+    {0, "lookup", "on|off", "guess what followed earlier in prompt and reply, and\n"
+     "check several tokens at once: faster where text\nrepeats, the same reply (default on)",
+     IN(SWITCH, lookup, "on or off", 0, 0)},
+    {0, "draft", "MODEL", "a smaller model with the same vocabulary guesses what\n"
+     "comes next: faster, the same reply", IS(TEXT, draft)},
+    {0, "draft-max", "N", "always guess up to N tokens ahead, no more than 15\n"
+     "(default: as many as pay)", FROM_1(draft_max)},
     {0, "exact", NULL, "read prompts in the arithmetic of decoding: slower,\n"
      "the same result on every CPU", IS(FLAG, open.exact_prefill)},
     {0, "in-memory", NULL, "read the weights into memory, huge pages asked for:\n"
@@ -522,6 +533,8 @@ static const struct {
     {" --no-mmap ", "--in-memory"},
     {" -ctk -ctv --cache-type-k --cache-type-v ", "--kv"},
     {" --log-disable ", "--quiet"},
+    {" -md --model-draft ", "--draft"},
+    {" --draft-n ", "--draft-max"},
     {" --no-display-prompt --no-cnv -no-cnv --no-conversation --jinja -st --single-turn "
      "--no-warmup --no-context-shift ", ""},
     {" -i --interactive ", "a conversation is -c, a prompt is -p TEXT"},
@@ -806,6 +819,9 @@ static int set_option(options *opts, const option *o, const char *value)
     case CACHE:
         opts->session.cache_type = strcmp(value, "f32") == 0 ? GEMMA2_CACHE_F32 : GEMMA2_CACHE_F16;
         return strcmp(value, "f32") == 0 || strcmp(value, "f16") == 0;
+    case SWITCH:
+        *(int *)field = strcmp(value, "on") == 0;
+        return strcmp(value, "on") == 0 || strcmp(value, "off") == 0;
     }
     return 0;
 }
@@ -1593,6 +1609,9 @@ typedef struct {
     gemma2_model *model;
     const gemma2_config *config;
     gemma2_session *session;
+    gemma2_ahead *ahead; /* or NULL: no guesses */
+    gemma2_model *draft_model;
+    gemma2_session *draft;
     float *logits; /* [V] after the last token of the session */
     gemma2_sampler sampler;
     constraint constraint;
@@ -2060,7 +2079,9 @@ static int step(program *p)
 {
     const int32_t *ids = p->ids.items;
     if ((size_t)gemma2_position(p->session) < p->ids.n) {
-        int code = gemma2_eval(p->session, ids + p->ids.n - 1, 1, p->logits);
+        const int32_t *last = ids + p->ids.n - 1;
+        int code = p->ahead ? gemma2_eval_ahead(p->session, p->ahead, *last, p->logits)
+                            : gemma2_eval(p->session, last, 1, p->logits);
         if (code == GEMMA2_ERR_CANCELLED) {
             p->reply.finish = AT_INTERRUPT;
             return DONE;
@@ -2320,8 +2341,12 @@ static void print_json(program *p)
                r->prefill_s);
     put_format(out, ", \"prefill_tokens\": %zu, \"prefill_tps\": %.3f", r->prefill_tokens,
                rate(r->prefill_tokens, r->prefill_s));
-    put_format(out, ", \"decode_s\": %.6f, \"decode_tokens\": %zu, \"decode_tps\": %.3f}}\n",
+    put_format(out, ", \"decode_s\": %.6f, \"decode_tokens\": %zu, \"decode_tps\": %.3f}",
                r->decode_s, r->n_ids, rate(r->decode_passes, r->decode_s));
+    gemma2_ahead_counts counts = {.passes = r->decode_passes};
+    gemma2_ahead_count(p->ahead, &counts);
+    put_format(out, ", \"passes\": %" PRIu64 ", \"drafted\": %" PRIu64 ", \"accepted\": %" PRIu64 "}\n",
+               counts.passes, counts.drafted, counts.accepted);
 }
 
 /* Appends the text of all ids. */
@@ -4380,6 +4405,37 @@ static int open_session(program *p, const gemma2_session_params *params)
     return p->logits ? DONE : out_of_memory();
 }
 
+/* What guesses need: lookup's memory, and the model and session of a draft. */
+static int open_ahead(program *p)
+{
+    char err[SENTENCE];
+    const options *opts = p->opts;
+    gemma2_ahead_params params;
+    gemma2_session_params session = opts->session;
+    double began = seconds();
+    gemma2_ahead_params_init(&params);
+    params.lookup = (uint32_t)opts->lookup != 0;
+    params.n_drafts = opts->draft_max < 15 ? opts->draft_max : 15;
+    params.n_context = session.n_context = gemma2_context(p->session);
+    session.window = 0;
+    if (opts->draft) {
+        p->draft_model = gemma2_open(opts->draft, &opts->open, err, sizeof err);
+        if (!p->draft_model)
+            return refuse_model(opts->draft, err);
+        p->draft = gemma2_session_new(p->draft_model, &session, err, sizeof err);
+        if (!p->draft)
+            return fail(gemma2_get_config(p->draft_model)->n_layers ? FAILED : BAD_MODEL,
+                        "--draft %s: %s", opts->draft, err);
+    } else if (!opts->lookup)
+        return DONE;
+    params.draft = p->draft;
+    p->ahead = gemma2_ahead_new(p->model, &params, err, sizeof err);
+    p->load_s += seconds() - began;
+    if (!p->ahead && opts->draft && !gemma2_ahead_bytes(p->model, &params))
+        return fail(USAGE, "--draft %s: %s", opts->draft, err);
+    return p->ahead ? DONE : fail(FAILED, "%s", err);
+}
+
 /* Modes that evaluate a prompt. */
 static int run_prompt(program *p)
 {
@@ -4473,7 +4529,10 @@ static int run(program *p)
     if (status != DONE)
         return status;
     init_sampler(p);
-    status = load_session(p);
+    if (opts->mode == GENERATE || opts->mode == CONVERSE)
+        status = open_ahead(p);
+    if (status == DONE)
+        status = load_session(p);
     if (status != DONE)
         return status;
     status = opts->mode == CONVERSE ? converse(p) : run_prompt(p);
@@ -4488,7 +4547,7 @@ static int run(program *p)
 
 static void init_options(options *opts)
 {
-    *opts = (options){.max_tokens = -1, .trace_layer = -1};
+    *opts = (options){.max_tokens = -1, .trace_layer = -1, .lookup = 1};
     gemma2_sampler_init(&opts->sampler, 0);
     gemma2_open_params_init(&opts->open);
     gemma2_session_params_init(&opts->session);
@@ -4531,6 +4590,8 @@ int main(int argc, char **argv)
     status = finish_output(&p.out, status);
 
     interruptible = NULL;
+    gemma2_ahead_free(p.ahead);
+    gemma2_session_free(p.draft), gemma2_close(p.draft_model);
     gemma2_session_free(p.session);
     close_constraint(&p.constraint);
     gemma2_close(p.model);

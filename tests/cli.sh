@@ -298,6 +298,32 @@ refuses "too many: x" "two prompts and -m" 2 "$P" x -m "$STORY"
 # Penalties and biases.
 json_ids() { sed 's/.*"ids": \[\([^]]*\)\], "logprobs.*/\1/' "$TMP/out" | tr -d ' ' | tr ',' '\n'; }
 most() { json_ids | sort | uniq -c | sort -rn | awk 'NR == 1 { print $1 }'; }
+
+# ---- Guesses never change a reply ---------------------------------------------------
+reply() { sed 's/, "timings".*//' "$TMP/out" >"$TMP/$1"; }
+count() { sed "s/.*\"$1\": \([0-9]*\).*/\1/" "$TMP/out"; }
+AGAIN="The king said, Who are you? The king said, Who are you? The king said,"
+for how in "-t 0 -s 1" "-s 7" "-s 8 -k 3 --repeat-penalty 1.2" "-s 9 -n 25 --stop you" "-t 0 -s 1 -C 60"; do
+    run "no guesses $how" 0 "$STORY" -q --json -n 60 $how --lookup off --session "$TMP/kept" "$AGAIN"
+    reply plain; mv "$TMP/kept" "$TMP/plain.kept"
+    claim "$(count drafted)" -eq 0 "drafted without guesses"
+    for guess in "--lookup on" "--draft-max 5" "--draft-max 99 --draft $STORY" \
+        "--lookup off --draft $STORY"; do
+        run "$guess $how" 0 "$STORY" -q --json -n 60 $how $guess --session "$TMP/kept" "$AGAIN"
+        reply guessed
+        same "$TMP/plain" "$TMP/guessed" "another reply"
+        same "$TMP/plain.kept" "$TMP/kept" "another session"
+        rm -f "$TMP/kept"
+    done
+done
+run "a loop, guessed" 0 "$STORY" -q --json -t 0 -n 60 --draft-max 8 "$AGAIN"
+claim "$(count passes)" -lt 45 "passes"
+claim "$(count accepted)" -gt 14 "accepted"
+refuses "another vocabulary" "a draft with other pieces" 2 "$STORY" --draft "$HERE/golden/both.bin" x
+refuses "tokenizer only" "a draft without a model" 3 "$STORY" --draft "$VOCAB" x
+refuses "cannot open" "no such draft" 3 "$STORY" --draft "$TMP/none" x
+refuses "it takes on or off" "lookup maybe" 2 "$STORY" --lookup maybe x
+
 run "no penalty" 0 "$STORY" -q --json -t 0 -n 60 --ignore-eos "$P"; plain=$(most)
 for penalty in "--repeat-penalty 1000" "--presence-penalty 100" "--frequency-penalty 100"; do
     run "$penalty" 0 "$STORY" -q --json -t 0 -n 60 --ignore-eos $penalty --repeat-last-n -1 "$P"

@@ -5190,7 +5190,8 @@ static int32_t follow(gemma2_session *draft, const int32_t *ids, int32_t n, floa
 }
 
 /* What the draft model thinks likeliest, token by token. */
-static int32_t propose_draft(void *context, const int32_t *ids, int32_t n, int32_t *out, int32_t most)
+static int32_t propose_draft(void *context, const int32_t *ids, int32_t n, int32_t *out,
+                             int32_t most)
 {
     gemma2_ahead *a = context;
     float *logits = a->logits;

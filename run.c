@@ -2345,8 +2345,9 @@ static void print_json(program *p)
                r->decode_s, r->n_ids, rate(r->decode_passes, r->decode_s));
     gemma2_ahead_counts counts = {.passes = r->decode_passes};
     gemma2_ahead_count(p->ahead, &counts);
-    put_format(out, ", \"passes\": %" PRIu64 ", \"drafted\": %" PRIu64 ", \"accepted\": %" PRIu64 "}\n",
-               counts.passes, counts.drafted, counts.accepted);
+    put_format(out, ", \"passes\": %" PRIu64 ", \"drafted\": %" PRIu64, counts.passes,
+               counts.drafted);
+    put_format(out, ", \"accepted\": %" PRIu64 "}\n", counts.accepted);
 }
 
 /* Appends the text of all ids. */

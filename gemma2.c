@@ -8324,8 +8324,11 @@ AVX512 INLINE void tile_avx512(const int how, const uint32_t type, const int n,
         acc[i] = _mm512_setzero_ps();
     for (size_t g = 0; g < n_groups; g++) {
         const uint8_t *scale_bytes, *group = group_at(type, tile, g, &scale_bytes);
-        for (uint32_t at = 0; at < types[type].group_bytes; at += PREFETCH_EVERY)
-            _mm_prefetch((const char *)group + at + PREFETCH_AHEAD, _MM_HINT_T1);
+        for (uint32_t at = 0; at < types[type].group_bytes; at += n < 4 ? PREFETCH_EVERY : 64)
+            if (n < 4)
+                _mm_prefetch((const char *)group + at + PREFETCH_AHEAD, _MM_HINT_T1);
+            else /* the rows multiply while lines arrive: every line, into L1 */
+                _mm_prefetch((const char *)group + at + PREFETCH_AHEAD, _MM_HINT_T0);
         __m128i raw = _mm_loadu_si128((const __m128i *)scale_bytes);
         __m512i v[8], offset = offset_avx512(type, raw);
         __m512 s = scales_avx512(type, raw);

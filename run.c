@@ -43,6 +43,7 @@
 #undef IN
 #else
 #include <poll.h>
+#include <sys/ioctl.h>
 #include <sys/stat.h>
 #include <termios.h>
 #include <unistd.h>
@@ -98,13 +99,17 @@ static int reader_left(int error); /* a write failed because the reader of a pip
  * the end of the program; 0 where it hands over lines, shows and edits them. */
 static int terminal_raw(void);
 static void terminal_restore(void); /* a signal handler may call it */
-/* Up to n bytes that were typed; 0 at the end, below 0 with errno. */
+/* Sizes that are unknown are left alone.  Returns whether the screen must be drawn anew. */
+static int terminal_size(size_t *width, size_t *height);
+/* Up to n bytes that were typed; 0 at the end, below 0 with errno, which is EINTR after a signal or
+ * a while in which nothing came. */
 static long read_terminal(char *bytes, size_t n);
-static int input_waits(void);           /* some was typed already */
 /* Up to n bytes of standard input; 0 at the end.  Below 0: an error, or with wait 0, and EAGAIN
  * in errno, that nothing is there yet. */
 static long read_input(char *bytes, size_t n, int wait);
 static uint64_t memory_bytes(void);     /* of the machine; UINT64_MAX where it does not say */
+static int input_waits(int milliseconds); /* some was typed already, or is within that time */
+static int edit_file(const char *path);   /* in the person's editor; 0 when all went well */
 static int is_cut(size_t line);         /* a line of so many bytes may have lost its end */
 
 /* ===================================================================================
@@ -219,6 +224,19 @@ static void *extend(array *a, size_t count, size_t item)
     void *start = (char *)a->items + a->n * item;
     a->n = need;
     return start;
+}
+
+/* Appends bytes and a NUL that does not count. */
+static int append(array *to, const char *bytes, size_t n)
+{
+    char *end = extend(to, n + 1, 1);
+    if (!end)
+        return out_of_memory();
+    if (n)
+        memcpy(end, bytes, n);
+    end[n] = '\0';
+    to->n--;
+    return DONE;
 }
 
 /* Standard output, or memory.  The first error sticks, and silences what follows. */
@@ -347,10 +365,12 @@ typedef struct {
     const char *grammar; /* a file */
     gemma2_bias *biases; /* room for one per argument and all stop ids */
     int ignore_eos, echo, json, quiet, verbose, help, version;
+    int full_stops; /* a full context ends the conversation's growth; else its oldest turns go */
     const char *kept, *loaded; /* files of sessions */
     int lookup;                /* guess from what was said */
     const char *draft;         /* a model that guesses */
     int32_t draft_max;         /* guesses a pass; 0: adapts */
+    const char *history;       /* file of messages */
 } options;
 
 typedef enum {
@@ -366,6 +386,7 @@ typedef enum {
     REAL,    /* float field */
     SEED,
     CACHE,
+    FULL,
     SWITCH   /* int field: on or off */
 } option_kind;
 
@@ -471,6 +492,11 @@ static const option OPTIONS[] = {
      "was read and shown; the prompt is what comes next", IS(TEXT, kept)},
     {0, "load", "FILE", "go on from such a file, and leave it as it is", IS(TEXT, loaded)},
 
+    {0, "history", "FILE", "keep the messages of conversations there, for the\n"
+     "arrow keys", IS(TEXT, history)},
+    {0, "full", "drop|stop", "when a conversation fills the context, drop its\n"
+     "oldest turns (default) or refuse the message", IN(FULL, full_stops, "drop or stop", 0, 0)},
+
     HEAD("Many prompts in one process: see Batches below"),
     {0, "batch", "IN.jsonl", "a result for each line; - is standard input",
      ASKS(BATCH, TEXT, subject)},
@@ -566,7 +592,7 @@ static const struct {
     {" -e --escape ", "a prompt is taken as it is; your shell can write newlines into it"},
     {" --tokenizer ", "the tokenizer is in the model file"},
     {" --keep --num-keep --context-shift ",
-     "a full context ends the reply here, and nothing is dropped from it"},
+     "a full context ends the reply here; in a conversation --full says what is dropped"},
 };
 
 /* The meaning of another program's spelling, or NULL. */
@@ -602,9 +628,20 @@ static const char INTRODUCTION[] =
     "  @ story.bin --json -s 7 \"Hello\" | jq -r .text\n";
 static const char NOTES[] =
     "\nConversation\n"
-    "  A line is a message.  A pasted text of several lines is one message.  A line that\n"
-    "  ends in \\ goes on in the next, and so does all between \"\"\" and \"\"\".  /clear starts\n"
-    "  over, /exit or Ctrl-D leaves, Ctrl-C stops a reply.\n"
+    "  Alt-Enter begins a new line of the message.  So does Enter behind a \\, and inside\n"
+    "  \"\"\" and \"\"\".  A pasted text of several lines is one message.  The arrow keys move,\n"
+    "  and bring back earlier messages.  Ctrl-C stops a reply, and at the prompt asks before\n"
+    "  it leaves.  A message of one line that begins with / is a command; // says a /.\n"
+    "    /help               all commands\n"
+    "    /clear /undo        start over; take back the last message and its reply\n"
+    "    /regen              draw the last reply anew\n"
+    "    /edit               write a message in $EDITOR\n"
+    "    /read FILE          put a file's text before the next message\n"
+    "    /system TEXT        other instructions, from the first message on\n"
+    "    /set NAME VALUE     change --temperature, --top-k, --seed, --max-tokens and others\n"
+    "    /show /stats        these settings; speed and tokens after each reply\n"
+    "    /save FILE /load FILE  keep the conversation, go on from one\n"
+    "    /exit               leave, as Ctrl-D does\n"
     "\nPerplexity\n"
     "  --perplexity follows llama.cpp: the text, after one BOS, is cut into chunks of 512\n"
     "  tokens (-C N: of N; a shorter trained context: of that), a rest is dropped, BOS takes\n"
@@ -816,6 +853,9 @@ static int set_option(options *opts, const option *o, const char *value)
     case SEED:
         opts->seed_given = 1;
         return parse_whole(value, UINT64_MAX, &opts->seed);
+    case FULL:
+        opts->full_stops = strcmp(value, "stop") == 0;
+        return opts->full_stops || strcmp(value, "drop") == 0;
     case CACHE:
         opts->session.cache_type = strcmp(value, "f32") == 0 ? GEMMA2_CACHE_F32 : GEMMA2_CACHE_F16;
         return strcmp(value, "f32") == 0 || strcmp(value, "f16") == 0;
@@ -1427,8 +1467,28 @@ static void format_bytes(char text[32], uint64_t bytes)
     snprintf(text, 32, "%.*f %s", unit ? 1 : 0, value, units[unit]);
 }
 
+/* What stands for path as one word of a shell; size is at least 8. */
+static void quote_path(const char *path, char *word, size_t size)
+{
+    size_t n = 0;
+    int plain = *path && *path != '-';
+    for (const char *c = path; *c; c++)
+        plain = plain && (isalnum((unsigned char)*c) || strchr("/._+-", *c));
+    snprintf(word, size, "%s", path);
+    if (plain)
+        return;
+    word[n++] = '\'';
+    for (const char *c = path; *c && n + 6 < size; c++) {
+        memcpy(word + n, *c == '\'' ? "'\\''" : c, *c == '\'' ? 4 : 1);
+        n += *c == '\'' ? 4 : 1;
+    }
+    word[n++] = '\'';
+    word[n] = '\0';
+}
+
 #define SESSION_MAGIC "\x89GEMSES\n"
 #define IMPORTANCE_MAGIC "\x89GEMMAI\n"
+#define HISTORY_MAGIC "#gemma2\n"
 enum { MAGIC_BYTES = 8, HEAD_BYTES = 4096 };
 
 /* What a file seems to be. */
@@ -1443,6 +1503,7 @@ static const kind KINDS[] = {
     {"\x89GEMMA2\n", 0, 8, "a model of gemma2.c", 0, 0},
     {SESSION_MAGIC, 0, 8, "a saved session", 0, 0},
     {IMPORTANCE_MAGIC, 0, 8, "an importance file", 0, 0},
+    {HISTORY_MAGIC, 0, 8, "a history of messages", 1, 0},
     {"GGUF", 0, 4, "a GGUF file", 0, 1},
     {"{\"", 8, 2, "a safetensors file", 0, 1},
     {"PK\3\4", 0, 4, "a PyTorch file or a zip archive", 0, 1},
@@ -1592,15 +1653,27 @@ typedef struct {
     size_t decode_passes; /* n_ids less one, most times: the prompt's logits give the first */
 } reply;
 
-/* What is typed in a conversation; the message itself is in program.prompt. */
+/* The line editor: the message that is typed, and what the terminal shows of it. */
 typedef struct {
-    int raw;                     /* the terminal neither shows nor edits it */
-    int in_paste, marks_pastes;  /* between ESC [ 200 ~ and ESC [ 201 ~; it sent such marks */
-    int ended;                   /* nothing comes after this message */
-    size_t shown, line;          /* bytes of the message shown, and before its last line */
-    char escape[16], bytes[4096]; /* a sequence so far; what was read and not looked at */
-    size_t n_escape, at, n;
-} keyboard;
+    array text, screen;     /* char: the message; what the terminal is to be sent */
+    array history, draft;   /* char *: messages, oldest first; char: the new one meanwhile */
+    size_t recalled;        /* which of the history is shown; history.n: the new one */
+    size_t at;              /* the cursor, in bytes of the text */
+    size_t width;           /* columns of the terminal */
+    size_t row, top;        /* of the text: where the cursor is shown, the first that is visible */
+    size_t drawn;           /* bytes shown, the cursor behind them; SIZE_MAX: draw all anew */
+    char sequence[16], typed[4096]; /* of a key so far; what was read and not looked at */
+    size_t n_sequence, i, n;
+    int raw;                /* the terminal neither shows nor edits what is typed */
+    int in_paste, marks_pastes; /* between ESC [ 200 ~ and ESC [ 201 ~; it sent such marks */
+    int after_return, failed, ended; /* behind a CR; no memory; nothing comes after this message */
+} editor;
+
+/* What a user said, and where it and its reply begin in program.ids. */
+typedef struct {
+    char *text;
+    size_t size, start, reply;
+} exchange;
 
 /* One run of the program. */
 typedef struct {
@@ -1622,7 +1695,13 @@ typedef struct {
     array echo;   /* char: what --echo puts before the reply */
     array ids;    /* int32_t: all said so far; the session holds the first of them */
     reply reply;
-    keyboard keys;
+    editor editor;
+    options *settings; /* opts, for /set and /system */
+    array turns;       /* exchange */
+    array attached;    /* char: what goes before the next message */
+    char *system;      /* the text of /system */
+    int unknown;       /* the conversation was loaded, and no turns of it are known */
+    int stats, leaves;
     int shows_progress, progress_shown;
     int silent; /* a line of a batch: the reply's text is kept, not shown */
 } program;
@@ -1877,7 +1956,8 @@ static int prefill(program *p)
             return engine_failed(p, "reading the prompt", code);
         at += n;
         if (at < end && seconds() - began > 1)
-            show_progress(p, "prompt: %zu of %zu tokens", at - start, end - start);
+            show_progress(p, "prompt: %zu of %zu tokens, %.0f s left", at - start, end - start,
+                          (seconds() - began) * (double)(end - at) / (double)(at - start));
     }
     clear_progress(p);
     p->reply.prefill_tokens = at - start;
@@ -2173,6 +2253,20 @@ static int keep_shown(program *p)
     return push_text(p, text + shown, r->text.n - shown, GEMMA2_ENCODE_PLAIN);
 }
 
+/* Gives the sampler what the options now say, and the seed's first state where it is new. */
+static void settle_sampler(program *p, int reseed)
+{
+    gemma2_sampler seeded, was = p->sampler;
+    gemma2_sampler_init(&seeded, p->seed);
+    p->sampler = p->opts->sampler;
+    p->sampler.rng = reseed ? seeded.rng : was.rng;
+    p->sampler.bias = was.bias;
+    p->sampler.n_bias = was.n_bias;
+    p->sampler.allow = was.allow;
+    if (p->sampler.penalty_last < 0)
+        p->sampler.penalty_last = gemma2_context(p->session);
+}
+
 static double rate(size_t tokens, double time)
 {
     return time > 0 ? (double)tokens / time : 0;
@@ -2236,11 +2330,11 @@ static int read_head(FILE *file, const char *path, const char *magic, const char
                                what, kind_of(bytes, head->n)->what);
 }
 
-/* All of a session's file; none where there is none yet. */
-static int read_session(program *p, const char *path, array *bytes)
+/* All of a session's file; nothing where there is none yet and may_be_new. */
+static int read_session(program *p, const char *path, int may_be_new, array *bytes)
 {
     FILE *file = open_path(path, "rb");
-    if (!file && errno == ENOENT && p->opts->kept)
+    if (!file && errno == ENOENT && may_be_new)
         return DONE; /* the first time */
     if (!file)
         return fail(FAILED, "cannot open %s: %s", path, strerror(errno));
@@ -2253,38 +2347,37 @@ static int read_session(program *p, const char *path, array *bytes)
 
 /* Puts the session where the file's stood, but for its last token: that is evaluated with
  * what follows, to have logits. */
-static int load_session(program *p)
+static int load_session(program *p, const char *path, int may_be_new)
 {
-    const options *opts = p->opts;
-    const char *path = opts->kept ? opts->kept : opts->loaded;
     array bytes = {0};
     if (!path)
         return DONE;
     if (is_special(path))
         return fail(FAILED, "%s is not a file that can hold a session", path);
-    int status = opts->kept ? save_file("the session", path, NULL, 0) : DONE;
+    int status = may_be_new ? save_file("the session", path, NULL, 0) : DONE;
     if (status == DONE)
-        status = read_session(p, path, &bytes);
+        status = read_session(p, path, may_be_new, &bytes);
     int code = status || !bytes.n ? 0 : gemma2_session_restore(p->session, bytes.items, bytes.n);
     free(bytes.items);
     if (code < 0)
         return fail(FAILED, "%s: %s", path, gemma2_error_string(code));
-    int32_t n = status ? 0 : gemma2_position(p->session);
+    if (status != DONE)
+        return status;
+    int32_t n = gemma2_position(p->session);
+    p->ids.n = 0;
+    p->unknown = n > 0;
     for (int32_t i = 0; i < n && status == DONE; i++)
         status = push_id(p, gemma2_history(p->session)[i]);
     if (n && gemma2_rewind(p->session, n - 1) < 0) /* saved after a rewind as deep as can be */
         gemma2_rewind(p->session, 0);
-    if (n && opts->system && !opts->quiet)
+    if (n && p->opts->system && !p->opts->quiet)
         remark("warning: --system is for the first turn, and %s holds some", path);
     return status;
 }
 
-static int save_session(program *p)
+static int save_session(program *p, const char *path)
 {
-    const char *path = p->opts->kept;
     size_t held = (size_t)gemma2_position(p->session);
-    if (!path)
-        return DONE;
     interruptible = NULL; /* Ctrl-C comes too late */
     gemma2_cancel(p->session, 0);
     if (held < p->ids.n) {
@@ -2403,202 +2496,557 @@ static int generate(program *p)
     return p->reply.finish == AT_INTERRUPT ? INTERRUPTED : DONE;
 }
 
-/* ---- what is typed ---- */
+/* ---- the line editor: what is typed becomes keys, keys change the text, draw() shows it.  It
+ * calls no terminal: `screen` is what one is to be sent ---- */
 
-/* How many columns of a terminal a character takes, about. */
-static int columns(uint32_t code)
+enum { CTRL = 0x1F, ESCAPE = 27, RUBOUT = 127 }; /* Ctrl-A is 'A' & CTRL */
+enum { LEFT = 0x110000, RIGHT, UP, DOWN, HOME, END, ERASE, WORD_LEFT, WORD_RIGHT, NEW_LINE,
+       PASTE, PASTED, NO_KEY };
+enum { SIGN = 2, NOTHING_DRAWN = -1 }; /* columns of "> " and ". " */
+
+/* How many columns of a terminal a character takes: 0 where it joins the one before, 2 where it
+ * is wide.  Unicode's classes, without the scripts in which rare marks stand alone. */
+static size_t columns(uint32_t code)
 {
-    static const uint32_t wide[][2] = {{0x1100, 0x115F}, {0x2E80, 0xA4CF}, {0xAC00, 0xD7A3},
-                                       {0xF900, 0xFAFF}, {0xFE30, 0xFE6F}, {0xFF00, 0xFF60},
-                                       {0xFFE0, 0xFFE6}, {0x1F300, 0x1FAFF}, {0x20000, 0x3FFFD}};
-    for (size_t i = 0; i < sizeof wide / sizeof *wide; i++)
-        if (code >= wide[i][0] && code <= wide[i][1])
+    static const uint32_t joined[][2] = {
+        {0x300, 0x36F}, {0x483, 0x489}, {0x591, 0x5C7}, {0x600, 0x605}, {0x610, 0x61C},
+        {0x64B, 0x65F}, {0x670, 0x670}, {0x6D6, 0x6E4}, {0x6E7, 0x6ED}, {0x93A, 0x93C},
+        {0x941, 0x948}, {0x94D, 0x94D}, {0x951, 0x957}, {0x962, 0x963}, {0x981, 0x981},
+        {0x9BC, 0x9BC}, {0x9C1, 0x9C4}, {0x9CD, 0x9CD}, {0xA3C, 0xA3C}, {0xA41, 0xA51},
+        {0xABC, 0xABC}, {0xAC1, 0xAC8}, {0xACD, 0xACD}, {0xBC0, 0xBC0}, {0xBCD, 0xBCD},
+        {0xC3C, 0xC40}, {0xC46, 0xC56}, {0xE31, 0xE31}, {0xE34, 0xE3A}, {0xE47, 0xE4E},
+        {0xEB1, 0xEB1}, {0xEB4, 0xEBC}, {0xEC8, 0xECD}, {0x1160, 0x11FF}, {0x1AB0, 0x1B03},
+        {0x1DC0, 0x1DFF}, {0x200B, 0x200F}, {0x202A, 0x202E}, {0x2060, 0x206F},
+        {0x20D0, 0x20F0}, {0x302A, 0x302D}, {0x3099, 0x309A}, {0xFE00, 0xFE0F},
+        {0xFE20, 0xFE2F}, {0xFEFF, 0xFEFF}, {0xE0001, 0xE01EF}};
+    static const uint32_t wide[][2] = {
+        {0x1100, 0x115F}, {0x231A, 0x231B}, {0x2329, 0x232A}, {0x23E9, 0x23EC}, {0x23F0, 0x23F3},
+        {0x25FD, 0x25FE}, {0x2614, 0x2615}, {0x2648, 0x2653}, {0x267F, 0x267F}, {0x2693, 0x2693},
+        {0x26A1, 0x26A1}, {0x26AA, 0x26AB}, {0x26BD, 0x26BE}, {0x26C4, 0x26C5}, {0x26CE, 0x26CE},
+        {0x26D4, 0x26D4}, {0x26EA, 0x26EA}, {0x26F2, 0x26F5}, {0x26FA, 0x26FD}, {0x2705, 0x2705},
+        {0x270A, 0x270B}, {0x2728, 0x2728}, {0x274C, 0x274E}, {0x2753, 0x2757}, {0x2795, 0x2797},
+        {0x27B0, 0x27B0}, {0x2B1B, 0x2B1C}, {0x2B50, 0x2B50}, {0x2B55, 0x2B55}, {0x2E80, 0x303E},
+        {0x3041, 0x3247}, {0x3250, 0x4DBF}, {0x4E00, 0xA4C6}, {0xA960, 0xA97C}, {0xAC00, 0xD7A3},
+        {0xF900, 0xFAD9}, {0xFE10, 0xFE19}, {0xFE30, 0xFE6B}, {0xFF01, 0xFF60}, {0xFFE0, 0xFFE6},
+        {0x16FE0, 0x1B2FB}, {0x1F18E, 0x1F19A}, {0x1F200, 0x1F320}, {0x1F32D, 0x1F393},
+        {0x1F3A0, 0x1F3CA}, {0x1F3CF, 0x1F3D3}, {0x1F3E0, 0x1F3F0}, {0x1F3F8, 0x1F53D},
+        {0x1F54B, 0x1F567}, {0x1F595, 0x1F596}, {0x1F5FB, 0x1F64F}, {0x1F680, 0x1F6C5},
+        {0x1F6D0, 0x1F6DF}, {0x1F6EB, 0x1F6EC}, {0x1F6F4, 0x1F6FC}, {0x1F7E0, 0x1F7F0},
+        {0x1F90C, 0x1F9FF}, {0x1FA70, 0x1FAF6}, {0x20000, 0x3FFFD}};
+    for (size_t i = 0; i < sizeof joined / sizeof *joined && code >= joined[i][0]; i++)
+        if (code <= joined[i][1])
+            return 0;
+    for (size_t i = 0; i < sizeof wide / sizeof *wide && code >= wide[i][0]; i++)
+        if (code <= wide[i][1])
             return 2;
-    return code < 0x300 || code > 0x36F; /* accents */
-}
-
-/* Shows what the terminal has not shown yet of the message; a character that is still
- * incomplete waits, and what could control the terminal is a question mark. */
-static void show_typed(program *p)
-{
-    static const char room[] = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2, 2, 3, 4}; /* by 4 bits */
-    keyboard *k = &p->keys;
-    const char *text = p->prompt.items;
-    size_t length;
-    for (; k->raw && k->shown < p->prompt.n; k->shown += length) {
-        const char *c = text + k->shown;
-        size_t left = p->prompt.n - k->shown;
-        uint32_t code = next_char(c, left, &length);
-        if (code == REPLACEMENT && length == 1 && left < (size_t)room[(unsigned char)*c >> 4])
-            break;
-        if (code == '\n' || !(is_control(code) || code == REPLACEMENT))
-            fwrite(c, 1, length, stderr);
-        else
-            fputc(code == '\t' ? ' ' : '?', stderr);
-    }
-    fflush(stderr);
-}
-
-/* Takes back the last character of the line; 0 where there is none. */
-static int erase_typed(program *p)
-{
-    keyboard *k = &p->keys;
-    const char *text = p->prompt.items;
-    size_t at = p->prompt.n, length;
-    if (at == k->line)
-        return 0;
-    show_typed(p);
-    while (at > k->line && at + 3 >= p->prompt.n && is_inside_char(text[--at]))
-        ;
-    uint32_t code = next_char(text + at, p->prompt.n - at, &length);
-    if (length != p->prompt.n - at) { /* a stray byte */
-        at = p->prompt.n - 1;
-        code = REPLACEMENT;
-    }
-    for (int i = k->shown > at ? columns(code) : 0; i > 0; i--)
-        fputs("\b \b", stderr);
-    p->prompt.n = at;
-    k->shown = k->shown < at ? k->shown : at;
     return 1;
 }
 
-static int type(program *p, const char *bytes, size_t n)
+/* A place of the text on rows of the terminal. */
+typedef struct {
+    size_t byte, row, column;
+} spot;
+
+/* The place behind the next character, whose code goes to *code.  A row that is full ends at
+ * once; a wide character never stands on two rows. */
+static spot behind(const editor *e, spot at, uint32_t *code)
 {
-    char *end = extend(&p->prompt, n, 1);
-    if (!end)
-        return out_of_memory();
-    memcpy(end, bytes, n);
-    return DONE;
+    const char *text = e->text.items;
+    size_t length;
+    *code = next_char(text + at.byte, e->text.n - at.byte, &length);
+    at.byte += length;
+    if (*code == '\n')
+        return (spot){at.byte, at.row + 1, SIGN};
+    size_t width = columns(*code);
+    if (at.column + width > e->width)
+        at.row++, at.column = 0;
+    at.column += width;
+    if (width && at.column >= e->width)
+        at.row++, at.column = 0;
+    return at;
 }
 
-/* One more byte of an escape sequence.  A paste's marks count, keys that move or delete do
- * nothing yet, and inside a paste all else is text. */
-static int take_escape(program *p, char c)
+/* The place behind one step of the cursor: a character, what joins it, and what U+200D joins. */
+static spot step_behind(const editor *e, spot at)
 {
-    keyboard *k = &p->keys;
-    size_t n = k->n_escape;
-    k->escape[k->n_escape++] = c;
-    int introduced = k->escape[1] == '[' || k->escape[1] == 'O';
-    if (n < sizeof k->escape - 1 && (n == 0 || (introduced && (n == 1 || c < 0x40))))
-        return DONE;
-    k->n_escape = 0;
-    int is_mark = n == 5 && (memcmp(k->escape, "\033[200~", 6) == 0 ||
-                             memcmp(k->escape, "\033[201~", 6) == 0);
-    if (is_mark) {
-        k->in_paste = k->escape[4] == '0';
-        k->marks_pastes = 1;
-        return DONE;
+    uint32_t code, last;
+    at = behind(e, at, &code);
+    for (spot next; at.byte < e->text.n; at = next, code = last) {
+        next = behind(e, at, &last);
+        if (last == '\n' || (columns(last) && code != 0x200D))
+            break;
     }
-    return k->in_paste ? type(p, k->escape, n + 1) : DONE;
+    return at;
 }
 
-/* One key; *key becomes '\n' or Ctrl-D where it ends a line or the message, else 0. */
-static int take_key(program *p, int *key)
+/* The last step not behind a byte, or not behind a row and column. */
+static spot find_place(const editor *e, size_t byte, size_t row, size_t column)
 {
-    enum { CTRL_D = 4, BACKSPACE = 8, CTRL_U = 21, CTRL_W = 23, ESCAPE = 27, RUBOUT = 127 };
-    keyboard *k = &p->keys;
-    char c = (char)*key;
-    int typed = *key;
-    *key = 0;
-    if (k->n_escape || typed == ESCAPE)
-        return take_escape(p, c);
-    if (k->in_paste)
-        return type(p, typed == '\r' ? "\n" : &c, 1);
-    if (typed == '\n' || (typed == CTRL_D && p->prompt.n == k->line)) {
-        *key = typed;
-    } else if (typed == BACKSPACE || typed == RUBOUT) {
-        erase_typed(p);
-    } else if (typed == CTRL_U || typed == CTRL_W) {
-        const char *text = p->prompt.items;
-        while (p->prompt.n > k->line && typed == CTRL_W && text[p->prompt.n - 1] == ' ')
-            erase_typed(p);
-        while (p->prompt.n > k->line && (typed == CTRL_U || text[p->prompt.n - 1] != ' '))
-            erase_typed(p);
-    } else if (typed >= ' ' || typed == '\t') {
-        return type(p, &c, 1);
+    spot at = {0, 0, SIGN}, next = at;
+    while (next.byte <= byte && (next.row < row || (next.row == row && next.column <= column))) {
+        at = next;
+        if (at.byte == e->text.n)
+            break;
+        next = step_behind(e, at);
+    }
+    return at;
+}
+
+static spot place_of(const editor *e, size_t byte)
+{
+    return find_place(e, byte, SIZE_MAX, SIZE_MAX);
+}
+
+static size_t step_before(const editor *e)
+{
+    return e->at ? place_of(e, e->at - 1).byte : 0;
+}
+
+static size_t step_after(const editor *e)
+{
+    return e->at < e->text.n ? step_behind(e, place_of(e, e->at)).byte : e->at;
+}
+
+PRINTF_LIKE(2, 3) static void send(editor *e, const char *format, ...)
+{
+    char bytes[64];
+    va_list arguments;
+    va_start(arguments, format);
+    int n = vsnprintf(bytes, sizeof bytes, format, arguments);
+    va_end(arguments);
+    e->failed |= append(&e->screen, bytes, (size_t)n);
+}
+
+/* Sends the text from a place on, as far as it lies on the rows from `top` to `bottom`, and
+ * returns where the cursor then is.  A full row is left by a blank that the terminal wraps, once
+ * nothing more joins its last character. */
+static spot send_text(editor *e, spot at, size_t top, size_t bottom)
+{
+    const char *text = e->text.items;
+    int full = 0, sent = 0;
+    while (at.byte < e->text.n) {
+        uint32_t code;
+        spot next = behind(e, at, &code);
+        size_t width = code == '\n' ? 1 : columns(code), n = next.byte - at.byte;
+        size_t row = at.row + (code != '\n' && at.column + width > e->width);
+        if (row > bottom)
+            break;
+        sent = width ? row >= top : sent;
+        if (full && width)
+            send(e, " \r");
+        full &= width == 0;
+        if (code == '\n' && next.row > bottom)
+            break;
+        if (code == '\n' && next.row >= top)
+            send(e, sent ? "\r\n. " : ". ");
+        else if (code != '\n' && sent && (is_control(code) || code == REPLACEMENT))
+            send(e, code == '\t' ? " " : "?");
+        else if (code != '\n' && sent)
+            send(e, "%.*s", (int)n, text + at.byte);
+        full |= code != '\n' && width && sent && next.row > row;
+        at = next;
+    }
+    if (full && at.row <= bottom)
+        send(e, " \r");
+    at.row = at.row < bottom ? at.row : bottom;
+    return at;
+}
+
+/* Shows what changed, on at most so many rows: text that was typed at the end is added, else all
+ * is drawn anew around the cursor. */
+static void draw(editor *e, size_t rows)
+{
+    spot cursor = place_of(e, e->at), end = {0, 0, SIGN};
+    if (e->drawn <= e->text.n)
+        end = place_of(e, e->drawn);
+    if (end.byte == e->drawn && e->at == e->text.n) {
+        send_text(e, end, 0, SIZE_MAX);
+        e->top = cursor.row - e->top < rows ? e->top : cursor.row - rows + 1;
     } else {
-        fputc('\a', stderr);
+        send(e, "\r");
+        if (e->row > e->top)
+            send(e, "\033[%zuA", e->row - e->top);
+        send(e, "\033[J");
+        e->top = cursor.row < e->top ? cursor.row : e->top;
+        e->top = cursor.row - e->top < rows ? e->top : cursor.row - rows + 1;
+        if (e->top == 0)
+            send(e, "> ");
+        end = send_text(e, (spot){0, 0, SIGN}, e->top, e->top + rows - 1);
+        if (end.row != cursor.row || end.column != cursor.column)
+            send(e, "\r");
+        if (end.row > cursor.row)
+            send(e, "\033[%zuA", end.row - cursor.row);
+        if (cursor.column && (end.row != cursor.row || end.column != cursor.column))
+            send(e, "\033[%zuC", cursor.column);
     }
+    e->row = cursor.row;
+    e->drawn = e->at == e->text.n ? e->at : SIZE_MAX;
+}
+
+/* Shows all of the text for the last time and leaves its rows. */
+static void leave_text(editor *e)
+{
+    e->at = e->text.n;
+    spot end = place_of(e, e->at);
+    if (e->top > 0 || e->drawn > e->text.n) {
+        e->drawn = SIZE_MAX;
+        send(e, "\r");
+        if (e->row > e->top)
+            send(e, "\033[%zuA", e->row - e->top);
+        send(e, "\033[J> ");
+        send_text(e, (spot){0, 0, SIGN}, 0, SIZE_MAX);
+    } else
+        draw(e, SIZE_MAX);
+    if (end.column)
+        send(e, "\r\n");
+}
+
+/* Puts n bytes in the place of those from `from` to `to`, and the cursor behind them. */
+static int replace(editor *e, size_t from, size_t to, const char *bytes, size_t n)
+{
+    size_t rest = e->text.n - to;
+    if (n > to - from && !extend(&e->text, n - (to - from), 1))
+        return out_of_memory();
+    char *text = e->text.items;
+    if (rest)
+        memmove(text + from + n, text + to, rest);
+    if (n)
+        memcpy(text + from, bytes, n);
+    e->text.n = from + n + rest;
+    e->at = from + n;
+    if (from < e->drawn && e->drawn <= to + rest && (from < to || rest))
+        e->drawn = SIZE_MAX;
     return DONE;
 }
 
-/* Whether the message begins with """ and has no second one at its end. */
-static int is_quoting(const program *p)
+static int insert(editor *e, const char *bytes, size_t n)
 {
-    const char *text = p->prompt.items;
-    size_t n = p->prompt.n;
+    return replace(e, e->at, e->at, bytes, n);
+}
+
+/* Keeps a message for the arrow keys, unless it is the last one kept. */
+static int remember(editor *e, const char *text, size_t n)
+{
+    char **kept = e->history.items, *copy = n ? malloc(n + 1) : NULL;
+    if (n && copy) {
+        memcpy(copy, text, n);
+        copy[n] = '\0';
+    }
+    if (!n || (e->history.n && copy && strcmp(kept[e->history.n - 1], copy) == 0)) {
+        free(copy);
+        return DONE;
+    }
+    char **end = copy ? extend(&e->history, 1, sizeof *end) : NULL;
+    if (!end) {
+        free(copy);
+        return out_of_memory();
+    }
+    *end = copy;
+    return DONE;
+}
+
+/* Shows a message of the history in the place of the one that is typed, which waits behind the
+ * last. */
+static int recall(editor *e, size_t which)
+{
+    if (e->recalled == e->history.n) {
+        e->draft.n = 0;
+        int status = append(&e->draft, e->text.items, e->text.n);
+        if (status != DONE)
+            return status;
+    }
+    e->recalled = which;
+    const char *text = which == e->history.n ? e->draft.items : ((char **)e->history.items)[which];
+    return replace(e, 0, e->text.n, text, which == e->history.n ? e->draft.n : strlen(text));
+}
+
+/* A row up or down in the text, or in the history where there is none. */
+static int move_row(editor *e, int down)
+{
+    spot at = place_of(e, e->at), end = place_of(e, e->text.n);
+    if (down && at.row == end.row && e->recalled < e->history.n)
+        return recall(e, e->recalled + 1);
+    if (!down && at.row == 0 && e->recalled > 0)
+        return recall(e, e->recalled - 1);
+    if (down ? at.row < end.row : at.row > 0)
+        e->at = find_place(e, SIZE_MAX, down ? at.row + 1 : at.row - 1, at.column).byte;
+    return DONE;
+}
+
+/* The ends of the line that the cursor is in, and of the word to one side of it. */
+static size_t line_end(const editor *e, int right)
+{
+    const char *text = e->text.items;
+    size_t at = e->at;
+    while (right ? at < e->text.n && text[at] != '\n' : at > 0 && text[at - 1] != '\n')
+        at += right ? 1 : SIZE_MAX;
+    return at;
+}
+
+static size_t word_end(const editor *e, int right)
+{
+    const char *text = e->text.items;
+    size_t at = e->at, end = right ? e->text.n : 0;
+    for (int blank = 1; blank >= 0; blank--)
+        while (at != end && (strchr(" \t\n", text[right ? at : at - 1]) != NULL) == blank)
+            at += right ? 1 : SIZE_MAX;
+    return at;
+}
+
+/* The key that the bytes of a sequence stand for; NO_KEY where it is none known here. */
+static uint32_t key_of(const char *sequence, size_t n)
+{
+    static const struct {
+        const char *bytes;
+        uint32_t key;
+    } keys[] = {
+        {"[A", UP}, {"OA", UP}, {"[B", DOWN}, {"OB", DOWN}, {"[C", RIGHT}, {"OC", RIGHT},
+        {"[D", LEFT}, {"OD", LEFT}, {"[H", HOME}, {"OH", HOME}, {"[1~", HOME}, {"[7~", HOME},
+        {"[F", END}, {"OF", END}, {"[4~", END}, {"[8~", END}, {"[3~", ERASE},
+        {"[1;5C", WORD_RIGHT}, {"[1;3C", WORD_RIGHT}, {"f", WORD_RIGHT}, {"[1;5D", WORD_LEFT},
+        {"[1;3D", WORD_LEFT}, {"b", WORD_LEFT}, {"\177", 'W' & CTRL}, {"\r", NEW_LINE},
+        {"\n", NEW_LINE}, {"[13;2u", NEW_LINE}, {"[27;2;13~", NEW_LINE}, {"[200~", PASTE},
+        {"[201~", PASTED}};
+    for (size_t i = 0; i < sizeof keys / sizeof *keys; i++)
+        if (strlen(keys[i].bytes) == n - 1 && memcmp(keys[i].bytes, sequence + 1, n - 1) == 0)
+            return keys[i].key;
+    return NO_KEY;
+}
+
+/* One more byte of an escape sequence or a character; the key that is then complete, or
+ * NO_KEY.  Inside a paste all but its end is text. */
+static uint32_t take_byte(editor *e, char c, int *status)
+{
+    char *s = e->sequence;
+    static const size_t lengths[] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 3, 4};
+    if (e->n_sequence && *s != ESCAPE && !is_inside_char(c)) { /* a character cut short */
+        *status = insert(e, s, e->n_sequence);
+        e->n_sequence = 0;
+    }
+    s[e->n_sequence++] = c;
+    size_t n = e->n_sequence;
+    if (*s != ESCAPE && n < lengths[(unsigned char)*s >> 4])
+        return NO_KEY;
+    int introduced = n > 1 && (s[1] == '[' || s[1] == 'O'), odd = n == 3 && c == '[';
+    if (*s == ESCAPE && n < sizeof e->sequence &&
+        (n == 1 || (introduced && (n == 2 || (unsigned char)c < 0x40 || odd))))
+        return NO_KEY;
+    e->n_sequence = 0;
+    if (*s == ESCAPE) {
+        uint32_t key = key_of(s, n);
+        if (e->in_paste && key != PASTED)
+            *status = insert(e, s, n);
+        return e->in_paste && key != PASTED ? NO_KEY : key;
+    }
+    if (n == 1 && !e->in_paste && is_control((unsigned char)c) && c != '\t')
+        return (unsigned char)c;
+    if (e->in_paste && (c == '\n' || c == '\r') && n == 1) {
+        if (c == '\r' || !e->after_return)
+            *status = insert(e, "\n", 1);
+    } else
+        *status = insert(e, s, n);
+    return NO_KEY;
+}
+
+/* Whether the text begins with """ and has no second one at its end. */
+static int is_quoting(const editor *e)
+{
+    const char *text = e->text.items;
+    size_t n = e->text.n;
     return n >= 3 && memcmp(text, "\"\"\"", 3) == 0 &&
            (n < 6 || memcmp(text + n - 3, "\"\"\"", 3) != 0);
 }
 
 /* Ends a line.  Returns whether the message goes on: behind a \, inside """, and where more was
  * there at once, as of a paste that the terminal does not mark. */
-static int goes_on(program *p)
+static int goes_on(editor *e, int more_is_there)
 {
-    keyboard *k = &p->keys;
-    char *text = p->prompt.items;
-    size_t n = p->prompt.n;
-    if (n > k->line && text[n - 1] == '\\') {
-        p->prompt.n--;
-        k->shown -= k->shown == n;
-        fputs(". ", stderr);
-        return 1;
-    }
-    if (is_quoting(p)) {
-        fputs(". ", stderr);
-        return 1;
-    }
-    return !k->marks_pastes && (k->at < k->n || input_waits());
+    const char *text = e->text.items;
+    size_t n = e->text.n;
+    e->at = n;
+    if (n && text[n - 1] == '\\')
+        return replace(e, n - 1, n, NULL, 0) == DONE;
+    return is_quoting(e) || (!e->marks_pastes && more_is_there);
 }
 
-/* Reads a message, of any length, without its last newline; *at_end where there is none.  A
- * signal ends the reading, and so the conversation, which is kept. */
-static int read_message(program *p, int *at_end)
+/* What a key does; *status says when there is no memory for it. */
+static void take_key(editor *e, uint32_t key, int *status)
 {
-    keyboard *k = &p->keys;
-    int status = ended_by ? INTERRUPTED : DONE, key = 0, cut = 0;
-    p->prompt.n = k->shown = k->line = 0;
-    patience = 1, stop_asked = 0;
-    catch_interrupts(1);
-    while (status == DONE && !k->ended) {
-        if (k->at == k->n) {
-            show_typed(p);
-            long got = read_terminal(k->bytes, sizeof k->bytes);
-            k->at = 0, k->n = got > 0 ? (size_t)got : 0;
-            k->ended = got <= 0;
-            if (got < 0 && !stop_asked)
-                status = fail(FAILED, "cannot read standard input: %s", strerror(errno));
+    size_t from = e->at, to = e->at;
+    switch (key) {
+    case LEFT: case 'B' & CTRL: e->at = step_before(e); return;
+    case RIGHT: case 'F' & CTRL: e->at = step_after(e); return;
+    case UP: case 'P' & CTRL: *status = move_row(e, 0); return;
+    case DOWN: case 'N' & CTRL: *status = move_row(e, 1); return;
+    case HOME: case 'A' & CTRL: e->at = line_end(e, 0); return;
+    case END: case 'E' & CTRL: e->at = line_end(e, 1); return;
+    case WORD_LEFT: e->at = word_end(e, 0); return;
+    case WORD_RIGHT: e->at = word_end(e, 1); return;
+    case NEW_LINE: *status = insert(e, "\n", 1); return;
+    case PASTE: e->in_paste = e->marks_pastes = 1; return;
+    case PASTED: e->in_paste = 0; return;
+    case 'L' & CTRL: send(e, "\033[H\033[2J"); e->drawn = SIZE_MAX; e->row = e->top = 0; return;
+    case 'D' & CTRL: case ERASE:
+        e->ended = key != ERASE && from == e->text.n && line_end(e, 0) == from;
+        from -= e->ended && from > 0; /* the newline before an empty last line */
+        to = e->ended ? to : step_after(e);
+        break;
+    case 'H' & CTRL: case RUBOUT: from = step_before(e); break;
+    case 'U' & CTRL: from = line_end(e, 0); break;
+    case 'W' & CTRL: from = word_end(e, 0); break;
+    case 'K' & CTRL: to = line_end(e, 1); to += to == e->at && to < e->text.n; break;
+    case NO_KEY: return;
+    default: break;
+    }
+    if (from == to && !e->ended)
+        send(e, "\a");
+    else if (from < to)
+        *status = replace(e, from, to, NULL, 0);
+}
+
+/* Takes the bytes that were typed, up to the end of a message: returns whether it came. */
+static int take_typed(editor *e, int *status)
+{
+    while (e->i < e->n && *status == DONE && !e->ended) {
+        char c = e->typed[e->i++];
+        int second = c == '\n' && e->after_return;
+        if (second && !e->in_paste && !e->n_sequence) {
+            e->after_return = 0;
             continue;
         }
-        key = (unsigned char)k->bytes[k->at++];
-        if (k->raw)
-            status = take_key(p, &key);
-        else if (key != '\n')
-            status = type(p, (const char *)&k->bytes[k->at - 1], 1);
-        if (status == DONE && key == 4)
-            k->ended = 1;
-        if (status != DONE || key != '\n')
+        uint32_t key = take_byte(e, c, status);
+        e->after_return = c == '\r';
+        if (key != '\n' && key != '\r')
+            take_key(e, key, status);
+        else if (goes_on(e, e->i < e->n || input_waits(20)))
+            *status = insert(e, "\n", 1);
+        else
+            return 1;
+    }
+    return 0;
+}
+
+/* An empty message on a new row. */
+static void begin_text(editor *e)
+{
+    e->text.n = e->at = e->row = e->top = e->drawn = e->n_sequence = 0;
+    send(e, "> ");
+    e->in_paste = 0;
+    e->recalled = e->history.n;
+}
+
+/* ---- reading a message ---- */
+
+static void flush_screen(editor *e)
+{
+    fwrite(e->screen.items, 1, e->screen.n, stderr);
+    fflush(stderr);
+    e->screen.n = 0;
+}
+
+/* Sends what changed to the terminal, whose size may have changed, too. */
+static void show_typed(editor *e)
+{
+    size_t width = 80, height = 24;
+    int changed = terminal_size(&width, &height);
+    width = width < 2 * SIGN ? 2 * SIGN : width;
+    if (e->width == 0)
+        e->width = width;
+    if (changed || width != e->width) {
+        e->width = width;
+        e->row = place_of(e, e->at < e->text.n ? e->at : e->text.n).row; /* terminals fold anew */
+        e->top = e->row < height ? 0 : e->row - height + 1;
+        e->drawn = SIZE_MAX;
+    }
+    if (e->drawn != e->text.n || e->at != e->text.n)
+        draw(e, height);
+    flush_screen(e);
+}
+
+/* Takes the bytes of lines that the terminal edits, up to the end of a message. */
+static int take_lines(editor *e, int *status, int *cut)
+{
+    while (e->i < e->n && *status == DONE) {
+        char c = e->typed[e->i++];
+        if (c == '\r') /* of Windows */
             continue;
-        cut |= !k->raw && is_cut(p->prompt.n - k->line);
-        show_typed(p);
-        if (k->raw)
-            fputc('\n', stderr);
-        if (!goes_on(p))
-            break;
-        status = type(p, "\n", 1);
-        k->shown = k->line = p->prompt.n;
+        if (c == '\n') {
+            *cut |= is_cut(e->text.n - line_end(e, 0));
+            int more = e->i < e->n || input_waits(20);
+            if (!goes_on(e, more))
+                return 1;
+            if (!more)
+                fputs(". ", stderr);
+        }
+        *status = insert(e, &c, 1);
     }
-    catch_interrupts(0);
-    if (k->ended && stop_asked)
-        return INTERRUPTED;
-    *at_end = status == DONE && k->ended && p->prompt.n == 0;
-    if (cut) {
-        p->prompt.n = 0;
-        fprintf(stderr, "The terminal cuts a line at 4,095 bytes, so the end of this one may be "
-                        "lost.  Put the\ntext into a file for -f, or into shorter lines that end "
-                        "in \\.\n");
-    }
+    return 0;
+}
+
+/* Ctrl-C at the prompt puts the message away, which the arrow keys bring back. */
+static int ask_to_leave(editor *e)
+{
+    if (e->raw)
+        leave_text(e);
+    flush_screen(e);
+    fprintf(stderr, "%sCtrl-C once more leaves, and so does /exit.\n", e->raw ? "" : "\n");
+    int status = remember(e, e->text.items, e->text.n);
+    begin_text(e);
     return status;
+}
+
+/* Waits until something was typed.  A second Ctrl-C in a row leaves. */
+static int wait_for_typed(editor *e, int *asked)
+{
+    patience = PATIENCE;
+    long got = ended_by ? -1 : read_terminal(e->typed, sizeof e->typed);
+    int reason = errno;
+    e->i = 0, e->n = got > 0 ? (size_t)got : 0;
+    e->ended = got == 0;
+    if (ended_by || (stop_asked && *asked))
+        return INTERRUPTED;
+    if (stop_asked) {
+        stop_asked = 0;
+        *asked = 1;
+        return ask_to_leave(e);
+    }
+    if (got >= 0)
+        *asked = 0;
+    else if (reason != EINTR)
+        return fail(FAILED, "cannot read standard input: %s", strerror(reason));
+    else if (e->n_sequence == 1 && *e->sequence == ESCAPE) /* the key itself */
+        e->n_sequence = 0;
+    return DONE;
+}
+
+/* Reads a message, of any length, without its last newline; *at_end where there is none. */
+static int read_message(program *p, int *at_end)
+{
+    editor *e = &p->editor;
+    int status = DONE, cut = 0, asked = 0, complete = 0;
+    begin_text(e);
+    stop_asked = 0;
+    flush_screen(e);
+    while (status == DONE && !complete && !e->ended) {
+        complete = e->raw ? take_typed(e, &status) : take_lines(e, &status, &cut);
+        if (complete || status != DONE || e->ended)
+            break;
+        if (e->raw)
+            show_typed(e);
+        status = wait_for_typed(e, &asked);
+    }
+    if (e->raw) {
+        leave_text(e);
+        flush_screen(e);
+    }
+    *at_end = status == DONE && e->ended && e->text.n == 0;
+    if (cut) {
+        e->text.n = 0;
+        fprintf(stderr, "The terminal cuts a line at 4,095 bytes, so the end of this one may be "
+                        "lost.  Put the\ntext into a file for -f or /read, or into shorter lines "
+                        "that end in \\.\n");
+    }
+    return status ? status : append(&e->text, NULL, 0); /* a NUL */
 }
 
 /* The message without the """ around it, if there are. */
@@ -2612,63 +3060,507 @@ static const char *without_quotes(const char *text, size_t *n)
     return inside + 3;
 }
 
+/* ---- the conversation: its turns, and what becomes of them ---- */
+
+static exchange *last_turn(program *p)
+{
+    return p->turns.n ? (exchange *)p->turns.items + p->turns.n - 1 : NULL;
+}
+
+static void forget_last_turn(program *p)
+{
+    exchange *t = last_turn(p);
+    forget_after(p, t->start);
+    free(t->text);
+    p->turns.n--;
+}
+
+static void forget_conversation(program *p)
+{
+    while (p->turns.n)
+        forget_last_turn(p);
+    forget_after(p, 0);
+    p->unknown = 0;
+}
+
+/* Adds a turn to the conversation: its text, and its ids up to where the reply begins. */
+static int add_turn(program *p, const char *text, size_t n)
+{
+    exchange *t = extend(&p->turns, 1, sizeof *t);
+    if (!t)
+        return out_of_memory();
+    *t = (exchange){malloc(n + 1), n, p->ids.n, 0};
+    if (!t->text) {
+        p->turns.n--;
+        return out_of_memory();
+    }
+    memcpy(t->text, text, n);
+    int status = push_turn(p, text, n);
+    t->reply = p->ids.n;
+    return status;
+}
+
+/* Encodes the conversation anew from turn `first` on, with the system text as it now is.  Replies
+ * keep their ids.  The session goes back to where it differs. */
+static int retell(program *p, size_t first)
+{
+    array old = p->ids;
+    exchange *turns = p->turns.items;
+    size_t n_turns = p->turns.n;
+    int status = DONE;
+    p->ids = (array){0};
+    for (size_t i = first; i < n_turns && status == DONE; i++) {
+        exchange *t = turns + i;
+        size_t begins = t->reply, end = i + 1 < n_turns ? t[1].start : old.n;
+        t->start = p->ids.n;
+        status = push_turn(p, t->text, t->size);
+        t->reply = p->ids.n;
+        int32_t *copy = status ? NULL : extend(&p->ids, end - begins, sizeof *copy);
+        if (copy && end > begins)
+            memcpy(copy, (int32_t *)old.items + begins, (end - begins) * sizeof *copy);
+        status = copy || status ? status : out_of_memory();
+    }
+    free(old.items);
+    for (size_t i = 0; i < first; i++)
+        free(turns[i].text);
+    memmove(turns, turns + first, (n_turns - first) * sizeof *turns);
+    p->turns.n -= first;
+    p->unknown = 0;
+    const int32_t *ids = p->ids.items, *held = gemma2_history(p->session);
+    size_t same = 0, most = (size_t)gemma2_position(p->session);
+    while (same < most && same < p->ids.n && ids[same] == held[same])
+        same++;
+    if (same < most && gemma2_rewind(p->session, (int32_t)same) < 0)
+        gemma2_rewind(p->session, 0);
+    return status;
+}
+
+/* Drops the oldest turns until a quarter of the context is free, or only the last turn is left.
+ * Returns 1, or 0 where nothing can be dropped. */
+static int drop_oldest(program *p, int *status)
+{
+    size_t first = 0, context = (size_t)gemma2_context(p->session), before = p->turns.n;
+    const exchange *turns = p->turns.items;
+    if (p->opts->full_stops || before < 2)
+        return 0;
+    while (first + 1 < before && (!first || p->ids.n - turns[first].start > context / 4 * 3))
+        first++;
+    *status = retell(p, first);
+    while (*status == DONE && p->turns.n > 1 && p->ids.n >= context)
+        *status = retell(p, 1);
+    if (*status == DONE)
+        fprintf(stderr, "The context of %zu tokens is full: the oldest %zu of %zu turns are "
+                        "dropped.\n", context, before - p->turns.n, before);
+    return 1;
+}
+
+/* The reply to the last turn, and what there is to say about it. */
+static int reply_to_turn(program *p)
+{
+    size_t context = (size_t)gemma2_context(p->session);
+    int status = make_reply(p);
+    if (status != DONE)
+        return status;
+    if (p->reply.finish == AT_INTERRUPT && p->reply.n_ids == 0)
+        forget_last_turn(p);
+    if (p->reply.finish == AT_CONTEXT)
+        fprintf(stderr, "The context of %zu tokens is full.  /clear starts over.\n", context);
+    if (p->stats)
+        print_speed(p);
+    status = keep_shown(p);
+    if (p->ids.n < context && context - p->ids.n < context / 8)
+        fprintf(stderr, "%zu of %zu tokens of context are left.\n", context - p->ids.n, context);
+    return status;
+}
+
+/* A message that was typed, behind what /read has put before it. */
 static int answer(program *p, const char *text, size_t n)
 {
-    size_t before = p->ids.n, context = (size_t)gemma2_context(p->session);
-    int status = push_turn(p, text, n);
+    size_t context = (size_t)gemma2_context(p->session);
+    int status = append(&p->attached, text, n), dropped = 1;
+    if (status == DONE)
+        status = add_turn(p, p->attached.items, p->attached.n);
+    while (status == DONE && p->ids.n >= context && dropped)
+        dropped = drop_oldest(p, &status);
+    p->attached.n -= n;
     if (status != DONE)
         return status;
     if (p->ids.n >= context) {
         fprintf(stderr, "With this turn the conversation has %zu tokens; the context holds %zu.  "
                         "Say less, or /clear to start over.\n", p->ids.n, context);
-        p->ids.n = before;
+        forget_last_turn(p);
         return DONE;
     }
-    status = make_reply(p);
-    if (status != DONE)
+    p->attached.n = 0;
+    return reply_to_turn(p);
+}
+
+/* Where a conversation stands that goes on: what was said last. */
+static void show_where(program *p, const char *path)
+{
+    fprintf(stderr, "%s: %zu of %" PRId32 " tokens.\n", path, p->ids.n, gemma2_context(p->session));
+}
+
+/* A message as a line of the history's file: \n for a newline, \\ for a \; or back again. */
+static int fold(array *to, const char *text, size_t n, int back)
+{
+    int status = DONE;
+    for (size_t i = 0; i < n && status == DONE; i++) {
+        int pair = back && text[i] == '\\' && i + 1 < n;
+        i += (size_t)pair;
+        if (!back && (text[i] == '\n' || text[i] == '\\'))
+            status = append(to, text[i] == '\n' ? "\\n" : "\\\\", 2);
+        else
+            status = append(to, pair && text[i] == 'n' ? "\n" : text + i, 1);
+    }
+    return status;
+}
+
+/* Reads the history's file and writes its last messages anew, readable by its owner only. */
+static int open_history(program *p)
+{
+    enum { MOST_MESSAGES = 1000, MOST_BYTES = 1 << 24 };
+    const char *path = p->opts->history;
+    array bytes = {0}, line = {0}, kept = {0};
+    int status = DONE;
+    FILE *file = path && !is_special(path) ? open_path(path, "rb") : NULL;
+    if (path && is_special(path))
+        return fail(FAILED, "%s is not a file that can hold a history", path);
+    if (path && !file && errno != ENOENT)
+        return fail(FAILED, "cannot open %s: %s", path, strerror(errno));
+    if (file) {
+        status = read_head(file, path, HISTORY_MAGIC, "a history of messages", &bytes);
+        if (status == DONE)
+            status = read_file(file, path, MOST_BYTES, &bytes);
+        fclose(file);
+    }
+    const char *text = bytes.items;
+    size_t at = MAGIC_BYTES, n = bytes.n, lines = 0;
+    for (size_t i = at; i < n; i++)
+        lines += text[i] == '\n';
+    for (size_t end; at < n && status == DONE; at = end + 1) {
+        for (end = at; end < n && text[end] != '\n';)
+            end++;
+        line.n = 0;
+        if (lines-- <= MOST_MESSAGES && (status = fold(&line, text + at, end - at, 1)) == DONE)
+            status = remember(&p->editor, line.items, line.n);
+    }
+    if (path && status == DONE)
+        status = append(&kept, HISTORY_MAGIC, MAGIC_BYTES);
+    for (size_t i = 0; path && i < p->editor.history.n && status == DONE; i++) {
+        const char *message = ((char **)p->editor.history.items)[i];
+        status = fold(&kept, message, strlen(message), 0);
+        if (status == DONE)
+            status = append(&kept, "\n", 1);
+    }
+    if (path && status == DONE)
+        status = save_file("the history", path, kept.items, kept.n);
+    free(bytes.items), free(line.items), free(kept.items);
+    return status;
+}
+
+/* Adds a message to the history and to its file. */
+static int keep_in_history(program *p, const char *text, size_t n)
+{
+    array line = {0};
+    const char *path = p->opts->history;
+    int status = remember(&p->editor, text, n);
+    if (!path || !n || status != DONE)
         return status;
-    if (p->reply.finish == AT_INTERRUPT && p->reply.n_ids == 0)
-        forget_after(p, before);
-    if (p->reply.finish == AT_CONTEXT)
-        fprintf(stderr, "The context of %zu tokens is full.  /clear starts over.\n", context);
-    if (p->opts->verbose && !p->opts->quiet)
+    FILE *file = open_path(path, "ab");
+    status = fold(&line, text, n, 0);
+    if (status == DONE)
+        status = append(&line, "\n", 1);
+    int written = file && fwrite(line.items, 1, line.n, file) == line.n;
+    if (file)
+        written &= fclose(file) == 0;
+    if (status == DONE && !written)
+        fail(FAILED, "cannot write to %s: %s", path, strerror(errno));
+    free(line.items);
+    return status;
+}
+
+/* ---- commands; a failure is said, and the conversation goes on ---- */
+
+static int clear(program *p, const char *rest)
+{
+    (void)rest;
+    forget_conversation(p);
+    return DONE;
+}
+
+static int undo(program *p, const char *rest)
+{
+    (void)rest;
+    if (!p->turns.n)
+        return fail(DONE, p->ids.n ? "the turns of a loaded conversation are not known here; /clear "
+                                     "forgets them" : "there is no turn to take back");
+    forget_last_turn(p);
+    remark("The last message and its reply are forgotten.");
+    return DONE;
+}
+
+static int regenerate(program *p, const char *rest)
+{
+    exchange *t = last_turn(p);
+    (void)rest;
+    if (!t)
+        return fail(DONE, "there is no reply to make again");
+    forget_after(p, t->reply - 1); /* its last token is evaluated again, to have logits */
+    p->ids.n = t->reply;
+    return reply_to_turn(p);
+}
+
+static int attach(program *p, const char *path)
+{
+    size_t before = p->attached.n;
+    int status = is_directory(path) ? fail(FAILED, "%s is a directory", path)
+                                    : read_path(path, &p->attached);
+    const char *bytes = (char *)p->attached.items + before;
+    size_t n = p->attached.n - before;
+    if (status == DONE && !kind_of(bytes, n)->is_text)
+        status = fail(FAILED, "%s seems to be %s, not text", path, kind_of(bytes, n)->what);
+    if (status == DONE && n && bytes[n - 1] != '\n')
+        status = append(&p->attached, "\n", 1);
+    if (status != DONE)
+        p->attached.n = before;
+    else
+        remark("%zu bytes of %s go before the next message.", n, path);
+    return DONE;
+}
+
+static int set_system(program *p, const char *text)
+{
+    char err[512];
+    gemma2_message turn[2] = {{GEMMA2_ROLE_SYSTEM, text, -1}, {GEMMA2_ROLE_USER, "x", 1}};
+    if (p->unknown)
+        return fail(DONE, "a loaded conversation keeps its system text; /clear starts another");
+    if (*text && gemma2_chat_check(p->model, turn, 2, GEMMA2_CHAT_GENERATE, err, sizeof err) < 0)
+        return fail(DONE, "%s", err);
+    char *copy = *text ? copy_of(text) : NULL;
+    if (*text && !copy)
+        return out_of_memory();
+    free(p->system);
+    p->settings->system = p->system = copy;
+    remark(*text ? "The system text is changed." : "There is no system text now.");
+    return retell(p, 0);
+}
+
+/* Whether a conversation may change an option: it is about choosing tokens. */
+static int is_setting(const option *o)
+{
+    size_t first = offsetof(options, sampler), field = o->field;
+    return o->kind == SEED || field == offsetof(options, max_tokens) ||
+           ((o->kind == WHOLE || o->kind == REAL) && field >= first &&
+            field < first + sizeof(gemma2_sampler));
+}
+
+static int set(program *p, const char *rest)
+{
+    char name[48] = "--";
+    const char *value;
+    size_t n = strcspn(rest, " =");
+    snprintf(name + 2, sizeof name - 2, "%.*s", (int)n, rest);
+    const char *meaning = foreign_meaning(name);
+    const option *o = n ? find_option(meaning && *meaning == '-' ? meaning : name, &value) : NULL;
+    value = rest + n + strspn(rest + n, " =");
+    if (n && !o)
+        unknown_option(name);
+    else if (!n || !*value || !is_setting(o))
+        fail(USAGE, "/set NAME VALUE takes the options about choosing tokens; /show lists them");
+    else if (!set_option(p->settings, o, value))
+        fail(USAGE, "/set %s '%s': it takes %s", o->name, value, o->takes);
+    else {
+        p->seed = o->kind == SEED ? p->opts->seed : p->seed;
+        settle_sampler(p, o->kind == SEED);
+    }
+    return DONE;
+}
+
+static int show(program *p, const char *rest)
+{
+    (void)rest;
+    const options *opts = p->opts;
+    fprintf(stderr, "%zu turns, %zu of %" PRId32 " tokens of context\n", p->turns.n, p->ids.n,
+            gemma2_context(p->session));
+    remark("system           %s", opts->system ? opts->system : "");
+    for (const option *o = OPTIONS; o < OPTIONS + N_OPTIONS; o++) {
+        const void *field = (const char *)opts + o->field;
+        if (is_setting(o) && o->kind == SEED)
+            fprintf(stderr, "%-17s%" PRIu64 "\n", o->name, p->seed);
+        else if (is_setting(o) && o->kind == WHOLE)
+            fprintf(stderr, "%-17s%" PRId32 "\n", o->name, *(const int32_t *)field);
+        else if (is_setting(o))
+            fprintf(stderr, "%-17s%g\n", o->name, (double)*(const float *)field);
+    }
+    return DONE;
+}
+
+static int save(program *p, const char *path)
+{
+    array head = {0};
+    FILE *file = open_path(path, "rb");
+    int status = file ? read_head(file, path, SESSION_MAGIC, "a saved session", &head) : DONE;
+    if (file)
+        fclose(file);
+    free(head.items);
+    if (status == DONE && !p->ids.n)
+        status = fail(FAILED, "there is nothing to save yet");
+    if (status == DONE && save_session(p, path) == DONE)
+        remark("Saved as %s; /load, --load and --session go on from it.", path);
+    return DONE;
+}
+
+static int load(program *p, const char *path)
+{
+    if (load_session(p, path, 0) != DONE)
+        return DONE;
+    while (p->turns.n)
+        free(((exchange *)p->turns.items)[--p->turns.n].text);
+    show_where(p, path);
+    return DONE;
+}
+
+static int stats(program *p, const char *rest)
+{
+    (void)rest;
+    p->stats = !p->stats;
+    if (p->stats && p->reply.n_ids)
         print_speed(p);
-    return keep_shown(p);
+    remark(p->stats ? "Speed and tokens are shown after each reply." : "Speed is no longer shown.");
+    return DONE;
+}
+
+static int leave(program *p, const char *rest)
+{
+    (void)rest;
+    p->leaves = 1;
+    return DONE;
+}
+
+static int help(program *p, const char *rest);
+static int edit(program *p, const char *rest);
+
+static const struct {
+    const char *name, *argument, *help;
+    int (*run)(program *p, const char *rest);
+} COMMANDS[] = {
+    {"help", "", "this list", help},
+    {"clear", "", "start over", clear},
+    {"undo", "", "take back the last message and its reply", undo},
+    {"regen", "", "draw the last reply anew", regenerate},
+    {"edit", "", "write a message in $EDITOR", edit},
+    {"read", "FILE", "put a file's text before the next message", attach},
+    {"system", "TEXT", "other instructions, from the first message on", set_system},
+    {"set", "NAME VALUE", "change temperature, top-k, seed, max-tokens and others", set},
+    {"show", "", "these settings, turns and tokens", show},
+    {"save", "FILE", "keep the conversation in a file", save},
+    {"load", "FILE", "go on from such a file", load},
+    {"stats", "", "show speed and tokens after each reply, or no longer", stats},
+    {"exit", "", "leave; also /quit, /bye, Ctrl-D", leave},
+    {"quit", "", NULL, leave},
+    {"bye", "", NULL, leave},
+};
+enum { N_COMMANDS = sizeof COMMANDS / sizeof *COMMANDS };
+
+static int help(program *p, const char *rest)
+{
+    (void)p, (void)rest;
+    for (size_t i = 0; i < N_COMMANDS; i++)
+        if (COMMANDS[i].help)
+            fprintf(stderr, "  /%s %-*s%s\n", COMMANDS[i].name, 18 - (int)strlen(COMMANDS[i].name),
+                    COMMANDS[i].argument, COMMANDS[i].help);
+    fputs("A message of several lines: Alt-Enter, a \\ at the end of a line, or \"\"\" around "
+          "them;\na pasted text is one message.  //x says /x.  Ctrl-C stops a reply.\n", stderr);
+    return DONE;
+}
+
+static int run_command(program *p, const char *text)
+{
+    size_t n = strcspn(text, " \t"), best = 0, least = SIZE_MAX;
+    char name[32];
+    const char *rest = text + n + strspn(text + n, " \t");
+    snprintf(name, sizeof name, "%.*s", (int)n, text);
+    for (size_t i = 0; i < N_COMMANDS; i++) {
+        size_t distance = n < sizeof name ? edit_distance(name, COMMANDS[i].name) : SIZE_MAX;
+        if (n && n < sizeof name && strncmp(name, COMMANDS[i].name, n) == 0)
+            distance = distance ? 1 : 0;
+        if (distance < least)
+            least = distance, best = i;
+    }
+    if (least > 0)
+        return fail(DONE, "unknown command /%s%s%s; /help lists all, and //%s sends /%s", name,
+                    least < 4 ? "; the nearest is /" : "", least < 4 ? COMMANDS[best].name : "",
+                    name, name);
+    if (!*COMMANDS[best].argument && *rest)
+        return fail(DONE, "/%s takes nothing", name);
+    if (*COMMANDS[best].argument && !*rest && COMMANDS[best].run != set_system)
+        return fail(DONE, "/%s needs %s", name, COMMANDS[best].argument);
+    return COMMANDS[best].run(p, rest);
+}
+
+/* A message from the person's own editor, which begins with the text given. */
+static int edit(program *p, const char *rest)
+{
+    char base[SENTENCE / 2], name[SENTENCE];
+    const char *folder = getenv("TMPDIR");
+    array text = {0};
+    folder = folder ? folder : getenv("TEMP");
+    snprintf(base, sizeof base, "%s/gemma2-message", folder ? folder : "/tmp");
+    FILE *file = open_beside(base, name, sizeof name);
+    if (!file)
+        return fail(DONE, "cannot make a file in %s: %s", base, strerror(errno));
+    int written = fputs(rest, file) >= 0;
+    written &= fclose(file) == 0;
+    terminal_restore();
+    int failed = !written || edit_file(name);
+    p->editor.raw = p->editor.raw && terminal_raw();
+    int status = failed ? fail(FAILED, "the editor failed, so nothing is sent; $EDITOR names "
+                                       "another") : read_path(name, &text);
+    remove_path(name);
+    const char *bytes = text.items;
+    while (status == DONE && text.n && (bytes[text.n - 1] == '\n' || bytes[text.n - 1] == '\r'))
+        text.n--;
+    if (status == DONE && text.n) {
+        fprintf(stderr, "> (%zu bytes)\n", text.n);
+        status = answer(p, text.items, text.n);
+    } else
+        status = DONE;
+    free(text.items);
+    return status;
 }
 
 /* A conversation on a terminal.  The prompt sign and all remarks go to standard error. */
 static int converse(program *p)
 {
-    static const char commands[] =
-        "/clear starts over, /exit or Ctrl-D leaves, Ctrl-C stops a reply, /help shows this.  For "
-        "more\nlines end one in \\, or put \"\"\" around them; a pasted text is one message.\n";
-    p->keys.raw = terminal_raw();
+    p->editor.raw = terminal_raw();
+    int status = open_history(p);
+    if (status != DONE)
+        return status;
     if (!p->opts->quiet)
-        fprintf(stderr, "%s", commands);
+        fprintf(stderr, "/help shows the commands, /exit or Ctrl-D leaves, Ctrl-C stops a reply; a "
+                        "pasted text is one\nmessage.\n");
     if (!p->opts->quiet && p->sampler.temperature > 0)
         fprintf(stderr, "seed %" PRIu64 "\n", p->seed);
-    int status = DONE;
-    while (status == DONE && !p->out.error) {
-        fprintf(stderr, "> ");
-        fflush(stderr);
+    if (!p->opts->quiet && p->ids.n)
+        show_where(p, p->opts->kept ? p->opts->kept : p->opts->loaded);
+    while (status == DONE && !p->out.error && !p->leaves) {
         int at_end = 0;
         status = read_message(p, &at_end);
         if (at_end || status == INTERRUPTED)
             fputc('\n', stderr);
         if (at_end || status != DONE)
             break;
-        size_t size = p->prompt.n;
-        const char *text = without_quotes(p->prompt.items, &size);
-        size_t n = size;
-        const char *line = trim(text, &n);
-        if (n == 5 && memcmp(line, "/exit", 5) == 0)
+        size_t size = p->editor.text.n, n;
+        const char *text = without_quotes(p->editor.text.items, &size);
+        int is_line = !memchr(text, '\n', size) && size == p->editor.text.n;
+        status = keep_in_history(p, text, size);
+        if (status != DONE)
             break;
-        if (n == 5 && memcmp(line, "/help", 5) == 0)
-            fprintf(stderr, "%s", commands);
-        else if (n == 6 && memcmp(line, "/clear", 6) == 0)
-            forget_after(p, 0);
-        else if (n > 0)
-            status = answer(p, text, size);
+        if (is_line && *text == '/' && text[1] != '/')
+            status = run_command(p, text + 1);
+        else if (n = size, trim(text, &n), n > 0)
+            status = answer(p, text + (is_line && *text == '/'), size - (is_line && *text == '/'));
     }
     terminal_restore();
     return status;
@@ -3354,19 +4246,15 @@ static void init_sampler(program *p)
 {
     const gemma2_config *c = p->config;
     const options *opts = p->opts;
-    gemma2_sampler seeded, *sampler = &p->sampler;
     p->seed = opts->seed_given ? opts->seed : random_seed();
-    gemma2_sampler_init(&seeded, p->seed);
-    *sampler = opts->sampler;
-    sampler->rng = seeded.rng;
-    sampler->bias = opts->biases;
-    sampler->allow = p->constraint.mask;
-    if (sampler->penalty_last < 0)
-        sampler->penalty_last = gemma2_context(p->session);
+    p->sampler.bias = opts->biases;
+    p->sampler.allow = p->constraint.mask;
+    p->sampler.n_bias = opts->sampler.n_bias;
     for (int32_t i = 0; opts->ignore_eos && i < c->n_stop; i++)
-        opts->biases[sampler->n_bias++] = (gemma2_bias){c->stop[i], -INFINITY};
+        opts->biases[p->sampler.n_bias++] = (gemma2_bias){c->stop[i], -INFINITY};
     if (opts->ignore_eos && p->end_of_reply >= 0)
-        opts->biases[sampler->n_bias++] = (gemma2_bias){p->end_of_reply, -INFINITY};
+        opts->biases[p->sampler.n_bias++] = (gemma2_bias){p->end_of_reply, -INFINITY};
+    settle_sampler(p, 1);
 }
 
 /* ---- --batch: many prompts in one process.  Lines share passes: a line joins as another ends,
@@ -4299,25 +5187,6 @@ static int answer_lines(program *p)
  * 8. main
  * =================================================================================== */
 
-/* What stands for path as one word of a shell; size is at least 8. */
-static void quote_path(const char *path, char *word, size_t size)
-{
-    size_t n = 0;
-    int plain = *path && *path != '-';
-    for (const char *c = path; *c; c++)
-        plain = plain && (isalnum((unsigned char)*c) || strchr("/._+-", *c));
-    snprintf(word, size, "%s", path);
-    if (plain)
-        return;
-    word[n++] = '\'';
-    for (const char *c = path; *c && n + 6 < size; c++) {
-        memcpy(word + n, *c == '\'' ? "'\\''" : c, *c == '\'' ? 4 : 1);
-        n += *c == '\'' ? 4 : 1;
-    }
-    word[n++] = '\'';
-    word[n] = '\0';
-}
-
 /* The command that makes a model of what is at path: the name of the result is that of the
  * checkpoint, in the directory one is in. */
 static void converting(const char *path, char *command, size_t size)
@@ -4532,8 +5401,8 @@ static int run(program *p)
     init_sampler(p);
     if (opts->mode == GENERATE || opts->mode == CONVERSE)
         status = open_ahead(p);
-    if (status == DONE)
-        status = load_session(p);
+    if (status == DONE && (opts->kept || opts->loaded))
+        status = load_session(p, opts->kept ? opts->kept : opts->loaded, opts->kept != NULL);
     if (status != DONE)
         return status;
     status = opts->mode == CONVERSE ? converse(p) : run_prompt(p);
@@ -4542,7 +5411,7 @@ static int run(program *p)
         return status;
     int saved = keep_shown(p);
     if (saved == DONE)
-        saved = save_session(p);
+        saved = save_session(p, opts->kept);
     return saved != DONE ? saved : status;
 }
 
@@ -4558,7 +5427,7 @@ int main(int argc, char **argv)
 {
     options opts;
     init_options(&opts);
-    program p = {.opts = &opts};
+    program p = {.opts = &opts, .settings = &opts};
     platform_init();
     catch_interrupts(0);
     argv = utf8_arguments(&argc, argv);
@@ -4597,6 +5466,15 @@ int main(int argc, char **argv)
     close_constraint(&p.constraint);
     gemma2_close(p.model);
     free(p.logits);
+    while (p.turns.n)
+        free(((exchange *)p.turns.items)[--p.turns.n].text);
+    while (p.editor.history.n)
+        free(((char **)p.editor.history.items)[--p.editor.history.n]);
+    array *const arrays[] = {&p.turns, &p.attached, &p.editor.text, &p.editor.screen,
+                             &p.editor.history, &p.editor.draft};
+    for (size_t i = 0; i < sizeof arrays / sizeof *arrays; i++)
+        free(arrays[i]->items);
+    free(p.system);
     free(p.prompt.items);
     free(p.echo.items);
     free(p.ids.items);
@@ -4755,15 +5633,13 @@ static int reader_left(int error) { return error == EPIPE; }
  * such limit. */
 static struct termios lines, keys;
 static volatile sig_atomic_t is_raw;
-static int can_mark_pastes; /* a terminal named dumb would show the request */
+static volatile sig_atomic_t size_changed; /* or all of the screen */
 
 /* The settings, and whether pastes are marked (bracketed paste). */
 static void set_terminal(const struct termios *settings, int marks_pastes)
 {
-    if (can_mark_pastes) {
-        ssize_t written = write(STDERR_FILENO, marks_pastes ? "\033[?2004h" : "\033[?2004l", 8);
-        (void)written;
-    }
+    ssize_t written = write(STDERR_FILENO, marks_pastes ? "\033[?2004h" : "\033[?2004l", 8);
+    (void)written;
     tcsetattr(STDIN_FILENO, TCSANOW, settings);
 }
 
@@ -4786,19 +5662,27 @@ static void on_suspend(int signal_number)
     raise(SIGSTOP);
     if (is_raw)
         set_terminal(&keys, 1);
+    size_changed = 1;
     errno = reason;
+}
+
+static void on_resize(int signal_number)
+{
+    (void)signal_number;
+    size_changed = 1;
 }
 
 static int terminal_raw(void)
 {
     struct sigaction suspend = {0};
     const char *name = getenv("TERM");
-    can_mark_pastes = name && strcmp(name, "dumb") != 0;
-    if (!isatty(STDERR_FILENO) || tcgetattr(STDIN_FILENO, &lines) != 0)
+    static int entered_before;
+    if (!name || strcmp(name, "dumb") == 0 || !isatty(STDERR_FILENO) ||
+        tcgetattr(STDIN_FILENO, &lines) != 0)
         return 0;
     keys = lines;
     keys.c_lflag &= ~(tcflag_t)(ICANON | ECHO | IEXTEN);
-    keys.c_iflag |= ICRNL;
+    keys.c_iflag &= ~(tcflag_t)ICRNL;
     keys.c_cc[VMIN] = 1;
     keys.c_cc[VTIME] = 0;
     suspend.sa_handler = on_suspend;
@@ -4806,18 +5690,52 @@ static int terminal_raw(void)
     sigemptyset(&suspend.sa_mask);
     sigaction(SIGTSTP, &suspend, NULL);
     signal(SIGQUIT, on_quit);
-    atexit(terminal_restore);
-    is_raw = 1;
+#ifdef SIGWINCH
+    signal(SIGWINCH, on_resize);
+#endif
+    if (!entered_before)
+        atexit(terminal_restore);
+    entered_before = is_raw = 1;
     set_terminal(&keys, 1);
     return 1;
 }
 
-static long read_terminal(char *bytes, size_t n) { return (long)read(STDIN_FILENO, bytes, n); }
+static int terminal_size(size_t *width, size_t *height)
+{
+    struct winsize size = {0};
+    int changed = size_changed;
+    size_changed = 0;
+    if (ioctl(STDERR_FILENO, TIOCGWINSZ, &size) != 0)
+        return changed;
+    *width = size.ws_col ? size.ws_col : *width;
+    *height = size.ws_row ? size.ws_row : *height;
+    return changed;
+}
 
-static int input_waits(void)
+static int input_waits(int milliseconds)
 {
     struct pollfd input = {STDIN_FILENO, POLLIN, 0};
-    return poll(&input, 1, 20) > 0 && input.revents & POLLIN;
+    return poll(&input, 1, milliseconds) > 0;
+}
+
+/* A terminal that is gone reads as ended. */
+static long read_terminal(char *bytes, size_t n)
+{
+    errno = EINTR;
+    if (!input_waits(200))
+        return -1;
+    long got = (long)read(STDIN_FILENO, bytes, n);
+    return got < 0 && errno == EIO ? 0 : got;
+}
+
+static int edit_file(const char *path)
+{
+    char word[SENTENCE], command[2 * SENTENCE];
+    const char *name = getenv("VISUAL");
+    name = name ? name : getenv("EDITOR");
+    quote_path(path, word, sizeof word);
+    snprintf(command, sizeof command, "%s %s", name ? name : "vi", word);
+    return system(command);
 }
 
 static long read_input(char *bytes, size_t n, int wait)
@@ -4922,7 +5840,8 @@ static int widen(const char *path, wchar_t wide[4096])
 static FILE *open_path(const char *path, const char *mode)
 {
     wchar_t wide[4096];
-    return widen(path, wide) ? _wfopen(wide, *mode == 'r' ? L"rb" : L"wb") : NULL;
+    return widen(path, wide) ? _wfopen(wide, *mode == 'r' ? L"rb" : *mode == 'a' ? L"ab" : L"wb")
+                             : NULL;
 }
 
 static void remove_path(const char *path)
@@ -4979,9 +5898,33 @@ static int terminal_raw(void) { return 0; }
 static void terminal_restore(void) {}
 static int is_cut(size_t line) { return (void)line, 0; }
 
+static int terminal_size(size_t *width, size_t *height) { return (void)width, (void)height, 0; }
+
+/* The console's own line as UTF-8; Ctrl-Z at its start ends. */
 static long read_terminal(char *bytes, size_t n)
 {
-    return _read(_fileno(stdin), bytes, (unsigned)n);
+    static wchar_t wide[512];
+    static DWORD kept; /* the first half of a character of two units waits for the other */
+    DWORD got = 0, most = (DWORD)(n / 3 < 512 ? n / 3 : 512) - kept;
+    if (!ReadConsoleW(GetStdHandle(STD_INPUT_HANDLE), wide + kept, most, &got, NULL))
+        return 0;
+    errno = EINTR; /* Ctrl-C ends a line without one */
+    if (got == 0 || wide[0] == 0x1A)
+        return got == 0 ? -1 : 0;
+    got += kept;
+    kept = wide[got - 1] >= 0xD800 && wide[got - 1] <= 0xDBFF;
+    int size = WideCharToMultiByte(CP_UTF8, 0, wide, (int)(got - kept), bytes, (int)n, NULL, NULL);
+    wide[0] = kept ? wide[got - 1] : wide[0];
+    return size > 0 ? size : -1;
+}
+
+static int edit_file(const char *path)
+{
+    char command[SENTENCE];
+    wchar_t wide[4096];
+    const char *name = getenv("EDITOR");
+    snprintf(command, sizeof command, "%s \"%s\"", name ? name : "notepad", path);
+    return widen(command, wide) ? _wsystem(wide) : 1;
 }
 
 /* A key that stands for a character. */
@@ -4997,11 +5940,11 @@ static uint64_t memory_bytes(void)
     return GlobalMemoryStatusEx(&status) ? status.ullTotalPhys : UINT64_MAX;
 }
 
-static int input_waits(void)
+static int input_waits(int milliseconds)
 {
     INPUT_RECORD records[128];
     DWORD n = 0;
-    Sleep(20);
+    Sleep((DWORD)milliseconds);
     if (!PeekConsoleInputW(GetStdHandle(STD_INPUT_HANDLE), records, 128, &n))
         return 0;
     for (DWORD i = 0; i < n; i++)

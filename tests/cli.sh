@@ -8,6 +8,7 @@ STORY=$HERE/demo/story-q8.bin
 VOCAB=$HERE/../tokenizer.bin
 TMP=${TMPDIR:-/tmp}/gemma2-cli.$$
 [ "$SYSTEM" = windows ] && LC_ALL=C.UTF-8 || LC_ALL=C
+TERM=xterm; export TERM # a conversation edits its lines there
 OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive} # waiting threads that spin crawl on a busy machine
 export LC_ALL OMP_WAIT_POLICY
 case $RUN in */*) ;; *) RUN=./$RUN ;; esac
@@ -839,7 +840,31 @@ elif terminal "a terminal" "echo x" : && [ "$(cat "$TMP/out")" = x ]; then
     talk "quoted lines" "printf '\"\"\"one\n'; sleep 0.3; printf 'two\"\"\"\n'" 'one\ntwo' 1
     talk "keys that take back" "printf 'abx\177\177\303\251\344\270\255\177\177c \177\n'" ac 1
     talk "Ctrl-U and Ctrl-W" "printf 'some words\025one two three \027\027six\n'" 'one six' 1
-    talk "keys that move" "printf 'a\033[D\033OAb\033[3~\n'" ab 1
+    talk "keys that move" "printf 'a\033[D\033OAb\033[3~\n'" b 1
+    talk "keys in the middle" "printf 'bd\033[Dc\001a\005e\n'" abcde 1
+    talk "words and wide characters" "printf 'x \344\270\255e\314\201\033[D\033[D!\033[1;5D\013y\n'" 'x y' 1
+    talk "Alt-Enter" "printf 'one\033\rtwo\n'" 'one\ntwo' 1
+    talk "an earlier message" "echo one; prompts 2; printf '\033[A\n'" one 2
+    talk "two slashes" "echo //x" /x 1
+    talk "/undo" "echo one; prompts 2; echo /undo; prompts 3; echo two; prompts 4" two 1
+    talk "/regen" "echo one; prompts 2; echo /regen; prompts 3" one 1
+    talk "/system" "echo one; prompts 2; echo /system Rhyme.; prompts 3" 'Rhyme.\n\none' 1
+    talk "a command that is unknown" "echo /undoo; prompts 2; echo two; prompts 3" two 1
+    grep -q "unknown command /undoo; the nearest is /undo" "$TMP/said" && pass || fail "$(cat "$TMP/said")"
+    talk "a paste is no command" "printf '\033[200~/exit\nx\033[201~\n'" '/exit\nx' 1
+    printf '#gemma2\nearlier\\none\n' >"$TMP/history"
+    chmod 644 "$TMP/history"
+    talk "a history in a file" "printf '\033[A\n'" 'earlier\none' 1 "--history '$TMP/history'"
+    claim "$(ls -l "$TMP/history" | cut -c1-10)" = -rw------- "mode of the history"
+    terminal "a history elsewhere" "'$RUN' '$STORY' -c --history '$STORY'; echo status \$?" "sleep 0.5"
+    out_has "status 1"
+    terminal "what is left of the context" "'$RUN' '$STORY' -c -n 12 -t 0 -C 96; echo status \$?" \
+        "prompts 1; echo One day; prompts 2; echo Two days; prompts 3; echo Three days; prompts 4; echo Four days
+        prompts 5; echo Five days; prompts 6; printf '\004'"
+    out_has "the oldest [1-9] of [1-9] turns are"; out_has "status 0"
+    terminal "a terminal of 10 columns" "stty cols 10 rows 3; '$RUN' '$STORY' -c -n 1 -t 0; echo status \$?" \
+        "prompts 1; printf 'one two three four five six\033[A\033[A\001\n'; prompts 3; printf '\004'"
+    out_has "status 0"
     talk "two messages" "echo one; prompts 2; echo two" one 2
     talk "lines at once, no editor" "printf 'one\ntwo\n\nfour\n'" 'one\ntwo\n\nfour' 1 "2>'$TMP/notes'"
     talk "a long line, no editor" "cat '$TMP/long'; prompts 2; echo one; prompts 3" one 1 "2>'$TMP/notes'"

@@ -107,7 +107,7 @@ static void all_guesses(const gemma2_model *m, struct setup o, gemma2_sampler sa
     for (int kind = 0; kind < 5; kind++) {
         struct oracle oracle = {&truth, 0, kind == 1};
         gemma2_ahead_params p;
-        gemma2_ahead_counts counts;
+        gemma2_ahead_counts counts = {0, 0, 0};
         gemma2_ahead_params_init(&p);
         p.lookup = kind >= 2 && kind != 4;
         p.n_drafts = kind == 3 ? 0 : 1 + (int32_t)below(15);

@@ -8,6 +8,26 @@ static int is_digest(const uint8_t digest[32], const char *hex)
     return !strcmp(text, hex);
 }
 
+/* The CPU's instructions give the digests of the plain code, wherever blocks begin and end. */
+static void test_fast_sha256(void)
+{
+    sha256_fn *fast = fast_sha256();
+    int bad = 0;
+    if (!fast)
+        printf("not run: SHA-256 by instructions, this CPU has none\n");
+    for (int i = 0; fast && i < 500; i++) {
+        size_t n = below(64 * 9), cut = below((uint32_t)n + 1);
+        uint8_t *text = fresh(n), digest[32], want[32];
+        for (size_t k = 0; k < n; k++)
+            text[k] = (uint8_t)rnd();
+        sha256_of(text, n, n + 1, want);
+        digest_of(&(gemma2_model){.sha256 = fast}, text, cut, text + cut, n - cut, digest);
+        bad += !!memcmp(digest, want, 32);
+        free(text);
+    }
+    check_none(bad, "SHA-256 by instructions");
+}
+
 /* FIPS 180-4 examples, and n letters 'a' around the padding's edges (by sha256sum). */
 static void test_sha256(void)
 {
@@ -112,5 +132,6 @@ static void test_ground(void)
     check(round_up(0, 16) == 0 && round_up(1, 16) == 16 && round_up(32, 16) == 32, "round_up");
     check(is_zero(bytes, 0) && !is_zero(bytes, 8), "is_zero");
     test_sha256();
+    test_fast_sha256();
     test_sha256_in_parts();
 }

@@ -178,7 +178,7 @@ static const struct shape shapes[] = {
     {"q3", 2, 48, 8, 2, 18, 270, 131, 8, 64, 0, 30, 1, 0, {Q3, Q3, Q3, Q3, Q3}, 64},
     {"mixed", 5, 33, 4, 2, 22, 37, 77, 8, 64, 20, 15, 19, 1, {F32, Q8, BF16, Q4, Q6}, 128},
 };
-enum { N_SHAPES = sizeof shapes / sizeof *shapes };
+enum { N_SHAPES = sizeof shapes / sizeof *shapes, MIXED = N_SHAPES - 1 };
 
 static const struct shape tiny_shape = {
     "tiny", 1, 2, 2, 1, 2, 3, 7, 8, 16, 0, 0, 1, 0, {F32, BF16, F32, BF16, F32}, 64};

@@ -247,7 +247,7 @@ static void test_misuse(void)
 
 static void test_cancel_holds(void)
 {
-    struct model x = make(&shapes[5]);
+    struct model x = make(&shapes[MIXED]);
     int32_t ids[12];
     float scores[12], *logits = fresh(vocab(x.m) * sizeof *logits);
     random_ids(x.m, ids, 12);
@@ -724,7 +724,7 @@ static void test_memory_of_before(void)
 /* A restored session rewinds as the saved one does, or refuses what its own ring lacks. */
 static void test_saved_rewinds(void)
 {
-    struct model x = make(&shapes[5]);
+    struct model x = make(&shapes[MIXED]);
     int32_t ids[MOST];
     int bad = 0, allowed = 0;
     random_ids(x.m, ids, MOST);
@@ -806,7 +806,7 @@ static void test_saved_bytes(void)
         int32_t ids[30];
         size_t size;
         rnd_state = 7;
-        struct model x = make(&shapes[half ? 2 : N_SHAPES - 1]);
+        struct model x = make(&shapes[half ? 2 : MIXED]);
         gemma2_session *s = start(x.m, (struct setup){40, 4, 1, 0, 1 + half});
         random_ids(x.m, ids, 30);
         gemma2_eval(s, ids, 30, NULL);
@@ -1040,7 +1040,7 @@ static void test_places_to_run(void)
 /* After a session exists nothing is allocated, whatever is called. */
 static void test_no_allocation(void)
 {
-    struct model x = make(&shapes[5]);
+    struct model x = make(&shapes[MIXED]);
     gemma2_session *s = start(x.m, (struct setup){40, 8, 1, 0, 0});
     gemma2_session *t = start(x.m, (struct setup){40, 8, 1, 0, 0});
     gemma2_sampler sampler;

@@ -9448,7 +9448,9 @@ static void sha256_blocks_x86(uint32_t h[8], const uint8_t *p, size_t n)
     h[0] = lanes[3], h[1] = lanes[2], h[4] = lanes[1], h[5] = lanes[0];
     h[2] = lanes[7], h[3] = lanes[6], h[6] = lanes[5], h[7] = lanes[4];
 }
-#elif defined(HAVE_NEON)
+#elif defined(HAVE_NEON) && \
+    (!defined(__clang__) || __clang_major__ >= 16 || defined(__ARM_FEATURE_SHA2))
+#define HAVE_NEON_SHA2 1 /* older ones know the instructions only where all code may use them */
 #ifdef __clang__
 #define SHA2 __attribute__((target("sha2")))
 #else
@@ -9483,7 +9485,7 @@ static sha256_fn *fast_sha256(void)
     unsigned a, b, c, d; /* SSSE3 and SSE4.1 come with every CPU that has SHA */
     if (__get_cpuid(1, &a, &b, &c, &d) && c >> 9 & c >> 19 & 1 && has_leaf7('b', 1u << 29))
         return sha256_blocks_x86;
-#elif defined(HAVE_NEON)
+#elif defined(HAVE_NEON_SHA2)
     if (has_feature(0, 6, "hw.optional.armv8_crypto", 30))
         return sha256_blocks_neon;
 #endif

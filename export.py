@@ -136,6 +136,21 @@ def align_option(text):
     return int(text)
 
 
+def size_option(text):
+    """Bytes of "11G", "900M", "1.5GB" or a plain number; units are powers of 1000, as for files."""
+    m = re.fullmatch(r"(\d+(?:\.\d+)?)([kMG]?)B?", text)
+    n = int(float(m.group(1)) * {"": 1, "k": 1e3, "M": 1e6, "G": 1e9}[m.group(2)]) if m else 0
+    if n < 1 or n >= 1 << 62:
+        raise argparse.ArgumentTypeError("%r is not a size such as 11G or 900M" % text)
+    return n
+
+
+def bits_option(text):
+    if not re.fullmatch(r"\d+(\.\d+)?", text) or not 1 <= float(text) <= 32:
+        raise argparse.ArgumentTypeError("%r is not a number of bits from 1 to 32" % text)
+    return float(text)
+
+
 def jobs_option(text):
     if not text.isdigit() or not 1 <= int(text) <= 1024:
         raise argparse.ArgumentTypeError("%r is not a number from 1 to 1024" % text)
@@ -152,8 +167,12 @@ def parse_options(arguments):
                    "org/name or org/name@revision")
     p.add_argument("output", metavar="OUT.bin",
                    help="file to write; an older one is replaced once all is well")
-    p.add_argument("--type", choices=TYPE_NAMES, default="q8",
-                   help="type of the matrices (default: q8)")
+    p.add_argument("--type", choices=TYPE_NAMES, help="type of the matrices (default: q8)")
+    p.add_argument("--size", type=size_option, metavar="BYTES", help="instead of --type: q3, q4, q6 "
+                   "or q8 for each matrix, so that the file has at most that size (900M, 11G; "
+                   "powers of 1000) and loses least by it; best with --importance")
+    p.add_argument("--bits", type=bits_option, metavar="N", help="the same for at most N bits a "
+                   "weight, such as 3.6")
     p.add_argument("--head", choices=TYPE_NAMES, metavar="TYPE",
                    help="type of the output head, see below")
     p.add_argument("--tensor", type=tensor_option, action="append", default=[],
@@ -186,10 +205,14 @@ def parse_options(arguments):
     p.add_argument("-q", "--quiet", action="store_true", help="no progress bar and no report")
     p.add_argument("--version", action="version", version="%(prog)s " + VERSION)
     options = p.parse_args(arguments)
-    if options.tokenizer_only and (options.tokenizer or options.head or options.tensor
+    if sum(o is not None for o in (options.type, options.size, options.bits)) > 1:
+        p.error("--type, --size and --bits each say what types matrices get: give one of them")
+    options.fits = options.size or options.bits
+    if options.tokenizer_only and (options.fits or options.tokenizer or options.head or options.tensor
                                    or options.lora or options.importance or options.effort):
-        p.error("--tokenizer-only writes no weights: --tokenizer, --head, --tensor, --lora, "
+        p.error("--tokenizer-only writes no weights: --size, --bits, --tokenizer, --head, --tensor, --lora, "
                 "--importance and --effort do not go with it")
+    options.type = options.type or "q8"
     return options
 
 
@@ -5414,10 +5437,9 @@ def human(n):
 # =====================================================================================
 
 
-def choose_type(name, tied, options):
-    """The type of a tensor: norms f32; else the last --tensor that matches, --head for the
-    output head, --type; only a q4 or q3 file keeps embedding, head and v at q6 (v is a fiftieth of
-    the weights, and a quarter of the divergence if it is q4)."""
+def fixed_type(name, tied, options):
+    """The type that a tensor must have: norms f32; else that of the last --tensor that matches,
+    or --head for the output head; None where --type, --size or --bits decides."""
     if is_norm(name) or name == "score":
         return "f32"
     for pattern, type_name in reversed(options.tensor):
@@ -5425,6 +5447,15 @@ def choose_type(name, tied, options):
             return type_name
     if options.head and name == ("embedding" if tied else "head"):
         return options.head
+    return None
+
+
+def choose_type(name, tied, options):
+    """Only a q4 or q3 file keeps embedding, head and v at q6 (v is a fiftieth of the weights, and a
+    quarter of the divergence if it is q4).  With --size and --bits all begins with the smallest."""
+    fixed = fixed_type(name, tied, options)
+    if fixed or options.fits:
+        return fixed or LADDER[0]
     if options.type in ("q4", "q3") and name.split(".")[-1] in ("embedding", "head", "v"):
         return "q6"
     return options.type
@@ -5449,6 +5480,104 @@ def plan_tensors(reader, options):
     return plan
 
 
+# ---- --size and --bits: the types that lose least for their bytes ----
+
+LADDER = "q3", "q4", "q6", "q8"
+# What a relative squared error of a matrix adds to the divergence of the next token (KL, nats),
+# of a layer's matrix times L.  Measured on the demo model with one role at a time at q3.
+HARM = {"q": 0.1, "k": 0.12, "v": 0.6, "o": 0.5, "gate": 0.3, "up": 0.25, "down": 0.5, "head": 5.0}
+SAMPLED_TILES = 4
+
+
+def sample_tasks(section, source, key):
+    """A few tiles of rows from all over a tensor, in each type of the ladder."""
+    last = (section.rows - 1) // TILE
+    tiles = sorted({last * i // (SAMPLED_TILES - 1) for i in range(SAMPLED_TILES)})
+    return [(source, t, section.cols, i * TILE, min((i + 1) * TILE, section.rows), key)
+            for t in LADDER for i in tiles]
+
+
+def measured_harm(job, free, model, options, progress):
+    """For each (section, source, key) the harm of each type of the ladder."""
+    tasks = [sample_tasks(*f) for f in free]
+    progress.start(sum((t[4] - t[3]) * t[2] for part in tasks for t in part))
+    results = pack_all((t for part in tasks for t in part), [(f[0], None) for f in free], job,
+                       options.jobs)
+    harm = []
+    try:
+        for (section, _, key), part in zip(free, tasks):
+            power, error = collections.Counter(), collections.Counter()
+            for _, type_name, cols, start, stop, _ in part:
+                _, more, lost = next(results)
+                power[type_name] += more
+                error[type_name] += lost
+                progress.add((stop - start) * cols)
+            role = section.name.rsplit(".", 1)[-1]
+            weight = HARM["head" if role == "embedding" else role]
+            weight /= model.L if section.name.startswith("layers.") else 1
+            harm.append([weight * error[t] / power[t] if power[t] > 0 else 0.0 for t in LADDER])
+    finally:
+        results.close()
+    return harm
+
+
+def steps_up(sizes, harm):
+    """The ways up the ladder that gain most a byte, each (gain a byte, from, to)."""
+    at, found = 0, []
+    while at + 1 < len(sizes):
+        gain, to = max(((harm[at] - harm[j]) / (sizes[j] - sizes[at]), -j)
+                       for j in range(at + 1, len(sizes)))
+        if gain <= 0:
+            break
+        found.append((gain, at, -to))
+        at = -to
+    return found
+
+
+def fit_types(job, plan, other_bytes, align, options, progress):
+    """The plan with types so chosen that it keeps to --size or --bits; other_bytes are those of
+    the file that no type changes."""
+    model, tied = job.reader.model, all(section.name != "head" for section, _ in plan)
+    free = {i for i, (s, _) in enumerate(plan) if not fixed_type(s.name, tied, options)}
+    order = sorted(free)
+    sizes = [[packed_bytes(t, plan[i][0].rows, plan[i][0].cols) for t in LADDER] for i in order]
+    unit = align if options.size else 1
+    wish = options.size or int(options.bits * sum(s.rows * s.cols for s, _ in plan) / 8)
+    used = sum(round_up(s.size, unit) for s, _ in plan) + (other_bytes if options.size else 0)
+    if used > wish:
+        what, least = (("size", human(used)) if options.size else
+                       ("bits", "%.3f" % (options.bits * used / wish)))
+        raise ExportError("--%s is too small: the least that can be made of this model is %s%s" % (
+            what, least, " bits a weight" if options.bits else " (%d bytes)" % used))
+    harm = measured_harm(job, [(*plan[i], job.importance.key(plan[i][0].name, tied)
+                                if job.importance else None) for i in order], model, options,
+                         progress)
+    level = [0] * len(order)
+    steps = [(gain, n, at, to) for n in range(len(order))
+             for gain, at, to in steps_up(sizes[n], harm[n])]
+    for _, n, at, to in sorted(steps, key=lambda step: -step[0]):
+        more = round_up(sizes[n][to], unit) - round_up(sizes[n][at], unit)
+        if level[n] == at and used + more <= wish:
+            level[n], used = to, used + more
+    plan = list(plan)
+    for n, i in enumerate(order):
+        section, source = plan[i]
+        plan[i] = section._replace(type=LADDER[level[n]], size=sizes[n][level[n]]), source
+    return plan
+
+
+def plan_lines(plan, model):
+    """How many matrices of a role get which type."""
+    roles = {}
+    for section, _ in plan:
+        if not is_norm(section.name):
+            roles.setdefault(section.name.rsplit(".", 1)[-1], collections.Counter())[
+                section.type] += 1
+    return ["types chosen:"] + ["  %-10s %s" % (role, ", ".join(
+        "%s%s" % (t, " x %d" % n if n > 1 or sum(types.values()) > 1 else "")
+        for t, n in sorted(types.items()))) for role, types in roles.items()]
+
+
 # ---- the file of `run --importance`, described in run.c --
 
 INPUTS = {"q": "q", "k": "q", "v": "q", "o": "o", "gate": "gate", "up": "gate", "down": "down"}
@@ -5457,6 +5586,7 @@ IMPORTANCE_HEADER = struct.Struct("<8s2I7IIQQ")
 
 class Importance:
     """Moments of the inputs of every matrix, read when they are needed."""
+    only_means = False
 
     def __init__(self, path, model):
         self.path = path
@@ -5498,6 +5628,12 @@ class Importance:
         layer, matrix = name.rsplit(".", 1)
         return "%s.%s" % (layer, INPUTS[matrix])
 
+    def means(self):
+        """The same, but for how inputs go together."""
+        found = copy.copy(self)
+        found.only_means = True
+        return found
+
     def moments(self, key):
         """[block, cols], damped."""
         def read():
@@ -5505,8 +5641,9 @@ class Importance:
             raw = read_at(self.path, offset, 4 * self.block * cols).view("<f4")
             found = raw.reshape(self.block, cols)
             self.check_moments(found, key)
-            return damped(found, self.tokens)
-        return keep("moments", (self.path, key), read)
+            c = np.arange(cols)
+            return damped(found[c % self.block, c][None] if self.only_means else found, self.tokens)
+        return keep("moments", (self.path, key, self.only_means), read)
 
     def check_moments(self, found, key):
         blocks = blocks_of(found, round_up(found.shape[1], self.block))
@@ -5663,7 +5800,8 @@ def gather_facts(options, name, source, is_gemma, chat, how):
 
 def options_text(options):
     """The options that shaped the weights, for the file's facts."""
-    words = ["--type " + options.type]
+    words = ["--size %d" % options.size if options.size else "--bits %g" % options.bits
+             if options.bits else "--type " + options.type]
     words += ["--head " + options.head] if options.head else []
     words += ["--importance " + os.path.basename(options.importance)] if options.importance else []
     words += ["--effort %d" % options.effort] if options.effort else []
@@ -5689,16 +5827,24 @@ def convert(options, progress):
                          chat, options_text(options))
     sections = [bytes_section("facts", FACTS, facts_section(facts)),
                 bytes_section("tokenizer", TOKENIZER, tokenizer_section(tokenizer))]
-    sections += [s for s, _ in plan]
-    tiny = sum(s.size for s, _ in plan) < 1 << 20
+    tiny = (options.size or sum(s.size for s, _ in plan)) < 1 << 20
     align = options.align or (64 if tiny else 4096)
+    job = Job(reader, importance, options.effort)
+    if options.fits:
+        other = HEADER_BYTES + ENTRY.size * (len(plan) + 2) + sum(
+            round_up(s.size, align) for s in sections) + align
+        plan = fit_types(job._replace(importance=importance and importance.means()), plan, other,
+                         align, options, progress)
+        progress.clear()
+        if not options.quiet:
+            say(plan_lines(plan, model))
+    sections += [s for s, _ in plan]
     inputs = [*reader.files, *side_files(reader.directory), *tokenizer_files(tokenizer_path)]
     inputs += [options.importance] if importance else []
     with Container(options.output, sections, align, inputs) as out:
         for section in sections[:2]:
             out.write_section([section.data])
-        errors = write_tensors(out, Job(reader, importance, options.effort), plan, options,
-                               progress)
+        errors = write_tensors(out, job, plan, options, progress)
         out.finish(model)
     seconds = time.monotonic() - started
     lines = report(options.output, out.size, [s for s, _ in plan], errors, seconds)

@@ -2614,7 +2614,8 @@ PRINTF_LIKE(2, 3) static void send(editor *e, const char *format, ...)
     va_start(arguments, format);
     int n = vsnprintf(bytes, sizeof bytes, format, arguments);
     va_end(arguments);
-    e->failed |= append(&e->screen, bytes, (size_t)n);
+    if (!e->failed) /* read_message ends by it */
+        e->failed = append(&e->screen, bytes, (size_t)n);
 }
 
 /* Sends the text from a place on, as far as it lies on the rows from `top` to `bottom`, and
@@ -3027,7 +3028,7 @@ static int read_message(program *p, int *at_end)
     begin_text(e);
     stop_asked = 0;
     flush_screen(e);
-    while (status == DONE && !complete && !e->ended) {
+    while ((status = status ? status : e->failed) == DONE && !complete && !e->ended) {
         complete = e->raw ? take_typed(e, &status) : take_lines(e, &status, &cut);
         if (complete || status != DONE || e->ended)
             break;
@@ -3039,6 +3040,7 @@ static int read_message(program *p, int *at_end)
         leave_text(e);
         flush_screen(e);
     }
+    status = status ? status : e->failed;
     *at_end = status == DONE && e->ended && e->text.n == 0;
     if (cut) {
         e->text.n = 0;
@@ -5715,17 +5717,18 @@ static int terminal_size(size_t *width, size_t *height)
 static int input_waits(int milliseconds)
 {
     struct pollfd input = {STDIN_FILENO, POLLIN, 0};
-    return poll(&input, 1, milliseconds) > 0;
+    return poll(&input, 1, milliseconds) > 0 ? input.revents : 0;
 }
 
 /* A terminal that is gone reads as ended. */
 static long read_terminal(char *bytes, size_t n)
 {
+    int events = input_waits(200);
     errno = EINTR;
-    if (!input_waits(200))
+    if (!events)
         return -1;
     long got = (long)read(STDIN_FILENO, bytes, n);
-    return got < 0 && errno == EIO ? 0 : got;
+    return got < 0 && events & POLLHUP ? 0 : got;
 }
 
 static int edit_file(const char *path)

@@ -5329,7 +5329,7 @@ static int evaluate_ahead(gemma2_session *s, gemma2_ahead *a, int32_t id, float 
     note_mean(&a->cost[n + 1], seconds);
     a->spent += seconds + n * a->source->seconds;
     if (n && a->cost[1] > 0)
-        a->balance -= a->cost[n + 1] - a->cost[1] + n * a->source->seconds;
+        a->balance -= seconds - a->cost[1] + n * a->source->seconds;
     a->counts.passes++;
     a->counts.drafted += (uint64_t)n;
     a->session = s, s->ahead = a;

@@ -237,12 +237,15 @@ static size_t round_up(size_t n, size_t step) { return (n + step - 1) / step * s
 
 /* Copies a caller's parameters over the defaults in to; the caller's struct may be of an
  * older version (shorter) or a newer one (longer, asking for nothing that is new).
+ * pointers_at is where its first pointer stands: from there on a size must not cut a pointer.
  * Returns 0 for no plausible size, or for a request that this version does not know.  Not
  * inlined, or gcc warns of tails that callers' structs do not have. */
 __attribute__((noinline))
-static int copy_params(void *to, size_t size, const void *from, uint32_t struct_size)
+static int copy_params(void *to, size_t size, const void *from, uint32_t struct_size,
+                       size_t pointers_at)
 {
-    if (struct_size < 8 || struct_size > 4096 || struct_size % 4) /* all members are of 4 or 8 */
+    size_t step = struct_size > pointers_at ? sizeof(void *) : 4; /* no half members */
+    if (struct_size < 8 || struct_size > 4096 || struct_size % step)
         return 0;
     if (struct_size > size && !is_zero((const uint8_t *)from + size, struct_size - size))
         return 0;
@@ -1902,7 +1905,8 @@ static int read_worker_params(gemma2_worker *work, const gemma2_model *m,
 {
     gemma2_worker_params p;
     gemma2_worker_params_init(&p);
-    if (given && !copy_params(&p, sizeof p, given, given->struct_size))
+    if (given && !copy_params(&p, sizeof p, given, given->struct_size,
+                              offsetof(gemma2_worker_params, run)))
         return GEMMA2_ERR_ARGUMENT;
     memset(work, 0, sizeof *work);
     work->model = m;
@@ -1925,7 +1929,8 @@ static int read_session_params(gemma2_session *s, gemma2_worker *work, const gem
 {
     gemma2_session_params p;
     gemma2_session_params_init(&p);
-    if (given && !copy_params(&p, sizeof p, given, given->struct_size))
+    if (given && !copy_params(&p, sizeof p, given, given->struct_size,
+                              offsetof(gemma2_session_params, worker)))
         return GEMMA2_ERR_ARGUMENT;
     const gemma2_config *c = &m->config;
     memset(s, 0, sizeof *s);
@@ -3821,7 +3826,7 @@ static int sampler_is_sound(const gemma2_sampler *given)
 {
     gemma2_sampler copy, *p = &copy;
     return given->struct_size >= offsetof(gemma2_sampler, rng) + sizeof p->rng &&
-           copy_params(p, sizeof *p, given, given->struct_size) &&
+           copy_params(p, sizeof *p, given, given->struct_size, 8) &&
            p->temperature >= 0 && p->temperature <= 1e6f && p->top_k >= 0 &&
            p->top_p > 0 && p->top_p <= 1 && p->min_p >= 0 && p->min_p <= 1 &&
            p->penalty_last >= 0 && p->repetition_penalty > 0 &&
@@ -5386,7 +5391,7 @@ void gemma2_open_params_init(gemma2_open_params *params)
 static int read_open_params(gemma2_open_params *p, const gemma2_open_params *from)
 {
     gemma2_open_params_init(p);
-    return !from || copy_params(p, sizeof *p, from, from->struct_size);
+    return !from || copy_params(p, sizeof *p, from, from->struct_size, sizeof *p);
 }
 
 gemma2_model *gemma2_open(const char *path, const gemma2_open_params *params, char *err_text,
@@ -6342,7 +6347,9 @@ static int read_ahead_params(gemma2_ahead *a, const gemma2_model *m,
     gemma2_ahead_params_init(&p);
     if (!m || !m->config.n_layers)
         return fail(err, "there is no model to look ahead for");
-    if ((given && !copy_params(&p, sizeof p, given, given->struct_size)) || p.n_drafts < 0 ||
+    if ((given && !copy_params(&p, sizeof p, given, given->struct_size,
+                               offsetof(gemma2_ahead_params, draft))) ||
+        p.n_drafts < 0 ||
         p.n_drafts > MAX_DRAFTS || p.n_context < 0 || p.n_context > 1 << 30 ||
         (p.draft && p.propose))
         return fail(err, "gemma2_ahead_new: parameters are out of range");

@@ -136,7 +136,8 @@ static void test_null_session(const gemma2_model *m)
               gemma2_scores(NULL, x, x) == GEMMA2_ERR_ARGUMENT, "no states, no scores");
     check(gemma2_set_hook(NULL, NULL, NULL) == GEMMA2_ERR_ARGUMENT &&
               eval_row(NULL, 1, x) == GEMMA2_ERR_ARGUMENT &&
-              gemma2_importance(s, &id, 1, 1, NULL) == GEMMA2_ERR_ARGUMENT, "NULL: hook, row, sums");
+              gemma2_importance(s, &id, 1, 1, NULL) == GEMMA2_ERR_ARGUMENT,
+          "NULL: hook, row, sums");
     check(gemma2_rewind(NULL, 0) == GEMMA2_ERR_ARGUMENT &&
               gemma2_cancel(NULL, 1) == GEMMA2_ERR_ARGUMENT, "no session: rewind, cancel");
     check(gemma2_session_copy(NULL, s) == GEMMA2_ERR_ARGUMENT &&
@@ -212,6 +213,12 @@ static void test_struct_sizes(const gemma2_model *m)
     gemma2_session_free(t);
     s.p.struct_size = 10;
     check(gemma2_session_plan(m, &s.p, &plan) == GEMMA2_ERR_ARGUMENT, "half a member");
+    s.p.n_batch = 4;
+    gemma2_worker_params w = {.struct_size = offsetof(gemma2_worker_params, run) + 4};
+    s.p.struct_size = offsetof(gemma2_session_params, worker) + 4;
+    int half = sizeof(void *) == 8 ? GEMMA2_ERR_ARGUMENT : GEMMA2_OK;
+    check(gemma2_session_plan(m, &s.p, &plan) == half && gemma2_worker_plan(m, &w, &plan) == half,
+          "half a pointer");
     o.p.struct_size = sizeof o;
     check(opens(demo, &o.p), "open: newer struct");
     o.unknown = 1;
@@ -225,9 +232,10 @@ static void test_struct_sizes(const gemma2_model *m)
     check(gemma2_sample(t, &a.p, x) >= 0, "sampler: newer struct");
     a.unknown = 1;
     check(gemma2_sample(t, &a.p, x) == GEMMA2_ERR_ARGUMENT, "sampler: a newer request");
+    a.unknown = 0, a.p.allow = NULL;
     for (uint32_t size = 0; size < sizeof a.p; size++) {
         a.p.struct_size = size;
-        if (gemma2_sample(t, &a.p, x) != GEMMA2_ERR_ARGUMENT)
+        if ((gemma2_sample(t, &a.p, x) < 0) == (size == offsetof(gemma2_sampler, allow)))
             check(0, "sampler: struct of %u bytes", size);
     }
     gemma2_session_free(t);
@@ -454,7 +462,7 @@ static void test_cancel(void)
 enum { MOST = 60 };
 
 /* Whether s, at some position, goes on as truth does, for more steps than a window has. */
-static int goes_on(gemma2_session *s, const int32_t *ids, const float *truth)
+static int goes_on_as(gemma2_session *s, const int32_t *ids, const float *truth)
 {
     const gemma2_model *m = s->model;
     float *logits = fresh(vocab(m) * sizeof *logits);
@@ -484,7 +492,7 @@ static void copy_walk(const struct model *x, struct setup a, struct setup b, int
             *bad += gemma2_session_copy(to, from) != GEMMA2_OK || gemma2_position(to) != n;
             int status = gemma2_rewind(to, n - back);
             if (status == GEMMA2_OK && (back < 2 || back % 7 == 0))
-                *bad += !goes_on(to, ids, truth);
+                *bad += !goes_on_as(to, ids, truth);
             *bad += status != GEMMA2_OK && status != GEMMA2_ERR_REWIND;
             *bad += status == GEMMA2_OK && back && gemma2_session_copy(to, from) == GEMMA2_OK &&
                     gemma2_rewind(from, n - back) != GEMMA2_OK;
@@ -540,7 +548,8 @@ static void test_copies_refused(void)
                   gemma2_history(t)[0] == (status < 0 ? 1 : ids[0]), "copy %zu: %d", i, status);
         gemma2_session_free(t);
     }
-    check(gemma2_session_copy(s, s) == GEMMA2_OK && goes_on(s, ids, truth), "a copy onto itself");
+    check(gemma2_session_copy(s, s) == GEMMA2_OK && goes_on_as(s, ids, truth),
+          "a copy onto itself");
     gemma2_session_free(s);
     free(truth);
     gemma2_close(again.m);
@@ -562,7 +571,7 @@ static void test_every_batch(void)
             gemma2_session *s = start(x.m, (struct setup){MOST, batch, 1, window, 0});
             bad += gemma2_eval(s, ids, MOST, logits) != GEMMA2_OK ||
                    logits_differ(x.m, logits, truth, MOST - 1);
-            bad += gemma2_rewind(s, MOST - batch) != GEMMA2_OK || !goes_on(s, ids, truth);
+            bad += gemma2_rewind(s, MOST - batch) != GEMMA2_OK || !goes_on_as(s, ids, truth);
             gemma2_session_free(s);
         }
         free(truth);
@@ -635,7 +644,7 @@ static void save_walk(const struct model *x, struct setup a, struct setup b, int
         x->m->isa = all_kernels[row % N_KERNELS];
         gemma2_eval(to, ids + 3, 50, NULL);
         *bad += gemma2_session_restore(to, p, size) != GEMMA2_OK || gemma2_position(to) != n;
-        *bad += !goes_on(to, ids, truth);
+        *bad += !goes_on_as(to, ids, truth);
         x->m->isa = best;
         gemma2_session_free(to);
         *bad += gemma2_eval(from, ids + n, (size_t)min_i32(step, MOST - n), NULL) != GEMMA2_OK;
@@ -740,7 +749,7 @@ static void test_saved_rewinds(void)
             int status = gemma2_rewind(t, to);
             bad += batch == 21 && (status == GEMMA2_OK) != (to - 8 + 1 >= 50 - 32);
             allowed += status == GEMMA2_OK;
-            bad += status == GEMMA2_OK ? !goes_on(t, ids, truth) : status != GEMMA2_ERR_REWIND;
+            bad += status == GEMMA2_OK ? !goes_on_as(t, ids, truth) : status != GEMMA2_ERR_REWIND;
             gemma2_session_free(t);
         }
     gemma2_session *full = start(x.m, (struct setup){50, 3, 1, 0, 0});
@@ -938,7 +947,7 @@ static void *go_elsewhere(void *context)
     gemma2_session_params_init(&p);
     p.n_context = e->o.context, p.n_batch = e->o.batch, p.n_threads = e->o.threads;
     gemma2_session *s = gemma2_session_new(e->from->model, &p, NULL, 0);
-    e->good = gemma2_session_copy(s, e->from) == GEMMA2_OK && goes_on(s, e->ids, e->truth);
+    e->good = gemma2_session_copy(s, e->from) == GEMMA2_OK && goes_on_as(s, e->ids, e->truth);
     gemma2_session_free(s);
     return NULL;
 }

@@ -704,7 +704,7 @@ static void seal_saved(uint8_t *p, size_t size)
         return;
     if (below(4))
         put_u64(p + 16, size);
-    saved_digest(p, size, p + SAVED_DIGEST_AT);
+    saved_digest(session_model(), p, size, p + SAVED_DIGEST_AT);
 }
 
 static size_t mutate_session(uint8_t *data, size_t size, size_t max)

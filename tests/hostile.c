@@ -818,7 +818,7 @@ static int restored(gemma2_session *s, uint8_t *saved, size_t n, size_t at, uint
     size_t held = (size_t)gemma2_session_save(s, NULL, 0);
     uint8_t *before = fresh(held), *after = fresh(held), *copy = fresh(n);
     put_u32(saved + at, value);
-    saved_digest(saved, n, saved + SAVED_DIGEST_AT);
+    saved_digest(s->model, saved, n, saved + SAVED_DIGEST_AT);
     memcpy(copy, saved, n);
     gemma2_session_save(s, before, held);
     int status = gemma2_session_restore(s, copy, n);
@@ -826,7 +826,7 @@ static int restored(gemma2_session *s, uint8_t *saved, size_t n, size_t at, uint
         check(gemma2_session_save(s, after, held) == (int64_t)held && !memcmp(before, after, held),
               "a session changes when it refuses %#x at %zu", value, at);
     put_u32(saved + at, was);
-    saved_digest(saved, n, saved + SAVED_DIGEST_AT);
+    saved_digest(s->model, saved, n, saved + SAVED_DIGEST_AT);
     free(before), free(after), free(copy);
     return status;
 }
@@ -867,7 +867,7 @@ static void test_saved_sessions(void)
     for (int32_t first = 0; first <= 20; first++) { /* local layers see the last 8 */
         size_t bytes = (size_t)saved_bytes(s, 20, first);
         put_u64(saved + 16, bytes), put_u32(saved + 36, (uint32_t)first);
-        saved_digest(saved, bytes, saved + SAVED_DIGEST_AT);
+        saved_digest(s->model, saved, bytes, saved + SAVED_DIGEST_AT);
         check(gemma2_session_restore(t, saved, bytes) == (first <= 13 ? GEMMA2_OK : C),
               "local layers from %d on", first);
     }
@@ -879,7 +879,7 @@ static void test_saved_sessions(void)
         bad += cut != n && gemma2_session_restore(t, copy, cut) != (cut < 8 ? F : C);
         if (cut >= SAVED_BYTES) {
             put_u64(copy + 16, cut);
-            saved_digest(copy, cut, copy + SAVED_DIGEST_AT);
+            saved_digest(s->model, copy, cut, copy + SAVED_DIGEST_AT);
             bad += cut != n && gemma2_session_restore(t, copy, cut) != C;
         }
         free(copy);

@@ -6314,7 +6314,8 @@ int gemma2_matcher_accept(gemma2_matcher *m, gemma2_grammar_state *state, int32_
     if (id < 0 || id >= m->grammar->model->config.n_vocab)
         return GEMMA2_ERR_TOKEN;
     int stops = gemma2_is_stop(m->grammar->model, id);
-    uint32_t next = stops ? m->sets[state->set].cost == 0 : after_token(m, state->set, (uint32_t)id);
+    uint32_t next = stops ? m->sets[state->set].cost == 0
+                          : after_token(m, state->set, (uint32_t)id);
     if (m->full)
         return GEMMA2_ERR_SPACE;
     if (!next)

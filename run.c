@@ -362,7 +362,7 @@ typedef struct {
     size_t n_stops;
     const char **choices; /* the same */
     size_t n_choices;
-    const char *grammar; /* a file */
+    const char *grammar, *schema; /* files */
     gemma2_bias *biases; /* room for one per argument and all stop ids */
     int ignore_eos, echo, json, quiet, verbose, help, version;
     int full_stops; /* a full context ends the conversation's growth; else its oldest turns go */
@@ -464,6 +464,9 @@ static const option OPTIONS[] = {
      "itself behind the prompt; they sum to 1",
      IN(CHOICE, choices, "a text that is not empty", 0, 0)},
     {0, "grammar", "FILE", "reply with a sentence of this grammar, in GBNF", IS(TEXT, grammar)},
+    {0, "schema", "FILE", "reply with compact JSON that fits this JSON Schema; keys\n"
+     "stand in its order, others than its own only where\n"
+     "additionalProperties says so", IS(TEXT, schema)},
     {0, "ignore-eos", NULL, "never choose a token that ends the text", IS(FLAG, ignore_eos)},
 
     HEAD("Running"),
@@ -553,6 +556,7 @@ static const struct {
     {" --repetition-penalty ", "--repeat-penalty"},
     {" -l ", "--logit-bias"},
     {" --grammar-file ", "--grammar"},
+    {" --json-schema --json-schema-file --format ", "--schema"},
     {" -sys --system-prompt ", "--system"},
     {" -cnv --conversation ", "--chat"},
     {" -r --reverse-prompt ", "--stop"},
@@ -564,8 +568,6 @@ static const struct {
     {" --no-display-prompt --no-cnv -no-cnv --no-conversation --jinja -st --single-turn "
      "--no-warmup --no-context-shift ", ""},
     {" -i --interactive ", "a conversation is -c, a prompt is -p TEXT"},
-    {" --json-schema --json-schema-file --format --schema ",
-     "this version cannot hold a reply to a schema; --grammar takes a grammar in GBNF"},
     {" -ngl --gpu-layers --n-gpu-layers --num-gpu -dev --device -sm --split-mode -ts "
      "--tensor-split -mg --main-gpu -fa --flash-attn ",
      "everything runs on the CPU here, so leave it out"},
@@ -1010,14 +1012,15 @@ static int check_options(options *opts)
                     opts->results ? "output" : "parallel");
     if (opts->echo && opts->mode == BATCH)
         return fail(USAGE, "--batch and --echo do not go together");
-    if ((opts->n_choices || opts->grammar) && !(traits & TAKES_SESSION))
-        return fail(USAGE, "--%s and --%s do not go together", opts->grammar ? "grammar" : "choice",
-                    name);
-    if (opts->n_choices && opts->grammar)
-        return fail(USAGE, "--choice and --grammar do not go together");
-    if ((opts->n_choices || opts->grammar) && opts->ignore_eos)
+    const char *limit = opts->schema ? "schema" : opts->grammar ? "grammar" : "choice";
+    int limits = (opts->n_choices != 0) + (opts->grammar != NULL) + (opts->schema != NULL);
+    if (limits && !(traits & TAKES_SESSION))
+        return fail(USAGE, "--%s and --%s do not go together", limit, name);
+    if (limits > 1)
+        return fail(USAGE, "--choice, --grammar and --schema do not go together");
+    if (limits && opts->ignore_eos)
         return fail(USAGE, "--ignore-eos and --%s do not go together: such a reply has an end",
-                    opts->grammar ? "grammar" : "choice");
+                    limit);
     if (opts->system && !opts->chat)
         return fail(USAGE, "--system belongs to a chat; add -c");
     if (opts->ids && opts->chat)
@@ -1547,7 +1550,7 @@ static const kind *kind_of(const char *bytes, size_t n)
  * =================================================================================== */
 
 /* Why a reply ended. */
-/* ---- what constrains the reply: a grammar in GBNF, which --choice becomes ---- */
+/* ---- what constrains the reply: a grammar in GBNF, which --choice and --schema become ---- */
 
 typedef struct {
     gemma2_grammar *grammar;
@@ -1630,6 +1633,570 @@ static int add_choices(array *gbnf, const char *const *texts, size_t n)
     for (size_t i = 0; i < n && ok; i++)
         ok = (i == 0 || add_format(gbnf, "| ")) && add_literal(gbnf, texts[i], strlen(texts[i]));
     return ok;
+}
+
+static int in_words(const char *words, const char *word)
+{
+    char padded[48];
+    return snprintf(padded, sizeof padded, " %s ", word) < (int)sizeof padded &&
+           strstr(words, padded) != NULL;
+}
+
+/* ---- JSON Schema as a grammar.  Every schema becomes a rule, named after its node, that speaks
+ * of other schemas by name; so nothing here calls itself.  Replies are compact JSON.  A key that
+ * the schema does not name may stand only where additionalProperties says so. ---- */
+
+typedef struct {
+    json j;
+    array *gbnf;
+    array rules; /* size_t: nodes whose rules are asked for, in order */
+    char *asked; /* by node */
+    char *err;
+    size_t size;
+    int failed;
+} schema;
+
+static const char SCHEMA_RULES[] =
+    "char ::= [^\"\\\\\\x00-\\x1F] | esc\n"
+    "esc ::= \"\\\\\" ([\"\\\\bfnrt] | \"u00\" [01] [0-9a-f])\n"
+    "string ::= \"\\\"\" char* \"\\\"\"\n"
+    "integer ::= \"0\" | \"-\"? [1-9] [0-9]{0,14}\n"
+    "number ::= \"-\"? natural fraction? ([eE] [-+]? [0-9]{1,2})?\n"
+    "natural ::= \"0\" | [1-9] [0-9]{0,14}\n"
+    "fraction ::= \".\" [0-9]{1,16}\n"
+    "boolean ::= \"true\" | \"false\"\n"
+    "null ::= \"null\"\n"
+    "array ::= \"[\" (any (\",\" any)*)? \"]\"\n"
+    "object ::= \"{\" (string \":\" any (\",\" string \":\" any)*)? \"}\"\n"
+    "any ::= object | array | string | number | boolean | null\n"
+    "date ::= [1-9] [0-9]{3} \"-\" (\"0\" [13578] \"-\" day31 | \"10-\" day31 | \"12-\" day31 | "
+    "(\"0\" [469] | \"11\") \"-\" day30 | \"02-\" day28)\n"
+    "day28 ::= \"0\" [1-9] | \"1\" [0-9] | \"2\" [0-8]\n"
+    "day30 ::= day28 | \"29\" | \"30\"\n"
+    "day31 ::= day30 | \"31\"\n"
+    "time ::= ([01] [0-9] | \"2\" [0-3]) \":\" [0-5] [0-9] \":\" [0-5] [0-9] (\".\" [0-9]{1,9})? "
+    "(\"Z\" | [+-] ([01] [0-9] | \"2\" [0-3]) \":\" [0-5] [0-9])\n"
+    "date-time ::= date \"T\" time\n"
+    "uuid ::= hex{8} \"-\" hex{4} \"-\" hex{4} \"-\" hex{4} \"-\" hex{12}\n"
+    "hex ::= [0-9a-fA-F]\n"
+    "ipv4 ::= byte \".\" byte \".\" byte \".\" byte\n"
+    "byte ::= [0-9] | [1-9] [0-9] | \"1\" [0-9]{2} | \"2\" [0-4] [0-9] | \"25\" [0-5]\n";
+static const char TYPES[] = " string integer number boolean null array object ";
+static const char ANNOTATIONS[] = " title description default examples $schema $id $comment $defs "
+                            "definitions deprecated readOnly writeOnly ";
+static const char WHOLE_SCHEMAS[] = " $ref anyOf oneOf allOf enum const ";
+static const char ASSERTIONS[] = " type properties required additionalProperties items prefixItems "
+    "minItems maxItems minLength maxLength minimum maximum exclusiveMinimum exclusiveMaximum "
+    "format ";
+
+static const json_node *node_at(const schema *s, size_t i)
+{
+    return (const json_node *)s->j.nodes.items + i;
+}
+
+static size_t index_of(const schema *s, const json_node *node)
+{
+    return (size_t)(node - (const json_node *)s->j.nodes.items);
+}
+
+/* Refuses a node, with its JSON pointer. */
+PRINTF_LIKE(3, 4) static void refuse_node(schema *s, const json_node *node, const char *format, ...)
+{
+    char what[160], at[200] = "#";
+    size_t used = 1, target = index_of(s, node), i = 0;
+    va_list arguments;
+    if (s->failed)
+        return;
+    va_start(arguments, format);
+    vsnprintf(what, sizeof what, format, arguments);
+    va_end(arguments);
+    while (i < target && used < sizeof at - 1) { /* the child that holds the target */
+        const json_node *in = node_at(s, i), *child = in + 1;
+        int is_object = in->kind == JSON_OBJECT;
+        for (size_t k = 0; k < in->n; k++, child = json_next(&s->j, child)) {
+            const json_node *key = child;
+            child += is_object;
+            if (child->next <= target)
+                continue;
+            if (is_object)
+                snprintf(at + used, sizeof at - used, "/%.*s", (int)(key->end - key->start),
+                         s->j.text + key->start);
+            else
+                snprintf(at + used, sizeof at - used, "/%zu", k);
+            break;
+        }
+        used = strlen(at);
+        i = index_of(s, child) > target ? target : index_of(s, child);
+    }
+    snprintf(s->err, s->size, "%s: %s", at, what);
+    s->failed = 1;
+}
+
+PRINTF_LIKE(2, 3) static void put_rule(schema *s, const char *format, ...)
+{
+    char text[400];
+    va_list arguments;
+    va_start(arguments, format);
+    int n = vsnprintf(text, sizeof text, format, arguments);
+    va_end(arguments);
+    if (!s->failed && (n < 0 || (size_t)n >= sizeof text || !add_text(s->gbnf, text, (size_t)n)))
+        s->failed = 1;
+}
+
+/* Writes the name of a schema's rule, which is asked for. */
+static void put_schema(schema *s, const json_node *node)
+{
+    size_t i = index_of(s, node);
+    if (!s->asked[i]) {
+        size_t *next = extend(&s->rules, 1, sizeof *next);
+        s->failed |= !next;
+        if (next)
+            *next = i;
+        s->asked[i] = 1;
+    }
+    put_rule(s, "s%zu ", i);
+}
+
+/* Writes a value as it stands in the schema, without white space, and with a colon as a key. */
+static void put_value(schema *s, const json_node *node, const char *behind)
+{
+    array text = {0};
+    int quote = node->kind == JSON_STRING;
+    size_t start = node->start - (size_t)quote, end = node->end + (size_t)quote;
+    for (size_t i = start, inside = 0; i < end && !s->failed; i++) {
+        char c = s->j.text[i];
+        if (!inside && (c == ' ' || c == '\t' || c == '\n' || c == '\r'))
+            continue;
+        if (c == '"')
+            inside = !inside;
+        s->failed |= !add_text(&text, &c, 1);
+        if (c == '\\')
+            s->failed |= !add_text(&text, &s->j.text[++i], 1);
+    }
+    if (s->failed || !add_text(&text, behind, strlen(behind)) ||
+        !add_literal(s->gbnf, text.items, text.n))
+        s->failed = 1;
+    free(text.items);
+}
+
+/* A whole number of a keyword; otherwise if it is absent. */
+static int64_t bound_of(schema *s, const json_node *node, const char *name, int64_t otherwise)
+{
+    const json_node *value = json_get(&s->j, node, name);
+    char text[24] = "", *end = text;
+    if (!value)
+        return otherwise;
+    size_t n = value->end - value->start;
+    if (value->kind == JSON_NUMBER && n < 17) {
+        memcpy(text, s->j.text + value->start, n);
+        otherwise = strtoll(text, &end, 10);
+    }
+    if (end == text || *end || otherwise > 999999999999999 || otherwise < -999999999999999)
+        refuse_node(s, value, "'%s' must be a whole number of at most 15 digits", name);
+    return otherwise;
+}
+
+/* Numbers low..high, 0 <= low, as runs of digits: first ones, one that varies, then any. */
+static void put_naturals(schema *s, int64_t low, int64_t high, const char *before)
+{
+    while (low <= high && !s->failed) {
+        int64_t unit = 1, digits = 0, count;
+        for (; low && low % (unit * 10) == 0 && low + unit * 10 - 1 <= high; digits++)
+            unit *= 10;
+        count = 10 - low / unit % 10;
+        count = (high + 1 - low) / unit < count ? (high + 1 - low) / unit : count;
+        if (low == 0)
+            count = high < 9 ? high + 1 : 10;
+        put_rule(s, "| \"%s", before);
+        if (low / unit / 10)
+            put_rule(s, "%" PRId64, low / unit / 10);
+        put_rule(s, "\" [%" PRId64 "-%" PRId64 "] [0-9]{%" PRId64 "} ", low / unit % 10,
+                 low / unit % 10 + count - 1, digits);
+        low += count * unit;
+    }
+}
+
+static void put_integer(schema *s, const json_node *node)
+{
+    const int64_t most = 999999999999999;
+    int64_t low = bound_of(s, node, "minimum", -most), high = bound_of(s, node, "maximum", most);
+    int64_t above = bound_of(s, node, "exclusiveMinimum", -most - 1) + 1;
+    int64_t below = bound_of(s, node, "exclusiveMaximum", most + 1) - 1;
+    low = above > low ? above : low, high = below < high ? below : high;
+    if (low > high)
+        refuse_node(s, node, "no integer lies between its bounds");
+    put_rule(s, "(");
+    size_t first = s->gbnf->n;
+    if (low < 0)
+        put_naturals(s, high < 0 ? -high : 1, -low, "-");
+    if (high >= 0)
+        put_naturals(s, low > 0 ? low : 0, high, "");
+    if (!s->failed && s->gbnf->n > first)
+        ((char *)s->gbnf->items)[first] = ' '; /* the first bar */
+    put_rule(s, ") ");
+}
+
+static void put_number(schema *s, const json_node *node)
+{
+    static const char *const names[] = {"maximum", "exclusiveMinimum", "exclusiveMaximum"};
+    const json_node *least = json_get(&s->j, node, "minimum");
+    for (int i = 0; i < 3; i++)
+        if (json_get(&s->j, node, names[i]))
+            refuse_node(s, json_get(&s->j, node, names[i]), "'%s' is known for integers, not for "
+                        "other numbers", names[i]);
+    if (least && bound_of(s, node, "minimum", 0) != 0)
+        refuse_node(s, least, "'minimum' of a number may be 0; other bounds are for integers");
+    put_rule(s, least ? "natural fraction? " : "number ");
+}
+
+static void put_count(schema *s, const json_node *node, const char *low, const char *high)
+{
+    int64_t least = bound_of(s, node, low, 0), most = bound_of(s, node, high, 1 << 20);
+    if (least < 0 || least > 2000 || most < least)
+        refuse_node(s, node, "'%s' and '%s' must be in order, the first at most 2000", low, high);
+    if (json_get(&s->j, node, high))
+        put_rule(s, "{%" PRId64 ",%" PRId64 "} ", least, most < 2000 ? most : 2000);
+    else
+        put_rule(s, "{%" PRId64 ",} ", least);
+}
+
+static void put_string(schema *s, const json_node *node)
+{
+    static const char formats[] = " date time date-time uuid ipv4 ";
+    const json_node *format = json_get(&s->j, node, "format");
+    char name[32];
+    if (!format) {
+        put_rule(s, "\"\\\"\" char");
+        put_count(s, node, "minLength", "maxLength");
+        put_rule(s, "\"\\\"\" ");
+        return;
+    }
+    snprintf(name, sizeof name, "%.*s", (int)(format->end - format->start),
+             s->j.text + format->start);
+    if (format->kind != JSON_STRING || !in_words(formats, name))
+        refuse_node(s, format, "this format is not known; there are%s", formats);
+    if (json_get(&s->j, node, "minLength") || json_get(&s->j, node, "maxLength"))
+        refuse_node(s, node, "'format' and a length do not go together");
+    put_rule(s, "\"\\\"\" %s \"\\\"\" ", name);
+}
+
+static int is_false(const json_node *node) { return node && node->kind == JSON_FALSE; }
+
+/* "[", then those of prefixItems, as far as the array goes, then items. */
+static void put_array(schema *s, const json_node *node)
+{
+    const json_node *first = json_get(&s->j, node, "prefixItems");
+    const json_node *rest = json_get(&s->j, node, "items");
+    if (first && first->kind != JSON_ARRAY)
+        refuse_node(s, first, "'prefixItems' must be a list");
+    int64_t least = bound_of(s, node, "minItems", 0), n = first && !s->failed ? (int64_t)first->n : 0;
+    int64_t most = bound_of(s, node, "maxItems", 2000), open = 0;
+    if (least < 0 || least > 2000 || most < least || (is_false(rest) && least > n))
+        refuse_node(s, node, "'minItems' is above 2000 or what the array can hold");
+    most = most > 2000 ? 2000 : most;
+    const json_node *each = first ? first + 1 : NULL;
+    put_rule(s, "\"[\" ");
+    for (int64_t i = 0; i < n && i < most; i++, each = json_next(&s->j, each)) {
+        if (i >= least)
+            put_rule(s, "("), open++;
+        put_rule(s, i ? "\",\" " : "");
+        put_schema(s, each);
+    }
+    int64_t alone = n == 0, need = least > n ? least - n : alone, room = most - n - alone;
+    for (int64_t part = 1 - alone; part < 2 && n < most && !is_false(rest); part++) {
+        put_rule(s, part ? "(\",\" " : "("); /* the first of all has no comma */
+        if (rest)
+            put_schema(s, rest);
+        else
+            put_rule(s, "any ");
+    }
+    if (n < most && !is_false(rest) && json_get(&s->j, node, "maxItems"))
+        put_rule(s, "){%" PRId64 ",%" PRId64 "} ", need - alone, room);
+    else if (n < most && !is_false(rest))
+        put_rule(s, "){%" PRId64 ",} ", need - alone);
+    if (alone && n < most && !is_false(rest))
+        put_rule(s, ")%s ", least ? "" : "?");
+    while (open-- > 0)
+        put_rule(s, ")?");
+    put_rule(s, "\"]\" ");
+}
+
+static const json_node *property(const schema *s, const json_node *properties,
+                                 const json_node *name)
+{
+    array text = {0};
+    const json_node *found = NULL;
+    if (properties && json_text(&s->j, name, &text) && add_text(&text, "", 1))
+        found = json_get(&s->j, properties, text.items);
+    free(text.items);
+    return found;
+}
+
+/* "{", then the properties in order.  Rule f follows while nothing stands there yet, rule g where
+ * a comma must come first. */
+static void put_object(schema *s, const json_node *node, size_t id)
+{
+    const json_node *properties = json_get(&s->j, node, "properties");
+    const json_node *required = json_get(&s->j, node, "required");
+    const json_node *more = json_get(&s->j, node, "additionalProperties");
+    size_t n = properties ? properties->n : 0, n_required = 0;
+    int extras = !is_false(more) && (more || !n);
+    if (extras && n)
+        refuse_node(s, more, "'additionalProperties' beside 'properties' must be false");
+    if ((properties && properties->kind != JSON_OBJECT) ||
+        (required && required->kind != JSON_ARRAY))
+        refuse_node(s, node, "'properties' is an object and 'required' a list");
+    put_rule(s, "\"{\" s%zu-f0 \"}\" ", id);
+    array after = {0}, *main_rules = s->gbnf;
+    s->gbnf = &after; /* rules of their own, behind this one */
+    const json_node *key = properties ? properties + 1 : NULL;
+    for (size_t i = 0; i < n && !s->failed; i++, key = json_next(&s->j, key + 1)) {
+        int must = 0;
+        const json_node *each = required ? required + 1 : NULL;
+        for (size_t k = 0; required && k < required->n; k++, each = json_next(&s->j, each))
+            must |= each->kind == JSON_STRING && property(s, properties, each) == key + 1;
+        n_required += (size_t)must;
+        for (int g = 0; g < 2; g++) {
+            put_rule(s, "s%zu-%c%zu ::= ", id, "fg"[g], i);
+            put_rule(s, g ? "\",\" " : "");
+            put_value(s, key, ":");
+            put_schema(s, key + 1);
+            put_rule(s, "s%zu-g%zu ", id, i + 1);
+            if (!must)
+                put_rule(s, "| s%zu-%c%zu ", id, "fg"[g], i + 1);
+            put_rule(s, "\n");
+        }
+    }
+    if (required && !s->failed && n_required < required->n)
+        refuse_node(s, required, "each key of it must stand in 'properties'");
+    put_rule(s, "s%zu-g%zu ::= \"\"\ns%zu-f%zu ::= ", id, n, id, n);
+    for (int part = 0; part < 2 && extras; part++) {
+        put_rule(s, part ? "(\",\" string \":\" " : "(string \":\" ");
+        if (more && more->kind == JSON_OBJECT)
+            put_schema(s, more);
+        else
+            put_rule(s, "any ");
+    }
+    put_rule(s, extras ? ")*)?\n" : "\"\"\n");
+    s->gbnf = main_rules;
+    put_rule(s, "\n");
+    if (!s->failed && !add_text(s->gbnf, after.items, after.n))
+        s->failed = 1;
+    free(after.items);
+}
+
+/* What "$ref" points to: "#" and names or numbers behind slashes. */
+static const json_node *referred(schema *s, const json_node *ref)
+{
+    const json_node *at = node_at(s, 0);
+    array text = {0};
+    if (ref->kind != JSON_STRING || !json_text(&s->j, ref, &text) || !add_text(&text, "", 1))
+        at = NULL;
+    char *part = text.items;
+    if (at && *part++ != '#')
+        at = NULL;
+    while (at && *part) {
+        char *end, *to;
+        if (*part++ != '/') {
+            at = NULL;
+            break;
+        }
+        for (to = end = part; *end && *end != '/'; end++) {
+            int tilde = *end == '~' && (end[1] == '0' || end[1] == '1');
+            *to++ = tilde ? (*++end == '0' ? '~' : '/') : *end;
+        }
+        char behind = *end;
+        *to = '\0';
+        if (at->kind == JSON_ARRAY) {
+            uint64_t k;
+            const json_node *each = at + 1;
+            int is_index = parse_whole(part, at->n - 1, &k) && at->n;
+            for (at = is_index ? each : NULL; at && k; k--)
+                at = json_next(&s->j, at);
+        } else
+            at = json_get(&s->j, at, part);
+        *end = behind;
+        part = end;
+    }
+    free(text.items);
+    if (!at)
+        refuse_node(s, ref, "this $ref leads to nothing inside the schema");
+    return at ? at : node_at(s, 0);
+}
+
+/* Bits of the types that a schema may give, for oneOf: all of them where that is not plain. */
+static unsigned types_of(schema *s, const json_node *node)
+{
+    static const char *const names[] = {"string", "number", "boolean", "null", "array", "object"};
+    const json_node *type = NULL, *one = NULL, *ref;
+    for (int i = 0; i < 16 && (ref = json_get(&s->j, node, "$ref")) && !s->failed; i++)
+        node = referred(s, ref);
+    one = json_get(&s->j, node, "const");
+    type = json_get(&s->j, node, "type");
+    if (one)
+        return one->kind == JSON_STRING ? 1 : one->kind == JSON_NUMBER ? 2 : one->kind == JSON_NULL
+             ? 8 : one->kind == JSON_ARRAY ? 16 : one->kind == JSON_OBJECT ? 32 : 4;
+    for (unsigned i = 0; type && i < 6; i++)
+        if (json_is(&s->j, type, names[i]) || (i == 1 && json_is(&s->j, type, "integer")))
+            return 1u << i;
+    return 63;
+}
+
+/* anyOf, and oneOf whose ways have no value in common: other types, or other constants. */
+static void put_ways(schema *s, const json_node *list, int exclusive)
+{
+    unsigned seen = 0;
+    const json_node *each = list + 1;
+    if (list->kind != JSON_ARRAY || !list->n)
+        refuse_node(s, list, "a list of schemas must stand here");
+    for (size_t i = 0; i < list->n && !s->failed; i++, each = json_next(&s->j, each)) {
+        unsigned types = exclusive ? types_of(s, each) : 0;
+        if (seen & types)
+            refuse_node(s, list, "'oneOf' is known for ways of different types; take 'anyOf'");
+        seen |= types;
+        put_rule(s, i ? "| " : "");
+        put_schema(s, each);
+    }
+}
+
+/* const and enum; a type beside them leaves those that are of it. */
+static void put_values(schema *s, const json_node *node, const json_node *list)
+{
+    static const char *const names[] = {"null", "boolean", "boolean", "number", "string", "array",
+                                        "object"};
+    const json_node *type = json_get(&s->j, node, "type"), *each = list;
+    size_t n = 1, put = 0;
+    if (json_get(&s->j, node, "enum") == list) {
+        if (list->kind != JSON_ARRAY)
+            refuse_node(s, list, "'enum' must be a list");
+        n = list->n, each = list + 1;
+    }
+    for (size_t i = 0; i < n && !s->failed; i++, each = json_next(&s->j, each)) {
+        int is_whole = each->kind == JSON_NUMBER &&
+                       !memchr(s->j.text + each->start, '.', each->end - each->start);
+        if (type && !json_is(&s->j, type, names[each->kind]) &&
+            !(is_whole && json_is(&s->j, type, "integer")))
+            continue;
+        put_rule(s, put++ ? "| " : "");
+        put_value(s, each, "");
+    }
+    if (!put)
+        refuse_node(s, list, "no value of it is of the type");
+}
+
+static void put_type(schema *s, const json_node *node, const char *type, size_t id)
+{
+    if (strcmp(type, "integer") == 0)
+        put_integer(s, node);
+    else if (strcmp(type, "number") == 0)
+        put_number(s, node);
+    else if (strcmp(type, "string") == 0)
+        put_string(s, node);
+    else if (strcmp(type, "array") == 0)
+        put_array(s, node);
+    else if (strcmp(type, "object") == 0)
+        put_object(s, node, id);
+    else
+        put_rule(s, "%s ", type);
+}
+
+/* The types that a schema names, or the one that its keywords speak of; an object comes last,
+ * because rules of its own follow it. */
+static void put_types(schema *s, const json_node *node, size_t id)
+{
+    static const char *const names[] = {"string", "integer", "number", "boolean", "null", "array",
+                                        "object"};
+    static const char *const speaks[][4] = {{"minLength", "maxLength", "format"}, {0},
+        {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}, {0}, {0},
+        {"items", "prefixItems", "minItems", "maxItems"},
+        {"properties", "required", "additionalProperties"}};
+    const json_node *type = json_get(&s->j, node, "type");
+    int n = 0, has_number = 0;
+    for (int i = 0; i < 7 && !s->failed; i++) {
+        int named = 0, both = 0;
+        const json_node *each = type && type->kind == JSON_ARRAY ? type + 1 : type;
+        size_t n_types = type ? type->kind == JSON_ARRAY ? type->n : 1 : 0;
+        for (size_t k = 0; k < n_types; k++, each = json_next(&s->j, each)) {
+            named |= json_is(&s->j, each, names[i]);
+            both |= i == 1 && json_is(&s->j, each, "number");
+        }
+        for (int k = 0; k < 4 && !type && !n && speaks[i][k]; k++)
+            named |= json_get(&s->j, node, speaks[i][k]) != NULL;
+        if (!named || (both && !has_number++))
+            continue;
+        put_rule(s, n++ ? "| " : "");
+        put_type(s, node, names[i], id);
+    }
+    if (type && !n)
+        refuse_node(s, type, "'type' is one or a list of%s", TYPES);
+    if (!n)
+        put_rule(s, "any");
+}
+
+/* The rule of one schema. */
+static void put_schema_rule(schema *s, size_t id)
+{
+    const json_node *node = node_at(s, id), *key = node + 1, *whole = NULL;
+    int narrows = 0;
+    put_rule(s, "s%zu ::= ", id);
+    if (node->kind != JSON_OBJECT && node->kind != JSON_TRUE)
+        refuse_node(s, node, node->kind == JSON_FALSE ? "nothing fits the schema false"
+                                                      : "a schema is an object, true or false");
+    for (size_t i = 0; node->kind == JSON_OBJECT && i < node->n; i++) {
+        char name[32];
+        snprintf(name, sizeof name, "%.*s", (int)(key->end - key->start), s->j.text + key->start);
+        if (in_words(WHOLE_SCHEMAS, name)) {
+            if (whole)
+                refuse_node(s, key + 1, "two of%s do not go together", WHOLE_SCHEMAS);
+            whole = key + 1;
+        } else if (in_words(ASSERTIONS, name))
+            narrows |= strcmp(name, "type") != 0 ? 2 : 1;
+        else if (!in_words(ANNOTATIONS, name) && !(strcmp(name, "uniqueItems") == 0 && is_false(key + 1)))
+            refuse_node(s, key + 1, "the keyword '%s' is not known", name);
+        key = json_next(&s->j, key + 1);
+    }
+    const json_node *list = json_get(&s->j, node, "enum");
+    list = list ? list : json_get(&s->j, node, "const");
+    if (whole && (narrows & 2 || (narrows && whole != list)))
+        refuse_node(s, whole, "keywords beside it that narrow it are not known");
+    if (list)
+        put_values(s, node, list);
+    else if (whole && whole == json_get(&s->j, node, "$ref"))
+        put_schema(s, referred(s, whole));
+    else if (whole && whole == json_get(&s->j, node, "allOf")) {
+        if (whole->kind != JSON_ARRAY || whole->n != 1)
+            refuse_node(s, whole, "'allOf' is known with a single schema");
+        else
+            put_schema(s, whole + 1);
+    } else if (whole)
+        put_ways(s, whole, whole == json_get(&s->j, node, "oneOf"));
+    else
+        put_types(s, node, id);
+    put_rule(s, "\n");
+}
+
+/* Writes the grammar of a schema; returns 0 with a sentence in err. */
+static int add_schema(array *gbnf, const char *text, size_t n, char *err, size_t size)
+{
+    schema s = {.gbnf = gbnf, .err = err, .size = size};
+    snprintf(err, size, "out of memory for the schema");
+    if (!json_read(&s.j, text, n)) {
+        size_t line = 1, column = 1;
+        for (size_t i = 0; i < s.j.at && i < n; i++) {
+            column = text[i] == '\n' ? 1 : column + 1;
+            line += text[i] == '\n';
+        }
+        snprintf(err, size, "line %zu, column %zu: %s", line, column, s.j.why);
+        s.failed = 1;
+    } else if (!(s.asked = calloc(s.j.nodes.n, 1)))
+        s.failed = 1;
+    if (!s.failed)
+        put_rule(&s, "root ::= "), put_schema(&s, node_at(&s, 0)), put_rule(&s, "\n");
+    for (size_t i = 0; !s.failed && i < s.rules.n; i++)
+        put_schema_rule(&s, ((const size_t *)s.rules.items)[i]);
+    s.failed |= !add_text(gbnf, SCHEMA_RULES, sizeof SCHEMA_RULES - 1);
+    free(s.j.nodes.items), free(s.rules.items), free(s.asked);
+    return !s.failed;
 }
 
 typedef enum {
@@ -4516,37 +5083,47 @@ static int take_number(batch_slot *s, const json *j, const json_node *value, con
     return DONE;
 }
 
-/* "choices": the texts of which the reply is one. */
+/* "choices" as a grammar: the texts of which the reply is one. */
+static int add_list(batch_slot *s, array *gbnf, const json *j, const json_node *list)
+{
+    const json_node *each = list + 1;
+    size_t length = 0;
+    int ok = list->kind == JSON_ARRAY && list->n && add_format(gbnf, "root ::= ");
+    for (size_t i = 0; ok && i < list->n; i++, each = json_next(j, each)) {
+        const char *text = keep_text(s, j, each, &length);
+        ok = text && length && (i == 0 || add_format(gbnf, "| ")) && add_literal(gbnf, text, length);
+    }
+    return ok;
+}
+
+/* "schema", "choices" and "response_format". */
 static int constrain_reply(batch_slot *s, const json *j, const json_node *value, const char *key)
 {
-    const json_node *type = json_get(j, value, "type"), *each = value + 1;
+    static const char object[] = "{\"type\": \"object\"}";
+    const json_node *type = json_get(j, value, "type"), *form = json_get(j, value, "json_schema");
     array gbnf = {0};
-    char err[SENTENCE] = "out of memory";
-    size_t length = 0;
-    if (type && json_is(j, type, "text"))
-        return DONE;
-    if (strcmp(key, "choices") || value->kind != JSON_ARRAY || !value->n)
-        return fail(USAGE, "\"%s\": %s", key, strcmp(key, "choices") == 0
-                    ? "it takes a list of texts" : "this version knows no schemas");
-    int ok = add_format(&gbnf, "root ::= ");
-    for (size_t i = 0; i < value->n && ok; i++, each = json_next(j, each)) {
-        const char *text = keep_text(s, j, each, &length);
-        if (!text || !length)
-            snprintf(err, sizeof err, "it takes texts that are not empty");
-        ok = text && length && (i == 0 || add_format(&gbnf, "| ")) &&
-             add_literal(&gbnf, text, length);
+    char err[SENTENCE] = "it takes a list of texts that are not empty";
+    int ok, formats = strcmp(key, "response_format") == 0, any = 0;
+    if (formats) {
+        any = type && json_is(j, type, "json_object");
+        if (type && json_is(j, type, "text"))
+            return DONE;
+        value = type && form && json_is(j, type, "json_schema") ? json_get(j, form, "schema") : NULL;
+        if (!value && !any)
+            return fail(USAGE, "\"response_format\" has the \"type\" text, json_object or "
+                        "json_schema with its \"schema\"");
     }
-    close_constraint(&s->p.constraint);
+    if (s->p.constraint.matcher)
+        return fail(USAGE, "\"schema\" and \"choices\" do not go together");
+    if (strcmp(key, "choices") == 0)
+        ok = add_list(s, &gbnf, j, value);
+    else if (any)
+        ok = add_schema(&gbnf, object, sizeof object - 1, err, sizeof err);
+    else
+        ok = add_schema(&gbnf, j->text + value->start, value->end - value->start, err, sizeof err);
     ok = ok && open_constraint(&s->p.constraint, s->p.model, gbnf.items, gbnf.n, err, sizeof err);
     free(gbnf.items);
     return ok ? DONE : fail(USAGE, "\"%s\": %s", key, err);
-}
-
-static int in_words(const char *words, const char *word)
-{
-    char padded[48];
-    return snprintf(padded, sizeof padded, " %s ", word) < (int)sizeof padded &&
-           strstr(words, padded) != NULL;
 }
 
 /* One key of a request. */
@@ -5348,18 +5925,20 @@ static int run_on_file(program *p)
     }
 }
 
-/* Reads --choice or --grammar, before the prompt costs time. */
+/* Reads --choice, --grammar or --schema, before the prompt costs time. */
 static int load_constraint(program *p)
 {
     const options *opts = p->opts;
-    const char *path = opts->grammar, *name = path ? "--grammar " : "--choice";
+    const char *path = opts->schema ? opts->schema : opts->grammar;
+    const char *name = opts->schema ? "--schema " : path ? "--grammar " : "--choice";
     array text = {0}, gbnf = {0};
     char err[SENTENCE] = "out of memory";
     int status = path ? read_path(path, &text) : DONE, ok = 0;
     if (status != DONE || (!path && !opts->n_choices))
         return status;
-    ok = path || add_choices(&gbnf, opts->choices, opts->n_choices);
-    const array *source = path ? &text : &gbnf;
+    ok = opts->schema ? add_schema(&gbnf, text.items, text.n, err, sizeof err)
+         : path || add_choices(&gbnf, opts->choices, opts->n_choices);
+    const array *source = opts->grammar ? &text : &gbnf;
     ok = ok && open_constraint(&p->constraint, p->model, source->n ? source->items : "", source->n,
                                err, sizeof err);
     free(text.items);

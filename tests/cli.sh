@@ -921,5 +921,25 @@ printf '{"prompt": "Once", "choices": ["a cat", "a dog"]}\n' >"$TMP/in"
 run "choices of a line" 0 "$STORY" -q --batch -
 out_has '"text": "a \(cat\|dog\)", "finish_reason": "stop"'
 
+cat >"$TMP/s" <<'END'
+{"type": "object", "required": ["name"], "properties": {"name": {"type": "string",
+ "maxLength": 8}, "age": {"type": "integer", "minimum": 7, "maximum": 123}}}
+END
+for n in 16 30 60; do
+    run "schema, -n $n" 0 "$STORY" -q -n $n --schema "$TMP/s" Once
+    claim "$(grep -cE '^[{]"name":".*"(,"age":([7-9]|[1-9][0-9]|1[01][0-9]|12[0-3]))?[}]$' \
+             "$TMP/out")" -eq 1 "JSON that fits"
+done
+schema() { printf "$1" >"$TMP/s"; refuses "$2" "schema $1" 2 "$STORY" --schema "$TMP/s" x; }
+schema '{"properties": {"a": {"not": {}}}}' "#/properties/a/not: the keyword 'not' is not known"
+schema '{"type": "integer", "minimum": 5, "maximum": 3}' "#: no integer lies between its bounds"
+schema '{"$ref": "#/none"}' '#/$ref: this $ref leads to nothing'
+schema '{"$ref": "#"}' "the grammar has no sentence"
+schema '{"prefixItems": 5}' "#/prefixItems: 'prefixItems' must be a list"
+schema '{"a":' "line 1, column 6"
+printf '{"prompt": "Once", "schema": {"enum": [true, "x"]}}\n' >"$TMP/in"
+run "schema of a line" 0 "$STORY" -q --batch -
+out_has '"text": "\(true\|\\"x\\"\)", "finish_reason": "stop"'
+
 echo "$passed passed, $failed failed"
 [ "$failed" -eq 0 ]

@@ -287,12 +287,12 @@ struct read_job {
 static const struct read_way {
     const char *name;
     size_t ahead, streams;
-} read_ways[] = {{"plain loads", 0, 1},
+} stream_ways[] = {{"plain loads", 0, 1},
                  {"prefetch 1 KB ahead", 1 << 10, 1},
                  {"prefetch 2 KB ahead", 2 << 10, 1},
                  {"two streams", 0, 2},
                  {"two streams, prefetch", 1 << 10, 2}};
-enum { N_READ_WAYS = sizeof read_ways / sizeof *read_ways };
+enum { N_READ_WAYS = sizeof stream_ways / sizeof *stream_ways };
 
 typedef uint64_t pair __attribute__((vector_size(16)));
 
@@ -522,7 +522,7 @@ struct limits {
 static void measure_limits(const gemma2_model *m, struct limits *l)
 {
     for (int i = 0; i < N_READ_WAYS; i++) {
-        l->read[i] = read_bandwidth(m, l->threads, &read_ways[i]);
+        l->read[i] = read_bandwidth(m, l->threads, &stream_ways[i]);
         l->best_read = l->read[i] > l->best_read ? l->read[i] : l->best_read;
     }
     for (int i = 0; i < N_PEAKS; i++)
@@ -538,7 +538,7 @@ static void print_limits(const struct limits *l)
     if (l->best_read > 0) {
         printf("  read %9.1f GB/s  (", l->best_read);
         for (int i = 0; i < N_READ_WAYS; i++)
-            printf("%s%s %.1f", i ? ", " : "", read_ways[i].name, l->read[i]);
+            printf("%s%s %.1f", i ? ", " : "", stream_ways[i].name, l->read[i]);
         printf(")\n");
     }
     for (int i = 0; i < N_PEAKS; i++)
@@ -822,7 +822,7 @@ static void write_limits(FILE *f, const struct limits *l)
 {
     fprintf(f, "{\"threads\":%d,\"read_gbs\":%.2f,\"reads\":{", l->threads, l->best_read);
     for (int i = 0; i < N_READ_WAYS; i++)
-        fprintf(f, "%s\"%s\":%.2f", i ? "," : "", read_ways[i].name, l->read[i]);
+        fprintf(f, "%s\"%s\":%.2f", i ? "," : "", stream_ways[i].name, l->read[i]);
     fprintf(f, "},\"peaks\":[");
     for (int i = 0, n = 0; i < N_PEAKS; i++)
         if (l->peak[i] > 0)
@@ -914,7 +914,7 @@ static void usage(const char *what, const char *which)
 }
 
 /* One number from *text, which moves past it. */
-static int read_number(const struct option *option, const char **text)
+static int parse_number(const struct option *option, const char **text)
 {
     char *end;
     errno = 0;
@@ -937,7 +937,7 @@ static void set_option(struct options *o, const struct option *option, const cha
     while (more) {
         if (list.n == MAX_LIST)
             usage(" takes at most 16 numbers", option->name);
-        list.v[list.n++] = read_number(option, &text);
+        list.v[list.n++] = parse_number(option, &text);
         more = *text == ',' && option->kind == LIST;
         if (*text && !more)
             usage(": not a number that it takes", option->name);

@@ -471,7 +471,7 @@ def nearest_integer(lo, hi):
 CODEBOOK = np.array([-31, -25, -20, -16, -12, -9, -6, -3, 0, 3, 6, 9, 13, 17, 22, 28], np.float32)
 BOOKS_Q4 = np.stack((CODEBOOK, CODEBOOK + 4))
 BOOKS_Q3 = np.array([[-31, -17, -9, -2, 4, 10, 17, 27],
-                     [-31, -20, -12, -5, 1, 7, 14, 23]], np.float32)
+                     [-31, -20, -12, -5, 0, 7, 14, 23]], np.float32)
 
 
 def nearest_in(books):

@@ -276,6 +276,7 @@ def test_formats(engine, folder, prompts=30, length=8):
     path = os.path.join(folder, "formats")
     ref.save_checkpoint(hf, path, make_golden.tiny_tokenizer())
     exact, state = np.stack([ref.hf_logits(hf, ids) for ids in texts]), hf.state_dict()
+    test_odd_rows()
     for kind, (loss, kl_to_f32) in FORMATS.items():
         make_golden.export(path, path + ".bin", "--type", kind, "--head", kind)
         f = ref.Bin(path + ".bin")
@@ -293,6 +294,21 @@ def test_formats(engine, folder, prompts=30, length=8):
         print(f"formats: {kind:4} tensors lose {lost:.5f}; logits off by {np.median(off):.2g} "
               f"(median prompt), {off.max():.2g} (worst), KL {kl_same:.2g}; "
               f"KL to f32 {kl:.2g}", flush=True)
+
+
+def test_odd_rows():
+    """Rows of zeros, of nearly nothing, and with a weight of 1e4 among weights of 1."""
+    sys.path.insert(0, ref.ROOT)
+    import export
+    w = np.random.default_rng(SEED).normal(size=(5, 300)).astype(np.float32)
+    w[1], w[2, 5], w[3, :32], w[4] = 0, 1e4, 0, w[4] * np.float32(1e-35)
+    for kind in ref.GROUP_BYTES:
+        data, _ = export.TYPES[kind].pack(w, None, 0)
+        got = ref.dequantise(kind, data, *w.shape)
+        check(not got[1].any() and not got[3, :32].any() and not got[4].any(),
+              f"{kind}: zeros came back as something")
+        off = np.linalg.norm(got[2] - w[2]) / 1e4
+        check(off <= 0.02, f"{kind}: the row of an outlier is off by {off:.3f} of it")
 
 
 def short_logits(engine, path, ids):

@@ -189,7 +189,7 @@ HEADER_FIELDS = {  # name: (offset, struct format)
     "attn_softcap": (112, "<f"), "final_softcap": (116, "<f"), "query_scale": (120, "<f"),
     "embedding_scale": (124, "<f"), "n_stop": (256, "<I")}
 CODEBOOK = np.array([-31, -25, -20, -16, -12, -9, -6, -3, 0, 3, 6, 9, 13, 17, 22, 28], np.int64)
-CODEBOOKS_Q3 = np.array([[-31, -17, -9, -2, 4, 10, 17, 27], [-31, -20, -12, -5, 1, 7, 14, 23]],
+CODEBOOKS_Q3 = np.array([[-31, -17, -9, -2, 4, 10, 17, 27], [-31, -20, -12, -5, 0, 7, 14, 23]],
                         np.int64)
 
 

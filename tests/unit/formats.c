@@ -21,7 +21,7 @@ static int32_t weight_at(uint32_t type, const uint8_t *data, uint32_t cols, uint
 {
     static const int code[16] = {-31, -25, -20, -16, -12, -9, -6, -3, 0, 3, 6, 9, 13, 17, 22, 28};
     static const int code3[2][8] = {{-31, -17, -9, -2, 4, 10, 17, 27},
-                                    {-31, -20, -12, -5, 1, 7, 14, 23}};
+                                    {-31, -20, -12, -5, 0, 7, 14, 23}};
     static const uint32_t sizes[N_TYPES] = {[Q8] = 512, [Q6] = 384, [Q4] = 256, [Q3] = 192};
     uint32_t group_bytes = sizes[type], lane = row % 16;
     const uint8_t *tile = data + row / 16 * tensor_bytes(type, 1, cols);

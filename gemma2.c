@@ -906,7 +906,7 @@ static const int8_t CODEBOOK[16] = {-31, -25, -20, -16, -12, -9, -6, -3,
 
 /* 8 values for a group bit of 0, 8 for 1.  Found on a model's own matrices: groups choose bit and
  * scale, each value then moves to the weighted mean of what fell to it (Lloyd), until both books
- * stand still; integers last.  One book keeps a 0: beside an outlier the rest of a group is nothing. */
+ * stand still; integers last.  One keeps a 0: beside an outlier the rest of a group is nothing. */
 static const int8_t CODEBOOKS_Q3[16] = {-31, -17, -9, -2, 4, 10, 17, 27,
                                         -31, -20, -12, -5, 0, 7, 14, 23};
 

@@ -3862,8 +3862,8 @@ static int undo(program *p, const char *rest)
 {
     (void)rest;
     if (!p->turns.n)
-        return fail(DONE, p->ids.n ? "the turns of a loaded conversation are not known here; /clear "
-                                     "forgets them" : "there is no turn to take back");
+        return fail(DONE, p->ids.n ? "the turns of a loaded conversation are not known; /clear forgets "
+                                     "them" : "there is no turn to take back");
     forget_last_turn(p);
     remark("The last message and its reply are forgotten.");
     return DONE;

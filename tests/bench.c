@@ -9,6 +9,7 @@
  *   --prefill N[,N]    lengths of prompts, or none          (default 32,512,2048,8000)
  *   --decode N[,N]     tokens already there, or none        (default 0,4096,8000)
  *   --sessions N[,N]   sessions that decode in one pass      (default none)
+ *   --ahead            what guesses cost and gain: a row for each acceptance
  *   --plan             only the size of the file and the memory of sessions
  *   --quick            --prefill 512 --decode 0,4096
  *   --batch N          rows of one pass                     (default: the session's)
@@ -49,7 +50,7 @@ struct list {
 
 struct options {
     const char *model, *shape, *type, *head, *json, *kv;
-    int batch, runs, quick, read, no_limits, plan;
+    int batch, runs, ahead, quick, read, no_limits, plan;
     struct list threads, prefill, decode, sessions;
 };
 
@@ -742,6 +743,60 @@ static void run_sessions(struct report *report, gemma2_session_params params, in
     free(logits);
 }
 
+/* Guesses the tokens that come, of 100 `chance` rightly. */
+static int32_t nth_token(int32_t i) { return (int32_t)((uint32_t)i * 7919u % 100000); }
+
+static int32_t guess_right(void *context, const int32_t *history, int32_t n, int32_t *ids,
+                           int32_t most)
+{
+    (void)history;
+    for (int32_t i = 0; i < most; i++) {
+        uint32_t dice = ((uint32_t)(n + i) * 2654435761u >> 8) % 100;
+        ids[i] = nth_token(n + i) + (dice >= *(const uint32_t *)context);
+    }
+    return most;
+}
+
+static double time_ahead(gemma2_session *s, gemma2_ahead *a, int32_t n, float *logits)
+{
+    double start = now();
+    gemma2_rewind(s, 0);
+    for (int32_t i = 0, id; i < n; i++) {
+        id = nth_token(i);
+        if ((a ? gemma2_eval_ahead(s, a, id, logits) : gemma2_eval(s, &id, 1, logits)) < 0)
+            die("looking ahead failed");
+    }
+    return n / (now() - start);
+}
+
+/* Speed with guesses of a forced acceptance against speed without, in turn. */
+static void run_ahead(const gemma2_model *m, gemma2_session *s)
+{
+    uint32_t chances[] = {0, 70, 90};
+    float *logits = malloc(sizeof *logits * (size_t)gemma2_get_config(m)->n_vocab);
+    gemma2_ahead_params p;
+    gemma2_ahead_params_init(&p);
+    p.lookup = 0, p.propose = guess_right;
+    for (int i = 0; i < 3; i++) {
+        p.context = &chances[i];
+        gemma2_ahead *a = gemma2_ahead_new(m, &p, NULL, 0);
+        if (!a || !logits)
+            die("out of memory");
+        time_ahead(s, a, 48, logits); /* it learns what passes cost */
+        double ahead = time_ahead(s, a, 64, logits), plain = time_ahead(s, NULL, 24, logits);
+        printf("ahead    %2u %% right: %.2f tok/s, %.2f without, %.2fx; %.1f tokens a pass\n",
+               chances[i], ahead, plain, ahead / plain,
+               (double)(a->counts.passes + a->counts.accepted) / (double)a->counts.passes);
+        for (int k = 2; k <= MAX_DRAFTS + 1 && a->cost[1] > 0; k++)
+            if (a->cost[k] > 0) /* k - 1 guesses, all right or not at all */
+                printf("         %2d rows cost %.2f passes; pays above %.0f %% right\n", k,
+                       a->cost[k] / a->cost[1],
+                       100 * (a->cost[k] / a->cost[1] - 1) / (k - 1));
+        gemma2_ahead_free(a);
+    }
+    free(logits);
+}
+
 /* All works with one number of threads. */
 static void run_threads(struct report *report, int threads)
 {
@@ -765,6 +820,8 @@ static void run_threads(struct report *report, int threads)
     for (int i = 0; i < o->prefill.n; i++)
         if (o->prefill.v[i] <= gemma2_context(s))
             run_work(report, s, l, 0, o->prefill.v[i]);
+    if (o->ahead)
+        run_ahead(report->m, s);
     if (o->decode.n)
         fill_cache(s);
     for (int i = 0; i < o->decode.n; i++)
@@ -897,6 +954,7 @@ static const struct option {
     {"--sessions", LIST, offsetof(struct options, sessions), 1, MAX_SESSIONS},
     {"--batch", NUMBER, offsetof(struct options, batch), 1, 4096},
     {"--runs", NUMBER, offsetof(struct options, runs), 1, MAX_RUNS},
+    {"--ahead", FLAG, offsetof(struct options, ahead), 0, 0},
     {"--plan", FLAG, offsetof(struct options, plan), 0, 0},
     {"--quick", FLAG, offsetof(struct options, quick), 0, 0},
     {"--read", FLAG, offsetof(struct options, read), 0, 0},

@@ -165,7 +165,7 @@ static uint64_t build_image(uint8_t *base, size_t shape, uint32_t type, uint32_t
         for (int i = 0; i < N_ROLES; i++) {
             const struct role *r = &roles[i];
             int in_layer = r->id >= ROLE_LAYER_FIRST;
-            if (r->id == ROLE_FACTS || r->id == ROLE_HEAD ||
+            if (r->id == ROLE_FACTS || r->id == ROLE_HEAD || r->id == ROLE_SCORE ||
                 in_layer != (l < shapes[shape].l))
                 continue;
             uint32_t t = r->id == ROLE_TOKENIZER ? TYPE_BYTES : r->cols == '1' ? TYPE_F32
@@ -743,9 +743,9 @@ static void run_sessions(struct report *report, gemma2_session_params params, in
     free(logits);
 }
 
-/* Guesses the tokens that come, of 100 `chance` rightly. */
 static int32_t nth_token(int32_t i) { return (int32_t)((uint32_t)i * 7919u % 100000); }
 
+/* Guesses the tokens that come, so many of 100 rightly. */
 static int32_t guess_right(void *context, const int32_t *history, int32_t n, int32_t *ids,
                            int32_t most)
 {

@@ -3838,9 +3838,12 @@ static int32_t sample(gemma2_session *s, gemma2_sampler *p, const float *logits)
 {
     gemma2_worker *work = s->worker;
     size_t n = (size_t)s->model->config.n_vocab, k = (size_t)p->top_k;
-    for (size_t i = 0; i < n; i++)
+    size_t n_banned = 0; /* by the caller: -infinity */
+    for (size_t i = 0; i < n; i++, n_banned += logits[i - 1] == -INFINITY)
         if (!(logits[i] < INFINITY))
             return GEMMA2_ERR_NONFINITE;
+    if (n_banned == n)
+        return GEMMA2_ERR_NONFINITE;
     if (p->n_bias || p->repetition_penalty != 1 || p->presence_penalty != 0 ||
         p->frequency_penalty != 0) {
         memcpy(work->adjusted, logits, n * sizeof *logits);

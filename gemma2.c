@@ -381,7 +381,7 @@ struct row { /* one token of a pass */
     int32_t position;
 };
 
-enum { FEW_ROWS = 8, MAX_DRAFTS = 15 };
+enum { FEW_ROWS = 8, N_PACES = FEW_ROWS + 5, MAX_DRAFTS = 15 };
 struct pace {          /* of passes of so many rows */
     double seconds[2]; /* a pass of one thread, and of the team; 0: not known */
     double since;      /* seconds since the way last changed */
@@ -400,7 +400,7 @@ struct gemma2_worker {
     int32_t n_batch, n_threads, n_context;
     gemma2_run *run; /* the host's threads; NULL: OpenMP's */
     void *run_context;
-    struct pace pace[FEW_ROWS];
+    struct pace pace[N_PACES]; /* of 1 .. FEW_ROWS rows, then up to twice as many each */
     gemma2_hook *hook; /* or NULL */
     void *hook_context;
     _Atomic int status; /* of the pass */
@@ -2918,8 +2918,10 @@ static void run_pass(struct member *me, void *context)
     }
 }
 
+static int is_large(const gemma2_model *m) { return m->config.file_bytes > 64 << 20; }
+
 /* Another program may hold a processor that the team counts on, and one thread alone is then
- * faster than a team that waits for it.  So passes of few rows are timed both ways.  The slower
+ * faster than a team that waits for it.  So passes of little work are timed both ways.  The slower
  * way is tried again whenever as much time has passed as 128 such passes take; for the first
  * time the team is tried after 5 ms, and the lone thread after 16 passes. */
 static int next_way(const struct pace *p)
@@ -2944,6 +2946,17 @@ static void note_pace(struct pace *p, int is_team, double seconds)
     p->is_team = is_team;
 }
 
+/* The pace of passes of n rows, and what makes their time that of the most rows it stands for.
+ * NULL for many rows, of a large model for more than FEW_ROWS: a team is faster. */
+static struct pace *pace_of(gemma2_worker *work, size_t n, double *scale)
+{
+    size_t i = n < FEW_ROWS ? n - 1 : FEW_ROWS - 1, most = i + 1;
+    for (; most < n && i < N_PACES; i++)
+        most *= 2;
+    *scale = (double)most / (double)n;
+    return i < (is_large(work->model) ? FEW_ROWS : N_PACES) ? &work->pace[i] : NULL;
+}
+
 /* Less work than this is not worth waking a thread for: bytes of weights, each counted again
  * for every 8 rows. */
 enum { BYTES_A_THREAD = 128 << 10 };
@@ -2966,13 +2979,14 @@ static int evaluate(struct pass *p)
             p->wanted_exact += t < p->n_exact;
         }
     int n_threads = useful_threads(work, p->n);
-    struct pace *pace = p->n <= FEW_ROWS ? &work->pace[p->n - 1] : NULL;
+    double scale;
+    struct pace *pace = pace_of(work, p->n, &scale);
     int is_team = n_threads > 1 && !is_reference(p) && !(work->hook && work->run) &&
                   (!pace || next_way(pace));
     double start = clock_now();
     run_team(work, is_team ? n_threads : 1, run_pass, p);
     if (pace && n_threads > 1)
-        note_pace(pace, is_team, clock_now() - start);
+        note_pace(pace, is_team, (clock_now() - start) * scale);
     for (size_t t = 0; t < p->n; t++)
         work->rows[t].session->position -= work->rows[t].session->is_out;
     if (p->logprobs && work->status == GEMMA2_OK)
@@ -5561,8 +5575,8 @@ static void start_worker(gemma2_worker *work)
 {
     int32_t h = work->model->config.head_dim;
     float_env env = float_env_enter();
-    for (int i = 0; i < FEW_ROWS; i++)
-        work->pace[i].is_team = work->model->config.file_bytes > 64 << 20;
+    for (int i = 0; i < N_PACES; i++)
+        work->pace[i].is_team = is_large(work->model);
     double log_theta = log_f64(work->model->config.rope_theta);
     for (int32_t i = 0; i < h / 2; i++) {
         float exponent = (float)(2 * i) / (float)h;

@@ -4829,7 +4829,8 @@ static void init_sampler(program *p)
 /* ---- --batch: many prompts in one process.  Lines share passes: a line joins as another ends,
  * and its result is the one it would have alone. ---- */
 
-enum { MOST_PARALLEL = 256 }; /* rows of a pass */
+enum { MOST_PARALLEL = 256 };
+enum { WORTH_WAITING = 32 }; /* tokens that another line is reading anyhow */
 
 /* Input that is taken line by line. */
 typedef struct {
@@ -4856,6 +4857,7 @@ typedef struct {
     size_t pure; /* positions of the session that another prompt may begin with */
     int busy, begun, ready; /* has a line; its prompt is begun; its logits are there */
     int openai, logprobs;
+    size_t first_row, n_rows; /* of the pass */
 } batch_slot;
 
 typedef struct {
@@ -4871,6 +4873,8 @@ typedef struct {
     int exact; /* prompts read in one arithmetic, so they may be cut anywhere */
     size_t done, failed, skipped, prompt_tokens, shared_tokens, reply_tokens;
     double began;
+    gemma2_row rows[PREFILL_PIECE + MOST_PARALLEL];
+    size_t n_rows;
 } batch;
 
 /* The next line, without its newline, or NULL: at the end, or with wait 0 where none is there
@@ -5433,26 +5437,34 @@ static int choose_next(batch *b, batch_slot *s)
     return ended ? end_line(b, s, status ? error : NULL) : DONE;
 }
 
-/* Lets the session begin with what others hold of its prompt.  Prompts are cut as in a run for
- * this prompt alone, as the bits may depend on it, and their last token is always evaluated. */
-static void share_beginning(batch *b, batch_slot *s)
+/* How many ids the two begin with in common, where the second may end. */
+static size_t common_ids(const batch *b, const batch_slot *s, const int32_t *ids, size_t n)
 {
-    const int32_t *ids = s->p.ids.items;
+    size_t same = 0, most = n < s->p.ids.n - 1 ? n : s->p.ids.n - 1;
+    while (same < most && ids[same] == ((int32_t *)s->p.ids.items)[same])
+        same++;
+    return same - (b->exact ? 0 : same % PREFILL_PIECE);
+}
+
+/* Lets the session begin with what others hold of its prompt.  Prompts are cut as in a run for
+ * this prompt alone, as the bits may depend on it, and their last token is always evaluated.
+ * Returns 0 where it pays to wait for a line that is reading the same. */
+static int share_beginning(batch *b, batch_slot *s)
+{
     batch_slot *best = s;
-    size_t most = 0;
+    size_t most = 0, awaited = 0, n;
     for (batch_slot *o = b->slots; o < b->slots + b->n_slots; o++) {
         size_t held = b->exact && o->p.session ? (size_t)gemma2_position(o->p.session) : o->pure;
-        size_t n = 0;
-        held = held < s->p.ids.n - 1 ? held : s->p.ids.n - 1;
-        const int32_t *history = held ? gemma2_history(o->p.session) : NULL;
-        while (n < held && history[n] == ids[n])
-            n++;
-        n -= b->exact ? 0 : n % PREFILL_PIECE;
+        n = held ? common_ids(b, s, gemma2_history(o->p.session), held) : 0;
         if (n > most || (n == most && o == s)) {
             most = n;
             best = o;
         }
+        n = o->busy && o->begun && !o->ready ? common_ids(b, s, o->p.ids.items, o->p.ids.n) : 0;
+        awaited = n > awaited ? n : awaited;
     }
+    if (awaited >= most + WORTH_WAITING)
+        return 0;
     if (best != s && (!most || gemma2_session_copy(s->p.session, best->p.session) < 0))
         most = 0;
     if (gemma2_rewind(s->p.session, (int32_t)most) < 0)
@@ -5460,63 +5472,82 @@ static void share_beginning(batch *b, batch_slot *s)
     s->pure = most;
     s->begun = 1;
     b->shared_tokens += most;
+    return 1;
 }
 
-/* Reads one piece of a prompt. */
-static int read_piece(batch *b, batch_slot *s, size_t *n)
+/* The line's next n ids join the pass. */
+static void add_rows(batch *b, batch_slot *s, size_t n)
 {
-    if (!s->begun)
-        share_beginning(b, s);
-    size_t at = (size_t)gemma2_position(s->p.session), left = s->p.ids.n - at;
-    *n = left < PREFILL_PIECE ? left : PREFILL_PIECE;
-    interruptible = s->p.session;
-    int code = gemma2_prefill(s->p.session, (int32_t *)s->p.ids.items + at, *n,
-                              *n == left ? s->p.logits : NULL);
-    interruptible = NULL;
+    size_t at = (size_t)gemma2_position(s->p.session);
+    s->first_row = b->n_rows;
+    s->n_rows = n;
+    for (size_t i = 0; i < n; i++, at++)
+        b->rows[b->n_rows++] = (gemma2_row){.session = s->p.session, .prefill = !s->ready,
+                                            .id = ((int32_t *)s->p.ids.items)[at],
+                                            .logits = at + 1 < s->p.ids.n ? NULL : s->p.logits};
+}
+
+/* Up to a piece's worth of prompts joins the pass, the earliest line first, so that it has what
+ * later ones begin with, too. */
+static void add_prompts(batch *b)
+{
+    size_t room = PREFILL_PIECE, last = 0;
+    for (batch_slot *first; room; last = first->number) {
+        first = NULL;
+        for (batch_slot *s = b->slots; s < b->slots + b->n_slots; s++)
+            if (s->busy && !s->ready && s->number > last && (!first || s->number < first->number))
+                first = s;
+        if (!first)
+            break;
+        if (!first->begun && !share_beginning(b, first))
+            continue;
+        size_t left = first->p.ids.n - (size_t)gemma2_position(first->p.session);
+        size_t piece = b->exact ? room : PREFILL_PIECE;
+        piece = left < piece ? left : piece;
+        if (piece > room)
+            break;
+        add_rows(b, first, piece);
+        room -= piece;
+    }
+}
+
+/* What the pass made of a line's rows. */
+static int take_rows(batch *b, batch_slot *s)
+{
+    int code = b->rows[s->first_row].status;
     if (code == GEMMA2_ERR_CANCELLED)
         return DONE;
     if (code < 0)
         return end_line(b, s, gemma2_error_string(code));
-    s->pure += *n == PREFILL_PIECE ? *n : 0;
-    b->prompt_tokens += *n;
-    s->ready = *n == left;
+    if (!s->ready) {
+        b->prompt_tokens += s->n_rows;
+        s->pure += s->n_rows == PREFILL_PIECE ? s->n_rows : 0;
+        s->ready = gemma2_position(s->p.session) == (int32_t)s->p.ids.n;
+    }
     return s->ready ? choose_next(b, s) : DONE;
 }
 
-/* Reads a piece's worth of prompts, the earliest line first, so that it has what later ones
- * begin with, too. */
-static int read_prompts(batch *b)
-{
-    int status = DONE;
-    for (size_t n, sum = 0; sum < PREFILL_PIECE && status == DONE && !stop_asked; sum += n) {
-        batch_slot *first = NULL;
-        for (batch_slot *s = b->slots; s < b->slots + b->n_slots; s++)
-            if (s->busy && !s->ready && (!first || s->number < first->number))
-                first = s;
-        if (!first)
-            break;
-        status = read_piece(b, first, &n);
-    }
-    return status;
-}
-
-/* One pass for all lines that have a token to evaluate. */
+/* One pass for all lines: a token of each reply, and prompts.  Ctrl-C cuts short that of a line
+ * alone. */
 static int shared_pass(batch *b)
 {
-    gemma2_row rows[MOST_PARALLEL];
-    batch_slot *slots[MOST_PARALLEL];
-    size_t n = 0;
     int status = DONE;
-    for (batch_slot *s = b->slots; s < b->slots + b->n_slots; s++)
-        if (s->busy && s->ready) {
-            rows[n] = (gemma2_row){.session = s->p.session, .logits = s->p.logits,
-                                   .id = ((int32_t *)s->p.ids.items)[s->p.ids.n - 1]};
-            slots[n++] = s;
-        }
-    int code = n ? gemma2_eval_rows(rows, n) : GEMMA2_OK;
-    for (size_t i = 0; i < n && status == DONE && !stop_asked; i++)
-        status = code < 0 ? end_line(b, slots[i], gemma2_error_string(code))
-                          : choose_next(b, slots[i]);
+    b->n_rows = 0;
+    for (batch_slot *s = b->slots; s < b->slots + b->n_slots; s++) {
+        s->n_rows = 0;
+        if (s->busy && s->ready)
+            add_rows(b, s, 1);
+    }
+    add_prompts(b);
+    if (!b->n_rows)
+        return DONE;
+    if (b->rows[0].session == b->rows[b->n_rows - 1].session)
+        interruptible = b->rows[0].session;
+    gemma2_eval_rows(b->rows, b->n_rows);
+    interruptible = NULL;
+    for (batch_slot *s = b->slots; s < b->slots + b->n_slots && status == DONE && !stop_asked; s++)
+        if (s->n_rows)
+            status = take_rows(b, s);
     return status;
 }
 
@@ -5583,8 +5614,6 @@ static int run_batch(batch *b)
             active += (size_t)b->slots[i].busy;
         if (!active && b->in.ended && b->in.at >= b->in.bytes.n)
             break;
-        if (status == DONE)
-            status = read_prompts(b);
         if (status == DONE && !stop_asked)
             status = shared_pass(b);
         if (seconds() - shown > 0.5) {
@@ -5682,6 +5711,8 @@ static int open_slots(batch *b)
     gemma2_worker_params_init(&worker);
     worker.n_threads = params.n_threads;
     worker.n_context = params.n_context;
+    b->n_slots = opts->parallel ? (size_t)opts->parallel : 16;
+    worker.n_batch = PREFILL_PIECE + (int32_t)b->n_slots;
     b->worker = gemma2_worker_new(p->model, &worker, err, sizeof err);
     if (!b->worker)
         return fail(FAILED, "%s", err);
@@ -5693,7 +5724,6 @@ static int open_slots(batch *b)
         return fail(USAGE, "a context of %" PRId32 " tokens cannot be had (%s)", params.n_context,
                     gemma2_error_string(code));
     uint64_t logits = 4 * (uint64_t)p->config->n_vocab, one = plan.total + logits;
-    b->n_slots = opts->parallel ? (size_t)opts->parallel : 16;
     while (!opts->parallel && b->n_slots > 1 && b->n_slots * one > memory_bytes() / 2)
         b->n_slots--;
     format_bytes(each, one);

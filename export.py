@@ -81,6 +81,10 @@ Types, with bits a weight and typical loss:
 Names for --tensor: embedding, head, layers.N.q, .k, .v, .o, .gate, .up, .down, with * ? [].
 The last --tensor that matches counts, before --head, before --type.  Norms are always f32.
 
+A size instead: --size 11G, or --bits 3.6, measures what each matrix loses as q3, q4, q6 and q8,
+gives each the type that loses least for its bytes, and prints them before the weights are
+written.  --tensor and --head still say what a matrix must be.
+
 The output head: Gemma 2 ties it to the embedding, one tensor serving both, and --head TYPE
 is that tensor's type.  Where a checkpoint has a head of its own, --head is the type of that.
 --tensor head=TYPE gives a tied model a second copy as its head, for instance a cheaper one
@@ -102,6 +106,7 @@ Examples:
   %(prog)s gemma-2-2b 2b-mine.bin --lora my-adapter --lora style=0.5
   run 2b-q8.bin --importance 2b.imp --importance-block 256 -f some_text.txt
   %(prog)s gemma-2-2b-it 2b-q4.bin --type q4 --importance 2b.imp
+  %(prog)s gemma-2-27b-it 27b.bin --size 12G --importance 27b.imp
   %(prog)s --tokenizer-only gemma-2-2b-it/tokenizer.model tokenizer.bin
 
 Exit codes: 0 done, 1 failed (no output is left behind), 2 wrong usage, 130 interrupted.
@@ -168,9 +173,10 @@ def parse_options(arguments):
     p.add_argument("output", metavar="OUT.bin",
                    help="file to write; an older one is replaced once all is well")
     p.add_argument("--type", choices=TYPE_NAMES, help="type of the matrices (default: q8)")
-    p.add_argument("--size", type=size_option, metavar="BYTES", help="instead of --type: q3, q4, q6 "
-                   "or q8 for each matrix, so that the file has at most that size (900M, 11G; "
-                   "powers of 1000) and loses least by it; best with --importance")
+    p.add_argument("--size", type=size_option, metavar="BYTES",
+                   help="instead of --type: q3, q4, q6 or q8 for each matrix, so that the file has "
+                   "at most that size (900M, 11G; powers of 1000) and loses least by it; best "
+                   "with --importance")
     p.add_argument("--bits", type=bits_option, metavar="N", help="the same for at most N bits a "
                    "weight, such as 3.6")
     p.add_argument("--head", choices=TYPE_NAMES, metavar="TYPE",
@@ -208,10 +214,11 @@ def parse_options(arguments):
     if sum(o is not None for o in (options.type, options.size, options.bits)) > 1:
         p.error("--type, --size and --bits each say what types matrices get: give one of them")
     options.fits = options.size or options.bits
-    if options.tokenizer_only and (options.fits or options.tokenizer or options.head or options.tensor
-                                   or options.lora or options.importance or options.effort):
-        p.error("--tokenizer-only writes no weights: --size, --bits, --tokenizer, --head, --tensor, --lora, "
-                "--importance and --effort do not go with it")
+    weights = (options.fits, options.tokenizer, options.head, options.tensor, options.lora,
+               options.importance, options.effort)
+    if options.tokenizer_only and any(weights):
+        p.error("--tokenizer-only writes no weights: --size, --bits, --tokenizer, --head, "
+                "--tensor, --lora, --importance and --effort do not go with it")
     options.type = options.type or "q8"
     return options
 
@@ -5485,8 +5492,11 @@ def plan_tensors(reader, options):
 LADDER = "q3", "q4", "q6", "q8"
 # What a relative squared error of a matrix adds to the divergence of the next token (KL, nats),
 # of a layer's matrix times L.  Measured on the demo model with one role at a time at q3.
-HARM = {"q": 0.1, "k": 0.12, "v": 0.6, "o": 0.5, "gate": 0.3, "up": 0.25, "down": 0.5, "head": 5.0}
+# A tied embedding does both of its harms.
+HARM = {"q": 0.1, "k": 0.12, "v": 0.6, "o": 0.5, "gate": 0.3, "up": 0.25, "down": 0.5,
+        "embedding": 0.6, "head": 3.0, "tied": 5.0}
 SAMPLED_TILES = 4
+ROOMS = 1 << 16  # steps of bytes that best_levels tells apart
 
 
 def sample_tasks(section, source, key):
@@ -5497,7 +5507,7 @@ def sample_tasks(section, source, key):
             for t in LADDER for i in tiles]
 
 
-def measured_harm(job, free, model, options, progress):
+def measured_harm(job, free, tied, options, progress):
     """For each (section, source, key) the harm of each type of the ladder."""
     tasks = [sample_tasks(*f) for f in free]
     progress.start(sum((t[4] - t[3]) * t[2] for part in tasks for t in part))
@@ -5513,31 +5523,38 @@ def measured_harm(job, free, model, options, progress):
                 error[type_name] += lost
                 progress.add((stop - start) * cols)
             role = section.name.rsplit(".", 1)[-1]
-            weight = HARM["head" if role == "embedding" else role]
-            weight /= model.L if section.name.startswith("layers.") else 1
+            weight = HARM["tied" if role == "embedding" and tied else role]
+            weight /= job.reader.model.L if section.name.startswith("layers.") else 1
             harm.append([weight * error[t] / power[t] if power[t] > 0 else 0.0 for t in LADDER])
     finally:
         results.close()
     return harm
 
 
-def steps_up(sizes, harm):
-    """The ways up the ladder that gain most a byte, each (gain a byte, from, to)."""
-    at, found = 0, []
-    while at + 1 < len(sizes):
-        gain, to = max(((harm[at] - harm[j]) / (sizes[j] - sizes[at]), -j)
-                       for j in range(at + 1, len(sizes)))
-        if gain <= 0:
-            break
-        found.append((gain, at, -to))
-        at = -to
-    return found
+def best_levels(extra, harm, room):
+    """For each matrix the type of the ladder, such that the sum of harm is the least that
+    extra bytes up to room allow (exactly so, but for rounding bytes up to whole units)."""
+    most = sum(max(e) for e in extra)
+    unit = max(math.gcd(*(b for e in extra for b in e)), -(-most // ROOMS), 1)
+    room = min(room, most + len(extra) * unit) // unit
+    least, choices = np.zeros(room + 1), []  # by room: the harm of the matrices so far
+    for sizes, harms in zip(extra, harm):
+        found = np.full((len(sizes), room + 1), np.inf)
+        for t, more in enumerate(-(-b // unit) for b in sizes):
+            found[t, more:] = harms[t] + least[:max(room + 1 - more, 0)]
+        choices.append(found.argmin(axis=0).astype(np.int8))
+        least = found.min(axis=0)
+    levels = []
+    for sizes, choice in zip(reversed(extra), reversed(choices)):
+        levels.append(int(choice[room]))
+        room -= -(-sizes[levels[-1]] // unit)
+    return levels[::-1]
 
 
 def fit_types(job, plan, other_bytes, align, options, progress):
     """The plan with types so chosen that it keeps to --size or --bits; other_bytes are those of
     the file that no type changes."""
-    model, tied = job.reader.model, all(section.name != "head" for section, _ in plan)
+    tied = all(section.name != "head" for section, _ in plan)
     free = {i for i, (s, _) in enumerate(plan) if not fixed_type(s.name, tied, options)}
     order = sorted(free)
     sizes = [[packed_bytes(t, plan[i][0].rows, plan[i][0].cols) for t in LADDER] for i in order]
@@ -5547,18 +5564,13 @@ def fit_types(job, plan, other_bytes, align, options, progress):
     if used > wish:
         what, least = (("size", human(used)) if options.size else
                        ("bits", "%.3f" % (options.bits * used / wish)))
-        raise ExportError("--%s is too small: the least that can be made of this model is %s%s" % (
+        raise UsageError("--%s is too small: the least that can be made of this model is %s%s" % (
             what, least, " bits a weight" if options.bits else " (%d bytes)" % used))
     harm = measured_harm(job, [(*plan[i], job.importance.key(plan[i][0].name, tied)
-                                if job.importance else None) for i in order], model, options,
+                                if job.importance else None) for i in order], tied, options,
                          progress)
-    level = [0] * len(order)
-    steps = [(gain, n, at, to) for n in range(len(order))
-             for gain, at, to in steps_up(sizes[n], harm[n])]
-    for _, n, at, to in sorted(steps, key=lambda step: -step[0]):
-        more = round_up(sizes[n][to], unit) - round_up(sizes[n][at], unit)
-        if level[n] == at and used + more <= wish:
-            level[n], used = to, used + more
+    extra = [[round_up(b, unit) - round_up(row[0], unit) for b in row] for row in sizes]
+    level = best_levels(extra, harm, wish - used)
     plan = list(plan)
     for n, i in enumerate(order):
         section, source = plan[i]
@@ -5831,8 +5843,8 @@ def convert(options, progress):
     align = options.align or (64 if tiny else 4096)
     job = Job(reader, importance, options.effort)
     if options.fits:
-        other = HEADER_BYTES + ENTRY.size * (len(plan) + 2) + sum(
-            round_up(s.size, align) for s in sections) + align
+        other = round_up(HEADER_BYTES + ENTRY.size * (len(plan) + 2), align) + sum(
+            round_up(s.size, align) for s in sections)
         plan = fit_types(job._replace(importance=importance and importance.means()), plan, other,
                          align, options, progress)
         progress.clear()

@@ -1,5 +1,6 @@
 """The part of oracle.py about how weights are chosen: what --importance and --effort gain,
-measured apart from the exporter, and files of importance that must be refused."""
+measured apart from the exporter, files of importance that must be refused, and what --size and
+--bits choose."""
 import os
 import shutil
 import struct
@@ -198,6 +199,115 @@ def refuse(run, place, what):
     check(not os.listdir(place), f"{what}: leaves {os.listdir(place)}")
 
 
+# ---- --size and --bits ----
+
+
+def chosen(text):
+    """{tensor: (type, bytes, relative error)} of a report."""
+    rows = [l.split() for l in text.splitlines()]
+    return {r[0]: (r[1], int(r[5]), float(r[6])) for r in rows if len(r) == 7 and r[3] == "x"}
+
+
+def assumed_loss(types):
+    """The loss as export.py adds it up, from the errors that its report gives."""
+    found = 0.0
+    for name, (_, _, error) in types.items():
+        if "norm" not in name:
+            role = name.split(".")[-1]
+            part = 2 if name.startswith("layers.") else 1
+            found += exporter.HARM["tied" if role == "embedding" else role] / part * error ** 2
+    return found
+
+
+def test_sizes(c, folder):
+    """A wish is kept to and used up, a larger wish never loses more, and what cannot be says so."""
+    place = os.path.join(folder, "sizes")
+    os.makedirs(place)
+    out = os.path.join(place, "out.bin")
+    weigh = ("--importance", os.path.join(folder, "importance.256"))
+    ends = []
+    for kind in ("q3", "q8"):
+        convert(c.path, out, "--type", kind, "--tensor", f"*={kind}")
+        ends.append(os.path.getsize(out))
+    before = None
+    for wish in (*np.linspace(ends[0], ends[1], 6).astype(int), 10 ** 12):
+        run = convert(c.path, out, "--size", str(wish), *weigh)
+        if not check(run.returncode == 0, f"--size {wish}: {run.stderr[-200:]}"):
+            continue
+        types, size = chosen(run.stdout), os.path.getsize(out)
+        check(size <= wish, f"--size {wish}: {size} bytes")
+        smaller = min(n for k, (t, n, _) in types.items() if "norm" not in k)
+        check(size >= min(wish, ends[1]) - smaller - 64, f"--size {wish} leaves room: {size}")
+        loss = assumed_loss(types)
+        check(before is None or loss <= before * 1.02, f"--size {wish} loses {loss}, less {before}")
+        before = loss
+        check({t for t, _, _ in types.values()} <= {"f32", *exporter.LADDER}, f"{wish}: {types}")
+    check(facts_of(out).endswith("--size 1000000000000 --importance importance.256"),
+          f"--size among the facts: {facts_of(out)}")
+    test_bits(c, out, weigh)
+    least = int(convert(c.path, out, "--size", "9k").stderr.split("(")[-1].split()[0])
+    run = convert(c.path, out, "--size", str(least))
+    check(run.returncode == 0 and least - 64 <= os.path.getsize(out) <= least <= ends[0],
+          f"--size {least}: {os.path.getsize(out)} bytes {run.stderr[-200:]}")
+    os.remove(out)
+    for options, says in (
+            (("--size", str(least - 1)), f"kB ({least} bytes)"), (("--bits", "1.5"), "bits a weight"), (("--type", "q4", "--size", "9M"), "--type"),
+            (("--bits", "8", "--size", "9M"), "--bits"), (("--size", "0"), "such as 11G"),
+            (("--size", "-3"), "--size"), (("--size", "4x"), "such as 11G"),
+            (("--size", "9" * 99), "such as 11G"), (("--bits", "0.9"), "from 1 to 32"),
+            (("--bits", "nan"), "from 1 to 32")):
+        run = convert(c.path, out, *options)
+        check(run.returncode == 2 and says in run.stderr and not os.listdir(place),
+              f"{options}: {run.returncode}: {run.stderr[-200:]}")
+
+
+def facts_of(path):
+    f = ref.Bin(path)
+    s = f.sections["facts", 0]
+    facts = bytes(f.data[s["offset"]:s["offset"] + s["bytes"]])
+    start = facts.index(b"export.py ")
+    return facts[start:].split(b"\0")[0].split(b"\n")[0].decode()
+
+
+def test_bits(c, out, weigh):
+    """--bits counts all weights; --tensor and --head go before it."""
+    for bits in ("7", "9"):
+        run = convert(c.path, out, "--bits", bits, *weigh, "--head", "q3", "--tensor",
+                      "layers.0.k=bf16")
+        types = chosen(run.stdout)
+        said = float(run.stdout.split(" bits a weight")[0].split("(")[-1])
+        check(run.returncode == 0 and float(bits) - 0.2 < said <= float(bits),
+              f"--bits {bits}: {said} {run.stderr[-200:]}")
+        check(types["embedding"][0] == "q3" and types["layers.0.k"][0] == "bf16",
+              f"--bits {bits}: {types}")
+
+
+def test_odd_weights(c, folder):
+    """Rows of zeros, a matrix of zeros and outliers are measured; what is damaged is refused."""
+    place = os.path.join(folder, "odd")
+    odd = Checkpoint(place, hidden_size=300, num_attention_heads=6, num_key_value_heads=3,
+                     head_dim=10, intermediate_size=290)
+    out = os.path.join(place, "out.bin")
+    name = "model.layers.%d.mlp.%s_proj.weight"
+    odd.tensors[name % (0, "up")][::3] = 0
+    odd.tensors[name % (1, "up")][:] = 0
+    odd.tensors[name % (0, "down")][5, 7] = 1e4
+    run = convert(odd.write().path, out, "--bits", "8",
+                  "--importance", os.path.join(folder, "importance.256"))
+    types = chosen(run.stdout)
+    check(run.returncode == 0 and not run.stderr, f"odd weights: {run.stderr[-200:]}")
+    check(types["layers.1.up"][::2] == ("q3", 0.0), f"a matrix of zeros: {types['layers.1.up']}")
+    check(np.abs(ref.Bin(out).tensor("down", 0)[5, 7] / 1e4 - 1) < 0.1, "an outlier is kept")
+    odd.tensors[name % (0, "gate")][17, 3] = float("nan")
+    os.remove(out)
+    there = sorted(os.listdir(place))
+    run = convert(odd.write().path, out, "--bits", "8")
+    check(run.returncode == 1 and "layers.0.gate holds NaN" in run.stderr
+          and sorted(os.listdir(place)) == there, f"NaN: {run.returncode} {run.stderr[-200:]}")
+    run = convert(c.path, out, "--bits", "8", "--importance", os.path.join(folder, "bad"))
+    check(run.returncode == 1 and sorted(os.listdir(place)) == there, "--bits, importance bad")
+
+
 def test_quality(engine, folder):
     folder = os.path.join(folder, "quality")
     os.makedirs(folder)
@@ -214,3 +324,5 @@ def test_quality(engine, folder):
     test_few_tokens(c, folder)
     test_effort(c, folder)
     test_refused(c, folder)
+    test_sizes(c, folder)
+    test_odd_weights(c, folder)

@@ -431,7 +431,7 @@ struct gemma2_session {
     gemma2_worker *worker; /* one of its own, in the same block, or one that others share */
     void *owned; /* to free, or NULL */
     int32_t n_context, n_batch, window;
-    int is_f16;    /* the cache; else f32 */
+    int32_t cache_type; /* GEMMA2_CACHE_F32, .. */
     int32_t width; /* H' */
     int32_t position;      /* tokens held */
     int32_t ring, oldest;  /* slots of a local layer but the drafts'; the first position in them */
@@ -893,7 +893,7 @@ static uint64_t dimension(const gemma2_config *c, char letter)
  * value_.., value_of, scale_of, unpack_group), a case in tile_by_type, panel_by_type and AMX's
  * panel, and in each row of the appendix its operands, offsets and scales.  Chains of types there
  * end with q4 or q3, so search for TYPE_Q6.  A new type of cache needs a line_type and a case in
- * number_bytes, cached, store_head and the saved session.
+ * number_bytes, kv_head_of, store_head and the saved session.
  *
  * S is finite.  Padded rows are never returned and padded inputs meet zero activations, so
  * neither matters; exporters write zero bytes there, and never the byte -128 in q8 values or
@@ -1080,8 +1080,12 @@ INLINE uint16_t *pairs_row(const struct input *in, size_t t)
 
 /* What a kernel of floats reads: lines of 16 numbers.  A line holds an input's weights in the 16
  * rows of a tile, a dimension of 16 keys, or 16 dimensions of a value.  Strips of lines lie
- * strip_bytes apart: tiles, groups of keys, the parts of a value. */
-enum line_type { LINES_F32, LINES_F16, LINES_BF16, LINES_PAIRS };
+ * strip_bytes apart: tiles, groups of keys, the parts of a value.
+ *
+ * The 8-bit cache has int8 numbers, and a half-float scale for 32 dimensions of a position.  A
+ * strip of keys ends with [H/32][16 keys] scales, a value with [H'/32].  Scale times number has
+ * 18 bits, so it is exactly a float. */
+enum line_type { LINES_F32, LINES_F16, LINES_BF16, LINES_KEYS_Q8, LINES_VALUES_Q8, LINES_PAIRS };
 struct lines {
     const uint8_t *data;
     enum line_type type;
@@ -1091,6 +1095,8 @@ struct lines {
     int ahead, every;  /* bytes to prefetch ahead of every second, fourth .. line: a power of 2 */
     int go_on;         /* the sums start at what y holds, else at 0 */
     size_t run;        /* PAIRS: floats from 16 pairs of x to its next 16 */
+    int scales, strip; /* Q8: bytes from a key strip or a value to its scales; the first strip's
+                        * number in the value */
 };
 
 /* y[j][16 strip + lane] = sum of x[j][k] * line k of the strip [lane], for n rows j; k ascends,
@@ -1113,7 +1119,7 @@ typedef void product_fn(const struct tiles *w, const struct input *in, size_t t,
 /* The matrix class: what gemma2_prefill uses where a CPU has units for bf16.
  *   row avx512bf16   products of bf16 weights; quantised ones stay exact
  *   row amx          products of bf16 and quantised weights; s * value is rounded to bf16, too
- *   both             attention over an f16 cache (cut_attention): keys, values and its weights
+ *   both             attention over an f16 or q8 cache: keys, values and its weights
  * Inputs are rounded to bf16 and sums have another order, so results differ from the exact class
  * and between the two rows, but not with the number of threads or the way tokens are cut into
  * batches.  f32 weights and f32 caches never use it.  choose_matrix decides when a model is
@@ -1122,10 +1128,10 @@ struct matrix_kernels {
     uint32_t types;  /* bit t: panel multiplies weights of type t, for any number of rows */
     product_fn *panel;
     void (*pack_row)(const float *x, uint32_t n, uint16_t *pairs);
-    /* 16 keys [H][16] to `to`, 16 values [16][H] to positions at, at + 1 .. of `to`; values
-     * from n_valid on become 0 */
-    void (*pack_keys)(const uint16_t *keys, int head_dim, uint8_t *to);
-    void (*pack_values)(const uint16_t *values, int head_dim, int n_valid, int at, uint8_t *to);
+    /* a strip of 16 keys to `to`, 16 values to positions at, at + 1 .. of `to`; values from
+     * n_valid on become 0 */
+    void (*pack_keys)(const struct lines *keys, uint8_t *to);
+    void (*pack_values)(const struct lines *values, int n_valid, int at, uint8_t *to);
     /* s[j][16 g + lane] = q[j] . key, for n <= 8 queries q[n][H] */
     void (*scores)(const float *q, int n, int head_dim, const uint8_t *keys, int n_groups,
                    float (*s)[KEY_BLOCK]);
@@ -1177,12 +1183,6 @@ INLINE float from_half(uint16_t h)
     return float_of(sign | special | bits_of(magnitude));
 }
 
-/* Number i of a cache, of f16 or f32. */
-INLINE float cached(const void *p, size_t i, int is_f16)
-{
-    return is_f16 ? from_half(((const uint16_t *)p)[i]) : ((const float *)p)[i];
-}
-
 INLINE void to_half(const float *x, size_t n, uint16_t *y)
 {
     for (size_t i = 0; i < n; i++)
@@ -1209,16 +1209,29 @@ INLINE float add_product(float sum, float a, float b)
 #endif
 }
 
+/* Q8: the scales of line k's 16 keys, or the one scale of its dimensions; `data` is the strip. */
+INLINE const uint16_t *scales_of(enum line_type type, const struct lines *l, const uint8_t *data,
+                                 int strip, int k)
+{
+    const uint8_t *scales = data + l->scales;
+    scales += type == LINES_KEYS_Q8 ? k / GROUP * TILE * 2
+                                    : k * (int)l->line_bytes + strip / 2 * 2 - strip * TILE;
+    return (const uint16_t *)scales;
+}
+
 /* Number `lane` of line k of a strip. */
 INLINE float line_number(const struct lines *l, int strip, int k, int lane)
 {
     const uint8_t *data = l->data + strip * l->strip_bytes;
+    const uint8_t *line = data + (size_t)(l->type == LINES_BF16 ? k / 2 : k) * l->line_bytes;
     if (l->type == LINES_F32)
-        return ((const float *)(data + (size_t)k * l->line_bytes))[lane];
+        return ((const float *)line)[lane];
     if (l->type == LINES_F16)
-        return from_half(((const uint16_t *)(data + (size_t)k * l->line_bytes))[lane]);
-    data += (size_t)(k / 2) * l->line_bytes;
-    return from_bf16(((const uint16_t *)data)[2 * lane + k % 2]);
+        return from_half(((const uint16_t *)line)[lane]);
+    if (l->type == LINES_BF16)
+        return from_bf16(((const uint16_t *)line)[2 * lane + k % 2]);
+    const uint16_t *scales = scales_of(l->type, l, data, l->strip + strip, k);
+    return from_half(scales[l->type == LINES_KEYS_Q8 ? lane : 0]) * (float)(int8_t)line[lane];
 }
 
 /* y = y + x * number, rounded once; lines ascend. */
@@ -1278,8 +1291,9 @@ static void multiply_tiles(const struct kernels *isa, const struct tiles *w,
     }
     int is_bf16 = w->type == TYPE_BF16, cols = (int)w->cols;
     int step = n > MAX_PRODUCT_ROWS ? BLOCK_INPUTS : cols;
-    struct lines lines = {w->data[0], is_bf16 ? LINES_BF16 : LINES_F32, 0, w->n, 0, TILE * 4,
-                          PREFETCH_AHEAD, PREFETCH_EVERY / (is_bf16 ? 32 : 64), 0, 0};
+    struct lines lines = {.data = w->data[0], .type = is_bf16 ? LINES_BF16 : LINES_F32,
+                          .n_strips = w->n, .line_bytes = TILE * 4, .ahead = PREFETCH_AHEAD,
+                          .every = PREFETCH_EVERY / (is_bf16 ? 32 : 64)};
     lines.strip_bytes = w->n == 2 ? w->data[1] - w->data[0] : 0;
     for (int k = 0; k < cols; k += step) {
         lines.n_lines = min_i32(step, cols - k);
@@ -1832,12 +1846,21 @@ static void place_scratch(gemma2_worker *work, struct arena *a)
 }
 
 /* Bytes of a number in the cache. */
-static size_t number_bytes(const gemma2_session *s) { return s->is_f16 ? 2 : 4; }
+static size_t number_bytes(const gemma2_session *s)
+{
+    return s->cache_type == GEMMA2_CACHE_F32 ? 4 : s->cache_type == GEMMA2_CACHE_F16 ? 2 : 1;
+}
+
+/* Bytes of a position's key or value of one head. */
+static size_t position_bytes(const gemma2_session *s, int32_t width)
+{
+    size_t groups = s->cache_type == GEMMA2_CACHE_Q8 ? ((size_t)width + GROUP - 1) / GROUP : 0;
+    return (size_t)width * number_bytes(s) + groups * sizeof(uint16_t);
+}
 
 static size_t head_bytes(const gemma2_session *s, const struct layer_cache *c, int values)
 {
-    size_t width = values ? (size_t)s->width : (size_t)s->model->config.head_dim;
-    return (size_t)c->slots * width * number_bytes(s);
+    return (size_t)c->slots * position_bytes(s, values ? s->width : s->model->config.head_dim);
 }
 
 /* Returns the bytes of the cache alone. */
@@ -1856,9 +1879,8 @@ static size_t place_cache(gemma2_session *s, struct arena *a)
             s->ring = layer.slots;
         if (wraps)
             layer.slots += (int32_t)round_up(MAX_DRAFTS, TILE);
-        size_t a_slot = (size_t)c->n_kv_heads * number_bytes(s);
-        layer.keys = take(a, (size_t)layer.slots, a_slot * (size_t)c->head_dim);
-        layer.values = take(a, (size_t)layer.slots, a_slot * (size_t)s->width);
+        layer.keys = take(a, (size_t)c->n_kv_heads, head_bytes(s, &layer, 0));
+        layer.values = take(a, (size_t)c->n_kv_heads, head_bytes(s, &layer, 1));
         if (a->base)
             s->cache[l] = layer;
     }
@@ -1939,11 +1961,13 @@ static int read_session_params(gemma2_session *s, gemma2_worker *work, const gem
     s->n_context = p.n_context ? p.n_context : c->n_context;
     s->n_batch = p.n_batch ? p.n_batch : min_i32(256, s->n_context);
     s->window = p.window ? p.window : c->window;
-    s->is_f16 = p.cache_type ? p.cache_type == GEMMA2_CACHE_F16 : !all_weights_f32(m);
+    s->cache_type = p.cache_type        ? p.cache_type
+                    : all_weights_f32(m) ? GEMMA2_CACHE_F32
+                                         : GEMMA2_CACHE_F16;
     s->width = (int32_t)round_up((size_t)c->head_dim, TILE);
     s->ring = INT32_MAX; /* no layer is local */
     if (s->window < 1 || s->window > c->window || p.cache_type < 0 ||
-        p.cache_type > GEMMA2_CACHE_F16)
+        p.cache_type > GEMMA2_CACHE_Q8)
         return GEMMA2_ERR_ARGUMENT;
     gemma2_worker_params own = {.struct_size = sizeof own, .n_batch = s->n_batch,
                                 .n_threads = p.n_threads, .n_context = s->n_context};
@@ -2184,32 +2208,84 @@ static void rotate(float *x, size_t n_pairs, const float *cosine, const float *s
     }
 }
 
-/* Where number i of a position's key and value lie among those of a head. */
-INLINE size_t key_index(const gemma2_session *s, const struct layer_cache *c, int32_t position,
-                        int i)
-{
-    size_t h = (size_t)s->model->config.head_dim, slot = (size_t)(position % c->slots);
-    return (slot / TILE * h + (size_t)i) * TILE + slot % TILE;
-}
+/* The cache of one kv head in one layer. */
+struct kv_head {
+    struct lines keys, values; /* all R / 16 strips of keys; all R lines of values */
+    int32_t slots;
+    int head_dim, width;
+    float cap;
+};
 
-INLINE size_t value_index(const gemma2_session *s, const struct layer_cache *c, int32_t position,
-                          int i)
+static struct kv_head kv_head_of(const gemma2_session *s, int layer, int head)
 {
-    return (size_t)(position % c->slots) * (size_t)s->width + (size_t)i;
+    static const enum line_type line_types[][2] = {
+        [GEMMA2_CACHE_F32] = {LINES_F32, LINES_F32},
+        [GEMMA2_CACHE_F16] = {LINES_F16, LINES_F16},
+        [GEMMA2_CACHE_Q8] = {LINES_KEYS_Q8, LINES_VALUES_Q8}};
+    const struct layer_cache *c = &s->cache[layer];
+    const gemma2_config *config = &s->model->config;
+    size_t line = TILE * number_bytes(s);
+    struct kv_head kv = {.slots = c->slots, .head_dim = config->head_dim, .width = s->width,
+                         .cap = config->attn_softcap};
+    kv.keys = (struct lines){.data = c->keys + (size_t)head * head_bytes(s, c, 0),
+                             .type = line_types[s->cache_type][0], .n_lines = kv.head_dim,
+                             .n_strips = c->slots / TILE, .line_bytes = line,
+                             .strip_bytes = (ptrdiff_t)position_bytes(s, kv.head_dim) * TILE,
+                             .every = 1 << 30, .scales = kv.head_dim * TILE};
+    kv.values = (struct lines){.data = c->values + (size_t)head * head_bytes(s, c, 1),
+                               .type = line_types[s->cache_type][1], .n_lines = c->slots,
+                               .n_strips = s->width / TILE, .strip_bytes = (ptrdiff_t)line,
+                               .line_bytes = position_bytes(s, s->width), .every = 1 << 30,
+                               .scales = s->width};
+    return kv;
 }
 
 static float cached_key(const gemma2_session *s, int layer, int head, int32_t position, int i)
 {
-    const struct layer_cache *c = &s->cache[layer];
-    const uint8_t *keys = c->keys + (size_t)head * head_bytes(s, c, 0);
-    return cached(keys, key_index(s, c, position, i), s->is_f16);
+    struct kv_head kv = kv_head_of(s, layer, head);
+    int slot = position % kv.slots;
+    return line_number(&kv.keys, slot / TILE, i, slot % TILE);
 }
 
 static float cached_value(const gemma2_session *s, int layer, int head, int32_t position, int i)
 {
+    struct kv_head kv = kv_head_of(s, layer, head);
+    return line_number(&kv.values, i / TILE, position % kv.slots, i % TILE);
+}
+
+/* Where a key or a value of a head lies: its numbers and scales, each with the step between two. */
+struct slot {
+    uint8_t *numbers, *scales;
+    size_t step, scale_step;
+};
+
+static struct slot slot_of(const gemma2_session *s, int layer, int values, int head,
+                           int32_t position)
+{
     const struct layer_cache *c = &s->cache[layer];
-    const uint8_t *values = c->values + (size_t)head * head_bytes(s, c, 1);
-    return cached(values, value_index(s, c, position, i), s->is_f16);
+    int32_t h = s->model->config.head_dim;
+    size_t slot = (size_t)(position % c->slots), number = number_bytes(s);
+    uint8_t *base = (values ? c->values : c->keys) + (size_t)head * head_bytes(s, c, values);
+    if (values) {
+        base += slot * position_bytes(s, s->width);
+        return (struct slot){base, base + s->width, number, sizeof(uint16_t)};
+    }
+    base += slot / TILE * TILE * position_bytes(s, h);
+    return (struct slot){base + slot % TILE * number,
+                         base + h * TILE + slot % TILE * sizeof(uint16_t), TILE * number,
+                         TILE * sizeof(uint16_t)};
+}
+
+/* n numbers, or scales, of 1, 2 or 4 bytes into a slot. */
+static void scatter(const void *from, size_t n, size_t bytes, uint8_t *to, size_t step)
+{
+    for (size_t i = 0; i < n; i++, to += step)
+        if (bytes == 4)
+            *(float *)to = ((const float *)from)[i];
+        else if (bytes == 2)
+            *(uint16_t *)to = ((const uint16_t *)from)[i];
+        else
+            *to = ((const uint8_t *)from)[i];
 }
 
 /* One head's key and value of a position into its slot.  A row that does not see the position
@@ -2218,23 +2294,27 @@ static float cached_value(const gemma2_session *s, int layer, int head, int32_t 
 static void store_head(const gemma2_session *s, int layer, int head, int32_t position, float *key,
                        float *value)
 {
-    const struct layer_cache *c = &s->cache[layer];
-    size_t h = (size_t)s->model->config.head_dim;
-    uint8_t *keys = c->keys + (size_t)head * head_bytes(s, c, 0);
-    uint8_t *values = c->values + (size_t)head * head_bytes(s, c, 1);
-    size_t key_at = key_index(s, c, position, 0), value_at = value_index(s, c, position, 0);
+    const struct kernels *isa = s->model->isa;
+    size_t h = (size_t)s->model->config.head_dim, groups = (h + GROUP - 1) / GROUP;
     for (size_t i = 0, bad = !all_finite(value, h); bad && i < h; i++)
         key[i] = NAN, value[i] = 0;
-    if (s->is_f16) {
-        uint16_t rounded[MAX_HEAD_DIM];
-        s->model->isa->to_half(key, h, rounded);
-        for (size_t i = 0; i < h; i++)
-            ((uint16_t *)keys)[key_at + i * TILE] = rounded[i];
-        s->model->isa->to_half(value, h, (uint16_t *)values + value_at);
-    } else {
-        for (size_t i = 0; i < h; i++)
-            ((float *)keys)[key_at + i * TILE] = key[i];
-        memcpy((float *)values + value_at, value, h * sizeof *value);
+    for (int values = 0; values < 2; values++) {
+        struct slot to = slot_of(s, layer, values, head, position);
+        const float *x = values ? value : key;
+        uint16_t half[MAX_HEAD_DIM];
+        if (s->cache_type == GEMMA2_CACHE_Q8) {
+            int8_t q[MAX_HEAD_DIM];
+            float scale[MAX_HEAD_DIM / GROUP];
+            int32_t sum[MAX_HEAD_DIM / GROUP];
+            isa->quantise(x, (uint32_t)h, q, scale, sum);
+            isa->to_half(scale, groups, half);
+            scatter(q, h, 1, to.numbers, to.step);
+            scatter(half, groups, 2, to.scales, to.scale_step);
+        } else if (s->cache_type == GEMMA2_CACHE_F16) {
+            isa->to_half(x, h, half);
+            scatter(half, h, 2, to.numbers, to.step);
+        } else
+            scatter(x, h, 4, to.numbers, to.step);
     }
 }
 
@@ -2279,27 +2359,6 @@ struct partial {
     float max, sum;
 };
 
-/* The cache of one kv head in one layer. */
-struct kv_head {
-    const uint8_t *keys, *values;
-    enum line_type type;
-    int bytes;       /* of a number */
-    int groups;      /* R / 16 */
-    int head_dim, width;
-    float cap;
-};
-
-static struct kv_head kv_head_of(const gemma2_session *s, int layer, int head)
-{
-    const struct layer_cache *c = &s->cache[layer];
-    const gemma2_config *config = &s->model->config;
-    struct kv_head kv = {c->keys + (size_t)head * head_bytes(s, c, 0),
-                         c->values + (size_t)head * head_bytes(s, c, 1),
-                         s->is_f16 ? LINES_F16 : LINES_F32, (int)number_bytes(s), c->slots / TILE,
-                         config->head_dim, s->width, config->attn_softcap};
-    return kv;
-}
-
 /* Queries of one kv head in one session, and what they have so far. */
 struct attention {
     const struct kernels *isa;
@@ -2337,16 +2396,14 @@ static struct partial weigh(const struct kernels *isa, float cap, float *s, int 
 static void score_keys(const struct attention *a, const float *q, int n, int32_t from,
                        int n_groups, float (*s)[KEY_BLOCK])
 {
-    const struct kv_head *kv = &a->kv;
-    int group_bytes = kv->head_dim * TILE * kv->bytes;
-    for (int g = 0, run; g < n_groups; g += run) { /* up to where the ring starts again */
-        int slot = (from / TILE + g) % kv->groups;
-        run = min_i32(n_groups - g, kv->groups - slot);
-        struct lines keys = {kv->keys + (size_t)slot * (size_t)group_bytes, kv->type,
-                             kv->head_dim, run, group_bytes, (size_t)(TILE * kv->bytes),
-                             n <= 2 ? 4 * group_bytes : 0, n <= 2 ? 4 / kv->bytes : 1 << 30,
-                             0, 0};
-        a->isa->add_lines(&keys, q, (size_t)kv->head_dim, n, s[0] + g * TILE, KEY_BLOCK);
+    struct lines keys = a->kv.keys;
+    if (n <= 2)
+        keys.ahead = 4 * (int)keys.strip_bytes, keys.every = 64 / (int)keys.line_bytes;
+    for (int g = 0; g < n_groups; g += keys.n_strips) { /* up to where the ring starts again */
+        int strip = (from / TILE + g) % a->kv.keys.n_strips;
+        keys.data = a->kv.keys.data + strip * keys.strip_bytes;
+        keys.n_strips = min_i32(n_groups - g, a->kv.keys.n_strips - strip);
+        a->isa->add_lines(&keys, q, (size_t)a->kv.head_dim, n, s[0] + g * TILE, KEY_BLOCK);
     }
 }
 
@@ -2354,16 +2411,15 @@ static void score_keys(const struct attention *a, const float *q, int n, int32_t
 static void mix_values(const struct attention *a, const float (*s)[KEY_BLOCK], int n,
                        int32_t from, int32_t first, int32_t last, float *o)
 {
-    const struct kv_head *kv = &a->kv;
-    int line_bytes = kv->width * kv->bytes;
-    for (int32_t at = first, run; at <= last; at += run) {
-        int32_t slot = at % (kv->groups * TILE);
-        run = min_i32(last - at + 1, kv->groups * TILE - slot);
-        struct lines values = {kv->values + (size_t)slot * (size_t)line_bytes, kv->type, run,
-                               kv->width / TILE, TILE * kv->bytes, (size_t)line_bytes,
-                               n <= 2 ? 16 * line_bytes : 0, n <= 2 ? 1 : 1 << 30,
-                               at > first, 0};
-        a->isa->add_lines(&values, s[0] + (at - from), KEY_BLOCK, n, o, (size_t)kv->width);
+    struct lines values = a->kv.values;
+    if (n <= 2)
+        values.ahead = 16 * (int)values.line_bytes, values.every = 1;
+    for (int32_t at = first; at <= last; at += values.n_lines) {
+        int32_t slot = at % a->kv.slots;
+        values.data = a->kv.values.data + (size_t)slot * values.line_bytes;
+        values.n_lines = min_i32(last - at + 1, a->kv.slots - slot);
+        values.go_on = at > first;
+        a->isa->add_lines(&values, s[0] + (at - from), KEY_BLOCK, n, o, (size_t)a->kv.width);
     }
 }
 
@@ -2455,12 +2511,11 @@ static void attend_packed(struct attention *a, int32_t first, int32_t last)
     for (int32_t base = first / width * width; base <= last; base += width) {
         struct block b = {base, min_i32(last, base + width - 1), keys, values};
         for (int32_t at = max_i32(first, base) / TILE * TILE; at <= b.last; at += TILE) {
-            size_t slots = (size_t)(at / TILE % kv->groups);
-            a->matrix->pack_keys((const uint16_t *)(kv->keys + slots * group_bytes), kv->head_dim,
-                                 keys + (size_t)((at - base) / TILE) * group_bytes);
-            a->matrix->pack_values((const uint16_t *)(kv->values + slots * group_bytes),
-                                   kv->head_dim, min_i32(b.last + 1 - at, TILE), at - base,
-                                   values);
+            struct lines from = kv->keys, lines = kv->values;
+            from.data += at % kv->slots / TILE * from.strip_bytes;
+            lines.data += (size_t)(at % kv->slots) * lines.line_bytes;
+            a->matrix->pack_keys(&from, keys + (size_t)((at - base) / TILE) * group_bytes);
+            a->matrix->pack_values(&lines, min_i32(b.last + 1 - at, TILE), at - base, values);
         }
         for (int j = 0; j < a->n; j += MAX_QUERIES)
             attend_block(a, j, min_i32(a->n - j, MAX_QUERIES), &b, rows);
@@ -2525,7 +2580,8 @@ static void attend_gathered(const struct attention_job *job, struct attention *a
 static const struct matrix_kernels *matrix_attention(const struct pass *p, const gemma2_session *s)
 {
     int h = p->model->config.head_dim;
-    return s->is_f16 && h % GROUP == 0 && h <= MAX_PACKED_HEAD ? p->matrix : NULL;
+    int fits = s->cache_type != GEMMA2_CACHE_F32 && h % GROUP == 0 && h <= MAX_PACKED_HEAD;
+    return fits ? p->matrix : NULL;
 }
 
 /* One kv head for some neighbouring rows, with their G query heads each. */
@@ -5875,7 +5931,7 @@ int gemma2_session_copy(gemma2_session *to, const gemma2_session *from)
     if (!to || !from)
         return GEMMA2_ERR_ARGUMENT;
     if (memcmp(to->model->config.identity, from->model->config.identity, 32) ||
-        to->window != from->window || to->is_f16 != from->is_f16)
+        to->window != from->window || to->cache_type != from->cache_type)
         return GEMMA2_ERR_MISMATCH;
     if (to->n_context < from->position)
         return GEMMA2_ERR_CONTEXT;
@@ -7191,7 +7247,8 @@ static int computes_exactly(const struct kernels *k)
     enum { N = 1021 }; /* a fused product changes one number in a hundred */
     float x[N], y[N], keys[32], score[TILE];
     float q[2] = {-(1 + 0x1p-7f + 0x1p-17f), 1 + 0x1p-17f};
-    struct lines lines = {(const uint8_t *)keys, LINES_F32, 2, 1, 0, 64, 0, 1, 0, 0};
+    struct lines lines = {.data = (const uint8_t *)keys, .type = LINES_F32, .n_lines = 2,
+                          .n_strips = 1, .line_bytes = 64, .every = 1};
     uint32_t digest = 0;
     for (int i = 0; i < N; i++) {
         x[i] = (float)(i * i % 1009 - 500) / 127.0f;
@@ -7321,7 +7378,8 @@ static int values_are_finite(const struct gemma2_model *m, const struct entry *e
  *     64   u8[32] identity of the model
  *     96   u8[32] SHA-256 of the bytes before this and of those after it
  *    128   u32[n] ids; then for each layer keys [K][n - first][H] and values, the same, in
- *          f32 or f16, first being f in local layers, 0 in global ones */
+ *          f32, f16 or i8, first being f in local layers, 0 in global ones; behind every
+ *          i8[H] follow its scales, f16[H / 32, rounded up] */
 enum { SAVED_BYTES = 128, SAVED_DIGEST_AT = 96 };
 static const uint8_t saved_magic[8] = {0x89, 'G', 'E', 'M', 'S', 'E', 'S', '\n'};
 
@@ -7349,44 +7407,55 @@ static int next_place(const gemma2_session *s, struct place *at)
     return 1;
 }
 
-/* Where a place's first number is; each next one is *step bytes behind. */
-static uint8_t *slot_of(const gemma2_session *s, const struct place *at, size_t *step)
+static struct slot slot_at(const gemma2_session *s, const struct place *at)
 {
-    const struct layer_cache *c = &s->cache[at->layer];
-    size_t slot = (size_t)(at->position % c->slots), number = number_bytes(s);
-    size_t h = (size_t)s->model->config.head_dim;
-    uint8_t *base = (at->values ? c->values : c->keys) +
-                    (size_t)at->head * head_bytes(s, c, at->values);
-    *step = at->values ? number : TILE * number;
-    return base + (at->values ? slot * (size_t)s->width * number
-                              : (slot / TILE * h * TILE + slot % TILE) * number);
+    return slot_of(s, at->layer, at->values, at->head, at->position);
 }
 
 static size_t place_bytes_saved(const gemma2_session *s)
 {
-    return (size_t)s->model->config.head_dim * number_bytes(s);
+    return position_bytes(s, s->model->config.head_dim);
+}
+
+/* n numbers of a slot to a file's bytes, or from there. */
+static void save_numbers(const uint8_t *from, size_t step, size_t n, size_t bytes, uint8_t *to)
+{
+    for (size_t i = 0; i < n; i++, from += step, to += bytes)
+        if (bytes == 4)
+            set_u32(to, bits_of(*(const float *)from));
+        else if (bytes == 2)
+            set_u16(to, *(const uint16_t *)from);
+        else
+            *to = *from;
+}
+
+static void restore_numbers(uint8_t *to, size_t step, size_t n, size_t bytes, const uint8_t *from)
+{
+    for (size_t i = 0; i < n; i++, to += step, from += bytes)
+        if (bytes == 4)
+            *(float *)to = get_f32(from);
+        else if (bytes == 2)
+            *(uint16_t *)to = (uint16_t)(from[0] | from[1] << 8);
+        else
+            *to = *from;
 }
 
 static void save_place(const gemma2_session *s, const struct place *at, uint8_t *to)
 {
-    size_t step, n = (size_t)s->model->config.head_dim;
-    const uint8_t *from = slot_of(s, at, &step);
-    for (size_t i = 0; i < n; i++, from += step)
-        if (s->is_f16)
-            set_u16(to + 2 * i, *(const uint16_t *)from);
-        else
-            set_u32(to + 4 * i, bits_of(*(const float *)from));
+    size_t n = (size_t)s->model->config.head_dim, number = number_bytes(s);
+    struct slot from = slot_at(s, at);
+    save_numbers(from.numbers, from.step, n, number, to);
+    save_numbers(from.scales, from.scale_step, (place_bytes_saved(s) - n * number) / 2, 2,
+                 to + n * number);
 }
 
 static void restore_place(const gemma2_session *s, const struct place *at, const uint8_t *from)
 {
-    size_t step, n = (size_t)s->model->config.head_dim;
-    uint8_t *to = slot_of(s, at, &step);
-    for (size_t i = 0; i < n; i++, to += step)
-        if (s->is_f16)
-            *(uint16_t *)to = (uint16_t)(from[2 * i] | from[2 * i + 1] << 8);
-        else
-            *(float *)to = get_f32(from + 4 * i);
+    size_t n = (size_t)s->model->config.head_dim, number = number_bytes(s);
+    struct slot to = slot_at(s, at);
+    restore_numbers(to.numbers, to.step, n, number, from);
+    restore_numbers(to.scales, to.scale_step, (place_bytes_saved(s) - n * number) / 2, 2,
+                    from + n * number);
 }
 
 /* Bytes of a saved session of n tokens.  The sum stops above 2^62, before what a file claims can
@@ -7413,7 +7482,7 @@ static void save_session(const gemma2_session *s, uint8_t *p, size_t size)
     set_u32(p + 8, 1), set_u32(p + 12, SAVED_BYTES);
     set_u64(p + 16, size);
     set_u32(p + 32, (uint32_t)s->position), set_u32(p + 36, (uint32_t)s->oldest);
-    set_u32(p + 40, s->is_f16 ? GEMMA2_CACHE_F16 : GEMMA2_CACHE_F32);
+    set_u32(p + 40, (uint32_t)s->cache_type);
     set_u32(p + 44, (uint32_t)s->window);
     memcpy(p + 64, s->model->config.identity, 32);
     for (int32_t i = 0; i < s->position; i++, to += 4)
@@ -7438,7 +7507,7 @@ static int check_saved(const gemma2_session *s, const uint8_t *p, size_t size)
         !is_zero(p + 48, 16) || memcmp(digest, p + SAVED_DIGEST_AT, 32))
         return GEMMA2_ERR_CORRUPT;
     if (memcmp(p + 64, s->model->config.identity, 32) || get_u32(p + 44) != (uint32_t)s->window ||
-        get_u32(p + 40) != (s->is_f16 ? GEMMA2_CACHE_F16 : GEMMA2_CACHE_F32))
+        get_u32(p + 40) != (uint32_t)s->cache_type)
         return GEMMA2_ERR_MISMATCH;
     uint32_t n = get_u32(p + 32), first = get_u32(p + 36);
     if (n > (uint32_t)s->n_context)
@@ -7460,11 +7529,11 @@ static void clear_before_oldest(const gemma2_session *s)
 {
     const gemma2_config *c = &s->model->config;
     struct place at = {0, 1, 0, 0};
-    size_t step, bytes = (size_t)s->width * number_bytes(s);
+    size_t bytes = position_bytes(s, s->width);
     for (; at.layer < c->n_layers; at.layer++)
         for (at.head = 0; c->is_local[at.layer] && at.head < c->n_kv_heads; at.head++)
             for (at.position = s->oldest / TILE * TILE; at.position < s->oldest; at.position++)
-                memset(slot_of(s, &at, &step), 0, bytes);
+                memset(slot_at(s, &at).numbers, 0, bytes);
 }
 
 /* Positions ascend, so a ring too small for all of them ends up with the last ones. */
@@ -7675,6 +7744,12 @@ INLINE int at_once(int left, int most)
     return most;
 }
 
+/* Whether line k begins with scales of its own. */
+INLINE int has_new_scales(enum line_type type, int k)
+{
+    return type == LINES_VALUES_Q8 || (type == LINES_KEYS_Q8 && k % GROUP == 0);
+}
+
 typedef void lines_fn(enum line_type type, const int n, const int strips, const struct lines *l,
                       const float *x, size_t ldx, float *y, size_t ldy);
 
@@ -7694,7 +7769,7 @@ INLINE void lines_by_strips(lines_fn *kernel, const int most, enum line_type typ
             kernel(type, n, 2, &rest, x, ldx, y, ldy);
         else
             kernel(type, n, 1, &rest, x, ldx, y, ldy);
-        rest.data += strips * l->strip_bytes;
+        rest.data += strips * l->strip_bytes, rest.strip += strips;
         y += strips * TILE;
     }
 }
@@ -7723,8 +7798,12 @@ INLINE void lines_by_type(lines_fn *kernel, const int most, const struct lines *
         lines_by_rows(kernel, most, LINES_F32, l, x, ldx, n, y, ldy);
     else if (l->type == LINES_F16)
         lines_by_rows(kernel, most, LINES_F16, l, x, ldx, n, y, ldy);
-    else
+    else if (l->type == LINES_BF16)
         lines_by_rows(kernel, most, LINES_BF16, l, x, ldx, n, y, ldy);
+    else if (l->type == LINES_KEYS_Q8)
+        lines_by_rows(kernel, most, LINES_KEYS_Q8, l, x, ldx, n, y, ldy);
+    else
+        lines_by_rows(kernel, most, LINES_VALUES_Q8, l, x, ldx, n, y, ldy);
 }
 
 /* A product of one quantised tile; `how` tells apart the rows that share a kernel. */
@@ -7852,8 +7931,13 @@ struct panel_block {
 ELEMENT_WISE(avx2, AVX2)
 
 /* 8 numbers of a line as floats; of bf16 those of the odd line of two or the one before. */
-AVX2 INLINE __m256 line_avx2(enum line_type type, int odd, const uint8_t *line, int half)
+AVX2 INLINE __m256 line_avx2(enum line_type type, int odd, const uint8_t *line, int half,
+                             __m256 scale)
 {
+    if (type == LINES_KEYS_Q8 || type == LINES_VALUES_Q8) {
+        __m128i eight = _mm_loadl_epi64((const __m128i *)(line + half * 8));
+        return _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(eight)), scale);
+    }
     if (type == LINES_F16)
         return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(line + half * 16)));
     if (type == LINES_F32)
@@ -7866,14 +7950,14 @@ AVX2 INLINE __m256 line_avx2(enum line_type type, int odd, const uint8_t *line, 
 /* Line k of the strips into acc[row][strip][half]. */
 AVX2 INLINE void add_line_avx2(enum line_type type, int odd, const int n, const int strips,
                                const struct lines *l, int k, const float *x, size_t ldx,
-                               __m256 acc[4][4][2])
+                               __m256 scale[4][2], __m256 acc[4][4][2])
 {
     const uint8_t *line = l->data + (size_t)k / (type == LINES_BF16 ? 2 : 1) * l->line_bytes;
     for (int i = 0; i < strips; i++, line += l->strip_bytes) {
         if (!(k & (l->every - 1)))
             _mm_prefetch((const char *)line + l->ahead, _MM_HINT_T1);
         for (int half = 0; half < 2; half++) {
-            __m256 w = line_avx2(type, odd, line, half);
+            __m256 w = line_avx2(type, odd, line, half, scale[i][half]);
             for (int j = 0; j < n; j++)
                 acc[j][i][half] = _mm256_fmadd_ps(w, _mm256_broadcast_ss(x + (size_t)j * ldx + k),
                                                   acc[j][i][half]);
@@ -7881,19 +7965,31 @@ AVX2 INLINE void add_line_avx2(enum line_type type, int odd, const int n, const 
     }
 }
 
+AVX2 INLINE void cache_scales_avx2(enum line_type type, const struct lines *l, int i, int k,
+                                   __m256 scale[2])
+{
+    const uint16_t *from = scales_of(type, l, l->data + i * l->strip_bytes, l->strip + i, k);
+    for (int half = 0; half < 2; half++)
+        scale[half] = _mm256_cvtph_ps(type == LINES_KEYS_Q8
+                                          ? _mm_loadu_si128((const __m128i *)(from + half * 8))
+                                          : _mm_set1_epi16((short)*from));
+}
+
 AVX2 INLINE void lines_avx2(enum line_type type, const int n, const int strips,
                             const struct lines *l, const float *x, size_t ldx, float *y,
                             size_t ldy)
 {
-    __m256 acc[4][4][2];
+    __m256 acc[4][4][2], scale[4][2] = {{_mm256_setzero_ps()}};
     for (int j = 0; j < n; j++)
         for (int i = 0; i < 2 * strips; i++)
             acc[j][i / 2][i % 2] = l->go_on ? _mm256_loadu_ps(y + (size_t)j * ldy + i * 8)
                                             : _mm256_setzero_ps();
     for (int k = 0; k < l->n_lines; k += 1 + (type == LINES_BF16)) {
-        add_line_avx2(type, 0, n, strips, l, k, x, ldx, acc);
+        for (int i = 0; has_new_scales(type, k) && i < strips; i++)
+            cache_scales_avx2(type, l, i, k, scale[i]);
+        add_line_avx2(type, 0, n, strips, l, k, x, ldx, scale, acc);
         if (type == LINES_BF16 && k + 1 < l->n_lines)
-            add_line_avx2(type, 1, n, strips, l, k + 1, x, ldx, acc);
+            add_line_avx2(type, 1, n, strips, l, k + 1, x, ldx, scale, acc);
     }
     for (int j = 0; j < n; j++)
         for (int i = 0; i < 2 * strips; i++)
@@ -8185,8 +8281,12 @@ AVX2 static void panel_avxvnni(const struct tiles *w, const struct input *in, si
 ELEMENT_WISE(avx512, AVX512)
 
 /* A line as floats, of bf16 the odd one of two or the one before; pairs as they are. */
-AVX512 INLINE __m512 line_avx512(enum line_type type, int odd, const uint8_t *line)
+AVX512 INLINE __m512 line_avx512(enum line_type type, int odd, const uint8_t *line, __m512 scale)
 {
+    if (type == LINES_KEYS_Q8 || type == LINES_VALUES_Q8) {
+        __m512i w = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)line));
+        return _mm512_mul_ps(_mm512_cvtepi32_ps(w), scale);
+    }
     if (type == LINES_F16)
         return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)line));
     __m512i w = _mm512_loadu_si512(line);
@@ -8212,32 +8312,42 @@ AVX512 INLINE __m512 fused_avx512(enum line_type type, __m512 acc, __m512 w, __m
 /* Line k of the strips into acc[row][strip]. */
 AVX512 INLINE void add_line_avx512(enum line_type type, int odd, const int n, const int strips,
                                    const struct lines *l, int k, const float *x, size_t ldx,
-                                   __m512 acc[8][8])
+                                   const __m512 scale[8], __m512 acc[8][8])
 {
     const uint8_t *line = l->data + (size_t)k / (type == LINES_BF16 ? 2 : 1) * l->line_bytes;
     x += type == LINES_PAIRS ? (size_t)k / TILE * l->run + (size_t)k % TILE : (size_t)k;
     for (int i = 0; i < strips; i++, line += l->strip_bytes) {
         if (!(k & (l->every - 1)))
             _mm_prefetch((const char *)line + l->ahead, _MM_HINT_T1);
-        __m512 w = line_avx512(type, odd, line);
+        __m512 w = line_avx512(type, odd, line, scale[i]);
         for (int j = 0; j < n; j++)
             acc[j][i] = fused_avx512(type, acc[j][i], w, _mm512_set1_ps(x[(size_t)j * ldx]));
     }
+}
+
+AVX512 INLINE __m512 cache_scales_avx512(enum line_type type, const struct lines *l, int i,
+                                         int k)
+{
+    const uint16_t *from = scales_of(type, l, l->data + i * l->strip_bytes, l->strip + i, k);
+    return _mm512_cvtph_ps(type == LINES_KEYS_Q8 ? _mm256_loadu_si256((const __m256i *)from)
+                                                 : _mm256_set1_epi16((short)*from));
 }
 
 AVX512 INLINE void lines_avx512(enum line_type type, const int n, const int strips,
                                 const struct lines *l, const float *x, size_t ldx, float *y,
                                 size_t ldy)
 {
-    __m512 acc[8][8];
+    __m512 acc[8][8], scale[8] = {_mm512_setzero_ps()};
     for (int j = 0; j < n; j++)
         for (int i = 0; i < strips; i++)
             acc[j][i] = l->go_on ? _mm512_loadu_ps(y + (size_t)j * ldy + i * TILE)
                                  : _mm512_setzero_ps();
     for (int k = 0; k < l->n_lines; k += 1 + (type == LINES_BF16)) {
-        add_line_avx512(type, 0, n, strips, l, k, x, ldx, acc);
+        for (int i = 0; has_new_scales(type, k) && i < strips; i++)
+            scale[i] = cache_scales_avx512(type, l, i, k);
+        add_line_avx512(type, 0, n, strips, l, k, x, ldx, scale, acc);
         if (type == LINES_BF16 && k + 1 < l->n_lines)
-            add_line_avx512(type, 1, n, strips, l, k + 1, x, ldx, acc);
+            add_line_avx512(type, 1, n, strips, l, k + 1, x, ldx, scale, acc);
     }
     for (int j = 0; j < n; j++)
         for (int i = 0; i < strips; i++)
@@ -8497,29 +8607,36 @@ AVX512 static void pack_row_avx512(const float *x, uint32_t n, uint16_t *pairs)
         }
 }
 
-/* Packed keys: [H / 2][16][2]. */
-AVX512 static void pack_keys_avx512(const uint16_t *keys, int head_dim, uint8_t *to)
+/* Line k of strip i, of a cache. */
+AVX512 INLINE __m512 cached_avx512(const struct lines *l, int i, int k)
 {
-    for (int h = 0; h < head_dim; h += 2, keys += 2 * TILE, to += 64)
-        _mm512_store_si512(to, pair_bf16_avx512(
-            line_avx512(LINES_F16, 0, (const uint8_t *)keys),
-            line_avx512(LINES_F16, 0, (const uint8_t *)(keys + TILE))));
+    const uint8_t *line = l->data + i * l->strip_bytes + (size_t)k * l->line_bytes;
+    if (l->type == LINES_F16)
+        return line_avx512(LINES_F16, 0, line, _mm512_setzero_ps());
+    return line_avx512(LINES_KEYS_Q8, 0, line, cache_scales_avx512(l->type, l, i, k));
+}
+
+/* Packed keys: [H / 2][16][2]. */
+AVX512 static void pack_keys_avx512(const struct lines *keys, uint8_t *to)
+{
+    for (int h = 0; h < keys->n_lines; h += 2, to += 64)
+        _mm512_store_si512(to, pair_bf16_avx512(cached_avx512(keys, 0, h),
+                                                cached_avx512(keys, 0, h + 1)));
 }
 
 /* Packed values: [H / 16][pairs of positions of a panel][16][2]. */
-AVX512 static void pack_values_avx512(const uint16_t *values, int head_dim, int n_valid, int at,
-                                      uint8_t *to)
+AVX512 static void pack_values_avx512(const struct lines *values, int n_valid, int at, uint8_t *to)
 {
-    size_t strip = (size_t)panel_positions(head_dim) / 2 * 64;
+    size_t strip = (size_t)panel_positions(values->n_strips * TILE) / 2 * 64;
     to += at / 2 * 64;
-    for (int i = 0; i < TILE; i += 2, values += 2 * head_dim, to += 64)
-        for (int h = 0; h < head_dim; h += TILE) {
+    for (int i = 0; i < TILE; i += 2, to += 64)
+        for (int h = 0; h < values->n_strips; h++) {
             __m512 a = _mm512_setzero_ps(), b = a;
             if (i < n_valid)
-                a = line_avx512(LINES_F16, 0, (const uint8_t *)(values + h));
+                a = cached_avx512(values, h, i);
             if (i + 1 < n_valid)
-                b = line_avx512(LINES_F16, 0, (const uint8_t *)(values + head_dim + h));
-            _mm512_store_si512(to + (size_t)(h / TILE) * strip, pair_bf16_avx512(a, b));
+                b = cached_avx512(values, h, i + 1);
+            _mm512_store_si512(to + (size_t)h * strip, pair_bf16_avx512(a, b));
         }
 }
 
@@ -8531,8 +8648,10 @@ AVX512 static void panel_avx512bf16(const struct tiles *w, const struct input *i
 {
     for (uint32_t k = 0; k < w->cols; k += BLOCK_INPUTS) {
         int n_pairs = min_i32(BLOCK_INPUTS / 2, (int)(w->cols - k + 1) / 2);
-        struct lines lines = {w->data[0] + k / 2 * 64, LINES_PAIRS, n_pairs, 2,
-                              w->data[1] - w->data[0], 64, 0, 1 << 30, k > 0, PAIRS_STRIDE / 2};
+        struct lines lines = {.data = w->data[0] + k / 2 * 64, .type = LINES_PAIRS,
+                              .n_lines = n_pairs, .n_strips = 2, .line_bytes = 64,
+                              .strip_bytes = w->data[1] - w->data[0], .every = 1 << 30,
+                              .go_on = k > 0, .run = PAIRS_STRIDE / 2};
         for (int j = 0, rows; j < n; j += rows) { /* rows of pairs follow each other by tiles */
             size_t row = t + (size_t)j;
             rows = min_i32(TILE - (int)(row % TILE), n - j);
@@ -8556,8 +8675,9 @@ AVX512 static void scores_avx512bf16(const float *q, int n, int head_dim, const 
 {
     float pairs[MAX_QUERIES * MAX_PACKED_HEAD / 2];
     ptrdiff_t group_bytes = (ptrdiff_t)head_dim * TILE * 2;
-    struct lines lines = {keys, LINES_PAIRS, head_dim / 2, n_groups, group_bytes, 64, 0, 1 << 30,
-                          0, TILE};
+    struct lines lines = {.data = keys, .type = LINES_PAIRS, .n_lines = head_dim / 2,
+                          .n_strips = n_groups, .strip_bytes = group_bytes, .line_bytes = 64,
+                          .every = 1 << 30, .run = TILE};
     pairs_avx512(q, (size_t)head_dim, n, head_dim, (uint32_t *)(void *)pairs);
     add_lines_avx512(&lines, pairs, (size_t)head_dim / 2, n, s[0], KEY_BLOCK);
 }
@@ -8566,8 +8686,10 @@ AVX512 static void mix_avx512bf16(const float (*s)[KEY_BLOCK], int n, int head_d
                                   const uint8_t *values, int first, int n_keys, float *o)
 {
     float pairs[MAX_QUERIES * KEY_BLOCK / 2];
-    struct lines lines = {values + first / 2 * 64, LINES_PAIRS, n_keys / 2, head_dim / TILE,
-                          panel_positions(head_dim) / 2 * 64, 64, 0, 1 << 30, 0, TILE};
+    struct lines lines = {.data = values + first / 2 * 64, .type = LINES_PAIRS,
+                          .n_lines = n_keys / 2, .n_strips = head_dim / TILE,
+                          .strip_bytes = panel_positions(head_dim) / 2 * 64, .line_bytes = 64,
+                          .every = 1 << 30, .run = TILE};
     pairs_avx512(s[0], KEY_BLOCK, n, n_keys, (uint32_t *)(void *)pairs);
     add_lines_avx512(&lines, pairs, (size_t)n_keys / 2, n, o, (size_t)head_dim);
 }
@@ -9017,8 +9139,14 @@ static const struct kernels avx2_kernels = {"avx2", has_avx2, AVX2_ROW, .product
 enum { WIDENING, SDOT, SMMLA };
 
 /* 4 numbers of a line as floats; of bf16 those of the odd line of two or the one before. */
-INLINE float32x4_t line_neon(enum line_type type, int odd, const uint8_t *line, int quarter)
+INLINE float32x4_t line_neon(enum line_type type, int odd, const uint8_t *line, int quarter,
+                             float32x4_t scale)
 {
+    if (type == LINES_KEYS_Q8 || type == LINES_VALUES_Q8) {
+        int16x8_t eight = vmovl_s8(vld1_s8((const int8_t *)line + quarter / 2 * 8));
+        int16x4_t four = quarter % 2 ? vget_high_s16(eight) : vget_low_s16(eight);
+        return vmulq_f32(vcvtq_f32_s32(vmovl_s16(four)), scale);
+    }
     if (type == LINES_F16)
         return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16((const uint16_t *)line + quarter * 4)));
     uint32x4_t w = vld1q_u32((const uint32_t *)line + quarter * 4);
@@ -9030,14 +9158,14 @@ INLINE float32x4_t line_neon(enum line_type type, int odd, const uint8_t *line, 
 /* Line k of the strips into acc[row][strip][quarter]. */
 INLINE void add_line_neon(enum line_type type, int odd, const int n, const int strips,
                           const struct lines *l, int k, const float *x, size_t ldx,
-                          float32x4_t acc[4][4][4])
+                          float32x4_t scale[4][4], float32x4_t acc[4][4][4])
 {
     const uint8_t *line = l->data + (size_t)k / (type == LINES_BF16 ? 2 : 1) * l->line_bytes;
     for (int i = 0; i < strips; i++, line += l->strip_bytes) {
         if (n == 1 && !odd)
             __builtin_prefetch(line + l->ahead);
         for (int quarter = 0; quarter < 4; quarter++) {
-            float32x4_t w = line_neon(type, odd, line, quarter);
+            float32x4_t w = line_neon(type, odd, line, quarter, scale[i][quarter]);
             for (int j = 0; j < n; j++)
                 acc[j][i][quarter] = vfmaq_n_f32(acc[j][i][quarter], w,
                                                  x[(size_t)j * ldx + (size_t)k]);
@@ -9045,18 +9173,29 @@ INLINE void add_line_neon(enum line_type type, int odd, const int n, const int s
     }
 }
 
+INLINE void cache_scales_neon(enum line_type type, const struct lines *l, int i, int k,
+                              float32x4_t scale[4])
+{
+    const uint16_t *from = scales_of(type, l, l->data + i * l->strip_bytes, l->strip + i, k);
+    for (int quarter = 0; quarter < 4; quarter++)
+        scale[quarter] = vcvt_f32_f16(vreinterpret_f16_u16(
+            type == LINES_KEYS_Q8 ? vld1_u16(from + quarter * 4) : vdup_n_u16(*from)));
+}
+
 INLINE void lines_neon(enum line_type type, const int n, const int strips, const struct lines *l,
                        const float *x, size_t ldx, float *y, size_t ldy)
 {
-    float32x4_t acc[4][4][4];
+    float32x4_t acc[4][4][4], scale[4][4] = {{vdupq_n_f32(0)}};
     for (int j = 0; j < n; j++)
         for (int i = 0; i < 4 * strips; i++)
             acc[j][i / 4][i % 4] = l->go_on ? vld1q_f32(y + (size_t)j * ldy + i * 4)
                                             : vdupq_n_f32(0);
     for (int k = 0; k < l->n_lines; k += 1 + (type == LINES_BF16)) {
-        add_line_neon(type, 0, n, strips, l, k, x, ldx, acc);
+        for (int i = 0; has_new_scales(type, k) && i < strips; i++)
+            cache_scales_neon(type, l, i, k, scale[i]);
+        add_line_neon(type, 0, n, strips, l, k, x, ldx, scale, acc);
         if (type == LINES_BF16 && k + 1 < l->n_lines)
-            add_line_neon(type, 1, n, strips, l, k + 1, x, ldx, acc);
+            add_line_neon(type, 1, n, strips, l, k + 1, x, ldx, scale, acc);
     }
     for (int j = 0; j < n; j++)
         for (int i = 0; i < 4 * strips; i++)

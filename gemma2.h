@@ -247,7 +247,7 @@ GEMMA2_API void gemma2_worker_params_init(gemma2_worker_params *params);
 
 typedef struct gemma2_session gemma2_session;
 
-enum { GEMMA2_CACHE_AUTO = 0, GEMMA2_CACHE_F32 = 1, GEMMA2_CACHE_F16 = 2 };
+enum { GEMMA2_CACHE_AUTO = 0, GEMMA2_CACHE_F32 = 1, GEMMA2_CACHE_F16 = 2, GEMMA2_CACHE_Q8 = 3 };
 
 /* gemma2_session_params_init sets struct_size, and zeros, which mean the defaults. */
 typedef struct {
@@ -257,7 +257,8 @@ typedef struct {
     int32_t n_threads;  /* of a worker of its own, as gemma2_worker_params has it; without
                          * effect where a worker is given */
     int32_t window;     /* local layers' window, 1..W; 0: W */
-    int32_t cache_type; /* GEMMA2_CACHE_*; auto: f32 for all-f32 weights, else f16 */
+    int32_t cache_type; /* GEMMA2_CACHE_*; auto: f32 for all-f32 weights, else f16.  Q8: 8.5 bits
+                         * a number, 32 of a position with one scale */
     gemma2_worker *worker; /* must outlive the session; NULL: a worker of its own, for n_batch
                             * rows, within the session's memory */
 } gemma2_session_params;

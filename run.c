@@ -476,8 +476,9 @@ static const option OPTIONS[] = {
      IN(WHOLE, session.n_threads, "a whole number from 1 to 1024", 1, 1024)},
     {0, "window", "N", "let local layers see only N tokens (default: as\ntrained)",
      FROM_1(session.window)},
-    {0, "kv", "f32|f16", "type of the cached keys and values (default: f32\n"
-     "for f32 weights, else f16)", IN(CACHE, session.cache_type, "f32 or f16", 0, 0)},
+    {0, "kv", "f32|f16|q8", "type of the cached keys and values (default: f32\n"
+     "for f32 weights, else f16; q8 takes half of f16)",
+     IN(CACHE, session.cache_type, "f32, f16 or q8", 0, 0)},
     {0, "lookup", "on|off", "guess what followed earlier in prompt and reply, and\n"
      "check several tokens at once: faster where text\nrepeats, the same reply (default on)",
      IN(SWITCH, lookup, "on or off", 0, 0)},
@@ -814,6 +815,9 @@ static int parse_bias(const char *text, gemma2_bias *bias)
 }
 
 /* Stores the value of an option; returns 1, or 0 where the value is not one it takes. */
+/* By GEMMA2_CACHE_*. */
+static const char *const cache_names[] = {"auto", "f32", "f16", "q8"};
+
 static int set_option(options *opts, const option *o, const char *value)
 {
     void *field = (char *)opts + o->field;
@@ -859,8 +863,10 @@ static int set_option(options *opts, const option *o, const char *value)
         opts->full_stops = strcmp(value, "stop") == 0;
         return opts->full_stops || strcmp(value, "drop") == 0;
     case CACHE:
-        opts->session.cache_type = strcmp(value, "f32") == 0 ? GEMMA2_CACHE_F32 : GEMMA2_CACHE_F16;
-        return strcmp(value, "f32") == 0 || strcmp(value, "f16") == 0;
+        for (int32_t i = GEMMA2_CACHE_F32; i <= GEMMA2_CACHE_Q8; i++)
+            if (strcmp(value, cache_names[i]) == 0)
+                return opts->session.cache_type = i, 1;
+        return 0;
     case SWITCH:
         *(int *)field = strcmp(value, "on") == 0;
         return strcmp(value, "on") == 0 || strcmp(value, "off") == 0;
@@ -4742,6 +4748,25 @@ static int memory_plan(const program *p, const gemma2_session_params *params, ch
     return DONE;
 }
 
+/* What each type of cache takes. */
+static void put_caches(program *p)
+{
+    gemma2_session_params all = p->opts->session, few = all;
+    int32_t context = all.n_context ? all.n_context : p->config->n_context;
+    few.n_context = 16, few.n_batch = 1; /* the least that a cache is made of */
+    for (int32_t i = GEMMA2_CACHE_F32; i <= GEMMA2_CACHE_Q8; i++) {
+        gemma2_plan plan, part;
+        char size[32];
+        all.cache_type = few.cache_type = i;
+        if (gemma2_session_plan(p->model, &few, &part) != GEMMA2_OK ||
+            gemma2_session_plan(p->model, &all, &plan) != GEMMA2_OK)
+            continue;
+        format_bytes(size, plan.cache);
+        put_format(&p->out, "--kv %s: %" PRIu64 " bytes a position, %s for %" PRId32 " tokens\n",
+                   cache_names[i], part.cache / 16, size, context);
+    }
+}
+
 static int info(program *p)
 {
     const gemma2_config *c = p->config;
@@ -4772,8 +4797,10 @@ static int info(program *p)
     if (status != DONE)
         return status;
     put_sections(p);
-    if (c->n_layers)
+    if (c->n_layers) {
         put_format(out, "memory: %s\n", plan);
+        put_caches(p);
+    }
     put_format(out, "instruction set: %s\nthreads: %" PRId32 "\n", c->isa,
                gemma2_threads(p->opts->session.n_threads));
     return DONE;

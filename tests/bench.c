@@ -590,13 +590,15 @@ static size_t weight_bytes(const gemma2_model *m)
     return untied ? all - embedding : all;
 }
 
+static const char *const cache_names[] = {"auto", "f32", "f16", "q8"};
+
 static size_t cache_bytes_read(const gemma2_session *s, int depth)
 {
     const gemma2_config *c = &s->model->config;
     size_t n = 0;
     for (int l = 0; l < c->n_layers; l++) {
         int seen = c->is_local[l] && depth > s->window ? s->window : depth;
-        n += 2 * (size_t)seen * (size_t)c->n_kv_heads * (size_t)c->head_dim * (s->is_f16 ? 2 : 4);
+        n += 2 * (size_t)seen * (size_t)c->n_kv_heads * position_bytes(s, c->head_dim);
     }
     return n;
 }
@@ -613,7 +615,7 @@ struct result {
 struct report {
     const struct options *o;
     const gemma2_model *m;
-    int batch, half, n_limits, n_results;
+    int batch, cache, n_limits, n_results;
     struct limits limits[MAX_LIST];
     struct result results[3 * MAX_LIST * MAX_LIST];
 };
@@ -807,11 +809,12 @@ static void run_threads(struct report *report, int threads)
     params.n_threads = threads, params.n_batch = o->batch;
     params.cache_type = !strcmp(o->kv, "f32")   ? GEMMA2_CACHE_F32
                         : !strcmp(o->kv, "f16") ? GEMMA2_CACHE_F16
+                        : !strcmp(o->kv, "q8")  ? GEMMA2_CACHE_Q8
                                                 : GEMMA2_CACHE_AUTO;
     gemma2_session *s = gemma2_session_new(report->m, &params, err, sizeof err);
     if (!s)
         die(err);
-    report->batch = s->n_batch, report->half = s->is_f16;
+    report->batch = s->n_batch, report->cache = s->cache_type;
     struct limits *l = &report->limits[report->n_limits++];
     l->threads = s->worker->n_threads;
     if (!o->no_limits)
@@ -924,7 +927,7 @@ static void write_json(const struct report *report)
     fprintf(f, ",\"row\":\"%s\",\"weight_bytes\":%zu,\"batch\":%d,\"cache\":\"%s\","
                "\"huge_pages\":%s,\"runs\":%d,\"peak_resident_gib\":%.3f,\n\"limits\":[",
             report->m->isa->name, weight_bytes(report->m), report->batch,
-            report->half ? "f16" : "f32", o->read ? "true" : "false", o->runs, peak_resident());
+            cache_names[report->cache], o->read ? "true" : "false", o->runs, peak_resident());
     for (int i = 0; i < report->n_limits && !o->no_limits; i++)
         fprintf(f, "%s", i ? ",\n" : ""), write_limits(f, &report->limits[i]);
     fprintf(f, "],\n\"results\":[");
@@ -1061,7 +1064,7 @@ int main(int argc, char **argv)
         run_threads(&report, o.threads.v[i]);
     print_scaling(&report);
     printf("batch %d, %s cache, peak resident memory %.2f GiB\n", report.batch,
-           report.half ? "f16" : "f32", peak_resident());
+           cache_names[report.cache], peak_resident());
     if (o.json)
         write_json(&report);
     gemma2_close(m);

@@ -87,7 +87,7 @@ refuses "do not go together" "--json --score" 2 "$STORY" --score --json x
 refuses "do not go together" "--ids in a chat" 2 "$STORY" -c --ids 2
 refuses "add -c" "--system without --chat" 2 "$STORY" -S Rhyme. x
 refuses "not empty" "empty stop string" 2 "$STORY" --stop "" x
-refuses "f32 or f16" "cache type" 2 "$STORY" --kv q8 x
+refuses "f32, f16 or q8" "cache type" 2 "$STORY" --kv q9 x
 
 # ---- Other programs' spellings: ours where the meaning is the same, else a sentence -------
 explains() { # SAID ARGUMENT...

@@ -138,7 +138,7 @@ static gemma2_session *any_session(const gemma2_model *m, const uint8_t *p)
     params.n_batch = p[1] % 12;
     params.n_threads = p[1] / 64 ? 1 : 3;
     params.window = p[2] % 4 || !m->config.window ? 0 : 1 + p[2] / 4 % m->config.window;
-    params.cache_type = p[3] % 3;
+    params.cache_type = p[3] % 4;
     if (gemma2_session_plan(m, &params, &plan) != GEMMA2_OK || plan.total > 1 << 23)
         return NULL;
     void *memory = fresh(plan.total);

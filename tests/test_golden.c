@@ -651,13 +651,14 @@ static void free_retyped(gemma2_model *copy)
 }
 
 /* Logits after every second token of the tale, in the matrix class or the exact one. */
-static float *read_tale(gemma2_model *m, const struct matrix_kernels *matrix, const int32_t *ids)
+static float *read_tale(gemma2_model *m, const struct matrix_kernels *matrix, const int32_t *ids,
+                        int32_t cache)
 {
     size_t V = (size_t)gemma2_get_config(m)->n_vocab;
     float *logits = malloc(TALE_PLACES * V * sizeof *logits);
     gemma2_session_params params;
     gemma2_session_params_init(&params);
-    params.n_threads = 1, params.cache_type = GEMMA2_CACHE_F16;
+    params.n_threads = 1, params.cache_type = cache;
     m->matrix = matrix;
     gemma2_session *s = gemma2_session_new(m, &params, NULL, 0);
     for (size_t i = 0; i < TALE_PLACES; i++)
@@ -687,9 +688,9 @@ static double divergence(const float *x, float *y, size_t V)
 static void tale_q4(const gemma2_model *m, const struct kernels *row, const int32_t *ids, size_t V)
 {
     gemma2_model *q4 = retyped(m, TYPE_Q4), *f32 = retyped(q4, TYPE_F32);
-    float *truth = read_tale(f32, NULL, ids);
-    double exact = divergence(truth, read_tale(q4, NULL, ids), V);
-    double d4 = divergence(truth, read_tale(q4, row->matrix, ids), V);
+    float *truth = read_tale(f32, NULL, ids, GEMMA2_CACHE_F16);
+    double exact = divergence(truth, read_tale(q4, NULL, ids, GEMMA2_CACHE_F16), V);
+    double d4 = divergence(truth, read_tale(q4, row->matrix, ids, GEMMA2_CACHE_F16), V);
     if (verbose)
         printf("tale, %s: q4 %.3g, in the matrix class %.3g\n", row->name, exact, d4);
     check(d4 <= 0.4 * exact, "tale, %s: q4 diverges by %g, exact by %g", row->name, d4, exact);
@@ -720,15 +721,30 @@ static void test_tale(const char *path)
                               TALE_STEP * TALE_PLACES, scratch, scratch_size);
     check(n >= TALE_STEP * TALE_PLACES, "the tale has %d tokens", (int)n);
     gemma2_model *bf16 = retyped(q8, TYPE_BF16), *f32 = retyped(q8, TYPE_F32);
-    float *truth = read_tale(f32, NULL, ids), *rounded = read_tale(bf16, NULL, ids);
-    double exact = divergence(truth, read_tale(q8, NULL, ids), V);
+    float *truth = read_tale(f32, NULL, ids, GEMMA2_CACHE_F16);
+    float *rounded = read_tale(bf16, NULL, ids, GEMMA2_CACHE_F16);
+    double exact = divergence(truth, read_tale(q8, NULL, ids, GEMMA2_CACHE_F16), V);
     check(exact > 1e-6 && exact < 1e-3, "tale: q8 diverges by %g", exact);
+    float *f16_cache = read_tale(q8, NULL, ids, GEMMA2_CACHE_F16);
+    double d_cache = divergence(f16_cache, read_tale(q8, NULL, ids, GEMMA2_CACHE_Q8), V);
+    if (verbose)
+        printf("tale: 8-bit cache %.3g\n", d_cache);
+    check(d_cache > 0 && d_cache <= 1e-3, "tale: the 8-bit cache diverges by %g", d_cache);
     for (int i = 0; i < N_KERNELS; i++)
         if (has_matrix(all_kernels[i])) {
+            q8->isa = all_kernels[i];
+            d_cache = divergence(f16_cache,
+                                 read_tale(q8, q8->isa->matrix, ids, GEMMA2_CACHE_Q8), V);
+            if (verbose)
+                printf("tale, %s: 8-bit cache in the matrix class %.3g\n", q8->isa->name, d_cache);
+            check(d_cache > 0 && d_cache <= 1e-3, "tale, %s: the 8-bit cache diverges by %g",
+                  q8->isa->name, d_cache);
             int in_bf16 = all_kernels[i]->matrix->types >> TYPE_Q8 & 1;
             q8->isa = bf16->isa = all_kernels[i];
-            double d8 = divergence(truth, read_tale(q8, q8->isa->matrix, ids), V);
-            double d16 = divergence(rounded, read_tale(bf16, bf16->isa->matrix, ids), V);
+            double d8 = divergence(truth,
+                                   read_tale(q8, q8->isa->matrix, ids, GEMMA2_CACHE_F16), V);
+            double d16 = divergence(rounded,
+                                    read_tale(bf16, bf16->isa->matrix, ids, GEMMA2_CACHE_F16), V);
             if (verbose)
                 printf("tale, %s: q8 %.3g, in the matrix class %.3g; bf16 %.3g\n",
                        all_kernels[i]->name, exact, d8, d16);
@@ -738,7 +754,7 @@ static void test_tale(const char *path)
             if (in_bf16)
                 tale_q4(q8, all_kernels[i], ids, V);
         }
-    free(truth), free(rounded), free(scratch), free(text);
+    free(truth), free(rounded), free(f16_cache), free(scratch), free(text);
     free_retyped(bf16), free_retyped(f32);
     gemma2_close(q8);
 }

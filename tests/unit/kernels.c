@@ -409,8 +409,29 @@ static void *random_lines(struct lines *l, enum line_type type, int n_lines, int
     for (size_t i = 0; i < used * (size_t)n_strips && type == LINES_BF16; i += 4)
         set_u16(data + i, bits_of(x[i / 4]) >> 16); /* the low halves, too, are plain numbers */
     free(x);
-    *l = (struct lines){data, type, n_lines, n_strips, (ptrdiff_t)used, TILE * bytes, 0, 1,
-                        (int)below(2), 0};
+    *l = (struct lines){.data = data, .type = type, .n_lines = n_lines, .n_strips = n_strips,
+                        .strip_bytes = (ptrdiff_t)used, .line_bytes = TILE * bytes, .every = 1,
+                        .go_on = (int)below(2)};
+    return data;
+}
+
+/* The same for the 8-bit cache: strips of keys, or values, each with its scales at its end. */
+static void *random_q8_lines(struct lines *l, enum line_type type, int n_lines, int n_strips)
+{
+    int keys = type == LINES_KEYS_Q8;
+    size_t numbers = (size_t)(keys ? n_lines : n_strips) * TILE;
+    size_t scales = (size_t)(keys ? (n_lines + 31) / 32 * TILE : (n_strips + 1) / 2);
+    size_t part = numbers + 2 * scales, parts = (size_t)(keys ? n_strips : n_lines);
+    uint8_t *data = fresh(part * parts);
+    for (size_t i = 0; i < part * parts; i++)
+        data[i] = (uint8_t)below(256);
+    for (size_t i = 0; i < parts * scales; i++)
+        set_u16(data + i / scales * part + numbers + i % scales * 2,
+                half_of((float)uniform(-1, 1)));
+    *l = (struct lines){.data = data, .type = type, .n_lines = n_lines, .n_strips = n_strips,
+                        .strip_bytes = keys ? (ptrdiff_t)part : TILE,
+                        .line_bytes = keys ? TILE : part, .every = 1, .go_on = (int)below(2),
+                        .scales = (int)numbers};
     return data;
 }
 
@@ -418,7 +439,8 @@ static int lines_differ(const struct kernels *row, enum line_type type, int n, i
                         int n_strips)
 {
     struct lines l;
-    void *data = random_lines(&l, type, n_lines, n_strips);
+    int is_q8 = type == LINES_KEYS_Q8 || type == LINES_VALUES_Q8;
+    void *data = (is_q8 ? random_q8_lines : random_lines)(&l, type, n_lines, n_strips);
     size_t ldx = (size_t)n_lines + 3, ldy = (size_t)n_strips * TILE + 5;
     float *x = random_floats(ldx * (size_t)n, 1), *y = random_floats(ldy * (size_t)n, 1);
     float *z = copy_floats(y, ldy * (size_t)n);
@@ -431,8 +453,9 @@ static int lines_differ(const struct kernels *row, enum line_type type, int n, i
 static void row_lines(const struct kernels *row)
 {
     static const struct { enum line_type type; const char *name; } line_types[] = {
-        {LINES_F32, "f32"}, {LINES_F16, "f16"}, {LINES_BF16, "bf16"}};
-    for (int i = 0; i < 3; i++) {
+        {LINES_F32, "f32"}, {LINES_F16, "f16"}, {LINES_BF16, "bf16"},
+        {LINES_KEYS_Q8, "q8 key"}, {LINES_VALUES_Q8, "q8 value"}};
+    for (int i = 0; i < 5; i++) {
         int bad = 0;
         for (int n = 1; n <= 17; n++)
             for (int n_strips = 1; n_strips <= 17; n_strips++)
@@ -448,7 +471,8 @@ static void row_rounds_once(const struct kernels *row)
 {
     float a = 1 + 0x1p-7f, b = 1 + 0x1p-17f, c = -(1 + 0x1p-7f + 0x1p-17f), y[TILE];
     float line[TILE];
-    struct lines l = {(const uint8_t *)line, LINES_F32, 1, 1, 0, 64, 0, 1, 1, 0};
+    struct lines l = {.data = (const uint8_t *)line, .type = LINES_F32, .n_lines = 1,
+                      .n_strips = 1, .line_bytes = 64, .every = 1, .go_on = 1};
     for (int i = 0; i < TILE; i++)
         line[i] = a, y[i] = c;
     row->add_lines(&l, &b, 1, 1, y, TILE);
@@ -556,8 +580,13 @@ static double matrix_attention_error(const struct matrix_kernels *m, int n, int 
     random_cache(value, groups, (size_t)h * 16);
     value[groups - 1][15 * h] = 0x7e00; /* NaN where nothing was stored yet */
     for (int g = 0; g < groups; g++) {
-        m->pack_keys(key[g], h, keys + (size_t)g * 16 * (size_t)h * 2);
-        m->pack_values(value[g], h, n_valid - g * 16 < 16 ? n_valid - g * 16 : 16, g * 16, values);
+        struct lines from = {.data = (const uint8_t *)key[g], .type = LINES_F16, .n_lines = h,
+                             .line_bytes = TILE * 2};
+        m->pack_keys(&from, keys + (size_t)g * 16 * (size_t)h * 2);
+        from = (struct lines){.data = (const uint8_t *)value[g], .type = LINES_F16, .n_lines = TILE,
+                              .n_strips = h / TILE, .strip_bytes = TILE * 2,
+                              .line_bytes = (size_t)h * 2};
+        m->pack_values(&from, n_valid - g * 16 < 16 ? n_valid - g * 16 : 16, g * 16, values);
     }
     m->scores(q, n, h, keys, groups, s);
     for (int j = 0; j < n; j++)

@@ -44,31 +44,32 @@ static void test_chunks(void)
 static void test_models_on_rows(void)
 {
     int32_t ids[30];
-    for (int i = 0; i < N_SHAPES; i++) {
-        struct model x = make(&shapes[i]);
+    for (int i = 0; i < 2 * N_SHAPES; i++) {
+        struct model x = make(&shapes[i / 2]);
+        int cache = i % 2 ? GEMMA2_CACHE_Q8 : GEMMA2_CACHE_AUTO;
         random_ids(x.m, ids, 30);
         x.m->isa = &scalar_kernels;
-        float *truth = step_by_step(x.m, (struct setup){30, 1, 1, 0, 0}, ids, 30);
+        float *truth = step_by_step(x.m, (struct setup){30, 1, 1, 0, cache}, ids, 30);
         for (int k = 0; k < N_KERNELS; k++) {
             x.m->isa = all_kernels[k];
             if (all_kernels[k]->available())
-                check(!chunks_differ(x.m, (struct setup){30, 11, 1, 0, 0}, ids, 30, 12, truth) &&
-                          !chunks_differ(x.m, (struct setup){30, 4, 1, 0, 0}, ids, 30, 1, truth),
-                      "%s on %s differs from scalar", shapes[i].name, all_kernels[k]->name);
+                check(!chunks_differ(x.m, (struct setup){30, 11, 1, 0, cache}, ids, 30, 12, truth) &&
+                          !chunks_differ(x.m, (struct setup){30, 4, 1, 0, cache}, ids, 30, 1, truth),
+                      "%s on %s differs from scalar", shapes[i / 2].name, all_kernels[k]->name);
         }
         free(truth);
         unmake(&x);
     }
 }
 
-/* The model in plain loops gives the engine's bits: every type of weights, both types of cache,
+/* The model in plain loops gives the engine's bits: every type of weights and of cache,
  * any way of cutting; and across the borders of attention's blocks of 256 positions. */
 static void test_reference(void)
 {
     enum { N = 530 };
     int32_t ids[N];
     for (int i = 0; i < N_SHAPES; i++)
-        for (int cache = GEMMA2_CACHE_F32; cache <= GEMMA2_CACHE_F16; cache++) {
+        for (int cache = GEMMA2_CACHE_F32; cache <= GEMMA2_CACHE_Q8; cache++) {
             struct model x = make(&shapes[i]);
             size_t n = i == 3 ? N : 30; /* layers that see all positions, no soft-cap */
             int32_t context = (int32_t)n;
@@ -772,21 +773,23 @@ static void test_layer_kinds(void)
 static void test_plans(void)
 {
     static const int32_t contexts[] = {1, 10, 17, 64};
-    for (int i = 0; i < N_SHAPES * 4 * 2 * 2; i++) {
+    for (int i = 0; i < N_SHAPES * 4 * 3 * 2; i++) {
         const struct shape *s = &shapes[i % N_SHAPES];
         struct model x = make(s);
         gemma2_session_params p;
         gemma2_plan plan = {0, 0, 0, 0};
         gemma2_session_params_init(&p);
         p.n_context = contexts[i / N_SHAPES % 4], p.n_threads = 1;
-        p.n_batch = i / (N_SHAPES * 8) ? 20 : 1;
-        p.cache_type = i / (N_SHAPES * 4) % 2 ? GEMMA2_CACHE_F16 : GEMMA2_CACHE_F32;
-        uint64_t want = 0, number = p.cache_type == GEMMA2_CACHE_F16 ? 2 : 4;
+        p.n_batch = i / (N_SHAPES * 12) ? 20 : 1;
+        p.cache_type = GEMMA2_CACHE_F32 + i / (N_SHAPES * 4) % 3;
+        uint64_t want = 0, number = (uint64_t[]){4, 2, 1}[p.cache_type - GEMMA2_CACHE_F32];
+        uint64_t scales = p.cache_type == GEMMA2_CACHE_Q8 ? (s->h + 31) / 32 * 2 : 0;
         for (uint32_t l = 0; l < s->layers; l++) {
             int wraps = s->local >> l & 1 && 8 + p.n_batch < p.n_context;
             int32_t slots = wraps ? 8 + p.n_batch + 16 : p.n_context; /* 16 for drafts */
-            uint64_t heads = ((uint64_t)slots + 15) / 16 * 16 * s->k * number;
-            want += (heads * s->h + 63) / 64 * 64 + heads * ((s->h + 15) / 16 * 16);
+            uint64_t heads = ((uint64_t)slots + 15) / 16 * 16 * s->k, wide = (s->h + 15) / 16 * 16;
+            want += (heads * (number * s->h + scales) + 63) / 64 * 64;
+            want += (heads * (number * wide + scales) + 63) / 64 * 64;
         }
         check(gemma2_session_plan(x.m, &p, &plan) == GEMMA2_OK && plan.cache == want,
               "%s, context %d: a cache of %llu bytes, not %llu", s->name, p.n_context,
@@ -931,8 +934,8 @@ static void test_session_params(void)
         {{24, 8, 0, -1, 0, 0, NULL}, 0}, {{24, 8, 0, 1025, 0, 0, NULL}, 0},
         {{24, 8, 0, 1024, 0, 0, NULL}, 1}, {{24, 8, 0, 0, -1, 0, NULL}, 0},
         {{24, 8, 0, 0, 9, 0, NULL}, 0}, {{24, 8, 0, 0, 8, 0, NULL}, 1},
-        {{24, 8, 0, 0, 0, 3, NULL}, 0}, {{24, 8, 0, 0, 0, -1, NULL}, 0},
-        {{24, 8, 0, 0, 0, 2, NULL}, 1}, {{0, 8, 0, 0, 0, 0, NULL}, 0},
+        {{24, 8, 0, 0, 0, 4, NULL}, 0}, {{24, 8, 0, 0, 0, -1, NULL}, 0},
+        {{24, 8, 0, 0, 0, 3, NULL}, 1}, {{0, 8, 0, 0, 0, 0, NULL}, 0},
         {{~0u, 8, 0, 0, 0, 0, NULL}, 0}, {{8, 8, -1, -1, -1, -1, NULL}, 1},
         {{22, 8, 0, 0, 0, 0, NULL}, 0}, {{24, 0, 0, 0, 0, 0, NULL}, 1},
         {{24, 100, 0, 0, 0, 0, NULL}, 1},

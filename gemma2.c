@@ -4463,9 +4463,10 @@ static uint32_t cost_at(const gemma2_grammar *g, const struct inst *i)
 static int find_costs(gemma2_grammar *g)
 {
     uint32_t n = g->n_insts, n_heap = 0;
-    uint32_t *head = malloc(3 * (size_t)n * sizeof *head), *link = head + n;
+    uint32_t *head = malloc(3 * (size_t)n * sizeof *head);
     uint64_t *heap = malloc(3 * (size_t)n * sizeof *heap);
     int ok = head && heap;
+    uint32_t *link = ok ? head + n : NULL;
     memset(g->cost, 0xff, n * sizeof *g->cost);
     if (ok)
         memset(head, 0xff, n * sizeof *head);
@@ -4499,8 +4500,9 @@ static uint32_t left_recursive(const gemma2_grammar *g)
 {
     enum { UNSEEN, OPEN, CLOSED, IS_END = 1 << 30 };
     uint32_t found = NOWHERE;
-    uint8_t *seen = calloc(g->n_insts + (size_t)g->n_rules, 1), *state = seen + g->n_insts;
+    uint8_t *seen = calloc(g->n_insts + (size_t)g->n_rules, 1);
     uint32_t *stack = malloc((2 * ((size_t)g->n_insts + g->n_rules) + 2) * sizeof *stack);
+    uint8_t *state = seen ? seen + g->n_insts : NULL;
     if (!seen || !stack)
         found = g->n_rules;
     for (uint32_t r = 0, n = 0; r < g->n_rules && found == NOWHERE; r++) {
@@ -4555,7 +4557,7 @@ struct tree {
 
 struct vocabulary {
     struct tree all, rest; /* all tokens of text, and those that are not plain */
-    uint32_t *plain;       /* mask of tokens of up to PLAIN_CHARS characters as JSON writes them */
+    uint32_t *plain;       /* [PLAIN_CHARS] masks: tokens of 1, up to 2, ... plain characters */
     uint32_t *text;        /* mask of the tokens that are whole characters */
     uint32_t n_words;
 };
@@ -4575,18 +4577,19 @@ static int compare_tokens(const void *left, const void *right)
     return order ? order : (a->id > b->id) - (a->id < b->id);
 }
 
-/* Whole characters: 1, and 2 if they are plain.  0: a part of a character. */
-static int text_kind(struct text s)
+/* 1 + the number of characters if they are plain, 1 for other whole characters, 0 for a part of a
+ * character.  Plain are up to PLAIN_CHARS characters that JSON writes as they are. */
+static uint32_t text_kind(struct text s)
 {
-    uint32_t chars = 0, length, kind = 2;
+    uint32_t chars = 0, length, plain = 1;
     for (uint32_t i = 0; i < s.n; i += length, chars++) {
         length = utf8_length(s.p + i, s.n - i);
         if (!length)
             return 0;
-        if (s.p[i] < 0x20 || s.p[i] == '"' || s.p[i] == '\\' || chars == PLAIN_CHARS)
-            kind = 1;
+        if (s.p[i] < 0x20 || s.p[i] == '"' || s.p[i] == '\\' || s.p[i] == 0x7f)
+            plain = 0;
     }
-    return (int)kind;
+    return plain && chars <= PLAIN_CHARS ? 1 + chars : 1;
 }
 
 /* A tree of sorted tokens, all or those that are not plain.  Tokens of equal bytes become
@@ -4597,12 +4600,12 @@ static int build_tree(struct tree *tree, const struct token_text *t, uint32_t n,
     const struct text *last = NULL;
     size_t bytes = 1;
     for (uint32_t i = 0; i < n; i++)
-        bytes += all || text_kind(t[i].bytes) < 2 ? t[i].bytes.n : 0;
+        bytes += all || text_kind(t[i].bytes) <= 1 ? t[i].bytes.n : 0;
     if (bytes >= NO_TOKEN || !(tree->nodes = malloc(bytes * sizeof *tree->nodes)))
         return 0;
     for (uint32_t i = 0; i <= n; i++) {
         const struct text *s = &t[i].bytes;
-        if (i < n && !all && text_kind(*s) == 2)
+        if (i < n && !all && text_kind(*s) > 1)
             continue;
         for (same = 0; i < n && last && same < last->n && same + 1 < s->n &&
                        last->p[same] == s->p[same];)
@@ -4649,8 +4652,9 @@ static struct vocabulary *make_vocabulary(const gemma2_model *m)
     uint32_t n = 0, words = (t->n + 31) / 32;
     struct token_text *texts = malloc(t->n * sizeof *texts);
     uint8_t *bytes = malloc(blob + 1);
-    if (v && texts && bytes && (v->plain = calloc(2 * (size_t)words, sizeof *v->plain))) {
-        v->n_words = words, v->text = v->plain + words;
+    if (v && texts && bytes && (v->plain = calloc((PLAIN_CHARS + 1) * (size_t)words,
+                                                 sizeof *v->plain))) {
+        v->n_words = words, v->text = v->plain + PLAIN_CHARS * (size_t)words;
         for (uint32_t id = 0; id < t->n; id++) {
             struct text s = {bytes + used, token_bytes(t, id, bytes + used)};
             if (!s.n || s.n > MAX_TOKEN_BYTES || gemma2_is_stop(m, (int32_t)id))
@@ -4659,9 +4663,10 @@ static struct vocabulary *make_vocabulary(const gemma2_model *m)
             for (uint32_t i = 0; i < 8; i++)
                 texts[n].start = texts[n].start << 8 | (i < s.n ? s.p[i] : 0);
             used += s.n, n++;
-            uint32_t bit = 1u << id % 32;
-            v->text[id / 32] |= text_kind(s) ? bit : 0;
-            v->plain[id / 32] |= text_kind(s) == 2 ? bit : 0;
+            uint32_t bit = 1u << id % 32, kind = text_kind(s);
+            v->text[id / 32] |= kind ? bit : 0;
+            for (uint32_t k = kind > 1 ? kind - 2 : PLAIN_CHARS; k < PLAIN_CHARS; k++)
+                v->plain[k * (size_t)words + id / 32] |= bit;
         }
         qsort(texts, n, sizeof *texts, compare_tokens);
     }
@@ -4688,14 +4693,14 @@ static const struct vocabulary *vocabulary_of(const gemma2_model *m)
 /* ---- matching: numbered sets, and masks ---- */
 enum { MAX_SETS = 1 << 19, MAX_ITEMS = 1 << 21, SET_SLOTS = 1 << 20, MAX_ROWS = 4096,
        MAX_MASKS = 32, MAX_CLOSURE = 1 << 13, SEEN_SLOTS = 1 << 15, MAX_FRONT = 128,
-       LONGEST_PLAN = 1024, SEARCH_NODES = 3000 };
+       LONGEST_PLAN = 1024, SEARCH_NODES = 3000, EXACT_LIMIT = 16 };
 
 struct set {
     uint32_t first, n, hash;
     uint32_t cost;   /* bytes of the shortest way to an end of the reply; 0: it may end here */
     uint32_t row;    /* 1 + its row, or 0 */
-    uint32_t mask;   /* 1 + its mask, or 0 */
-    uint32_t tokens; /* 1 + tokens of a shortest way, or 0 where that is not known */
+    uint32_t tokens; /* 1 + tokens of a short way, or 0 where that is not known */
+    uint32_t sought; /* that is all a search found */
     uint32_t mark;   /* of the search that saw it last */
     uint32_t refers; /* an OP_TOKEN may follow */
 };
@@ -4711,7 +4716,7 @@ struct gemma2_matcher {
     uint32_t (*rows)[256]; /* what each byte makes of a set */
     uint32_t *masks;       /* [MAX_MASKS][words] */
     struct ready_mask {
-        uint32_t set, used, worst; /* worst: the highest cost behind any of its tokens */
+        uint32_t set, used, worst, below; /* good while worst <= tokens that may follow < below */
     } ready[MAX_MASKS];
     uint32_t row_set[MAX_ROWS];
     /* scratch */
@@ -4900,10 +4905,12 @@ static const uint32_t *sets_after(gemma2_matcher *m, uint32_t set)
 struct walk {
     uint32_t limit; /* most tokens that may follow the one allowed */
     uint32_t *mask; /* NULL: sets are collected in the matcher's queue */
-    uint32_t worst, cut, n_found, nodes, most_nodes;
+    uint32_t worst; /* most tokens that an allowed one needs behind it, at most */
+    uint32_t below; /* fewest that a token cut by the limit needs, at least */
+    uint32_t n_found, nodes, most_nodes;
 };
 
-static uint32_t tokens_of(gemma2_matcher *m, uint32_t set);
+static uint32_t tokens_of(gemma2_matcher *m, uint32_t set, uint32_t limit);
 
 /* The token leads to the set: allows it, or notes the set. */
 static void take_token(gemma2_matcher *m, struct walk *w, uint32_t token, uint32_t set)
@@ -4912,10 +4919,13 @@ static void take_token(gemma2_matcher *m, struct walk *w, uint32_t token, uint32
     if (!w->mask) {
         if (s->mark != m->mark)
             s->mark = m->mark, m->queue[w->n_found++] = set;
-    } else if (s->cost > w->limit && tokens_of(m, set) > w->limit)
-        w->cut = 1;
+        return;
+    }
+    uint32_t need = tokens_of(m, set, w->limit);
+    if (need > w->limit)
+        w->below = min_u32(w->below, need);
     else {
-        w->worst = s->cost > w->worst ? s->cost : w->worst;
+        w->worst = need > w->worst ? need : w->worst;
         w->mask[token / 32] |= 1u << token % 32;
     }
 }
@@ -4992,18 +5002,22 @@ static uint32_t search_tokens(gemma2_matcher *m, uint32_t set)
     return NOWHERE;
 }
 
-/* Tokens of a shortest way from the set to an end of the reply. */
-static uint32_t tokens_of(gemma2_matcher *m, uint32_t set)
+/* Tokens from the set to an end of the reply: enough of them if that is at most limit, else the
+ * fewest.  Far from the limit a byte counts as a token, which is quickly said. */
+static uint32_t tokens_of(gemma2_matcher *m, uint32_t set, uint32_t limit)
 {
     struct set *s = &m->sets[set];
-    if (s->cost == 0 || s->tokens)
-        return s->cost ? s->tokens - 1 : 0;
-    uint32_t n = plan_tokens(m, set);
-    if (n > 1)
-        n = min_u32(n, search_tokens(m, set));
-    if (!m->full)
-        s->tokens = n + 1;
-    return n;
+    if (s->cost == 0 || limit == 0)
+        return s->cost != 0;
+    if (limit >= EXACT_LIMIT && s->cost <= limit)
+        return s->cost;
+    if (!s->tokens)
+        s->tokens = 1 + plan_tokens(m, set);
+    if (s->tokens - 1 > limit && !s->sought && !m->full) {
+        s->tokens = 1 + min_u32(s->tokens - 1, search_tokens(m, set));
+        s->sought = !m->full;
+    }
+    return s->tokens - 1;
 }
 
 /* The distinct sets that bytes low..high make of those in list; 0 if one is dead. */
@@ -5026,56 +5040,71 @@ static uint32_t advance(gemma2_matcher *m, uint32_t list[MAX_FRONT], uint32_t n,
     return n_to;
 }
 
-/* Whether any plain text of up to PLAIN_CHARS characters may follow; the highest cost behind
- * one goes to *worst. */
-static int takes_plain(gemma2_matcher *m, uint32_t set, uint32_t *worst)
+/* How many plain characters may follow, whichever they are, if none may follow those; else 0.
+ * What is needed behind them goes into w. */
+static uint32_t plain_chars(gemma2_matcher *m, uint32_t set, struct walk *w)
 {
     static const uint8_t bytes[11][8] = { /* low and high of each byte of a character */
-        {0x20, 0x21}, {0x23, 0x5b}, {0x5d, 0x7f}, {0xc2, 0xdf, 0x80, 0xbf},
+        {0x20, 0x21}, {0x23, 0x5b}, {0x5d, 0x7e}, {0xc2, 0xdf, 0x80, 0xbf},
         {0xe0, 0xe0, 0xa0, 0xbf, 0x80, 0xbf}, {0xe1, 0xec, 0x80, 0xbf, 0x80, 0xbf},
         {0xed, 0xed, 0x80, 0x9f, 0x80, 0xbf}, {0xee, 0xef, 0x80, 0xbf, 0x80, 0xbf},
         {0xf0, 0xf0, 0x90, 0xbf, 0x80, 0xbf, 0x80, 0xbf},
         {0xf1, 0xf3, 0x80, 0xbf, 0x80, 0xbf, 0x80, 0xbf},
         {0xf4, 0xf4, 0x80, 0x8f, 0x80, 0xbf, 0x80, 0xbf}};
-    uint32_t level[MAX_FRONT] = {set}, next[MAX_FRONT], n = 1, n_next, mark = ++m->mark;
-    for (int chars = 0; n && chars < PLAIN_CHARS; chars++, n = n_next) {
+    uint32_t level[MAX_FRONT] = {set}, next[MAX_FRONT], n = 1, n_next, chars = 0;
+    for (; n && chars < PLAIN_CHARS; chars++, n = n_next) {
+        uint32_t mark = ++m->mark, dead = 0;
         n_next = 0;
         for (uint32_t i = 0; i < n * 11; i++) {
             uint32_t front[MAX_FRONT] = {level[i / 11]}, n_front = 1;
             const uint8_t *b = bytes[i % 11];
+            const uint32_t *row = sets_after(m, level[i / 11]);
+            int byte = b[0];
+            while (row && byte <= b[1] && !row[byte])
+                byte++;
+            if (byte > b[1]) {
+                dead++;
+                continue;
+            }
             for (int k = 0; k < 8 && b[k] && n_front; k += 2)
                 n_front = advance(m, front, n_front, b[k], b[k + 1]);
             if (!n_front)
                 return 0;
             for (uint32_t k = 0; k < n_front; k++) {
-                struct set *s = &m->sets[front[k]];
-                if (s->mark == mark)
+                if (m->sets[front[k]].mark == mark)
                     continue;
                 if (n_next == MAX_FRONT)
                     return 0;
-                s->mark = mark;
-                *worst = s->cost > *worst ? s->cost : *worst;
+                m->sets[front[k]].mark = mark;
                 next[n_next++] = front[k];
             }
         }
+        if (dead)
+            return dead == 11 * n ? chars : 0;
+        for (uint32_t i = 0; i < n_next; i++) {
+            uint32_t need = tokens_of(m, next[i], w->limit);
+            if (need > w->limit)
+                w->below = min_u32(w->below, need);
+            else
+                w->worst = need > w->worst ? need : w->worst, w->n_found = 1;
+        }
+        if (n_next == n && !memcmp(level, next, n * sizeof *next))
+            return PLAIN_CHARS; /* it goes on like this */
         memcpy(level, next, n_next * sizeof *next);
     }
-    return 1;
+    return chars;
 }
 
-/* Keeps a mask that no limit cut, in place of the one that was used longest ago. */
-static void keep_mask(gemma2_matcher *m, uint32_t set, uint32_t worst, const uint32_t *mask)
+/* Keeps a mask in place of the one that was used longest ago. */
+static void keep_mask(gemma2_matcher *m, uint32_t set, const struct walk *w)
 {
     uint32_t at = 0, words = m->vocabulary->n_words;
     for (uint32_t i = 0; i < m->n_masks; i++)
         at = m->ready[i].used < m->ready[at].used ? i : at;
     if (m->n_masks < MAX_MASKS)
         at = m->n_masks++;
-    else
-        m->sets[m->ready[at].set].mask = 0;
-    m->ready[at] = (struct ready_mask){set, ++m->clock, worst};
-    memcpy(m->masks + (size_t)at * words, mask, words * sizeof *mask);
-    m->sets[set].mask = at + 1;
+    m->ready[at] = (struct ready_mask){set, ++m->clock, w->worst, w->below};
+    memcpy(m->masks + (size_t)at * words, w->mask, words * sizeof *w->mask);
 }
 
 /* The set after one token that the grammar asks for, or any other token, by instruction. */
@@ -5107,27 +5136,31 @@ static void fill_mask(gemma2_matcher *m, uint32_t set, uint32_t left, uint32_t *
 {
     const struct vocabulary *v = m->vocabulary;
     const gemma2_config *c = &m->grammar->model->config;
-    struct walk w = {.limit = left - 1, .mask = mask, .most_nodes = NOWHERE};
-    uint32_t kept = m->sets[set].mask;
-    if (kept && left && m->ready[kept - 1].worst <= w.limit) {
-        m->ready[kept - 1].used = ++m->clock;
-        memcpy(mask, m->masks + (size_t)(kept - 1) * v->n_words, v->n_words * sizeof *mask);
-        return;
+    struct walk w = {.limit = left - 1, .mask = mask, .below = NOWHERE, .most_nodes = NOWHERE};
+    uint32_t chars = 0;
+    for (uint32_t i = 0; i < m->n_masks && left; i++) {
+        struct ready_mask *kept = &m->ready[i];
+        if (kept->set == set && kept->worst <= w.limit && w.limit < kept->below) {
+            kept->used = ++m->clock;
+            memcpy(mask, m->masks + (size_t)i * v->n_words, v->n_words * sizeof *mask);
+            return;
+        }
     }
     memset(mask, 0, v->n_words * sizeof *mask);
-    if (left && takes_plain(m, set, &w.worst) && w.worst <= w.limit) {
-        memcpy(mask, v->plain, v->n_words * sizeof *mask);
+    if (left && (chars = plain_chars(m, set, &w)) > 0 && w.below == NOWHERE)
+        memcpy(mask, v->plain + (chars - 1) * (size_t)v->n_words, v->n_words * sizeof *mask);
+    if (chars && (w.below == NOWHERE || !w.n_found))
         walk_tree(m, &v->rest, set, &w);
-    } else if (left) {
-        w.worst = 0;
+    else if (left) {
+        w.worst = 0, w.below = NOWHERE;
         walk_tree(m, &v->all, set, &w);
     }
     if (left && m->sets[set].refers)
         add_tokens(m, set, &w);
     for (int32_t i = 0; i < c->n_stop && m->sets[set].cost == 0; i++)
         mask[c->stop[i] / 32] |= 1u << c->stop[i] % 32;
-    if (left && !w.cut && !m->full)
-        keep_mask(m, set, w.worst, mask);
+    if (left && !m->full)
+        keep_mask(m, set, &w);
 }
 
 /* What the token makes of the set; 0 if the grammar does not take it. */
@@ -6402,7 +6435,7 @@ int64_t gemma2_matcher_shortest(gemma2_matcher *m, const gemma2_grammar_state *s
     if (!m || !state)
         return GEMMA2_ERR_ARGUMENT;
     int status = enter_state(m, state);
-    return status < 0 ? status : (int64_t)tokens_of(m, state->set);
+    return status < 0 ? status : (int64_t)tokens_of(m, state->set, 1);
 }
 
 /* ---- speculation ---- */

@@ -36,6 +36,8 @@ static const struct language {
     {"root ::= \"\\\"\\\\\\x41\\t\" [\\]\\[-]", {"+\"\\A\t]", "+\"\\A\t-", "-\"\\A\tx"}},
     {"root ::= s\ns ::= \"a\" s \"b\"? | \"c\"", {"+c", "+aaacb", "+aaac", "-aacbbb"}},
     {"root ::= (\"\" | \"x\")* .+ \"end\"", {"+xxaend", "+endend", "-end", "-xen"}},
+    {"root ::= \"'\" [^\"\\\\\\x00-\\x1f\\x7f]{2,18} \"'\"",
+     {"+'ab'", "+'it's one'", "-'a'", "-'abcdefghijklmnopqrs'"}},
     {"root ::= <[235285]> !<bos>*", {"+Iab", "+I", "-b"}}, /* 235285: I */
     {"root ::= \"a\"\nroot ::= \"b\"", {"+b", "-a"}}, /* the last counts */
 };
@@ -85,7 +87,7 @@ static void test_languages(void)
 /* Every mask says of each token what accept says, and a reply that is cut ends in time. */
 static void test_masks(void)
 {
-    static uint32_t mask[8192];
+    static uint32_t mask[8192], again[8192];
     char err[256];
     uint32_t n = (uint32_t)words->config.n_vocab, draw = 1;
     for (size_t i = 0; i < sizeof LANGUAGES / sizeof *LANGUAGES; i++) {
@@ -103,6 +105,10 @@ static void test_masks(void)
                       (int)(mask[id / 32] >> id % 32 & 1), "%s: token %u", LANGUAGES[i].grammar, id);
             }
             gemma2_matcher_allowed(m, &state, left, mask);
+            m->n_masks = 0; /* a kept mask says what a new one says */
+            gemma2_matcher_allowed(m, &state, left, again);
+            check(!memcmp(mask, again, (n + 7) / 8), "%s: a mask that was kept is another",
+                  LANGUAGES[i].grammar);
             for (uint32_t id = 0; id < n; id++)
                 if (mask[id / 32] >> id % 32 & 1) {
                     draw = draw * 1664525 + 1013904223;

@@ -6259,6 +6259,19 @@ int32_t gemma2_sample(gemma2_session *s, gemma2_sampler *p, const float *logits)
     return id;
 }
 
+/* The log-sum-exp of all logits; the caller's floating-point environment is the engine's. */
+static struct log_sum log_sum_of(const float *logits, size_t n)
+{
+    struct log_sum sum = {-INFINITY, 0, 0};
+    for (size_t first = 0; first < n; first += HEAD_BLOCK) {
+        float x[HEAD_BLOCK];
+        size_t block = n - first < HEAD_BLOCK ? n - first : HEAD_BLOCK;
+        memcpy(x, logits + first, block * sizeof *x);
+        log_sum_add(&sum, x, block, exp_sum);
+    }
+    return sum;
+}
+
 int gemma2_logprob(const float *logits, size_t n, int32_t id, float *logprob)
 {
     if (!logits || !logprob || !n || n > INT32_MAX)
@@ -6268,16 +6281,36 @@ int gemma2_logprob(const float *logits, size_t n, int32_t id, float *logprob)
     if (!all_finite(logits, n))
         return GEMMA2_ERR_NONFINITE;
     float_env env = float_env_enter();
-    struct log_sum sum = {-INFINITY, logits[id], 0};
-    for (size_t first = 0; first < n; first += HEAD_BLOCK) {
-        float x[HEAD_BLOCK];
-        size_t block = n - first < HEAD_BLOCK ? n - first : HEAD_BLOCK;
-        memcpy(x, logits + first, block * sizeof *x);
-        log_sum_add(&sum, x, block, exp_sum);
-    }
+    struct log_sum sum = log_sum_of(logits, n);
+    sum.target = logits[id];
     *logprob = log_sum_end(&sum);
     float_env_leave(env);
     return GEMMA2_OK;
+}
+
+int32_t gemma2_top_logprobs(const float *logits, size_t n, gemma2_candidate *top, size_t max)
+{
+    if (!logits || !n || n > INT32_MAX || (max && !top))
+        return GEMMA2_ERR_ARGUMENT;
+    if (!all_finite(logits, n))
+        return GEMMA2_ERR_NONFINITE;
+    float_env env = float_env_enter();
+    struct log_sum sum = log_sum_of(logits, n);
+    size_t found = 0;
+    for (size_t id = 0; id < n && max; id++) {
+        if (found == max && logits[id] <= logits[top[max - 1].id])
+            continue;
+        size_t at = found < max ? found++ : max - 1;
+        for (; at && logits[top[at - 1].id] < logits[id]; at--)
+            top[at] = top[at - 1];
+        top[at].id = (int32_t)id;
+    }
+    for (size_t i = 0; i < found; i++) {
+        sum.target = logits[top[i].id];
+        top[i].logprob = log_sum_end(&sum);
+    }
+    float_env_leave(env);
+    return (int32_t)found;
 }
 
 /* ---- grammars ---- */

@@ -547,6 +547,14 @@ GEMMA2_API int32_t gemma2_sample(gemma2_session *session, gemma2_sampler *sample
 /* Natural log-probability of id under logits (n floats), before temperature and cuts, into
  * *logprob. */
 GEMMA2_API int gemma2_logprob(const float *logits, size_t n, int32_t id, float *logprob);
+typedef struct {
+    int32_t id;
+    float logprob;
+} gemma2_candidate;
+/* The best of n logits, at most max of them, best first, equal logits by lower id, with the
+ * log-probabilities of gemma2_logprob.  Returns how many. */
+GEMMA2_API int32_t gemma2_top_logprobs(const float *logits, size_t n, gemma2_candidate *top,
+                                       size_t max);
 
 /* ---- Grammars: what a reply may be ------------------------------------------------ */
 

@@ -323,8 +323,9 @@ static const unsigned TRAITS[] = {
     [GENERATE] = READS_PROMPT | EVALUATES | TAKES_JSON | TAKES_SESSION,
     [CONVERSE] = EVALUATES | TAKES_SESSION,
     [TOKENIZE] = READS_PROMPT | TAKES_JSON,
-    [LOGITS] = READS_PROMPT | EVALUATES,
-    [SCORE] = READS_PROMPT | EVALUATES,
+    [LOGITS] = READS_PROMPT | EVALUATES | TAKES_JSON,
+    [SCORE] = READS_PROMPT | EVALUATES | TAKES_JSON,
+    [INFO] = TAKES_JSON,
     [PERPLEXITY] = EVALUATES,
     [IMPORTANCE] = READS_PROMPT | EVALUATES,
     [CHECK] = 0,
@@ -347,6 +348,7 @@ typedef struct {
     const char *subject; /* its text */
     int32_t logits, trace_layer; /* -1: all layers in short */
     int32_t block; /* of the importance */
+    int32_t n_top; /* of --top-logprobs */
     const char *results; /* where a batch's go, or NULL */
     int32_t parallel; /* lines of a batch at a time, 0: as many as seem good */
     int chat;
@@ -511,7 +513,10 @@ static const option OPTIONS[] = {
 
     HEAD("Instead of plain text"),
     {0, "json", NULL, "one JSON object: text, prompt_ids, ids, logprobs,\n"
-     "finish_reason, seed, timings (or ids and pieces)", IS(FLAG, json)},
+     "finish_reason, seed, timings; also for --tokenize,\n--logits, --score and --info",
+     IS(FLAG, json)},
+    {0, "top-logprobs", "N", "with --json: also the N best at every token of the reply",
+     IN(WHOLE, n_top, "a whole number from 0 to 1000", 0, 1000)},
     {0, "tokenize", NULL, "the prompt's ids on one line, BOS first",
      ASKS(TOKENIZE, MODE, asked)},
     {0, "detokenize", "\"IDS\"", "the text of ids, byte for byte",
@@ -995,6 +1000,8 @@ static int check_options(options *opts)
     unsigned traits = TRAITS[opts->mode];
     if (opts->json && !(traits & TAKES_JSON))
         return fail(USAGE, "--%s and --json do not go together", name);
+    if (opts->n_top && (!opts->json || opts->mode != GENERATE))
+        return fail(USAGE, "--top-logprobs belongs to the --json of a reply");
     if (!opts->model)
         return fail(USAGE, "no model file given; --help shows examples");
     if (opts->n_prompts && !(traits & READS_PROMPT))
@@ -2215,6 +2222,7 @@ static const char *const FINISH_REASONS[] = {
 typedef struct {
     array text;       /* char: all of it, up to a stop string */
     array logprobs;   /* float: one an id, under --json */
+    array tops;       /* gemma2_candidate: n_top or all of the vocabulary an id */
     array choices;    /* double: their probabilities, under --json */
     array ends;       /* size_t: bytes of text after each id */
     size_t shown;     /* bytes of text that no stop string can take back */
@@ -2690,6 +2698,13 @@ static int weigh_choices(program *p)
     return DONE;
 }
 
+/* How many candidates --top-logprobs keeps of each token. */
+static size_t count_top(const program *p)
+{
+    int32_t n = p->opts->n_top, all = p->config->n_vocab;
+    return (size_t)(n < all ? n : all);
+}
+
 /* Chooses the next token by the logits after those so far, shows its text, and sees whether the
  * reply ends with it. */
 static int choose(program *p)
@@ -2710,8 +2725,14 @@ static int choose(program *p)
         if (!logprob)
             return out_of_memory();
         int code = gemma2_logprob(p->logits, (size_t)p->config->n_vocab, id, logprob);
+        size_t n_top = count_top(p);
+        gemma2_candidate *top = code < 0 ? NULL : extend(&r->tops, n_top, sizeof *top);
+        if (top && n_top)
+            code = gemma2_top_logprobs(p->logits, (size_t)p->config->n_vocab, top, n_top);
         if (code < 0)
             return engine_failed(p, "generating", code);
+        if (!top && n_top)
+            return out_of_memory();
     }
     if (p->constraint.matcher)
         gemma2_matcher_accept(p->constraint.matcher, &p->constraint.state, id);
@@ -2775,8 +2796,10 @@ static int make_reply(program *p)
 {
     reply *r = &p->reply;
     array text = r->text, logprobs = r->logprobs, ends = r->ends, choices = r->choices;
-    text.n = logprobs.n = ends.n = 0;
-    *r = (reply){.text = text, .logprobs = logprobs, .ends = ends, .choices = choices};
+    array tops = r->tops;
+    text.n = logprobs.n = ends.n = tops.n = 0;
+    *r = (reply){.text = text, .logprobs = logprobs, .ends = ends, .choices = choices,
+                 .tops = tops};
     int status = start_constraint(p);
     if (status != DONE)
         return status;
@@ -2979,6 +3002,30 @@ static void put_ids(output *out, const int32_t *ids, size_t n, const char *betwe
         put_format(out, "%s%" PRId32, i ? between : "", ids[i]);
 }
 
+static void put_piece(program *p, int32_t id)
+{
+    size_t n;
+    const char *piece = gemma2_piece(p->model, id, &n, NULL);
+    put_bytes(&p->out, "\"", 1);
+    put_json(&p->out, piece, n);
+    put_bytes(&p->out, "\"", 1);
+}
+
+/* Of every token of the reply, the best that could have stood in its place. */
+static void put_tops(program *p)
+{
+    const gemma2_candidate *top = p->reply.tops.items;
+    size_t n_top = count_top(p);
+    put_format(&p->out, "], \"top_logprobs\": [");
+    for (size_t i = 0; i < p->reply.logprobs.n * n_top; i++, top++) {
+        put_format(&p->out, "%s{\"id\": %" PRId32 ", \"piece\": ",
+                   i % n_top ? ", " : i ? "], [" : "[", top->id);
+        put_piece(p, top->id);
+        put_format(&p->out, ", \"logprob\": %.9g}", (double)top->logprob);
+    }
+    put_format(&p->out, p->reply.logprobs.n ? "]" : "");
+}
+
 static void print_json(program *p)
 {
     const reply *r = &p->reply;
@@ -2996,6 +3043,8 @@ static void print_json(program *p)
     put_format(out, "], \"logprobs\": [");
     for (size_t i = 0; i < r->logprobs.n; i++)
         put_format(out, "%s%.9g", i ? ", " : "", (double)logprobs[i]);
+    if (p->opts->n_top)
+        put_tops(p);
     for (size_t i = 0; i < r->choices.n; i++) {
         put_format(out, i ? ", {\"text\": \"" : "], \"choices\": [{\"text\": \"");
         put_json(out, p->opts->choices[i], strlen(p->opts->choices[i]));
@@ -4141,15 +4190,6 @@ static int converse(program *p)
     return status;
 }
 
-static void put_piece(program *p, int32_t id)
-{
-    size_t n;
-    const char *piece = gemma2_piece(p->model, id, &n, NULL);
-    put_bytes(&p->out, "\"", 1);
-    put_json(&p->out, piece, n);
-    put_bytes(&p->out, "\"", 1);
-}
-
 static void print_pieces(program *p)
 {
     const int32_t *ids = p->ids.items;
@@ -4225,11 +4265,16 @@ static int best_logits(program *p)
     int status = prefill(p);
     if (status == DONE)
         status = rank_logits(p, &ranked);
+    int as_json = p->opts->json;
     for (int32_t i = 0; status == DONE && i < p->opts->logits && i < p->config->n_vocab; i++) {
-        put_format(&p->out, "%" PRId32 "\t%.9g\t", ranked[i].id, (double)ranked[i].logit);
+        put_format(&p->out, as_json ? "%s{\"id\": %" PRId32 ", \"logit\": %.9g, \"piece\": "
+                                 : "%.0s%" PRId32 "\t%.9g\t",
+                   i ? ", " : "{\"logits\": [", ranked[i].id, (double)ranked[i].logit);
         put_piece(p, ranked[i].id);
-        put_bytes(&p->out, "\n", 1);
+        put_format(&p->out, as_json ? "}" : "\n");
     }
+    if (status == DONE && as_json)
+        put_format(&p->out, "]}\n");
     free(ranked);
     return status;
 }
@@ -4425,11 +4470,21 @@ static int score(program *p)
             return engine_failed(p, "scoring", code);
         at += n;
         for (size_t i = 0; i < n; i++) {
-            put_format(&p->out, "%" PRId32 "\t%.9g\n", ids[at - n + 1 + i], (double)logprobs[i]);
+            if (p->opts->json)
+                put_format(&p->out, "%s%.9g", at - n + i ? ", " : "{\"logprobs\": [",
+                           (double)logprobs[i]);
+            else
+                put_format(&p->out, "%" PRId32 "\t%.9g\n", ids[at - n + 1 + i],
+                           (double)logprobs[i]);
             total += (double)logprobs[i];
         }
     }
-    put_format(&p->out, "total\t%.9g\n", total);
+    if (p->opts->json) {
+        put_format(&p->out, p->ids.n > 1 ? "], \"ids\": [" : "{\"logprobs\": [], \"ids\": [");
+        put_ids(&p->out, ids + 1, p->ids.n - 1, ", ");
+        put_format(&p->out, "], \"total\": %.9g}\n", total);
+    } else
+        put_format(&p->out, "total\t%.9g\n", total);
     return DONE;
 }
 
@@ -4767,6 +4822,62 @@ static void put_caches(program *p)
     }
 }
 
+static void put_fact_json(output *out, const gemma2_model *m, const char *key)
+{
+    size_t n;
+    const char *text = gemma2_fact(m, key, &n);
+    if (!text)
+        return;
+    put_format(out, ", \"%s\": \"", key);
+    put_json(out, text, n);
+    put_bytes(out, "\"", 1);
+}
+
+/* What --info says, but for the turns of a chat, as one object. */
+static void put_info_json(program *p)
+{
+    static const char *const facts[] = {"name", "source", "license", "export"};
+    const gemma2_config *c = p->config;
+    output *out = &p->out;
+    gemma2_plan plan;
+    gemma2_section section;
+    put_format(out, "{\"file_bytes\": %" PRIu64 ", \"identity\": \"", c->file_bytes);
+    for (size_t i = 0; i < sizeof c->identity; i++)
+        put_format(out, "%02x", c->identity[i]);
+    put_bytes(out, "\"", 1);
+    for (size_t i = 0; i < sizeof facts / sizeof facts[0]; i++)
+        put_fact_json(out, p->model, facts[i]);
+    if (c->n_layers) {
+        put_format(out, ", \"n_layers\": %" PRId32 ", \"d_model\": %" PRId32 ", \"d_ffn\": %" PRId32,
+                   c->n_layers, c->d_model, c->d_ffn);
+        put_format(out, ", \"n_heads\": %" PRId32 ", \"n_kv_heads\": %" PRId32 ", \"head_dim\": %"
+                   PRId32, c->n_heads, c->n_kv_heads, c->head_dim);
+        put_format(out, ", \"window\": %" PRId32 ", \"n_context\": %" PRId32 ", \"local_layers\": [",
+                   c->window, c->n_context);
+        for (int32_t l = 0, n = 0; l < c->n_layers; l++)
+            if (c->is_local[l])
+                put_format(out, "%s%" PRId32, n++ ? ", " : "", l);
+        put_format(out, "], \"attn_softcap\": %.9g, \"final_softcap\": %.9g, \"query_scale\": %.9g",
+                   (double)c->attn_softcap, (double)c->final_softcap, (double)c->query_scale);
+        put_format(out, ", \"embedding_scale\": %.9g, \"rope_theta\": %.17g, \"rms_norm_eps\": %.9g",
+                   (double)c->embedding_scale, c->rope_theta, (double)c->rms_norm_eps);
+        if (gemma2_session_plan(p->model, &p->opts->session, &plan) >= 0)
+            put_format(out, ", \"memory\": {\"weights\": %" PRIu64 ", \"cache\": %" PRIu64
+                       ", \"scratch\": %" PRIu64 "}", plan.weights, plan.cache, plan.scratch);
+    }
+    put_format(out, ", \"n_vocab\": %" PRId32 ", \"n_scores\": %" PRId32 ", \"bos\": %" PRId32
+               ", \"eos\": %" PRId32 ", \"stop\": [", c->n_vocab, c->n_scores, c->bos, c->eos);
+    put_ids(out, c->stop, (size_t)c->n_stop, ", ");
+    put_format(out, "], \"sections\": [");
+    for (size_t i = 0; gemma2_get_section(p->model, i, &section); i++)
+        put_format(out, "%s{\"role\": \"%s\", \"layer\": %" PRId32 ", \"type\": \"%s\", \"rows\": %"
+                   PRIu64 ", \"cols\": %" PRIu64 ", \"bytes\": %" PRIu64 "}", i ? ", " : "",
+                   section.role, section.layer, section.type, section.rows, section.cols,
+                   section.bytes);
+    put_format(out, "], \"isa\": \"%s\", \"threads\": %" PRId32 "}\n", c->isa,
+               gemma2_threads(p->opts->session.n_threads));
+}
+
 static int info(program *p)
 {
     const gemma2_config *c = p->config;
@@ -4775,6 +4886,10 @@ static int info(program *p)
     int status = c->n_layers ? memory_plan(p, &p->opts->session, plan) : DONE;
     if (status != DONE)
         return status;
+    if (p->opts->json) {
+        put_info_json(p);
+        return DONE;
+    }
     format_bytes(size, c->file_bytes);
     put_format(out, "file: %s (%" PRIu64 " bytes)\nidentity: ", size, c->file_bytes);
     for (size_t i = 0; i < sizeof c->identity; i++)

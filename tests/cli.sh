@@ -96,7 +96,6 @@ explains() { # SAID ARGUMENT...
     refuses "$explained" "$*" 2 "$STORY" -p x "$@"
     claim "$(grep -c nearest "$TMP/err")" -eq 0 "suggestions"
 }
-for option in --grammar --json-schema --format; do explains "a grammar or a schema" $option g.gbnf; done
 for option in -ngl --n-gpu-layers --n_gpu_layers -fa --flash-attn; do explains "on the CPU" $option 99; done
 for option in -b --batch-size -ub -tb; do explains "leave it out" $option 512; done
 for option in --mirostat --typical --dry-multiplier --xtc-probability; do explains "--top-k" $option 2; done
@@ -656,6 +655,13 @@ name="score total"
 awk '$1 == "total" { d = $2 - sum; exit !(d < 1e-6 && d > -1e-6) } { sum += $2 }' "$TMP/out" &&
     pass || fail "total is not the sum"
 run "score of nothing" 0 "$STORY" --score ""; out_is "total\t0\n"
+refuses "g.gbnf" "a grammar that is not there" 1 "$STORY" -p x --grammar g.gbnf
+refuses "belongs to the --json" "top log-probabilities of nothing" 2 "$STORY" x --top-logprobs 2
+run "top log-probabilities" 0 "$STORY" -q --json -t 0 -n 2 --top-logprobs 3 "Once upon"; keep tops
+claim "$(grep -o '"piece"' "$TMP/tops" | wc -l)" -eq 6 "three candidates for each of two tokens"
+for mode in --score "--logits 3" --info --tokenize; do
+    run "$mode --json" 0 "$STORY" -q --json $mode ${mode:+$([ "$mode" = --info ] || echo Once)}
+done
 refuses "last or mean" "a state of no kind" 2 "$STORY" --embed first x
 refuses "no head for scores" "scores of a model without" 2 "$STORY" --reward x
 run "perplexity" 0 "$STORY" --perplexity "$HERE/demo/README.md" -C 64

@@ -1700,7 +1700,7 @@ static const char ANNOTATIONS[] = " title description default examples $schema $
 static const char WHOLE_SCHEMAS[] = " $ref anyOf oneOf allOf enum const ";
 static const char ASSERTIONS[] = " type properties required additionalProperties items prefixItems "
     "minItems maxItems minLength maxLength minimum maximum exclusiveMinimum exclusiveMaximum "
-    "format ";
+    "format pattern ";
 
 static const json_node *node_at(const schema *s, size_t i)
 {
@@ -1849,17 +1849,42 @@ static void put_integer(schema *s, const json_node *node)
     put_rule(s, ") ");
 }
 
+/* Numbers low..high, 0 <= low, with or without a fraction. */
+static void put_reals(schema *s, int64_t low, int64_t high)
+{
+    put_rule(s, "(");
+    if (low < high) {
+        put_rule(s, "(");
+        size_t first = s->gbnf->n;
+        put_naturals(s, low, high - 1, "");
+        if (!s->failed)
+            ((char *)s->gbnf->items)[first] = ' '; /* the first bar */
+        put_rule(s, ") fraction? | ");
+    }
+    put_rule(s, "\"%" PRId64 "\") ", high);
+}
+
 static void put_number(schema *s, const json_node *node)
 {
-    static const char *const names[] = {"maximum", "exclusiveMinimum", "exclusiveMaximum"};
+    static const char *const names[] = {"exclusiveMinimum", "exclusiveMaximum"};
     const json_node *least = json_get(&s->j, node, "minimum");
-    for (int i = 0; i < 3; i++)
+    for (int i = 0; i < 2; i++)
         if (json_get(&s->j, node, names[i]))
             refuse_node(s, json_get(&s->j, node, names[i]), "'%s' is known for integers, not for "
                         "other numbers", names[i]);
-    if (least && bound_of(s, node, "minimum", 0) != 0)
-        refuse_node(s, least, "'minimum' of a number may be 0; other bounds are for integers");
-    put_rule(s, least ? "natural fraction? " : "number ");
+    if (!least && !json_get(&s->j, node, "maximum")) {
+        put_rule(s, "number ");
+        return;
+    }
+    int64_t low = bound_of(s, node, "minimum", 0);
+    int64_t high = bound_of(s, node, "maximum", 999999999999999);
+    if (high < 0 || low > high)
+        refuse_node(s, node, "'maximum' of a number must be 0 or more, and not below 'minimum'");
+    put_rule(s, least ? "(" : "(\"-\" natural fraction? | ");
+    if (low < 0)
+        put_rule(s, "\"-\" "), put_reals(s, 0, -low), put_rule(s, "| ");
+    put_reals(s, low > 0 ? low : 0, high);
+    put_rule(s, ") ");
 }
 
 static void put_count(schema *s, const json_node *node, const char *low, const char *high)
@@ -1873,8 +1898,207 @@ static void put_count(schema *s, const json_node *node, const char *low, const c
         put_rule(s, "{%" PRId64 ",} ", least);
 }
 
+/* ---- "pattern": a regular expression over the characters of a JSON string, which is read from
+ * left to right and written as GBNF.  Known are characters, classes, ., |, groups that need not be
+ * remembered, repetition, \d \w \s and their opposites (ASCII), and ^ and $ at the ends. ---- */
+typedef struct {
+    const unsigned char *at; /* NUL ends it */
+    uint32_t ascii[4];       /* bits of the class that is being read */
+    array wide;              /* its other ranges, as GBNF */
+    int ascii_only;
+} pattern;
+enum { NO_CHAR = -1, LETTER_CLASS = 1 << 24 };
+
+static int32_t pattern_char(pattern *p)
+{
+    int32_t c = *p->at++;
+    int more = c >= 0xf0 ? 3 : c >= 0xe0 ? 2 : c >= 0xc0;
+    if (more)
+        c &= 0x3f >> more;
+    while (more--)
+        c = c << 6 | (*p->at++ & 0x3f);
+    return c;
+}
+
+/* The character at p, or LETTER_CLASS with the letter of \d and the like. */
+static int32_t pattern_item(pattern *p)
+{
+    static const char named[] = "n\nr\rt\tf\fv\v";
+    int32_t c = pattern_char(p);
+    if (c != '\\')
+        return c;
+    c = pattern_char(p);
+    if (!c || c >= 128)
+        return NO_CHAR;
+    if (strchr("dDwWsS", c))
+        return LETTER_CLASS | c;
+    for (int i = 0; i < 10; i += 2)
+        if (c == named[i])
+            return named[i + 1];
+    if (c == 'u' || c == 'x') {
+        char digits[5] = "", *end;
+        for (int i = 0; i < (c == 'u' ? 4 : 2) && *p->at > ' '; i++)
+            digits[i] = (char)*p->at++;
+        int32_t code = (int32_t)strtoul(digits, &end, 16);
+        int is_hex = strspn(digits, "0123456789abcdefABCDEF") == (c == 'u' ? 4 : 2);
+        return is_hex && (code < 0xd800 || code > 0xdfff) ? code : NO_CHAR;
+    }
+    return (c >= '0' && c <= '9') || ((c | 32) >= 'a' && (c | 32) <= 'z') ? NO_CHAR : c;
+}
+
+/* Adds characters low..high, or a class of one letter, to the class. */
+static void pattern_add(schema *s, pattern *p, int32_t low, int32_t high)
+{
+    char range[32], letter = low & LETTER_CLASS ? (char)(low & 127) : 0;
+    p->ascii_only |= letter != 0;
+    for (int32_t c = letter ? 0 : low; c < 128 && (letter || c <= high); c++) {
+        int digit = c >= '0' && c <= '9', word = digit || c == '_' ||
+            ((c | 32) >= 'a' && (c | 32) <= 'z');
+        int in = (letter | 32) == 'd' ? digit : (letter | 32) == 'w' ? word
+               : c == ' ' || (c >= '\t' && c <= '\r');
+        if (!letter || (letter & 32 ? in : !in && c >= ' '))
+            p->ascii[c / 32] |= 1u << c % 32;
+    }
+    if (!letter && high >= 128) {
+        int n = snprintf(range, sizeof range, "\\U%08" PRIX32 "-\\U%08" PRIX32,
+                         (uint32_t)(low < 128 ? 128 : low), (uint32_t)high);
+        s->failed |= !add_text(&p->wide, range, (size_t)n);
+    }
+}
+
+/* Writes the class as JSON spells its characters, and empties it. */
+static void put_class(schema *s, pattern *p, int negated)
+{
+    int parts = 0, wide = p->wide.n > 0;
+    if (negated && p->ascii_only) {
+        for (int i = 0; i < 4; i++)
+            p->ascii[i] = i ? ~p->ascii[i] : 0;
+        negated = wide = 0;
+    }
+    put_rule(s, " (");
+    for (int c = ' '; c < 0x7f; c++)
+        if (p->ascii[c / 32] >> c % 32 & 1 && c != '"' && c != '\\')
+            put_rule(s, "%s\\x%02x", parts++ ? "" : negated ? "[^" : "[", c);
+    if (wide || (negated && !parts))
+        put_rule(s, parts++ ? "" : negated ? "[^" : "[");
+    if (wide && !s->failed)
+        s->failed |= !add_text(s->gbnf, p->wide.items, p->wide.n);
+    put_rule(s, !parts ? "" : negated ? "\\x00-\\x1f\\x22\\x5c\\x7f]" : "]");
+    for (int c = 0; c < 128; c++) {
+        int in = (int)(p->ascii[c / 32] >> c % 32 & 1) ^ (negated && c >= ' ');
+        if (in && (c < ' ' ? !negated : c == '"' || c == '\\'))
+            put_rule(s, "%s\"\\\\u00%02x\"", parts++ ? " | " : "", c);
+    }
+    put_rule(s, parts ? ")" : "[\\x7f])");
+    memset(p->ascii, 0, sizeof p->ascii);
+    p->wide.n = 0, p->ascii_only = 0;
+}
+
+/* One character, or a class in brackets. */
+static int put_pattern_item(schema *s, pattern *p)
+{
+    int dot = *p->at == '.', in_brackets = *p->at == '[', negated = dot;
+    p->at += dot || in_brackets;
+    if (dot)
+        pattern_add(s, p, '\n', '\n'), pattern_add(s, p, '\r', '\r'),
+        pattern_add(s, p, 0x2028, 0x2029);
+    if (in_brackets && *p->at == '^')
+        negated = 1, p->at++;
+    while (!dot && (!in_brackets || *p->at != ']')) {
+        int32_t low = *p->at ? pattern_item(p) : NO_CHAR, high = low;
+        if (in_brackets && *p->at == '-' && p->at[1] != ']')
+            p->at++, high = *p->at ? pattern_item(p) : NO_CHAR;
+        if (low < 0 || high < low || (high != low && high & LETTER_CLASS) ||
+            (high != low && low & LETTER_CLASS))
+            return 0;
+        pattern_add(s, p, low, high);
+        if (!in_brackets)
+            break;
+    }
+    p->at += in_brackets;
+    put_class(s, p, negated);
+    return 1;
+}
+
+/* "*" and the like, and {m,n}. */
+static int put_repetition(schema *s, pattern *p)
+{
+    char *end = (char *)p->at + 1;
+    if (*p->at == '{') {
+        unsigned long low = strtoul(end, &end, 10), high = low;
+        int open = *end == ',' && end[1] == '}';
+        if (p->at[1] < '0' || p->at[1] > '9')
+            return 0;
+        if (*end == ',' && !open) {
+            if (end[1] < '0' || end[1] > '9')
+                return 0;
+            high = strtoul(end + 1, &end, 10);
+        }
+        end += open;
+        if (*end++ != '}' || low > high || high > 2000)
+            return 0;
+    }
+    s->failed |= !add_text(s->gbnf, (const char *)p->at, (size_t)(end - (char *)p->at));
+    p->at = (unsigned char *)end + (*end == '?'); /* lazy is the same language */
+    return 1;
+}
+
+static void put_pattern(schema *s, const json_node *node)
+{
+    array text = {0};
+    pattern p = {0};
+    int depth = 0, has_item = 0, starts = 1, at_end = 0, known = node->kind == JSON_STRING;
+    if (!known || !json_text(&s->j, node, &text) || !add_text(&text, "", 1))
+        refuse_node(s, node, "'pattern' must be a string");
+    p.at = text.items;
+    known &= !s->failed && strlen(text.items) + 1 == text.n;
+    put_rule(s, "\"\\\"\" (");
+    while (known && !s->failed) {
+        unsigned char c = *p.at;
+        int last = c == '\0' || (c == '|' && !depth), had_item = has_item;
+        if (starts)
+            put_rule(s, depth || c == '^' ? " \"\"" : " char*");
+        starts = has_item = 0;
+        if (c == '^' && !depth && !had_item && !at_end &&
+            (p.at == text.items || p.at[-1] == '|'))
+            p.at++;
+        else if (c == '$' && !depth && (p.at[1] == '\0' || p.at[1] == '|'))
+            p.at++, at_end = 1;
+        else if (last || c == '|') {
+            put_rule(s, last && !at_end ? " char*" : "");
+            at_end = 0, starts = 1;
+            if (!c)
+                break;
+            put_rule(s, " |"), p.at++;
+        } else if (c == '(') {
+            known = ++depth < 100 && (p.at[1] != '?' || p.at[2] == ':');
+            p.at += p.at[1] == '?' ? 3 : 1;
+            put_rule(s, " ("), starts = 1;
+        } else if (c == ')') {
+            known = depth-- > 0, has_item = 1;
+            put_rule(s, ")"), p.at++;
+        } else if (c == '*' || c == '+' || c == '?' || c == '{')
+            known = had_item && put_repetition(s, &p);
+        else
+            known = has_item = c != '^' && c != '$' && put_pattern_item(s, &p);
+    }
+    if (!known || depth)
+        refuse_node(s, node, "the part of 'pattern' before byte %d is not known",
+                    (int)(p.at - (unsigned char *)text.items));
+    put_rule(s, ") \"\\\"\" ");
+    free(text.items), free(p.wide.items);
+}
+
 static void put_string(schema *s, const json_node *node)
 {
+    const json_node *matches = json_get(&s->j, node, "pattern");
+    if (matches) {
+        if (json_get(&s->j, node, "minLength") || json_get(&s->j, node, "maxLength") ||
+            json_get(&s->j, node, "format"))
+            refuse_node(s, node, "'pattern' does not go together with a length or 'format'");
+        put_pattern(s, matches);
+        return;
+    }
     static const char formats[] = " date time date-time uuid ipv4 ";
     const json_node *format = json_get(&s->j, node, "format");
     char name[32];
@@ -2119,7 +2343,7 @@ static void put_types(schema *s, const json_node *node, size_t id)
 {
     static const char *const names[] = {"string", "integer", "number", "boolean", "null", "array",
                                         "object"};
-    static const char *const speaks[][4] = {{"minLength", "maxLength", "format"}, {0},
+    static const char *const speaks[][4] = {{"minLength", "maxLength", "format", "pattern"}, {0},
         {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}, {0}, {0},
         {"items", "prefixItems", "minItems", "maxItems"},
         {"properties", "required", "additionalProperties"}};

@@ -936,12 +936,17 @@ for n in 16 30 60; do
     claim "$(grep -cE '^[{]"name":".*"(,"age":([7-9]|[1-9][0-9]|1[01][0-9]|12[0-3]))?[}]$' \
              "$TMP/out")" -eq 1 "JSON that fits"
 done
+printf '{"pattern": "^([A-C]|\\\\d{2})+x?$"}' >"$TMP/s"
+run "pattern" 0 "$STORY" -q -n 9 --schema "$TMP/s" Once
+claim "$(grep -cE '^"([A-C]|[0-9]{2})+x?"$' "$TMP/out")" -eq 1 "a string that fits the pattern"
 schema() { printf "$1" >"$TMP/s"; refuses "$2" "schema $1" 2 "$STORY" --schema "$TMP/s" x; }
 schema '{"properties": {"a": {"not": {}}}}' "#/properties/a/not: the keyword 'not' is not known"
 schema '{"type": "integer", "minimum": 5, "maximum": 3}' "#: no integer lies between its bounds"
 schema '{"$ref": "#/none"}' '#/$ref: this $ref leads to nothing'
 schema '{"$ref": "#"}' "the grammar has no sentence"
 schema '{"prefixItems": 5}' "#/prefixItems: 'prefixItems' must be a list"
+schema '{"pattern": "a\\\\b"}' "#/pattern: the part of 'pattern' before byte 3 is not known"
+schema '{"type": "number", "minimum": 5, "maximum": 3}' "#: 'maximum' of a number must be 0 or more"
 schema '{"a":' "line 1, column 6"
 printf '{"prompt": "Once", "schema": {"enum": [true, "x"]}}\n' >"$TMP/in"
 run "schema of a line" 0 "$STORY" -q --batch -

@@ -1,4 +1,4 @@
-/* Fuzzing: seven targets, each a function from bytes to a use of the library or the program, in
+/* Fuzzing: nine targets, each a function from bytes to a use of the library or the program, in
  * which nothing may crash, leak, hang or break a promise of gemma2.h.
  *
  *   weights    a file image: open, check, encode, plan, sessions, every way to evaluate
@@ -7,6 +7,8 @@
  *   decode     ids, by the same
  *   chat       facts of a template, then messages: no text forges a mark of the vocabulary
  *   session    a saved session: restored and used, or refused and nothing changed
+ *   grammar    a grammar: refused, or every reply that masks allow is taken and ends in time
+ *   schema     a JSON Schema: refused, or a grammar
  *   cli        arguments and standard input of ./run
  *
  * Mutation alone would die at magic numbers and digests.  So mutate_weights and mutate_session
@@ -857,6 +859,60 @@ static void fuzz_cli(const uint8_t *data, size_t size)
         exit(1);
 }
 
+/* ---- Targets: grammar, schema ------------------------------------------------------------- */
+
+static void fuzz_grammar(const uint8_t *data, size_t size)
+{
+    static uint32_t mask[8192];
+    char err[256];
+    if (size < 2)
+        return;
+    const gemma2_model *words = vocabulary(data[0] % 8 != 0);
+    int32_t n = gemma2_get_config(words)->n_vocab, over = 0;
+    gemma2_grammar *g = gemma2_grammar_new(words, (const char *)data + 1, (int64_t)size - 1, err,
+                                           sizeof err);
+    gemma2_matcher *m = gemma2_matcher_new(g);
+    gemma2_grammar_state state;
+    int64_t left = m && gemma2_matcher_start(m, &state) == GEMMA2_OK
+                 ? gemma2_matcher_shortest(m, &state) + data[0] % 5 : 0;
+    uint32_t draw = data[0];
+    for (int step = 0; m && !over && left > 0 && step < 30; step++, left--) {
+        int32_t chosen = -1, choices = 0;
+        over = gemma2_matcher_allowed(m, &state, left, mask) != GEMMA2_OK; /* no room */
+        for (int32_t id = 0; id < n && !over; id++)
+            if (mask[id / 32] >> id % 32 & 1) {
+                draw = draw * 1664525 + 1013904223;
+                chosen = (draw >> 16) % (uint32_t)++choices ? chosen : id;
+            }
+        holds(over || chosen >= 0, "a reply ends in time");
+        over |= chosen < 0 || gemma2_is_stop(words, chosen);
+        if (!over) {
+            int status = gemma2_matcher_accept(m, &state, chosen);
+            holds(status == GEMMA2_OK || status == GEMMA2_ERR_SPACE, "what is allowed is taken");
+            over = status != GEMMA2_OK;
+        }
+    }
+    gemma2_matcher_free(m), gemma2_grammar_free(g);
+}
+
+/* -n 1 refuses most schemas once their grammar is compiled. */
+static void fuzz_schema(const uint8_t *data, size_t size)
+{
+    static char story[4096];
+    static char *argv[] = {"run", story, "-q", "-n", "1", "--schema", "in", "x", NULL};
+    if (!story[0] && !realpath("tests/demo/story-q8.bin", story))
+        exit(1);
+    if (!cli_dir[0])
+        make_cli_dir();
+    else if (chdir(cli_dir))
+        exit(1);
+    write_in("in", data, size);
+    int status = run_main(8, argv);
+    holds(status == 0 || status == 2, "a schema is refused or obeyed");
+    if (fchdir(home))
+        exit(1);
+}
+
 /* ---- The targets --------------------------------------------------------------------------- */
 
 static const struct target {
@@ -872,6 +928,8 @@ static const struct target {
     {"chat", fuzz_chat, NULL, 300},
     {"session", fuzz_session, mutate_session, 16 << 10},
     {"cli", fuzz_cli, NULL, 200},
+    {"grammar", fuzz_grammar, NULL, 300},
+    {"schema", fuzz_schema, NULL, 500},
 };
 enum { N_TARGETS = sizeof targets / sizeof *targets };
 

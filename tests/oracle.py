@@ -31,6 +31,7 @@ import oracle_memory
 import oracle_packed
 import oracle_quality
 import oracle_sbs
+import oracle_schema
 import oracle_states
 import oracle_traps
 import reference as ref
@@ -389,6 +390,7 @@ SECTIONS = {"models": test_models, "sessions": test_sessions, "formats": test_fo
             "arrays": oracle_arrays.test_arrays, "lora": oracle_lora.test_lora,
             "memory": oracle_memory.test_memory, "packed": oracle_packed.test_packed,
             "quality": oracle_quality.test_quality, "chat": oracle_chat.test_chat,
+            "schema": oracle_schema.test_schema,
             "states": oracle_states.test_states, "traps": oracle_traps.test_traps}
 
 

@@ -1,0 +1,77 @@
+"""What --schema makes, against jsonschema's validator: a part of oracle.py."""
+import json
+import os
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import reference as ref
+from reference import check
+
+TREE = {"$ref": "#/$defs/node", "$defs": {"node": {
+    "type": "object", "required": ["name", "kids"], "additionalProperties": False,
+    "properties": {"name": {"type": "string", "maxLength": 5},
+                   "kids": {"type": "array", "maxItems": 3, "items": {"$ref": "#/$defs/node"}}}}}}
+PERSON = {"type": "object", "required": ["name", "age"], "properties": {
+    "name": {"type": "string", "minLength": 1, "maxLength": 20},
+    "age": {"type": "integer", "minimum": 0, "maximum": 130},
+    "email": {"type": "string", "pattern": r"^[\w.]+@[a-z]+\.(com|org)$"}}}
+SCHEMAS = [
+    True, {}, {"type": "string"}, {"type": "integer"}, {"type": "number"}, {"type": "object"},
+    {"type": ["null", "boolean", "integer"]}, TREE, PERSON,
+    {"type": "array", "items": PERSON, "minItems": 1, "maxItems": 2},
+    {"type": "string", "minLength": 3, "maxLength": 9},
+    {"type": "integer", "minimum": -17, "maximum": 1203},
+    {"type": "integer", "exclusiveMinimum": 99, "exclusiveMaximum": 101},
+    {"type": "number", "minimum": -90, "maximum": 90}, {"type": "number", "minimum": 17},
+    {"type": "number", "maximum": 5},
+    {"enum": ["red", "green", 5, None, {"a": [1, "\u00e9\"\\"]}]}, {"const": {"k": [True, -1.5]}},
+    {"anyOf": [{"type": "boolean"}, {"type": "array", "items": {"type": "null"}}]},
+    {"oneOf": [{"type": "string", "maxLength": 4}, {"type": "integer"}]},
+    {"allOf": [{"type": "object", "additionalProperties": {"type": "integer", "minimum": 3}}]},
+    {"type": "array", "prefixItems": [{"type": "integer"}, {"type": "string"}], "items": False,
+     "minItems": 1},
+    {"type": "array", "prefixItems": [{"type": "boolean"}], "items": {"type": "number"},
+     "minItems": 2, "maxItems": 5},
+    {"type": "string", "format": "date-time"}, {"type": "string", "format": "uuid"},
+    {"type": "string", "format": "ipv4"},
+    {"type": "string", "pattern": r"^(\+\d{1,3} )?\d{3}-\d{4}$"},
+    {"type": "string", "pattern": "cat|^[^a-z\\s]{2,5}\\.?$"},
+    {"type": "string", "pattern": "^[\u00e9-\u00fc\"\\\\]+.{2}(?:x|yz)*?\\W$"},
+]
+
+
+def reply(program, path, seed):
+    story = os.path.join(ref.ROOT, "tests/demo/story-q8.bin")
+    run = subprocess.run([program, story, "-q", "--json", "-t", "3", "-n", "200",
+                          "-s", str(seed), "--schema", path, "Once"], capture_output=True,
+                         text=True, timeout=60)
+    return run.stdout if run.returncode == 0 else run.stderr
+
+
+def test_schema(engine, folder):
+    """Replies at a temperature at which the model says anything: each is a value that fits."""
+    import jsonschema
+    program = os.path.join(folder, "run-schema")
+    subprocess.run([os.environ.get("CC", "cc"), "-std=c11", "-ffp-contract=off", "-O2", "-w",
+                    "-I", ref.ROOT, os.path.join(ref.ROOT, "run.c"),
+                    os.path.join(ref.ROOT, "gemma2.c"), "-lm", "-o", program], check=True)
+    jobs, began = [], time.time()
+    for i, schema in enumerate(SCHEMAS):
+        path = os.path.join(folder, f"schema{i}.json")
+        with open(path, "w") as f:
+            json.dump(schema, f)
+        jobs += [(schema, path, seed) for seed in range(4)]
+    with ThreadPoolExecutor(2) as pool:
+        said = list(pool.map(lambda job: reply(program, *job[1:]), jobs))
+    for (schema, _, seed), text in zip(jobs, said):
+        try:
+            result = json.loads(text)
+            jsonschema.Draft202012Validator(
+                schema, format_checker=jsonschema.FormatChecker()).validate(
+                    json.loads(result["text"]))
+            fits = result["finish_reason"] == "stop"
+        except (ValueError, jsonschema.ValidationError):
+            fits = False
+        check(fits, f"{schema}, seed {seed}: {text[-300:]!r}")
+    print(f"schema: {len(jobs)} replies to {len(SCHEMAS)} schemas in {time.time() - began:.0f} s")

@@ -935,10 +935,12 @@ INLINE int value_q4(const uint8_t *group, uint8_t scale_byte, int i, int r)
 
 INLINE int value_q3(const uint8_t *group, uint8_t scale_byte, int i, int r)
 {
-    int index = low_nibble(group, i, r) & 7;
-    if (i >= 24) /* steps 6 and 7: bit 3 of steps 0, 2, 4 and of 1, 3, 5 */
-        index = low_nibble(group, i - 24, r) >> 3 | low_nibble(group, i - 16, r) >> 3 << 1 |
-                low_nibble(group, i - 8, r) >> 3 << 2;
+    int index = 0; /* of steps 6 and 7: bit 3 of steps 0, 2, 4 and of 1, 3, 5 */
+    if (i < 24)
+        index = low_nibble(group, i, r) & 7;
+    else
+        for (int j = 0; j < 3; j++)
+            index |= low_nibble(group, i - 24 + 8 * j, r) >> 3 << j;
     return CODEBOOKS_Q3[8 * (scale_byte & 1) + index];
 }
 

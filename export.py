@@ -644,15 +644,31 @@ def group_scales(x, d, S, book, grid, live, weight):
     return np.where(d == 0, np.float32(0), best)
 
 
-def settle(x, v, ds, book, grid, live, moments, tiles, sweeps):
-    """Values that leave less error in the products than the nearest ones do: one input after
-    the other, its rounding makes up for the errors of its block as they stand (coordinate
-    descent on e M e^T, which never rises).
+def feedback(M):
+    """[blocks, inputs, inputs], upper: what the error of an input moves the later ones by, such
+    that these make up for it as well as real numbers could (rows of the inverse's factor)."""
+    i = np.arange(M.shape[1])
+    whole = M.astype(np.float64)
+    whole[:, i, i] += whole[:, i, i] == 0  # padding
+    try:
+        U = np.linalg.cholesky(np.linalg.inv(whole)).transpose(0, 2, 1)
+    except np.linalg.LinAlgError:
+        raise ExportError("the importance is damaged: its means of products contradict each "
+                          "other; make it again") from None
+    return np.ascontiguousarray(U / U[:, i, i][:, :, None], np.float32)
+
+
+def settle(x, S, s, book, grid, live, moments):
+    """Values, and s again, that leave less error in the products than the nearest ones do.
+
+    First each input is rounded in turn and the later ones of its block move to make up for its
+    error.  Then SWEEPS times each group's s is the best for its values, and each value the best
+    for all others as they stand (coordinate descent on e M e^T, which never rises).
 
     In blocks the shape is [blocks, inputs of one, rows].  pull = M e; the best real weight
     of input i, all others as they are, is q_i + pull_i / M_ii.
     """
-    per_block = len(moments) // GROUP
+    tiles, per_block = len(S), len(moments) // GROUP
     n_blocks = x.shape[1] // (tiles * TILE * per_block)
 
     def in_blocks(a):
@@ -661,25 +677,45 @@ def settle(x, v, ds, book, grid, live, moments, tiles, sweeps):
     M = blocks_of(moments, n_blocks * len(moments))
     diagonal = np.einsum("bii->bi", M).copy()
     diagonal[diagonal == 0] = 1  # padding
-    d, book, v = in_blocks(ds), in_blocks(book), in_blocks(v)
+    s, book, x = in_blocks(s), in_blocks(book), in_blocks(x)
+    S = S.reshape(-1)
     live = None if live is None else in_blocks(live)
-    q = v * np.repeat(d, GROUP, axis=1)
-    pull = M @ (in_blocks(x) - q)
-    for g in list(range(per_block)) * sweeps:
-        group = slice(g * GROUP, (g + 1) * GROUP)
+    v, q, moved, U = np.empty_like(x), np.empty_like(x), x.copy(), feedback(M)
+
+    def choose(best, g, i):
+        v[:, i] = values(best, S * s[:, g], book[:, g], grid, None if live is None else live[:, i])
+        return v[:, i] * (S * s[:, g])
+    groups = [(g, slice(g * GROUP, (g + 1) * GROUP)) for g in range(per_block)]
+    for g, group in groups:
+        for i in range(group.start, group.stop):
+            q[:, i] = choose(moved[:, i], g, i)
+            moved[:, i] -= q[:, i]  # from here on its error
+            moved[:, i + 1:group.stop] -= U[:, i, i + 1:group.stop, None] * moved[:, None, i]
+        moved[:, group.stop:] -= U[:, group, group.stop:].transpose(0, 2, 1) @ moved[:, group]
+    pull = M @ (x - q)
+    for g, group in groups * SWEEPS:
         near, old = pull[:, group].copy(), q[:, group].copy()
+        u = M[:, group, group] @ v[:, group]
+        size = S * np.einsum("bir,bir->br", v[:, group], u)
+        more = np.einsum("bir,bir->br", v[:, group], near) / np.where(size > 0, size, np.inf)
+        fit = np.clip(np.rint(s[:, g] + more), grid.s_lo, grid.s_hi)
+        fit = np.where((fit == 0) | (s[:, g] == 0), s[:, g], fit)  # no group becomes or leaves 0
+        change, s[:, g] = (fit - s[:, g]) * S, fit
+        q[:, group] += v[:, group] * change[:, None]
+        near -= u * change[:, None]
         for k, i in enumerate(range(group.start, group.stop)):
-            best = q[:, i] + near[:, k] / diagonal[:, i, None]
-            v[:, i] = values(best, d[:, g], book[:, g], grid, None if live is None else live[:, i])
-            step = v[:, i] * d[:, g] - q[:, i]
+            step = choose(q[:, i] + near[:, k] / diagonal[:, i, None], g, i) - q[:, i]
             near -= M[:, group, i, None] * step[:, None]
             q[:, i] += step
         pull -= M[:, :, group] @ (q[:, group] - old)
-    v = v.reshape(n_blocks, per_block, GROUP, tiles, TILE).transpose(2, 3, 0, 1, 4)
-    return np.ascontiguousarray(v).reshape(x.shape)
+
+    def back(a):
+        a = a.reshape(n_blocks, per_block, -1, tiles, TILE).transpose(2, 3, 0, 1, 4)
+        return np.ascontiguousarray(a)
+    return back(v).reshape(GROUP, -1), back(s).reshape(tiles, -1, TILE)
 
 
-SWEEPS = 4  # of settle; twice as many gain a twentieth more
+SWEEPS = 3  # of settle; more gain less than a hundredth
 
 
 def wider(grid, effort):
@@ -717,10 +753,11 @@ def pack_quantised(w, grid, moments=None, effort=0):
     by_row = (tiles, groups, TILE)
     S = row_scales(d.reshape(by_row), grid)
     s = group_scales(x, d.reshape(by_row), S, book, grid, partly, weight)
+    if moments is None or len(moments) == 1:
+        v = values(x, (S * s).reshape(-1), book, grid, partly)
+    else:
+        v, s = settle(x, S, s, book, grid, partly, moments)
     ds = (S * s).reshape(-1)
-    v = values(x, ds, book, grid, partly)
-    if moments is not None and len(moments) > 1:
-        v = settle(x, v, ds, book, grid, partly, moments, tiles, SWEEPS * (1 + effort))
     lost = (x - v * ds).reshape(GROUP, tiles, groups, TILE).transpose(1, 3, 2, 0)
     lost = lost.reshape(full.shape)[:rows, :cols]
 

@@ -152,6 +152,17 @@ def spoilt(data, what):
         "asymmetric": at(68, "<f", 1e-7)}[what]
 
 
+def contradicting(data, cols):
+    """Three inputs that each two could have, but not all three."""
+    out = bytearray(data)
+    for r, row in enumerate(((1, 1, -1), (1, 1, 1), (-1, 1, 1))):
+        struct.pack_into("<3f", out, 64 + 4 * r * cols, *(1e6 * m for m in row))
+        for i in range(3, 32):
+            struct.pack_into("<f", out, 64 + 4 * r * cols + 4 * i, 0)
+            struct.pack_into("<f", out, 64 + 4 * i * cols + 4 * r, 0)
+    return bytes(out)
+
+
 REFUSED = ("empty", "header cut", "cut", "longer", "magic", "version", "block 0", "block 2^31",
            "block of another", "layers", "2^32 - 1 layers", "width", "no tokens", "reserved",
            "NaN", "infinity", "negative", "too large", "asymmetric")
@@ -172,6 +183,9 @@ def test_refused(c, folder):
         if what in ("cut", "NaN"):  # seen at the start, seen on the way
             refuse(convert(c.path, out, "--importance", bad), place, f"importance, {what}")
     check(not is_refused(os.path.join(folder, "importance.32"), reader.model), "sound importance")
+    with open(bad, "wb") as f:
+        f.write(contradicting(data, reader.model.D))
+    refuse(convert(c.path, out, "--type", "q4", "--importance", bad), place, "contradicting means")
     refuse(convert(c.path, out, "--importance", bad + ".none"), place, "importance, missing")
     refuse(convert(c.path, out, "--importance", folder), place, "importance, a directory")
     shutil.copy(os.path.join(folder, "importance.32"), out)
@@ -251,7 +265,8 @@ def test_sizes(c, folder):
           f"--size {least}: {os.path.getsize(out)} bytes {run.stderr[-200:]}")
     os.remove(out)
     for options, says in (
-            (("--size", str(least - 1)), f"kB ({least} bytes)"), (("--bits", "1.5"), "bits a weight"), (("--type", "q4", "--size", "9M"), "--type"),
+            (("--size", str(least - 1)), f"kB ({least} bytes)"),
+            (("--bits", "1.5"), "bits a weight"), (("--type", "q4", "--size", "9M"), "--type"),
             (("--bits", "8", "--size", "9M"), "--bits"), (("--size", "0"), "such as 11G"),
             (("--size", "-3"), "--size"), (("--size", "4x"), "such as 11G"),
             (("--size", "9" * 99), "such as 11G"), (("--bits", "0.9"), "from 1 to 32"),

@@ -192,9 +192,6 @@ def parse_options(arguments):
                    help="what `run MODEL --importance FILE -f TEXT` wrote, MODEL being the same "
                    "checkpoint as bf16 or q8: quantised matrices then lose least in what they "
                    "multiply, and errors are weighted so")
-    p.add_argument("--effort", type=int, choices=(0, 1, 2), default=0, metavar="N",
-                   help="0 to 2: how many scales to try (default: 0; each step costs about as much "
-                   "again, for one or two hundredths of the error)")
     p.add_argument("--tokenizer", metavar="FILE",
                    help="tokenizer.model, tokenizer.json (maybe .xz), a file made by %(prog)s, a "
                    "directory, or a name on huggingface.co (default: the checkpoint's)")
@@ -215,10 +212,10 @@ def parse_options(arguments):
         p.error("--type, --size and --bits each say what types matrices get: give one of them")
     options.fits = options.size or options.bits
     weights = (options.fits, options.tokenizer, options.head, options.tensor, options.lora,
-               options.importance, options.effort)
+               options.importance)
     if options.tokenizer_only and any(weights):
         p.error("--tokenizer-only writes no weights: --size, --bits, --tokenizer, --head, "
-                "--tensor, --lora, --importance and --effort do not go with it")
+                "--tensor, --lora and --importance do not go with it")
     options.type = options.type or "q8"
     return options
 
@@ -718,17 +715,7 @@ def settle(x, S, s, book, grid, live, moments):
 SWEEPS = 3  # of settle; more gain less than a hundredth
 
 
-def wider(grid, effort):
-    """The grid with more scales to try, around and between its own."""
-    if not effort:
-        return grid
-    first, last = grid.steps[0] + 0.03 * effort, grid.steps[-1] - 0.04 * effort
-    more = np.linspace(first, last, (2 + len(grid.steps)) * (1 + effort)).tolist()
-    tries = range(grid.tries[0] - 2 * effort, grid.tries[-1] + 1 + 2 * effort)
-    return grid._replace(steps=grid.steps + tuple(more), tries=tries)
-
-
-def pack_quantised(w, grid, moments=None, effort=0):
+def pack_quantised(w, grid, moments=None):
     """w [rows, cols] to tiles.  S and s come first; then every v is the one nearest to
     its weight under S * s as stored, unless moments tell a better one.  Returns the bytes
     and what they lack, [rows, cols]."""
@@ -748,7 +735,6 @@ def pack_quantised(w, grid, moments=None, effort=0):
         weight = np.ascontiguousarray(np.broadcast_to(moments[c % len(moments), c], w.shape))
         weight = regroup(padded(weight, BLOCK))
 
-    grid = wider(grid, effort)
     d, book = best_real_scales(x, grid, partly, weight)
     by_row = (tiles, groups, TILE)
     S = row_scales(d.reshape(by_row), grid)
@@ -794,16 +780,16 @@ def tile_bytes_of(grid, cols):
 
 def float_type(number, pack, unit, bytes_of_unit):
     """unit inputs of 16 rows take bytes_of_unit."""
-    return Type(number, lambda w, moments, effort: pack(w),
+    return Type(number, lambda w, moments: pack(w),
                 lambda cols: round_up(cols, unit) // unit * bytes_of_unit)
 
 
 def quantised_type(number, grid):
-    return Type(number, lambda w, moments, effort: pack_quantised(w, grid, moments, effort),
+    return Type(number, lambda w, moments: pack_quantised(w, grid, moments),
                 lambda cols: tile_bytes_of(grid, cols))
 
 
-# number in the file; slab of weights, moments and effort to bytes and what these lack (None:
+# number in the file; slab of weights and moments to bytes and what these lack (None:
 # nothing); columns to bytes of a tile
 Type = collections.namedtuple("Type", "number pack tile_bytes")
 TYPES = {
@@ -5706,8 +5692,8 @@ class Importance:
                               "it again" % (self.path, key))
 
 
-# What packing needs beside the task: the checkpoint, an Importance or None, --effort
-Job = collections.namedtuple("Job", "reader importance effort")
+# What packing needs beside the task: the checkpoint, an Importance or None
+Job = collections.namedtuple("Job", "reader importance")
 worker_job = None  # in each worker process
 
 
@@ -5739,7 +5725,7 @@ def pack_rows(task, job=None):
         with np.errstate(all="ignore"):  # check_values finds what is not finite
             w = job.reader.tensors[name].rows(start + i, start + j)
         check_values(name, type_name, w, start + i)
-        data, lost = TYPES[type_name].pack(w, moments, job.effort)
+        data, lost = TYPES[type_name].pack(w, moments)
         packed.append(data)
         power += weighted_square(w, moments)
         error += 0.0 if lost is None else weighted_square(lost, moments)
@@ -5853,7 +5839,6 @@ def options_text(options):
              if options.bits else "--type " + options.type]
     words += ["--head " + options.head] if options.head else []
     words += ["--importance " + os.path.basename(options.importance)] if options.importance else []
-    words += ["--effort %d" % options.effort] if options.effort else []
     words += ["--tensor %s=%s" % pair for pair in options.tensor]
     words += ["--lora %s=%g" % (directory_name(path), scale) for path, scale in options.lora]
     return " ".join(words)
@@ -5878,7 +5863,7 @@ def convert(options, progress):
                 bytes_section("tokenizer", TOKENIZER, tokenizer_section(tokenizer))]
     tiny = (options.size or sum(s.size for s, _ in plan)) < 1 << 20
     align = options.align or (64 if tiny else 4096)
-    job = Job(reader, importance, options.effort)
+    job = Job(reader, importance)
     if options.fits:
         other = round_up(HEADER_BYTES + ENTRY.size * (len(plan) + 2), align) + sum(
             round_up(s.size, align) for s in sections)

@@ -1,6 +1,6 @@
-"""The part of oracle.py about how weights are chosen: what --importance and --effort gain,
-measured apart from the exporter, files of importance that must be refused, and what --size and
---bits choose."""
+"""The part of oracle.py about how weights are chosen: what --importance gains, measured
+apart from the exporter, files of importance that must be refused, and what --size and --bits
+choose."""
 import os
 import shutil
 import struct
@@ -116,23 +116,6 @@ def check_report(text, weighed, what):
         said = next(float(l.split()[-1]) for l in text.splitlines() if l.split()[:1] == [name])
         check(abs(said / square ** 0.5 - 1) < 0.002, f"{what}: report of {name}: {said:.3e}, "
               f"measured {square ** 0.5:.3e}")
-
-
-def test_effort(c, folder):
-    """Wider search leaves less error, on the whole of each type."""
-    state, out = c.hf.state_dict(), os.path.join(folder, "effort.bin")
-    one = {(n, l): np.eye(s) for n, l, s in (
-        (n, l, {"o": 60, "down": 290}.get(n, 300)) for l in (0, 1)
-        for n in ("q", "o", "gate", "down", "head"))}
-    for kind, efforts in (("q4", "12"), ("q6", "2"), ("q8", "2")):
-        before = sum(losses(os.path.join(folder, f"{kind}.bin"), state, one).values())
-        for effort in efforts:
-            run = convert(c.path, out, "--type", kind, "--head", kind, "--effort", effort)
-            check(run.returncode == 0, f"--effort {effort}: {run.stderr[-200:]}")
-            after = sum(losses(out, state, one).values())
-            check(after < before, f"{kind}: --effort {effort} leaves {after:.4e} of {before:.4e}")
-            print(f"quality: {kind} --effort {effort}: squared error less by "
-                  f"{1 - after / before:.1%}")
 
 
 def spoilt(data, what):
@@ -337,7 +320,6 @@ def test_quality(engine, folder):
     check([r for r, t in types.items() if t != "q4"] == ["v"], f"--type q4 --head q4: {types}")
     test_gain(c, folder)
     test_few_tokens(c, folder)
-    test_effort(c, folder)
     test_refused(c, folder)
     test_sizes(c, folder)
     test_odd_weights(c, folder)

@@ -5308,8 +5308,8 @@ static line_id *place_of_id(batch *b, const char *id, size_t n)
         hash = (hash ^ (unsigned char)id[i]) * 1099511628211u;
     for (size_t i = (size_t)(hash ^ hash >> 32);; i++) {
         line_id *place = b->ids + (i & (b->room - 1));
-        const char *name = (char *)b->names.items + place->at;
-        if (place->n == 0 || (place->n == n && memcmp(name, id, n) == 0))
+        if (place->n == 0 ||
+            (place->n == n && memcmp((char *)b->names.items + place->at, id, n) == 0))
             return place;
     }
 }

@@ -184,5 +184,34 @@ claim "$(tr -d '\n ' <"$TMP/counts")" = 12 "results in time"
 batch "$TMP/none" >/dev/null; claim $? -eq 1 "exit status without a file"
 batch "$TMP/in" --parallel 0 >/dev/null; claim $? -eq 2 "exit status of --parallel 0"
 : >"$TMP/in"; batch "$TMP/in" -q >"$TMP/got"; claim $? -eq 0 "exit status of no lines"
+
+# ---- README's recipes for many machines, with the names of here ---------------------------
+README=$(dirname "$0")/../README.md
+for i in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do
+    printf '{"id": "%d", "prompt": "A fox and %d", "max_tokens": 5}\n' $i $i
+done >"$TMP/in.jsonl"
+batch "$TMP/in.jsonl" -q -s 1 | sort >"$TMP/want"
+recipe() { # FIRST LAST: lines of README, run in $TMP
+    sed -n "/$1/,/$2/p" "$README" | sed "s|\./run model.bin|'$HERE_RUN' '$HERE_STORY'|g; s/-N 1000/-N 3/" >"$TMP/recipe"
+    (cd "$TMP" && PATH=$TMP:$PATH && . ./recipe) >/dev/null 2>"$TMP/err"
+}
+HERE_RUN=$(cd "$(dirname "$RUN")" && pwd)/$(basename "$RUN")
+HERE_STORY=$(cd "$(dirname "$STORY")" && pwd)/story-q8.bin
+if parallel --version 2>/dev/null | grep -q GNU; then
+    recipe '^parallel ' '^parallel '
+    sort "$TMP/out.jsonl" >"$TMP/got"; same "$TMP/want" "$TMP/got" "GNU parallel"
+else
+    echo "not run: GNU parallel: there is no parallel"
+fi
+# A dry run of Slurm: an sbatch that runs the tasks of its array one after another.
+cat >"$TMP/sbatch" <<'END'
+#!/bin/sh
+last=${1#--array=0-}
+i=0
+while [ $i -le "$last" ]; do SLURM_ARRAY_TASK_ID=$i sh -c "$3" || exit 1; i=$((i + 1)); done
+END
+chmod +x "$TMP/sbatch"
+recipe '^split ' '--wrap'
+cat "$TMP"/out.[0-9] 2>/dev/null | sort >"$TMP/got"; same "$TMP/want" "$TMP/got" "a Slurm array"
 echo "$passed passed, $failed failed"
 [ $failed -eq 0 ]

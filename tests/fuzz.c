@@ -1,4 +1,4 @@
-/* Fuzzing: nine targets, each a function from bytes to a use of the library or the program, in
+/* Fuzzing: ten targets, each a function from bytes to a use of the library or the program, in
  * which nothing may crash, leak, hang or break a promise of gemma2.h.
  *
  *   weights    a file image: open, check, encode, plan, sessions, every way to evaluate
@@ -10,6 +10,7 @@
  *   grammar    a grammar: refused, or every reply that masks allow is taken and ends in time
  *   schema     a JSON Schema: refused, or a grammar
  *   cli        arguments and standard input of ./run
+ *   batch      lines of run --batch: JSON, requests, and going on after an earlier run
  *
  * Mutation alone would die at magic numbers and digests.  So mutate_weights and mutate_session
  * change fields, entries and sections of a sound file, or build another, and then seal it
@@ -913,6 +914,40 @@ static void fuzz_schema(const uint8_t *data, size_t size)
         exit(1);
 }
 
+/* ---- Target: batch ------------------------------------------------------------------------- */
+
+static long size_of(const char *name)
+{
+    FILE *f = fopen(name, "rb");
+    long size = f && fseek(f, 0, SEEK_END) == 0 ? ftell(f) : -1;
+    if (f)
+        fclose(f);
+    return size;
+}
+
+/* The same command again does only what failed, and so leaves as many bytes. */
+static void fuzz_batch(const uint8_t *data, size_t size)
+{
+    int status[2];
+    long written[2];
+    if (!cli_dir[0])
+        make_cli_dir();
+    else if (chdir(cli_dir))
+        exit(1);
+    write_in("in", data, size);
+    unlink("out");
+    for (int i = 0; i < 2; i++) {
+        char *argv[] = {"run", "model", "--batch", "in", "-o", "out", "-q", "-s", "1", "-n", "3",
+                        "-C", "40", "-j", "1", "--parallel", "3", NULL};
+        status[i] = run_main((int)(sizeof argv / sizeof *argv) - 1, argv);
+        written[i] = size_of("out");
+    }
+    holds((status[0] == 0 || status[0] == 1) && status[1] == status[0], "an exit code");
+    holds(written[0] >= 0 && written[1] == written[0], "the results stay");
+    if (fchdir(home))
+        exit(1);
+}
+
 /* ---- The targets --------------------------------------------------------------------------- */
 
 static const struct target {
@@ -928,6 +963,7 @@ static const struct target {
     {"chat", fuzz_chat, NULL, 300},
     {"session", fuzz_session, mutate_session, 16 << 10},
     {"cli", fuzz_cli, NULL, 200},
+    {"batch", fuzz_batch, NULL, 400},
     {"grammar", fuzz_grammar, NULL, 300},
     {"schema", fuzz_schema, NULL, 500},
 };

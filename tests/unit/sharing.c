@@ -271,6 +271,22 @@ static void test_pace(void)
     struct pace large = {{0, 0}, 0, 1};
     check(team_steps(&large, 0.08, 0.045, &idle) > 980 && idle < 1.02 * 0.045 * 2000,
           "pace: a large model, which begins with the team");
+    int wrong = 0;
+    for (int is_big = 0; is_big < 2; is_big++) {
+        static gemma2_model m;
+        static gemma2_worker work = {.model = &m};
+        struct pace *before = work.pace - 1, *found;
+        double scale;
+        m.config.file_bytes = is_big ? 1u << 30 : 1u << 20;
+        for (size_t rows = 1; rows <= 600; rows++) {
+            found = pace_of(&work, rows, &scale);
+            wrong += (found != NULL) != (rows <= (is_big ? 8u : 256u));
+            wrong += found && (found < before || found > before + 1 || scale < 1 || scale >= 2 ||
+                               (rows <= 8 && scale != 1));
+            before = found ? found : before;
+        }
+    }
+    check(!wrong, "pace: %d numbers of rows have a wrong pace", wrong);
 }
 
 /* Phases of tasks in turn with phases of the calling thread alone. */

@@ -304,7 +304,7 @@ def test_odd_rows():
     w = np.random.default_rng(SEED).normal(size=(5, 300)).astype(np.float32)
     w[1], w[2, 5], w[3, :32], w[4] = 0, 1e4, 0, w[4] * np.float32(1e-35)
     for kind in ref.GROUP_BYTES:
-        data, _ = export.TYPES[kind].pack(w, None, 0)
+        data, _ = export.TYPES[kind].pack(w, None)
         got = ref.dequantise(kind, data, *w.shape)
         check(not got[1].any() and not got[3, :32].any() and not got[4].any(),
               f"{kind}: zeros came back as something")

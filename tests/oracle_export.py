@@ -456,7 +456,7 @@ def test_no_process():
                                 (futures.ProcessPoolExecutor, "submit", RuntimeError("no thread"))):
         with unittest.mock.patch.object(holder, name, side_effect=error):
             try:
-                list(export.pack_all([()], plan, export.Job(reader, None, 0), 2))
+                list(export.pack_all([()], plan, export.Job(reader, None), 2))
                 said = "nothing"
             except Exception as e:
                 said = repr(e)

@@ -83,7 +83,7 @@ refuses "more than one prompt" "-p twice" 2 "$STORY" -p once -p upon
 refuses "more than one prompt" "-f and --ids" 2 "$STORY" -f "$HERE/demo/README.md" --ids 2
 refuses "takes no prompt" "prompt for --info" 2 "$STORY" --info x
 refuses "do not go together" "two modes" 2 "$STORY" --score --logits 3 x
-refuses "do not go together" "--json --score" 2 "$STORY" --score --json x
+refuses "do not go together" "--json --perplexity" 2 "$STORY" --json --perplexity x
 refuses "do not go together" "--ids in a chat" 2 "$STORY" -c --ids 2
 refuses "add -c" "--system without --chat" 2 "$STORY" -S Rhyme. x
 refuses "not empty" "empty stop string" 2 "$STORY" --stop "" x

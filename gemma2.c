@@ -7089,7 +7089,8 @@ static int check_complete(struct gemma2_model *m, struct errbuf *err)
     for (int i = 0; i < N_ROLES && m->config.n_layers; i++) {
         const struct role *r = &roles[i];
         int layers = r->id >= ROLE_LAYER_FIRST ? m->config.n_layers : 1;
-        for (int l = 0; r->rows != '-' && r->id != ROLE_HEAD && r->id != ROLE_SCORE && l < layers; l++)
+        int may_lack = r->rows == '-' || r->id == ROLE_HEAD || r->id == ROLE_SCORE;
+        for (int l = 0; !may_lack && l < layers; l++)
             if (!matrix_of(m, r, (uint32_t)l)->data)
                 return fail(err, "the model file lacks %s (layer %d); convert the checkpoint again",
                             r->name, l);

@@ -2126,7 +2126,8 @@ static void put_array(schema *s, const json_node *node)
     const json_node *rest = json_get(&s->j, node, "items");
     if (first && first->kind != JSON_ARRAY)
         refuse_node(s, first, "'prefixItems' must be a list");
-    int64_t least = bound_of(s, node, "minItems", 0), n = first && !s->failed ? (int64_t)first->n : 0;
+    int64_t least = bound_of(s, node, "minItems", 0);
+    int64_t n = first && !s->failed ? (int64_t)first->n : 0;
     int64_t most = bound_of(s, node, "maxItems", 2000), open = 0;
     if (least < 0 || least > 2000 || most < least || (is_false(rest) && least > n))
         refuse_node(s, node, "'minItems' is above 2000 or what the array can hold");
@@ -2388,7 +2389,8 @@ static void put_schema_rule(schema *s, size_t id)
             whole = key + 1;
         } else if (in_words(ASSERTIONS, name))
             narrows |= strcmp(name, "type") != 0 ? 2 : 1;
-        else if (!in_words(ANNOTATIONS, name) && !(strcmp(name, "uniqueItems") == 0 && is_false(key + 1)))
+        else if (!in_words(ANNOTATIONS, name) &&
+                 !(strcmp(name, "uniqueItems") == 0 && is_false(key + 1)))
             refuse_node(s, key + 1, "the keyword '%s' is not known", name);
         key = json_next(&s->j, key + 1);
     }
@@ -5072,19 +5074,21 @@ static void put_info_json(program *p)
     for (size_t i = 0; i < sizeof facts / sizeof facts[0]; i++)
         put_fact_json(out, p->model, facts[i]);
     if (c->n_layers) {
-        put_format(out, ", \"n_layers\": %" PRId32 ", \"d_model\": %" PRId32 ", \"d_ffn\": %" PRId32,
-                   c->n_layers, c->d_model, c->d_ffn);
+        put_format(out, ", \"n_layers\": %" PRId32 ", \"d_model\": %" PRId32
+                   ", \"d_ffn\": %" PRId32, c->n_layers, c->d_model, c->d_ffn);
         put_format(out, ", \"n_heads\": %" PRId32 ", \"n_kv_heads\": %" PRId32 ", \"head_dim\": %"
                    PRId32, c->n_heads, c->n_kv_heads, c->head_dim);
-        put_format(out, ", \"window\": %" PRId32 ", \"n_context\": %" PRId32 ", \"local_layers\": [",
-                   c->window, c->n_context);
+        put_format(out, ", \"window\": %" PRId32 ", \"n_context\": %" PRId32
+                   ", \"local_layers\": [", c->window, c->n_context);
         for (int32_t l = 0, n = 0; l < c->n_layers; l++)
             if (c->is_local[l])
                 put_format(out, "%s%" PRId32, n++ ? ", " : "", l);
-        put_format(out, "], \"attn_softcap\": %.9g, \"final_softcap\": %.9g, \"query_scale\": %.9g",
-                   (double)c->attn_softcap, (double)c->final_softcap, (double)c->query_scale);
-        put_format(out, ", \"embedding_scale\": %.9g, \"rope_theta\": %.17g, \"rms_norm_eps\": %.9g",
-                   (double)c->embedding_scale, c->rope_theta, (double)c->rms_norm_eps);
+        put_format(out, "], \"attn_softcap\": %.9g, \"final_softcap\": %.9g",
+                   (double)c->attn_softcap, (double)c->final_softcap);
+        put_format(out, ", \"query_scale\": %.9g, \"embedding_scale\": %.9g",
+                   (double)c->query_scale, (double)c->embedding_scale);
+        put_format(out, ", \"rope_theta\": %.17g, \"rms_norm_eps\": %.9g", c->rope_theta,
+                   (double)c->rms_norm_eps);
         if (gemma2_session_plan(p->model, &p->opts->session, &plan) >= 0)
             put_format(out, ", \"memory\": {\"weights\": %" PRIu64 ", \"cache\": %" PRIu64
                        ", \"scratch\": %" PRIu64 "}", plan.weights, plan.cache, plan.scratch);

@@ -108,7 +108,8 @@ static void test_json_sizes(void)
             n += (size_t)sprintf(text + n, "%c\"%07d\":0", i ? ',' : '{',
                                  repeats && i == WIDE - 1 ? 5 : i);
         text[n++] = '}';
-        check(reads(text, n, &j) == !repeats, "an object of 200,000 keys, %d of them twice", repeats);
+        check(reads(text, n, &j) == !repeats, "an object of 200,000 keys, %d of them twice",
+              repeats);
     }
     free(text);
 }

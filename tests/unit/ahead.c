@@ -89,7 +89,8 @@ static void tell(const gemma2_model *m, struct setup o, gemma2_ahead *a, struct 
 static int told_differ(const struct told *a, const struct told *b, size_t v)
 {
     return memcmp(a->ids, b->ids, sizeof a->ids) ||
-           memcmp(a->status, b->status, sizeof a->status) || memcmp(a->positions, b->positions, sizeof a->positions) || a->rng != b->rng ||
+           memcmp(a->status, b->status, sizeof a->status) ||
+           memcmp(a->positions, b->positions, sizeof a->positions) || a->rng != b->rng ||
            memcmp(a->logits, b->logits, TOLD * v * sizeof *a->logits) ||
            a->n_saved != b->n_saved || memcmp(a->saved, b->saved, (size_t)a->n_saved);
 }

@@ -102,7 +102,8 @@ static void test_masks(void)
             for (uint32_t id = step ? n : 0; id < n; id++) {
                 next = state;
                 check((gemma2_matcher_accept(m, &next, (int32_t)id) == GEMMA2_OK) ==
-                      (int)(mask[id / 32] >> id % 32 & 1), "%s: token %u", LANGUAGES[i].grammar, id);
+                          (int)(mask[id / 32] >> id % 32 & 1),
+                      "%s: token %u", LANGUAGES[i].grammar, id);
             }
             gemma2_matcher_allowed(m, &state, left, mask);
             m->n_masks = 0; /* a kept mask says what a new one says */
@@ -114,7 +115,8 @@ static void test_masks(void)
                     draw = draw * 1664525 + 1013904223;
                     chosen = (draw >> 16) % (uint32_t)++choices ? chosen : (int32_t)id;
                 }
-            check(chosen >= 0, "%s: nothing is allowed with %d left", LANGUAGES[i].grammar, (int)left);
+            check(chosen >= 0, "%s: nothing is allowed with %d left", LANGUAGES[i].grammar,
+                  (int)left);
             over = chosen < 0 || gemma2_is_stop(words, chosen);
             if (!over)
                 check(gemma2_matcher_accept(m, &state, chosen) == GEMMA2_OK, "accept");

@@ -53,8 +53,10 @@ static void test_models_on_rows(void)
         for (int k = 0; k < N_KERNELS; k++) {
             x.m->isa = all_kernels[k];
             if (all_kernels[k]->available())
-                check(!chunks_differ(x.m, (struct setup){30, 11, 1, 0, cache}, ids, 30, 12, truth) &&
-                          !chunks_differ(x.m, (struct setup){30, 4, 1, 0, cache}, ids, 30, 1, truth),
+                check(!chunks_differ(x.m, (struct setup){30, 11, 1, 0, cache}, ids, 30, 12,
+                                     truth) &&
+                          !chunks_differ(x.m, (struct setup){30, 4, 1, 0, cache}, ids, 30, 1,
+                                         truth),
                       "%s on %s differs from scalar", shapes[i / 2].name, all_kernels[k]->name);
         }
         free(truth);
@@ -77,7 +79,8 @@ static void test_reference(void)
             float *truth = step_by_step(x.m, (struct setup){context, 1, 1, 0, cache}, ids, n);
             x.m->is_reference = 1;
             check(!chunks_differ(x.m, (struct setup){context, 1, 1, 0, cache}, ids, n, 1, truth) &&
-                      !chunks_differ(x.m, (struct setup){context, 7, 3, 0, cache}, ids, n, 9, truth),
+                      !chunks_differ(x.m, (struct setup){context, 7, 3, 0, cache}, ids, n, 9,
+                                     truth),
                   "%s, cache %d: the reference differs", shapes[i].name, cache);
             free(truth);
             unmake(&x);
@@ -130,7 +133,8 @@ static void test_hook(void)
                   "%s: the last state read out", shapes[i].name);
             gemma2_set_hook(s, NULL, NULL);
             gemma2_eval(s, ids, 1, NULL);
-            check(seen.n == calls && gemma2_position(s) == 6, "%s: hook taken away", shapes[i].name);
+            check(seen.n == calls && gemma2_position(s) == 6, "%s: hook taken away",
+                  shapes[i].name);
             gemma2_session_free(s);
             x.m->is_reference = 0;
         }

@@ -6,7 +6,7 @@
  *   3 Kernels         the specification of every sum, in plain C
  *   4 The pass        sharing of work, cache, attention, feed-forward, layer, head
  *   5 Tokenizer       SentencePiece BPE, both ways
- *   6 Sampler         penalties, top-k, temperature, top-p, min-p, PCG32
+ *   6 Sampler         penalties, top-k, temperature, top-p, min-p, PCG32; grammars, masks
  *   7 Speculation     guesses of the next tokens, verified several a pass
  *   8 Public API      in the order of gemma2.h
  *   9 Back rooms      files, SHA-256, hostile headers, saved sessions, importance

@@ -4,10 +4,10 @@
  *   2 Ground        exit codes, messages, growable arrays, checked output
  *   3 Options       one table that drives parsing, --help and suggestions
  *   4 Text          UTF-8, what a terminal may see, JSON, what a file seems to be
- *   5 The prompt    where it comes from, its ids, the chat template
+ *   5 The prompt    where it comes from, its ids, the chat template; schemas to grammars
  *   6 The reply     prefill, sampling, stop strings, streaming, timings, saved sessions
- *   7 Modes         generate, converse, tokenize, logits, trace, score, perplexity, importance,
- *                   info, check, batches
+ *   7 Modes         generate, converse (line editor, commands), tokenize, logits, trace, score,
+ *                   embed, perplexity, importance, info, check, batches
  *   8 main
  *   9 POSIX   10 Windows
  *
@@ -4143,8 +4143,8 @@ static int undo(program *p, const char *rest)
 {
     (void)rest;
     if (!p->turns.n)
-        return fail(DONE, p->ids.n ? "the turns of a loaded conversation are not known; /clear forgets "
-                                     "them" : "there is no turn to take back");
+        return fail(DONE, p->ids.n ? "the turns of a loaded conversation are not known; /clear "
+                                     "forgets them" : "there is no turn to take back");
     forget_last_turn(p);
     remark("The last message and its reply are forgotten.");
     return DONE;
@@ -5465,7 +5465,8 @@ static int add_list(batch_slot *s, array *gbnf, const json *j, const json_node *
     int ok = list->kind == JSON_ARRAY && list->n && add_format(gbnf, "root ::= ");
     for (size_t i = 0; ok && i < list->n; i++, each = json_next(j, each)) {
         const char *text = keep_text(s, j, each, &length);
-        ok = text && length && (i == 0 || add_format(gbnf, "| ")) && add_literal(gbnf, text, length);
+        ok = text && length && (i == 0 || add_format(gbnf, "| ")) &&
+             add_literal(gbnf, text, length);
     }
     return ok;
 }
@@ -5482,7 +5483,8 @@ static int constrain_reply(batch_slot *s, const json *j, const json_node *value,
         any = type && json_is(j, type, "json_object");
         if (type && json_is(j, type, "text"))
             return DONE;
-        value = type && form && json_is(j, type, "json_schema") ? json_get(j, form, "schema") : NULL;
+        int is_schema = type && form && json_is(j, type, "json_schema");
+        value = is_schema ? json_get(j, form, "schema") : NULL;
         if (!value && !any)
             return fail(USAGE, "\"response_format\" has the \"type\" text, json_object or "
                         "json_schema with its \"schema\"");

@@ -612,6 +612,7 @@ static void test_program(void)
 
 int main(void)
 {
+    signal(SIGINT, SIG_DFL); /* whoever started this may ignore it */
     said = (fdopen)(dup(STDOUT_FILENO), "w");
     snprintf(scratch_dir, sizeof scratch_dir, "/tmp/gemma2-fault-XXXXXX");
     if (!said || !mkdtemp(scratch_dir))

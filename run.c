@@ -2023,12 +2023,14 @@ static int put_pattern_item(schema *s, pattern *p)
 /* "*" and the like, and {m,n}. */
 static int put_repetition(schema *s, pattern *p)
 {
-    char *end = (char *)p->at + 1;
-    if (*p->at == '{') {
-        unsigned long low = strtoul(end, &end, 10), high = low;
-        int open = *end == ',' && end[1] == '}';
-        if (p->at[1] < '0' || p->at[1] > '9')
+    const char *start = (const char *)p->at;
+    char *end = NULL;
+    size_t n = 1;
+    if (*start == '{') {
+        if (start[1] < '0' || start[1] > '9')
             return 0;
+        unsigned long low = strtoul(start + 1, &end, 10), high = low;
+        int open = *end == ',' && end[1] == '}';
         if (*end == ',' && !open) {
             if (end[1] < '0' || end[1] > '9')
                 return 0;
@@ -2037,9 +2039,10 @@ static int put_repetition(schema *s, pattern *p)
         end += open;
         if (*end++ != '}' || low > high || high > 2000)
             return 0;
+        n = (size_t)(end - start);
     }
-    s->failed |= !add_text(s->gbnf, (const char *)p->at, (size_t)(end - (char *)p->at));
-    p->at = (unsigned char *)end + (*end == '?'); /* lazy is the same language */
+    s->failed |= !add_text(s->gbnf, start, n);
+    p->at += n + (start[n] == '?'); /* lazy is the same language */
     return 1;
 }
 

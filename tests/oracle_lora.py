@@ -477,7 +477,7 @@ BAD = [
     ({}, add(Q + "weight", 60, 42), "several ways"),
     ({"modules_to_save": ["norm"]}, add("base_model.model.model.norm.weight", 41), "[41, 1]"),
     ({}, add("base_model.model.model.layers.1.input_layernorm.lora_A.weight", 4, 1), "without"),
-    ({}, add("base_model.model.score.weight", 2, 42), "writes no text"),
+    ({}, add("base_model.model.score.weight", 2, 42), "score"),
     ({}, add("base_model.model.model.vision_tower.weight", 2, 42), "vision"),
     ({}, add("base_model.model.model.layers.2.self_attn.q_proj.weight", 60, 42), "2 layers"),
     ({}, spoil(Q + "lora_A.weight", NAN), "lora_A", "NaN"),

@@ -883,10 +883,11 @@ def test_derivatives(folder):
     good(folder, "the bare model's class", lambda c: c.config.update(architectures=["Gemma2Model"]))
     good(folder, "prefix-less, untied", lambda c: setattr(c, "tensors", {
         k.replace("model.", "", 1): v for k, v in c.tensors.items()}), tie_word_embeddings=False)
-    for task in ("SequenceClassification", "TokenClassification"):
-        bad(folder, task, lambda c: c.config.update(architectures=[f"Gemma2For{task}"]), task,
-            "no text")
-    for head in ("score", "classifier", "v_head"):
+    bad(folder, "a classifier of tokens", lambda c: c.config.update(
+        architectures=["Gemma2ForTokenClassification"]), "TokenClassification", "no text")
+    bad(folder, "2,000 scores", lambda c: c.tensors.update({"score.weight": c.torch.ones(
+        2000, 42)}), "2000 scores")
+    for head in ("classifier", "v_head"):
         bad(folder, head, lambda c: c.tensors.update({head + ".weight": c.torch.ones(2, 42)}), head,
             "writes no text")
     bad(folder, "a PaliGemma's names", lambda c: setattr(c, "tensors", {

@@ -481,8 +481,8 @@ static void row_rounds_once(const struct kernels *row)
 
 /* ---- the matrix class of a row against the exact class, within its rounding ---- */
 
-/* Relative error of one product of a sum: its input rounded to bf16, with quantised weights
- * both factors. */
+/* Relative error of one product of a sum: its input rounded to bf16, with quantised weights (and
+ * in attention) both factors. */
 static double matrix_epsilon(uint32_t type) { return type == BF16 ? 0x1.02p-8 : 0x1.02p-7; }
 
 /* Largest deviation from sums in double, as a multiple of what rounding may cause. */
@@ -596,7 +596,7 @@ static double matrix_attention_error(const struct matrix_kernels *m, int n, int 
                 double x = q[j * h + d] * half_value(key[i / 16][d * 16 + i % 16]);
                 sum += x, size += fabs(x);
             }
-            double error = fabs(s[j][i] - sum) / (size * matrix_epsilon(BF16));
+            double error = fabs(s[j][i] - sum) / (size * matrix_epsilon(Q8));
             worst = error <= worst ? worst : error;
         }
     for (int j = 0; j < n; j++) /* weights, in the places from `first` on */
@@ -610,7 +610,7 @@ static double matrix_attention_error(const struct matrix_kernels *m, int n, int 
                 double x = s[j][i - first] * half_value(value[i / 16][i % 16 * h + d]);
                 sum += x, size += fabs(x);
             }
-            double error = fabs(o[j * h + d] - sum) / (size * matrix_epsilon(BF16));
+            double error = fabs(o[j * h + d] - sum) / (size * matrix_epsilon(Q8));
             worst = error <= worst ? worst : error;
         }
     free(q), free(o);

@@ -2955,13 +2955,13 @@ static int choose(program *p)
             return out_of_memory();
         int code = gemma2_logprob(p->logits, (size_t)p->config->n_vocab, id, logprob);
         size_t n_top = count_top(p);
-        gemma2_candidate *top = code < 0 ? NULL : extend(&r->tops, n_top, sizeof *top);
-        if (top && n_top)
+        gemma2_candidate *top = n_top ? extend(&r->tops, n_top, sizeof *top) : NULL;
+        if (n_top && !top)
+            return out_of_memory();
+        if (top && code >= 0)
             code = gemma2_top_logprobs(p->logits, (size_t)p->config->n_vocab, top, n_top);
         if (code < 0)
             return engine_failed(p, "generating", code);
-        if (!top && n_top)
-            return out_of_memory();
     }
     if (p->constraint.matcher)
         gemma2_matcher_accept(p->constraint.matcher, &p->constraint.state, id);

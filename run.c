@@ -6465,7 +6465,7 @@ int main(int argc, char **argv)
     free(p.echo.items);
     free(p.ids.items);
     free(p.reply.text.items);
-    free(p.reply.logprobs.items);
+    free(p.reply.logprobs.items), free(p.reply.tops.items);
     free(p.reply.ends.items);
     free(p.reply.choices.items);
     free(opts.stops);

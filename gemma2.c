@@ -3025,8 +3025,8 @@ static int useful_threads(const gemma2_worker *work, size_t n)
     return useful < (uint64_t)work->n_threads ? max_i32(1, (int32_t)useful) : work->n_threads;
 }
 
-/* Runs n rows.  Those of a session that was cancelled do not count: what they wrote to the rings
- * lies outside all windows. */
+/* Runs n rows.  Rows of a cancelled session do not count: what they wrote to the rings lies
+ * outside all windows. */
 static int evaluate(struct pass *p)
 {
     gemma2_worker *work = p->worker;

@@ -1,4 +1,4 @@
-/* Fuzzing: ten targets, each a function from bytes to a use of the library or the program, in
+/* Fuzzing: eleven targets, each a function from bytes to a use of the library or the program, in
  * which nothing may crash, leak, hang or break a promise of gemma2.h.
  *
  *   weights    a file image: open, check, encode, plan, sessions, every way to evaluate
@@ -7,6 +7,7 @@
  *   decode     ids, by the same
  *   chat       facts of a template, then messages: no text forges a mark of the vocabulary
  *   session    a saved session: restored and used, or refused and nothing changed
+ *   ahead      calls of one session with guesses and of one without: the same results
  *   grammar    a grammar: refused, or every reply that masks allow is taken and ends in time
  *   schema     a JSON Schema: refused, or a grammar
  *   cli        arguments and standard input of ./run
@@ -740,6 +741,52 @@ static size_t mutate_session(uint8_t *data, size_t size, size_t max)
     return size;
 }
 
+/* ---- Target: ahead ------------------------------------------------------------------------- */
+
+/* One call, by its byte: a token, a rewind, a save and restore, a cancellation. */
+static int call_ahead(gemma2_session *s, gemma2_ahead *a, uint8_t call, float *logits)
+{
+    int32_t value = call / 8, id = value % 11;
+    switch (call % 8) {
+    case 5: return gemma2_rewind(s, max_i32(gemma2_position(s) - value, 0));
+    case 6: {
+        int64_t n = gemma2_session_save(s, NULL, 0);
+        uint8_t *saved = fresh((size_t)n);
+        gemma2_session_save(s, saved, (size_t)n);
+        int status = gemma2_session_restore(s, saved, (size_t)n);
+        free(saved);
+        return status;
+    }
+    case 7: return gemma2_cancel(s, value % 2);
+    default: return a ? gemma2_eval_ahead(s, a, id, logits) : gemma2_eval(s, &id, 1, logits);
+    }
+}
+
+/* Byte 0 .. 3: the sessions; byte 4: how to guess; then the calls. */
+static void fuzz_ahead(const uint8_t *data, size_t size)
+{
+    const gemma2_model *m = session_model();
+    gemma2_ahead_params p;
+    float logits[2][30] = {{0}};
+    if (size < 5)
+        return;
+    gemma2_session *s = any_session(m, data), *t = any_session(m, data);
+    gemma2_ahead_params_init(&p);
+    p.n_drafts = data[4] % 16, p.lookup = data[4] >> 4 & 1, p.n_context = data[4] & 32 ? 20 : 0;
+    p.draft = data[4] & 64 ? any_session(m, data + 1) : NULL;
+    gemma2_ahead *a = gemma2_ahead_new(m, &p, NULL, 0);
+    holds(a != NULL, "guesses of any number");
+    for (size_t i = 5; i < size; i++) {
+        int status = call_ahead(s, NULL, data[i], logits[0]);
+        holds(call_ahead(t, a, data[i], logits[1]) == status, "the same status");
+        holds(s->position == t->position && s->oldest == t->oldest &&
+                  !memcmp(s->ids, t->ids, (size_t)s->position * sizeof *s->ids), "the same past");
+        holds(status < 0 || !memcmp(logits[0], logits[1], sizeof *logits), "the same logits");
+    }
+    gemma2_ahead_free(a);
+    free(s), free(t), free(p.draft);
+}
+
 /* ---- Target: cli --------------------------------------------------------------------------- */
 
 static char cli_dir[64];
@@ -962,6 +1009,7 @@ static const struct target {
     {"decode", fuzz_decode, NULL, 100},
     {"chat", fuzz_chat, NULL, 300},
     {"session", fuzz_session, mutate_session, 16 << 10},
+    {"ahead", fuzz_ahead, NULL, 100},
     {"cli", fuzz_cli, NULL, 200},
     {"batch", fuzz_batch, NULL, 400},
     {"grammar", fuzz_grammar, NULL, 300},

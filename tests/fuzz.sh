@@ -5,7 +5,7 @@
 # "N passed, N failed".
 program=$1 seconds=$2
 shift 2
-[ $# -gt 0 ] || set -- weights tokenizer encode decode chat session cli grammar schema batch
+[ $# -gt 0 ] || set -- weights tokenizer encode decode chat session ahead cli grammar schema batch
 ASAN_OPTIONS=detect_leaks=1:abort_on_error=0:${ASAN_OPTIONS:-}
 export ASAN_OPTIONS
 passed=0 failed=0 sum=0

@@ -451,9 +451,9 @@ static void test_spoiled_token(void)
     enum { N = 40, SPOILED = 21 };
     struct shape shape = shapes[1], even = {"even", 2, 24, 2, 1, 32, 40, 83, 8, 64, 50, 30, 1, 1,
                                             {F32, BF16, BF16, F32, BF16}, 64};
-    for (int i = 0; i < 2 * 2 * 3; i++) { /* the matrix class takes the second one's heads */
+    for (int i = 0; i < 2 * 3 * 3; i++) { /* the matrix class takes the second one's heads */
         struct model x = make(i % 2 ? &even : &shape);
-        struct setup one = {N, 1, 1, 0, 1 + i / 2 % 2}, many = {N, 16, 1, 0, 1 + i / 2 % 2};
+        struct setup one = {N, 1, 1, 0, 1 + i / 2 % 3}, many = {N, 16, 1, 0, 1 + i / 2 % 3};
         int32_t ids[N];
         int bad = 0;
         for (int k = 0; k < N; k++)
@@ -463,7 +463,7 @@ static void test_spoiled_token(void)
         x.m->embedding.tile_bytes = x.m->embedding.cols * 64;
         fill_tensor((uint8_t *)x.m->embedding.data, F32, (uint32_t)vocab(x.m),
                     x.m->embedding.cols);
-        put_u32((uint8_t *)x.m->embedding.data + 5 * 4, bits_of(values[i / 4]));
+        put_u32((uint8_t *)x.m->embedding.data + 5 * 4, bits_of(values[i / 6]));
         for (int row = 0; row < N_KERNELS; row++) {
             if (!all_kernels[row]->available())
                 continue;
@@ -484,7 +484,7 @@ static void test_spoiled_token(void)
             gemma2_session_free(s), gemma2_session_free(t);
         }
         check(!bad, "%s, cache %d, %g: %d of what comes before is spoiled", i % 2 ? "even" : "odd",
-              one.cache, values[i / 4], bad);
+              one.cache, values[i / 6], bad);
         free((void *)x.m->embedding.data);
         unmake(&x);
     }

@@ -252,14 +252,15 @@ static gemma2_model *open_golden(const char *model)
     return open_exact(path);
 }
 
-static gemma2_session *new_session(const gemma2_model *m, int n_batch, int n_threads)
+/* transformers rounds no keys, nor does the f32 cache that most tests ask for. */
+static gemma2_session *new_session(const gemma2_model *m, int n_batch, int n_threads, int cache)
 {
     char err[256];
     gemma2_session_params params;
     gemma2_session_params_init(&params);
     params.n_batch = n_batch;
     params.n_threads = n_threads;
-    params.cache_type = GEMMA2_CACHE_F32; /* transformers rounds no keys either */
+    params.cache_type = cache;
     gemma2_session *s = gemma2_session_new(m, &params, err, sizeof err);
     check(s != NULL, "session: %s", s ? "" : err);
     gemma2_set_hook(s, on_trace, NULL);
@@ -330,7 +331,7 @@ static void test_cut(const gemma2_model *m, golden *g, const expectation *e, con
                      float *logits, const float *first)
 {
     size_t V = (size_t)gemma2_get_config(m)->n_vocab;
-    gemma2_session *s = new_session(m, c->n_batch, c->n_threads);
+    gemma2_session *s = new_session(m, c->n_batch, c->n_threads, GEMMA2_CACHE_F32);
     watch.worst = 0;
     begin_watch(g, e->name, c->name, e->activations);
     check(s && eval_cut(s, g, c, logits, V), "%s, %s: a call failed", e->name, c->name);
@@ -341,12 +342,29 @@ static void test_cut(const gemma2_model *m, golden *g, const expectation *e, con
     gemma2_session_free(s);
 }
 
+/* Caches that round: the engine in odd chunks and the reference token by token, to the bit. */
+static void test_caches(gemma2_model *m, const golden *g, const char *name, float *logits,
+                        float *truth)
+{
+    size_t V = (size_t)gemma2_get_config(m)->n_vocab;
+    for (int cache = GEMMA2_CACHE_F16; cache <= GEMMA2_CACHE_Q8; cache++) {
+        for (int i = 0; i < 2; i++) {
+            m->is_reference = i == 0;
+            gemma2_session *s = new_session(m, 17, 1, cache);
+            check(eval_cut(s, g, &CUTS[i ? 2 : 1], i ? logits : truth, V), "%s: cache", name);
+            gemma2_session_free(s);
+        }
+        check(!memcmp(logits, truth, (size_t)g->n_ids * V * sizeof *logits),
+              "%s, cache %d: the reference differs", name, cache);
+    }
+}
+
 /* gemma2_prefill, in passes of 32, and a rewind over half a window. */
 static void test_prefill(const gemma2_model *m, golden *g, const expectation *e,
                          float *logits, const float *first)
 {
     size_t V = (size_t)gemma2_get_config(m)->n_vocab, last = (size_t)g->n_ids - 1;
-    gemma2_session *s = new_session(m, 32, 1);
+    gemma2_session *s = new_session(m, 32, 1, GEMMA2_CACHE_F32);
     begin_watch(g, e->name, "prefill", e->activations);
     check(gemma2_prefill(s, g->ids, (size_t)g->n_ids, logits) >= 0, "%s: prefill", e->name);
     end_watch(0);
@@ -364,7 +382,7 @@ static void test_score(const gemma2_model *m, golden *g, const expectation *e)
 {
     const record *r = find_record(g, "logits", 0);
     float got[1024];
-    gemma2_session *s = new_session(m, 24, 1);
+    gemma2_session *s = new_session(m, 24, 1, GEMMA2_CACHE_F32);
     check(gemma2_score(s, g->ids, (size_t)g->n_ids, -1, got) >= 0, "%s: score", e->name);
     for (int i = 0; i < g->n_rows && g->rows[i] + 1 < g->n_ids; i++) {
         const float *x = r->data + (size_t)i * r->cols;
@@ -419,6 +437,7 @@ static void test_model(const expectation *e)
     test_prefill(m, &g, e, logits, first);
     test_score(m, &g, e);
     test_bos_and_stop(m, e->name);
+    test_caches(m, &g, e->name, logits, first);
     free(first), free(logits), free(g.bytes);
     gemma2_close(m);
 }
@@ -797,7 +816,7 @@ static size_t check_inputs(const gemma2_model *m)
 static void gather_as(const gemma2_model *m, const int32_t *ids, uint32_t block, int n_batch,
                       int n_threads, size_t step, double *sums)
 {
-    gemma2_session *s = new_session(m, n_batch, n_threads);
+    gemma2_session *s = new_session(m, n_batch, n_threads, GEMMA2_CACHE_F32);
     for (size_t at = 0; at < IMPORTANT; at += step) {
         size_t n = IMPORTANT - at < step ? IMPORTANT - at : step;
         int status = gemma2_importance(s, ids + at, n, block, sums);
@@ -815,7 +834,7 @@ static void test_block(const gemma2_model *m, const int32_t *ids, uint32_t block
     size_t n = columns * block, V = (size_t)gemma2_get_config(m)->n_vocab;
     double *want = calloc(n, sizeof *want), *got = malloc(n * sizeof *got);
     float *logits = malloc(IMPORTANT * V * sizeof *logits);
-    gemma2_session *s = new_session(m, IMPORTANT, 1);
+    gemma2_session *s = new_session(m, IMPORTANT, 1, GEMMA2_CACHE_F32);
     traced.model = m, traced.sums = want, traced.block = block;
     check(eval_all(s, ids, IMPORTANT, logits, V) == GEMMA2_OK, "importance: traced pass");
     traced.sums = NULL;

@@ -181,6 +181,10 @@ struct newer_sampler {
     gemma2_sampler p;
     uint64_t unknown;
 };
+struct newer_ahead {
+    gemma2_ahead_params p;
+    void *unknown;
+};
 
 static int opens(const char *path, const gemma2_open_params *p)
 {
@@ -239,6 +243,23 @@ static void test_struct_sizes(const gemma2_model *m)
             check(0, "sampler: struct of %u bytes", size);
     }
     gemma2_session_free(t);
+    struct newer_ahead h = {{0}, NULL};
+    uint64_t bytes = gemma2_ahead_bytes(m, NULL);
+    gemma2_ahead_params_init(&h.p);
+    check(h.p.struct_size == sizeof h.p && gemma2_ahead_bytes(m, &h.p) == bytes, "ahead: init");
+    h.p.struct_size = sizeof h;
+    check(gemma2_ahead_bytes(m, &h.p) == bytes, "ahead: a newer caller that asks for nothing new");
+    h.unknown = &h;
+    check(!gemma2_ahead_bytes(m, &h.p) && !gemma2_ahead_new(m, &h.p, NULL, 0),
+          "ahead: a newer request");
+    h.p.n_context = h.p.lookup = -1; /* an older struct ended with n_drafts */
+    h.p.struct_size = 8;
+    check(gemma2_ahead_bytes(m, &h.p) == bytes, "ahead: older struct");
+    h.p.struct_size = 10;
+    check(!gemma2_ahead_bytes(m, &h.p), "ahead: half a member");
+    h.p.n_context = 0, h.p.struct_size = offsetof(gemma2_ahead_params, draft) + 4;
+    int refused = gemma2_ahead_bytes(m, &h.p) == 0;
+    check(refused == (sizeof(void *) == 8), "ahead: half a pointer");
 }
 
 static void test_misuse(void)
@@ -509,7 +530,8 @@ static void test_copies(void)
 {
     static const struct setup setups[][2] = {
         {{60, 4, 1, 0, 0}, {60, 4, 1, 0, 0}}, {{60, 30, 1, 0, 1}, {200, 1, 1, 0, 1}},
-        {{60, 1, 1, 5, 2}, {61, 60, 1, 5, 2}}, {{64, 9, 1, 1, 0}, {60, 15, 1, 1, 0}}};
+        {{60, 1, 1, 5, 2}, {61, 60, 1, 5, 2}}, {{64, 9, 1, 1, 3}, {60, 15, 1, 1, 3}},
+        {{60, 4, 1, 0, 3}, {70, 23, 1, 0, 3}}};
     for (int i = 0; i < N_SHAPES; i++) {
         struct model x = make(&shapes[i]);
         for (size_t k = 0; k < sizeof setups / sizeof *setups; k++) {
@@ -658,7 +680,8 @@ static void test_saves(void)
 {
     static const struct setup setups[][2] = {
         {{60, 4, 1, 0, 0}, {60, 4, 1, 0, 0}}, {{60, 30, 1, 0, 1}, {200, 1, 1, 0, 1}},
-        {{60, 15, 1, 5, 2}, {61, 60, 1, 5, 2}}, {{64, 9, 1, 1, 0}, {60, 15, 1, 1, 0}}};
+        {{60, 15, 1, 5, 2}, {61, 60, 1, 5, 2}}, {{64, 9, 1, 1, 3}, {60, 15, 1, 1, 3}},
+        {{60, 4, 1, 0, 3}, {70, 23, 1, 0, 3}}};
     for (int i = 0; i < N_SHAPES; i++) {
         struct model x = make(&shapes[i]);
         for (size_t k = 0; k < sizeof setups / sizeof *setups; k++) {
@@ -679,6 +702,7 @@ static void go_on_in(uint8_t *memory, int byte, const gemma2_session *from, cons
     gemma2_plan plan;
     gemma2_session_params_init(&p);
     p.n_context = from->n_context, p.n_batch = 8, p.n_threads = 1;
+    p.cache_type = from->cache_type;
     gemma2_session_plan(from->model, &p, &plan);
     memset(memory, byte, (size_t)plan.total);
     gemma2_session *to = gemma2_session_place(from->model, &p, memory, (size_t)plan.total, NULL, 0);
@@ -710,8 +734,9 @@ static void test_memory_of_before(void)
         x.m->isa = all_kernels[row];
         x.m->matrix = NULL;
         choose_matrix(x.m, &open);
-        for (int32_t n = 90; n < 110; n++) { /* the window begins anywhere in 16 slots */
-            gemma2_session *from = start(x.m, (struct setup){N, 1, 1, 0, 0});
+        for (int32_t n = 80; n < 112; n++) { /* the window begins anywhere in 16 slots */
+            int32_t cache = n < 96 ? GEMMA2_CACHE_F16 : GEMMA2_CACHE_Q8;
+            gemma2_session *from = start(x.m, (struct setup){N, 1, 1, 0, cache});
             gemma2_eval(from, ids, (size_t)n, NULL);
             size_t size;
             uint8_t *saved = save(from, &size);
@@ -772,28 +797,37 @@ static void put_digest(uint8_t *p, size_t size)
 }
 
 /* The layout, read as its table has it: ids, and values as the cache has them. */
-static void test_saved_layout(void)
+static void test_saved_layout(int32_t cache)
 {
     struct model x = make(&shapes[0]); /* 3 layers, 0 and 2 local, K 2, H 6, window 8 */
-    gemma2_session *s = start(x.m, (struct setup){40, 4, 1, 0, 0});
+    gemma2_session *s = start(x.m, (struct setup){40, 4, 1, 0, cache});
+    size_t number = (size_t)4 >> (cache - GEMMA2_CACHE_F32), place = 6 * number;
+    place += cache == GEMMA2_CACHE_Q8 ? 2 : 0; /* a scale */
     int32_t ids[30];
     size_t size;
     random_ids(x.m, ids, 30);
     gemma2_eval(s, ids, 30, NULL); /* rings of 16: 14 .. 29 */
     uint8_t *p = save(s, &size), digest[32];
-    check(size == 128 + 4 * 30 + (16 + 30 + 16) * 2 * 2 * 6 * 4 && get_u64(p + 16) == size,
+    check(size == 128 + 4 * 30 + (16 + 30 + 16) * 2 * 2 * place && get_u64(p + 16) == size,
           "bytes of a saved session");
     check(!memcmp(p, "\x89GEMSES\n", 8) && get_u32(p + 8) == 1 && get_u32(p + 12) == 128 &&
-              get_u32(p + 32) == 30 && get_u32(p + 36) == 14 && get_u32(p + 40) == 1 &&
-              get_u32(p + 44) == 8 && !memcmp(p + 64, s->model->config.identity, 32),
+              get_u32(p + 32) == 30 && get_u32(p + 36) == 14 &&
+              get_u32(p + 40) == (uint32_t)cache && get_u32(p + 44) == 8 &&
+              !memcmp(p + 64, s->model->config.identity, 32),
           "its header");
     int bad = 0;
     for (int i = 0; i < 30; i++)
         bad += get_u32(p + 128 + 4 * i) != (uint32_t)ids[i];
-    const uint8_t *values = p + 128 + 4 * 30 + 16 * 2 * 2 * 6 * 4 + 30 * 2 * 6 * 4; /* layer 1 */
-    const float *cached = (const float *)(s->cache[1].values + head_bytes(s, &s->cache[1], 1));
-    for (int i = 0; i < 30 * 6; i++) /* kv head 1 */
-        bad += get_f32(values + 4 * (30 * 6 + i)) != cached[i / 6 * 16 + i % 6];
+    const uint8_t *at = p + 128 + 4 * 30 + (16 * 2 * 2 + 30 * 2 + 30) * place;
+    for (int i = 0; i < 30; i++, at += place) /* values of layer 1, kv head 1 */
+        for (int k = 0; k < 6; k++) {
+            const uint8_t *x_at = at + (size_t)k * number;
+            uint16_t half = (uint16_t)(x_at[0] | x_at[number > 1] << 8);
+            float scale = from_half((uint16_t)(at[place - 2] | at[place - 1] << 8));
+            float got = number == 4   ? get_f32(x_at)
+                        : number == 2 ? from_half(half) : scale * (float)(int8_t)*x_at;
+            bad += got != cached_value(s, 1, 1, i, k);
+        }
     check(!bad, "%d ids and values of a saved session differ", bad);
     memcpy(digest, p + 96, 32);
     put_digest(p, size);
@@ -808,22 +842,23 @@ static void test_saved_bytes(void)
 {
     static const char *const known[] = {
         "b5b7ae422ed8ef5c765d3b86214f78e9425f9b9c5e85cf5c01f9afb1ec2dd5e0",
-        "1f03ce803303976298732ab3e2ee70ca96cc0ed3ba4709ad96d9f37e958455ae"};
-    for (int half = 0; half < 2; half++) {
+        "1f03ce803303976298732ab3e2ee70ca96cc0ed3ba4709ad96d9f37e958455ae",
+        "023e04acfef4b479dcb28858794b323c7b6c74fce8f2bd7976222e6213bb2ab0"};
+    for (int i = 0; i < 3; i++) {
         char hex[65];
         uint8_t digest[32];
         int32_t ids[30];
         size_t size;
         rnd_state = 7;
-        struct model x = make(&shapes[half ? 2 : MIXED]);
-        gemma2_session *s = start(x.m, (struct setup){40, 4, 1, 0, 1 + half});
+        struct model x = make(&shapes[i ? 2 : MIXED]);
+        gemma2_session *s = start(x.m, (struct setup){40, 4, 1, 0, GEMMA2_CACHE_F32 + i});
         random_ids(x.m, ids, 30);
         gemma2_eval(s, ids, 30, NULL);
         uint8_t *p = save(s, &size);
         sha256_of(p, size, size, digest);
-        for (int i = 0; i < 32; i++)
-            snprintf(hex + 2 * i, 3, "%02x", digest[i]);
-        check(!strcmp(hex, known[half]), "a saved session's bytes: %s", hex);
+        for (int k = 0; k < 32; k++)
+            snprintf(hex + 2 * k, 3, "%02x", digest[k]);
+        check(!strcmp(hex, known[i]), "a saved session's bytes: %s", hex);
         free(p);
         gemma2_session_free(s);
         unmake(&x);
@@ -845,15 +880,15 @@ static int refuses(gemma2_session *s, const uint8_t *p, size_t size, int code)
            s->oldest == oldest && !memcmp(ids, s->ids, sizeof ids) && !memcmp(before, after, 32);
 }
 
-static void test_damaged_saves(void)
+static void test_damaged_saves(int32_t cache)
 {
     struct model x = make(&tiny_shape);
     int32_t ids[12];
     size_t size;
     int bad = 0;
     random_ids(x.m, ids, 12);
-    gemma2_session *s = start(x.m, (struct setup){16, 4, 1, 0, 0});
-    gemma2_session *t = start(x.m, (struct setup){16, 4, 1, 0, 0});
+    gemma2_session *s = start(x.m, (struct setup){16, 4, 1, 0, cache});
+    gemma2_session *t = start(x.m, (struct setup){16, 4, 1, 0, cache});
     gemma2_eval(s, ids, 12, NULL), gemma2_eval(t, ids + 2, 5, NULL);
     uint8_t *p = save(s, &size), *longer = fresh(size + 1);
     for (size_t n = 0; n < size; n++) {
@@ -881,7 +916,7 @@ static void test_damaged_saves(void)
 }
 
 /* Whoever can compute a digest can also say nonsense. */
-static void test_hostile_saves(void)
+static void test_hostile_saves(int32_t cache)
 {
     static const struct {
         size_t at;
@@ -891,15 +926,15 @@ static void test_hostile_saves(void)
         {12, 127, -8}, {12, 0xffffffff, -8}, {16, 1, -8}, {20, 1, -8}, {24, 1, -8}, {48, 1, -8},
         {60, 1, -8}, {32, 12, -8}, {32, 14, -8}, {32, 0, -8}, {32, 17, -3}, {32, 0x7fffffff, -3},
         {32, 0xffffffff, -3}, {36, 1, -8}, {36, 12, -8}, {36, 13, -8}, {36, 14, -8},
-        {36, 0x80000000, -8}, {36, 0xffffffff, -8}, {40, 1, -10}, {40, 0, -10}, {40, 3, -10},
+        {36, 0x80000000, -8}, {36, 0xffffffff, -8}, {40, 0, -10}, {40, 4, -10},
         {44, 9, -10}, {44, 0, -10}, {64, 0, -10}, {92, 0, -10}, {128, 7, -8}, {128, 0x80000000, -8},
         {128 + 4 * 12, 0xffffffff, -8}};
     struct model x = make(&tiny_shape);
     int32_t ids[13];
     size_t size;
     random_ids(x.m, ids, 13);
-    gemma2_session *s = start(x.m, (struct setup){16, 4, 1, 0, 0});
-    gemma2_session *t = start(x.m, (struct setup){16, 4, 1, 0, 0});
+    gemma2_session *s = start(x.m, (struct setup){16, 4, 1, 0, cache});
+    gemma2_session *t = start(x.m, (struct setup){16, 4, 1, 0, cache});
     gemma2_eval(s, ids, 13, NULL), gemma2_eval(t, ids + 2, 5, NULL);
     uint8_t *p = save(s, &size), *edited = fresh(size);
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
@@ -924,6 +959,9 @@ static void test_hostile_saves(void)
     p = save(t, &size), size = (size_t)saved_bytes(t, 3, 1); /* consistent, but for the window */
     put_u32(p + 36, 1), put_u32(p + 16, (uint32_t)size), put_digest(p, size);
     check(refuses(s, p, size, -8), "a saved session that lacks a position it sees");
+    gemma2_session *other = start(x.m, (struct setup){16, 4, 1, 0, cache % 3 + 1});
+    check(refuses(other, p, size, -10), "a saved session of cache type %d", cache);
+    gemma2_session_free(other);
     free(p);
     gemma2_session_free(s), gemma2_session_free(t);
     unmake(&x);
@@ -1085,10 +1123,12 @@ int main(void)
     test_saves();
     test_memory_of_before();
     test_saved_rewinds();
-    test_saved_layout();
     test_saved_bytes();
-    test_damaged_saves();
-    test_hostile_saves();
+    for (int32_t cache = GEMMA2_CACHE_F32; cache <= GEMMA2_CACHE_Q8; cache++) {
+        test_saved_layout(cache);
+        test_damaged_saves(cache);
+        test_hostile_saves(cache);
+    }
     test_places_to_run();
     test_no_allocation();
     printf("%d passed, %d failed\n", n_passed, n_failed);

@@ -136,7 +136,7 @@ static void test_guesses(void)
     gemma2_ahead_counts sum[5] = {{0, 0, 0}};
     for (int i = 0; i < N_SHAPES * (full_test() ? 24 : 6); i++) {
         struct model x = make(&shapes[i % N_SHAPES]);
-        struct setup o = {i % 4 ? 64 : 30, 1 + 6 * (i % 5), 1 + i % 2, 0, 1 + (int)below(2)};
+        struct setup o = {i % 4 ? 64 : 30, 1 + 6 * (i % 5), 1 + i % 2, 0, 1 + (int)below(3)};
         gemma2_bias bias[] = {{7, 2}, {9, -INFINITY}};
         gemma2_sampler sampler;
         gemma2_sampler_init(&sampler, (uint64_t)i);

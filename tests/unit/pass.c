@@ -316,7 +316,7 @@ static void test_shared_passes(void)
 {
     static const struct setup setups[N_SHARING] = {{30, 8, 1, 8, 0}, {64, 9, 1, 3, 0},
                                                    {30, 8, 1, 8, 1}, {50, 16, 1, 5, 2},
-                                                   {30, 8, 1, 1, 0}};
+                                                   {30, 8, 1, 1, 3}};
     for (int i = 0; i < N_SHAPES; i++) {
         struct model x = make(&shapes[i]);
         gemma2_session *s[N_SHARING];
@@ -392,8 +392,8 @@ static void test_shared_worker(void)
     for (int i = 0; i < N_SHAPES; i++) {
         struct model x = make(&shapes[i]);
         for (int32_t batch = 1; batch < 40; batch += 13)
-            share_worker(&x, shapes[i].name, (struct setup){24, 1 + batch / 2, 1 + i % 2, 0, 0},
-                         batch);
+            share_worker(&x, shapes[i].name,
+                         (struct setup){24, 1 + batch / 2, 1 + i % 2, 0, i % 4}, batch);
         unmake(&x);
     }
 }
@@ -454,7 +454,7 @@ static void test_mixed_classes(void)
     for (int i = 0; i < 2; i++) {
         struct model x = make(&shape[i]);
         for (int k = 0; k < N_KERNELS; k++)
-            for (int cache = GEMMA2_CACHE_F32; cache <= GEMMA2_CACHE_F16; cache++)
+            for (int cache = GEMMA2_CACHE_F32; cache <= GEMMA2_CACHE_Q8; cache++)
                 if (has_matrix(all_kernels[k]) || k == N_KERNELS - 1) {
                     x.m->isa = all_kernels[k], x.m->matrix = all_kernels[k]->matrix;
                     mix_classes(&x, shape[i].name, cache);
@@ -580,8 +580,8 @@ static void test_far(void)
     int32_t ids[640];
     struct model x = make(&long_shape);
     random_ids(x.m, ids, 640);
-    for (int cache = 1; cache <= 2; cache++)
-        for (int k = cache - 1; k < 7; k += 2) {
+    for (int cache = 1; cache <= 3; cache++)
+        for (int k = cache - 1; k < 7; k += 3) {
             struct setup o = {640, 1, 1, windows[k], cache};
             float *truth = step_by_step(x.m, o, ids, 640);
             for (o.batch = 4; o.batch <= 64; o.batch += 60)
@@ -843,7 +843,7 @@ static void test_rewind(void)
         struct model x = make(&shapes[i]);
         int refused = 0, bad = 0;
         for (int32_t batch = 1; batch <= 9; batch += 2)
-            rewind_walk(x.m, (struct setup){40, batch, 1, 8, 0}, &refused, &bad);
+            rewind_walk(x.m, (struct setup){40, batch, 1, 8, batch / 2 % 4}, &refused, &bad);
         check(!bad, "%s: %d wrong after rewinds", shapes[i].name, bad);
         check(refused > 0, "%s: no rewind was too deep", shapes[i].name);
         unmake(&x);
@@ -970,13 +970,13 @@ static void test_placed(void)
         gemma2_session_params p;
         gemma2_plan plan;
         gemma2_session_params_init(&p);
-        p.n_context = 20, p.n_batch = 5, p.n_threads = 1;
+        p.n_context = 20, p.n_batch = 5, p.n_threads = 1, p.cache_type = i % 4;
         random_ids(x.m, ids, 20);
-        float *truth = step_by_step(x.m, (struct setup){20, 1, 1, 0, 0}, ids, 20);
+        float *truth = step_by_step(x.m, (struct setup){20, 1, 1, 0, p.cache_type}, ids, 20);
         float *logits = fresh(vocab(x.m) * sizeof *logits);
         check(gemma2_session_plan(x.m, &p, &plan) == GEMMA2_OK, "plan");
         char *memory = fresh(plan.total);
-        memset(memory, 0xff, plan.total); /* NaN, in both cache types */
+        memset(memory, 0xff, plan.total); /* NaN, in every cache type */
         check(!gemma2_session_place(x.m, &p, memory, plan.total - 1, NULL, 0), "a byte too few");
         check(!gemma2_session_place(x.m, &p, memory + 32, plan.total, NULL, 0), "misaligned");
         check(!gemma2_session_place(x.m, &p, NULL, plan.total, NULL, 0), "placed at NULL");

@@ -4510,28 +4510,34 @@ static int best_logits(program *p)
 
 /* ---- --trace: the steps of a pass, with what they are and where that is written ---- */
 
-/* Sources: the report is arXiv 2408.00118, the code gemma_pytorch's model.py. */
+/* Sources: the report is arXiv 2408.00118, the code transformers' modeling_gemma2.py. */
 static const struct {
     const char *step, *reads; /* the roles of the weights that the step reads */
     const char *formula, *source;
 } STEPS[] = {
-    {"embedding", " embedding ", "x = E[id] * sqrt(D)", "GemmaForCausalLM.forward, normalizer"},
-    {"attn_norm", " attn_norm ", "RMSNorm(x) * (1 + w)", "report 2, pre-norm; input_layernorm"},
-    {"q", " q ", "RoPE(h Wq) * scale", "GemmaAttention.forward, apply_rotary_emb, scaling"},
-    {"k", " k ", "RoPE(h Wk)", "report 2, grouped-query attention; GemmaAttention.forward"},
-    {"v", " v ", "h Wv", "GemmaAttention.forward"},
-    {"attn", " ", "softmax(c tanh(q k / c)) v, in the window", "report 2, sliding window, "
-     "soft-capping"},
-    {"o", " o ", "a Wo", "GemmaAttention.forward, o_proj"},
-    {"post_attn_norm", " post_attn_norm ", "RMSNorm(o) * (1 + w)", "report 2, post-norm"},
+    {"embedding", " embedding ", "x = E[id] * sqrt(D)", "Gemma2TextScaledWordEmbedding.forward"},
+    {"attn_norm", " attn_norm ", "RMSNorm(x) * (1 + w)",
+     "Gemma2DecoderLayer.input_layernorm, report 2: pre-norm"},
+    {"q", " q ", "RoPE(h Wq) * scale",
+     "Gemma2Attention.q_proj, apply_rotary_pos_emb, Gemma2Attention.scaling"},
+    {"k", " k ", "RoPE(h Wk)",
+     "Gemma2Attention.k_proj, apply_rotary_pos_emb, report 2: grouped-query attention"},
+    {"v", " v ", "h Wv", "Gemma2Attention.v_proj"},
+    {"attn", " ", "softmax(c tanh(q k / c)) v, in the window",
+     "eager_attention_forward, report 2: sliding window and soft-capping"},
+    {"o", " o ", "a Wo", "Gemma2Attention.o_proj"},
+    {"post_attn_norm", " post_attn_norm ", "RMSNorm(o) * (1 + w)",
+     "Gemma2DecoderLayer.post_attention_layernorm, report 2: post-norm"},
     {"attn_residual", " ", "x = x + o", "Gemma2DecoderLayer.forward"},
-    {"ffn_norm", " ffn_norm ", "RMSNorm(x) * (1 + w)", "pre_feedforward_layernorm"},
-    {"geglu", " gate up ", "GELU(h Wgate) * (h Wup)", "report table 1, GeGLU; GemmaMLP.forward"},
-    {"down", " down ", "g Wdown", "GemmaMLP.forward, down_proj"},
-    {"post_ffn_norm", " post_ffn_norm ", "RMSNorm(f) * (1 + w)", "post_feedforward_layernorm"},
+    {"ffn_norm", " ffn_norm ", "RMSNorm(x) * (1 + w)",
+     "Gemma2DecoderLayer.pre_feedforward_layernorm"},
+    {"geglu", " gate up ", "GELU(h Wgate) * (h Wup)", "Gemma2MLP.forward, report 2: GeGLU"},
+    {"down", " down ", "g Wdown", "Gemma2MLP.down_proj"},
+    {"post_ffn_norm", " post_ffn_norm ", "RMSNorm(f) * (1 + w)",
+     "Gemma2DecoderLayer.post_feedforward_layernorm"},
     {"residual", " ", "x = x + f", "Gemma2DecoderLayer.forward"},
-    {"final_norm", " final_norm ", "RMSNorm(x) * (1 + w)", "GemmaModel.forward, norm"},
-    {"logits", " head ", "c tanh(h E' / c)", "report 2, soft-capping; Sampler.forward"},
+    {"final_norm", " final_norm ", "RMSNorm(x) * (1 + w)", "Gemma2Model.norm"},
+    {"logits", " head ", "c tanh(h E' / c)", "Gemma2ForCausalLM.forward, report 2: soft-capping"},
 };
 
 enum { N_LENS = 5, FIRST_VALUES = 4 };
@@ -4679,7 +4685,7 @@ static int trace(program *p)
     if (status == DONE && p->opts->trace_layer < 0)
         put_format(&p->out, "step [tokens, values], norm and first values of the last token, "
                    "weights read, time, formula\n"
-                   "(report: arXiv 2408.00118; functions: gemma_pytorch, model.py)\n");
+                   "(report: arXiv 2408.00118; names: transformers, modeling_gemma2.py)\n");
     if (status == DONE)
         status = traced_pass(&t, print_step, 0);
     free(t.residuals);

@@ -8,6 +8,8 @@ Without names all of it runs, in a few minutes on two cores.  CC names the compi
 ORACLE_SEED another seed for what is random."""
 import os
 import random
+import re
+import subprocess
 import sys
 import tempfile
 import time
@@ -382,6 +384,23 @@ def test_story(engine, folder):
           f"the others trail by {gaps.max():.2g}")
 
 
+def test_trace(engine, folder):
+    """The classes, their members and the functions that `run --trace` names are transformers'."""
+    from transformers.models.gemma2 import modeling_gemma2
+    path = os.path.join(ref.GOLDEN, "both.bin")
+    owners = {type(m).__name__: m for m in ref.hf_from_bin(ref.Bin(path)).modules()}
+    text = subprocess.run([os.path.join(ref.ROOT, "run"), path, "--trace", "--ids", "2 7"],
+                          capture_output=True, text=True).stdout
+    steps = re.findall(r"^(\w+) +\[.*\((.*)\)$", text, re.M)
+    check(len({step for step, _ in steps}) == 16, f"trace: {len(steps)} lines name a source")
+    names = {name for _, source in steps for name in source.split(", ") if "report" not in name}
+    for name in names:
+        owner, _, member = name.partition(".")
+        known = hasattr(owners.get(owner), member) if member else hasattr(modeling_gemma2, owner)
+        check(known, f"trace: transformers has no {name}")
+    print(f"trace: {len(names)} names")
+
+
 # ---------------------------------------------------------------------------------------
 
 SECTIONS = {"models": test_models, "sessions": test_sessions, "formats": test_formats,
@@ -390,7 +409,7 @@ SECTIONS = {"models": test_models, "sessions": test_sessions, "formats": test_fo
             "arrays": oracle_arrays.test_arrays, "lora": oracle_lora.test_lora,
             "memory": oracle_memory.test_memory, "packed": oracle_packed.test_packed,
             "quality": oracle_quality.test_quality, "chat": oracle_chat.test_chat,
-            "schema": oracle_schema.test_schema,
+            "schema": oracle_schema.test_schema, "trace": test_trace,
             "states": oracle_states.test_states, "traps": oracle_traps.test_traps}
 
 

@@ -31,7 +31,7 @@ demo: run
 test:
 	@$(MAKE) --no-print-directory $(JOBS) test-programs
 	@sh tests/add_up.sh $(addprefix build/,$(C_TESTS)) "sh tests/cli.sh ./run" \
-		"sh tests/batch.sh ./run" \
+		"sh tests/batch.sh ./run" "build/terminal ./run" \
 		"sh tests/examples.sh build ./run"
 
 # Compares real weights with published figures (MODEL=file).

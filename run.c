@@ -99,7 +99,9 @@ static int reader_left(int error); /* a write failed because the reader of a pip
  * the end of the program; 0 where it hands over lines, shows and edits them. */
 static int terminal_raw(void);
 static void terminal_restore(void); /* a signal handler may call it */
-/* Sizes that are unknown are left alone.  Returns whether the screen must be drawn anew. */
+/* Sizes that are unknown are left alone.  Returns whether the message must be drawn anew, and
+ * that on a new row where others have written since. */
+enum { RESIZED = 1, COVERED };
 static int terminal_size(size_t *width, size_t *height);
 /* Up to n bytes that were typed; 0 at the end, below 0 with errno, which is EINTR after a signal or
  * a while in which nothing came. */
@@ -2469,7 +2471,7 @@ typedef struct {
     array history, draft;   /* char *: messages, oldest first; char: the new one meanwhile */
     size_t recalled;        /* which of the history is shown; history.n: the new one */
     size_t at;              /* the cursor, in bytes of the text */
-    size_t width;           /* columns of the terminal */
+    size_t width, height;   /* columns and rows of the terminal */
     size_t row, top;        /* of the text: where the cursor is shown, the first that is visible */
     size_t drawn;           /* bytes shown, the cursor behind them; SIZE_MAX: draw all anew */
     char sequence[16], typed[4096]; /* of a key so far; what was read and not looked at */
@@ -3709,16 +3711,22 @@ static int is_quoting(const editor *e)
            (n < 6 || memcmp(text + n - 3, "\"\"\"", 3) != 0);
 }
 
-/* Ends a line.  Returns whether the message goes on: behind a \, inside """, and where more was
- * there at once, as of a paste that the terminal does not mark. */
-static int goes_on(editor *e, int more_is_there)
+/* Whether more was there at once, as of a paste that the terminal does not mark. */
+static int more_came(const editor *e)
+{
+    return !e->marks_pastes && (e->i < e->n || input_waits(20));
+}
+
+/* Ends a line.  Returns whether the message goes on: behind a \, inside """, and where more
+ * came with it. */
+static int goes_on(editor *e, int more)
 {
     const char *text = e->text.items;
     size_t n = e->text.n;
     e->at = n;
     if (n && text[n - 1] == '\\')
         return replace(e, n - 1, n, NULL, 0) == DONE;
-    return is_quoting(e) || (!e->marks_pastes && more_is_there);
+    return is_quoting(e) || more;
 }
 
 /* What a key does; *status says when there is no memory for it. */
@@ -3770,7 +3778,7 @@ static int take_typed(editor *e, int *status)
         e->after_return = c == '\r';
         if (key != '\n' && key != '\r')
             take_key(e, key, status);
-        else if (goes_on(e, e->i < e->n || input_waits(20)))
+        else if (goes_on(e, more_came(e)))
             *status = insert(e, "\n", 1);
         else
             return 1;
@@ -3796,23 +3804,21 @@ static void flush_screen(editor *e)
     e->screen.n = 0;
 }
 
-/* Sends what changed to the terminal, whose size may have changed, too. */
-static void show_typed(editor *e)
+/* Takes over the terminal's size, which may have changed. */
+static void fit_terminal(editor *e)
 {
-    size_t width = 80, height = 24;
-    int changed = terminal_size(&width, &height);
+    size_t width = 80;
+    int changed;
+    e->height = 24;
+    changed = terminal_size(&width, &e->height);
     width = width < 2 * SIGN ? 2 * SIGN : width;
-    if (e->width == 0)
+    if (e->width && (changed || width != e->width)) {
         e->width = width;
-    if (changed || width != e->width) {
-        e->width = width;
-        e->row = place_of(e, e->at < e->text.n ? e->at : e->text.n).row; /* terminals fold anew */
-        e->top = e->row < height ? 0 : e->row - height + 1;
+        e->row = changed == COVERED ? 0 : place_of(e, e->at).row; /* terminals fold anew */
+        e->top = e->row < e->height ? 0 : e->row - e->height + 1;
         e->drawn = SIZE_MAX;
     }
-    if (e->drawn != e->text.n || e->at != e->text.n)
-        draw(e, height);
-    flush_screen(e);
+    e->width = width;
 }
 
 /* Takes the bytes of lines that the terminal edits, up to the end of a message. */
@@ -3824,7 +3830,7 @@ static int take_lines(editor *e, int *status, int *cut)
             continue;
         if (c == '\n') {
             *cut |= is_cut(e->text.n - line_end(e, 0));
-            int more = e->i < e->n || input_waits(20);
+            int more = more_came(e);
             if (!goes_on(e, more))
                 return 1;
             if (!more)
@@ -3855,6 +3861,7 @@ static int wait_for_typed(editor *e, int *asked)
     int reason = errno;
     e->i = 0, e->n = got > 0 ? (size_t)got : 0;
     e->ended = got == 0;
+    e->text.n = e->raw && e->ended ? 0 : e->text.n; /* a terminal that is gone ends no message */
     if (ended_by || (stop_asked && *asked))
         return INTERRUPTED;
     if (stop_asked) {
@@ -3878,14 +3885,18 @@ static int read_message(program *p, int *at_end)
     int status = DONE, cut = 0, asked = 0, complete = 0;
     begin_text(e);
     stop_asked = 0;
-    flush_screen(e);
+    if (e->raw)
+        fit_terminal(e);
     while ((status = status ? status : e->failed) == DONE && !complete && !e->ended) {
         complete = e->raw ? take_typed(e, &status) : take_lines(e, &status, &cut);
         if (complete || status != DONE || e->ended)
             break;
-        if (e->raw)
-            show_typed(e);
+        if (e->raw && (e->drawn != e->text.n || e->at != e->text.n))
+            draw(e, e->height);
+        flush_screen(e);
         status = wait_for_typed(e, &asked);
+        if (e->raw)
+            fit_terminal(e);
     }
     if (e->raw) {
         leave_text(e);
@@ -6523,7 +6534,7 @@ static void on_lost_page(int signal_number, siginfo_t *info, void *context)
     _Exit(BAD_MODEL);
 }
 
-/* SIGQUIT: ends the program as always. */
+/* SIGQUIT and what a fault of the program raises: ends it as always. */
 static void on_quit(int signal_number)
 {
     terminal_restore();
@@ -6625,7 +6636,7 @@ static int reader_left(int error) { return error == EPIPE; }
  * such limit. */
 static struct termios lines, keys;
 static volatile sig_atomic_t is_raw;
-static volatile sig_atomic_t size_changed; /* or all of the screen */
+static volatile sig_atomic_t size_changed; /* RESIZED or COVERED */
 
 /* The settings, and whether pastes are marked (bracketed paste). */
 static void set_terminal(const struct termios *settings, int marks_pastes)
@@ -6649,19 +6660,22 @@ static void on_suspend(int signal_number)
 {
     int reason = errno;
     (void)signal_number;
-    if (is_raw)
+    if (is_raw) {
+        ssize_t written = write(STDERR_FILENO, "\033[J", 3);
+        (void)written;
         set_terminal(&lines, 0);
+    }
     raise(SIGSTOP);
     if (is_raw)
         set_terminal(&keys, 1);
-    size_changed = 1;
+    size_changed = COVERED;
     errno = reason;
 }
 
 static void on_resize(int signal_number)
 {
     (void)signal_number;
-    size_changed = 1;
+    size_changed = size_changed ? size_changed : RESIZED;
 }
 
 static int terminal_raw(void)
@@ -6681,7 +6695,9 @@ static int terminal_raw(void)
     suspend.sa_flags = SA_RESTART;
     sigemptyset(&suspend.sa_mask);
     sigaction(SIGTSTP, &suspend, NULL);
-    signal(SIGQUIT, on_quit);
+    static const int deadly[] = {SIGQUIT, SIGABRT, SIGSEGV, SIGFPE, SIGILL};
+    for (int i = 0; i < 5; i++)
+        signal(deadly[i], on_quit);
 #ifdef SIGWINCH
     signal(SIGWINCH, on_resize);
 #endif

@@ -11,7 +11,7 @@ $(LINKED): build/gemma2.o
 build/test_run: run.c
 
 JOBS = $(if $(filter -j%,$(MAKEFLAGS)),,-j$(shell getconf _NPROCESSORS_ONLN || echo 1))
-test-programs: run $(addprefix build/,$(C_TESTS)) $(EXAMPLES)
+test-programs: run $(addprefix build/,$(C_TESTS) terminal) $(EXAMPLES)
 
 build/%: tests/%.c gemma2.c gemma2.h $(wildcard tests/*.h tests/unit/*)
 	@mkdir -p build
@@ -83,7 +83,7 @@ SANITIZE = $(CC) $(PLAIN) -O1 -g -pthread -fsanitize=address,undefined \
 	-fno-sanitize-recover=all
 
 # Repeats the tests under sanitizers (address, undefined).
-test-sanitize:
+test-sanitize: build/terminal
 	@mkdir -p build/sanitize
 	@for t in test test_session test_golden; do \
 		$(SANITIZE) tests/$$t.c -lm -o build/sanitize/$$t || exit 1; done
@@ -93,7 +93,8 @@ test-sanitize:
 	@$(SANITIZE) $(REPLAY) -lm -o build/sanitize/replay
 	@$(SANITIZE) run.c gemma2.c -lm -o build/sanitize/run
 	@sh tests/add_up.sh $(addprefix build/sanitize/,test test_session test_golden test_emulated \
-		hostile fault replay) "sh tests/cli.sh build/sanitize/run"
+		hostile fault replay) "sh tests/cli.sh build/sanitize/run" \
+		"build/terminal build/sanitize/run"
 
 ARCHER ?= $(firstword $(wildcard /usr/lib/llvm-*/lib/libarcher.so))
 TSAN = clang $(PLAIN) -O1 -g -fopenmp -fsanitize=thread

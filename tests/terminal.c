@@ -1,0 +1,663 @@
+/* A conversation on a pseudo-terminal: keys in, screen out.  A small model of a terminal keeps
+ * what ./run sends as cells, so that the tests say what a person sees and where the cursor is.
+ *
+ *   cc tests/terminal.c && ./a.out [./run]
+ *
+ * From the repository's root.  Nothing waits for a time to pass, but until the screen shows what
+ * is expected, or for PATIENCE.  Sequences that the model does not know fail. */
+#define _XOPEN_SOURCE 700
+#define _DEFAULT_SOURCE
+#define _DARWIN_C_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include <termios.h>
+#include <time.h>
+#include <unistd.h>
+
+enum { PATIENCE = 5, MOST_ROWS = 50, MOST_COLUMNS = 120, CELL = 28 };
+
+static const char *program = "./run";
+static const char MODEL[] = "tests/demo/story-q8.bin";
+static char folder[] = "/tmp/gemma2-terminal-XXXXXX", history[64], file[64], script[64];
+static int n_passed, n_failed;
+
+#define PRINTF_LIKE(text, first) __attribute__((format(printf, text, first)))
+
+PRINTF_LIKE(2, 3) static int check(int ok, const char *format, ...)
+{
+    va_list arguments;
+    va_start(arguments, format);
+    if (!ok) {
+        printf("FAIL ");
+        vprintf(format, arguments);
+        printf("\n");
+    }
+    va_end(arguments);
+    n_passed += ok != 0;
+    n_failed += !ok;
+    return ok;
+}
+
+static double now(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+/* ---- the terminal ---- */
+
+typedef struct {
+    char text[CELL]; /* a character and what joins it; empty: blank, or a wide one's right half */
+    int width;       /* 0: blank or a right half */
+} cell;
+
+static struct {
+    int master, width, height, row, column;
+    int full;                 /* the cursor stands on the last column's character, as if behind it */
+    cell cells[MOST_ROWS][MOST_COLUMNS];
+    int goes_on[MOST_ROWS];   /* a row that was full: the next belongs to its line */
+    char bytes[16];           /* of a sequence or a character so far */
+    size_t n;
+    int marks_pastes, bells, ended;
+    pid_t child;
+} t;
+
+/* The few characters that these tests use. */
+static int columns(uint32_t code)
+{
+    if ((code >= 0x300 && code <= 0x36F) || code == 0x200D || code == 0xFE0F)
+        return 0;
+    return code >= 0x1F300 || (code >= 0x1100 && code <= 0x115F) || (code >= 0x3041 && code <= 0xD7A3)
+               ? 2 : 1;
+}
+
+static void clear_cells(int row, int column)
+{
+    for (; row < MOST_ROWS; row++, column = 0) {
+        memset(t.cells[row] + column, 0, (size_t)(MOST_COLUMNS - column) * sizeof(cell));
+        t.goes_on[row] = 0;
+    }
+}
+
+static void next_row(void)
+{
+    if (++t.row < t.height)
+        return;
+    t.row--;
+    memmove(t.cells, t.cells + 1, sizeof t.cells - sizeof t.cells[0]);
+    memmove(t.goes_on, t.goes_on + 1, sizeof t.goes_on - sizeof t.goes_on[0]);
+    clear_cells(t.height - 1, 0);
+}
+
+static void put_char(const char *bytes, size_t n, uint32_t code)
+{
+    int width = columns(code), at = t.full ? t.column : t.column - 1;
+    if (width == 0) { /* the cell was zeroed, so its text stays one */
+        while (at > 0 && !t.cells[t.row][at].width)
+            at--;
+        if (at >= 0 && strlen(t.cells[t.row][at].text) + n < CELL)
+            memcpy(t.cells[t.row][at].text + strlen(t.cells[t.row][at].text), bytes, n);
+        return;
+    }
+    if (t.full || t.column + width > t.width) {
+        t.goes_on[t.row] = 1;
+        next_row();
+        t.column = t.full = 0;
+    }
+    memset(t.cells[t.row] + t.column, 0, (size_t)width * sizeof(cell));
+    memcpy(t.cells[t.row][t.column].text, bytes, n);
+    t.cells[t.row][t.column].width = width;
+    t.column += width;
+    if (t.column >= t.width)
+        t.full = 1, t.column = t.width - 1;
+}
+
+/* ESC [ and what follows; 0 where it goes on. */
+static int put_sequence(void)
+{
+    char last = t.bytes[t.n - 1];
+    int n = t.n > 2 ? atoi(t.bytes + 2) : 0, count = n ? n : 1;
+    if (t.n < 3 || last < '@')
+        return 0;
+    t.bytes[t.n] = '\0';
+    if (last == 'A')
+        t.row = t.row > count ? t.row - count : 0;
+    else if (last == 'C')
+        t.column = t.column + count < t.width ? t.column + count : t.width - 1;
+    else if (last == 'J' && n == 0)
+        clear_cells(t.row, t.column);
+    else if (last == 'J' && n == 2)
+        clear_cells(0, 0);
+    else if (last == 'H' && t.n == 3)
+        t.row = t.column = 0;
+    else if (strncmp(t.bytes + 2, "?2004", 5) == 0)
+        t.marks_pastes = last == 'h';
+    else
+        check(0, "a sequence that is not known: ESC %s", t.bytes + 1);
+    t.full = 0;
+    return 1;
+}
+
+static void put_byte(char byte)
+{
+    unsigned char first;
+    t.bytes[t.n++] = byte;
+    first = (unsigned char)t.bytes[0];
+    if (first == 27 && (t.n < 2 || (t.n < sizeof t.bytes - 1 && !put_sequence())))
+        return;
+    if (first >= 0xC0 && t.n < (first >= 0xF0 ? 4u : first >= 0xE0 ? 3u : 2u))
+        return;
+    if (first >= 0xC0) {
+        uint32_t code = first & (0x7Fu >> t.n);
+        for (size_t i = 1; i < t.n; i++)
+            code = code << 6 | (t.bytes[i] & 0x3Fu);
+        put_char(t.bytes, t.n, code);
+    } else if (first == '\r')
+        t.column = t.full = 0;
+    else if (first == '\n')
+        t.full = 0, next_row();
+    else if (first == '\a')
+        t.bells++;
+    else if (first == '\b')
+        t.column -= t.column > 0;
+    else if (first >= ' ' && first < 0x7F)
+        put_char(t.bytes, 1, first);
+    else if (first != 27)
+        check(0, "a byte that is not known: %02X", first);
+    t.n = 0;
+}
+
+/* The rows as text, without blanks at the end of a row and empty rows at the end. */
+static const char *screen(void)
+{
+    static char text[MOST_ROWS * MOST_COLUMNS * CELL];
+    size_t n = 0, kept = 0;
+    for (int row = 0; row < t.height; row++) {
+        for (int column = 0; column < t.width; column++) {
+            const cell *c = &t.cells[row][column];
+            n += (size_t)sprintf(text + n, "%s", c->width ? c->text : "");
+            if (!c->width && !(column && c[-1].width == 2))
+                text[n++] = ' ';
+            if (c->width && c->text[0] != ' ')
+                kept = n;
+        }
+        n = kept > n ? n : n;
+        while (n > 0 && text[n - 1] == ' ')
+            n--;
+        text[n++] = '\n';
+    }
+    while (n > 0 && text[n - 1] == '\n')
+        n--;
+    text[n] = '\0';
+    return text;
+}
+
+/* Takes what the program sends, waiting a little. */
+static void pump(void)
+{
+    char bytes[4096];
+    struct pollfd in = {t.master, POLLIN, 0};
+    if (t.ended || poll(&in, 1, 10) <= 0)
+        return;
+    ssize_t got = read(t.master, bytes, sizeof bytes);
+    if (got <= 0 && errno != EINTR)
+        t.ended = 1;
+    for (ssize_t i = 0; i < got; i++)
+        put_byte(bytes[i]);
+}
+
+/* Folds the lines anew, as most terminals do, and keeps the cursor where it was in its line. */
+static void resize(int width, int height)
+{
+    static cell old[MOST_ROWS][MOST_COLUMNS];
+    int went_on[MOST_ROWS], was_width = t.width, was_row = t.row, was_column = t.column + t.full;
+    int row = -1, column = 0;
+    memcpy(old, t.cells, sizeof old);
+    memcpy(went_on, t.goes_on, sizeof went_on);
+    t.width = width, t.height = height;
+    t.row = t.column = t.full = 0;
+    clear_cells(0, 0);
+    for (int r = 0; r <= was_row && was_width; r++) {
+        int last = was_width;
+        while (last > 0 && !old[r][last - 1].width && !(last > 1 && old[r][last - 2].width == 2))
+            last--;
+        for (int c = 0; c < (r == was_row && last < was_column ? was_column : last); c++) {
+            if (r == was_row && c == was_column)
+                row = t.row, column = t.column + t.full;
+            if (old[r][c].width)
+                put_char(old[r][c].text, strlen(old[r][c].text),
+                         old[r][c].width == 2 ? 0x4E00 : 'x');
+            else if (!c || old[r][c - 1].width != 2)
+                put_char(" ", 1, ' ');
+        }
+        if (r < was_row && !went_on[r])
+            t.column = t.full = 0, next_row();
+    }
+    if (row >= 0)
+        t.row = row, t.column = column, t.full = 0;
+    struct winsize size = {.ws_row = (unsigned short)height, .ws_col = (unsigned short)width};
+    ioctl(t.master, TIOCSWINSZ, &size);
+}
+
+static void type_bytes(const char *keys, size_t n)
+{
+    for (double end = now() + PATIENCE; n && now() < end; pump()) {
+        ssize_t written = write(t.master, keys, n < 512 ? n : 512);
+        keys += written > 0 ? written : 0;
+        n -= written > 0 ? (size_t)written : 0;
+    }
+}
+
+static void type(const char *keys) { type_bytes(keys, strlen(keys)); }
+
+/* Waits until the screen is as said and the cursor there; row below 0: anywhere. */
+static int shows(const char *name, const char *want, int row, int column)
+{
+    double end = now() + PATIENCE;
+    int ok = 0;
+    do {
+        pump();
+        ok = strcmp(screen(), want) == 0 && (row < 0 || (t.row == row && t.column == column));
+    } while (!ok && !t.ended && now() < end);
+    return check(ok, "%s: the screen is\n%s\nwith the cursor at %d, %d, not\n%s\nat %d, %d", name,
+                 screen(), t.row, t.column, want, row, column);
+}
+
+/* Waits until the text stands on the screen. */
+static int has(const char *name, const char *want)
+{
+    double end = now() + PATIENCE;
+    while (!strstr(screen(), want) && !t.ended && now() < end)
+        pump();
+    return check(strstr(screen(), want) != NULL, "%s: the screen has no '%s':\n%s", name, want,
+                 screen());
+}
+
+/* Waits until the conversation asks on the row below a text's last one. */
+static int asks_behind(const char *name, const char *text)
+{
+    char want[300];
+    snprintf(want, sizeof want, "%s\n>", text);
+    double end = now() + PATIENCE;
+    int ok;
+    do {
+        pump();
+        const char *all = screen();
+        size_t n = strlen(all), m = strlen(want);
+        ok = n >= m && strcmp(all + n - m, want) == 0 && t.column == 2;
+    } while (!ok && !t.ended && now() < end);
+    return check(ok, "%s: there is no '%s' and a prompt at the end of\n%s", name, text, screen());
+}
+
+/* ---- the program ---- */
+
+/* Starts it on a new terminal; options end with NULL.  0 where there is no terminal. */
+static int start(int width, int height, const char *const *options)
+{
+    memset(&t, 0, sizeof t);
+    const char *name = NULL;
+    t.master = posix_openpt(O_RDWR | O_NOCTTY);
+    if (t.master < 0 || grantpt(t.master) < 0 || unlockpt(t.master) < 0 ||
+        (name = ptsname(t.master)) == NULL)
+        return 0;
+    const char *arguments[40] = {program, MODEL, "-c", "-q", "-t", "0", "-j", "1", "-C", "20000"};
+    for (int i = 10; *options; i++)
+        arguments[i] = *options++;
+    resize(width, height);
+    fflush(stdout);
+    t.child = fork();
+    if (t.child == 0) {
+        setsid();
+        int slave = open(name, O_RDWR);
+        ioctl(slave, TIOCSCTTY, 0);
+        for (int fd = 0; fd < 3; fd++)
+            dup2(slave, fd);
+        close(slave), close(t.master);
+        execv(program, (char *const *)(uintptr_t)arguments);
+        _exit(99);
+    }
+    return t.child > 0;
+}
+
+/* Its exit status, 128 + a signal, or 1000 + the signal that stopped it. */
+static int status_of(int may_stop)
+{
+    int status = 0;
+    double end = now() + PATIENCE;
+    pid_t got = 0;
+    while ((got = waitpid(t.child, &status, WNOHANG | (may_stop ? WUNTRACED : 0))) == 0 && now() < end)
+        pump();
+    if (got == 0) {
+        kill(t.child, SIGKILL);
+        waitpid(t.child, &status, 0);
+        return -1;
+    }
+    return WIFSTOPPED(status) ? 1000 + WSTOPSIG(status)
+                              : WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
+}
+
+static int is_cooked(void)
+{
+    struct termios now_set;
+    return tcgetattr(t.master, &now_set) == 0 && now_set.c_lflag & ICANON && now_set.c_lflag & ECHO;
+}
+
+/* Waits for the end; the terminal is as it was. */
+static void ends(const char *name, int want)
+{
+    int status = status_of(0);
+    for (double end = now() + PATIENCE; t.marks_pastes && !t.ended && now() < end;)
+        pump(); /* what was sent last */
+    check(status == want, "%s: exit status %d, not %d; the screen is\n%s", name, status, want,
+          screen());
+    check(is_cooked() && !t.marks_pastes, "%s: the terminal is not as it was", name);
+    close(t.master);
+}
+
+/* The last line of the history's file. */
+static const char *last_message(void)
+{
+    static char line[20000];
+    FILE *in = fopen(history, "rb");
+    line[0] = '\0';
+    while (in && fgets(line, sizeof line, in))
+        line[strcspn(line, "\n")] = '\0';
+    if (in)
+        fclose(in);
+    return line;
+}
+
+/* ---- the editor ---- */
+
+#define TWENTY "abcdefghijklmnopqrst"
+#define WIDE "\xE4\xB8\xAD"      /* U+4E2D */
+#define ACUTE "e\xCC\x81"        /* e, U+0301 */
+#define FAMILY "\xF0\x9F\x91\xA9\xE2\x80\x8D\xF0\x9F\x91\xA7" /* two that U+200D joins */
+
+/* On an empty screen: what keys show, where the cursor is, and the message that Enter sends as
+ * the history has it. */
+static const struct {
+    const char *name;
+    int width, height;
+    const char *keys, *screen;
+    int row, column;
+    const char *message;
+} KEYS[] = {
+    {"a paste", 20, 6, "\033[200~one\ntwo\r\nthree\rfour\033[201~!", "> one\n. two\n. three\n. four!", 3,
+     7, "one\\ntwo\\nthree\\nfour!"},
+    {"typing", 20, 6, "abc", "> abc", 0, 5, "abc"},
+    {"left", 20, 6, "abc\033[D\033ODX", "> aXbc", 0, 4, "aXbc"},
+    {"right", 20, 6, "abc\001\033[C\033OCX", "> abXc", 0, 5, "abXc"},
+    {"Ctrl-B and Ctrl-F", 20, 6, "abc\002\002\002\006X", "> aXbc", 0, 4, "aXbc"},
+    {"Home", 20, 6, "abc\033[H", "> abc", 0, 2, "abc"},
+    {"Home of others", 20, 6, "abc\033[1~X", "> Xabc", 0, 3, "Xabc"},
+    {"Home of rxvt", 20, 6, "abc\033[7~X", "> Xabc", 0, 3, "Xabc"},
+    {"Home in keypad mode", 20, 6, "abc\033OHX", "> Xabc", 0, 3, "Xabc"},
+    {"Ctrl-A", 20, 6, "abc\001X", "> Xabc", 0, 3, "Xabc"},
+    {"End", 20, 6, "abc\001\033[F", "> abc", 0, 5, "abc"},
+    {"End of others", 20, 6, "abc\001\033[4~X", "> abcX", 0, 6, "abcX"},
+    {"End of rxvt", 20, 6, "abc\001\033[8~X", "> abcX", 0, 6, "abcX"},
+    {"End in keypad mode", 20, 6, "abc\001\033OFX", "> abcX", 0, 6, "abcX"},
+    {"Ctrl-E", 20, 6, "abc\001\005X", "> abcX", 0, 6, "abcX"},
+    {"Delete", 20, 6, "abc\001\033[3~", "> bc", 0, 2, "bc"},
+    {"Ctrl-D amid the text", 20, 6, "abc\001\004", "> bc", 0, 2, "bc"},
+    {"backspace", 20, 6, "abc\177", "> ab", 0, 4, "ab"},
+    {"backspace in the middle", 20, 6, "abc\002\010", "> ac", 0, 3, "ac"},
+    {"Ctrl-K", 20, 6, "abc def\001\006\006\006\013", "> abc", 0, 5, "abc"},
+    {"Ctrl-U", 20, 6, "abc def\002\002\002\025", "> def", 0, 2, "def"},
+    {"Ctrl-W", 20, 6, "abc def \027", "> abc", 0, 6, "abc "},
+    {"words", 20, 6, "abc def\033[1;5DX\033b\033bY\033fZ", "> YabcZ Xdef", 0, 7, "YabcZ Xdef"},
+    {"keys that are not known", 20, 6, "a\033[15~\033[1;2Pb\033Oq\033[[Ac\033xd", "> abcd", 0, 6, "abcd"},
+    {"a tab", 20, 6, "a\tb", "> a b", 0, 5, "a\tb"},
+    {"bytes that are no UTF-8", 20, 6, "a\xC3(\xFFz", "> a?(?z", 0, 7, "a\xC3(\xFFz"},
+    {"wide", 20, 6, "a" WIDE "b", "> a" WIDE "b", 0, 6, "a" WIDE "b"},
+    {"left of wide", 20, 6, "a" WIDE "b\033[D\033[D", "> a" WIDE "b", 0, 3, "a" WIDE "b"},
+    {"wide taken back", 20, 6, "a" WIDE "b\033[D\177", "> ab", 0, 3, "ab"},
+    {"combining", 20, 6, "x" ACUTE "y", "> x" ACUTE "y", 0, 5, "x" ACUTE "y"},
+    {"left of combining", 20, 6, "x" ACUTE "y\033[D\033[D", "> x" ACUTE "y", 0, 3, "x" ACUTE "y"},
+    {"combining taken back", 20, 6, "x" ACUTE "\177", "> x", 0, 3, "x"},
+    {"joined", 20, 6, FAMILY "x\002\177", "> x", 0, 2, "x"},
+    {"a full row", 20, 6, "abcdefghijklmnopqr", "> abcdefghijklmnopqr", 1, 0, "abcdefghijklmnopqr"},
+    {"one more", 20, 6, TWENTY, "> abcdefghijklmnopqr\nst", 1, 2, TWENTY},
+    {"two full rows", 20, 6, TWENTY "abcdefghijklmnopqr", "> abcdefghijklmnopqr\nst"
+     "abcdefghijklmnopqr", 2, 0, TWENTY "abcdefghijklmnopqr"},
+    {"a longer row", 20, 6, TWENTY "\001X", "> Xabcdefghijklmnopq\nrst", 0, 3, "X" TWENTY},
+    {"a shorter row", 20, 6, TWENTY "\001\033[3~", "> bcdefghijklmnopqrs\nt", 0, 2,
+     "bcdefghijklmnopqrst"},
+    {"back to a full row", 20, 6, "abcdefghijklmnopqrs\177", "> abcdefghijklmnopqr", 1, 0,
+     "abcdefghijklmnopqr"},
+    {"across rows", 20, 6, TWENTY "\033[D\033[D\033[D", "> abcdefghijklmnopqr\nst", 0, 19, TWENTY},
+    {"up a row", 20, 6, TWENTY "\033[AX", "> Xabcdefghijklmnopq\nrst", 0, 3,
+     "X" TWENTY},
+    {"wide at the edge", 20, 6, "abcdefghijklmnopq" WIDE "r", "> abcdefghijklmnopq\n" WIDE "r", 1, 3,
+     "abcdefghijklmnopq" WIDE "r"},
+    {"wide fills the row", 20, 6, "abcdefghijklmnop" WIDE, "> abcdefghijklmnop" WIDE, 1, 0,
+     "abcdefghijklmnop" WIDE},
+    {"combining at the edge", 20, 6, "abcdefghijklmnopq" ACUTE "x",
+     "> abcdefghijklmnopq" ACUTE "\nx", 1, 1, "abcdefghijklmnopq" ACUTE "x"},
+    {"Alt-Enter", 20, 6, "one\033\rtwo", "> one\n. two", 1, 5, "one\\ntwo"},
+    {"Alt-Enter of others", 20, 6, "one\033[13;2utwo\033[27;2;13~x", "> one\n. two\n. x", 2, 3,
+     "one\\ntwo\\nx"},
+    {"up to a shorter line", 20, 6, "a\033\rbcd\033[A!", "> a!\n. bcd", 0, 4, "a!\\nbcd"},
+    {"down to a line", 20, 6, "abc\033\rd\033[A\033[H\033[B!", "> abc\n. !d", 1, 3, "abc\\n!d"},
+    {"Ctrl-A in a second line", 20, 6, "abc\033\rd\001!", "> abc\n. !d", 1, 3, "abc\\n!d"},
+    {"Ctrl-K joins lines", 20, 6, "ab\033\rcd\033[A\005\013", "> abcd", 0, 4, "abcd"},
+    {"backspace joins lines", 20, 6, "ab\033\rcd\001\177", "> abcd", 0, 4, "abcd"},
+    {"a newline in a full row", 20, 6, "abcdefghijklmnopqr\033\rs", "> abcdefghijklmnopqr\n\n. s", 2, 3,
+     "abcdefghijklmnopqr\\ns"},
+    {"keys in a paste", 20, 6, "\033[200~a\001\177\033[Ab\033[201~", "> a???[Ab", 0, 9,
+     "a\001\177\033[Ab"},
+    {"a paste in the middle", 20, 6, "ab\002\033[200~x\ny\033[201~!", "> ax\n. y!b", 1, 4, "ax\\ny!b"},
+    {"a backslash", 20, 6, "one\\\rtwo", "> one\n. two", 1, 5, "one\\ntwo"},
+    {"quotes", 20, 6, "\"\"\"one\rtwo", "> \"\"\"one\n. two", 1, 5, NULL},
+    {"a screen of 10", 10, 4, "abcdefghijkl", "> abcdefgh\nijkl", 1, 4, "abcdefghijkl"},
+    {"more rows than there are", 10, 3, "one\033\rtwo\033\rthree\033\rfour", ". two\n. three\n. four", 2, 6,
+     "one\\ntwo\\nthree\\nfour"},
+    {"up in them", 10, 3, "one\033\rtwo\033\rthree\033\rfour\033[A\033[A\033[A\001!",
+     "> !one\n. two\n. three", 0, 3, "!one\\ntwo\\nthree\\nfour"},
+    {"up and down in them", 10, 3,
+     "one\033\rtwo\033\rthree\033\rfour\033[A\033[A\033[A\033[B\033[B\033[B\005!",
+     ". two\n. three\n. four!", 2, 7, "one\\ntwo\\nthree\\nfour!"},
+    {"2 columns", 2, 5, "ab", NULL, 0, 0, "ab"},
+};
+
+static void test_keys(void)
+{
+    const char *const options[] = {"--choice", "ok", "--history", history, NULL};
+    if (!check(start(20, 6, options), "no start"))
+        return;
+    shows("start", ">", 0, 2);
+    for (size_t i = 0; i < sizeof KEYS / sizeof *KEYS && !t.ended; i++) {
+        const char *message = KEYS[i].message;
+        resize(KEYS[i].width, KEYS[i].height);
+        type("\014");
+        if (KEYS[i].width > 2 && !shows(KEYS[i].name, ">", 0, 2))
+            continue;
+        type(KEYS[i].keys);
+        if (KEYS[i].screen)
+            shows(KEYS[i].name, KEYS[i].screen, KEYS[i].row, KEYS[i].column);
+        type(message ? "\r" : "\"\"\"\r");
+        if (KEYS[i].width == 2)
+            resize(20, 6);
+        asks_behind(KEYS[i].name, "ok");
+        check(!message || strcmp(last_message(), message) == 0, "%s: the message is '%s', not '%s'",
+              KEYS[i].name, last_message(), message);
+    }
+    type("\004");
+    ends("Ctrl-D", 0);
+}
+
+
+/* Starts a conversation whose every reply is "ok", with up to four more options. */
+static int talk(int width, int height, const char *a, const char *b, const char *c, const char *d)
+{
+    const char *const options[] = {"--choice", "ok", a, b, c, d, NULL};
+    return check(start(width, height, options), "no start") && shows("start", ">", 0, 2);
+}
+
+/* On an empty screen: types a line and waits for what the conversation says last. */
+static void enter(const char *line, const char *last)
+{
+    type("\014");
+    if (!shows(line, ">", 0, 2))
+        return;
+    type(line), type("\r"), asks_behind(line, last);
+}
+
+static void test_history(void)
+{
+    unlink(history);
+    if (!talk(20, 9, "--history", history, NULL, NULL))
+        return;
+    struct stat st;
+    check(stat(history, &st) == 0 && (st.st_mode & 0777) == 0600, "the history's mode");
+    enter("one", "ok");
+    enter("two\033\rlines", "ok");
+    type("new\014"), shows("a draft", "> new", 0, 5);
+    type("\033[A"), shows("up", "> two\n. lines", 1, 7);
+    type("\033[A"), shows("up in it", "> two\n. lines", 0, 5);
+    type("\020"), shows("up to the first", "> one", 0, 5);
+    type("\033[A"), shows("there is none before", "> one", 0, 5);
+    type("!\033[B"), shows("down", "> two\n. lines", 1, 7);
+    type("\016"), shows("down to the draft", "> new", 0, 5);
+    type("\033[B\033[A\033[A\033OA"), shows("changes of a kept one are gone", "> one", 0, 5);
+    type("\r"), asks_behind("one again", "ok");
+    type("\004"), ends("Ctrl-D", 0);
+    if (!talk(20, 9, "--history", history, NULL, NULL))
+        return;
+    type("\033[A\033[A"), shows("from the file", "> two\n. lines", 1, 7);
+    type("\005\025\025\177\025\004"), ends("after the history", 0);
+    check(strcmp(last_message(), "one") == 0, "the history ends in %s", last_message());
+}
+
+static void test_sizes(void)
+{
+    static char longest[4501];
+    if (!talk(20, 6, "--history", history, NULL, NULL))
+        return;
+    type(TWENTY "0123456789"), shows("before", "> abcdefghijklmnopqr\nst0123456789", 1, 12);
+    resize(40, 6), shows("wider", "> " TWENTY "0123456789", 0, 32);
+    type("!"), shows("and more", "> " TWENTY "0123456789!", 0, 33);
+    resize(10, 6), shows("narrower", "> abcdefgh\nijklmnopqr\nst01234567\n89!", 3, 3);
+    type("\033[A\033[A"), shows("up", "> abcdefgh\nijklmnopqr\nst01234567\n89!", 1, 3);
+    resize(20, 6), shows("in the middle", "> abcdefghijklmnopqr\nst0123456789!", 0, 13);
+    type("\005"), shows("its end", "> abcdefghijklmnopqr\nst0123456789!", 1, 13);
+    resize(20, 1), shows("one row", "st0123456789!", 0, 13);
+    type("\177"), shows("and less", "st0123456789", 0, 12);
+    resize(20, 6), type("\014"), shows("rows again", "> abcdefghijklmnopqr\nst0123456789", 1, 12);
+    type("\r"), asks_behind("resized", "ok");
+    for (size_t i = 0; i < sizeof longest - 1; i++)
+        longest[i] = i % 6 == 5 ? ' ' : "once up"[i % 6];
+    enter(longest, "ok");
+    check(strcmp(last_message(), longest) == 0, "%zu of 4,500 bytes", strlen(last_message()));
+    type("\004"), ends("Ctrl-D", 0);
+}
+
+static void test_signals(void)
+{
+    if (!talk(40, 9, NULL, NULL, NULL, NULL))
+        return;
+    type("a message"), shows("a message", "> a message", 0, 11), type("\003");
+    shows("Ctrl-C", "> a message\nCtrl-C once more leaves, and so does /ex\nit.\n>", 3, 2);
+    type("\033[A"), shows("it is kept", "> a message\nCtrl-C once more leaves, and so does /ex\nit.\n"
+                                        "> a message", 3, 11);
+    type("\014"), shows("alone", "> a message", 0, 11), type("\003");
+    shows("again", "> a message\nCtrl-C once more leaves, and so does /ex\nit.\n>", 3, 2);
+    type("\003"), ends("Ctrl-C twice", 130);
+
+    if (!talk(20, 8, NULL, NULL, NULL, NULL))
+        return;
+    enter("hello", "ok");
+    type(TWENTY "0123\001"), shows("rows", "> hello\nok\n> abcdefghijklmnopqr\nst0123", 2, 2);
+    check(!is_cooked() && t.marks_pastes, "keys are not read one at a time");
+    for (int i = 0; i < 2; i++) {
+        type(i ? "\005" : "\001"), shows("the cursor", screen(), i ? 5 : 2, i ? 6 : 2);
+        type("\032");
+        check(status_of(1) == 1000 + SIGSTOP, "Ctrl-Z does not stop it");
+        while (t.marks_pastes)
+            pump();
+        check(is_cooked(), "Ctrl-Z leaves the terminal in raw mode");
+        for (const char *c = "\r\n$ fg\r\n"; *c; c++) /* a shell's */
+            put_byte(*c);
+        kill(t.child, SIGCONT);
+        shows("fg", i ? "ok\n>\n$ fg\n> abcdefghijklmnopqr\nst0123\n$ fg\n"
+                        "> abcdefghijklmnopqr\nst0123"
+                      : "> hello\nok\n>\n$ fg\n> abcdefghijklmnopqr\nst0123",
+              i ? 7 : 4, i ? 6 : 2);
+        check(!is_cooked() && t.marks_pastes, "keys are not read one at a time after fg");
+    }
+    type("!\r"), asks_behind("after fg", "ok");
+    type("\004"), ends("Ctrl-D", 0);
+
+    static const int numbers[] = {SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGABRT, SIGSEGV, SIGBUS, SIGFPE, SIGILL};
+    for (size_t i = 0; i < sizeof numbers / sizeof *numbers; i++) {
+        if (!talk(40, 9, NULL, NULL, NULL, NULL))
+            return;
+        type("abc"), shows("abc", "> abc", 0, 5);
+        kill(t.child, numbers[i]);
+        if (numbers[i] == SIGINT) /* as often as it takes */
+            has("SIGINT", "once more"), kill(t.child, SIGINT);
+        char name[40];
+        snprintf(name, sizeof name, "signal %d", numbers[i]);
+        ends(name, 128 + numbers[i]);
+    }
+}
+
+/* The terminal vanishes: the session is kept, whether SIGHUP ends the program or it reads the
+ * end. */
+static void test_vanishing(void)
+{
+    for (int ignored = 0; ignored < 2; ignored++) {
+        struct stat st;
+        signal(SIGHUP, ignored ? SIG_IGN : SIG_DFL);
+        if (!talk(20, 6, "--session", file, NULL, NULL))
+            return;
+        enter("hello", "ok");
+        type("more");
+        close(t.master);
+        t.ended = 1;
+        int status = status_of(0);
+        check(status == (ignored ? 0 : 129), "a terminal that is gone: exit status %d", status);
+        check(stat(file, &st) == 0 && st.st_size > 1000, "the session is lost");
+        unlink(file);
+    }
+    signal(SIGHUP, SIG_DFL);
+}
+
+int main(int argc, char **argv)
+{
+    program = argc > 1 ? argv[1] : program;
+    setenv("TERM", "xterm", 1);
+    setenv("OMP_WAIT_POLICY", "passive", 1);
+    int master = posix_openpt(O_RDWR | O_NOCTTY);
+    if (master < 0 || grantpt(master) < 0 || unlockpt(master) < 0 || !ptsname(master)) {
+        printf("not run: a conversation on a terminal, there is no pseudo-terminal\n");
+        return printf("0 passed, 0 failed\n"), 0;
+    }
+    close(master);
+    if (!mkdtemp(folder))
+        return printf("cannot make %s\n", folder), 1;
+    snprintf(history, sizeof history, "%s/history", folder);
+    snprintf(file, sizeof file, "%s/file", folder);
+    snprintf(script, sizeof script, "%s/script", folder);
+    test_keys();
+    test_history();
+    test_sizes();
+    test_signals();
+    test_vanishing();
+    unlink(history), unlink(file), unlink(script);
+    check(rmdir(folder) == 0, "files are left in %s", folder);
+    printf("%d passed, %d failed\n", n_passed, n_failed);
+    return n_failed > 0;
+}

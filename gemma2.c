@@ -184,14 +184,9 @@ static uint64_t get_u64(const uint8_t *p)
     return get_u32(p) | (uint64_t)get_u32(p + 4) << 32;
 }
 
-static void set_u16(uint8_t *p, uint32_t x) { p[0] = (uint8_t)x, p[1] = (uint8_t)(x >> 8); }
-static void set_u32(uint8_t *p, uint32_t x) { set_u16(p, x), set_u16(p + 2, x >> 16); }
-
-static void set_u64(uint8_t *p, uint64_t x)
-{
-    set_u32(p, (uint32_t)x);
-    set_u32(p + 4, (uint32_t)(x >> 32));
-}
+/* measure_model refuses CPUs of another order before anything is written. */
+static void set_u32(uint8_t *p, uint32_t x) { memcpy(p, &x, sizeof x); }
+static void set_u64(uint8_t *p, uint64_t x) { memcpy(p, &x, sizeof x); }
 
 INLINE float float_of(uint32_t bits)
 {
@@ -890,7 +885,7 @@ static uint64_t dimension(const gemma2_config *c, char letter)
  *   type 0 bytes  no tensor
  *
  * A new quantised format needs a TYPE_, a line in this table and in types, its readers here (a
- * value_.., value_of, scale_of, unpack_group), a case in tile_by_type, panel_by_type and AMX's
+ * value_of, scale_of, unpack_group), a case in tile_by_type, panel_by_type and AMX's
  * panel, and in each row of the appendix its operands, offsets and scales.  Chains of types there
  * end with q4 or q3, so search for TYPE_Q6.  A new type of cache needs a line_type and a case in
  * number_bytes, kv_head_of, store_head and the saved session.
@@ -916,23 +911,6 @@ INLINE int low_nibble(const uint8_t *group, int i, int r)
     return group[i / 8 * 64 + r * 4 + i % 4] >> (i & 4) & 15;
 }
 
-/* The value of input i of a group, row r of a tile; and the scale that a byte stands for. */
-INLINE int value_q8(const uint8_t *group, int i, int r)
-{
-    return (int8_t)group[i / 4 * 64 + r * 4 + i % 4];
-}
-
-INLINE int value_q6(const uint8_t *group, int i, int r)
-{
-    int high = group[256 + i / 16 * 64 + r * 4 + i % 4] >> i / 4 % 4 * 2 & 3;
-    return high * 16 + low_nibble(group, i, r) - 32;
-}
-
-INLINE int value_q4(const uint8_t *group, uint8_t scale_byte, int i, int r)
-{
-    return CODEBOOK[low_nibble(group, i, r)] + 4 * (scale_byte & 1);
-}
-
 INLINE int value_q3(const uint8_t *group, uint8_t scale_byte, int i, int r)
 {
     int index = 0; /* of steps 6 and 7: bit 3 of steps 0, 2, 4 and of 1, 3, 5 */
@@ -944,12 +922,16 @@ INLINE int value_q3(const uint8_t *group, uint8_t scale_byte, int i, int r)
     return CODEBOOKS_Q3[8 * (scale_byte & 1) + index];
 }
 
+/* The value of input i of a group, row r of a tile; and the scale that a byte stands for. */
 INLINE int value_of(uint32_t type, const uint8_t *group, uint8_t scale_byte, int i, int r)
 {
+    int high;
     switch (type) {
-    case TYPE_Q8: return value_q8(group, i, r);
-    case TYPE_Q6: return value_q6(group, i, r);
-    case TYPE_Q4: return value_q4(group, scale_byte, i, r);
+    case TYPE_Q8: return (int8_t)group[i / 4 * 64 + r * 4 + i % 4];
+    case TYPE_Q6:
+        high = group[256 + i / 16 * 64 + r * 4 + i % 4] >> i / 4 % 4 * 2 & 3;
+        return high * 16 + low_nibble(group, i, r) - 32;
+    case TYPE_Q4: return CODEBOOK[low_nibble(group, i, r)] + 4 * (scale_byte & 1);
     default: return value_q3(group, scale_byte, i, r);
     }
 }
@@ -1025,20 +1007,15 @@ INLINE int32_t group_product(const struct matrix *w, size_t row, size_t g, const
 /* Row r of a matrix as floats: y[cols].  The embedding is read this way, and scores' rows. */
 static void read_row(const struct matrix *w, uint32_t r, float *y)
 {
-    const uint8_t *tile = w->data + r / TILE * w->tile_bytes;
-    uint32_t lane = r % TILE;
-    if (!is_quantised(w->type))
-        for (uint32_t i = 0; i < w->cols; i++)
+    const uint8_t *scale_bytes, *tile = w->data + r / TILE * w->tile_bytes;
+    int lane = (int)(r % TILE);
+    for (uint32_t i = 0; i < w->cols; i++)
+        if (is_quantised(w->type)) {
+            const uint8_t *group = group_at(w->type, tile, i / GROUP, &scale_bytes);
+            int value = value_of(w->type, group, scale_bytes[lane], (int)(i % GROUP), lane);
+            y[i] = row_scale(w, r) * (float)(scale_of(w->type, scale_bytes[lane]) * value);
+        } else
             y[i] = float_weight(w, r, i);
-    else
-        for (uint32_t i = 0; i < w->cols; i += GROUP) {
-            int8_t values[GROUP][TILE];
-            int32_t scales[TILE];
-            const uint8_t *scale_bytes, *group = group_at(w->type, tile, i / GROUP, &scale_bytes);
-            unpack_group(w->type, group, scale_bytes, values, scales);
-            for (uint32_t j = 0; j < GROUP && i + j < w->cols; j++)
-                y[i + j] = ((const float *)tile)[lane] * (float)(scales[lane] * values[j][lane]);
-        }
 }
 
 /* ===================================================================================
@@ -2025,27 +2002,9 @@ static int uses_matrix(const struct pass *p, uint32_t type)
     return p->matrix && p->matrix->types >> type & 1;
 }
 
-/* Rounds row t of x, whose width is that of the n weights that read it: to int8 for
- * quantised ones, to bf16 for those that the matrix class multiplies; the first n_exact rows are
- * none of its. */
-static void prepare_row(const struct pass *p, float *x, size_t t, size_t n_exact,
-                        const struct matrix *const *weights, int n)
+static void norm(const struct pass *p, const struct matrix *w, const float *x, float *y)
 {
-    int as_int8 = 0, as_bf16 = 0;
-    for (int i = 0; i < n; i++)
-        if (t >= n_exact && uses_matrix(p, weights[i]->type))
-            as_bf16 = 1;
-        else
-            as_int8 |= is_quantised(weights[i]->type);
-    uint32_t cols = weights[0]->cols;
-    struct input in = input_of(p, x, cols);
-    size_t groups = in.ldq / GROUP;
-    x += t * cols;
-    if (as_int8)
-        p->model->isa->quantise(x, cols, in.q + t * in.ldq, in.scale + t * groups,
-                                in.sum + t * groups);
-    if (as_bf16)
-        p->matrix->pack_row(x, cols, pairs_row(&in, t - n_exact));
+    p->model->isa->rms_norm(x, (const float *)w->data, p->model->config.rms_norm_eps, w->rows, y);
 }
 
 /* ---- products ----
@@ -2054,17 +2013,20 @@ static void prepare_row(const struct pass *p, float *x, size_t t, size_t n_exact
 
 struct product {
     const struct pass *pass;
+    const struct matrix *norm; /* x is the norm of the residual stream; or NULL */
     float *x;                  /* [n][cols of W] */
     size_t n, n_exact;
     const struct matrix *w[3]; /* NULL behind the last */
     float *y[3];               /* [n][rows of W[i]] */
     struct row *const *to;     /* or y[0] goes to the logits of these rows */
     int gated;                 /* y[0] = gelu(W[0] x) * W[1] x */
+    const struct matrix *post_norm; /* of leave(): what norms y[0] before it is added */
     struct input in;
     size_t n_pairs, pairs_a_task;
 };
 
 /* The way of a product, outputs [T][rows] of up to three W that read the same input:
+ *   prepare            norms the input's rows and rounds them for these W
  *   multiply           cuts the rows of W into tasks
  *   product_task       a run of pairs of tiles, each through multiply_pair
  *   multiply_pair      two tiles for up to 256 rows of the pass, together (multiply_in_class) or
@@ -2166,12 +2128,42 @@ static void product_task(void *context, size_t task)
     }
 }
 
+/* Row t of x, for the weights that read it: rounded to int8 for quantised ones, to bf16 for those
+ * that the matrix class multiplies; the first n_exact rows are none of its. */
+static void prepare_task(void *context, size_t t)
+{
+    const struct product *job = context;
+    const struct pass *p = job->pass;
+    const struct input *in = &job->in;
+    int as_int8 = 0, as_bf16 = 0;
+    for (int i = 0; i < 3 && job->w[i]; i++)
+        if (in_matrix(job, job->w[i]->type, t))
+            as_bf16 = 1;
+        else
+            as_int8 |= is_quantised(job->w[i]->type);
+    uint32_t cols = job->w[0]->cols;
+    size_t from = job->to ? (size_t)(job->to[t] - p->worker->rows) : t, groups = in->ldq / GROUP;
+    float *x = job->x + t * cols;
+    if (job->norm)
+        norm(p, job->norm, p->worker->x + from * cols, x);
+    if (as_int8)
+        p->model->isa->quantise(x, cols, in->q + t * in->ldq, in->scale + t * groups,
+                                in->sum + t * groups);
+    if (as_bf16)
+        p->matrix->pack_row(x, cols, pairs_row(in, t - job->n_exact));
+}
+
+static void prepare(const struct pass *p, struct product *job)
+{
+    job->pass = p;
+    job->in = input_of(p, job->x, job->w[0]->cols);
+    job->n_exact = job->to ? p->wanted_exact : p->n_exact;
+    share(p->me, job->n, prepare_task, job);
+}
+
 /* Tasks of up to 512 KB of weights: long streams, yet enough of them to share evenly. */
 static void multiply(const struct pass *p, struct product job)
 {
-    job.pass = p;
-    job.in = input_of(p, job.x, job.w[0]->cols);
-    job.n_exact = job.to ? p->wanted_exact : p->n_exact;
     for (int i = 0; i < 3 && job.w[i] && !(i && job.gated); i++)
         job.n_pairs += count_pairs(&job, i);
     size_t most = (512 << 10) / (2 * job.w[0]->tile_bytes);
@@ -2182,11 +2174,6 @@ static void multiply(const struct pass *p, struct product job)
 }
 
 /* ---- the parts of attention that go row by row ---- */
-
-static void norm(const struct pass *p, const struct matrix *w, const float *x, float *y)
-{
-    p->model->isa->rms_norm(x, (const float *)w->data, p->model->config.rms_norm_eps, w->rows, y);
-}
 
 /* What gemma2_importance sums up, by the product that reads it. */
 enum { INPUT_Q, INPUT_O, INPUT_GATE, INPUT_DOWN, INPUTS_A_LAYER };
@@ -2278,16 +2265,37 @@ static struct slot slot_of(const gemma2_session *s, int layer, int values, int h
                          TILE * sizeof(uint16_t)};
 }
 
-/* n numbers, or scales, of 1, 2 or 4 bytes into a slot. */
-static void scatter(const void *from, size_t n, size_t bytes, uint8_t *to, size_t step)
+/* The same where key, value or what a saved session holds of them lies in a row: H numbers, then
+ * the scales. */
+static struct slot packed_slot(const gemma2_session *s, const void *at)
 {
-    for (size_t i = 0; i < n; i++, to += step)
-        if (bytes == 4)
-            *(float *)to = ((const float *)from)[i];
-        else if (bytes == 2)
-            *(uint16_t *)to = ((const uint16_t *)from)[i];
-        else
-            *to = ((const uint8_t *)from)[i];
+    uint8_t *numbers = (uint8_t *)(uintptr_t)at; /* const where slots are read alone */
+    size_t number = number_bytes(s);
+    return (struct slot){numbers, numbers + (size_t)s->model->config.head_dim * number, number,
+                         sizeof(uint16_t)};
+}
+
+static void move_numbers(const uint8_t *from, size_t from_step, uint8_t *to, size_t to_step,
+                         size_t n, size_t bytes)
+{
+    if (from_step == bytes && to_step == bytes)
+        memcpy(to, from, n * bytes);
+    else
+        for (; n; n--, from += from_step, to += to_step)
+            if (bytes == 4)
+                memcpy(to, from, 4);
+            else if (bytes == 2)
+                memcpy(to, from, 2);
+            else
+                *to = *from;
+}
+
+static void move_slot(const gemma2_session *s, struct slot from, struct slot to)
+{
+    size_t h = (size_t)s->model->config.head_dim, number = number_bytes(s);
+    size_t n_scales = (position_bytes(s, s->model->config.head_dim) - h * number) / 2;
+    move_numbers(from.numbers, from.step, to.numbers, to.step, h, number);
+    move_numbers(from.scales, from.scale_step, to.scales, to.scale_step, n_scales, 2);
 }
 
 /* One head's key and value of a position into its slot.  A row that does not see the position
@@ -2297,26 +2305,23 @@ static void store_head(const gemma2_session *s, int layer, int head, int32_t pos
                        float *value)
 {
     const struct kernels *isa = s->model->isa;
-    size_t h = (size_t)s->model->config.head_dim, groups = (h + GROUP - 1) / GROUP;
+    size_t h = (size_t)s->model->config.head_dim;
     for (size_t i = 0, bad = !all_finite(value, h); bad && i < h; i++)
         key[i] = NAN, value[i] = 0;
     for (int values = 0; values < 2; values++) {
-        struct slot to = slot_of(s, layer, values, head, position);
         const float *x = values ? value : key;
         uint16_t half[MAX_HEAD_DIM];
+        int8_t q[MAX_HEAD_DIM];
+        float scale[MAX_HEAD_DIM / GROUP];
+        int32_t sum[MAX_HEAD_DIM / GROUP];
+        struct slot from = packed_slot(s, s->cache_type == GEMMA2_CACHE_F32 ? x : (void *)half);
         if (s->cache_type == GEMMA2_CACHE_Q8) {
-            int8_t q[MAX_HEAD_DIM];
-            float scale[MAX_HEAD_DIM / GROUP];
-            int32_t sum[MAX_HEAD_DIM / GROUP];
             isa->quantise(x, (uint32_t)h, q, scale, sum);
-            isa->to_half(scale, groups, half);
-            scatter(q, h, 1, to.numbers, to.step);
-            scatter(half, groups, 2, to.scales, to.scale_step);
-        } else if (s->cache_type == GEMMA2_CACHE_F16) {
+            isa->to_half(scale, (h + GROUP - 1) / GROUP, half);
+            from.numbers = (uint8_t *)q, from.scales = (uint8_t *)half;
+        } else if (s->cache_type == GEMMA2_CACHE_F16)
             isa->to_half(x, h, half);
-            scatter(half, h, 2, to.numbers, to.step);
-        } else
-            scatter(x, h, 4, to.numbers, to.step);
+        move_slot(s, from, slot_of(s, layer, values, head, position));
     }
 }
 
@@ -2672,38 +2677,15 @@ static void attend_rows(struct pass *p)
 
 /* ---- one layer ---- */
 
-/* x = x + norm(added): the output of attention and of feed-forward is normed before it is
- * added. */
-static void add_normed(const struct pass *p, const struct matrix *w, size_t t)
+/* x = x + post_norm(y[0]): what attention and feed-forward give is normed before it is added. */
+static void leave_task(void *context, size_t t)
 {
-    size_t d = w->rows;
-    float *x = p->worker->x + t * d, *added = p->worker->added + t * d;
-    norm(p, w, added, added);
+    const struct product *job = context;
+    size_t d = job->post_norm->rows;
+    float *x = job->pass->worker->x + t * d, *added = job->y[0] + t * d;
+    norm(job->pass, job->post_norm, added, added);
     for (size_t i = 0; i < d; i++)
         x[i] += added[i];
-}
-
-static void attention_enter_task(void *context, size_t t)
-{
-    const struct pass *p = context;
-    const struct layer *w = &p->model->layers[p->layer];
-    size_t at = t * w->q.cols;
-    norm(p, &w->attn_norm, p->worker->x + at, p->worker->normed + at);
-    prepare_row(p, p->worker->normed, t, p->n_exact,
-                (const struct matrix *[]){&w->q, &w->k, &w->v}, 3);
-}
-
-static void prepare_attended_task(void *context, size_t t)
-{
-    const struct pass *p = context;
-    const struct matrix *w = &p->model->layers[p->layer].o;
-    prepare_row(p, p->worker->attended, t, p->n_exact, &w, 1);
-}
-
-static void attention_leave_task(void *context, size_t t)
-{
-    const struct pass *p = context;
-    add_normed(p, &p->model->layers[p->layer].post_attn_norm, t);
 }
 
 /* x = x + post_attn_norm(o(attend(q, k, v of attn_norm(x)))) */
@@ -2712,11 +2694,14 @@ static void attention(struct pass *p)
     gemma2_worker *work = p->worker;
     const struct layer *w = &p->model->layers[p->layer];
     uint32_t d = w->q.cols;
-    share_rows(p, attention_enter_task);
+    struct product qkv = {.norm = &w->attn_norm, .x = work->normed, .n = p->n,
+                          .w = {&w->q, &w->k, &w->v}, .y = {work->q, work->k, work->v}};
+    struct product o = {.x = work->attended, .n = p->n, .w = {&w->o}, .y = {work->added},
+                        .post_norm = &w->post_attn_norm};
+    prepare(p, &qkv);
     trace(p, "attn_norm", p->layer, work->normed, p->n, d);
     gather(p, p->layer, INPUT_Q, work->normed, d);
-    multiply(p, (struct product){.x = work->normed, .n = p->n, .w = {&w->q, &w->k, &w->v},
-                                 .y = {work->q, work->k, work->v}});
+    multiply(p, qkv);
     share_rows(p, rotate_and_store_task);
     trace(p, "q", p->layer, work->q, p->n, w->q.rows);
     trace(p, "k", p->layer, work->k, p->n, w->k.rows);
@@ -2724,36 +2709,12 @@ static void attention(struct pass *p)
     attend_rows(p);
     trace(p, "attn", p->layer, work->attended, p->n, w->o.cols);
     gather(p, p->layer, INPUT_O, work->attended, w->o.cols);
-    share_rows(p, prepare_attended_task);
-    multiply(p, (struct product){.x = work->attended, .n = p->n, .w = {&w->o},
-                                 .y = {work->added}});
+    prepare(p, &o);
+    multiply(p, o);
     trace(p, "o", p->layer, work->added, p->n, d);
-    share_rows(p, attention_leave_task);
+    share(p->me, p->n, leave_task, &o);
     trace(p, "post_attn_norm", p->layer, work->added, p->n, d);
     trace(p, "attn_residual", p->layer, work->x, p->n, d);
-}
-
-static void ffn_enter_task(void *context, size_t t)
-{
-    const struct pass *p = context;
-    const struct layer *w = &p->model->layers[p->layer];
-    size_t at = t * w->gate.cols;
-    norm(p, &w->ffn_norm, p->worker->x + at, p->worker->normed + at);
-    prepare_row(p, p->worker->normed, t, p->n_exact,
-                (const struct matrix *[]){&w->gate, &w->up}, 2);
-}
-
-static void prepare_gated_task(void *context, size_t t)
-{
-    const struct pass *p = context;
-    const struct matrix *w = &p->model->layers[p->layer].down;
-    prepare_row(p, p->worker->gated, t, p->n_exact, &w, 1);
-}
-
-static void ffn_leave_task(void *context, size_t t)
-{
-    const struct pass *p = context;
-    add_normed(p, &p->model->layers[p->layer].post_ffn_norm, t);
 }
 
 /* x = x + post_ffn_norm(down(gelu(gate(y)) * up(y))), y = ffn_norm(x) */
@@ -2762,17 +2723,20 @@ static void feed_forward(struct pass *p)
     gemma2_worker *work = p->worker;
     const struct layer *w = &p->model->layers[p->layer];
     uint32_t d = w->gate.cols, f = w->gate.rows;
-    share_rows(p, ffn_enter_task);
+    struct product gate_up = {.norm = &w->ffn_norm, .x = work->normed, .n = p->n,
+                              .w = {&w->gate, &w->up}, .y = {work->gated}, .gated = 1};
+    struct product down = {.x = work->gated, .n = p->n, .w = {&w->down}, .y = {work->added},
+                           .post_norm = &w->post_ffn_norm};
+    prepare(p, &gate_up);
     trace(p, "ffn_norm", p->layer, work->normed, p->n, d);
     gather(p, p->layer, INPUT_GATE, work->normed, d);
-    multiply(p, (struct product){.x = work->normed, .n = p->n, .w = {&w->gate, &w->up},
-                                 .y = {work->gated}, .gated = 1});
+    multiply(p, gate_up);
     trace(p, "geglu", p->layer, work->gated, p->n, f);
     gather(p, p->layer, INPUT_DOWN, work->gated, f);
-    share_rows(p, prepare_gated_task);
-    multiply(p, (struct product){.x = work->gated, .n = p->n, .w = {&w->down}, .y = {work->added}});
+    prepare(p, &down);
+    multiply(p, down);
     trace(p, "down", p->layer, work->added, p->n, d);
-    share_rows(p, ffn_leave_task);
+    share(p->me, p->n, leave_task, &down);
     trace(p, "post_ffn_norm", p->layer, work->added, p->n, d);
     trace(p, "residual", p->layer, work->x, p->n, d);
 }
@@ -2849,21 +2813,6 @@ static int forward(struct pass *p)
 
 /* ---- the output head ---- */
 
-/* Norms row t of the residual stream into row `to` of normed, whose first n_exact are exact. */
-static void head_enter(const struct pass *p, size_t t, size_t to, size_t n_exact)
-{
-    gemma2_worker *work = p->worker;
-    const struct matrix *head = &p->model->head;
-    norm(p, &p->model->final_norm, work->x + t * head->cols, work->normed + to * head->cols);
-    prepare_row(p, work->normed, to, n_exact, &head, 1);
-}
-
-static void head_enter_task(void *context, size_t t)
-{
-    const struct pass *p = context;
-    head_enter(p, (size_t)(p->worker->wanted[t] - p->worker->rows), t, p->wanted_exact);
-}
-
 enum { CAP_CHUNK = 16384 };
 
 static void cap_logits_task(void *context, size_t task)
@@ -2888,10 +2837,11 @@ static void head(struct pass *p)
             plain_head(p, work->x + (size_t)(work->wanted[i] - work->rows) * p->model->head.cols,
                        work->wanted[i]->logits);
     else {
-        share(p->me, n, head_enter_task, p);
+        struct product logits = {.norm = &p->model->final_norm, .x = work->normed, .n = n,
+                                 .w = {&p->model->head}, .to = work->wanted};
+        prepare(p, &logits);
         trace(p, "final_norm", 0, work->normed, n, p->model->head.cols);
-        multiply(p, (struct product){.x = work->normed, .n = n, .w = {&p->model->head},
-                                     .to = work->wanted});
+        multiply(p, logits);
         if (p->model->config.final_softcap > 0)
             share(p->me, n * ((v + CAP_CHUNK - 1) / CAP_CHUNK), cap_logits_task, p);
     }
@@ -2907,13 +2857,6 @@ struct score_job {
     float *buf;      /* [T][n] */
 };
 
-static void score_enter_task(void *context, size_t t)
-{
-    const struct pass *p = context;
-    head_enter(p, t, t, p->n_exact);
-    p->worker->sums[t] = (struct log_sum){-INFINITY, 0, 0};
-}
-
 static void score_block_task(void *context, size_t t)
 {
     const struct score_job *job = context;
@@ -2923,22 +2866,34 @@ static void score_block_task(void *context, size_t t)
     size_t target = (size_t)job->pass->worker->targets[t];
     if (m->config.final_softcap > 0)
         m->isa->soft_cap(x, job->n, m->config.final_softcap);
+    if (!job->first)
+        *sum = (struct log_sum){-INFINITY, 0, 0};
     if (target >= job->first && target < job->first + job->n)
         sum->target = x[target - job->first];
     log_sum_add(sum, x, job->n, m->isa->exp_sum);
+}
+
+/* The head's input, of every row. */
+static struct product head_inputs(const struct pass *p)
+{
+    struct product job = {.norm = &p->model->final_norm, .x = p->worker->normed, .n = p->n,
+                          .w = {&p->model->head}};
+    prepare(p, &job);
+    return job;
 }
 
 static void score_rows(struct pass *p)
 {
     gemma2_worker *work = p->worker;
     struct score_job score = {p, 0, 0, (float *)work->candidates};
-    share_rows(p, score_enter_task);
+    struct product logits = head_inputs(p);
     for (; score.first < p->model->head.rows && !is_cancelled(p); score.first += score.n) {
         struct matrix w = p->model->head;
         w.data += score.first / TILE * w.tile_bytes;
         w.rows = w.rows - score.first < HEAD_BLOCK ? w.rows - (uint32_t)score.first : HEAD_BLOCK;
         score.n = w.rows;
-        multiply(p, (struct product){.x = work->normed, .n = p->n, .w = {&w}, .y = {score.buf}});
+        logits.w[0] = &w, logits.y[0] = score.buf;
+        multiply(p, logits);
         share(p->me, p->n, score_block_task, &score);
     }
 }
@@ -2970,8 +2925,8 @@ static void run_pass(struct member *me, void *context)
     p.n -= p.logprobs && p.worker->targets[p.n - 1] < 0;
     if (p.logprobs && p.n)
         score_rows(&p);
-    if (p.sums) { /* the head's input, of every row */
-        share_rows(&p, score_enter_task);
+    if (p.sums) {
+        head_inputs(&p);
         gather(&p, p.layer, INPUT_Q, p.worker->normed, p.model->head.cols);
     }
 }
@@ -7481,58 +7436,12 @@ static struct slot slot_at(const gemma2_session *s, const struct place *at)
     return slot_of(s, at->layer, at->values, at->head, at->position);
 }
 
-static size_t place_bytes_saved(const gemma2_session *s)
-{
-    return position_bytes(s, s->model->config.head_dim);
-}
-
-/* n numbers of a slot to a file's bytes, or from there. */
-static void save_numbers(const uint8_t *from, size_t step, size_t n, size_t bytes, uint8_t *to)
-{
-    for (size_t i = 0; i < n; i++, from += step, to += bytes)
-        if (bytes == 4)
-            set_u32(to, bits_of(*(const float *)from));
-        else if (bytes == 2)
-            set_u16(to, *(const uint16_t *)from);
-        else
-            *to = *from;
-}
-
-static void restore_numbers(uint8_t *to, size_t step, size_t n, size_t bytes, const uint8_t *from)
-{
-    for (size_t i = 0; i < n; i++, to += step, from += bytes)
-        if (bytes == 4)
-            *(float *)to = get_f32(from);
-        else if (bytes == 2)
-            *(uint16_t *)to = (uint16_t)(from[0] | from[1] << 8);
-        else
-            *to = *from;
-}
-
-static void save_place(const gemma2_session *s, const struct place *at, uint8_t *to)
-{
-    size_t n = (size_t)s->model->config.head_dim, number = number_bytes(s);
-    struct slot from = slot_at(s, at);
-    save_numbers(from.numbers, from.step, n, number, to);
-    save_numbers(from.scales, from.scale_step, (place_bytes_saved(s) - n * number) / 2, 2,
-                 to + n * number);
-}
-
-static void restore_place(const gemma2_session *s, const struct place *at, const uint8_t *from)
-{
-    size_t n = (size_t)s->model->config.head_dim, number = number_bytes(s);
-    struct slot to = slot_at(s, at);
-    restore_numbers(to.numbers, to.step, n, number, from);
-    restore_numbers(to.scales, to.scale_step, (place_bytes_saved(s) - n * number) / 2, 2,
-                    from + n * number);
-}
-
 /* Bytes of a saved session of n tokens.  The sum stops above 2^62, before what a file claims can
  * make it wrap. */
 static uint64_t saved_bytes(const gemma2_session *s, int32_t n, int32_t first)
 {
     const gemma2_config *c = &s->model->config;
-    uint64_t bytes = SAVED_BYTES + 4 * (uint64_t)n, a_slot = 2 * place_bytes_saved(s);
+    uint64_t bytes = SAVED_BYTES + 4 * (uint64_t)n, a_slot = 2 * position_bytes(s, c->head_dim);
     for (int l = 0; l < c->n_layers && bytes <= (uint64_t)1 << 62; l++)
         bytes += (uint64_t)(n - (c->is_local[l] ? first : 0)) * (uint64_t)c->n_kv_heads * a_slot;
     return bytes;
@@ -7556,8 +7465,9 @@ static void save_session(const gemma2_session *s, uint8_t *p, size_t size)
     memcpy(p + 64, s->model->config.identity, 32);
     for (int32_t i = 0; i < s->position; i++, to += 4)
         set_u32(to, (uint32_t)s->ids[i]);
-    for (struct place at = before_first; next_place(s, &at); to += place_bytes_saved(s))
-        save_place(s, &at, to);
+    for (struct place at = before_first; next_place(s, &at);
+         to += position_bytes(s, s->model->config.head_dim))
+        move_slot(s, slot_at(s, &at), packed_slot(s, to));
     saved_digest(s->model, p, size, p + SAVED_DIGEST_AT);
 }
 
@@ -7615,23 +7525,21 @@ static void restore_session(gemma2_session *s, const uint8_t *p)
     for (int32_t i = 0; i < s->position; i++, from += 4)
         s->ids[i] = (int32_t)get_u32(from);
     clear_before_oldest(s);
-    for (struct place at = before_first; next_place(s, &at); from += place_bytes_saved(s))
-        restore_place(s, &at, from);
+    for (struct place at = before_first; next_place(s, &at);
+         from += position_bytes(s, s->model->config.head_dim))
+        move_slot(s, packed_slot(s, from), slot_at(s, &at));
     s->oldest = max_i32(s->oldest, s->position - s->ring);
 }
 
 static void copy_session(gemma2_session *to, const gemma2_session *from)
 {
-    uint8_t numbers[MAX_HEAD_DIM * 4];
     to->position = from->position;
     to->oldest = from->oldest;
     to->ahead = NULL;
     clear_before_oldest(to);
     memcpy(to->ids, from->ids, (size_t)from->position * sizeof *to->ids);
-    for (struct place at = before_first; next_place(from, &at);) {
-        save_place(from, &at, numbers);
-        restore_place(to, &at, numbers);
-    }
+    for (struct place at = before_first; next_place(from, &at);)
+        move_slot(to, slot_at(from, &at), slot_at(to, &at));
     to->oldest = max_i32(to->oldest, to->position - to->ring);
 }
 

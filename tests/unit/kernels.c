@@ -407,7 +407,7 @@ static void *random_lines(struct lines *l, enum line_type type, int n_lines, int
     else
         memcpy(data, x, used * (size_t)n_strips);
     for (size_t i = 0; i < used * (size_t)n_strips && type == LINES_BF16; i += 4)
-        set_u16(data + i, bits_of(x[i / 4]) >> 16); /* the low halves, too, are plain numbers */
+        memcpy(data + i, data + i + 2, 2); /* the low halves, too, are plain numbers */
     free(x);
     *l = (struct lines){.data = data, .type = type, .n_lines = n_lines, .n_strips = n_strips,
                         .strip_bytes = (ptrdiff_t)used, .line_bytes = TILE * bytes, .every = 1,
@@ -425,9 +425,10 @@ static void *random_q8_lines(struct lines *l, enum line_type type, int n_lines, 
     uint8_t *data = fresh(part * parts);
     for (size_t i = 0; i < part * parts; i++)
         data[i] = (uint8_t)below(256);
-    for (size_t i = 0; i < parts * scales; i++)
-        set_u16(data + i / scales * part + numbers + i % scales * 2,
-                half_of((float)uniform(-1, 1)));
+    for (size_t i = 0; i < parts * scales; i++) {
+        uint16_t scale = half_of((float)uniform(-1, 1));
+        memcpy(data + i / scales * part + numbers + i % scales * 2, &scale, sizeof scale);
+    }
     *l = (struct lines){.data = data, .type = type, .n_lines = n_lines, .n_strips = n_strips,
                         .strip_bytes = keys ? (ptrdiff_t)part : TILE,
                         .line_bytes = keys ? TILE : part, .every = 1, .go_on = (int)below(2),

@@ -2512,7 +2512,7 @@ typedef struct {
     array turns;       /* exchange */
     array attached;    /* char: what goes before the next message */
     char *system;      /* the text of /system */
-    int unknown;       /* the conversation was loaded, and no turns of it are known */
+    int first_stays;   /* the first turn was loaded, and may hold a system text */
     int stats, leaves;
     int shows_progress, progress_shown;
     int silent; /* a line of a batch: the reply's text is kept, not shown */
@@ -2772,8 +2772,8 @@ static int prefill(program *p)
                           (seconds() - began) * (double)(end - at) / (double)(at - start));
     }
     clear_progress(p);
-    p->reply.prefill_tokens = at - start;
-    p->reply.prefill_s = seconds() - began;
+    p->reply.prefill_tokens += at - start;
+    p->reply.prefill_s += seconds() - began;
     if (at < end)
         p->reply.finish = AT_INTERRUPT;
     return DONE;
@@ -3007,7 +3007,10 @@ static int end_text(program *p)
     return status;
 }
 
-/* Generates from the session's logits until something ends it. */
+static int drop_oldest(program *p, int *status);
+
+/* Generates from the session's logits until something ends it.  In a conversation that fills the
+ * context the oldest turns go, and the reply goes on. */
 static int decode(program *p)
 {
     reply *r = &p->reply;
@@ -3015,7 +3018,11 @@ static int decode(program *p)
     int status = DONE;
     while (!status && !r->finish && !p->out.error) {
         check_limits(p);
-        if (!r->finish)
+        if (r->finish == AT_CONTEXT && drop_oldest(p, &status) && status == DONE) {
+            r->finish = RUNNING;
+            status = prefill(p);
+        }
+        if (!status && !r->finish)
             status = step(p);
     }
     r->decode_s = seconds() - began;
@@ -3192,12 +3199,11 @@ static int load_session(program *p, const char *path, int may_be_new)
         return status;
     int32_t n = gemma2_position(p->session);
     p->ids.n = 0;
-    p->unknown = n > 0;
     for (int32_t i = 0; i < n && status == DONE; i++)
         status = push_id(p, gemma2_history(p->session)[i]);
     if (n && gemma2_rewind(p->session, n - 1) < 0) /* saved after a rewind as deep as can be */
         gemma2_rewind(p->session, 0);
-    if (n && p->opts->system && !p->opts->quiet)
+    if (n && p->opts->system && !p->opts->quiet && p->opts->mode != CONVERSE)
         remark("warning: --system is for the first turn, and %s holds some", path);
     return status;
 }
@@ -3297,16 +3303,15 @@ static void print_json(program *p)
 }
 
 /* Appends the text of all ids. */
-static int decode_ids(program *p, array *text)
+static int decode_ids(program *p, const int32_t *ids, size_t n_ids, array *text)
 {
-    const int32_t *ids = p->ids.items;
     size_t room = (size_t)p->config->max_piece_bytes + 12;
     gemma2_utf8 hold = {{0}, 0};
-    for (size_t i = 0; i <= p->ids.n; i++) {
+    for (size_t i = 0; i <= n_ids; i++) {
         char *end = extend(text, room, 1);
         if (!end)
             return out_of_memory();
-        int n = gemma2_decode(p->model, &hold, i < p->ids.n ? ids[i] : -1, end, room);
+        int n = gemma2_decode(p->model, &hold, i < n_ids ? ids[i] : -1, end, room);
         text->n -= room - (n > 0 ? (size_t)n : 0);
         if (n < 0)
             return engine_failed(p, "decoding", n);
@@ -3318,7 +3323,7 @@ static int decode_ids(program *p, array *text)
 static int load_echo(program *p)
 {
     if (p->opts->ids)
-        return decode_ids(p, &p->echo);
+        return decode_ids(p, p->ids.items, p->ids.n, &p->echo);
     size_t n = p->prompt.n;
     char *copy = extend(&p->echo, n + 1, 1);
     if (!copy)
@@ -3944,7 +3949,8 @@ static void forget_conversation(program *p)
     while (p->turns.n)
         forget_last_turn(p);
     forget_after(p, 0);
-    p->unknown = 0;
+    p->attached.n = 0;
+    p->first_stays = 0;
 }
 
 /* Adds a turn to the conversation: its text, and its ids up to where the reply begins. */
@@ -3964,18 +3970,20 @@ static int add_turn(program *p, const char *text, size_t n)
     return status;
 }
 
-/* Encodes the conversation anew from turn `first` on, with the system text as it now is.  Replies
- * keep their ids.  The session goes back to where it differs. */
-static int retell(program *p, size_t first)
+/* Encodes the conversation anew, with the system text as it now is and without the turns from
+ * `from` to `to`.  Replies keep their ids.  The session goes back to where it differs. */
+static int retell(program *p, size_t from, size_t to)
 {
     array old = p->ids;
     exchange *turns = p->turns.items;
     size_t n_turns = p->turns.n;
     int status = DONE;
     p->ids = (array){0};
-    for (size_t i = first; i < n_turns && status == DONE; i++) {
+    for (size_t i = 0; i < n_turns && status == DONE; i++) {
         exchange *t = turns + i;
         size_t begins = t->reply, end = i + 1 < n_turns ? t[1].start : old.n;
+        if (i >= from && i < to)
+            continue;
         t->start = p->ids.n;
         status = push_turn(p, t->text, t->size);
         t->reply = p->ids.n;
@@ -3985,11 +3993,11 @@ static int retell(program *p, size_t first)
         status = copy || status ? status : out_of_memory();
     }
     free(old.items);
-    for (size_t i = 0; i < first; i++)
+    for (size_t i = from; i < to; i++)
         free(turns[i].text);
-    memmove(turns, turns + first, (n_turns - first) * sizeof *turns);
-    p->turns.n -= first;
-    p->unknown = 0;
+    if (from < to)
+        memmove(turns + from, turns + to, (n_turns - to) * sizeof *turns);
+    p->turns.n -= to - from;
     const int32_t *ids = p->ids.items, *held = gemma2_history(p->session);
     size_t same = 0, most = (size_t)gemma2_position(p->session);
     while (same < most && same < p->ids.n && ids[same] == held[same])
@@ -4003,18 +4011,22 @@ static int retell(program *p, size_t first)
  * Returns 1, or 0 where nothing can be dropped. */
 static int drop_oldest(program *p, int *status)
 {
-    size_t first = 0, context = (size_t)gemma2_context(p->session), before = p->turns.n;
     const exchange *turns = p->turns.items;
+    size_t context = (size_t)gemma2_context(p->session), before = p->turns.n, first, to;
     if (p->opts->full_stops || before < 2)
         return 0;
-    while (first + 1 < before && (!first || p->ids.n - turns[first].start > context / 4 * 3))
-        first++;
-    *status = retell(p, first);
+    first = to = p->first_stays && before > 2 && turns[1].start <= context / 2;
+    while (to + 1 < before && (to == first || turns[first].start + p->ids.n - turns[to].start >
+                                                  context / 4 * 3))
+        to++;
+    *status = retell(p, first, to);
     while (*status == DONE && p->turns.n > 1 && p->ids.n >= context)
-        *status = retell(p, 1);
+        *status = retell(p, 0, 1);
+    if (*status == DONE && p->reply.finish == AT_CONTEXT)
+        fputc('\n', stderr); /* amid a reply */
     if (*status == DONE)
-        fprintf(stderr, "The context of %zu tokens is full: the oldest %zu of %zu turns are "
-                        "dropped.\n", context, before - p->turns.n, before);
+        fprintf(stderr, "The context of %zu tokens is full, so the oldest turns are dropped: %zu "
+                        "of %zu.\n", context, before - p->turns.n, before);
     return 1;
 }
 
@@ -4023,6 +4035,10 @@ static int reply_to_turn(program *p)
 {
     size_t context = (size_t)gemma2_context(p->session);
     int status = make_reply(p);
+    if (status == USAGE) { /* a constraint that -n leaves no room for */
+        forget_last_turn(p);
+        return DONE;
+    }
     if (status != DONE)
         return status;
     if (p->reply.finish == AT_INTERRUPT && p->reply.n_ids == 0)
@@ -4041,15 +4057,17 @@ static int reply_to_turn(program *p)
 static int answer(program *p, const char *text, size_t n)
 {
     size_t context = (size_t)gemma2_context(p->session);
+    size_t least = p->constraint.shortest > 1 ? (size_t)p->constraint.shortest : 1;
     int status = append(&p->attached, text, n), dropped = 1;
+    p->reply.finish = RUNNING;
     if (status == DONE)
         status = add_turn(p, p->attached.items, p->attached.n);
-    while (status == DONE && p->ids.n >= context && dropped)
+    while (status == DONE && p->ids.n + least > context && dropped)
         dropped = drop_oldest(p, &status);
     p->attached.n -= n;
     if (status != DONE)
         return status;
-    if (p->ids.n >= context) {
+    if (p->ids.n + least > context) {
         fprintf(stderr, "With this turn the conversation has %zu tokens; the context holds %zu.  "
                         "Say less, or /clear to start over.\n", p->ids.n, context);
         forget_last_turn(p);
@@ -4057,6 +4075,111 @@ static int answer(program *p, const char *text, size_t n)
     }
     p->attached.n = 0;
     return reply_to_turn(p);
+}
+
+/* ---- the turns of a loaded conversation, of which its file has the ids alone ---- */
+
+/* A turn of any text, by example: n ids, of which `before` stand before the text and `behind`
+ * behind it. */
+typedef struct {
+    array ids;
+    size_t before, behind;
+} frame;
+
+static int learn_frame(program *p, int is_first, frame *f)
+{
+    array ids = p->ids, twice[2];
+    int status = DONE;
+    for (int i = 0; i < 2; i++) { /* two texts that share no id */
+        p->ids = (array){0};
+        if (!is_first && status == DONE)
+            status = push_id(p, 0);
+        status = status ? status : push_turn(p, i ? "Y" : "x", 1);
+        twice[i] = p->ids;
+    }
+    p->ids = ids;
+    const int32_t *x = twice[0].items, *y = twice[1].items;
+    size_t at = 0, n = twice[0].n;
+    while (status == DONE && at + 1 < n && x[at] == y[at])
+        at++;
+    *f = (frame){twice[0], at, n - at - 1};
+    free(twice[1].items);
+    return status;
+}
+
+/* Whether ids at `at` are those of the frame from `from` on, n of them. */
+static int stands_at(const array *ids, size_t at, const frame *f, size_t from, size_t n)
+{
+    return at <= ids->n && n <= ids->n - at && n > 0 &&
+           memcmp((int32_t *)ids->items + at, (int32_t *)f->ids.items + from, n * 4) == 0;
+}
+
+/* Adds the turn that begins at *at, and moves that to the next one's; 0 where there is none.  The
+ * first turn's text may begin with the system text. */
+static int find_turn(program *p, const frame frames[2], size_t *at, int *status)
+{
+    const frame *f = &frames[*at > 0], *later = &frames[1];
+    const char *system = *at ? NULL : p->opts->system;
+    size_t known = *at > 0, n = system ? strlen(system) : 0; /* known: the reply's last id */
+    size_t text = *at + f->before - known, end = text, next;
+    array bytes = {0};
+    if (!stands_at(&p->ids, *at, f, known, f->before - known))
+        return 0;
+    while (end < p->ids.n && !stands_at(&p->ids, end, f, f->before + 1, f->behind))
+        end++;
+    if (end == p->ids.n)
+        return 0;
+    *status = decode_ids(p, (int32_t *)p->ids.items + text, end - text, &bytes);
+    exchange *t = *status ? NULL : extend(&p->turns, 1, sizeof *t);
+    if (!t)
+        return free(bytes.items), *status = *status ? *status : out_of_memory(), 0;
+    system = system ? trim(system, &n) : "";
+    if (bytes.n >= n && memcmp(bytes.items, system, n) == 0)
+        memmove(bytes.items, (char *)bytes.items + n, bytes.n -= n);
+    *t = (exchange){bytes.items, bytes.n, *at, end + f->behind};
+    for (next = t->reply; next < p->ids.n && !stands_at(&p->ids, next, later, 1, later->before - 1);)
+        next++;
+    *at = next;
+    return 1;
+}
+
+/* Finds the turns of a conversation that was loaded: turns count that have the same ids when they
+ * are told anew, with the system text or without. */
+static int recover_turns(program *p)
+{
+    frame frames[2] = {{{0}, 0, 0}, {{0}, 0, 0}};
+    array loaded = p->ids;
+    const char *system = p->opts->system;
+    int status = DONE, same = 0;
+    p->settings->system = NULL;
+    for (int i = 0; i < 2 && status == DONE; i++)
+        status = learn_frame(p, i == 0, &frames[i]);
+    for (int has_system = system != NULL; has_system >= 0 && !same && status == DONE; has_system--) {
+        size_t at = 0;
+        p->settings->system = has_system ? system : NULL;
+        p->ids = (array){0};
+        int32_t *ids = extend(&p->ids, loaded.n, sizeof *ids);
+        if (!ids)
+            status = out_of_memory();
+        else
+            memcpy(ids, loaded.items, loaded.n * sizeof *ids);
+        while (status == DONE && at < loaded.n && find_turn(p, frames, &at, &status))
+            continue;
+        if (status == DONE && at == loaded.n)
+            status = retell(p, 0, 0);
+        same = status == DONE && at == loaded.n && p->ids.n == loaded.n &&
+               memcmp(p->ids.items, loaded.items, loaded.n * sizeof *ids) == 0;
+        while (!same && p->turns.n)
+            free(((exchange *)p->turns.items)[--p->turns.n].text);
+        free(p->ids.items);
+    }
+    p->ids = loaded;
+    p->first_stays = same && !p->opts->system;
+    free(frames[0].ids.items), free(frames[1].ids.items);
+    if (system && !p->opts->system && !p->opts->quiet)
+        remark("warning: the loaded conversation did not begin with the system text, which is "
+               "left out");
+    return status;
 }
 
 /* Where a conversation stands that goes on: what was said last. */
@@ -4157,8 +4280,7 @@ static int undo(program *p, const char *rest)
 {
     (void)rest;
     if (!p->turns.n)
-        return fail(DONE, p->ids.n ? "the turns of a loaded conversation are not known; /clear "
-                                     "forgets them" : "there is no turn to take back");
+        return fail(DONE, "there is no turn to take back");
     forget_last_turn(p);
     remark("The last message and its reply are forgotten.");
     return DONE;
@@ -4197,8 +4319,10 @@ static int set_system(program *p, const char *text)
 {
     char err[512];
     gemma2_message turn[2] = {{GEMMA2_ROLE_SYSTEM, text, -1}, {GEMMA2_ROLE_USER, "x", 1}};
-    if (p->unknown)
-        return fail(DONE, "a loaded conversation keeps its system text; /clear starts another");
+    exchange *turns = p->turns.items;
+    if (p->turns.n ? turns->start : p->ids.n)
+        return fail(DONE, "the loaded conversation has turns that are not known, so its system "
+                          "text stays; /clear starts another");
     if (*text && gemma2_chat_check(p->model, turn, 2, GEMMA2_CHAT_GENERATE, err, sizeof err) < 0)
         return fail(DONE, "%s", err);
     char *copy = *text ? copy_of(text) : NULL;
@@ -4207,7 +4331,7 @@ static int set_system(program *p, const char *text)
     free(p->system);
     p->settings->system = p->system = copy;
     remark(*text ? "The system text is changed." : "There is no system text now.");
-    return retell(p, 0);
+    return retell(p, 0, 0);
 }
 
 /* Whether a conversation may change an option: it is about choosing tokens. */
@@ -4245,17 +4369,18 @@ static int show(program *p, const char *rest)
 {
     (void)rest;
     const options *opts = p->opts;
-    fprintf(stderr, "%zu turns, %zu of %" PRId32 " tokens of context\n", p->turns.n, p->ids.n,
+    fprintf(stderr, "%zu turn%s, %zu of %" PRId32 " tokens of context\n", p->turns.n,
+            p->turns.n == 1 ? "" : "s", p->ids.n,
             gemma2_context(p->session));
-    remark("system           %s", opts->system ? opts->system : "");
+    remark("system            %s", opts->system ? opts->system : "");
     for (const option *o = OPTIONS; o < OPTIONS + N_OPTIONS; o++) {
         const void *field = (const char *)opts + o->field;
         if (is_setting(o) && o->kind == SEED)
-            fprintf(stderr, "%-17s%" PRIu64 "\n", o->name, p->seed);
+            fprintf(stderr, "%-18s%" PRIu64 "\n", o->name, p->seed);
         else if (is_setting(o) && o->kind == WHOLE)
-            fprintf(stderr, "%-17s%" PRId32 "\n", o->name, *(const int32_t *)field);
+            fprintf(stderr, "%-18s%" PRId32 "\n", o->name, *(const int32_t *)field);
         else if (is_setting(o))
-            fprintf(stderr, "%-17s%g\n", o->name, (double)*(const float *)field);
+            fprintf(stderr, "%-18s%g\n", o->name, (double)*(const float *)field);
     }
     return DONE;
 }
@@ -4282,7 +4407,7 @@ static int load(program *p, const char *path)
     while (p->turns.n)
         free(((exchange *)p->turns.items)[--p->turns.n].text);
     show_where(p, path);
-    return DONE;
+    return recover_turns(p);
 }
 
 static int stats(program *p, const char *rest)
@@ -4313,9 +4438,9 @@ static const struct {
     {"clear", "", "start over", clear},
     {"undo", "", "take back the last message and its reply", undo},
     {"regen", "", "draw the last reply anew", regenerate},
-    {"edit", "", "write a message in $EDITOR", edit},
+    {"edit", "[TEXT]", "write a message in $EDITOR", edit},
     {"read", "FILE", "put a file's text before the next message", attach},
-    {"system", "TEXT", "other instructions, from the first message on", set_system},
+    {"system", "[TEXT]", "other instructions, from the first message on", set_system},
     {"set", "NAME VALUE", "change temperature, top-k, seed, max-tokens and others", set},
     {"show", "", "these settings, turns and tokens", show},
     {"save", "FILE", "keep the conversation in a file", save},
@@ -4345,10 +4470,10 @@ static int run_command(program *p, const char *text)
     char name[32];
     const char *rest = text + n + strspn(text + n, " \t");
     snprintf(name, sizeof name, "%.*s", (int)n, text);
-    for (size_t i = 0; i < N_COMMANDS; i++) {
-        size_t distance = n < sizeof name ? edit_distance(name, COMMANDS[i].name) : SIZE_MAX;
-        if (n && n < sizeof name && strncmp(name, COMMANDS[i].name, n) == 0)
-            distance = distance ? 1 : 0;
+    for (size_t i = 0; n && n < sizeof name && i < N_COMMANDS; i++) {
+        size_t distance = edit_distance(name, COMMANDS[i].name);
+        if (strncmp(name, COMMANDS[i].name, n) == 0)
+            distance = distance > 0;
         if (distance < least)
             least = distance, best = i;
     }
@@ -4358,7 +4483,7 @@ static int run_command(program *p, const char *text)
                     name, name);
     if (!*COMMANDS[best].argument && *rest)
         return fail(DONE, "/%s takes nothing", name);
-    if (*COMMANDS[best].argument && !*rest && COMMANDS[best].run != set_system)
+    if (isalpha((unsigned char)*COMMANDS[best].argument) && !*rest)
         return fail(DONE, "/%s needs %s", name, COMMANDS[best].argument);
     return COMMANDS[best].run(p, rest);
 }
@@ -4408,6 +4533,7 @@ static int converse(program *p)
         fprintf(stderr, "seed %" PRIu64 "\n", p->seed);
     if (!p->opts->quiet && p->ids.n)
         show_where(p, p->opts->kept ? p->opts->kept : p->opts->loaded);
+    status = p->ids.n ? recover_turns(p) : DONE;
     while (status == DONE && !p->out.error && !p->leaves) {
         int at_end = 0;
         status = read_message(p, &at_end);
@@ -4462,7 +4588,7 @@ static int detokenize(program *p)
 {
     int status = push_list(p, p->opts->subject);
     if (status == DONE)
-        status = decode_ids(p, &p->prompt);
+        status = decode_ids(p, p->ids.items, p->ids.n, &p->prompt);
     if (status == DONE)
         put_text(&p->out, p->prompt.items, p->prompt.n);
     return status;
@@ -4993,7 +5119,7 @@ static int put_turns(program *p)
         const char *name = gemma2_piece(p->model, ((int32_t *)ids.items)[i], &n, &type);
         p->ids = (array){(int32_t *)ids.items + i, 1, 1};
         if (type != GEMMA2_PIECE_CONTROL)
-            status = decode_ids(p, text);
+            status = decode_ids(p, p->ids.items, p->ids.n, text);
         else if ((status = extend(text, n, 1) ? DONE : out_of_memory()) == DONE)
             memcpy((char *)text->items + text->n - n, name, n);
     }

@@ -867,7 +867,7 @@ elif terminal "a terminal" "echo x" : && [ "$(cat "$TMP/out")" = x ]; then
     terminal "what is left of the context" "'$RUN' '$STORY' -c -n 12 -t 0 -C 96; echo status \$?" \
         "prompts 1; echo One day; prompts 2; echo Two days; prompts 3; echo Three days; prompts 4; echo Four days
         prompts 5; echo Five days; prompts 6; printf '\004'"
-    out_has "the oldest [1-9] of [1-9] turns are"; out_has "status 0"
+    out_has "oldest turns are dropped: [1-9] of [1-9]"; out_has "status 0"
     terminal "a terminal of 10 columns" "stty cols 10 rows 3; '$RUN' '$STORY' -c -n 1 -t 0; echo status \$?" \
         "prompts 1; printf 'one two three four five six\033[A\033[A\001\n'; prompts 3; printf '\004'"
     out_has "status 0"

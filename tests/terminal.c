@@ -509,7 +509,7 @@ static int talk(int width, int height, const char *a, const char *b, const char 
 /* On an empty screen: types a line and waits for what the conversation says last. */
 static void enter(const char *line, const char *last)
 {
-    type("\014");
+    type("\033[200~\033[201~\014"); /* a terminal that marks pastes need not wait for one */
     if (!shows(line, ">", 0, 2))
         return;
     type(line), type("\r"), asks_behind(line, last);
@@ -635,6 +635,198 @@ static void test_vanishing(void)
     signal(SIGHUP, SIG_DFL);
 }
 
+/* ---- commands ---- */
+
+static void write_file(const char *path, const char *bytes, size_t n)
+{
+    FILE *out = fopen(path, "wb");
+    check(out && fwrite(bytes, 1, n, out) == n, "%s cannot be written", path);
+    if (out)
+        fclose(out);
+}
+
+/* What is typed and what the conversation then says last; "@" stands for the folder.  In order,
+ * in a conversation of its own. */
+static const char *const COMMANDS[][2] = {
+    {"/show", "0 turns, 0 of 20000 tokens of context\nsystem\nmax-tokens        -1\n"
+     "temperature       0\nseed              0\ntop-k             64\ntop-p             0.95\n"
+     "min-p             0\nrepeat-penalty    1\npresence-penalty  0\nfrequency-penalty 0\n"
+     "repeat-last-n     64"},
+    {"/help", "them;\na pasted text is one message.  //x says /x.  Ctrl-C stops a reply."},
+    {"/undo", "run: there is no turn to take back"},
+    {"/regen", "run: there is no reply to make again"},
+    {"/save @/file", "run: there is nothing to save yet"},
+    {"one", "ok"},
+    {"two", "ok"},
+    {"/regen", "ok"},
+    {"/undo", "The last message and its reply are forgotten."},
+    {"/undo", "The last message and its reply are forgotten."},
+    {"/undo", "run: there is no turn to take back"},
+    {"/undoo", "run: unknown command /undoo; the nearest is /undo; /help lists all, and //undoo sends /undoo"},
+    {"/", "run: unknown command /; /help lists all, and // sends /"},
+    {"/xyzzy plugh", "run: unknown command /xyzzy; /help lists all, and //xyzzy sends /xyzzy"},
+    {"/EXIT", "run: unknown command /EXIT; /help lists all, and //EXIT sends /EXIT"},
+    {"/clear all", "run: /clear takes nothing"},
+    {"/read", "run: /read needs FILE"},
+    {"/load", "run: /load needs FILE"},
+    {"/read @/none", "run: cannot open @/none: No such file or directory"},
+    {"/read @", "run: @ is a directory"},
+    {"/read tests/demo/story-q8.bin", "run: tests/demo/story-q8.bin seems to be a model of gemma2.c, not text"},
+    {"/read @/script", "45 bytes of @/script go before the next message."},
+    {"/clear", ""},
+    {"one", "ok"},
+    {"/system", "There is no system text now."},
+    {"/system Speak in rhyme.", "The system text is changed."},
+    {"/set", "run: /set needs NAME VALUE"},
+    {"/set top-k", "run: /set NAME VALUE takes the options about choosing tokens; /show lists them"},
+    {"/set context 5", "run: /set NAME VALUE takes the options about choosing tokens; /show lists them"},
+    {"/set topk 5", "run: unknown option --topk; the nearest is --top-k (--help lists all)"},
+    {"/set top-k five", "run: /set top-k 'five': it takes a whole number from 0 to 2147483647"},
+    {"/set top_k 5", ""},
+    {"/set temp=0.5", ""},
+    {"/set seed 7", ""},
+    {"/set max-tokens 0", ""},
+    {"two", "run: -n 0 leaves no room for the shortest reply, which takes 1 tokens"},
+    {"/set max-tokens 99", ""},
+    {"/show", "1 turn, 24 of 20000 tokens of context\nsystem            Speak in rhyme.\n"
+     "max-tokens        99\ntemperature       0.5\nseed              7\ntop-k             5\n"
+     "top-p             0.95\nmin-p             0\nrepeat-penalty    1\npresence-penalty  0\n"
+     "frequency-penalty 0\nrepeat-last-n     64"},
+    {"/save @/script", "run: @/script is not a saved session: it seems to be text; give another name"},
+    {"/save @/none/file", "run: cannot save the session as @/none/file: No such file or directory"},
+    {"/save @/file", "Saved as @/file; /load, --load and --session go on from it."},
+    {"/save @/file", "Saved as @/file; /load, --load and --session go on from it."},
+    {"/load @/none", "run: cannot open @/none: No such file or directory"},
+    {"/load @/script", "run: @/script is not a saved session: it seems to be text; give another name"},
+    {"two", "ok"},
+    {"/load @/file", "@/file: 24 of 20000 tokens."},
+    {"/undo", "The last message and its reply are forgotten."},
+    {"/edit", "ok"},
+    {"/edit and fail", "run: the editor failed, so nothing is sent; $EDITOR names another"},
+    {"/stats", "Speed and tokens are shown after each reply."},
+    {"/stats", "Speed is no longer shown."},
+    {"//x", "ok"},
+    {"/quit now", "run: /quit takes nothing"},
+};
+
+static void test_commands(void)
+{
+    static const char edits[] = "grep -q fail \"$1\" && exit 1\necho edited >\"$1\"";
+    static const char *const leave[] = {"/exit\r", "/quit\r", "/bye\r", "\004"};
+    char editor[80];
+    write_file(script, edits, sizeof edits - 1);
+    snprintf(editor, sizeof editor, "sh %s", script);
+    setenv("EDITOR", editor, 1);
+    setenv("TMPDIR", folder, 1);
+    if (!talk(110, 40, "--history", history, "-s", "0"))
+        return;
+    for (size_t i = 0; i < sizeof COMMANDS / sizeof *COMMANDS && !t.ended; i++) {
+        char text[2][600] = {"", ""}, shown[610];
+        for (int k = 0; k < 2; k++)
+            for (const char *c = COMMANDS[i][k]; *c; c++)
+                snprintf(text[k] + strlen(text[k]), 100, *c == '@' ? "%s" : "%.1s",
+                         *c == '@' ? folder : c);
+        snprintf(shown, sizeof shown, *text[1] ? "%s" : "> %s", text[!!*text[1]]);
+        enter(text[0], shown);
+    }
+    type("/exit\r"), ends("/exit", 0);
+    for (int i = 0; i < 4; i++)
+        if (talk(40, 9, NULL, NULL, NULL, NULL))
+            type(leave[i]), ends(leave[i], 0);
+}
+
+/* ---- conversations that go on, and full ones ---- */
+
+static int same_files(const char *a, const char *b)
+{
+    FILE *in[2] = {fopen(a, "rb"), fopen(b, "rb")};
+    int c = 0, same = in[0] && in[1];
+    while (same && c != EOF)
+        same = (c = fgetc(in[0])) == fgetc(in[1]);
+    for (int i = 0; i < 2; i++)
+        if (in[i])
+            fclose(in[i]);
+    return same;
+}
+
+/* A conversation that was loaded gives what it would have given without a pause. */
+static void test_loading(void)
+{
+    static const char *const systems[] = {NULL, "Speak in rhyme.\nAlways."};
+    char save[2][80];
+    snprintf(save[0], sizeof save[0], "/save %s", file);
+    snprintf(save[1], sizeof save[1], "/save %s", script);
+    for (int i = 0; i < 3; i++) {
+        const char *system = i ? systems[1] : NULL, *option = i ? "-S" : NULL;
+        const char *const first[] = {"--choice", "ok", "--exact", option, system, NULL};
+        const char *const again[] = {"--choice", "ok", "--exact", "--load", file, i == 1 ? option : NULL,
+                                     system, NULL};
+        unlink(file), unlink(script);
+        if (!check(start(110, 20, first), "no start"))
+            return;
+        enter("one", "ok"), enter("/read tests/requirements.txt", "the next message.");
+        enter("two\033\r  lines", "ok"), enter("three", "ok");
+        enter(save[0], "go on from it.");
+        enter("/undo", "forgotten."), enter("/undo", "forgotten.");
+        enter("/regen", "ok"), enter("more", "ok");
+        if (i < 2)
+            enter("/system Say less.", "is changed."), enter("/undo", "forgotten."), enter("end", "ok");
+        enter(save[1], "go on from it.");
+        type("\004"), ends("the first", 0);
+        if (!check(start(110, 20, again), "no start"))
+            return;
+        enter("/show", "repeat-last-n     64");
+        check(strstr(screen(), "3 turns,") != NULL, "the turns are not known:\n%s", screen());
+        enter("/undo", "forgotten."), enter("/undo", "forgotten.");
+        enter("/regen", "ok"), enter("more", "ok");
+        if (i < 2)
+            enter("/system Say less.", "is changed."), enter("/undo", "forgotten."), enter("end", "ok");
+        enter(save[0], "go on from it.");
+        type("\004"), ends("the second", 0);
+        check(same_files(file, script), "%d: a loaded conversation went on in another way", i);
+    }
+}
+
+/* The oldest turns go: before a message, and amid a reply, which goes on. */
+static void test_full(void)
+{
+    static const char *const small[] = {"--choice", "ok", "-C", "64", "-S", "Rhyme.", "--session", file, NULL};
+    static const char *const stop[] = {"--choice", "ok", "-C", "64", "--full", "stop", NULL};
+    static const char *const long_ones[] = {"-n", "30", "--ignore-eos", "-C", "64", NULL};
+    static const char *const alone[] = {"--ignore-eos", "-C", "64", NULL};
+    unlink(file);
+    for (int i = 0; i < 2; i++) { /* its own turns, and loaded ones */
+        if (!check(start(90, 20, small), "no start"))
+            return;
+        for (int k = i ? 3 : 1; k < 7; k++)
+            enter("a message", k == 3 || k == 5 ? "ok\n6 of 64 tokens of context are left."
+                  : k < 3 ? "ok" : "is full, so the oldest turns are dropped: 2 of 4.\nok");
+        enter("/show", "repeat-last-n     64");
+        check(strstr(screen(), "2 turns, 40 of 64") && strstr(screen(), "system            Rhyme."),
+              "%d: turns or the system text are lost:\n%s", i, screen());
+        type("\004"), ends("dropping", 0);
+    }
+    if (!check(start(90, 20, stop), "no start"))
+        return;
+    for (int k = 0; k < 4; k++)
+        enter("a message", k < 3 ? "ok" : "With this turn the conversation has 69 tokens; the context "
+                                          "holds 64.  Say less, or /clear\nto start over.");
+    type("\004"), ends("--full stop", 0);
+    if (!check(start(90, 20, long_ones), "no start"))
+        return;
+    enter("/stats", "after each reply.");
+    for (int k = 0; k < 2; k++) {
+        type("\014"), shows("full", ">", 0, 2), type("a message\r"), has("full", "; reply 30 tokens,");
+        check(!k == !strstr(screen(), "so the oldest turns are dropped: 1 of 2.\n"), "turn %d:\n%s", k, screen());
+    }
+    type("\014"), shows("full", ">", 0, 2), type("\004"), ends("amid a reply", 0);
+    if (!check(start(90, 20, alone), "no start"))
+        return;
+    enter("a message", "The context of 64 tokens is full.  /clear starts over.");
+    type("\004"), ends("a reply alone", 0);
+    unlink(file);
+}
+
 int main(int argc, char **argv)
 {
     program = argc > 1 ? argv[1] : program;
@@ -656,6 +848,9 @@ int main(int argc, char **argv)
     test_sizes();
     test_signals();
     test_vanishing();
+    test_commands();
+    test_loading();
+    test_full();
     unlink(history), unlink(file), unlink(script);
     check(rmdir(folder) == 0, "files are left in %s", folder);
     printf("%d passed, %d failed\n", n_passed, n_failed);

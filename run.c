@@ -47,6 +47,9 @@
 #include <sys/stat.h>
 #include <termios.h>
 #include <unistd.h>
+#ifndef SIGWINCH
+#define SIGWINCH 28 /* macOS hides it from a program that asks for X/Open */
+#endif
 #endif
 
 /* ===================================================================================
@@ -6824,9 +6827,7 @@ static int terminal_raw(void)
     static const int deadly[] = {SIGQUIT, SIGABRT, SIGSEGV, SIGFPE, SIGILL};
     for (int i = 0; i < 5; i++)
         signal(deadly[i], on_quit);
-#ifdef SIGWINCH
     signal(SIGWINCH, on_resize);
-#endif
     if (!entered_before)
         atexit(terminal_restore);
     entered_before = is_raw = 1;

@@ -58,8 +58,8 @@ static void disturb(gemma2_session **s, gemma2_session **other, int32_t id, int 
 }
 
 /* A reply with disturbances, with or without guesses. */
-static void tell(const gemma2_model *m, struct setup o, gemma2_ahead *a, struct oracle *oracle,
-                 gemma2_sampler sampler, struct told *t)
+static void tell_ahead(const gemma2_model *m, struct setup o, gemma2_ahead *a, struct oracle *oracle,
+                       gemma2_sampler sampler, struct told *t)
 {
     gemma2_session *s = start(m, o), *other = start(m, o);
     int32_t prompt[] = {2, 7, 9, 7, 9, 7};
@@ -103,7 +103,7 @@ static void all_guesses(const gemma2_model *m, struct setup o, gemma2_sampler sa
     static struct told truth, told;
     size_t v = vocab(m);
     truth.logits = fresh(TOLD * v * sizeof(float)), told.logits = fresh(TOLD * v * sizeof(float));
-    tell(m, o, NULL, NULL, sampler, &truth);
+    tell_ahead(m, o, NULL, NULL, sampler, &truth);
     gemma2_session *draft = start(m, (struct setup){48, 7, 1, 0, 0});
     for (int kind = 0; kind < 5; kind++) {
         struct oracle oracle = {&truth, 0, kind == 1};
@@ -119,7 +119,7 @@ static void all_guesses(const gemma2_model *m, struct setup o, gemma2_sampler sa
         gemma2_ahead *a = gemma2_ahead_new(m, &p, NULL, 0);
         if (!check(a != NULL, "ahead %d", kind))
             continue;
-        tell(m, o, a, &oracle, sampler, &told);
+        tell_ahead(m, o, a, &oracle, sampler, &told);
         check(!told_differ(&truth, &told, v), "guesses of kind %d change a result", kind);
         check(gemma2_ahead_count(a, &counts) == GEMMA2_OK && counts.accepted <= counts.drafted,
               "ahead %d: counts", kind);

@@ -4462,7 +4462,7 @@ static uint32_t left_recursive(const gemma2_grammar *g)
     uint8_t *state = seen ? seen + g->n_insts : NULL;
     if (!seen || !stack)
         found = g->n_rules;
-    for (uint32_t r = 0, n = 0; r < g->n_rules && found == NOWHERE; r++) {
+    for (uint32_t r = 0, n = 0; state && stack && r < g->n_rules && found == NOWHERE; r++) {
         uint32_t enter = state[r] == UNSEEN ? r : NOWHERE;
         do {
             if (enter != NOWHERE) {
@@ -4607,7 +4607,7 @@ static struct vocabulary *make_vocabulary(const gemma2_model *m)
     struct vocabulary *v = calloc(1, sizeof *v);
     size_t blob = t->n ? get_u32(t->ends + 4 * (size_t)(t->n - 1)) : 0, used = 0;
     uint32_t n = 0, words = (t->n + 31) / 32;
-    struct token_text *texts = malloc(t->n * sizeof *texts);
+    struct token_text *texts = malloc((t->n + (size_t)1) * sizeof *texts);
     uint8_t *bytes = malloc(blob + 1);
     if (v && texts && bytes && (v->plain = calloc((PLAIN_CHARS + 1) * (size_t)words,
                                                  sizeof *v->plain))) {
@@ -5125,9 +5125,9 @@ static uint32_t after_token(gemma2_matcher *m, uint32_t set, uint32_t id)
 {
     uint8_t bytes[MAX_PIECE_BYTES];
     uint32_t n = token_bytes(&m->grammar->model->tokenizer, id, bytes);
-    int is_text = m->vocabulary->text[id / 32] >> id % 32 & 1;
+    uint32_t is_text = m->vocabulary->text[id / 32] >> id % 32 & 1;
     uint32_t to = n && n <= MAX_TOKEN_BYTES ? set : 0;
-    const uint32_t *row = sets_after(m, set);
+    const uint32_t *row;
     for (uint32_t i = 0; i < n && to; i++)
         to = (row = sets_after(m, to)) ? row[bytes[i]] : 0;
     if (!m->sets[set].refers)

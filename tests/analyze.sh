@@ -27,7 +27,7 @@ run() {
     status=$?
     sed -n "s/^.*$file:\([0-9]*\):[0-9]*: [a-z]*:.*\[\([^]]*\)\]\$/\1 \2/p" "$found.log" |
         while read -r line check; do
-            echo "$tool $file $check: $(sed -n "${line}s/^ *//p" "$file")"
+            printf '%s\n' "$tool $file $check: $(sed -n "${line}s/^ *//p" "$file")"
         done | sort -u >"$found.seen"
     grep -v '^#' "$HERE/analyze.known" | grep -vxFf - "$found.seen" | sed 's/^/FAIL /' >"$found.new"
     if [ $status -ne 0 ] && ! [ -s "$found.seen" ]; then

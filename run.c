@@ -3807,7 +3807,8 @@ static void begin_text(editor *e)
 
 static void flush_screen(editor *e)
 {
-    fwrite(e->screen.items, 1, e->screen.n, stderr);
+    if (e->screen.n)
+        fwrite(e->screen.items, 1, e->screen.n, stderr);
     fflush(stderr);
     e->screen.n = 0;
 }

@@ -5445,10 +5445,8 @@ const char *gemma2_error_string(int code)
 
 void gemma2_open_params_init(gemma2_open_params *params)
 {
-    if (!params)
-        return;
-    memset(params, 0, sizeof *params);
-    params->struct_size = sizeof *params;
+    if (params)
+        *params = (gemma2_open_params){.struct_size = sizeof *params};
 }
 
 static int read_open_params(gemma2_open_params *p, const gemma2_open_params *from)
@@ -5574,10 +5572,8 @@ int gemma2_check(const gemma2_model *m, size_t i, char *err_text, size_t err_siz
 
 void gemma2_session_params_init(gemma2_session_params *params)
 {
-    if (!params)
-        return;
-    memset(params, 0, sizeof *params);
-    params->struct_size = sizeof *params;
+    if (params)
+        *params = (gemma2_session_params){.struct_size = sizeof *params};
 }
 
 int32_t gemma2_threads(int32_t n_threads)
@@ -6759,29 +6755,24 @@ INLINE void sha256_round(uint32_t v[8], int j, uint32_t kw)
     v[(7 - j) & 7] = t + (ror(a, 2) ^ ror(a, 13) ^ ror(a, 22)) + ((a & b) ^ (a & c) ^ (b & c));
 }
 
-static void sha256_block(uint32_t h[8], const uint8_t *p)
-{
-    uint32_t w[64], v[8];
-    for (int i = 0; i < 16; i++)
-        w[i] = (uint32_t)p[4 * i] << 24 | (uint32_t)p[4 * i + 1] << 16 |
-               (uint32_t)p[4 * i + 2] << 8 | p[4 * i + 3];
-    for (int i = 16; i < 64; i++) {
-        uint32_t a = w[i - 15], b = w[i - 2];
-        w[i] = w[i - 16] + w[i - 7] + (ror(a, 7) ^ ror(a, 18) ^ a >> 3) +
-               (ror(b, 17) ^ ror(b, 19) ^ b >> 10);
-    }
-    memcpy(v, h, sizeof v);
-    for (int i = 0; i < 64; i += 8)
-        for (int j = 0; j < 8; j++) /* unrolled, the roles of v rotate by register */
-            sha256_round(v, j, sha256_k[i + j] + w[i + j]);
-    for (int i = 0; i < 8; i++)
-        h[i] += v[i];
-}
-
 static void sha256_blocks(uint32_t h[8], const uint8_t *p, size_t n)
 {
-    for (; n; n--, p += 64)
-        sha256_block(h, p);
+    for (; n; n--, p += 64) {
+        uint32_t w[64], v[8];
+        for (int i = 0; i < 16; i++)
+            w[i] = __builtin_bswap32(get_u32(p + 4 * i));
+        for (int i = 16; i < 64; i++) {
+            uint32_t a = w[i - 15], b = w[i - 2];
+            w[i] = w[i - 16] + w[i - 7] + (ror(a, 7) ^ ror(a, 18) ^ a >> 3) +
+                   (ror(b, 17) ^ ror(b, 19) ^ b >> 10);
+        }
+        memcpy(v, h, sizeof v);
+        for (int i = 0; i < 64; i += 8)
+            for (int j = 0; j < 8; j++) /* unrolled, the roles of v rotate by register */
+                sha256_round(v, j, sha256_k[i + j] + w[i + j]);
+        for (int i = 0; i < 8; i++)
+            h[i] += v[i];
+    }
 }
 
 static void sha256_init(struct sha256 *s)
@@ -6870,17 +6861,14 @@ static int read_field(const uint8_t *header, const struct header_field *f, gemma
     return 1;
 }
 
-static int check_heads(const gemma2_config *c, struct errbuf *err)
+/* The last part of the header: which layers are local, which ids stop, zeros. */
+static int read_lists(const uint8_t *header, gemma2_config *c, struct errbuf *err)
 {
     if (c->n_layers && c->n_heads % c->n_kv_heads)
         return corrupt(err, "%d query heads cannot share %d key/value heads", c->n_heads,
                        c->n_kv_heads);
-    return c->head_dim % 2 ? corrupt(err, "head_dim %d is odd", c->head_dim) : 1;
-}
-
-/* The last part of the header: which layers are local, which ids stop, zeros. */
-static int read_lists(const uint8_t *header, gemma2_config *c, struct errbuf *err)
-{
+    if (c->head_dim % 2)
+        return corrupt(err, "head_dim %d is odd", c->head_dim);
     for (int l = 0; l < MAX_LAYERS; l++) {
         c->is_local[l] = header[128 + l / 8] >> l % 8 & 1;
         if (l >= c->n_layers && c->is_local[l])
@@ -6928,7 +6916,7 @@ static int fail_foreign(const uint8_t *p, size_t size, struct errbuf *err)
     return fail(err, "this is not a gemma2.c model file; convert a checkpoint to get one");
 }
 
-/* Everything before the directory's entries; sets n_sections, directory, file_bytes. */
+/* Everything before the directory's entries; sets n_sections, directory, file_bytes, identity. */
 static int read_header(struct gemma2_model *m, const struct file *f, struct errbuf *err)
 {
     static const uint8_t magic[8] = {0x89, 'G', 'E', 'M', 'M', 'A', '2', '\n'};
@@ -6955,15 +6943,8 @@ static int read_header(struct gemma2_model *m, const struct file *f, struct errb
         HEADER_BYTES + (uint64_t)m->n_sections * ENTRY_BYTES > f->size)
         return corrupt(err, "its directory does not fit");
     m->directory = p + HEADER_BYTES;
-    return 1;
-}
-
-static int check_identity(const struct gemma2_model *m, struct errbuf *err)
-{
-    uint8_t digest[32];
-    digest_of(m, m->directory - HEADER_BYTES, IDENTITY_AT, m->directory,
-              (size_t)m->n_sections * ENTRY_BYTES, digest);
-    if (memcmp(digest, m->directory - HEADER_BYTES + IDENTITY_AT, 32))
+    digest_of(m, p, IDENTITY_AT, m->directory, (size_t)m->n_sections * ENTRY_BYTES, c->identity);
+    if (memcmp(c->identity, p + IDENTITY_AT, sizeof c->identity))
         return corrupt(err, "header and directory do not match their checksum");
     return 1;
 }
@@ -7295,12 +7276,12 @@ static int measure_model(struct gemma2_model *m, const struct file *f, struct er
     const uint32_t one = 1;
     if (*(const uint8_t *)&one != 1)
         return fail(err, "gemma2.c needs a little-endian CPU");
-    if (!read_header(m, f, err) || !check_identity(m, err))
+    if (!read_header(m, f, err))
         return 0;
     for (int i = 0; i < N_HEADER_FIELDS; i++)
         if (!read_field(f->data, &header_fields[i], &m->config, err))
             return 0;
-    if (!check_heads(&m->config, err) || !read_lists(f->data, &m->config, err))
+    if (!read_lists(f->data, &m->config, err))
         return 0;
     m->isa = select_kernels(err);
     m->sha256 = m->isa == &scalar_kernels ? NULL : fast_sha256();
@@ -7314,7 +7295,6 @@ static int measure_model(struct gemma2_model *m, const struct file *f, struct er
 static int read_model(struct gemma2_model *m, struct errbuf *err)
 {
     gemma2_config *c = &m->config;
-    memcpy(c->identity, m->file.data + IDENTITY_AT, 32);
     const char *name = getenv("GEMMA2_ISA");
     m->is_reference = name && !strcmp(name, "reference");
     c->isa = m->is_reference ? "reference" : m->isa->name;
@@ -7345,12 +7325,9 @@ static gemma2_model *allocate_model(struct file *f, struct errbuf *err)
         fail(err, "out of memory opening the model");
         return NULL;
     }
-    memset(m, 0, sizeof *m + layers);
+    memcpy(m, &small, sizeof *m);
+    memset(m->layers, 0, layers);
     m->vocabulary = &m->vocabulary_made;
-    m->config = small.config;
-    m->isa = small.isa;
-    m->directory = small.directory;
-    m->n_sections = small.n_sections;
     m->file = *f;
     m->tokenizer.slots = (uint32_t *)((char *)m + sizeof *m + layers);
     m->tokenizer.whole = m->tokenizer.slots + slots;

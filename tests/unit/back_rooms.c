@@ -26,6 +26,9 @@ static void test_fast_sha256(void)
         free(text);
     }
     check_none(bad, "SHA-256 by instructions");
+    struct model x = make(&shapes[0]);
+    check(x.m->sha256 == (x.m->isa == &scalar_kernels ? NULL : fast), "a model's own SHA-256");
+    unmake(&x);
 }
 
 /* FIPS 180-4 examples, and n letters 'a' around the padding's edges (by sha256sum). */

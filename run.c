@@ -824,10 +824,10 @@ static int parse_bias(const char *text, gemma2_bias *bias)
     return strcmp(sign, "-inf") == 0 || parse_real(sign, -FLT_MAX, FLT_MAX, &bias->bias);
 }
 
-/* Stores the value of an option; returns 1, or 0 where the value is not one it takes. */
 /* By GEMMA2_CACHE_*. */
 static const char *const cache_names[] = {"auto", "f32", "f16", "q8"};
 
+/* Stores the value of an option; returns 1, or 0 where the value is not one it takes. */
 static int set_option(options *opts, const option *o, const char *value)
 {
     void *field = (char *)opts + o->field;
@@ -838,13 +838,10 @@ static int set_option(options *opts, const option *o, const char *value)
     case MODE:
         return 1;
     case FLAG:
-        *(int *)field = 1;
-        return 1;
+        return *(int *)field = 1;
     case PROMPT:
-        opts->n_prompts++;
-        *(const char **)field = value;
-        return 1;
     case TEXT:
+        opts->n_prompts += o->kind == PROMPT;
         *(const char **)field = value;
         return 1;
     case STOP:
@@ -4864,20 +4861,15 @@ static int score(program *p)
     return DONE;
 }
 
-static void put_numbers(output *out, const double *x, size_t n)
-{
-    for (size_t i = 0; i < n; i++)
-        put_format(out, "%s%.9g", i ? ", " : "[", x[i]);
-    put_format(out, "]\n");
-}
-
 /* The prompt's states after the final norm, a piece at a time: their mean, or the last one,
  * which also leads to the scores of a reward model. */
 static int embed(program *p)
 {
     size_t d = (size_t)p->config->d_model, n_scores = (size_t)p->config->n_scores;
-    int is_mean = p->opts->mode == EMBED && !strcmp(p->opts->subject, "mean");
+    int is_reward = p->opts->mode == REWARD;
+    int is_mean = !is_reward && !strcmp(p->opts->subject, "mean");
     float *states = calloc(PREFILL_PIECE * d + n_scores, sizeof *states), *last = states;
+    float *scores = states ? states + PREFILL_PIECE * d : NULL;
     double *sums = calloc(d + n_scores, sizeof *sums);
     int code = states && sums ? GEMMA2_OK : GEMMA2_ERR_MEMORY;
     for (size_t at = 0, n; code >= 0 && at < p->ids.n; at += n) {
@@ -4887,15 +4879,13 @@ static int embed(program *p)
         for (size_t i = 0; is_mean && i < n * d; i++)
             sums[i % d] += (double)states[i] / (double)p->ids.n;
     }
-    if (code >= 0 && p->opts->mode == REWARD)
-        code = gemma2_scores(p->session, last, states + PREFILL_PIECE * d);
-    if (p->opts->mode == REWARD)
-        last = states + PREFILL_PIECE * d;
-    size_t n = p->opts->mode == REWARD ? n_scores : d;
+    if (code >= 0 && is_reward)
+        code = gemma2_scores(p->session, last, scores);
+    size_t n = is_reward ? n_scores : d;
     for (size_t i = 0; !is_mean && code >= 0 && i < n; i++)
-        sums[i] = (double)last[i];
-    if (code >= 0)
-        put_numbers(&p->out, sums, n);
+        sums[i] = (double)(is_reward ? scores : last)[i];
+    for (size_t i = 0; code >= 0 && i < n; i++)
+        put_format(&p->out, "%s%.9g%s", i ? ", " : "[", sums[i], i + 1 < n ? "" : "]\n");
     free(states), free(sums);
     return code < 0 ? engine_failed(p, "evaluating the prompt", code) : DONE;
 }
@@ -4971,25 +4961,19 @@ static int perplexity(program *p, size_t length)
  * name. */
 enum { IMPORTANCE_HEADER = 64 };
 
-static void put_u32(uint8_t *to, uint32_t value)
-{
-    for (int i = 0; i < 4; i++)
-        to[i] = (uint8_t)(value >> (8 * i));
-}
-
+/* Numbers as the CPU has them: the library runs on little-endian CPUs alone. */
 static void importance_header(const program *p, uint32_t block, uint8_t header[IMPORTANCE_HEADER])
 {
     const gemma2_config *c = p->config;
+    const uint32_t start[] = {1, block};
     const int32_t sizes[] = {c->n_layers, c->d_model, c->n_heads, c->n_kv_heads, c->head_dim,
                              c->d_ffn, c->n_vocab};
+    uint64_t tokens = p->ids.n;
     memset(header, 0, IMPORTANCE_HEADER);
     memcpy(header, IMPORTANCE_MAGIC, MAGIC_BYTES);
-    put_u32(header + 8, 1);
-    put_u32(header + 12, block);
-    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
-        put_u32(header + 16 + 4 * i, (uint32_t)sizes[i]);
-    put_u32(header + 48, (uint32_t)p->ids.n);
-    put_u32(header + 52, (uint32_t)((uint64_t)p->ids.n >> 32));
+    memcpy(header + 8, start, sizeof start);
+    memcpy(header + 16, sizes, sizeof sizes);
+    memcpy(header + 48, &tokens, sizeof tokens);
 }
 
 /* Memory holds room for the header, then n sums; these become the file in their own place. */
@@ -4999,12 +4983,10 @@ static int save_importance(program *p, uint32_t block, double *memory, size_t n)
     uint8_t *image = (uint8_t *)memory;
     for (size_t i = 0; i < n; i++) {
         float mean = (float)(sums[i] / (double)p->ids.n);
-        uint32_t bits;
         if (!isfinite(mean))
             return fail(FAILED,
                         "the model's activations are not finite; its weights are damaged");
-        memcpy(&bits, &mean, sizeof bits);
-        put_u32(image + IMPORTANCE_HEADER + 4 * i, bits);
+        memcpy(image + IMPORTANCE_HEADER + 4 * i, &mean, sizeof mean);
     }
     importance_header(p, block, image);
     return save_file("the importance", p->opts->subject, image, IMPORTANCE_HEADER + 4 * n);
@@ -5070,16 +5052,29 @@ static int importance(program *p, size_t length)
     return status;
 }
 
-static void put_fact(program *p, const char *key)
+/* Where a model comes from: lines, or members of an object. */
+static void put_facts(program *p)
 {
-    size_t n;
-    const char *value = gemma2_fact(p->model, key, &n);
-    if (!value)
-        return;
-    const char *newline = memchr(value, '\n', n);
-    put_format(&p->out, "%s: ", key);
-    put_printable(&p->out, value, newline ? (size_t)(newline - value) : n);
-    put_bytes(&p->out, "\n", 1);
+    static const char *const keys[] = {"name", "source", "license", "export"};
+    for (size_t i = 0, n; i < sizeof keys / sizeof keys[0]; i++) {
+        const char *value = gemma2_fact(p->model, keys[i], &n);
+        if (value && p->opts->json) {
+            put_format(&p->out, ", \"%s\": \"", keys[i]);
+            put_json(&p->out, value, n);
+            put_bytes(&p->out, "\"", 1);
+        } else if (value) {
+            const char *newline = memchr(value, '\n', n);
+            put_format(&p->out, "%s: ", keys[i]);
+            put_printable(&p->out, value, newline ? (size_t)(newline - value) : n);
+            put_bytes(&p->out, "\n", 1);
+        }
+    }
+}
+
+static void put_identity(program *p)
+{
+    for (size_t i = 0; i < sizeof p->config->identity; i++)
+        put_format(&p->out, "%02x", p->config->identity[i]);
 }
 
 static void put_architecture(program *p)
@@ -5198,31 +5193,17 @@ static void put_caches(program *p)
     }
 }
 
-static void put_fact_json(output *out, const gemma2_model *m, const char *key)
-{
-    size_t n;
-    const char *text = gemma2_fact(m, key, &n);
-    if (!text)
-        return;
-    put_format(out, ", \"%s\": \"", key);
-    put_json(out, text, n);
-    put_bytes(out, "\"", 1);
-}
-
 /* What --info says, but for the turns of a chat, as one object. */
 static void put_info_json(program *p)
 {
-    static const char *const facts[] = {"name", "source", "license", "export"};
     const gemma2_config *c = p->config;
     output *out = &p->out;
     gemma2_plan plan;
     gemma2_section section;
     put_format(out, "{\"file_bytes\": %" PRIu64 ", \"identity\": \"", c->file_bytes);
-    for (size_t i = 0; i < sizeof c->identity; i++)
-        put_format(out, "%02x", c->identity[i]);
+    put_identity(p);
     put_bytes(out, "\"", 1);
-    for (size_t i = 0; i < sizeof facts / sizeof facts[0]; i++)
-        put_fact_json(out, p->model, facts[i]);
+    put_facts(p);
     if (c->n_layers) {
         put_format(out, ", \"n_layers\": %" PRId32 ", \"d_model\": %" PRId32
                    ", \"d_ffn\": %" PRId32, c->n_layers, c->d_model, c->d_ffn);
@@ -5270,13 +5251,9 @@ static int info(program *p)
     }
     format_bytes(size, c->file_bytes);
     put_format(out, "file: %s (%" PRIu64 " bytes)\nidentity: ", size, c->file_bytes);
-    for (size_t i = 0; i < sizeof c->identity; i++)
-        put_format(out, "%02x", c->identity[i]);
+    put_identity(p);
     put_bytes(out, "\n", 1);
-    put_fact(p, "name");
-    put_fact(p, "source");
-    put_fact(p, "license");
-    put_fact(p, "export");
+    put_facts(p);
     if (c->n_layers)
         put_architecture(p);
     put_format(out, "vocabulary: %" PRId32 " pieces; bos %" PRId32 ", eos %" PRId32, c->n_vocab,
@@ -6603,21 +6580,13 @@ int main(int argc, char **argv)
         free(((exchange *)p.turns.items)[--p.turns.n].text);
     while (p.editor.history.n)
         free(((char **)p.editor.history.items)[--p.editor.history.n]);
-    array *const arrays[] = {&p.turns, &p.attached, &p.editor.text, &p.editor.screen,
-                             &p.editor.history, &p.editor.draft};
-    for (size_t i = 0; i < sizeof arrays / sizeof *arrays; i++)
-        free(arrays[i]->items);
-    free(p.system);
-    free(p.prompt.items);
-    free(p.echo.items);
-    free(p.ids.items);
-    free(p.reply.text.items);
-    free(p.reply.logprobs.items), free(p.reply.tops.items);
-    free(p.reply.ends.items);
-    free(p.reply.choices.items);
-    free(opts.stops);
-    free(opts.choices);
-    free(opts.biases);
+    void *const rest[] = {
+        p.turns.items, p.attached.items, p.editor.text.items, p.editor.screen.items,
+        p.editor.history.items, p.editor.draft.items, p.system, p.prompt.items, p.echo.items,
+        p.ids.items, p.reply.text.items, p.reply.logprobs.items, p.reply.tops.items,
+        p.reply.ends.items, p.reply.choices.items, opts.stops, opts.choices, opts.biases};
+    for (size_t i = 0; i < sizeof rest / sizeof *rest; i++)
+        free(rest[i]);
     return status == INTERRUPTED && ended_by ? 128 + ended_by : status;
 }
 

@@ -1002,7 +1002,7 @@ static int check_options(options *opts)
     unsigned traits = TRAITS[opts->mode];
     if (opts->json && !(traits & TAKES_JSON))
         return fail(USAGE, "--%s and --json do not go together", name);
-    if (opts->n_top && (!opts->json || opts->mode != GENERATE))
+    if (opts->n_top && (!opts->json || (opts->mode != GENERATE && opts->mode != BATCH)))
         return fail(USAGE, "--top-logprobs belongs to the --json of a reply");
     if (!opts->model)
         return fail(USAGE, "no model file given; --help shows examples");
@@ -1029,14 +1029,14 @@ static int check_options(options *opts)
         return fail(USAGE, "--batch and --echo do not go together");
     const char *limit = opts->schema ? "schema" : opts->grammar ? "grammar" : "choice";
     int limits = (opts->n_choices != 0) + (opts->grammar != NULL) + (opts->schema != NULL);
-    if (limits && !(traits & TAKES_SESSION))
+    if (limits && !(traits & TAKES_SESSION) && opts->mode != BATCH)
         return fail(USAGE, "--%s and --%s do not go together", limit, name);
     if (limits > 1)
         return fail(USAGE, "--choice, --grammar and --schema do not go together");
     if (limits && opts->ignore_eos)
         return fail(USAGE, "--ignore-eos and --%s do not go together: such a reply has an end",
                     limit);
-    if (opts->system && !opts->chat)
+    if (opts->system && !opts->chat && opts->mode != BATCH)
         return fail(USAGE, "--system belongs to a chat; add -c");
     if (opts->ids && opts->chat)
         return fail(USAGE, "--ids and --chat do not go together: ids are taken as they are");
@@ -1153,6 +1153,13 @@ static void put_json(output *out, const char *text, size_t n)
         else
             put_bytes(out, text + i, length);
     }
+}
+
+static void put_quoted(output *out, const char *text, size_t n)
+{
+    put_bytes(out, "\"", 1);
+    put_json(out, text, n);
+    put_bytes(out, "\"", 1);
 }
 
 /* ---- JSON, by the letter of RFC 8259.  A text becomes a flat array of nodes in its own order,
@@ -2861,6 +2868,28 @@ static int constrain(program *p)
     return DONE;
 }
 
+/* Reads --choice, --grammar or --schema, before the prompt costs time.  gbnf becomes the grammar,
+ * or stays empty. */
+static int load_constraint(program *p, array *gbnf)
+{
+    const options *opts = p->opts;
+    const char *path = opts->schema ? opts->schema : opts->grammar;
+    const char *name = opts->schema ? "--schema " : path ? "--grammar " : "--choice";
+    array text = {0};
+    char err[SENTENCE] = "out of memory";
+    if (!path && !opts->n_choices)
+        return DONE;
+    int status = opts->grammar ? read_path(path, gbnf) : path ? read_path(path, &text) : DONE;
+    if (status != DONE)
+        return status;
+    int ok = opts->schema ? add_schema(gbnf, text.items, text.n, err, sizeof err)
+             : path || add_choices(gbnf, opts->choices, opts->n_choices);
+    ok = ok && open_constraint(&p->constraint, p->model, gbnf->n ? gbnf->items : "", gbnf->n, err,
+                               sizeof err);
+    free(text.items);
+    return ok ? DONE : fail(USAGE, "%s%s: %s", name, path ? path : "", err);
+}
+
 /* Begins a constrained reply; refuses one for which the context or -n leaves no room. */
 static int start_constraint(program *p)
 {
@@ -3243,9 +3272,7 @@ static void put_piece(program *p, int32_t id)
 {
     size_t n;
     const char *piece = gemma2_piece(p->model, id, &n, NULL);
-    put_bytes(&p->out, "\"", 1);
-    put_json(&p->out, piece, n);
-    put_bytes(&p->out, "\"", 1);
+    put_quoted(&p->out, piece, n);
 }
 
 /* Of every token of the reply, the best that could have stood in its place. */
@@ -3263,31 +3290,37 @@ static void put_tops(program *p)
     put_format(&p->out, p->reply.logprobs.n ? "]" : "");
 }
 
+/* What --json tells of a reply in a batch, too. */
+static void put_details(program *p)
+{
+    const reply *r = &p->reply;
+    put_format(&p->out, "\"ids\": [");
+    put_ids(&p->out, (const int32_t *)p->ids.items + p->ids.n - r->n_ids, r->n_ids, ", ");
+    put_format(&p->out, "], \"logprobs\": [");
+    for (size_t i = 0; i < r->logprobs.n; i++)
+        put_format(&p->out, "%s%.9g", i ? ", " : "", (double)((const float *)r->logprobs.items)[i]);
+    if (p->opts->n_top)
+        put_tops(p);
+    for (size_t i = 0; i < r->choices.n; i++) {
+        put_format(&p->out, i ? ", {\"text\": " : "], \"choices\": [{\"text\": ");
+        put_quoted(&p->out, p->opts->choices[i], strlen(p->opts->choices[i]));
+        put_format(&p->out, ", \"probability\": %.9g}", ((const double *)r->choices.items)[i]);
+    }
+    put_format(&p->out, "]");
+}
+
 static void print_json(program *p)
 {
     const reply *r = &p->reply;
-    const int32_t *ids = p->ids.items;
-    const float *logprobs = r->logprobs.items;
-    size_t n_prompt = p->ids.n - r->n_ids;
     output *out = &p->out;
     put_format(out, "{\"text\": \"");
     put_json(out, p->echo.items, p->echo.n);
     put_json(out, r->text.items, r->text.n);
     put_format(out, "\", \"prompt_ids\": [");
-    put_ids(out, ids, n_prompt, ", ");
-    put_format(out, "], \"ids\": [");
-    put_ids(out, ids + n_prompt, r->n_ids, ", ");
-    put_format(out, "], \"logprobs\": [");
-    for (size_t i = 0; i < r->logprobs.n; i++)
-        put_format(out, "%s%.9g", i ? ", " : "", (double)logprobs[i]);
-    if (p->opts->n_top)
-        put_tops(p);
-    for (size_t i = 0; i < r->choices.n; i++) {
-        put_format(out, i ? ", {\"text\": \"" : "], \"choices\": [{\"text\": \"");
-        put_json(out, p->opts->choices[i], strlen(p->opts->choices[i]));
-        put_format(out, "\", \"probability\": %.9g}", ((const double *)r->choices.items)[i]);
-    }
-    put_format(out, "], \"finish_reason\": \"%s\", \"seed\": %" PRIu64,
+    put_ids(out, p->ids.items, p->ids.n - r->n_ids, ", ");
+    put_format(out, "], ");
+    put_details(p);
+    put_format(out, ", \"finish_reason\": \"%s\", \"seed\": %" PRIu64,
                FINISH_REASONS[r->finish], p->seed);
     put_format(out, ", \"timings\": {\"load_s\": %.6f, \"prefill_s\": %.6f", p->load_s,
                r->prefill_s);
@@ -5343,17 +5376,21 @@ typedef struct {
 typedef struct {
     size_t at, n; /* in batch.names; n 0: a free place */
     int seen;     /* 1: an input line has it; 0: only the results of an earlier run */
+    uint64_t seed; /* of that result */
 } line_id;
 
 /* A place for one line.  Its program is a whole one, for one reply, without output. */
 typedef struct {
     program p;
     options opts;
-    array texts, stops, messages, id, model; /* what the line says */
+    array texts, stops, choices, messages, id, model; /* what the line says */
+    array token; /* char: room for a piece */
+    array gbnf;  /* char: what is held */
+    constraint held;
     size_t number;
     size_t pure; /* positions of the session that another prompt may begin with */
     int busy, begun, ready; /* has a line; its prompt is begun; its logits are there */
-    int openai, logprobs;
+    int openai, logprobs, limited; /* the line's own constraint, or none instead of the run's */
     size_t first_row, n_rows; /* of the pass */
 } batch_slot;
 
@@ -5364,7 +5401,7 @@ typedef struct {
     size_t n_slots;
     line_input in;
     FILE *out;
-    array line, names;
+    array line, names, gbnf; /* of a result; all ids; of the options' constraint, or empty */
     line_id *ids;
     size_t n_ids, room; /* room is a power of two */
     int exact; /* prompts read in one arithmetic, so they may be cut anywhere */
@@ -5462,7 +5499,7 @@ static int note_id(batch *b, const array *id, int seen, int *before)
     if (!copy)
         return -1;
     memcpy(copy, id->items, id->n);
-    *place = (line_id){at, id->n, seen};
+    *place = (line_id){.at = at, .n = id->n, .seen = seen};
     b->n_ids++;
     return 1;
 }
@@ -5478,21 +5515,33 @@ static int get_id(const json *j, const char *name, array *id)
         return 0;
     const char *number = j->text + node->start;
     size_t n = node->end - node->start;
+    int is_number = node->kind == JSON_NUMBER && !memchr(number, '.', n) &&
+                    !memchr(number, 'e', n) && !memchr(number, 'E', n);
+    if (!is_number && (node->kind != JSON_STRING || !json_text(j, node, &text)))
+        return free(text.items), -1;
     id->n = 0;
-    if (node->kind == JSON_NUMBER && !memchr(number, '.', n) && !memchr(number, 'e', n) &&
-        !memchr(number, 'E', n)) {
+    if (is_number)
         put_bytes(&out, number, n);
-        return 1;
-    }
-    if (node->kind != JSON_STRING || !json_text(j, node, &text)) {
-        free(text.items);
-        return -1;
-    }
-    put_bytes(&out, "\"", 1);
-    put_json(&out, text.items, text.n);
-    put_bytes(&out, "\"", 1);
+    else
+        put_quoted(&out, text.items, text.n);
     free(text.items);
     return 1;
+}
+
+/* The same of a line, whose form it finds out; where that says nothing the id stays as it is. */
+static int get_line_id(const json *j, int *openai, array *id)
+{
+    const json_node *root = j->nodes.items;
+    *openai = json_get(j, root, "custom_id") || json_get(j, root, "body");
+    int got = get_id(j, *openai ? "custom_id" : "id", id);
+    return *openai && !(got == 1 && *(char *)id->items == '"') ? -1 : got;
+}
+
+static void number_id(array *id, size_t number)
+{
+    output out = {.memory = id};
+    id->n = 0;
+    put_format(&out, "%zu", number);
 }
 
 /* ---- what a line asks for ---- */
@@ -5512,23 +5561,32 @@ static const char *keep_text(batch_slot *s, const json *j, const json_node *node
     return (const char *)s->texts.items + start;
 }
 
-/* "stop": a text or a list of texts. */
-static int keep_stops(batch_slot *s, const json *j, const json_node *value)
+/* A text, or a list of texts. */
+static int keep_texts(batch_slot *s, const json *j, const json_node *value, const char *key,
+                      array *list)
 {
     size_t n = value->kind == JSON_ARRAY ? value->n : 1, length;
     const json_node *each = value->kind == JSON_ARRAY ? value + 1 : value;
-    for (s->stops.n = 0; n; n--, each = json_next(j, each)) {
+    for (list->n = 0; n; n--, each = json_next(j, each)) {
         const char *text = keep_text(s, j, each, &length);
         if (!text || length == 0 || strlen(text) != length)
-            return fail(USAGE, "\"stop\" takes texts that are not empty and hold no NUL");
-        const char **place = extend(&s->stops, 1, sizeof *place);
+            return fail(USAGE, "\"%s\" takes texts that are not empty and hold no NUL", key);
+        const char **place = extend(list, 1, sizeof *place);
         if (!place)
             return out_of_memory();
         *place = text;
     }
+    return DONE;
+}
+
+/* ---- what the keys of a request mean: functions of one type, for a table ---- */
+
+static int take_stops(batch_slot *s, const json *j, const json_node *value, const char *key)
+{
+    int status = keep_texts(s, j, value, key, &s->stops);
     s->opts.stops = s->stops.items;
     s->opts.n_stops = s->stops.n;
-    return DONE;
+    return status;
 }
 
 static int add_message(batch_slot *s, int32_t role, const char *text, size_t n)
@@ -5540,12 +5598,12 @@ static int add_message(batch_slot *s, int32_t role, const char *text, size_t n)
     return DONE;
 }
 
-static int keep_messages(batch_slot *s, const json *j, const json_node *list)
+static int take_messages(batch_slot *s, const json *j, const json_node *list, const char *key)
 {
     static const char *const roles[] = {"system", "user", "assistant"};
     const char *system = s->opts.system;
     if (list->kind != JSON_ARRAY || !list->n)
-        return fail(USAGE, "\"messages\" must be a list of messages");
+        return fail(USAGE, "\"%s\" must be a list of messages", key);
     const json_node *each = list + 1;
     for (size_t i = 0; i < list->n; i++, each = json_next(j, each)) {
         const json_node *role = json_get(j, each, "role"), *content = json_get(j, each, "content");
@@ -5568,7 +5626,69 @@ static int keep_messages(batch_slot *s, const json *j, const json_node *list)
     return DONE;
 }
 
-/* A key whose number is the value of the option with that name. */
+/* Makes the reply a sentence of the grammar, whose memory it takes; err says why there is none.
+ * A place keeps what was worked out about the grammar for the next line with the same. */
+static int limit_reply(batch_slot *s, array *gbnf, int ok, const char *key, char err[SENTENCE])
+{
+    const char *clash = s->limited ? "\"schema\" and \"choices\" do not go together"
+                        : s->opts.ignore_eos ? "it and --ignore-eos do not go together" : NULL;
+    if (ok && clash)
+        snprintf(err, SENTENCE, "%s", clash);
+    ok = ok && !clash;
+    s->opts.n_choices = s->choices.n;
+    if (ok && (s->gbnf.n != gbnf->n || memcmp(s->gbnf.items, gbnf->items, gbnf->n) != 0)) {
+        array old = s->gbnf;
+        s->gbnf = *gbnf, *gbnf = old;
+        close_constraint(&s->held);
+        ok = open_constraint(&s->held, s->p.model, s->gbnf.items, s->gbnf.n, err, SENTENCE);
+        s->gbnf.n = ok ? s->gbnf.n : 0;
+    }
+    free(gbnf->items);
+    s->limited = 1;
+    s->p.constraint = ok ? s->held : (constraint){0};
+    return ok ? DONE : fail(USAGE, "\"%s\": %s", key, err);
+}
+
+static int take_choices(batch_slot *s, const json *j, const json_node *value, const char *key)
+{
+    array gbnf = {0};
+    char err[SENTENCE] = "it takes a list of texts that are not empty";
+    int status = keep_texts(s, j, value, key, &s->choices);
+    s->opts.choices = s->choices.items;
+    int ok = status == DONE && s->choices.n &&
+             add_choices(&gbnf, s->opts.choices, s->choices.n);
+    return status ? status : limit_reply(s, &gbnf, ok, key, err);
+}
+
+static int take_schema(batch_slot *s, const json *j, const json_node *value, const char *key)
+{
+    array gbnf = {0};
+    char err[SENTENCE];
+    int ok = add_schema(&gbnf, j->text + value->start, value->end - value->start, err, SENTENCE);
+    return limit_reply(s, &gbnf, ok, key, err);
+}
+
+static int take_format(batch_slot *s, const json *j, const json_node *value, const char *key)
+{
+    static const char object[] = "{\"type\": \"object\"}";
+    static const json any_object = {.text = object};
+    static const json_node whole = {.end = sizeof object - 1};
+    const json_node *type = json_get(j, value, "type"), *form = json_get(j, value, "json_schema");
+    const json_node *wanted = form ? json_get(j, form, "schema") : NULL;
+    if (type && json_is(j, type, "text")) {
+        s->p.constraint = (constraint){0};
+        s->limited = 1, s->opts.n_choices = 0;
+        return DONE;
+    }
+    if (type && json_is(j, type, "json_object"))
+        return take_schema(s, &any_object, &whole, key);
+    if (type && wanted && json_is(j, type, "json_schema"))
+        return take_schema(s, j, wanted, key);
+    return fail(USAGE, "\"%s\" has the \"type\" text, json_object or json_schema with its "
+                "\"schema\"", key);
+}
+
+/* A number, for the option with that name. */
 static int take_number(batch_slot *s, const json *j, const json_node *value, const char *key)
 {
     char name[40], text[64];
@@ -5584,87 +5704,60 @@ static int take_number(batch_slot *s, const json *j, const json_node *value, con
     return DONE;
 }
 
-/* "choices" as a grammar: the texts of which the reply is one. */
-static int add_list(batch_slot *s, array *gbnf, const json *j, const json_node *list)
+/* Of chats true or false, of completions how many others are told of, too. */
+static int take_logprobs(batch_slot *s, const json *j, const json_node *value, const char *key)
 {
-    const json_node *each = list + 1;
-    size_t length = 0;
-    int ok = list->kind == JSON_ARRAY && list->n && add_format(gbnf, "root ::= ");
-    for (size_t i = 0; ok && i < list->n; i++, each = json_next(j, each)) {
-        const char *text = keep_text(s, j, each, &length);
-        ok = text && length && (i == 0 || add_format(gbnf, "| ")) &&
-             add_literal(gbnf, text, length);
-    }
-    return ok;
+    s->logprobs = value->kind != JSON_FALSE;
+    if (value->kind == JSON_NUMBER && !s->opts.chat)
+        return take_number(s, j, value, "top_logprobs");
+    return value->kind == JSON_TRUE || value->kind == JSON_FALSE ? DONE
+           : fail(USAGE, s->opts.chat ? "\"%s\" must be true or false"
+                                      : "\"%s\" must be a number", key);
 }
 
-/* "schema", "choices" and "response_format". */
-static int constrain_reply(batch_slot *s, const json *j, const json_node *value, const char *key)
+static int take_false(batch_slot *s, const json *j, const json_node *value, const char *key)
 {
-    static const char object[] = "{\"type\": \"object\"}";
-    const json_node *type = json_get(j, value, "type"), *form = json_get(j, value, "json_schema");
-    array gbnf = {0};
-    char err[SENTENCE] = "it takes a list of texts that are not empty";
-    int ok, formats = strcmp(key, "response_format") == 0, any = 0;
-    if (formats) {
-        any = type && json_is(j, type, "json_object");
-        if (type && json_is(j, type, "text"))
-            return DONE;
-        int is_schema = type && form && json_is(j, type, "json_schema");
-        value = is_schema ? json_get(j, form, "schema") : NULL;
-        if (!value && !any)
-            return fail(USAGE, "\"response_format\" has the \"type\" text, json_object or "
-                        "json_schema with its \"schema\"");
-    }
-    if (s->p.constraint.matcher)
-        return fail(USAGE, "\"schema\" and \"choices\" do not go together");
-    if (strcmp(key, "choices") == 0)
-        ok = add_list(s, &gbnf, j, value);
-    else if (any)
-        ok = add_schema(&gbnf, object, sizeof object - 1, err, sizeof err);
-    else
-        ok = add_schema(&gbnf, j->text + value->start, value->end - value->start, err, sizeof err);
-    ok = ok && open_constraint(&s->p.constraint, s->p.model, gbnf.items, gbnf.n, err, sizeof err);
-    free(gbnf.items);
-    return ok ? DONE : fail(USAGE, "\"%s\": %s", key, err);
+    (void)s, (void)j;
+    return value->kind == JSON_FALSE ? DONE
+                                     : fail(USAGE, "\"%s\" must be false in a batch", key);
 }
 
-/* One key of a request. */
-static int take_member(batch_slot *s, const json *j, const char *key, const json_node *value)
+static int take_one(batch_slot *s, const json *j, const json_node *value, const char *key)
 {
     uint64_t number;
-    if (value->kind == JSON_NULL)
-        return DONE;
-    if (in_words(" max_tokens temperature top_k top_p min_p seed presence_penalty "
-                 "frequency_penalty repetition_penalty ", key) ||
-        (s->openai && strcmp(key, "max_completion_tokens") == 0))
-        return take_number(s, j, value, key);
-    if (strcmp(key, "stop") == 0)
-        return keep_stops(s, j, value);
-    if (strcmp(key, "messages") == 0)
-        return keep_messages(s, j, value);
-    if (in_words(s->openai ? " response_format " : " schema choices ", key))
-        return constrain_reply(s, j, value, key);
-    if (in_words(s->openai ? " prompt " : " id prompt ", key))
-        return DONE; /* see read_request */
-    if (s->openai && in_words(" model user metadata store service_tier ", key))
-        return DONE; /* these change no result */
-    if (s->openai && in_words(" stream echo ", key))
-        return value->kind == JSON_FALSE ? DONE
-                                         : fail(USAGE, "\"%s\" must be false in a batch", key);
-    if (s->openai && in_words(" n best_of ", key))
-        return json_whole(j, value, 1, &number) && number == 1
-            ? DONE : fail(USAGE, "\"%s\" must be 1: a line has one reply", key);
-    if (s->openai && strcmp(key, "logprobs") == 0) {
-        s->logprobs = s->opts.json = value->kind != JSON_FALSE;
-        return value->kind == JSON_TRUE || value->kind == JSON_FALSE ||
-               json_whole(j, value, 20, &number) ? DONE
-               : fail(USAGE, "\"logprobs\" must be true or false");
-    }
-    if (s->openai && strcmp(key, "top_logprobs") == 0)
-        return json_whole(j, value, 0, &number)
-            ? DONE : fail(USAGE, "\"top_logprobs\": a batch tells those of the tokens chosen only");
-    return fail(USAGE, "there is no key \"%s\" here", key);
+    (void)s;
+    return json_whole(j, value, 1, &number) && number == 1
+        ? DONE : fail(USAGE, "\"%s\" must be 1: a line has one reply", key);
+}
+
+/* The keys of our form and of OpenAI's; NULL: read elsewhere, or without meaning here. */
+static const struct {
+    const char *ours, *openai;
+    int (*take)(batch_slot *, const json *, const json_node *, const char *);
+} MEMBERS[] = {
+    {" max_tokens temperature top_k top_p min_p seed presence_penalty frequency_penalty "
+     "repetition_penalty ",
+     " max_tokens temperature top_k top_p min_p seed presence_penalty frequency_penalty "
+     "repetition_penalty max_completion_tokens top_logprobs ", take_number},
+    {" stop ", " stop ", take_stops},
+    {" messages ", " messages ", take_messages},
+    {" schema ", "", take_schema},
+    {" choices ", "", take_choices},
+    {"", " response_format ", take_format},
+    {"", " logprobs ", take_logprobs},
+    {"", " stream echo ", take_false},
+    {"", " n best_of ", take_one},
+    {" id prompt ", " prompt model user metadata store service_tier ", NULL},
+};
+
+static int take_member(batch_slot *s, const json *j, const char *key, const json_node *value)
+{
+    size_t i = 0, n = sizeof MEMBERS / sizeof *MEMBERS;
+    while (i < n && !in_words(s->openai ? MEMBERS[i].openai : MEMBERS[i].ours, key))
+        i++;
+    if (i == n && value->kind != JSON_NULL)
+        return fail(USAGE, "there is no key \"%s\" here", key);
+    return value->kind == JSON_NULL || !MEMBERS[i].take ? DONE : MEMBERS[i].take(s, j, value, key);
 }
 
 /* What a line, or the body of OpenAI's, says; the prompt's ids. */
@@ -5682,13 +5775,15 @@ static int read_request(batch_slot *s, const json *j, const json_node *request)
         if (status != DONE)
             return status;
     }
+    const json_node *tops = s->openai ? json_get(j, request, "top_logprobs") : NULL;
+    if (tops && tops->kind != JSON_NULL && s->opts.n_top && !s->logprobs)
+        return fail(USAGE, "\"top_logprobs\" belongs to \"logprobs\": true");
+    s->opts.json = s->openai ? s->logprobs : s->opts.json;
     if ((prompt != NULL) == (s->messages.n != 0))
         return fail(USAGE, "a line has either a \"prompt\" or \"messages\"");
     const char *text = prompt ? keep_text(s, j, prompt, &n) : "";
     if (!text)
         return fail(USAGE, "\"prompt\" must be a text");
-    if (s->openai && prompt)
-        s->opts.chat = 0;
     int status = open_chat(p);
     if (status == DONE && !prompt) {
         if (gemma2_chat_check(p->model, s->messages.items, s->messages.n, GEMMA2_CHAT_GENERATE, err,
@@ -5718,6 +5813,7 @@ static int read_openai(batch_slot *s, const json *j)
         return fail(USAGE, "\"body\" must hold \"%s\"", chats ? "messages" : "prompt");
     if (model && model->kind == JSON_STRING && !json_text(j, model, &s->model))
         return out_of_memory();
+    s->opts.chat = chats;
     return read_request(s, j, body);
 }
 
@@ -5747,59 +5843,60 @@ static int fit_session(batch *b, batch_slot *s)
 }
 
 /* Empties a place for the next line; its session stays as it is. */
-static void clear_slot(const batch *b, batch_slot *s)
+static void clear_slot(batch *b, batch_slot *s)
 {
     program *p = &s->p;
     array ids = p->ids, text = p->reply.text, logprobs = p->reply.logprobs, ends = p->reply.ends;
-    ids.n = text.n = logprobs.n = ends.n = 0;
-    close_constraint(&p->constraint);
+    array tops = p->reply.tops, choices = p->reply.choices;
+    ids.n = text.n = logprobs.n = ends.n = tops.n = choices.n = 0;
     s->opts = *b->p->opts;
     s->opts.seed = b->p->seed;
     s->opts.seed_given = 1;
     *p = (program){.opts = &s->opts, .model = b->p->model, .config = b->p->config,
                    .session = p->session, .logits = p->logits, .ids = ids, .end_of_reply = -1,
-                   .silent = 1, .reply = {.text = text, .logprobs = logprobs, .ends = ends}};
-    s->texts.n = s->stops.n = s->messages.n = s->id.n = s->model.n = 0;
-    s->busy = s->begun = s->ready = s->openai = s->logprobs = 0;
+                   .silent = 1, .out = {.memory = &b->line},
+                   .reply = {.text = text, .logprobs = logprobs, .ends = ends, .tops = tops,
+                             .choices = choices}};
+    s->texts.n = s->stops.n = s->choices.n = s->messages.n = s->model.n = 0;
+    s->busy = s->begun = s->ready = s->openai = s->logprobs = s->limited = 0;
+}
+
+/* Finds out what a line asks for.  Returns -1 where an earlier run has its result. */
+static int understand(batch *b, batch_slot *s, json *j, const char *text, size_t n)
+{
+    int before;
+    if (b->in.overlong)
+        return fail(USAGE, "the line is longer than 268435456 bytes or than memory");
+    if (!json_read(j, text, n))
+        return fail(USAGE, "the line is no JSON: at byte %zu: %s", j->at + 1, j->why);
+    if (get_line_id(j, &s->openai, &s->id) < 0)
+        return fail(USAGE, s->openai ? "\"custom_id\" must be a text"
+                                     : "\"id\" must be a text or a whole number");
+    int known = note_id(b, &s->id, 1, &before);
+    if (known == 0)
+        return before ? fail(USAGE, "an earlier line has the same id") : -1;
+    if (known < 0 || !extend(&s->texts, n, 1))
+        return out_of_memory();
+    s->texts.n = 0;
+    return s->openai ? read_openai(s, j) : read_request(s, j, j->nodes.items);
 }
 
 /* Takes a line into a place.  Returns -1 where an earlier run has its result. */
-static int read_request_line(batch *b, batch_slot *s, const char *text, size_t n)
+static int take_line(batch *b, batch_slot *s, const char *text, size_t n)
 {
-    char number[24];
     json j = {0};
-    int before, status = DONE, known = 0;
-    output id = {.memory = &s->id};
     if (b->in.number == 1 && n >= 3 && memcmp(text, "\xEF\xBB\xBF", 3) == 0)
         text += 3, n -= 3;
-    put_bytes(&id, number, (size_t)snprintf(number, sizeof number, "%zu", b->in.number));
-    if (b->in.overlong)
-        return fail(USAGE, "the line is longer than 268435456 bytes or than memory");
-    if (!extend(&s->texts, n, 1))
-        return out_of_memory();
-    s->texts.n = 0;
-    if (!json_read(&j, text, n))
-        status = fail(USAGE, "the line is no JSON: at byte %zu: %s", j.at + 1, j.why);
-    const json_node *root = j.nodes.items;
-    if (status == DONE && root->kind == JSON_OBJECT) {
-        s->openai = json_get(&j, root, "custom_id") || json_get(&j, root, "body");
-        int got = get_id(&j, s->openai ? "custom_id" : "id", &s->id);
-        if (got < 0 || (s->openai && !(got && *(char *)s->id.items == '"')))
-            status = fail(USAGE, s->openai ? "\"custom_id\" must be a text"
-                                           : "\"id\" must be a text or a whole number");
-        known = status ? 0 : note_id(b, &s->id, 1, &before);
-        if (known < 0)
-            status = out_of_memory();
-        else if (status == DONE && !known && before)
-            status = fail(USAGE, "an earlier line has the same id");
-        else if (status == DONE && !known) {
-            free(j.nodes.items);
-            return -1;
-        }
-    }
-    if (status == DONE)
-        status = s->openai ? read_openai(s, &j) : read_request(s, &j, root);
+    number_id(&s->id, b->in.number);
+    int status = understand(b, s, &j, text, n);
     free(j.nodes.items);
+    if (status == DONE && !s->limited && b->gbnf.n) {
+        array gbnf = {0};
+        char err[SENTENCE] = "out of memory";
+        int ok = append(&gbnf, b->gbnf.items, b->gbnf.n) == DONE;
+        status = limit_reply(s, &gbnf, ok, "options", err);
+        s->opts.n_choices = b->p->opts->n_choices;
+    }
     if (status == DONE)
         status = fit_session(b, s);
     if (status == DONE)
@@ -5811,103 +5908,158 @@ static int read_request_line(batch *b, batch_slot *s, const char *text, size_t n
 
 /* ---- results ---- */
 
-static void put_logprobs(batch_slot *s, output *out)
+/* A token's text, as OpenAI has it: bytes that are no text by themselves are called bytes:\\xe2.
+ * With its log-probability it is a member of an object, or the beginning of one. */
+static void put_token(batch_slot *s, int32_t id, const float *logprob, int in_chat)
 {
-    const program *p = &s->p;
-    const int32_t *ids = (const int32_t *)p->ids.items + p->ids.n - p->reply.n_ids;
-    const float *logprobs = p->reply.logprobs.items;
-    put_format(out, "{\"content\": [");
-    for (size_t i = 0; i < p->reply.logprobs.n; i++) {
-        size_t n;
-        const char *piece = gemma2_piece(p->model, ids[i], &n, NULL);
-        put_format(out, "%s{\"token\": \"", i ? ", " : "");
-        put_json(out, piece, n);
-        put_format(out, "\", \"logprob\": %.9g, \"top_logprobs\": []}", (double)logprobs[i]);
-    }
-    put_format(out, "]}");
+    gemma2_utf8 hold = {0};
+    output *out = &s->p.out;
+    int type = 0;
+    size_t n, size = (size_t)s->p.config->max_piece_bytes + 12;
+    const char *text = gemma2_piece(s->p.model, id, &n, &type);
+    char *decoded = (s->token.n = 0, extend(&s->token, size, 1));
+    int got = decoded ? gemma2_decode(s->p.model, &hold, id, decoded, size) : 0;
+    if (decoded && type == GEMMA2_PIECE_BYTE && !got)
+        decoded[got++] = (char)hold.bytes[0];
+    if (got > 0)
+        text = decoded, n = (size_t)got;
+    put_format(out, in_chat ? "{\"token\": " : "");
+    if (type == GEMMA2_PIECE_BYTE)
+        put_format(out, "\"bytes:\\\\x%02x\"", (unsigned char)*text);
+    else
+        put_quoted(out, text, n);
+    if (logprob)
+        put_format(out, in_chat ? ", \"logprob\": %.9g" : ": %.9g", (double)*logprob);
+    for (size_t i = 0; in_chat && i < n; i++)
+        put_format(out, "%s%d", i ? ", " : ", \"bytes\": [", (unsigned char)text[i]);
+    put_format(out, in_chat ? "]" : "");
 }
 
-/* The same line gives the same bytes: that is why "created" is 0. */
-static void put_openai(batch_slot *s, output *out, const char *error)
+/* The tokens that could have stood there, or the chosen one among them. */
+static void put_others(batch_slot *s, size_t i, int32_t id, const float *logprob, int in_chat)
 {
-    const reply *r = &s->p.reply;
-    size_t n_prompt = s->p.ids.n - r->n_ids;
-    const char *inside = (const char *)s->id.items + 1; /* of the quotes, with the second one */
-    int n = (int)s->id.n - 1, chats = s->opts.chat;
-    put_format(out, "{\"id\": \"batch_req_%.*s, \"custom_id\": \"%.*s, \"response\": {", n, inside,
-               n, inside);
-    put_format(out, "\"status_code\": %d, \"request_id\": \"req_%.*s, \"body\": {",
-               error ? 400 : 200, n, inside);
-    if (error) {
-        put_format(out, "\"error\": {\"message\": \"");
-        put_json(out, error, strlen(error));
-        put_format(out, "\", \"type\": \"invalid_request_error\", \"code\": null}}}, "
-                        "\"error\": null}\n");
-        return;
+    size_t n = count_top(&s->p);
+    const gemma2_candidate *top = (const gemma2_candidate *)s->p.reply.tops.items + i * n;
+    int found = in_chat; /* a completion tells of the chosen one in any case */
+    for (size_t k = 0; k < n; k++) {
+        put_format(&s->p.out, k ? ", " : "");
+        put_token(s, top[k].id, &top[k].logprob, in_chat);
+        put_format(&s->p.out, in_chat ? "}" : "");
+        found |= top[k].id == id;
     }
-    put_format(out, "\"id\": \"%s-%.*s, \"object\": \"%s\", \"created\": 0, \"model\": \"",
-               chats ? "chatcmpl" : "cmpl", n, inside,
-               chats ? "chat.completion" : "text_completion");
-    put_json(out, s->model.items, s->model.n);
-    put_format(out, "\", \"choices\": [{\"index\": 0, %s\"",
-               chats ? "\"message\": {\"role\": \"assistant\", \"content\": " : "\"text\": ");
-    put_json(out, r->text.items, r->text.n);
-    put_format(out, "\"%s, \"logprobs\": ", chats ? "}" : "");
-    if (s->logprobs)
-        put_logprobs(s, out);
-    else
-        put_format(out, "null");
-    put_format(out, ", \"finish_reason\": \"%s\"}], \"usage\": {\"prompt_tokens\": %zu, ",
-               r->finish == AT_LENGTH || r->finish == AT_CONTEXT ? "length" : "stop", n_prompt);
-    put_format(out, "\"completion_tokens\": %zu, \"total_tokens\": %zu}}}, \"error\": null}\n",
-               r->n_ids, n_prompt + r->n_ids);
+    if (!found) {
+        put_format(&s->p.out, n ? ", " : "");
+        put_token(s, id, logprob, 0);
+    }
 }
 
-static void put_result(batch_slot *s, output *out, const char *error)
+static void put_chat_logprobs(batch_slot *s, const int32_t *ids)
+{
+    const float *logprobs = s->p.reply.logprobs.items;
+    put_format(&s->p.out, "{\"content\": [");
+    for (size_t i = 0; i < s->p.reply.logprobs.n; i++) {
+        put_format(&s->p.out, i ? ", " : "");
+        put_token(s, ids[i], &logprobs[i], 1);
+        put_format(&s->p.out, ", \"top_logprobs\": [");
+        put_others(s, i, ids[i], &logprobs[i], 1);
+        put_format(&s->p.out, "]}");
+    }
+    put_format(&s->p.out, "]}");
+}
+
+/* Offsets count characters. */
+static void put_completion_logprobs(batch_slot *s, const int32_t *ids)
 {
     const reply *r = &s->p.reply;
-    const int32_t *ids = s->p.ids.items;
+    const float *logprobs = r->logprobs.items;
+    const char *text = r->text.items;
+    output *out = &s->p.out;
+    for (size_t i = 0; i < r->logprobs.n; i++) {
+        put_format(out, i ? ", " : "{\"tokens\": [");
+        put_token(s, ids[i], NULL, 0);
+    }
+    for (size_t i = 0; i < r->logprobs.n; i++)
+        put_format(out, "%s%.9g", i ? ", " : "], \"token_logprobs\": [", (double)logprobs[i]);
+    for (size_t i = 0; i < r->logprobs.n; i++) {
+        put_format(out, i ? "}, {" : "], \"top_logprobs\": [{");
+        put_others(s, i, ids[i], &logprobs[i], 0);
+    }
+    for (size_t i = 0, at = 0, n = 0; i < r->logprobs.n; i++) {
+        put_format(out, "%s%zu", i ? ", " : "}], \"text_offset\": [", n);
+        for (; at < ((const size_t *)r->ends.items)[i] && at < r->text.n; at++)
+            n += !is_inside_char(text[at]);
+    }
+    put_format(out, r->logprobs.n ? "]}" : "null");
+}
+
+/* The forms of results: ' is a quotation mark, and @ with a letter what put_field puts.  The same
+ * line gives the same bytes: that is why "created" is 0. */
+#define OPENAI(status, body) "{'id': 'batch_req_@I', 'custom_id': '@I', 'response': " \
+    "{'status_code': " status ", 'request_id': 'req_@I', 'body': {" body "}}, 'error': null}\n"
+#define USED "'usage': {'prompt_tokens': @p, 'completion_tokens': @c"
+static const char *const RESULT[2][3] = {
+    {"{'id': @i, 'text': @t, 'finish_reason': '@f', 'seed': @s, " USED "}@d}\n",
+     OPENAI("200", "'id': 'cmpl-@I', 'object': 'text_completion', 'created': 0, 'model': @m, "
+            "'choices': [{'index': 0, 'text': @t, 'logprobs': @l, 'finish_reason': '@F'}], "
+            USED ", 'total_tokens': @a}, 'seed': @s"),
+     OPENAI("200", "'id': 'chatcmpl-@I', 'object': 'chat.completion', 'created': 0, 'model': @m, "
+            "'choices': [{'index': 0, 'message': {'role': 'assistant', 'content': @t}, "
+            "'logprobs': @l, 'finish_reason': '@F'}], " USED ", 'total_tokens': @a}, 'seed': @s")},
+    {"{'id': @i, 'error': {'message': @e}}\n",
+     OPENAI("400", "'error': {'message': @e, 'type': 'invalid_request_error', 'code': null}"),
+     OPENAI("400", "'error': {'message': @e, 'type': 'invalid_request_error', 'code': null}")},
+};
+
+static void put_field(batch_slot *s, char what, const char *error)
+{
+    const reply *r = &s->p.reply;
+    output *out = &s->p.out;
     size_t n_prompt = s->p.ids.n - r->n_ids;
-    put_format(out, "{\"id\": ");
-    put_bytes(out, s->id.items, s->id.n);
-    put_format(out, error ? ", \"error\": {\"message\": \"" : ", \"text\": \"");
-    if (error)
-        put_json(out, error, strlen(error));
-    else
-        put_json(out, r->text.items, r->text.n);
-    if (error) {
-        put_format(out, "\"}}\n");
-        return;
+    const int32_t *ids = (const int32_t *)s->p.ids.items + n_prompt;
+    switch (what) {
+    case 'i': put_bytes(out, s->id.items, s->id.n); break;
+    case 'I': put_bytes(out, (const char *)s->id.items + 1, s->id.n - 2); break;
+    case 'e': put_quoted(out, error, strlen(error)); break;
+    case 'm': put_quoted(out, s->model.items, s->model.n); break;
+    case 't': put_quoted(out, r->text.items, r->text.n); break;
+    case 'f': put_format(out, "%s", FINISH_REASONS[r->finish]); break;
+    case 'F': put_format(out, r->finish == AT_LENGTH || r->finish == AT_CONTEXT ? "length"
+                                                                                : "stop"); break;
+    case 's': put_format(out, "%" PRIu64, s->p.seed); break;
+    case 'p': put_format(out, "%zu", n_prompt); break;
+    case 'c': put_format(out, "%zu", r->n_ids); break;
+    case 'a': put_format(out, "%zu", s->p.ids.n); break;
+    case 'd':
+        put_format(out, s->opts.json ? ", " : "");
+        if (s->opts.json)
+            put_details(&s->p);
+        break;
+    default:
+        if (!s->logprobs)
+            put_format(out, "null");
+        else if (s->opts.chat)
+            put_chat_logprobs(s, ids);
+        else
+            put_completion_logprobs(s, ids);
     }
-    put_format(out, "\", \"finish_reason\": \"%s\", \"seed\": %" PRIu64, FINISH_REASONS[r->finish],
-               s->p.seed);
-    put_format(out, ", \"usage\": {\"prompt_tokens\": %zu, \"completion_tokens\": %zu}", n_prompt,
-               r->n_ids);
-    if (s->opts.json) {
-        put_format(out, ", \"ids\": [");
-        put_ids(out, ids + n_prompt, r->n_ids, ", ");
-        put_format(out, "], \"logprobs\": [");
-        for (size_t i = 0; i < r->logprobs.n; i++)
-            put_format(out, "%s%.9g", i ? ", " : "", (double)((float *)r->logprobs.items)[i]);
-        put_bytes(out, "]", 1);
-    }
-    put_format(out, "}\n");
 }
 
 /* Writes a line's result, or why it has none, and frees its place. */
 static int end_line(batch *b, batch_slot *s, const char *error)
 {
-    output line = {.memory = &b->line};
-    b->line.n = 0;
-    if (s->openai && s->id.n && *(char *)s->id.items == '"')
-        put_openai(s, &line, error);
-    else
-        put_result(s, &line, error);
+    output *line = &s->p.out;
+    int openai = s->openai && s->id.n && *(char *)s->id.items == '"';
+    const char *form = RESULT[error != NULL][openai ? 1 + s->opts.chat : 0];
+    for (b->line.n = 0; *form; form++)
+        if (*form == '@')
+            put_field(s, *++form, error);
+        else
+            put_bytes(line, *form == '\'' ? "\"" : form, 1);
     s->busy = 0;
     b->failed += error != NULL;
     b->done += error == NULL;
     b->reply_tokens += s->p.reply.n_ids;
-    if (line.error)
+    if (line->error)
         return out_of_memory();
     errno = 0; /* the file has no buffer: a line is one write */
     note_write(&b->p->out, fwrite(b->line.items, 1, b->line.n, b->out) != b->line.n);
@@ -5926,7 +6078,10 @@ static int choose_next(batch *b, batch_slot *s)
     reply *r = &s->p.reply;
     overheard = error;
     check_limits(&s->p);
-    int status = r->finish ? DONE : choose(&s->p);
+    int status = r->finish || r->n_ids || !s->opts.json || !s->opts.n_choices
+        ? DONE : weigh_choices(&s->p);
+    if (status == DONE && !r->finish)
+        status = choose(&s->p);
     if (status == DONE && !r->finish)
         check_limits(&s->p);
     if (status == DONE && r->finish && r->finish != AT_INTERRUPT)
@@ -6073,7 +6228,7 @@ static int fill_slots(batch *b)
             blanks++;
         if (blanks < n || b->in.overlong) {
             overheard = error;
-            read = read_request_line(b, s, text, n);
+            read = take_line(b, s, text, n);
             overheard = NULL;
             b->skipped += read < 0;
         }
@@ -6124,21 +6279,25 @@ static int run_batch(batch *b)
     return status;
 }
 
-/* Notes the ids that have a result in a line of the output; returns 1 where the line stays. */
+/* Whether a line of the output stays: the id that has a result in it is noted.  Below 0: it is no
+ * result at all. */
 static int has_result(batch *b, const char *text, size_t n)
 {
     json j;
     array id = {0};
-    int stays = 0, before;
+    int stays = -1, before, openai;
     if (json_read(&j, text, n) && ((json_node *)j.nodes.items)->kind == JSON_OBJECT) {
         const json_node *root = j.nodes.items, *response = json_get(&j, root, "response");
-        const json_node *code = response ? json_get(&j, response, "status_code") : NULL;
+        const json_node *body = response ? json_get(&j, response, "body") : root;
+        const json_node *made = body ? json_get(&j, body, response ? "choices" : "text") : NULL;
+        const json_node *seed = made ? json_get(&j, body, "seed") : NULL;
         uint64_t number = 0;
-        if (code)
-            json_whole(&j, code, 999, &number);
-        int ours = json_get(&j, root, "text") != NULL;
-        stays = (ours || number == 200) && get_id(&j, ours ? "id" : "custom_id", &id) == 1 &&
-                note_id(b, &id, 0, &before) == 1;
+        if (seed)
+            json_whole(&j, seed, UINT64_MAX, &number);
+        if (made || (body && json_get(&j, body, "error")))
+            stays = made && get_line_id(&j, &openai, &id) == 1 && note_id(b, &id, 0, &before) == 1;
+        if (stays == 1)
+            place_of_id(b, id.items, id.n)->seed = number;
     }
     free(j.nodes.items);
     free(id.items);
@@ -6164,7 +6323,11 @@ static int open_results(batch *b)
         if (!end)
             break;
         size_t n = (size_t)(end - text) + 1 - at;
-        if (has_result(b, text + at, n - 1)) {
+        int stays = has_result(b, text + at, n - 1);
+        if (stays < 0)
+            status = fail(USAGE, "%s holds something else than results; give another file with "
+                          "--output", path);
+        else if (stays) {
             memmove(text + kept, text + at, n);
             kept += n;
         }
@@ -6179,6 +6342,31 @@ static int open_results(batch *b)
     if (b->out)
         setvbuf(b->out, NULL, _IONBF, 0);
     return status;
+}
+
+/* The seed of the earlier run, which drew it: that of a result whose line has none of its own. */
+static int recall_seed(batch *b)
+{
+    int found = 0, openai;
+    size_t n;
+    array id = {0};
+    for (const char *text; !found && (text = next_line(&b->in, 1, &n)) != NULL;) {
+        json j;
+        number_id(&id, b->in.number);
+        if (json_read(&j, text, n) && get_line_id(&j, &openai, &id) >= 0) {
+            const json_node *root = j.nodes.items, *seed = json_get(&j, root, "body");
+            const line_id *place = place_of_id(b, id.items, id.n);
+            seed = json_get(&j, seed ? seed : root, "seed");
+            found = place && place->n && (!seed || seed->kind == JSON_NULL);
+            b->p->seed = found ? place->seed : b->p->seed;
+        }
+        free(j.nodes.items);
+    }
+    free(id.items);
+    free(b->in.bytes.items);
+    b->in = (line_input){.file = b->in.file, .size = b->in.size};
+    rewind(b->in.file);
+    return found;
 }
 
 static int open_lines(batch *b)
@@ -6242,10 +6430,11 @@ static void close_batch(batch *b)
     for (batch_slot *s = b->slots; s && s < b->slots + b->n_slots; s++) {
         gemma2_session_free(s->p.session);
         free(s->p.logits);
-        close_constraint(&s->p.constraint);
+        close_constraint(&s->held);
         array *const arrays[] = {&s->p.ids, &s->p.reply.text, &s->p.reply.logprobs,
                                  &s->p.reply.ends, &s->texts, &s->stops, &s->messages, &s->id,
-                                 &s->model};
+                                 &s->model, &s->choices, &s->token, &s->gbnf, &s->p.reply.tops,
+                                 &s->p.reply.choices};
         for (size_t i = 0; i < sizeof arrays / sizeof *arrays; i++)
             free(arrays[i]->items);
     }
@@ -6254,6 +6443,7 @@ static void close_batch(batch *b)
     free(b->in.bytes.items);
     free(b->line.items);
     free(b->names.items);
+    free(b->gbnf.items);
     free(b->ids);
     if (b->in.file)
         fclose(b->in.file);
@@ -6268,9 +6458,13 @@ static int answer_lines(program *p)
     for (size_t i = 0; i < sizeof exact / sizeof *exact; i++)
         b.exact |= strcmp(p->config->isa, exact[i]) == 0;
     p->seed = p->opts->seed_given ? p->opts->seed : random_seed();
-    int status = open_lines(&b);
+    int status = load_constraint(p, &b.gbnf);
+    if (status == DONE)
+        status = open_lines(&b);
     if (status == DONE)
         status = open_results(&b);
+    if (status == DONE && !p->opts->seed_given && b.n_ids && b.in.size)
+        recall_seed(&b);
     if (status == DONE)
         status = open_slots(&b);
     if (status == DONE) {
@@ -6454,29 +6648,6 @@ static int run_on_file(program *p)
     }
 }
 
-/* Reads --choice, --grammar or --schema, before the prompt costs time. */
-static int load_constraint(program *p)
-{
-    const options *opts = p->opts;
-    const char *path = opts->schema ? opts->schema : opts->grammar;
-    const char *name = opts->schema ? "--schema " : path ? "--grammar " : "--choice";
-    array text = {0}, gbnf = {0};
-    char err[SENTENCE] = "out of memory";
-    int status = path ? read_path(path, &text) : DONE, ok = 0;
-    if (status != DONE || (!path && !opts->n_choices))
-        return status;
-    ok = opts->schema ? add_schema(&gbnf, text.items, text.n, err, sizeof err)
-         : path || add_choices(&gbnf, opts->choices, opts->n_choices);
-    const array *source = opts->grammar ? &text : &gbnf;
-    ok = ok && open_constraint(&p->constraint, p->model, source->n ? source->items : "", source->n,
-                               err, sizeof err);
-    free(text.items);
-    free(gbnf.items);
-    if (!ok)
-        return fail(USAGE, "%s%s: %s", name, path ? path : "", err);
-    return DONE;
-}
-
 static int run(program *p)
 {
     char err[SENTENCE];
@@ -6505,7 +6676,9 @@ static int run(program *p)
     if (chunks)
         return opts->mode == PERPLEXITY ? perplexity(p, (size_t)params.n_context)
                                         : importance(p, (size_t)params.n_context);
-    status = load_constraint(p);
+    array gbnf = {0};
+    status = load_constraint(p, &gbnf);
+    free(gbnf.items);
     if (status != DONE)
         return status;
     init_sampler(p);

@@ -674,11 +674,12 @@ static const char NOTES[] =
     "  same, to the bit, as in one go.\n"
     "\nBatches\n"
     "  A line of IN is {\"prompt\": TEXT} or {\"messages\": [{\"role\": \"user\", \"content\":\n"
-    "  TEXT}, ...]}, and may have id, max_tokens, temperature, top_k, top_p, min_p, seed and\n"
-    "  stop.  Or it is one of OpenAI's batch files, for /v1/chat/completions or\n"
-    "  /v1/completions, and is answered in that form.  Results come as they finish, each what\n"
-    "  that prompt alone would give with this seed.  A bad line has an error as its result.\n"
-    "  After a crash the same command goes on where it was.  Exit code 1: a line failed.\n"
+    "  TEXT}, ...]}, and may have id, max_tokens, temperature, top_k, top_p, min_p, seed,\n"
+    "  stop, choices (a list of texts) and schema; options are the defaults.  Or it is one of\n"
+    "  OpenAI's batch files, for /v1/chat/completions or /v1/completions, and is answered in\n"
+    "  that form.  Results come as they finish, each what that prompt alone would give with\n"
+    "  this seed.  A bad line has an error as its result.  After a crash the same command\n"
+    "  goes on where it was.  Exit code 1: a line failed.\n"
     "\nOutput\n"
     "  Text goes to standard output, speed, seed and warnings to standard error.  On a\n"
     "  terminal control characters of the text are shown as U+FFFD.  The ids of --json are\n"
@@ -5694,8 +5695,8 @@ static int take_number(batch_slot *s, const json *j, const json_node *value, con
     char name[40], text[64];
     const char *unused, *meaning;
     size_t n = value->end - value->start;
-    snprintf(name, sizeof name, "--%s",
-             strcmp(key, "max_completion_tokens") == 0 ? "max_tokens" : key);
+    snprintf(name, sizeof name, "--%s", strcmp(key, "max_completion_tokens") == 0 ? "max_tokens"
+                                        : strcmp(key, "logprobs") == 0 ? "top_logprobs" : key);
     meaning = foreign_meaning(name);
     const option *o = find_option(meaning ? meaning : name, &unused);
     snprintf(text, sizeof text, "%.*s", (int)(n < sizeof text ? n : 0), j->text + value->start);
@@ -5704,15 +5705,14 @@ static int take_number(batch_slot *s, const json *j, const json_node *value, con
     return DONE;
 }
 
-/* Of chats true or false, of completions how many others are told of, too. */
+/* True or false for a chat; for a completion how many others are told of, too. */
 static int take_logprobs(batch_slot *s, const json *j, const json_node *value, const char *key)
 {
     s->logprobs = value->kind != JSON_FALSE;
-    if (value->kind == JSON_NUMBER && !s->opts.chat)
-        return take_number(s, j, value, "top_logprobs");
-    return value->kind == JSON_TRUE || value->kind == JSON_FALSE ? DONE
-           : fail(USAGE, s->opts.chat ? "\"%s\" must be true or false"
-                                      : "\"%s\" must be a number", key);
+    if (!s->opts.chat)
+        return take_number(s, j, value, key);
+    return value->kind == JSON_TRUE || value->kind == JSON_FALSE
+        ? DONE : fail(USAGE, "\"%s\" must be true or false", key);
 }
 
 static int take_false(batch_slot *s, const json *j, const json_node *value, const char *key)
@@ -5908,30 +5908,32 @@ static int take_line(batch *b, batch_slot *s, const char *text, size_t n)
 
 /* ---- results ---- */
 
-/* A token's text, as OpenAI has it: bytes that are no text by themselves are called bytes:\\xe2.
- * With its log-probability it is a member of an object, or the beginning of one. */
+/* A token's text as OpenAI has it: a byte that is no text by itself is called bytes:\\xe2.  With
+ * its log-probability it is a member of an object, or in a chat the beginning of one. */
 static void put_token(batch_slot *s, int32_t id, const float *logprob, int in_chat)
 {
     gemma2_utf8 hold = {0};
     output *out = &s->p.out;
     int type = 0;
-    size_t n, size = (size_t)s->p.config->max_piece_bytes + 12;
+    size_t n, room = (size_t)s->p.config->max_piece_bytes + 12;
     const char *text = gemma2_piece(s->p.model, id, &n, &type);
-    char *decoded = (s->token.n = 0, extend(&s->token, size, 1));
-    int got = decoded ? gemma2_decode(s->p.model, &hold, id, decoded, size) : 0;
-    if (decoded && type == GEMMA2_PIECE_BYTE && !got)
-        decoded[got++] = (char)hold.bytes[0];
-    if (got > 0)
+    char byte = type == GEMMA2_PIECE_BYTE ? (char)strtol(text + 3, NULL, 16) : 0; /* <0xE2> */
+    char *decoded = (s->token.n = 0, extend(&s->token, room, 1));
+    int got = decoded ? gemma2_decode(s->p.model, &hold, id, decoded, room) : 0;
+    if (type == GEMMA2_PIECE_BYTE)
+        text = &byte, n = 1;
+    else if (got > 0)
         text = decoded, n = (size_t)got;
     put_format(out, in_chat ? "{\"token\": " : "");
     if (type == GEMMA2_PIECE_BYTE)
-        put_format(out, "\"bytes:\\\\x%02x\"", (unsigned char)*text);
+        put_format(out, "\"bytes:\\\\x%02x\"", (unsigned char)byte);
     else
         put_quoted(out, text, n);
     if (logprob)
         put_format(out, in_chat ? ", \"logprob\": %.9g" : ": %.9g", (double)*logprob);
+    put_format(out, in_chat ? ", \"bytes\": [" : "");
     for (size_t i = 0; in_chat && i < n; i++)
-        put_format(out, "%s%d", i ? ", " : ", \"bytes\": [", (unsigned char)text[i]);
+        put_format(out, "%s%d", i ? ", " : "", (unsigned char)text[i]);
     put_format(out, in_chat ? "]" : "");
 }
 

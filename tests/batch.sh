@@ -38,6 +38,8 @@ results() {
     sed 's/^{"id": \([0-9]*\), "text": \(".*"\), "finish_reason": \(.*\), "usage": {[^}]*}, "ids": \(.*\)}$/\1 \2, \3, \4/' |
         sort -n
 }
+printf '{"enum": [1, "x y"]}' >"$TMP/schema"
+printf 'root ::= [a-e]{9}' >"$TMP/grammar"
 for GEMMA2_ISA in '' avx512 scalar; do
     [ -n "$GEMMA2_ISA" ] && export GEMMA2_ISA || unset GEMMA2_ISA
     "$RUN" "$STORY" --info >/dev/null 2>&1 || continue
@@ -52,11 +54,13 @@ for GEMMA2_ISA in '' avx512 scalar; do
     PROMPT='Nothing';              line '"max_tokens": 0' -n 0
     PROMPT="$long";                line '"max_tokens": 5, "temperature": 1.7' -n 5 -t 1.7
     PROMPT='The old woman';        line '"max_tokens": 20, "repetition_penalty": 1.3' -n 20 --repeat-penalty 1.3
+    PROMPT='Is it?';               line '"max_tokens": 9, "choices": ["yes", "no"]' -n 9 --choice yes --choice no
+    PROMPT='The fox';              line '"max_tokens": 30, "schema": {"enum": [1, "x y"]}' -n 30 --schema "$TMP/schema"
     [ "$GEMMA2_ISA" = scalar ] && set -- '8 1' || set -- '1 1' '3 2' '16 1'
     for how; do
         batch "$TMP/in" --json -s 7 --parallel ${how% *} -j ${how#* } | results >"$TMP/got"
         same "$TMP/alone" "$TMP/got" "the results of $how (parallel, threads) on '$GEMMA2_ISA'"
-        claim "$(wc -l <"$TMP/got")" -eq 10 "lines"
+        claim "$(wc -l <"$TMP/got")" -eq 12 "lines"
     done
 done
 unset GEMMA2_ISA
@@ -65,11 +69,29 @@ batch "$TMP/in" --json -s 7 --kv f32 --exact --parallel 4 | results >"$TMP/got"
 sed -n '2s/.*7, \(\[.*\)/\1/p' "$TMP/got" >"$TMP/second"
 same "$TMP/alone" "$TMP/second" "f32 cache, exact prompts"
 
+# Options are the defaults of lines.
+: >"$TMP/in"; : >"$TMP/alone"; n=0
+grammar="--grammar $TMP/grammar --top-logprobs 3"
+PROMPT='The fox'; line '"max_tokens": 15' -n 15 $grammar
+PROMPT='The fox'; line '"max_tokens": 9, "choices": ["a", "b"]' -n 9 --choice a --choice b --top-logprobs 3
+PROMPT='The cow'; line '"temperature": 0' -t 0 $grammar
+batch "$TMP/in" --json -s 7 --parallel 1 $grammar | results >"$TMP/got"
+same "$TMP/alone" "$TMP/got" "--grammar and --top-logprobs of a batch"
+: >"$TMP/in"; : >"$TMP/alone"; n=0
+PROMPT='The fox'; line '"max_tokens": 15' -n 15 --choice ' is' --choice ' was'
+PROMPT='The fox'; line '"max_tokens": 15, "choices": ["a"]' -n 15 --choice a
+batch "$TMP/in" --json -s 7 --choice ' is' --choice ' was' | results >"$TMP/got"
+same "$TMP/alone" "$TMP/got" "--choice of a batch"
+batch "$TMP/in" --schema "$TMP/grammar" >"$TMP/got"; claim $? -eq 2 "exit status of a bad schema"
+
 # A conversation is what -c -S says, and a common beginning is read once.
 printf '{"messages": [{"role": "system", "content": "Rhyme."}, {"role": "user", "content": "Hi"}], "max_tokens": 9}\n' >"$TMP/in"
 batch "$TMP/in" -s 2 --json | results | sed 's/^1 \(".*"\), "length".*/\1/' >"$TMP/got"
 "$RUN" "$STORY" -q --json -c -S Rhyme. -s 2 -n 9 Hi | sed 's/^{"text": \(".*"\), "prompt_ids.*/\1/' >"$TMP/alone"
 same "$TMP/alone" "$TMP/got" "messages"
+printf '{"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 9}\n' >"$TMP/in"
+batch "$TMP/in" -s 2 --json -S Rhyme. | results | sed 's/^1 \(".*"\), "length".*/\1/' >"$TMP/got"
+same "$TMP/alone" "$TMP/got" "messages, with the system text of the options"
 for i in 1 2 3 4 5 6; do printf '{"prompt": "%s %s", "max_tokens": 3}\n' "$long" $i; done >"$TMP/in"
 batch "$TMP/in" --exact >/dev/null
 shared=$(sed -n 's/.* and \([0-9]*\) shared.*/\1/p' "$TMP/err") read=$(sed -n 's/.*prompts \([0-9]*\) tok.*/\1/p' "$TMP/err")
@@ -115,7 +137,18 @@ bad 'must be POST' '{"custom_id": "a", "method": "GET", "url": "/v1/completions"
 bad 'must be false' '{"custom_id": "a", "url": "/v1/completions", "body": {"prompt": "a", "stream": true}}'
 bad 'must be 1' '{"custom_id": "a", "url": "/v1/completions", "body": {"prompt": "a", "n": 2}}'
 bad 'must be a text' '{"custom_id": 5, "url": "/v1/completions", "body": {"prompt": "a"}}'
+bad '"top_logprobs\" belongs' '{"custom_id": "a", "url": "/v1/completions", "body": {"prompt": "a", "top_logprobs": 2}}'
+bad 'must be true or false' '{"custom_id": "a", "url": "/v1/chat/completions", "body": {"messages": [{"role": "user", "content": "a"}], "logprobs": 2}}'
+bad 'logprobs\" takes a whole number' '{"custom_id": "a", "url": "/v1/completions", "body": {"prompt": "a", "logprobs": true}}'
+bad 'from 0 to 1000' '{"custom_id": "a", "url": "/v1/completions", "body": {"prompt": "a", "logprobs": 1001}}'
+bad 'json_object' '{"custom_id": "a", "url": "/v1/completions", "body": {"prompt": "a", "response_format": {"type": "xml"}}}'
+bad 'takes a list of texts' '{"prompt": "a", "choices": []}'
+bad 'do not go together' '{"prompt": "a", "choices": ["a"], "schema": true}'
+bad '"schema\": ' '{"prompt": "a", "schema": {"type": "x"}}'
+bad '"id": 1, "error"' '{"id": {}, "prompt": "a"}'
 bad '"body\" must hold' '{"custom_id": "a", "url": "/v1/chat/completions", "body": []}'
+printf '{"prompt": "a", "choices": ["a"]}\n' >"$TMP/in"
+batch "$TMP/in" --ignore-eos -q | grep -q 'ignore-eos do not go together'; claim $? -eq 0 "an end that is ignored"
 { head -c 100000 /dev/zero | tr '\0' '['; echo; head -c 1000 /dev/zero; echo
   printf '{"id": "'; head -c 1000000 /dev/zero | tr '\0' 'i'; printf '", "prompt": "a"}\n\n  \n'
   printf '{"id": "last", "prompt": "a"}'; } >"$TMP/in"
@@ -139,6 +172,23 @@ for part in '"custom_id": "c\\"1", "response": {"status_code": 200' '"object": "
     '"logprobs": {"content": \[{"token": "' '"object": "text_completion"' '"error": null}$'; do
     claim "$(grep -c "$part" "$TMP/got")" -ge 1 "lines with $part"
 done
+
+# Log-probabilities are those of --json --top-logprobs, and the others in their order.
+cat >"$TMP/in" <<'END'
+{"custom_id": "a", "url": "/v1/chat/completions", "body": {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2, "logprobs": true, "top_logprobs": 2}}
+{"custom_id": "b", "url": "/v1/completions", "body": {"prompt": "Once \u4e16 upon", "max_tokens": 20, "logprobs": 1, "temperature": 0, "response_format": {"type": "json_schema", "json_schema": {"schema": {"const": "世a"}}}}}
+{"custom_id": "c", "url": "/v1/completions", "body": {"prompt": "a", "max_tokens": 9, "response_format": {"type": "json_object"}}}
+END
+batch "$TMP/in" -q -s 1 >"$TMP/got"; claim $? -eq 0 "exit status of log-probabilities"
+"$RUN" "$STORY" -q --json --top-logprobs 2 -s 1 -n 2 -c Hi | sed 's/.*"logprobs": //' |
+    grep -o '"logprob": [-0-9.e]*' >"$TMP/want"
+grep '"a"' "$TMP/got" | grep -o '"top_logprobs": \[[^]]*\], "logprob[^]]*\]\|{"token[^]]*\]}' |
+    grep -o '"logprob": [-0-9.e]*' >"$TMP/tops"
+claim "$(wc -l <"$TMP/want")" -eq 4 "others of two tokens"
+claim "$(grep -cFxf "$TMP/want" "$TMP/tops")" -ge 4 "others of a chat with run's log-probabilities"
+claim "$(grep -c '"tokens": \["\\"", "bytes:\\\\xe4", "bytes:\\\\xb8", "bytes:\\\\x96", "a", "\\""\]' "$TMP/got")" -eq 1 "bytes"
+claim "$(grep -c '"text_offset": \[0, 1, 1, 1, 2, 3\]' "$TMP/got")" -eq 1 "offsets in characters"
+claim "$(grep -c '"text": "{.*"finish_reason": "stop"' "$TMP/got")" -eq 1 "objects"
 
 # ---- Killed, and begun again -----------------------------------------------------------------
 for i in 1 2 3 4 5 6 7 8 9 10 11 12; do printf '{"id": "%s", "prompt": "The %s", "max_tokens": 60}\n' $i $i; done >"$TMP/in"
@@ -168,6 +218,17 @@ claim $status -eq 143 "exit status after SIGTERM"
 claim "$(grep -c '^{"id": .*}}$' "$TMP/out")" -eq "$(wc -l <"$TMP/out")" "whole lines after SIGTERM"
 batch "$TMP/in" -q -s 5 -o "$TMP/out"
 sort "$TMP/out" >"$TMP/got"; same "$TMP/want" "$TMP/got" "results after SIGTERM"
+
+# Without -s the second run takes the seed that the first one drew, though some line has its own.
+for i in 1 2 3 4 5; do printf '{"id": %s, "prompt": "The %s", "max_tokens": 5%s}\n' $i $i "$([ $i -lt 4 ] && echo ', "seed": 8')"; done >"$TMP/seeds"
+"$RUN" "$STORY" --batch "$TMP/seeds" -q -o "$TMP/whole"
+sort "$TMP/whole" >"$TMP/want"; grep -v '"id": [15]' "$TMP/whole" >"$TMP/out"
+batch "$TMP/seeds" -q -o "$TMP/out"
+sort "$TMP/out" >"$TMP/got"; same "$TMP/want" "$TMP/got" "results with a seed that was drawn"
+# An output that holds something else stays as it is.
+cp "$TMP/seeds" "$TMP/out"
+batch "$TMP/seeds" -q -o "$TMP/out"; claim $? -eq 2 "exit status where OUT holds no results"
+same "$TMP/seeds" "$TMP/out" "OUT that holds no results"
 
 # ---- Streams -----------------------------------------------------------------------------
 { batch "$TMP/in" -q -s 5; echo $? >"$TMP/status"; } | head -n 1 >"$TMP/got"

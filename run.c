@@ -1665,21 +1665,38 @@ static int in_words(const char *words, const char *word)
            strstr(words, padded) != NULL;
 }
 
-/* ---- JSON Schema as a grammar.  Every schema becomes a rule, named after its node, that speaks
- * of other schemas by name; so nothing here calls itself.  Replies are compact JSON.  A key that
- * the schema does not name may stand only where additionalProperties says so. ---- */
+/* ---- JSON Schema as a grammar.
+ *
+ * A rule stands for a set of schemas that a value must fit together.  So $ref and allOf make a set
+ * larger, and a set with an anyOf becomes one set for each way.  Rules speak of each other by name,
+ * and a rule that cannot be met, like the schema false, calls `never`.  A key that the schema does
+ * not name may stand only where additionalProperties or patternProperties says so. ---- */
 
 typedef struct {
     json j;
     array *gbnf;
-    array rules; /* size_t: nodes whose rules are asked for, in order */
-    char *asked; /* by node */
+    array sets;    /* schema_set, in the order in which their rules are asked for */
+    array members; /* size_t, of all sets */
+    const char *comma, *colon;
     char *err;
     size_t size;
     int failed;
 } schema;
 
+typedef struct {
+    size_t first, n, hash;
+} schema_set;
+
+/* The schemas of a set while its rule is written. */
+enum { MOST_SCHEMAS = 64, MOST_SETS = 20000, ANY_DONE = 1, ONE_DONE = 2,
+       REFS_DONE = 4, ITEM = 8 };
+typedef struct {
+    size_t item[MOST_SCHEMAS]; /* ITEM * index of the node + what of it is done */
+    size_t n;
+} view;
+
 static const char SCHEMA_RULES[] =
+    "never ::= \" \" never\n"
     "char ::= [^\"\\\\\\x00-\\x1F] | esc\n"
     "esc ::= \"\\\\\" ([\"\\\\bfnrt] | \"u00\" [01] [0-9a-f])\n"
     "string ::= \"\\\"\" char* \"\\\"\"\n"
@@ -1689,11 +1706,12 @@ static const char SCHEMA_RULES[] =
     "fraction ::= \".\" [0-9]{1,16}\n"
     "boolean ::= \"true\" | \"false\"\n"
     "null ::= \"null\"\n"
-    "array ::= \"[\" (any (\",\" any)*)? \"]\"\n"
-    "object ::= \"{\" (string \":\" any (\",\" string \":\" any)*)? \"}\"\n"
+    "array ::= \"[\" (any (comma any)*)? \"]\"\n"
+    "object ::= \"{\" (string colon any (comma string colon any)*)? \"}\"\n"
     "any ::= object | array | string | number | boolean | null\n"
     "date ::= [1-9] [0-9]{3} \"-\" (\"0\" [13578] \"-\" day31 | \"10-\" day31 | \"12-\" day31 | "
-    "(\"0\" [469] | \"11\") \"-\" day30 | \"02-\" day28)\n"
+    "(\"0\" [469] | \"11\") \"-\" day30 | \"02-\" day28) | "
+    "[1-9] [0-9] (\"0\" [48] | [2468] [048] | [13579] [26]) \"-02-29\"\n"
     "day28 ::= \"0\" [1-9] | \"1\" [0-9] | \"2\" [0-8]\n"
     "day30 ::= day28 | \"29\" | \"30\"\n"
     "day31 ::= day30 | \"31\"\n"
@@ -1703,14 +1721,28 @@ static const char SCHEMA_RULES[] =
     "uuid ::= hex{8} \"-\" hex{4} \"-\" hex{4} \"-\" hex{4} \"-\" hex{12}\n"
     "hex ::= [0-9a-fA-F]\n"
     "ipv4 ::= byte \".\" byte \".\" byte \".\" byte\n"
-    "byte ::= [0-9] | [1-9] [0-9] | \"1\" [0-9]{2} | \"2\" [0-4] [0-9] | \"25\" [0-5]\n";
+    "byte ::= [0-9] | [1-9] [0-9] | \"1\" [0-9]{2} | \"2\" [0-4] [0-9] | \"25\" [0-5]\n"
+    "label ::= [a-zA-Z0-9] ([a-zA-Z0-9] | \"-\" [a-zA-Z0-9]){0,30}\n"
+    "hostname ::= label (\".\" label){0,3}\n"
+    "email ::= atom (\".\" atom){0,3} \"@\" label (\".\" label){1,3}\n"
+    "atom ::= [a-zA-Z0-9_+-]{1,20}\n"
+    "uri ::= [a-zA-Z] [a-zA-Z0-9+.-]{0,15} \":\" (\"//\" ((hostname | ipv4) (\":\" "
+    "[0-9]{1,5})?)? | pchar+) (\"/\" pchar*)* (\"?\" (pchar | [/?])*)? (\"#\" (pchar | [/?])*)?\n"
+    "pchar ::= [a-zA-Z0-9._~!$&'()*+,;=:@-] | \"%\" hex hex\n";
 static const char TYPES[] = " string integer number boolean null array object ";
-static const char ANNOTATIONS[] = " title description default examples $schema $id $comment $defs "
-                            "definitions deprecated readOnly writeOnly ";
-static const char WHOLE_SCHEMAS[] = " $ref anyOf oneOf allOf enum const ";
-static const char ASSERTIONS[] = " type properties required additionalProperties items prefixItems "
-    "minItems maxItems minLength maxLength minimum maximum exclusiveMinimum exclusiveMaximum "
-    "format pattern ";
+static const char FORMATS[] = " date time date-time uuid ipv4 hostname email uri ";
+/* Of JSON Schema's keywords those that are known, and those that are not; and formats.  A word of
+ * none of its drafts says nothing about values. */
+static const char *const KEYWORDS[] = {
+    "type", "properties", "required", "additionalProperties", "patternProperties", "items",
+    "prefixItems", "additionalItems", "minItems", "maxItems", "minLength", "maxLength", "minimum",
+    "maximum", "exclusiveMinimum", "exclusiveMaximum", "minProperties", "maxProperties", "format",
+    "pattern", "$ref", "anyOf", "oneOf", "allOf", "enum", "const"};
+static const char UNKNOWN[] = " not if dependentSchemas dependentRequired dependencies "
+    "propertyNames contains uniqueItems unevaluatedItems unevaluatedProperties multipleOf "
+    "$dynamicRef $recursiveRef extends disallow divisibleBy ";
+static const char OTHER_FORMATS[] = " duration ipv6 idn-email idn-hostname uri-reference iri "
+    "iri-reference uri-template json-pointer relative-json-pointer regex ";
 
 static const json_node *node_at(const schema *s, size_t i)
 {
@@ -1720,6 +1752,27 @@ static const json_node *node_at(const schema *s, size_t i)
 static size_t index_of(const schema *s, const json_node *node)
 {
     return (size_t)(node - (const json_node *)s->j.nodes.items);
+}
+
+/* The schema of that number in the view. */
+static const json_node *schema_at(const schema *s, const view *v, size_t i)
+{
+    return node_at(s, v->item[i] / ITEM);
+}
+
+/* The next value of that key among the schemas of the view, from *i on; NULL behind the last. */
+static const json_node *next_with(const schema *s, const view *v, size_t *i, const char *key)
+{
+    const json_node *value = NULL;
+    while (!value && *i < v->n)
+        value = json_get(&s->j, schema_at(s, v, (*i)++), key);
+    return value;
+}
+
+static const json_node *first_with(const schema *s, const view *v, const char *key)
+{
+    size_t i = 0;
+    return next_with(s, v, &i, key);
 }
 
 /* Refuses a node, with its JSON pointer. */
@@ -1766,147 +1819,301 @@ PRINTF_LIKE(2, 3) static void put_rule(schema *s, const char *format, ...)
         s->failed = 1;
 }
 
-/* Writes the name of a schema's rule, which is asked for. */
-static void put_schema(schema *s, const json_node *node)
+static void view_add(schema *s, view *v, const json_node *node)
 {
-    size_t i = index_of(s, node);
-    if (!s->asked[i]) {
-        size_t *next = extend(&s->rules, 1, sizeof *next);
-        s->failed |= !next;
-        if (next)
-            *next = i;
-        s->asked[i] = 1;
+    if (v->n == MOST_SCHEMAS)
+        refuse_node(s, node, "it leads back to itself, or more than %d schemas meet here",
+                    MOST_SCHEMAS);
+    else
+        v->item[v->n++] = ITEM * index_of(s, node);
+}
+
+/* Writes the name of the rule of these schemas, which is asked for. */
+static void put_set(schema *s, view *v)
+{
+    size_t n = 0, hash = 0, i = 0;
+    const schema_set *sets = s->sets.items;
+    for (size_t k = 1; k < v->n; k++) /* most have one or two */
+        for (size_t at = k; at && v->item[at] < v->item[at - 1]; at--) {
+            size_t swap = v->item[at];
+            v->item[at] = v->item[at - 1], v->item[at - 1] = swap;
+        }
+    for (size_t k = 0; k < v->n; k++)
+        if (!n || v->item[k] / ITEM != v->item[n - 1] / ITEM)
+            hash = hash * 1000003 + (v->item[n++] = v->item[k]);
+    while (i < s->sets.n && (sets[i].hash != hash || sets[i].n != n ||
+                             memcmp((const size_t *)s->members.items + sets[i].first, v->item,
+                                    n * sizeof *v->item)))
+        i++;
+    if (i == s->sets.n) {
+        schema_set *set = i < MOST_SETS ? extend(&s->sets, 1, sizeof *set) : NULL;
+        size_t first = s->members.n, *items = extend(&s->members, n, sizeof *items);
+        if (i == MOST_SETS)
+            refuse_node(s, node_at(s, 0), "it takes more than %d rules", MOST_SETS);
+        if (!set || !items) {
+            s->failed = 1;
+            return;
+        }
+        *set = (schema_set){first, n, hash};
+        memcpy(items, v->item, n * sizeof *items);
     }
     put_rule(s, "s%zu ", i);
 }
 
-/* Writes a value as it stands in the schema, without white space, and with a colon as a key. */
-static void put_value(schema *s, const json_node *node, const char *behind)
+/* Appends a string of the schema as replies spell it, without quotes. */
+static void add_string(schema *s, array *to, size_t start, size_t end)
+{
+    static const char named[] = "\bb\ff\nn\rr\tt\"\"\\\\";
+    const char *why;
+    size_t length;
+    for (size_t at = start; at < end && !s->failed; at += length) {
+        uint32_t code = json_char(s->j.text + at, end - at, &length, &why);
+        json_node one = {JSON_STRING, at, at + length, 0, 0};
+        const char *name = code && code < 128 ? strchr(named, (int)code) : NULL;
+        while (name && (name - named) % 2)
+            name = strchr(name + 1, (int)code);
+        s->failed |= name ? !add_format(to, "\\%c", name[1])
+                   : code < 0x20 ? !add_format(to, "\\u%04x", (unsigned)code)
+                                 : !json_text(&s->j, &one, to);
+    }
+}
+
+/* Writes a value of the schema, with a colon behind it as a key. */
+static void put_value(schema *s, const json_node *node, int is_key)
 {
     array text = {0};
     int quote = node->kind == JSON_STRING;
     size_t start = node->start - (size_t)quote, end = node->end + (size_t)quote;
-    for (size_t i = start, inside = 0; i < end && !s->failed; i++) {
+    for (size_t i = start, from; i < end && !s->failed; i++) {
         char c = s->j.text[i];
-        if (!inside && (c == ' ' || c == '\t' || c == '\n' || c == '\r'))
+        const char *as = c == ',' ? s->comma : s->colon;
+        if (c == ' ' || c == '\t' || c == '\n' || c == '\r')
             continue;
-        if (c == '"')
-            inside = !inside;
-        s->failed |= !add_text(&text, &c, 1);
-        if (c == '\\')
-            s->failed |= !add_text(&text, &s->j.text[++i], 1);
+        if (c == ',' || c == ':')
+            s->failed |= !add_text(&text, as, strlen(as));
+        else
+            s->failed |= !add_text(&text, &c, 1);
+        if (c != '"')
+            continue;
+        for (from = ++i; s->j.text[i] != '"'; i++)
+            i += s->j.text[i] == '\\';
+        add_string(s, &text, from, i);
+        s->failed |= !add_text(&text, "\"", 1);
     }
-    if (s->failed || !add_text(&text, behind, strlen(behind)) ||
-        !add_literal(s->gbnf, text.items, text.n))
-        s->failed = 1;
+    if (is_key)
+        s->failed |= !add_text(&text, s->colon, strlen(s->colon));
+    s->failed |= s->failed || !add_literal(s->gbnf, text.items, text.n);
     free(text.items);
 }
 
-/* A whole number of a keyword; otherwise if it is absent. */
-static int64_t bound_of(schema *s, const json_node *node, const char *name, int64_t otherwise)
+/* ---- numbers ---- */
+
+static const int64_t MOST_DIGITS = 999999999999999;
+
+typedef struct {
+    double x;
+    int64_t n; /* x * 10^decimals */
+    int decimals, exclusive, is_set;
+} bound;
+
+/* The number of a keyword, with at most 6 decimals.  One of more than 15 digits counts as 10^15,
+ * which no reply reaches. */
+static bound number_of(schema *s, const json_node *node)
 {
-    const json_node *value = json_get(&s->j, node, name);
-    char text[24] = "", *end = text;
-    if (!value)
-        return otherwise;
-    size_t n = value->end - value->start;
-    if (value->kind == JSON_NUMBER && n < 17) {
-        memcpy(text, s->j.text + value->start, n);
-        otherwise = strtoll(text, &end, 10);
-    }
-    if (end == text || *end || otherwise > 999999999999999 || otherwise < -999999999999999)
-        refuse_node(s, value, "'%s' must be a whole number of at most 15 digits", name);
-    return otherwise;
+    char text[64] = "";
+    bound b = {.is_set = 1};
+    double unit = 1;
+    if (node->kind == JSON_NUMBER && node->end - node->start < sizeof text)
+        memcpy(text, s->j.text + node->start, node->end - node->start);
+    b.x = strtod(text, NULL);
+    b.x = b.x > 1e15 ? 1e15 : b.x < -1e15 ? -1e15 : b.x;
+    while (b.decimals < 6 && fabs(b.x * unit) < 1e14 && round(b.x * unit) / unit != b.x)
+        b.decimals++, unit *= 10;
+    b.n = (int64_t)round(b.x * unit);
+    if (!text[0] || (double)b.n / unit != b.x)
+        refuse_node(s, node, "it must be a number of at most 15 digits and 6 decimals");
+    return b;
 }
 
-/* Numbers low..high, 0 <= low, as runs of digits: first ones, one that varies, then any. */
-static void put_naturals(schema *s, int64_t low, int64_t high, const char *before)
+/* The narrowest of the bounds that a keyword and its exclusive sister give. */
+static bound bound_of(schema *s, const view *v, const char *name, const char *exclusive, int sign)
+{
+    bound best = {0};
+    const json_node *node;
+    for (int part = 0; part < 2; part++)
+        for (size_t i = 0; (node = next_with(s, v, &i, part ? exclusive : name)) != NULL;) {
+            bound b = number_of(s, node);
+            b.exclusive = part;
+            if (!best.is_set || sign * b.x > sign * best.x || (part && b.x == best.x))
+                best = b;
+        }
+    return best;
+}
+
+/* A count that a keyword gives: the greatest, or with sign -1 the least; otherwise for none. */
+static int64_t count_of(schema *s, const view *v, const char *name, int64_t otherwise, int sign)
+{
+    bound b = bound_of(s, v, name, name, sign);
+    if (b.is_set && (b.x < 0 || b.decimals))
+        refuse_node(s, first_with(s, v, name), "'%s' must be a whole number of 0 or more", name);
+    return b.is_set ? b.n : otherwise;
+}
+
+/* Numbers low..high, 0 <= low, as runs of digits: first ones, one that varies, then any.  That
+ * many of the last digits stand behind a point; then goes what is behind. */
+static void put_digits(schema *s, int64_t low, int64_t high, int decimals, const char *before,
+                       const char *behind)
 {
     while (low <= high && !s->failed) {
-        int64_t unit = 1, digits = 0, count;
-        for (; low && low % (unit * 10) == 0 && low + unit * 10 - 1 <= high; digits++)
+        char first[40];
+        int64_t unit = 1, count;
+        int free_digits = 0;
+        for (; low && low % (unit * 10) == 0 && low + unit * 10 - 1 <= high; free_digits++)
             unit *= 10;
         count = 10 - low / unit % 10;
         count = (high + 1 - low) / unit < count ? (high + 1 - low) / unit : count;
-        if (low == 0)
-            count = high < 9 ? high + 1 : 10;
-        put_rule(s, "| \"%s", before);
-        if (low / unit / 10)
-            put_rule(s, "%" PRId64, low / unit / 10);
-        put_rule(s, "\" [%" PRId64 "-%" PRId64 "] [0-9]{%" PRId64 "} ", low / unit % 10,
-                 low / unit % 10 + count - 1, digits);
+        int whole = low / unit >= 10, width = decimals - free_digits; /* at least so many before */
+        width = width > whole ? width : whole;
+        int n = width ? snprintf(first, sizeof first, "%0*" PRId64, width, low / unit / 10) : 0;
+        int point = n + 1 + free_digits - decimals; /* digits before it */
+        put_rule(s, "| \"%s%.*s", before, point < n ? point : n, first);
+        if (decimals && point <= n)
+            put_rule(s, ".%.*s", n - point, first + point);
+        put_rule(s, "\" [%d-%d] ", (int)(low / unit % 10), (int)(low / unit % 10 + count - 1));
+        if (decimals && point > n)
+            put_rule(s, "[0-9]{%d} \".\" [0-9]{%d} ", point - n - 1, decimals);
+        else if (free_digits)
+            put_rule(s, "[0-9]{%d} ", free_digits);
+        put_rule(s, "%s", behind);
         low += count * unit;
     }
 }
 
-static void put_integer(schema *s, const json_node *node)
+static void put_integer(schema *s, const view *v)
 {
-    const int64_t most = 999999999999999;
-    int64_t low = bound_of(s, node, "minimum", -most), high = bound_of(s, node, "maximum", most);
-    int64_t above = bound_of(s, node, "exclusiveMinimum", -most - 1) + 1;
-    int64_t below = bound_of(s, node, "exclusiveMaximum", most + 1) - 1;
-    low = above > low ? above : low, high = below < high ? below : high;
-    if (low > high)
-        refuse_node(s, node, "no integer lies between its bounds");
-    put_rule(s, "(");
-    size_t first = s->gbnf->n;
+    bound least = bound_of(s, v, "minimum", "exclusiveMinimum", 1);
+    bound most = bound_of(s, v, "maximum", "exclusiveMaximum", -1);
+    double bottom = least.exclusive ? floor(least.x) + 1 : ceil(least.x);
+    double top = most.exclusive ? ceil(most.x) - 1 : floor(most.x);
+    int64_t low = least.is_set && bottom > -1e15 ? (int64_t)bottom : -MOST_DIGITS;
+    int64_t high = most.is_set && top < 1e15 ? (int64_t)top : MOST_DIGITS;
+    if (low > high && v->n == 1)
+        refuse_node(s, schema_at(s, v, 0), "no integer lies between its bounds");
+    put_rule(s, "(never ");
     if (low < 0)
-        put_naturals(s, high < 0 ? -high : 1, -low, "-");
+        put_digits(s, high < 0 ? -high : 1, -low, 0, "-", "");
     if (high >= 0)
-        put_naturals(s, low > 0 ? low : 0, high, "");
-    if (!s->failed && s->gbnf->n > first)
-        ((char *)s->gbnf->items)[first] = ' '; /* the first bar */
+        put_digits(s, low > 0 ? low : 0, high, 0, "", "");
     put_rule(s, ") ");
 }
 
-/* Numbers low..high, 0 <= low, with or without a fraction. */
-static void put_reals(schema *s, int64_t low, int64_t high)
+static int64_t power_of_10(int n) { return n > 0 ? 10 * power_of_10(n - 1) : 1; }
+
+/* Numbers from low to high, both 0 or more, in units of 10^-decimals.  With open bounds the
+ * bounds themselves are out; with end the numbers go on up to the next unit. */
+static void put_reals(schema *s, bound low, bound high, int end, const char *before)
 {
-    put_rule(s, "(");
-    if (low < high) {
-        put_rule(s, "(");
-        size_t first = s->gbnf->n;
-        put_naturals(s, low, high - 1, "");
-        if (!s->failed)
-            ((char *)s->gbnf->items)[first] = ' '; /* the first bar */
-        put_rule(s, ") fraction? | ");
+    for (int d = 0; d <= low.decimals; d++) {
+        int64_t unit = power_of_10(low.decimals - d);
+        int64_t from = (low.n + unit - 1) / unit, to = high.n / unit;
+        from += low.exclusive && from * unit == low.n;
+        to -= high.exclusive && to * unit == high.n;
+        put_digits(s, from, to, d, before, "");
     }
-    put_rule(s, "\"%" PRId64 "\") ", high);
+    const char *more = low.decimals ? "[0-9]{1,9} " : "fraction ";
+    if (low.exclusive && low.n < high.n + end)
+        put_digits(s, low.n, low.n, low.decimals, before,
+                   low.decimals ? "[0-9]{0,8} [1-9] " : "\".\" [0-9]{0,8} [1-9] ");
+    put_digits(s, low.n + low.exclusive, high.n - 1 + end, low.decimals, before, more);
 }
 
-static void put_number(schema *s, const json_node *node)
+/* Numbers between bounds of one sign: those below the first whole number, those with any whole
+ * number before the point, those above the last. */
+static void put_half(schema *s, bound low, bound high, const char *before)
 {
-    static const char *const names[] = {"exclusiveMinimum", "exclusiveMaximum"};
-    const json_node *least = json_get(&s->j, node, "minimum");
-    for (int i = 0; i < 2; i++)
-        if (json_get(&s->j, node, names[i]))
-            refuse_node(s, json_get(&s->j, node, names[i]), "'%s' is known for integers, not for "
-                        "other numbers", names[i]);
-    if (!least && !json_get(&s->j, node, "maximum")) {
+    int decimals = low.decimals > high.decimals ? low.decimals : high.decimals;
+    int64_t unit = power_of_10(decimals), limit = MOST_DIGITS / unit;
+    int64_t first = (int64_t)ceil(low.x), last = (int64_t)floor(high.x);
+    bound from = {low.x, low.n * power_of_10(decimals - low.decimals), decimals, low.exclusive, 1};
+    bound to = {high.x, high.n * power_of_10(decimals - high.decimals), decimals, high.exclusive,
+                1};
+    if (low.x > (double)limit || (decimals && high.x > (double)limit && high.x < 1e15))
+        refuse_node(s, node_at(s, 0), "a bound has more digits than are known");
+    else if (low.x > high.x || (low.x == high.x && (low.exclusive || high.exclusive)))
+        return;
+    else if (!decimals || first > last)
+        put_reals(s, from, to, 0, before);
+    else {
+        bound next = {.n = first * unit - 1, .decimals = decimals};
+        if (from.n <= next.n)
+            put_reals(s, from, next, 1, before);
+        next = (bound){.n = first, .exclusive = low.exclusive && low.x == (double)first};
+        put_reals(s, next, (bound){.n = last, .exclusive = last > first ||
+                                   (high.exclusive && high.x == (double)last)}, 0, before);
+        from = (bound){.n = last * unit, .decimals = decimals, .exclusive = next.exclusive &&
+                       first == last};
+        if (last > first || to.n > from.n)
+            put_reals(s, from, to, 0, before);
+    }
+}
+
+static bound minus(bound b)
+{
+    b.x = -b.x, b.n = -b.n;
+    return b;
+}
+
+static void put_number(schema *s, const view *v)
+{
+    const bound zero = {.is_set = 1}, far = {1e15, MOST_DIGITS, 0, 0, 1};
+    bound low = bound_of(s, v, "minimum", "exclusiveMinimum", 1);
+    bound high = bound_of(s, v, "maximum", "exclusiveMaximum", -1);
+    if ((!low.is_set || low.x <= -1e15) && (!high.is_set || high.x >= 1e15)) {
         put_rule(s, "number ");
         return;
     }
-    int64_t low = bound_of(s, node, "minimum", 0);
-    int64_t high = bound_of(s, node, "maximum", 999999999999999);
-    if (high < 0 || low > high)
-        refuse_node(s, node, "'maximum' of a number must be 0 or more, and not below 'minimum'");
-    put_rule(s, least ? "(" : "(\"-\" natural fraction? | ");
-    if (low < 0)
-        put_rule(s, "\"-\" "), put_reals(s, 0, -low), put_rule(s, "| ");
-    put_reals(s, low > 0 ? low : 0, high);
+    low = low.is_set && low.x > -1e15 ? low : minus(far);
+    high = high.is_set && high.x < 1e15 ? high : far;
+    if (low.x > high.x && v->n == 1)
+        refuse_node(s, schema_at(s, v, 0), "no number lies between its bounds");
+    put_rule(s, "(never ");
+    if (low.x < 0)
+        put_half(s, high.x < 0 ? minus(high) : zero, minus(low), "-");
+    if (high.x >= 0)
+        put_half(s, low.x > 0 || (low.x == 0 && low.exclusive) ? low : zero, high, "");
     put_rule(s, ") ");
 }
 
-static void put_count(schema *s, const json_node *node, const char *low, const char *high)
+/* Writes how often the last item may stand, at most 2000 times or with -1 without end. */
+static void put_times(schema *s, int64_t least, int64_t most)
 {
-    int64_t least = bound_of(s, node, low, 0), most = bound_of(s, node, high, 1 << 20);
-    if (least < 0 || least > 2000 || most < least)
-        refuse_node(s, node, "'%s' and '%s' must be in order, the first at most 2000", low, high);
-    if (json_get(&s->j, node, high))
-        put_rule(s, "{%" PRId64 ",%" PRId64 "} ", least, most < 2000 ? most : 2000);
-    else
+    if (most < 0)
         put_rule(s, "{%" PRId64 ",} ", least);
+    else
+        put_rule(s, "{%" PRId64 ",%" PRId64 "} ", least, most);
 }
+
+/* Whether two strings, or keys, are the same. */
+static int same_string(const schema *s, const json_node *a, const json_node *b)
+{
+    json_key left = {s->j.text + a->start, s->j.text + a->end, 0};
+    json_key right = {s->j.text + b->start, s->j.text + b->end, 0};
+    return a->kind == b->kind && by_key(&left, &right) == 0;
+}
+
+/* The value of a key of an object, or NULL. */
+static const json_node *value_of(const schema *s, const json_node *object, const json_node *name)
+{
+    const json_node *key = object + 1;
+    for (size_t i = 0; object->kind == JSON_OBJECT && i < object->n; i++) {
+        if (same_string(s, key, name))
+            return key + 1;
+        key = json_next(&s->j, key + 1);
+    }
+    return NULL;
+}
+
+static int is_false(const json_node *node) { return node && node->kind == JSON_FALSE; }
 
 /* ---- "pattern": a regular expression over the characters of a JSON string, which is read from
  * left to right and written as GBNF.  Known are characters, classes, ., |, groups that need not be
@@ -1916,10 +2123,10 @@ typedef struct {
     uint32_t ascii[4];       /* bits of the class that is being read */
     array wide;              /* its other ranges, as GBNF */
     int ascii_only;
-} pattern;
+} regex;
 enum { NO_CHAR = -1, LETTER_CLASS = 1 << 24 };
 
-static int32_t pattern_char(pattern *p)
+static int32_t pattern_char(regex *p)
 {
     int32_t c = *p->at++;
     int more = c >= 0xf0 ? 3 : c >= 0xe0 ? 2 : c >= 0xc0;
@@ -1931,7 +2138,7 @@ static int32_t pattern_char(pattern *p)
 }
 
 /* The character at p, or LETTER_CLASS with the letter of \d and the like. */
-static int32_t pattern_item(pattern *p)
+static int32_t pattern_item(regex *p)
 {
     static const char named[] = "n\nr\rt\tf\fv\v";
     int32_t c = pattern_char(p);
@@ -1957,7 +2164,7 @@ static int32_t pattern_item(pattern *p)
 }
 
 /* Adds characters low..high, or a class of one letter, to the class. */
-static void pattern_add(schema *s, pattern *p, int32_t low, int32_t high)
+static void pattern_add(schema *s, regex *p, int32_t low, int32_t high)
 {
     char range[32], letter = low & LETTER_CLASS ? (char)(low & 127) : 0;
     p->ascii_only |= letter != 0;
@@ -1977,7 +2184,7 @@ static void pattern_add(schema *s, pattern *p, int32_t low, int32_t high)
 }
 
 /* Writes the class as JSON spells its characters, and empties it. */
-static void put_class(schema *s, pattern *p, int negated)
+static void put_class(schema *s, regex *p, int negated)
 {
     int parts = 0, wide = p->wide.n > 0;
     if (negated && p->ascii_only) {
@@ -2005,7 +2212,7 @@ static void put_class(schema *s, pattern *p, int negated)
 }
 
 /* One character, or a class in brackets. */
-static int put_pattern_item(schema *s, pattern *p)
+static int put_pattern_item(schema *s, regex *p)
 {
     int dot = *p->at == '.', in_brackets = *p->at == '[', negated = dot;
     p->at += dot || in_brackets;
@@ -2030,42 +2237,48 @@ static int put_pattern_item(schema *s, pattern *p)
     return 1;
 }
 
-/* "*" and the like, and {m,n}. */
-static int put_repetition(schema *s, pattern *p)
+/* "*" and the like, and {m,n}, narrowed to least..most. */
+static int put_repetition(schema *s, regex *p, int64_t least, int64_t most)
 {
-    const char *start = (const char *)p->at;
-    char *end = NULL;
-    size_t n = 1;
-    if (*start == '{') {
-        if (start[1] < '0' || start[1] > '9')
+    const char *at = (const char *)p->at;
+    int64_t low = *at == '+', high = *at == '?' ? 1 : -1;
+    char *end;
+    if (*at++ == '{') {
+        if (*at < '0' || *at > '9')
             return 0;
-        unsigned long low = strtoul(start + 1, &end, 10), high = low;
-        int open = *end == ',' && end[1] == '}';
-        if (*end == ',' && !open) {
-            if (end[1] < '0' || end[1] > '9')
-                return 0;
-            high = strtoul(end + 1, &end, 10);
+        low = high = strtol(at, &end, 10);
+        at = end;
+        if (*at == ',' && *++at == '}')
+            high = -1;
+        else if (at[-1] == ',') {
+            high = *at >= '0' && *at <= '9' ? strtol(at, &end, 10) : -2;
+            at = end;
         }
-        end += open;
-        if (*end++ != '}' || low > high || high > 2000)
+        if (*at++ != '}' || low > 2000 || high < -1 || high > 2000)
             return 0;
-        n = (size_t)(end - start);
     }
-    s->failed |= !add_text(s->gbnf, start, n);
-    p->at += n + (start[n] == '?'); /* lazy is the same language */
+    low = low > least ? low : least;
+    high = high < 0 || (most >= 0 && most < high) ? most : high;
+    if (high >= 0 && low > high)
+        return 0;
+    put_times(s, low, high);
+    p->at = (const unsigned char *)at + (*at == '?'); /* lazy is the same language */
     return 1;
 }
 
-static void put_pattern(schema *s, const json_node *node)
+/* Writes the pattern, for strings of that length.  The length must be of no account, or the
+ * pattern be one item that is repeated. */
+static void put_pattern(schema *s, const json_node *node, int64_t least, int64_t most)
 {
     array text = {0};
-    pattern p = {0};
+    regex p = {0};
     int depth = 0, has_item = 0, starts = 1, at_end = 0, known = node->kind == JSON_STRING;
+    int any_length = least <= 0 && most < 0, n_items = 0;
     if (!known || !json_text(&s->j, node, &text) || !add_text(&text, "", 1))
         refuse_node(s, node, "'pattern' must be a string");
     p.at = text.items;
     known &= !s->failed && strlen(text.items) + 1 == text.n;
-    put_rule(s, "\"\\\"\" (");
+    put_rule(s, "(");
     while (known && !s->failed) {
         unsigned char c = *p.at;
         int last = c == '\0' || (c == '|' && !depth), had_item = has_item;
@@ -2090,150 +2303,377 @@ static void put_pattern(schema *s, const json_node *node)
         } else if (c == ')') {
             known = depth-- > 0, has_item = 1;
             put_rule(s, ")"), p.at++;
-        } else if (c == '*' || c == '+' || c == '?' || c == '{')
-            known = had_item && put_repetition(s, &p);
-        else
+        } else if (c == '*' || c == '+' || c == '?' || c == '{') {
+            const char *at = (const char *)p.at, *rest = at + (c == '{' ? strcspn(at, "}") + 1 : 1);
+            int alone = n_items == 1 && !depth && *(char *)text.items == '^' && !strcmp(rest, "$");
+            any_length |= alone;
+            known = had_item && put_repetition(s, &p, alone ? least : 0, alone ? most : -1);
+        } else {
             known = has_item = c != '^' && c != '$' && put_pattern_item(s, &p);
+            n_items++;
+        }
     }
+    if (known && !any_length)
+        refuse_node(s, node, "a length beside this pattern is not known");
     if (!known || depth)
         refuse_node(s, node, "the part of 'pattern' before byte %d is not known",
                     (int)(p.at - (unsigned char *)text.items));
-    put_rule(s, ") \"\\\"\" ");
+    put_rule(s, ") ");
     free(text.items), free(p.wide.items);
 }
 
-static void put_string(schema *s, const json_node *node)
+static void put_string(schema *s, const view *v)
 {
-    const json_node *matches = json_get(&s->j, node, "pattern");
-    if (matches) {
-        if (json_get(&s->j, node, "minLength") || json_get(&s->j, node, "maxLength") ||
-            json_get(&s->j, node, "format"))
-            refuse_node(s, node, "'pattern' does not go together with a length or 'format'");
-        put_pattern(s, matches);
-        return;
-    }
-    static const char formats[] = " date time date-time uuid ipv4 ";
-    const json_node *format = json_get(&s->j, node, "format");
+    int64_t least = count_of(s, v, "minLength", 0, 1), most = count_of(s, v, "maxLength", -1, -1);
+    const json_node *pattern = first_with(s, v, "pattern"), *format = NULL, *node;
     char name[32];
-    if (!format) {
-        put_rule(s, "\"\\\"\" char");
-        put_count(s, node, "minLength", "maxLength");
-        put_rule(s, "\"\\\"\" ");
-        return;
+    for (size_t i = 0; (node = next_with(s, v, &i, "format")) != NULL;) {
+        snprintf(name, sizeof name, "%.*s", (int)(node->end - node->start), s->j.text + node->start);
+        if (in_words(OTHER_FORMATS, name))
+            refuse_node(s, node, "this format is not known; there are%s", FORMATS);
+        format = node->kind == JSON_STRING && in_words(FORMATS, name) ? node : format;
     }
-    snprintf(name, sizeof name, "%.*s", (int)(format->end - format->start),
-             s->j.text + format->start);
-    if (format->kind != JSON_STRING || !in_words(formats, name))
-        refuse_node(s, format, "this format is not known; there are%s", formats);
-    if (json_get(&s->j, node, "minLength") || json_get(&s->j, node, "maxLength"))
-        refuse_node(s, node, "'format' and a length do not go together");
-    put_rule(s, "\"\\\"\" %s \"\\\"\" ", name);
+    for (int part = 0; part < 2; part++)
+        for (size_t i = 0; (node = next_with(s, v, &i, part ? "pattern" : "format")) != NULL;)
+            if (part ? !same_string(s, node, pattern) : format && !same_string(s, node, format))
+                refuse_node(s, node, "two of this keyword meet here, which is not known");
+    if (least > 2000 || (most >= 0 && most < least))
+        refuse_node(s, schema_at(s, v, 0), "'minLength' must be at most 2000 and 'maxLength'");
+    most = most > 2000 ? 2000 : most;
+    if (format && (pattern || least || most >= 0))
+        refuse_node(s, format, "'format' beside 'pattern' or a length is not known");
+    put_rule(s, "\"\\\"\" ");
+    if (pattern)
+        put_pattern(s, pattern, least, most);
+    else if (format)
+        put_rule(s, "%.*s", (int)(format->end - format->start), s->j.text + format->start);
+    else
+        put_rule(s, "char"), put_times(s, least, most);
+    put_rule(s, " \"\\\"\" ");
 }
 
-static int is_false(const json_node *node) { return node && node->kind == JSON_FALSE; }
+/* ---- arrays ---- */
 
-/* "[", then those of prefixItems, as far as the array goes, then items. */
-static void put_array(schema *s, const json_node *node)
+/* What a schema says of the first elements: prefixItems, or items of before 2020. */
+static const json_node *first_items(const schema *s, const json_node *node)
 {
     const json_node *first = json_get(&s->j, node, "prefixItems");
-    const json_node *rest = json_get(&s->j, node, "items");
-    if (first && first->kind != JSON_ARRAY)
-        refuse_node(s, first, "'prefixItems' must be a list");
-    int64_t least = bound_of(s, node, "minItems", 0);
-    int64_t n = first && !s->failed ? (int64_t)first->n : 0;
-    int64_t most = bound_of(s, node, "maxItems", 2000), open = 0;
-    if (least < 0 || least > 2000 || most < least || (is_false(rest) && least > n))
-        refuse_node(s, node, "'minItems' is above 2000 or what the array can hold");
-    most = most > 2000 ? 2000 : most;
-    const json_node *each = first ? first + 1 : NULL;
+    const json_node *items = json_get(&s->j, node, "items");
+    return first || !items || items->kind != JSON_ARRAY ? first : items;
+}
+
+/* Writes what element i must be. */
+static void put_element(schema *s, const view *v, size_t i)
+{
+    view all = {.n = 0};
+    for (size_t k = 0; k < v->n; k++) {
+        const json_node *node = schema_at(s, v, k), *first = first_items(s, node);
+        const json_node *rest = json_get(&s->j, node, "items"), *each = first ? first + 1 : NULL;
+        if (rest && rest->kind == JSON_ARRAY)
+            rest = json_get(&s->j, node, "additionalItems");
+        for (size_t m = 0; first && m < i && m < first->n; m++)
+            each = json_next(&s->j, each);
+        if (first && i < first->n)
+            view_add(s, &all, each);
+        else if (rest)
+            view_add(s, &all, rest);
+    }
+    put_set(s, &all);
+}
+
+/* "[", then the first elements, as far as the array goes, then the others. */
+static void put_array(schema *s, const view *v)
+{
+    enum { MOST_ELEMENTS = 2000 };
+    int64_t least = count_of(s, v, "minItems", 0, 1);
+    int64_t most = count_of(s, v, "maxItems", -1, -1), n = 0, open = 0;
+    for (size_t i = 0; i < v->n; i++) {
+        const json_node *first = first_items(s, schema_at(s, v, i));
+        if (first && first->kind != JSON_ARRAY)
+            refuse_node(s, first, "'prefixItems' must be a list");
+        n = first && (int64_t)first->n > n ? (int64_t)first->n : n;
+    }
+    if (least > MOST_ELEMENTS || (most >= 0 && most < least))
+        refuse_node(s, schema_at(s, v, 0), "'minItems' must be at most %d and 'maxItems'",
+                    MOST_ELEMENTS);
+    most = most > MOST_ELEMENTS ? MOST_ELEMENTS : most;
+    n = most >= 0 && n > most ? most : n;
     put_rule(s, "\"[\" ");
-    for (int64_t i = 0; i < n && i < most; i++, each = json_next(&s->j, each)) {
+    for (int64_t i = 0; i < n; i++) {
         if (i >= least)
             put_rule(s, "("), open++;
-        put_rule(s, i ? "\",\" " : "");
-        put_schema(s, each);
+        put_rule(s, i ? "comma " : "");
+        put_element(s, v, (size_t)i);
     }
-    int64_t alone = n == 0, need = least > n ? least - n : alone, room = most - n - alone;
-    for (int64_t part = 1 - alone; part < 2 && n < most && !is_false(rest); part++) {
-        put_rule(s, part ? "(\",\" " : "("); /* the first of all has no comma */
-        if (rest)
-            put_schema(s, rest);
-        else
-            put_rule(s, "any ");
+    if (n != most) {
+        if (n == 0)
+            put_rule(s, "("), put_element(s, v, 0);
+        put_rule(s, "(comma "), put_element(s, v, (size_t)n), put_rule(s, ")");
+        int64_t done = n + (n == 0);
+        put_times(s, least > done ? least - done : 0, most < 0 ? -1 : most - done);
+        put_rule(s, n == 0 ? ")%s " : "", least ? "" : "?");
     }
-    if (n < most && !is_false(rest) && json_get(&s->j, node, "maxItems"))
-        put_rule(s, "){%" PRId64 ",%" PRId64 "} ", need - alone, room);
-    else if (n < most && !is_false(rest))
-        put_rule(s, "){%" PRId64 ",} ", need - alone);
-    if (alone && n < most && !is_false(rest))
-        put_rule(s, ")%s ", least ? "" : "?");
     while (open-- > 0)
         put_rule(s, ")?");
     put_rule(s, "\"]\" ");
 }
 
-static const json_node *property(const schema *s, const json_node *properties,
-                                 const json_node *name)
+/* ---- objects ---- */
+
+typedef struct {
+    const json_node *name;
+    int must;
+} property;
+
+/* Notes a key; no key twice. */
+static void add_property(schema *s, array *keys, const json_node *name, int must)
 {
-    array text = {0};
-    const json_node *found = NULL;
-    if (properties && json_text(&s->j, name, &text) && add_text(&text, "", 1))
-        found = json_get(&s->j, properties, text.items);
-    free(text.items);
-    return found;
+    property *known = keys->items;
+    for (size_t i = 0; i < keys->n; i++)
+        if (same_string(s, known[i].name, name)) {
+            known[i].must |= must;
+            return;
+        }
+    property *more = extend(keys, 1, sizeof *more);
+    s->failed |= !more;
+    if (more)
+        *more = (property){name, must};
+}
+
+static void gather_properties(schema *s, const view *v, array *keys)
+{
+    const json_node *list, *each;
+    for (size_t i = 0; (list = next_with(s, v, &i, "properties")) != NULL;) {
+        if (list->kind != JSON_OBJECT)
+            refuse_node(s, list, "'properties' must be an object");
+        each = list + 1;
+        for (size_t k = 0; k < list->n && !s->failed; k++, each = json_next(&s->j, each + 1))
+            add_property(s, keys, each, 0);
+    }
+    for (size_t i = 0; (list = next_with(s, v, &i, "required")) != NULL;) {
+        each = list + 1;
+        for (size_t k = 0; list->kind == JSON_ARRAY && k < list->n && !s->failed; k++) {
+            if (each->kind != JSON_STRING)
+                break;
+            add_property(s, keys, each, 1), each = json_next(&s->j, each);
+        }
+        if (list->kind != JSON_ARRAY || each != json_next(&s->j, list))
+            refuse_node(s, list, "'required' must be a list of keys");
+    }
+}
+
+
+static int fits_all_keys(const schema *s, const json_node *pattern)
+{
+    static const char all[] = " .* ^.*$ ^.* .*$ .+ ^.+$ ^.+ ";
+    char text[8];
+    snprintf(text, sizeof text, "%.*s", (int)(pattern->end - pattern->start),
+             s->j.text + pattern->start);
+    return pattern->end == pattern->start ||
+           (pattern->end - pattern->start < 5 && in_words(all, text));
+}
+
+/* Whether a pattern of keys takes this one; -1 where only a search could tell.  Known are patterns
+ * that all keys fit, and ^ with plain characters. */
+static int fits_key(const schema *s, const json_node *pattern, const json_node *name)
+{
+    size_t n = pattern->end - pattern->start;
+    const char *p = s->j.text + pattern->start, *key = s->j.text + name->start;
+    if (fits_all_keys(s, pattern))
+        return name->end > name->start ? 1 : -1;
+    for (size_t i = 1; i < n; i++)
+        if (!strchr("-_/:", p[i]) && !(p[i] >= '0' && p[i] <= '9') &&
+            !((p[i] | 32) >= 'a' && (p[i] | 32) <= 'z'))
+            return -1;
+    if (*p != '^' || memchr(key, '\\', name->end - name->start))
+        return -1;
+    return name->end - name->start >= n - 1 && !memcmp(key, p + 1, n - 1);
+}
+
+/* Writes what a key's value must be. */
+static void put_property(schema *s, const view *v, const json_node *name)
+{
+    view all = {.n = 0};
+    for (size_t i = 0; i < v->n; i++) {
+        const json_node *node = schema_at(s, v, i);
+        const json_node *properties = json_get(&s->j, node, "properties");
+        const json_node *list = json_get(&s->j, node, "patternProperties");
+        const json_node *more = json_get(&s->j, node, "additionalProperties");
+        const json_node *each = properties ? properties + 1 : NULL;
+        size_t n = all.n;
+        for (size_t k = 0; each && k < properties->n; k++, each = json_next(&s->j, each + 1))
+            if (same_string(s, each, name))
+                view_add(s, &all, each + 1);
+        each = list ? list + 1 : NULL;
+        for (size_t k = 0; list && k < list->n; k++, each = json_next(&s->j, each + 1)) {
+            int fits = fits_key(s, each, name);
+            if (fits < 0)
+                refuse_node(s, each, "this pattern beside other keys is not known");
+            if (fits)
+                view_add(s, &all, each + 1);
+        }
+        if (all.n == n && more)
+            view_add(s, &all, more);
+    }
+    put_set(s, &all);
+}
+
+/* Whether there may be keys that the schemas do not name.  What their values must be goes into
+ * all; *pattern is what they must fit themselves, if it is not NULL. */
+static int other_keys(schema *s, const view *v, view *all, const json_node **pattern)
+{
+    int may = 1;
+    for (size_t i = 0; i < v->n; i++) {
+        const json_node *node = schema_at(s, v, i);
+        const json_node *properties = json_get(&s->j, node, "properties");
+        const json_node *list = json_get(&s->j, node, "patternProperties");
+        const json_node *more = json_get(&s->j, node, "additionalProperties");
+        if (list && (list->kind != JSON_OBJECT || list->n > 1))
+            refuse_node(s, list, "more than one pattern of keys is not known");
+        else if (list && list->n) {
+            int takes_all = fits_all_keys(s, list + 1);
+            if (!takes_all && (*pattern || (more && more->kind != JSON_FALSE)))
+                refuse_node(s, list, "'additionalProperties' beside it must be false");
+            *pattern = takes_all ? *pattern : list + 1;
+            view_add(s, all, list + 2);
+        } else if (more && more->kind != JSON_FALSE)
+            view_add(s, all, more);
+        else
+            may &= !more && (!properties || !properties->n);
+    }
+    return may;
+}
+
+/* Orders keys by the bytes of their names. */
+static int by_name(const void *left, const void *right)
+{
+    return strcmp(*(char *const *)left, *(char *const *)right);
+}
+
+/* Rules for a key that is none of these: id-x0-0, and one for each beginning that keys share.
+ * names are sorted and NUL-terminated. */
+static void put_other_names(schema *s, size_t id, char *const *names, size_t n)
+{
+    for (size_t i = 0; i < n && !s->failed; i++) {
+        size_t size = strlen(names[i]), shared = 0;
+        while (i && shared < size && names[i - 1][shared] == names[i][shared])
+            shared++;
+        for (size_t at = i ? shared + 1 : 0; at <= size; at++) {
+            if ((names[i][at] & 0xc0) == 0x80)
+                continue;
+            array seen = {0};
+            int ends = at == size;
+            put_rule(s, "s%zu-x%zu-%zu ::= never ", id, i, at);
+            for (size_t k = i, next; k < n && !strncmp(names[k], names[i], at); k = next) {
+                size_t length = 1;
+                while ((names[k][at + length] & 0xc0) == 0x80)
+                    length++;
+                for (next = k + 1; next < n && !strncmp(names[next], names[k], at + length);)
+                    next++;
+                if (!names[k][at]) {
+                    ends = 1, next = k + 1;
+                    continue;
+                }
+                put_rule(s, "| ");
+                s->failed |= !add_literal(s->gbnf, names[k] + at, length);
+                put_rule(s, "s%zu-x%zu-%zu ", id, k, at + length);
+                if (strchr("]-^[", names[k][at]))
+                    s->failed |= !add_format(&seen, "\\x%02x", names[k][at]);
+                else
+                    s->failed |= !add_text(&seen, names[k] + at, length);
+            }
+            put_rule(s, "| ([^\"\\\\\\x00-\\x1F");
+            s->failed |= s->failed || !add_text(s->gbnf, seen.items, seen.n);
+            put_rule(s, "] | esc) char*%s\n", ends ? "" : " | \"\"");
+            free(seen.items);
+        }
+    }
+}
+
+/* The rules of keys that are none of these; refuses names that JSON spells in more than one way. */
+static void put_others(schema *s, size_t id, const property *keys, size_t n)
+{
+    array names = {0}, text = {0};
+    for (size_t i = 0; i < n && !s->failed; i++) {
+        char **name = extend(&names, 1, sizeof *name);
+        text = (array){0};
+        if (!name || !json_text(&s->j, keys[i].name, &text) || !add_text(&text, "", 1))
+            s->failed = 1;
+        if (name)
+            *name = text.items;
+        for (size_t k = 0; k + 1 < text.n && !s->failed; k++)
+            if (strchr("\"\\", name[0][k]) || (name[0][k] >= 0 && name[0][k] < 0x20))
+                refuse_node(s, keys[i].name, "other keys beside one with this character are not "
+                            "known");
+    }
+    if (names.n)
+        qsort(names.items, names.n, sizeof(char *), by_name);
+    put_other_names(s, id, names.items, names.n);
+    for (size_t i = 0; i < names.n; i++)
+        free(((char **)names.items)[i]);
+    free(names.items);
 }
 
 /* "{", then the properties in order.  Rule f follows while nothing stands there yet, rule g where
- * a comma must come first. */
-static void put_object(schema *s, const json_node *node, size_t id)
+ * a comma must come first; rule o is another key and its value. */
+static void put_object(schema *s, const view *v, size_t id)
 {
-    const json_node *properties = json_get(&s->j, node, "properties");
-    const json_node *required = json_get(&s->j, node, "required");
-    const json_node *more = json_get(&s->j, node, "additionalProperties");
-    size_t n = properties ? properties->n : 0, n_required = 0;
-    int extras = !is_false(more) && (more || !n);
-    if (extras && n)
-        refuse_node(s, more, "'additionalProperties' beside 'properties' must be false");
-    if ((properties && properties->kind != JSON_OBJECT) ||
-        (required && required->kind != JSON_ARRAY))
-        refuse_node(s, node, "'properties' is an object and 'required' a list");
+    array after = {0}, found = {0}, *main_rules = s->gbnf;
+    const json_node *pattern = NULL;
+    view others = {.n = 0};
+    gather_properties(s, v, &found);
+    const property *keys = found.items;
+    size_t n = found.n, n_must = 0;
+    int more = other_keys(s, v, &others, &pattern);
+    int64_t least = count_of(s, v, "minProperties", 0, 1);
+    int64_t most = count_of(s, v, "maxProperties", -1, -1);
     put_rule(s, "\"{\" s%zu-f0 \"}\" ", id);
-    array after = {0}, *main_rules = s->gbnf;
     s->gbnf = &after; /* rules of their own, behind this one */
-    const json_node *key = properties ? properties + 1 : NULL;
-    for (size_t i = 0; i < n && !s->failed; i++, key = json_next(&s->j, key + 1)) {
-        int must = 0;
-        const json_node *each = required ? required + 1 : NULL;
-        for (size_t k = 0; required && k < required->n; k++, each = json_next(&s->j, each))
-            must |= each->kind == JSON_STRING && property(s, properties, each) == key + 1;
-        n_required += (size_t)must;
+    for (size_t i = 0; i < n && !s->failed; i++) {
+        n_must += (size_t)keys[i].must;
+        if (pattern && fits_key(s, pattern, keys[i].name))
+            refuse_node(s, pattern, "this pattern beside a key that fits it is not known");
         for (int g = 0; g < 2; g++) {
-            put_rule(s, "s%zu-%c%zu ::= ", id, "fg"[g], i);
-            put_rule(s, g ? "\",\" " : "");
-            put_value(s, key, ":");
-            put_schema(s, key + 1);
+            put_rule(s, "s%zu-%c%zu ::= %s", id, "fg"[g], i, g ? "comma " : "");
+            put_value(s, keys[i].name, 1);
+            put_property(s, v, keys[i].name);
             put_rule(s, "s%zu-g%zu ", id, i + 1);
-            if (!must)
+            if (!keys[i].must)
                 put_rule(s, "| s%zu-%c%zu ", id, "fg"[g], i + 1);
             put_rule(s, "\n");
         }
     }
-    if (required && !s->failed && n_required < required->n)
-        refuse_node(s, required, "each key of it must stand in 'properties'");
-    put_rule(s, "s%zu-g%zu ::= \"\"\ns%zu-f%zu ::= ", id, n, id, n);
-    for (int part = 0; part < 2 && extras; part++) {
-        put_rule(s, part ? "(\",\" string \":\" " : "(string \":\" ");
-        if (more && more->kind == JSON_OBJECT)
-            put_schema(s, more);
-        else
-            put_rule(s, "any ");
+    int64_t known = (int64_t)(n ? n_must : 0);
+    if ((n && least > known && least > 1) || least > 2000 ||
+        (most >= 0 && most < (n ? (int64_t)n : least)) || (n && more && most >= 0))
+        refuse_node(s, schema_at(s, v, 0), "this 'minProperties' or 'maxProperties' beside "
+                    "'properties' is not known");
+    if (more) {
+        put_rule(s, "s%zu-o ::= ", id);
+        if (pattern)
+            put_rule(s, "\"\\\"\" "), put_pattern(s, pattern, 0, -1), put_rule(s, " \"\\\"\" ");
+        else if (n)
+            put_rule(s, "\"\\\"\" s%zu-x0-0 \"\\\"\" ", id);
+        put_rule(s, n || pattern ? "colon " : "string colon ");
+        put_set(s, &others);
+        put_rule(s, "\n");
+        if (n && !pattern)
+            put_others(s, id, keys, n);
     }
-    put_rule(s, extras ? ")*)?\n" : "\"\"\n");
+    put_rule(s, "s%zu-g%zu ::= \"\" ", id, n);
+    if (more)
+        put_rule(s, "(comma s%zu-o)*", id);
+    put_rule(s, "\ns%zu-f%zu ::= ", id, n);
+    if (more && most) {
+        put_rule(s, "(s%zu-o (comma s%zu-o)", id, id);
+        put_times(s, least > 1 && !n ? least - 1 : 0, most > 0 && !n ? most - 1 : -1);
+        put_rule(s, ")%s\n", least ? "" : "?");
+    } else
+        put_rule(s, least > known ? "never\n" : "\"\"\n");
     s->gbnf = main_rules;
     put_rule(s, "\n");
-    if (!s->failed && !add_text(s->gbnf, after.items, after.n))
-        s->failed = 1;
-    free(after.items);
+    s->failed |= s->failed || !add_text(s->gbnf, after.items, after.n);
+    free(after.items), free(found.items);
 }
 
 /* What "$ref" points to: "#" and names or numbers behind slashes. */
@@ -2275,162 +2715,316 @@ static const json_node *referred(schema *s, const json_node *ref)
     return at ? at : node_at(s, 0);
 }
 
-/* Bits of the types that a schema may give, for oneOf: all of them where that is not plain. */
-static unsigned types_of(schema *s, const json_node *node)
+/* ---- which ways have no value in common, for oneOf ---- */
+
+enum { STRING = 1, INTEGER = 2, NUMBER = 6, BOOLEAN = 8, NO_VALUE = 16, ARRAY = 32, OBJECT = 64,
+       ALL_TYPES = 127 };
+static const struct {
+    const char *name;
+    unsigned bits;
+} TYPE[] = {{"string", STRING}, {"integer", INTEGER}, {"number", NUMBER}, {"boolean", BOOLEAN},
+            {"null", NO_VALUE}, {"array", ARRAY}, {"object", OBJECT}};
+
+/* Bits of the types that a schema names, all where it names none. */
+static unsigned named_types(schema *s, const json_node *node)
 {
-    static const char *const names[] = {"string", "number", "boolean", "null", "array", "object"};
-    const json_node *type = NULL, *one = NULL, *ref;
-    for (int i = 0; i < 16 && (ref = json_get(&s->j, node, "$ref")) && !s->failed; i++)
-        node = referred(s, ref);
-    one = json_get(&s->j, node, "const");
-    type = json_get(&s->j, node, "type");
-    if (one)
-        return one->kind == JSON_STRING ? 1 : one->kind == JSON_NUMBER ? 2 : one->kind == JSON_NULL
-             ? 8 : one->kind == JSON_ARRAY ? 16 : one->kind == JSON_OBJECT ? 32 : 4;
-    for (unsigned i = 0; type && i < 6; i++)
-        if (json_is(&s->j, type, names[i]) || (i == 1 && json_is(&s->j, type, "integer")))
-            return 1u << i;
-    return 63;
+    const json_node *type = json_get(&s->j, node, "type"), *each = type;
+    size_t n = type && type->kind == JSON_ARRAY ? type->n : type != NULL;
+    unsigned bits = 0, before;
+    each = type && type->kind == JSON_ARRAY ? type + 1 : type;
+    for (size_t k = 0; k < n; k++, each = json_next(&s->j, each)) {
+        before = bits;
+        for (size_t i = 0; i < sizeof TYPE / sizeof *TYPE; i++)
+            bits |= json_is(&s->j, each, TYPE[i].name) ? TYPE[i].bits : 0;
+        if (bits == before && k == 0)
+            break;
+    }
+    if (type && !bits)
+        refuse_node(s, type, "'type' is one or a list of%s", TYPES);
+    return type ? bits : ALL_TYPES;
 }
 
-/* anyOf, and oneOf whose ways have no value in common: other types, or other constants. */
-static void put_ways(schema *s, const json_node *list, int exclusive)
+static unsigned type_of_value(const schema *s, const json_node *value)
 {
-    unsigned seen = 0;
+    static const unsigned bits[] = {NO_VALUE, BOOLEAN, BOOLEAN, NUMBER & ~INTEGER, STRING, ARRAY,
+                                    OBJECT};
+    double x = value->kind == JSON_NUMBER ? strtod(s->j.text + value->start, NULL) : 0.5;
+    return x == floor(x) ? INTEGER : bits[value->kind];
+}
+
+/* Whether two values are the same; -1 for arrays and objects, which are not compared. */
+static int same_value(const schema *s, const json_node *a, const json_node *b)
+{
+    if (a->kind != b->kind)
+        return 0;
+    if (a->kind == JSON_STRING)
+        return same_string(s, a, b);
+    if (a->kind == JSON_NUMBER)
+        return strtod(s->j.text + a->start, NULL) == strtod(s->j.text + b->start, NULL);
+    return a->kind < JSON_NUMBER ? 1 : -1;
+}
+
+/* The values that enum or const lists: the first, and *n of them; NULL for neither. */
+static const json_node *listed(const schema *s, const json_node *node, size_t *n)
+{
+    const json_node *list = json_get(&s->j, node, "enum"), *one = json_get(&s->j, node, "const");
+    int is_list = !one && list && list->kind == JSON_ARRAY;
+    *n = one ? 1 : is_list ? list->n : 0;
+    return one ? one : is_list ? list + 1 : NULL;
+}
+
+static const json_node *behind_refs(schema *s, const json_node *node)
+{
+    const json_node *ref;
+    for (int i = 0; i < 16 && !s->failed && (ref = json_get(&s->j, node, "$ref")) != NULL; i++)
+        node = referred(s, ref);
+    return node;
+}
+
+static unsigned types_of(const schema *s, const json_node *node, unsigned named)
+{
+    size_t n;
+    const json_node *each = listed(s, node, &n);
+    unsigned bits = each ? 0 : ALL_TYPES;
+    for (size_t i = 0; i < n; i++, each = json_next(&s->j, each))
+        bits |= type_of_value(s, each);
+    return bits & named;
+}
+
+/* Whether no value fits both, as far as types, listed values and required keys tell. */
+static int disjoint(schema *s, const json_node *a, const json_node *b, int depth)
+{
+    size_t n_a, n_b;
+    a = behind_refs(s, a), b = behind_refs(s, b);
+    const json_node *in_a = listed(s, a, &n_a), *each;
+    if (!(types_of(s, a, named_types(s, a)) & types_of(s, b, named_types(s, b))))
+        return 1;
+    int met = !in_a || !listed(s, b, &n_b);
+    for (size_t i = 0; i < n_a && !met; i++, in_a = json_next(&s->j, in_a)) {
+        each = listed(s, b, &n_b);
+        for (size_t k = 0; k < n_b; k++, each = json_next(&s->j, each))
+            met |= same_value(s, in_a, each) != 0;
+    }
+    for (int turn = 0; turn < 2 && met && depth; turn++) {
+        const json_node *must = json_get(&s->j, turn ? b : a, "required");
+        const json_node *of_a = json_get(&s->j, a, "properties");
+        const json_node *of_b = json_get(&s->j, b, "properties");
+        each = must && must->kind == JSON_ARRAY ? must + 1 : NULL;
+        for (size_t i = 0; each && i < must->n && met; i++, each = json_next(&s->j, each)) {
+            const json_node *x = of_a ? value_of(s, of_a, each) : NULL;
+            const json_node *y = of_b ? value_of(s, of_b, each) : NULL;
+            const json_node *more = json_get(&s->j, turn ? a : b, "additionalProperties");
+            met = x && y ? !disjoint(s, x, y, depth - 1)
+                         : (turn ? x : y) || !is_false(more) ||
+                           json_get(&s->j, turn ? a : b, "patternProperties");
+        }
+    }
+    return !met;
+}
+
+/* ---- a rule ---- */
+
+/* Writes a rule for each way of anyOf, or of oneOf, whose ways must have nothing in common. */
+static void put_ways(schema *s, const view *v, size_t at, const json_node *list, int exclusive)
+{
     const json_node *each = list + 1;
     if (list->kind != JSON_ARRAY || !list->n)
         refuse_node(s, list, "a list of schemas must stand here");
     for (size_t i = 0; i < list->n && !s->failed; i++, each = json_next(&s->j, each)) {
-        unsigned types = exclusive ? types_of(s, each) : 0;
-        if (seen & types)
-            refuse_node(s, list, "'oneOf' is known for ways of different types; take 'anyOf'");
-        seen |= types;
+        const json_node *other = list + 1;
+        for (size_t k = 0; k < i && exclusive; k++, other = json_next(&s->j, other))
+            if (!disjoint(s, other, each, 2))
+                refuse_node(s, each, "a value may fit this way of 'oneOf' and an earlier one: take "
+                            "'anyOf'");
+        view way = *v;
+        way.item[at] |= exclusive ? ONE_DONE : ANY_DONE;
+        view_add(s, &way, each);
         put_rule(s, i ? "| " : "");
-        put_schema(s, each);
+        put_set(s, &way);
     }
 }
 
-/* const and enum; a type beside them leaves those that are of it. */
-static void put_values(schema *s, const json_node *node, const json_node *list)
+/* Whether a listed value fits the other schemas. */
+static int fits(schema *s, const view *v, const json_node *value)
 {
-    static const char *const names[] = {"null", "boolean", "boolean", "number", "string", "array",
-                                        "object"};
-    const json_node *type = json_get(&s->j, node, "type"), *each = list;
-    size_t n = 1, put = 0;
-    if (json_get(&s->j, node, "enum") == list) {
-        if (list->kind != JSON_ARRAY)
-            refuse_node(s, list, "'enum' must be a list");
-        n = list->n, each = list + 1;
+    static const char *const untold[] = {"pattern", "properties", "required", "items",
+        "prefixItems", "minItems", "maxItems", "additionalProperties", "patternProperties",
+        "minProperties", "maxProperties"};
+    unsigned type = type_of_value(s, value);
+    int ok = 1;
+    array text = {0};
+    for (size_t i = 0; i < v->n && ok; i++) {
+        size_t n;
+        const json_node *each = listed(s, schema_at(s, v, i), &n);
+        int found = !each;
+        for (size_t k = 0; k < n && !found; k++, each = json_next(&s->j, each))
+            found = each == value ? 1 : same_value(s, each, value);
+        if (found < 0)
+            refuse_node(s, value, "lists that meet here must hold no arrays and objects");
+        ok = found && (named_types(s, schema_at(s, v, i)) & type) != 0;
     }
-    for (size_t i = 0; i < n && !s->failed; i++, each = json_next(&s->j, each)) {
-        int is_whole = each->kind == JSON_NUMBER &&
-                       !memchr(s->j.text + each->start, '.', each->end - each->start);
-        if (type && !json_is(&s->j, type, names[each->kind]) &&
-            !(is_whole && json_is(&s->j, type, "integer")))
-            continue;
-        put_rule(s, put++ ? "| " : "");
-        put_value(s, each, "");
+    for (size_t i = value->kind == JSON_STRING ? 0 : 1; i < sizeof untold / sizeof *untold && ok &&
+                    value->kind >= JSON_STRING && (i == 0 || value->kind > JSON_STRING); i++)
+        if (first_with(s, v, untold[i]))
+            refuse_node(s, value, "'%s' beside listed values is not known", untold[i]);
+    if (value->kind == JSON_STRING && ok) {
+        int64_t length = 0, most = count_of(s, v, "maxLength", -1, -1);
+        s->failed |= !json_text(&s->j, value, &text);
+        for (size_t i = 0; i < text.n; i++)
+            length += (((const char *)text.items)[i] & 0xc0) != 0x80;
+        ok = length >= count_of(s, v, "minLength", 0, 1) && (most < 0 || length <= most);
+        free(text.items);
+    } else if (value->kind == JSON_NUMBER && ok) {
+        bound low = bound_of(s, v, "minimum", "exclusiveMinimum", 1), x = number_of(s, value);
+        bound high = bound_of(s, v, "maximum", "exclusiveMaximum", -1);
+        ok = (!low.is_set || x.x > low.x || (x.x == low.x && !low.exclusive)) &&
+             (!high.is_set || x.x < high.x || (x.x == high.x && !high.exclusive));
     }
-    if (!put)
-        refuse_node(s, list, "no value of it is of the type");
+    return ok;
 }
 
-static void put_type(schema *s, const json_node *node, const char *type, size_t id)
+/* Writes the listed values that fit all schemas. */
+static void put_values(schema *s, const view *v)
 {
-    if (strcmp(type, "integer") == 0)
-        put_integer(s, node);
-    else if (strcmp(type, "number") == 0)
-        put_number(s, node);
-    else if (strcmp(type, "string") == 0)
-        put_string(s, node);
-    else if (strcmp(type, "array") == 0)
-        put_array(s, node);
-    else if (strcmp(type, "object") == 0)
-        put_object(s, node, id);
-    else
-        put_rule(s, "%s ", type);
-}
-
-/* The types that a schema names, or the one that its keywords speak of; an object comes last,
- * because rules of its own follow it. */
-static void put_types(schema *s, const json_node *node, size_t id)
-{
-    static const char *const names[] = {"string", "integer", "number", "boolean", "null", "array",
-                                        "object"};
-    static const char *const speaks[][4] = {{"minLength", "maxLength", "format", "pattern"}, {0},
-        {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}, {0}, {0},
-        {"items", "prefixItems", "minItems", "maxItems"},
-        {"properties", "required", "additionalProperties"}};
-    const json_node *type = json_get(&s->j, node, "type");
-    int n = 0, has_number = 0;
-    for (int i = 0; i < 7 && !s->failed; i++) {
-        int named = 0, both = 0;
-        const json_node *each = type && type->kind == JSON_ARRAY ? type + 1 : type;
-        size_t n_types = type ? type->kind == JSON_ARRAY ? type->n : 1 : 0;
-        for (size_t k = 0; k < n_types; k++, each = json_next(&s->j, each)) {
-            named |= json_is(&s->j, each, names[i]);
-            both |= i == 1 && json_is(&s->j, each, "number");
+    size_t n = 0, put = 0, i = 0;
+    const json_node *each = NULL;
+    while (!each)
+        each = listed(s, schema_at(s, v, i++), &n);
+    const json_node *list = each;
+    for (size_t k = 0; k < n && !s->failed; k++, each = json_next(&s->j, each))
+        if (fits(s, v, each)) {
+            put_rule(s, put++ ? "| " : "");
+            put_value(s, each, 0);
         }
-        for (int k = 0; k < 4 && !type && !n && speaks[i][k]; k++)
-            named |= json_get(&s->j, node, speaks[i][k]) != NULL;
-        if (!named || (both && !has_number++))
+    if (!put && v->n == 1)
+        refuse_node(s, list, "no listed value fits the other keywords");
+    put_rule(s, put ? "" : "never");
+}
+
+/* The types that the schemas name, or the one that their keywords speak of; an object comes last,
+ * because rules of its own follow it. */
+static void put_types(schema *s, const view *v, size_t id)
+{
+    static const struct {
+        unsigned type;
+        const char *words[6];
+    } speaks[] = {
+        {STRING, {"minLength", "maxLength", "pattern", "format"}},
+        {NUMBER, {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}},
+        {ARRAY, {"items", "prefixItems", "minItems", "maxItems"}},
+        {OBJECT, {"properties", "required", "additionalProperties", "patternProperties",
+                  "minProperties", "maxProperties"}}};
+    unsigned types = ALL_TYPES, n = 0;
+    for (size_t i = 0; i < v->n; i++)
+        types &= named_types(s, schema_at(s, v, i));
+    for (int i = 0; i < 4 && types == ALL_TYPES; i++)
+        for (int k = 0; k < 6 && speaks[i].words[k] && types == ALL_TYPES; k++)
+            types = first_with(s, v, speaks[i].words[k]) ? speaks[i].type : types;
+    if (types == ALL_TYPES) {
+        put_rule(s, "any\n");
+        return;
+    }
+    for (size_t i = 0; i < 7; i++) {
+        if ((TYPE[i].bits & types) != TYPE[i].bits || (i == 1 && (types & NUMBER) == NUMBER))
             continue;
         put_rule(s, n++ ? "| " : "");
-        put_type(s, node, names[i], id);
+        if (i == 0)
+            put_string(s, v);
+        else if (i < 3)
+            (i == 1 ? put_integer : put_number)(s, v);
+        else if (i > 4)
+            i == 5 ? put_array(s, v) : put_object(s, v, id);
+        else
+            put_rule(s, "%s ", TYPE[i].name);
     }
-    if (type && !n)
-        refuse_node(s, type, "'type' is one or a list of%s", TYPES);
-    if (!n)
-        put_rule(s, "any");
+    put_rule(s, n ? "\n" : "never\n");
 }
 
-/* The rule of one schema. */
-static void put_schema_rule(schema *s, size_t id)
+/* Refuses keywords that are not known, and words that look like a slip in one that is.  Other
+ * words are remarks, by JSON Schema's own rule. */
+static void check_words(schema *s, const json_node *node)
 {
-    const json_node *node = node_at(s, id), *key = node + 1, *whole = NULL;
-    int narrows = 0;
-    put_rule(s, "s%zu ::= ", id);
-    if (node->kind != JSON_OBJECT && node->kind != JSON_TRUE)
-        refuse_node(s, node, node->kind == JSON_FALSE ? "nothing fits the schema false"
-                                                      : "a schema is an object, true or false");
-    for (size_t i = 0; node->kind == JSON_OBJECT && i < node->n; i++) {
+    const json_node *key = node + 1;
+    for (size_t i = 0; i < node->n && !s->failed; i++, key = json_next(&s->j, key + 1)) {
         char name[32];
+        const char *nearest = NULL;
         snprintf(name, sizeof name, "%.*s", (int)(key->end - key->start), s->j.text + key->start);
-        if (in_words(WHOLE_SCHEMAS, name)) {
-            if (whole)
-                refuse_node(s, key + 1, "two of%s do not go together", WHOLE_SCHEMAS);
-            whole = key + 1;
-        } else if (in_words(ASSERTIONS, name))
-            narrows |= strcmp(name, "type") != 0 ? 2 : 1;
-        else if (!in_words(ANNOTATIONS, name) &&
-                 !(strcmp(name, "uniqueItems") == 0 && is_false(key + 1)))
+        if (in_words(UNKNOWN, name) &&
+            !(is_false(key + 1) && (strcmp(name, "uniqueItems") == 0)))
             refuse_node(s, key + 1, "the keyword '%s' is not known", name);
-        key = json_next(&s->j, key + 1);
+        for (size_t k = 0; k < sizeof KEYWORDS / sizeof *KEYWORDS; k++)
+            if (!strchr("_$", name[0]) && name[0] && edit_distance(name, KEYWORDS[k]) < 2) {
+                nearest = strcmp(name, KEYWORDS[k]) ? KEYWORDS[k] : NULL;
+                break;
+            }
+        if (nearest)
+            refuse_node(s, key + 1, "the keyword '%s' is not known; the nearest is '%s'", name,
+                        nearest);
     }
-    const json_node *list = json_get(&s->j, node, "enum");
-    list = list ? list : json_get(&s->j, node, "const");
-    if (whole && (narrows & 2 || (narrows && whole != list)))
-        refuse_node(s, whole, "keywords beside it that narrow it are not known");
-    if (list)
-        put_values(s, node, list);
-    else if (whole && whole == json_get(&s->j, node, "$ref"))
-        put_schema(s, referred(s, whole));
-    else if (whole && whole == json_get(&s->j, node, "allOf")) {
-        if (whole->kind != JSON_ARRAY || whole->n != 1)
-            refuse_node(s, whole, "'allOf' is known with a single schema");
-        else
-            put_schema(s, whole + 1);
-    } else if (whole)
-        put_ways(s, whole, whole == json_get(&s->j, node, "oneOf"));
-    else
-        put_types(s, node, id);
-    put_rule(s, "\n");
+}
+
+/* The rule of one set. */
+static void put_set_rule(schema *s, size_t id)
+{
+    const schema_set *set = (const schema_set *)s->sets.items + id;
+    const json_node *list = NULL;
+    int never = 0, has_list = 0;
+    size_t n;
+    view v = {.n = set->n};
+    memcpy(v.item, (const size_t *)s->members.items + set->first, v.n * sizeof *v.item);
+    put_rule(s, "s%zu ::= ", id);
+    for (size_t i = 0; i < v.n && !s->failed; i++) {
+        const json_node *node = schema_at(s, &v, i), *ref, *all, *each;
+        never |= node->kind == JSON_FALSE;
+        if (node->kind != JSON_OBJECT) {
+            if (node->kind != JSON_FALSE && node->kind != JSON_TRUE)
+                refuse_node(s, node, "a schema is an object, true or false");
+            v.item[i--] = v.item[--v.n]; /* it says no more */
+            continue;
+        }
+        if (v.item[i] & REFS_DONE)
+            continue;
+        v.item[i] |= REFS_DONE;
+        check_words(s, node);
+        ref = json_get(&s->j, node, "$ref"), all = json_get(&s->j, node, "allOf");
+        if (ref)
+            view_add(s, &v, referred(s, ref));
+        if (all && all->kind != JSON_ARRAY)
+            refuse_node(s, all, "a list of schemas must stand here");
+        each = all ? all + 1 : NULL;
+        for (size_t k = 0; each && k < all->n && !s->failed; k++, each = json_next(&s->j, each))
+            view_add(s, &v, each);
+    }
+    for (size_t i = 0; i < v.n && !never && !s->failed; i++)
+        for (int one = 0; one < 2; one++) {
+            list = json_get(&s->j, schema_at(s, &v, i), one ? "oneOf" : "anyOf");
+            if (list && !(v.item[i] & (one ? ONE_DONE : ANY_DONE))) {
+                put_ways(s, &v, i, list, one);
+                put_rule(s, "\n");
+                return;
+            }
+        }
+    for (size_t i = 0; i < v.n; i++) {
+        list = json_get(&s->j, schema_at(s, &v, i), "enum");
+        if (list && list->kind != JSON_ARRAY)
+            refuse_node(s, list, "'enum' must be a list");
+        has_list |= listed(s, schema_at(s, &v, i), &n) != NULL;
+    }
+    if (never)
+        put_rule(s, "never\n");
+    else if (has_list)
+        put_values(s, &v), put_rule(s, "\n");
+    else if (!s->failed)
+        put_types(s, &v, id);
 }
 
 /* Writes the grammar of a schema; returns 0 with a sentence in err. */
 static int add_schema(array *gbnf, const char *text, size_t n, char *err, size_t size)
 {
-    schema s = {.gbnf = gbnf, .err = err, .size = size};
+    int spaced = 0;
+    schema s = {.gbnf = gbnf, .err = err, .size = size, .comma = spaced ? ", " : ",",
+                .colon = spaced ? ": " : ":"};
+    view whole = {.n = 1};
     snprintf(err, size, "out of memory for the schema");
     if (!json_read(&s.j, text, n)) {
         size_t line = 1, column = 1;
@@ -2440,14 +3034,13 @@ static int add_schema(array *gbnf, const char *text, size_t n, char *err, size_t
         }
         snprintf(err, size, "line %zu, column %zu: %s", line, column, s.j.why);
         s.failed = 1;
-    } else if (!(s.asked = calloc(s.j.nodes.n, 1)))
-        s.failed = 1;
-    if (!s.failed)
-        put_rule(&s, "root ::= "), put_schema(&s, node_at(&s, 0)), put_rule(&s, "\n");
-    for (size_t i = 0; !s.failed && i < s.rules.n; i++)
-        put_schema_rule(&s, ((const size_t *)s.rules.items)[i]);
+    }
+    put_rule(&s, "comma ::= \"%s\"\ncolon ::= \"%s\"\nroot ::= ", s.comma, s.colon);
+    put_set(&s, &whole), put_rule(&s, "\n");
+    for (size_t i = 0; !s.failed && i < s.sets.n; i++)
+        put_set_rule(&s, i);
     s.failed |= !add_text(gbnf, SCHEMA_RULES, sizeof SCHEMA_RULES - 1);
-    free(s.j.nodes.items), free(s.rules.items), free(s.asked);
+    free(s.j.nodes.items), free(s.sets.items), free(s.members.items);
     return !s.failed;
 }
 

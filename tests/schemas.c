@@ -1,0 +1,106 @@
+/* What tests/schemas.py asks: does a schema or grammar become a machine, and which texts does the
+ * machine take?  run.c is included for its schemas; the rest is the public library.
+ *
+ *   cc -O2 tests/schemas.c gemma2.c -lm -o build/schemas && build/schemas tokenizer.bin < frames
+ *
+ * A frame is a letter, a size, a newline and that many bytes: S schema, G grammar, T text to take
+ * byte by byte, M text to take token by token with a mask before each.  Every frame is answered
+ * by a line: "ok MICROSECONDS" or "refused SENTENCE" for S and G; 1, or 0 and the bytes that
+ * were taken, for T; for M 1 or 0 and the microseconds of each mask. */
+#define main run_main
+#include "../run.c"
+#undef main
+
+static const gemma2_model *words;
+static constraint machine;
+static int32_t of_byte[256];
+
+static double microseconds(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return 1e6 * (double)t.tv_sec + 1e-3 * (double)t.tv_nsec;
+}
+
+static void compile(const char *text, size_t n, int is_schema)
+{
+    char err[400];
+    array gbnf = {0};
+    double start = microseconds(), took = 0;
+    close_constraint(&machine);
+    int ok = is_schema ? add_schema(&gbnf, text, n, err, sizeof err)
+                       : add_text(&gbnf, text, n);
+    if (getenv("SHOW") && ok)
+        fprintf(stderr, "%.*s\n", (int)gbnf.n, (char *)gbnf.items);
+    gemma2_grammar *g = ok ? gemma2_grammar_new(words, gbnf.items, (int64_t)gbnf.n, err,
+                                                sizeof err) : NULL;
+    took = microseconds() - start;
+    gemma2_grammar_free(g);
+    if (g && open_constraint(&machine, words, gbnf.items, gbnf.n, err, sizeof err))
+        printf("ok %.0f\n", took);
+    else
+        printf("refused %s\n", err);
+    free(gbnf.items);
+}
+
+static void take_bytes(const char *text, size_t n)
+{
+    size_t i = 0;
+    gemma2_matcher_start(machine.matcher, &machine.state);
+    while (i < n && gemma2_matcher_accept(machine.matcher, &machine.state,
+                                          of_byte[(unsigned char)text[i]]) == GEMMA2_OK)
+        i++;
+    if (i == n && may_end(&machine))
+        printf("1\n");
+    else
+        printf("0 %zu\n", i);
+}
+
+static void take_tokens(const char *text, size_t n)
+{
+    size_t room = gemma2_encode_scratch((int64_t)n);
+    void *scratch = malloc(room);
+    int32_t *ids = malloc((n + 1) * sizeof *ids);
+    int64_t count = gemma2_encode(words, text, (int64_t)n, GEMMA2_ENCODE_PLAIN, ids, n + 1, scratch,
+                                  room);
+    int ok = gemma2_matcher_start(machine.matcher, &machine.state) == 0;
+    array line = {0};
+    for (int64_t i = 0; i < count && ok; i++) {
+        double start = microseconds();
+        ok = gemma2_matcher_allowed(machine.matcher, &machine.state, -1, machine.mask) == GEMMA2_OK;
+        add_format(&line, " %.1f", microseconds() - start);
+        ok = ok && machine.mask[ids[i] / 32] >> ids[i] % 32 & 1 &&
+             gemma2_matcher_accept(machine.matcher, &machine.state, ids[i]) == GEMMA2_OK;
+    }
+    printf("%d%.*s\n", ok && may_end(&machine), (int)line.n, (char *)line.items);
+    free(line.items), free(ids), free(scratch);
+}
+
+int main(int argc, char **argv)
+{
+    char err[256], letter;
+    size_t n;
+    words = gemma2_open(argc > 1 ? argv[1] : "tokenizer.bin", NULL, err, sizeof err);
+    for (int32_t id = 0; words && id < gemma2_get_config(words)->n_vocab; id++) {
+        int piece_kind;
+        const char *piece = gemma2_piece(words, id, NULL, &piece_kind);
+        if (piece_kind == GEMMA2_PIECE_BYTE)
+            of_byte[strtoul(piece + 3, NULL, 16)] = id;
+    }
+    while (words && scanf(" %c %zu", &letter, &n) == 2 && getchar() == '\n') {
+        char *text = malloc(n + 1);
+        if (!text || fread(text, 1, n, stdin) != n)
+            return 1;
+        if (letter == 'S' || letter == 'G')
+            compile(text, n, letter == 'S');
+        else if (letter == 'T' || !machine.matcher)
+            take_bytes(text, n);
+        else
+            take_tokens(text, n);
+        fflush(stdout);
+        free(text);
+    }
+    close_constraint(&machine);
+    gemma2_close((gemma2_model *)words);
+    return words == NULL;
+}

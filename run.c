@@ -2328,7 +2328,8 @@ static void put_string(schema *s, const view *v)
     const json_node *pattern = first_with(s, v, "pattern"), *format = NULL, *node;
     char name[32];
     for (size_t i = 0; (node = next_with(s, v, &i, "format")) != NULL;) {
-        snprintf(name, sizeof name, "%.*s", (int)(node->end - node->start), s->j.text + node->start);
+        snprintf(name, sizeof name, "%.*s", (int)(node->end - node->start),
+                 s->j.text + node->start);
         if (in_words(OTHER_FORMATS, name))
             refuse_node(s, node, "this format is not known; there are%s", FORMATS);
         format = node->kind == JSON_STRING && in_words(FORMATS, name) ? node : format;
@@ -2411,7 +2412,7 @@ static void put_array(schema *s, const view *v)
         put_rule(s, "(comma "), put_element(s, v, (size_t)n), put_rule(s, ")");
         int64_t done = n + (n == 0);
         put_times(s, least > done ? least - done : 0, most < 0 ? -1 : most - done);
-        put_rule(s, n == 0 ? ")%s " : "", least ? "" : "?");
+        put_rule(s, "%s ", n ? "" : least ? ")" : ")?");
     }
     while (open-- > 0)
         put_rule(s, ")?");
@@ -2465,12 +2466,12 @@ static void gather_properties(schema *s, const view *v, array *keys)
 
 static int fits_all_keys(const schema *s, const json_node *pattern)
 {
-    static const char all[] = " .* ^.*$ ^.* .*$ .+ ^.+$ ^.+ ";
+    static const char all[] = " .* ^.* .*$ ";
     char text[8];
     snprintf(text, sizeof text, "%.*s", (int)(pattern->end - pattern->start),
              s->j.text + pattern->start);
     return pattern->end == pattern->start ||
-           (pattern->end - pattern->start < 5 && in_words(all, text));
+           (pattern->end - pattern->start < 4 && in_words(all, text));
 }
 
 /* Whether a pattern of keys takes this one; -1 where only a search could tell.  Known are patterns
@@ -2566,14 +2567,15 @@ static void put_other_names(schema *s, size_t id, char *const *names, size_t n)
             put_rule(s, "s%zu-x%zu-%zu ::= never ", id, i, at);
             for (size_t k = i, next; k < n && !strncmp(names[k], names[i], at); k = next) {
                 size_t length = 1;
-                while ((names[k][at + length] & 0xc0) == 0x80)
-                    length++;
-                for (next = k + 1; next < n && !strncmp(names[next], names[k], at + length);)
-                    next++;
+                next = k + 1;
                 if (!names[k][at]) {
-                    ends = 1, next = k + 1;
+                    ends = 1;
                     continue;
                 }
+                while ((names[k][at + length] & 0xc0) == 0x80)
+                    length++;
+                while (next < n && !strncmp(names[next], names[k], at + length))
+                    next++;
                 put_rule(s, "| ");
                 s->failed |= !add_literal(s->gbnf, names[k] + at, length);
                 put_rule(s, "s%zu-x%zu-%zu ", id, k, at + length);
@@ -2844,8 +2846,8 @@ static void put_ways(schema *s, const view *v, size_t at, const json_node *list,
     }
 }
 
-/* Whether a listed value fits the other schemas. */
-static int fits(schema *s, const view *v, const json_node *value)
+/* Whether a value that the schema `own` lists fits all of them. */
+static int fits(schema *s, const view *v, const json_node *value, size_t own)
 {
     static const char *const untold[] = {"pattern", "properties", "required", "items",
         "prefixItems", "minItems", "maxItems", "additionalProperties", "patternProperties",
@@ -2856,9 +2858,9 @@ static int fits(schema *s, const view *v, const json_node *value)
     for (size_t i = 0; i < v->n && ok; i++) {
         size_t n;
         const json_node *each = listed(s, schema_at(s, v, i), &n);
-        int found = !each;
+        int found = !each || i == own;
         for (size_t k = 0; k < n && !found; k++, each = json_next(&s->j, each))
-            found = each == value ? 1 : same_value(s, each, value);
+            found = same_value(s, each, value);
         if (found < 0)
             refuse_node(s, value, "lists that meet here must hold no arrays and objects");
         ok = found && (named_types(s, schema_at(s, v, i)) & type) != 0;
@@ -2892,13 +2894,14 @@ static void put_values(schema *s, const view *v)
         each = listed(s, schema_at(s, v, i++), &n);
     const json_node *list = each;
     for (size_t k = 0; k < n && !s->failed; k++, each = json_next(&s->j, each))
-        if (fits(s, v, each)) {
+        if (fits(s, v, each, i - 1)) {
             put_rule(s, put++ ? "| " : "");
             put_value(s, each, 0);
         }
     if (!put && v->n == 1)
         refuse_node(s, list, "no listed value fits the other keywords");
-    put_rule(s, put ? "" : "never");
+    if (!put)
+        put_rule(s, "never");
 }
 
 /* The types that the schemas name, or the one that their keywords speak of; an object comes last,
@@ -2952,11 +2955,16 @@ static void check_words(schema *s, const json_node *node)
         if (in_words(UNKNOWN, name) &&
             !(is_false(key + 1) && (strcmp(name, "uniqueItems") == 0)))
             refuse_node(s, key + 1, "the keyword '%s' is not known", name);
-        for (size_t k = 0; k < sizeof KEYWORDS / sizeof *KEYWORDS; k++)
-            if (!strchr("_$", name[0]) && name[0] && edit_distance(name, KEYWORDS[k]) < 2) {
-                nearest = strcmp(name, KEYWORDS[k]) ? KEYWORDS[k] : NULL;
+        size_t length = strlen(name);
+        for (size_t k = 0; k < sizeof KEYWORDS / sizeof *KEYWORDS && !strchr("_$", name[0]); k++) {
+            size_t other = strlen(KEYWORDS[k]);
+            if (length == other && memcmp(name, KEYWORDS[k], length) == 0) {
+                nearest = NULL;
                 break;
             }
+            if (length < other + 2 && other < length + 2 && edit_distance(name, KEYWORDS[k]) < 2)
+                nearest = KEYWORDS[k];
+        }
         if (nearest)
             refuse_node(s, key + 1, "the keyword '%s' is not known; the nearest is '%s'", name,
                         nearest);

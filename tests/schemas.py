@@ -1,12 +1,13 @@
 """JSON Schemas and grammars of the world, against what --schema and --grammar make of them.
 
-  python3 tests/schemas.py suite FOLDER       json-schema-org/JSON-Schema-Test-Suite/tests/draft2020-12
+  python3 tests/schemas.py suite FOLDER       JSON-Schema-Test-Suite/tests/draft2020-12
   python3 tests/schemas.py maskbench FOLDER   guidance-ai/jsonschemabench/maskbench/data
   python3 tests/schemas.py grammars FOLDER    ggml-org/llama.cpp/grammars
   python3 tests/schemas.py numbers 2000       so many random bounds, of this script's own
 
 FOLDER is fetched, not kept here.  A schema is refused by name, or takes every valid text and no
-other.  Texts are spelled as replies are: compact, with the keys in the schema's order or their
+other.
+Texts are spelled as replies are: compact, with the keys in the schema's order or their
 own.  In the suite a schema without a type means the type that its keywords speak of.  --every N
 takes each Nth schema, --open adds what a schema leaves unsaid (other keys may come, where replies
 have none unless the schema says so), --masks also times a mask before every token of the valid texts, --list

@@ -2353,7 +2353,7 @@ static void rotate_and_store_task(void *context, size_t t)
  * The matrix class does the same with keys and values that it packs as bf16 for all queries of
  * a task; its blocks are what its panel holds. */
 
-enum { MANY_QUERIES = 128 }; /* of one kv head and session in a task */
+enum { MANY_QUERIES = 256 }; /* of one kv head and session in a task */
 
 struct query {
     const float *q;
@@ -2389,9 +2389,10 @@ static struct partial weigh(const struct kernels *isa, float cap, float *s, int 
     }
     for (int i = first; i <= last && !(cap > 0 && cap <= 60); i++)
         result.max = s[i] > result.max ? s[i] : result.max;
-    for (int i = 0; i < n; i++)
-        if (i < first || i > last)
-            s[i] = -INFINITY;
+    for (int i = 0; i < first; i++)
+        s[i] = -INFINITY;
+    for (int i = last + 1; i < n; i++)
+        s[i] = -INFINITY;
     if (result.max == -INFINITY)
         result.max = 0; /* capped; or all NaN: the sum will say so */
     result.sum = isa->exp_sum(s, (size_t)n, result.max);
@@ -2441,7 +2442,8 @@ static void merge_partial(const struct kernels *isa, struct partial *total, floa
         return;
     }
     float max = add->max > total->max ? add->max : total->max;
-    float keep = exp_f32(total->max - max), scale = exp_f32(add->max - max);
+    float keep = total->max == max ? 1 : exp_f32(total->max - max);
+    float scale = add->max == max ? 1 : exp_f32(add->max - max);
     total->max = max;
     total->sum = total->sum * keep + add->sum * scale;
     isa->blend(out, keep, o, scale, (size_t)n);

@@ -1027,7 +1027,7 @@ static void read_row(const struct matrix *w, uint32_t r, float *y)
  * =================================================================================== */
 
 enum {
-    MAX_PRODUCT_ROWS = 8, /* tokens that one kernel call multiplies a tile with */
+    MAX_PRODUCT_ROWS = 16, /* tokens that one kernel call multiplies a tile with */
     MAX_PANEL_ROWS = 256, /* tokens that one kernel call multiplies two tiles with */
     MAX_QUERIES = 8,      /* query vectors that one kernel call multiplies keys with */
     HEAD_BLOCK = 2048,    /* logits in a block of a log-sum-exp */
@@ -1092,7 +1092,7 @@ struct tiles {
 };
 
 /* y[token][tile][row] = sum over inputs of w[row][input] * x[t + token][input], for n tokens
- * from t on: a product has one tile and n <= 8, a panel two tiles and n <= 256. */
+ * from t on: a product has one tile and n <= 16, a panel two tiles and n <= 256. */
 typedef void product_fn(const struct tiles *w, const struct input *in, size_t t, int n, float *y);
 
 /* The matrix class: what gemma2_prefill uses where a CPU has units for bf16.
@@ -1132,6 +1132,7 @@ struct kernels {
     int (*available)(void);
     add_lines_fn *add_lines;
     product_fn *product, *panel; /* of quantised weights; panel NULL: product does it */
+    size_t product_rows; /* rows of a pass up to which products cost less than a panel */
     void (*quantise)(const float *x, uint32_t n, int8_t *q, float *scale, int32_t *sum);
     void (*rms_norm)(const float *x, const float *w, float eps, uint32_t n, float *y);
     void (*geglu)(float *gate, const float *up, size_t n);
@@ -2031,7 +2032,7 @@ struct product {
  *   multiply_pair      two tiles for up to 256 rows of the pass, together (multiply_in_class) or
  *                      one by one (multiply_tile), and stores what they give
  *   multiply_in_class  the matrix class's panel, or multiply_tiles of section 3, which takes the
- *                      kernel: isa->product for one tile and at most 8 rows, isa->panel for
+ *                      kernel: isa->product for one tile and at most 16 rows, isa->panel for
  *                      two tiles and up to 256, or isa->add_lines for f32 and bf16
  * Rows of both classes meet a pair of tiles one class after the other, while it is in the cache.
  * The matrix class takes two tiles. */
@@ -2092,7 +2093,7 @@ static void multiply_pair(const struct product *job, int which, size_t pair)
         end = end - t < MAX_PANEL_ROWS ? end : t + MAX_PANEL_ROWS;
         int n = (int)(end - t);
         int together = same && (!is_quantised(tiles.type) || in_matrix(job, tiles.type, t) ||
-                                (p->model->isa->panel && job->n > MAX_PRODUCT_ROWS));
+                                (p->model->isa->panel && job->n > p->model->isa->product_rows));
         if (together)
             multiply_in_class(job, &tiles, t, n, y[0][0]);
         else
@@ -7761,18 +7762,43 @@ INLINE void lines_by_type(lines_fn *kernel, const int most, const struct lines *
         lines_by_rows(kernel, most, LINES_VALUES_Q8, l, x, ldx, n, y, ldy);
 }
 
+/* A group's weights, asked for ahead of their use.  One row multiplies faster than memory brings
+ * them: PREFETCH_AHEAD.  With more rows that is not so, and the hardware's own prefetch falls
+ * behind: all lines, soon into L2 and sooner into L1. */
+INLINE void prefetch_group(uint32_t type, const uint8_t *group, int one_row)
+{
+    uint32_t n = types[type].group_bytes;
+    for (uint32_t line = 0; one_row && line < n; line += PREFETCH_EVERY)
+        __builtin_prefetch(group + line + PREFETCH_AHEAD, 0, 2);
+    for (uint32_t line = 0; !one_row && line < n; line += 64) {
+        if (line % 128 == 0)
+            __builtin_prefetch(group + line + 4096, 0, 2);
+        __builtin_prefetch(group + line + 3072, 0, 3);
+    }
+}
+
+/* The same group of a panel's next block: all rows meet this block first. */
+INLINE void prefetch_block(uint32_t type, const uint8_t *group)
+{
+    for (uint32_t line = 0, n = types[type].group_bytes; line < n; line += 64)
+        __builtin_prefetch(group + line + 8 * (n + TILE), 0, 2);
+}
+
 /* A product of one quantised tile; `how` tells apart the rows that share a kernel. */
 typedef void tile_fn(const int how, const uint32_t type, const int n, const struct tiles *w,
                      const struct input *in, size_t t, float *y);
+enum { VNNI = 1, MANY = 2 }; /* bits of `how` on x86: n is not a constant */
 
+/* With `most` above 4 any number from 3 to `most` goes through one kernel, which unpacks a group
+ * once for all rows and keeps their sums in memory. */
 INLINE void tile_by_rows(tile_fn *kernel, const int how, const int most, const uint32_t type,
                          const struct tiles *w, const struct input *in, size_t t, int n, float *y)
 {
     for (int rows; n; n -= rows, t += (size_t)rows, y += rows * TILE) {
-        rows = at_once(n, most);
-        if (8 <= most && rows == 8)
-            kernel(how, type, 8, w, in, t, y);
-        else if (rows == 4)
+        rows = at_once(n, 4);
+        if (most > 4 && n > 2)
+            kernel(how | MANY, type, rows = min_i32(n, most), w, in, t, y);
+        else if (most == 4 && rows == 4)
             kernel(how, type, 4, w, in, t, y);
         else if (rows == 2)
             kernel(how, type, 2, w, in, t, y);
@@ -8111,24 +8137,24 @@ AVX2 INLINE __m256 scales_avx2(uint32_t type, const uint8_t *bytes)
     return _mm256_cvtepi32_ps(has_group_bit(type) ? _mm256_srai_epi32(s, 1) : s);
 }
 
-AVX2 INLINE void tile_avx2(const int vnni, const uint32_t type, const int n,
+AVX2 INLINE void tile_avx2(const int how, const uint32_t type, const int n,
                            const struct tiles *w, const struct input *in, size_t t, float *y)
 {
     const uint8_t *tile = w->data[0];
     size_t n_groups = round_up(w->cols, BLOCK_INPUTS) / GROUP, ld = in->ldq / GROUP;
-    __m256 acc[4][2];
+    __m256 acc[MAX_PRODUCT_ROWS][2];
+    const int vnni = how & VNNI;
     for (int i = 0; i < n; i++)
         acc[i][0] = acc[i][1] = _mm256_setzero_ps();
     for (size_t g = 0; g < n_groups; g++) {
         const uint8_t *scale_bytes, *group = group_at(type, tile, g, &scale_bytes);
-        for (uint32_t at = 0; at < types[type].group_bytes; at += PREFETCH_EVERY)
-            _mm_prefetch((const char *)group + at + PREFETCH_AHEAD, _MM_HINT_T1);
+        prefetch_group(type, group, !(how & MANY) && n == 1);
         for (int half = 0; half < 2; half++) {
             __m256i v[8], offset = offset_avx2(vnni, type, scale_bytes + 8 * half);
             __m256 s = scales_avx2(type, scale_bytes + 8 * half);
             operands_avx2(vnni, type, group, scale_bytes + 8 * half, half, v);
-            for (int i = 0; i < n; i++) {
-                size_t at = (t + (size_t)i) * ld + g;
+            size_t at = t * ld + g;
+            for (int i = 0; i < n; i++, at += ld) {
                 __m256i start = _mm256_madd_epi16(offset, _mm256_set1_epi32(in->sum[at]));
                 __m256i sum = group_sum_avx2(vnni, type, v, in->q + at * GROUP, start);
                 __m256 product = _mm256_mul_ps(s, _mm256_cvtepi32_ps(sum));
@@ -8146,13 +8172,13 @@ AVX2 INLINE void tile_avx2(const int vnni, const uint32_t type, const int n,
 AVX2 static void product_avx2(const struct tiles *w, const struct input *in, size_t t, int n,
                               float *y)
 {
-    tile_by_type(tile_avx2, 0, 4, w, in, t, n, y);
+    tile_by_type(tile_avx2, 0, MAX_PRODUCT_ROWS, w, in, t, n, y);
 }
 
 AVX2 static void product_avxvnni(const struct tiles *w, const struct input *in, size_t t, int n,
                                  float *y)
 {
-    tile_by_type(tile_avx2, 1, 4, w, in, t, n, y);
+    tile_by_type(tile_avx2, VNNI, MAX_PRODUCT_ROWS, w, in, t, n, y);
 }
 
 AVX2 INLINE void unpack_panel_avx2(const int vnni, const uint32_t type, const struct tiles *w,
@@ -8163,6 +8189,8 @@ AVX2 INLINE void unpack_panel_avx2(const int vnni, const uint32_t type, const st
             const uint8_t *scale_bytes, *group;
             __m256i v[8], odd = _mm256_setzero_si256();
             group = group_at(type, w->data[i / 2], block * 8 + (size_t)g, &scale_bytes);
+            if (i % 2 == 0)
+                prefetch_block(type, group);
             scale_bytes += i % 2 * 8;
             if (type == TYPE_Q4)
                 odd = _mm256_mullo_epi32(odd_rows_avx2(scale_bytes), _mm256_set1_epi32(0x04040404));
@@ -8386,6 +8414,21 @@ AVX512 INLINE void operands_avx512(uint32_t type, const uint8_t *group, __m128i 
         w[i] = _mm512_shuffle_epi8(codebook, w[i]);
 }
 
+/* The same, with 4 added to q4's in rows whose group bit is 1: all are off by even_offset. */
+AVX512 INLINE void even_operands_avx512(uint32_t type, const uint8_t *group, __m128i scale_bytes,
+                                        __m512i w[8])
+{
+    const __m512i odd = _mm512_maskz_set1_epi32(odd_rows_avx512(scale_bytes), 0x04040404);
+    operands_avx512(type, group, scale_bytes, w);
+    for (int i = 0; i < 8 && type == TYPE_Q4; i++)
+        w[i] = _mm512_add_epi8(w[i], odd);
+}
+
+INLINE int even_offset(uint32_t type)
+{
+    return type == TYPE_Q8 ? 128 : type == TYPE_Q6 ? 32 : 31;
+}
+
 /* What the unsigned operands are off by, times -1, in the low 16 bits of each lane: q4's values
  * are 4 higher in rows whose group bit is 1. */
 AVX512 INLINE __m512i offset_avx512(uint32_t type, __m128i scale_bytes)
@@ -8409,16 +8452,14 @@ AVX512 INLINE __m512 scales_avx512(uint32_t type, __m128i scale_bytes)
     return _mm512_cvtepi32_ps(has_group_bit(type) ? _mm512_srai_epi32(s, 1) : s);
 }
 
-AVX512 INLINE __m512i group_sum_avx512(int chains, const __m512i w[8], const int8_t *q,
-                                       __m512i start)
+/* sum + the products of a step with four inputs.  Assembly, because gcc 12 spends an instruction on
+ * the inputs: a row and group then take 13 cycles instead of 10. */
+AVX512 INLINE __m512i dot_avx512(__m512i sum, __m512i w, const int8_t *q)
 {
-    __m512i sum[2] = {start, _mm512_setzero_si512()};
-    for (int i = 0; i < 8; i++) {
-        int32_t four;
-        memcpy(&four, q + 4 * i, 4);
-        sum[i % chains] = _mm512_dpbusd_epi32(sum[i % chains], w[i], _mm512_set1_epi32(four));
-    }
-    return chains == 1 ? sum[0] : _mm512_add_epi32(sum[0], sum[1]);
+    struct inputs { int8_t q[4]; };
+    __asm__("vpdpbusd %2%{1to16%}, %1, %0"
+            : "+v"(sum) : "v"(w), "m"(*(const struct inputs *)q));
+    return sum;
 }
 
 AVX512 INLINE void tile_avx512(const int how, const uint32_t type, const int n,
@@ -8426,27 +8467,39 @@ AVX512 INLINE void tile_avx512(const int how, const uint32_t type, const int n,
 {
     const uint8_t *tile = w->data[0];
     size_t n_groups = round_up(w->cols, BLOCK_INPUTS) / GROUP, ld = in->ldq / GROUP;
-    __m512 acc[8];
-    (void)how;
+    __m512 acc[MAX_PRODUCT_ROWS];
+    int32_t start[MAX_PRODUCT_ROWS][8];
+    const int many = how & MANY;
     for (int i = 0; i < n; i++)
         acc[i] = _mm512_setzero_ps();
     for (size_t g = 0; g < n_groups; g++) {
+        size_t at = t * ld + g;
+        for (int i = 0; many && g % 8 == 0 && i < n; i++)
+            _mm256_storeu_si256((__m256i *)start[i], _mm256_mullo_epi32(
+                _mm256_set1_epi32(-even_offset(type)),
+                _mm256_loadu_si256((const __m256i *)(in->sum + at + (size_t)i * ld))));
         const uint8_t *scale_bytes, *group = group_at(type, tile, g, &scale_bytes);
-        for (uint32_t at = 0; at < types[type].group_bytes; at += n < 4 ? PREFETCH_EVERY : 64)
-            if (n < 4)
-                _mm_prefetch((const char *)group + at + PREFETCH_AHEAD, _MM_HINT_T1);
-            else /* the rows multiply while lines arrive: every line, into L1 */
-                _mm_prefetch((const char *)group + at + PREFETCH_AHEAD, _MM_HINT_T0);
+        prefetch_group(type, group, !many && n == 1);
         __m128i raw = _mm_loadu_si128((const __m128i *)scale_bytes);
         __m512i v[8], offset = offset_avx512(type, raw);
         __m512 s = scales_avx512(type, raw);
-        operands_avx512(type, group, raw, v);
-        for (int i = 0; i < n; i++) {
-            size_t at = (t + (size_t)i) * ld + g;
-            __m512i start = _mm512_dpwssd_epi32(_mm512_setzero_si512(), offset,
-                                                _mm512_set1_epi32(in->sum[at]));
-            __m512i sum = group_sum_avx512(n < 4 ? 2 : 1, v, in->q + at * GROUP, start);
-            __m512 product = _mm512_mul_ps(s, _mm512_cvtepi32_ps(sum));
+        if (many)
+            even_operands_avx512(type, group, raw, v);
+        else
+            operands_avx512(type, group, raw, v);
+        for (int i = 0; i < n; i++, at += ld) {
+            __m512i zero = _mm512_setzero_si512(), sum[2] = {zero, zero};
+            if (many)
+                sum[0] = _mm512_set1_epi32(start[i][g % 8]);
+            else
+                sum[0] = _mm512_dpwssd_epi32(zero, offset, _mm512_set1_epi32(in->sum[at]));
+            for (int step = 0; step < 8; step++) {
+                int chain = many ? 0 : step % 2;
+                sum[chain] = dot_avx512(sum[chain], v[step], in->q + at * GROUP + 4 * step);
+            }
+            if (!many)
+                sum[0] = _mm512_add_epi32(sum[0], sum[1]);
+            __m512 product = _mm512_mul_ps(s, _mm512_cvtepi32_ps(sum[0]));
             acc[i] = _mm512_fmadd_ps(_mm512_set1_ps(in->scale[at]), product, acc[i]);
         }
     }
@@ -8457,7 +8510,7 @@ AVX512 INLINE void tile_avx512(const int how, const uint32_t type, const int n,
 AVX512 static void product_avx512(const struct tiles *w, const struct input *in, size_t t, int n,
                                   float *y)
 {
-    tile_by_type(tile_avx512, 0, 8, w, in, t, n, y);
+    tile_by_type(tile_avx512, 0, MAX_PRODUCT_ROWS, w, in, t, n, y);
 }
 
 AVX512 INLINE void unpack_panel_avx512(const int how, const uint32_t type, const struct tiles *w,
@@ -8469,12 +8522,11 @@ AVX512 INLINE void unpack_panel_avx512(const int how, const uint32_t type, const
             const uint8_t *scale_bytes;
             const uint8_t *group = group_at(type, w->data[i], block * 8 + (size_t)g, &scale_bytes);
             __m128i raw = _mm_loadu_si128((const __m128i *)scale_bytes);
-            __m512i v[8], odd = _mm512_setzero_si512();
-            if (type == TYPE_Q4)
-                odd = _mm512_maskz_set1_epi32(odd_rows_avx512(raw), 0x04040404);
-            operands_avx512(type, group, raw, v);
+            __m512i v[8];
+            prefetch_block(type, group);
+            even_operands_avx512(type, group, raw, v);
             for (int step = 0; step < 8; step++)
-                _mm512_storeu_si512(b->operands[g][step][i], _mm512_add_epi8(v[step], odd));
+                _mm512_storeu_si512(b->operands[g][step][i], v[step]);
             _mm512_storeu_ps(b->scales[g][i], scales_avx512(type, raw));
         }
 }
@@ -9059,11 +9111,13 @@ static int may_use_tiles(void) { return !syscall(SYS_arch_prctl, REQ_XCOMP_PERM,
 /* A row of AVX-512, or of AVX2, apart from what differs. */
 #define AVX512_ROW                                                                            \
     .add_lines = add_lines_avx512, .product = product_avx512, .panel = panel_avx512,          \
+    .product_rows = 48,                                                                       \
     .quantise = quantise_avx512, .rms_norm = rms_norm_avx512, .geglu = geglu_avx512,          \
     .soft_cap = soft_cap_avx512, .exp_sum = exp_sum_avx512, .blend = blend_avx512,           \
     .to_half = to_half_avx512
 #define AVX2_ROW                                                                              \
     .add_lines = add_lines_avx2, .quantise = quantise_avx2, .rms_norm = rms_norm_avx2,        \
+    .product_rows = 48,                                                                       \
     .geglu = geglu_avx2, .soft_cap = soft_cap_avx2, .exp_sum = exp_sum_avx2,                  \
     .blend = blend_avx2, .to_half = to_half_avx2
 
@@ -9522,6 +9576,7 @@ static int has_i8mm(void)
 
 #define NEON_ROW                                                                              \
     .add_lines = add_lines_neon, .quantise = quantise, .rms_norm = rms_norm, .geglu = geglu,  \
+    .product_rows = 8,                                                                        \
     .soft_cap = soft_cap, .exp_sum = exp_sum, .blend = blend, .to_half = to_half
 
 static const struct kernels i8mm_kernels = {"i8mm", has_i8mm, NEON_ROW,

@@ -24,24 +24,6 @@ static unsigned long n_compared;
 #include <sys/wait.h>
 #include <time.h>
 
-static char scratch_dir[64];
-
-static const char *in_dir(const char *name)
-{
-    static char path[128];
-    snprintf(path, sizeof path, "%s/%s", scratch_dir, name);
-    return path;
-}
-
-static const char *write_file(const char *name, const void *p, size_t n)
-{
-    const char *path = in_dir(name);
-    FILE *f = fopen(path, "wb");
-    if (!f || fwrite(p, 1, n, f) != n || fclose(f))
-        printf("cannot write %s\n", path), exit(1);
-    return path;
-}
-
 /* Whether an image opens; a refusal has a sentence. */
 static int opens(const struct image *m)
 {

@@ -1,5 +1,5 @@
 /* What tests of gemma2.c share: counted checks, random numbers, memory that ends where it
- * ends, and a builder of small models and sessions.  Include gemma2.c before it.  Not every
+ * ends, files, and a builder of small models and sessions.  Include gemma2.c before it.  Not every
  * test uses all of it. */
 #ifndef MODEL_H
 #define MODEL_H
@@ -61,6 +61,26 @@ static void *fresh(size_t n)
     if (posix_memalign(&p, 64, n ? n : 1))
         printf("out of memory\n"), exit(1);
     return p;
+}
+
+/* ---- Files, in a folder that main makes -------------------------------------------------- */
+
+static char scratch_dir[64];
+
+static const char *in_dir(const char *name)
+{
+    static char path[128];
+    snprintf(path, sizeof path, "%s/%s", scratch_dir, name);
+    return path;
+}
+
+static const char *write_file(const char *name, const void *p, size_t n)
+{
+    const char *path = in_dir(name);
+    FILE *f = fopen(path, "wb");
+    if (!f || fwrite(p, 1, n, f) != n || fclose(f))
+        printf("cannot write %s\n", path), exit(1);
+    return path;
 }
 
 static void sha256_of(const void *p, size_t n, size_t step, uint8_t digest[32])

@@ -1,5 +1,5 @@
 /* What the sections of tests/test.c share: gemma2.c, included with an allocator that can fail and
- * counts what is not given back, random floats, files on disk, and a way to use a model whole. */
+ * counts what is not given back, random floats, and a way to use a model whole. */
 #ifndef _DEFAULT_SOURCE
 #define _DEFAULT_SOURCE
 #endif
@@ -165,24 +165,4 @@ static int opens(const struct image *m)
     exercise(model);
     gemma2_close(model);
     return 1;
-}
-
-/* ---- files on disk ---- */
-
-static char scratch_dir[64];
-
-static const char *in_dir(const char *name)
-{
-    static char path[128];
-    snprintf(path, sizeof path, "%s/%s", scratch_dir, name);
-    return path;
-}
-
-static const char *write_file(const char *name, const void *p, size_t n)
-{
-    const char *path = in_dir(name);
-    FILE *f = fopen(path, "wb");
-    if (!f || fwrite(p, 1, n, f) != n || fclose(f))
-        printf("cannot write %s\n", path), exit(1);
-    return path;
 }

@@ -1,18 +1,7 @@
 #!/bin/sh
 # run --batch, from outside: sh tests/batch.sh [./run]
 # POSIX sh and the demo model; prints what fails, then "N passed, N failed".
-RUN=${1:-./run}
-STORY=$(dirname "$0")/demo/story-q8.bin
-TMP=${TMPDIR:-/tmp}/gemma2-batch.$$
-LC_ALL=C
-OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
-export LC_ALL OMP_WAIT_POLICY
-case $RUN in */*) ;; *) RUN=./$RUN ;; esac
-mkdir "$TMP" || exit 1
-trap 'rm -rf "$TMP"' EXIT
-trap 'exit 130' INT
-trap 'exit 143' TERM
-passed=0 failed=0
+. "$(dirname "$0")/start.sh"
 
 claim() { if [ "$1" "$2" "$3" ]; then passed=$((passed + 1)); else
     failed=$((failed + 1)); echo "FAIL $4: got '$1', expected $2 '$3'"; fi; }

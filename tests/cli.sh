@@ -1,23 +1,12 @@
 #!/bin/sh
 # The command line's contract, from outside: sh tests/cli.sh [./run [SYSTEM]]
 # POSIX sh and the committed models; prints what fails, then "N passed, N failed".
-RUN=${1:-./run}
+. "$(dirname "$0")/start.sh"
 SYSTEM=${2:-posix} # windows: arguments are UTF-16 there; plain: built without mmap
-HERE=$(dirname "$0")
-STORY=$HERE/demo/story-q8.bin
 VOCAB=$HERE/../tokenizer.bin
-TMP=${TMPDIR:-/tmp}/gemma2-cli.$$
-[ "$SYSTEM" = windows ] && LC_ALL=C.UTF-8 || LC_ALL=C
+[ "$SYSTEM" = windows ] && LC_ALL=C.UTF-8
 TERM=xterm; export TERM # a conversation edits its lines there
-OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive} # waiting threads that spin crawl on a busy machine
-export LC_ALL OMP_WAIT_POLICY
-case $RUN in */*) ;; *) RUN=./$RUN ;; esac
-mkdir "$TMP" || exit 1
-trap 'rm -rf "$TMP"' EXIT
-trap 'exit 130' INT
-trap 'exit 143' TERM
 : >"$TMP/in"
-passed=0 failed=0
 
 pass() { passed=$((passed + 1)); }
 fail() { failed=$((failed + 1)); echo "FAIL $name: $1"; }

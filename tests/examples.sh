@@ -1,16 +1,10 @@
 #!/bin/sh
 # Runs the examples on the demo model and holds what they say against the command line:
 # sh tests/examples.sh FOLDER [./run], the folder being where example_* were built.
-DIR=${1:-build} RUN=${2:-./run}
-HERE=$(dirname "$0")
-STORY=$HERE/demo/story-q8.bin
-TMP=${TMPDIR:-/tmp}/gemma2-examples.$$
+DIR=${1:-build}
+[ $# -eq 0 ] || shift
+. "$(dirname "$0")/start.sh"
 P="Once upon a time there was"
-OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
-export OMP_WAIT_POLICY
-mkdir "$TMP" || exit 1
-trap 'rm -rf "$TMP"' EXIT
-passed=0 failed=0
 
 claim() { # WHAT COMMAND...: the command succeeds
     what=$1

@@ -1,0 +1,15 @@
+# How the tests of ./run begin, sourced by them: the program, the demo model, a folder of their
+# own, and the counts.
+RUN=${1:-./run}
+HERE=$(dirname "$0")
+STORY=$HERE/demo/story-q8.bin
+TMP=${TMPDIR:-/tmp}/gemma2-$(basename "$0" .sh).$$
+LC_ALL=C
+OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive} # waiting threads that spin crawl on a busy machine
+export LC_ALL OMP_WAIT_POLICY
+case $RUN in */*) ;; *) RUN=./$RUN ;; esac
+mkdir "$TMP" || exit 1
+trap 'rm -rf "$TMP"' EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+passed=0 failed=0

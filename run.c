@@ -2593,7 +2593,7 @@ static void put_other_names(schema *s, size_t id, char *const *names, size_t n)
 }
 
 /* The rules of keys that are none of these; refuses names that JSON spells in more than one way. */
-static void put_others(schema *s, size_t id, const property *keys, size_t n)
+static void put_unnamed(schema *s, size_t id, const property *keys, size_t n)
 {
     array names = {0}, text = {0};
     for (size_t i = 0; i < n && !s->failed; i++) {
@@ -2660,7 +2660,7 @@ static void put_object(schema *s, const view *v, size_t id)
         put_set(s, &others);
         put_rule(s, "\n");
         if (n && !pattern)
-            put_others(s, id, keys, n);
+            put_unnamed(s, id, keys, n);
     }
     put_rule(s, "s%zu-g%zu ::= \"\" ", id, n);
     if (more)

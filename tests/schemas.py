@@ -6,12 +6,12 @@
   python3 tests/schemas.py numbers 2000       so many random bounds, of this script's own
 
 FOLDER is fetched, not kept here.  A schema is refused by name, or takes every valid text and no
-other.
-Texts are spelled as replies are: compact, with the keys in the schema's order or their
+other.  Texts are spelled as replies are: compact, with the keys in the schema's order or their
 own.  In the suite a schema without a type means the type that its keywords speak of.  --every N
 takes each Nth schema, --open adds what a schema leaves unsaid (other keys may come, where replies
-have none unless the schema says so), --masks also times a mask before every token of the valid texts, --list
-names what was refused and what was answered wrongly.  Wrong answers make the exit status 1."""
+have none unless the schema says so), --masks also times a mask before every token of the valid
+texts, --list names what was refused and what was answered wrongly.  Wrong answers make the exit
+status 1."""
 import argparse
 import collections
 import glob

@@ -6509,7 +6509,7 @@ static int take_line(batch *b, batch_slot *s, const char *text, size_t n)
 
 /* ---- results ---- */
 
-/* A token's text as OpenAI has it: a byte that is no text by itself is called bytes:\\xe2.  With
+/* A token's text as OpenAI has it: a byte that is no text by itself is called bytes:\xe2.  With
  * its log-probability it is a member of an object, or in a chat the beginning of one. */
 static void put_token(batch_slot *s, int32_t id, const float *logprob, int in_chat)
 {

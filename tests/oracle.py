@@ -34,6 +34,7 @@ import oracle_packed
 import oracle_quality
 import oracle_sbs
 import oracle_schema
+import oracle_spark
 import oracle_states
 import oracle_traps
 import reference as ref
@@ -410,6 +411,7 @@ SECTIONS = {"models": test_models, "sessions": test_sessions, "formats": test_fo
             "memory": oracle_memory.test_memory, "packed": oracle_packed.test_packed,
             "quality": oracle_quality.test_quality, "chat": oracle_chat.test_chat,
             "schema": oracle_schema.test_schema, "trace": test_trace,
+            "spark": oracle_spark.test_spark,
             "states": oracle_states.test_states, "traps": oracle_traps.test_traps}
 
 

@@ -808,11 +808,11 @@ elif terminal "a terminal" "echo x" : && [ "$(cat "$TMP/out")" = x ]; then
     name="/clear clears the session's file"
     chat "echo /clear; printf '\004'"
     claim "$(wc -l <"$TMP/ids")" -lt 20 "ids of one turn"
-    # talk NAME TYPIST MESSAGE TURNS [REDIRECTION]: that the first turn is the message, and how
-    # many there are.  The terminal is afterwards as it was.
+    # talk NAME TYPIST MESSAGE TURNS: that the first turn is the message, and how many there are.
+    # The terminal is afterwards as it was.  Keys and commands are tests/terminal.c's.
     talk() {
         rm -f "$TMP/talk"
-        terminal "$1" "stty -g >'$TMP/before'; '$RUN' '$STORY' -c -n 1 -t 0 -C 20000 --session '$TMP/talk' $5
+        terminal "$1" "stty -g >'$TMP/before'; '$RUN' '$STORY' -c -n 1 -t 0 -C 20000 --session '$TMP/talk'
             echo status \$?; stty -g >'$TMP/after'" "prompts 1; $2; prompts $(($4 + 1)); printf '\004'; sleep 0.1"
         keep said
         claim "$(grep -c "status 0" "$TMP/said")" -eq 1 "status 0"
@@ -827,58 +827,7 @@ elif terminal "a terminal" "echo x" : && [ "$(cat "$TMP/out")" = x ]; then
     awk 'BEGIN { for (i = 0; i < 300; i++) printf "Once upon a time "; print "there was" }' >"$TMP/long"
     talk "a line of 5 KB" "cat '$TMP/long'" "$(cat "$TMP/long")" 1
     talk "four lines at once" "printf 'one\ntwo\n\nfour\n'" 'one\ntwo\n\nfour' 1
-    talk "a marked paste" "printf '\033[200~one\ntwo\n\033[201~'; sleep 0.3; printf ' more\n'" 'one\ntwo\n more' 1
-    talk "a long marked paste" "printf '\033[200~'; cat '$TMP/long'; printf '\033[201~\n'" "$(cat "$TMP/long")" 1
-    talk "lines at once where pastes are marked" \
-        "printf '\033[200~one\033[201~\n'; prompts 2; printf 'two\nthree\n'" one 3
-    talk "a line that goes on" "printf 'one\\\\\n'; sleep 0.3; echo two" 'one\ntwo' 1
-    talk "quoted lines" "printf '\"\"\"one\n'; sleep 0.3; printf 'two\"\"\"\n'" 'one\ntwo' 1
-    talk "keys that take back" "printf 'abx\177\177\303\251\344\270\255\177\177c \177\n'" ac 1
-    talk "Ctrl-U and Ctrl-W" "printf 'some words\025one two three \027\027six\n'" 'one six' 1
-    talk "keys that move" "printf 'a\033[D\033OAb\033[3~\n'" b 1
-    talk "keys in the middle" "printf 'bd\033[Dc\001a\005e\n'" abcde 1
-    talk "words and wide characters" "printf 'x \344\270\255e\314\201\033[D\033[D!\033[1;5D\013y\n'" 'x y' 1
-    talk "Alt-Enter" "printf 'one\033\rtwo\n'" 'one\ntwo' 1
-    talk "an earlier message" "echo one; prompts 2; printf '\033[A\n'" one 2
     talk "two slashes" "echo //x" /x 1
-    talk "/undo" "echo one; prompts 2; echo /undo; prompts 3; echo two; prompts 4" two 1
-    talk "/regen" "echo one; prompts 2; echo /regen; prompts 3" one 1
-    talk "/system" "echo one; prompts 2; echo /system Rhyme.; prompts 3" 'Rhyme.\n\none' 1
-    talk "a command that is unknown" "echo /undoo; prompts 2; echo two; prompts 3" two 1
-    grep -q "unknown command /undoo; the nearest is /undo" "$TMP/said" && pass || fail "$(cat "$TMP/said")"
-    talk "a paste is no command" "printf '\033[200~/exit\nx\033[201~\n'" '/exit\nx' 1
-    printf '#gemma2\nearlier\\none\n' >"$TMP/history"
-    chmod 644 "$TMP/history"
-    talk "a history in a file" "printf '\033[A\n'" 'earlier\none' 1 "--history '$TMP/history'"
-    claim "$(ls -l "$TMP/history" | cut -c1-10)" = -rw------- "mode of the history"
-    terminal "a history elsewhere" "'$RUN' '$STORY' -c --history '$STORY'; echo status \$?" "sleep 0.5"
-    out_has "status 1"
-    terminal "what is left of the context" "'$RUN' '$STORY' -c -n 12 -t 0 -C 96; echo status \$?" \
-        "prompts 1; echo One day; prompts 2; echo Two days; prompts 3; echo Three days; prompts 4; echo Four days
-        prompts 5; echo Five days; prompts 6; printf '\004'"
-    out_has "oldest turns are dropped: [1-9] of [1-9]"; out_has "status 0"
-    terminal "a terminal of 10 columns" "stty cols 10 rows 3; '$RUN' '$STORY' -c -n 1 -t 0; echo status \$?" \
-        "prompts 1; printf 'one two three four five six\033[A\033[A\001\n'; prompts 3; printf '\004'"
-    out_has "status 0"
-    talk "two messages" "echo one; prompts 2; echo two" one 2
-    talk "lines at once, no editor" "printf 'one\ntwo\n\nfour\n'" 'one\ntwo\n\nfour' 1 "2>'$TMP/notes'"
-    talk "a long line, no editor" "cat '$TMP/long'; prompts 2; echo one; prompts 3" one 1 "2>'$TMP/notes'"
-    claim "$(grep -c "cuts a line at 4,095 bytes" "$TMP/notes")" -eq 1 "what is said"
-    restored() { # NAME TYPIST: which ends or stops it, of the process in $TMP/pid
-        terminal "$1" "stty -g >'$TMP/before'; tty >'$TMP/tty'
-            sh -c 'echo \$\$ >\"$TMP/pid\"; exec \"$RUN\" \"$STORY\" -c --ignore-eos -C 20000' || :
-            stty -g >'$TMP/after'" "prompts 1; $2; sleep 0.1"
-        same "$TMP/before" "$TMP/after" "the terminal is not as it was"
-    }
-    for signal in INT TERM HUP QUIT; do
-        restored "SIG$signal at the prompt" "kill -$signal \$(cat '$TMP/pid')"
-    done
-    restored "SIGTERM amid a reply" "echo Hello; sleep 0.5; kill -TERM \$(cat '$TMP/pid')"
-    restored "Ctrl-C, twice" "echo Hello; sleep 0.5; printf '\003'; prompts 2; printf '\003'"
-    restored "Ctrl-Z" "kill -TSTP \$(cat '$TMP/pid'); sleep 0.3; stty -g <\$(cat '$TMP/tty') >'$TMP/stopped'
-        kill -CONT \$(cat '$TMP/pid'); sleep 0.3; stty -g <\$(cat '$TMP/tty') >'$TMP/gone-on'; printf '\004'"
-    same "$TMP/before" "$TMP/stopped" "the stopped one's terminal is not as it was"
-    if cmp -s "$TMP/before" "$TMP/gone-on"; then fail "keys are not read"; else pass; fi
     name="SIGHUP cuts an answer short and keeps the conversation"
     rm -f "$TMP/talk"
     terminal "$name" "echo \$\$ >'$TMP/pid'; exec '$RUN' '$STORY' -c --ignore-eos -C 20000 --session '$TMP/talk'" \

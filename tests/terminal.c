@@ -539,6 +539,9 @@ static void test_history(void)
     type("\033[A\033[A"), shows("from the file", "> two\n. lines", 1, 7);
     type("\005\025\025\177\025\004"), ends("after the history", 0);
     check(strcmp(last_message(), "one") == 0, "the history ends in %s", last_message());
+    const char *const elsewhere[] = {"--history", MODEL, NULL};
+    if (check(start(99, 9, elsewhere), "no start"))
+        has("elsewhere", "is not a history of messages: it seems to be a model"), ends("elsewhere", 1);
 }
 
 static void test_sizes(void)
@@ -612,6 +615,55 @@ static void test_signals(void)
         snprintf(name, sizeof name, "signal %d", numbers[i]);
         ends(name, 128 + numbers[i]);
     }
+}
+
+/* While a reply is made. */
+static void test_stopping(void)
+{
+    static const char *const endless[] = {"--ignore-eos", NULL};
+    for (int i = 0; i < 2; i++) {
+        if (!check(start(40, 9, endless), "no start"))
+            return;
+        shows("start", ">", 0, 2), type("hello\r");
+        for (double end = now() + PATIENCE; t.row < 4 && !t.ended && now() < end;)
+            pump();
+        if (i == 0)
+            kill(t.child, SIGTERM), ends("SIGTERM amid a reply", 143);
+        else {
+            type("\003");
+            for (double end = now() + PATIENCE; t.column != 2 && !t.ended && now() < end;)
+                pump();
+            enter("/exit now", "run: /exit takes nothing");
+            type("\003"), has("Ctrl-C", "Ctrl-C once more"), type("\003"), ends("Ctrl-C", 130);
+        }
+    }
+}
+
+/* A terminal that edits its lines itself. */
+static void test_lines(void)
+{
+    static char line[5001];
+    static const struct {
+        const char *keys, *message;
+    } lines[] = {{"one\r", "one"}, {"two\rthree\r\rfour\r", "two\\nthree\\n\\nfour"},
+                 {"\"\"\"a\rb\"\"\"\r", "a\\nb"}, {"a\\\rb\r", "a\\nb"}, {"//x\r", "//x"},
+                 {"\"\"\"/exit\r\"\"\"\r", "/exit\\n"}, {line, "/exit\\n"}, {"ab\177c\r", "ac"}};
+    memset(line, 'x', sizeof line - 2);
+    line[sizeof line - 2] = '\r';
+    setenv("TERM", "dumb", 1);
+    if (!talk(90, 9, "--history", history, NULL, NULL))
+        return;
+    for (size_t i = 0; i < sizeof lines / sizeof *lines; i++) {
+        for (int row = 0; row < t.height; row++)
+            put_byte('\n'); /* an empty screen */
+        type(lines[i].keys);
+        asks_behind(lines[i].message, lines[i].keys == line ? "that end in \\." : "ok");
+        check(strcmp(last_message(), lines[i].message) == 0, "the message is %s, not %s",
+              last_message(), lines[i].message);
+    }
+    check(is_cooked() && !t.marks_pastes, "the terminal is changed");
+    type("\004"), ends("lines", 0);
+    setenv("TERM", "xterm", 1);
 }
 
 /* The terminal vanishes: the session is kept, whether SIGHUP ends the program or it reads the
@@ -847,6 +899,8 @@ int main(int argc, char **argv)
     test_history();
     test_sizes();
     test_signals();
+    test_stopping();
+    test_lines();
     test_vanishing();
     test_commands();
     test_loading();

@@ -183,10 +183,10 @@ test-arm: run build/digest
 		formats kernels sharing model,"sh tests/arm_demo.sh $(QEMU) ./run build/arm/run.exe")
 
 # Tests a static build with musl.
-test-musl: build/digest
+test-musl: build/digest build/terminal
 	@$(call need,musl-gcc)
 	$(call foreign,musl,musl-gcc -static $(PLAIN) -O2,,ground file text sharing api,\
-		"sh tests/cli.sh build/musl/run.exe")
+		"sh tests/cli.sh build/musl/run.exe" "build/terminal build/musl/run.exe")
 
 WINE ?= $(firstword $(shell command -v wine64 wine) $(wildcard /usr/lib/wine/wine64))
 

@@ -4142,8 +4142,7 @@ static spot send_text(editor *e, spot at, size_t top, size_t bottom)
     }
     if (full && at.row <= bottom)
         send(e, " \r");
-    at.row = at.row < bottom ? at.row : bottom;
-    return at;
+    return at.row > bottom ? (spot){at.byte, bottom, e->width} : at;
 }
 
 /* Shows what changed, on at most so many rows: text that was typed at the end is added, else all
@@ -4445,21 +4444,25 @@ static void flush_screen(editor *e)
     e->screen.n = 0;
 }
 
-/* Takes over the terminal's size, which may have changed. */
-static void fit_terminal(editor *e)
+/* Takes over the terminal's size.  The message is drawn anew where that or the screen changed. */
+static void fit(editor *e, size_t width, size_t height, int changed)
 {
-    size_t width = 80;
-    int changed;
-    e->height = 24;
-    changed = terminal_size(&width, &e->height);
     width = width < 2 * SIGN ? 2 * SIGN : width;
     if (e->width && (changed || width != e->width)) {
         e->width = width;
         e->row = changed == COVERED ? 0 : place_of(e, e->at).row; /* terminals fold anew */
-        e->top = e->row < e->height ? 0 : e->row - e->height + 1;
+        e->top = e->row < height ? 0 : e->row - height + 1;
         e->drawn = SIZE_MAX;
     }
     e->width = width;
+    e->height = height;
+}
+
+static void fit_terminal(editor *e)
+{
+    size_t width = 80, height = 24;
+    int changed = terminal_size(&width, &height);
+    fit(e, width, height, changed);
 }
 
 /* Takes the bytes of lines that the terminal edits, up to the end of a message. */

@@ -1,4 +1,4 @@
-/* Fuzzing: eleven targets, each a function from bytes to a use of the library or the program, in
+/* Fuzzing: twelve targets, each a function from bytes to a use of the library or the program, in
  * which nothing may crash, leak, hang or break a promise of gemma2.h.
  *
  *   weights    a file image: open, check, encode, plan, sessions, every way to evaluate
@@ -11,6 +11,7 @@
  *   grammar    a grammar: refused, or every reply that masks allow is taken and ends in time
  *   schema     a JSON Schema: refused, or a grammar
  *   cli        arguments and standard input of ./run
+ *   editor     keys of a conversation: the cursor is where the editor takes it to be
  *   batch      lines of run --batch: JSON, requests, and going on after an earlier run
  *
  * Mutation alone would die at magic numbers and digests.  So mutate_weights and mutate_session
@@ -20,7 +21,7 @@
  * make fuzz SECONDS=n runs libFuzzer on each (tests/fuzz.sh); GEMMA2_FUZZ names the target.
  * -DREPLAY makes a program of it that needs no libFuzzer: every file of tests/fuzz/TARGET, and
  * mutants of each.  A file there that is named after what it broke was a crash once.
- * run.c is linked to it with main renamed to run_main, so do not name a main before it here. */
+ * run.c comes with tests/fuzz_editor.c and main renamed to run_main: name no main before it here. */
 #undef main
 #ifndef _DEFAULT_SOURCE
 #define _DEFAULT_SOURCE
@@ -31,7 +32,8 @@
 
 #include <dirent.h>
 
-int run_main(int argc, char **argv); /* run.c */
+int run_main(int argc, char **argv);                 /* run.c */
+void edit_bytes(const uint8_t *data, size_t size); /* fuzz_editor.c */
 
 /* libFuzzer's own mutation, or REPLAY's below. */
 size_t LLVMFuzzerMutate(uint8_t *data, size_t size, size_t max);
@@ -1012,6 +1014,7 @@ static const struct target {
     {"ahead", fuzz_ahead, NULL, 100},
     {"cli", fuzz_cli, NULL, 200},
     {"batch", fuzz_batch, NULL, 400},
+    {"editor", edit_bytes, NULL, 300},
     {"grammar", fuzz_grammar, NULL, 300},
     {"schema", fuzz_schema, NULL, 500},
 };

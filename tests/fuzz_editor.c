@@ -1,0 +1,99 @@
+/* The line editor of run.c for tests/fuzz.c, which cannot reach its statics: compiled in the place
+ * of run.c, with main renamed to run_main. */
+#include "../run.c"
+
+void edit_bytes(const uint8_t *data, size_t size);
+
+static void keeps(int promise, const char *what)
+{
+    if (promise)
+        return;
+    fprintf(stderr, "broken promise: %s\n", what);
+    abort();
+}
+
+/* Where the cursor of a terminal is. */
+typedef struct {
+    size_t row, column, width, height;
+    int full; /* on the last column's character, as if behind it */
+} cursor;
+
+/* Moves the cursor as what the editor sends does; anything else that it may not send fails. */
+static void move(cursor *c, const char *text, size_t n)
+{
+    size_t length;
+    for (size_t i = 0; i < n; i += length) {
+        uint32_t code = next_char(text + i, n - i, &length);
+        size_t wide = columns(code);
+        if (code == ESCAPE) {
+            unsigned long count = strtoul(text + i + 2, NULL, 10);
+            size_t digits = strspn(text + i + 2, "0123456789");
+            char last = text[i + 2 + digits];
+            keeps(text[i + 1] == '[' && digits < 6 && strchr("ACHJ", last), "a sequence is known");
+            keeps(last != 'A' || count <= c->row, "the cursor stays on the screen");
+            c->row = last == 'H' ? 0 : last == 'A' ? c->row - count : c->row;
+            c->column = last == 'H' ? 0 : last == 'C' ? c->column + count : c->column;
+            keeps(c->column < c->width, "the cursor stays in its row");
+            length = 3 + digits;
+        } else if (code == '\r' || code == '\n') {
+            c->column = code == '\r' ? 0 : c->column;
+            c->row += code == '\n' && c->row + 1 < c->height;
+        } else if (code != '\a') {
+            keeps(!is_control(code) && code != REPLACEMENT, "text carries no control character");
+            if (wide && (c->full || c->column + wide > c->width)) {
+                c->row += c->row + 1 < c->height;
+                c->column = 0;
+            }
+            c->full = wide ? c->column + wide == c->width : c->full;
+            c->column += c->full && wide ? wide - 1 : wide;
+            continue;
+        }
+        c->full = 0;
+    }
+}
+
+/* A conversation's keys: 0xFE and two bytes are a new size, 0xFD ends a message. */
+void edit_bytes(const uint8_t *data, size_t size)
+{
+    editor e = {.raw = 1, .marks_pastes = 1};
+    cursor c = {0, 0, 80, 24, 0};
+    int status = DONE;
+    begin_text(&e);
+    fit(&e, c.width, c.height, 0);
+    for (size_t i = 0; i < size; i++) {
+        int complete = 0;
+        if (data[i] == 0xFE && i + 2 < size) {
+            c.width = 4 + data[i + 1] % 90u;
+            c.height = 1 + data[i + 2] % 30u;
+            e.screen.n = 0;
+            fit(&e, c.width, c.height, RESIZED);
+            c.row = e.row - e.top; /* as if nothing else stood there */
+            c.column = place_of(&e, e.at).column;
+            c.full = 0;
+            i += 2;
+        } else {
+            e.typed[0] = (char)data[i];
+            e.i = 0, e.n = 1;
+            complete = data[i] == 0xFD || take_typed(&e, &status);
+        }
+        keeps(status == DONE && !e.failed, "there is memory");
+        keeps(e.at <= e.text.n && e.text.n <= (e.history.n + 1) * (size + 1), "the text is bounded");
+        keeps(e.n_sequence < sizeof e.sequence && e.recalled <= e.history.n, "buffers are");
+        if (complete || e.ended) {
+            leave_text(&e);
+            keeps(append(&e.text, NULL, 0) == DONE &&
+                  remember(&e, e.text.items, e.text.n) == DONE, "messages are kept");
+            e.ended = 0;
+            begin_text(&e);
+        } else if (e.drawn != e.text.n || e.at != e.text.n)
+            draw(&e, e.height);
+        keeps(append(&e.screen, NULL, 0) == DONE, "there is a NUL");
+        move(&c, e.screen.items, e.screen.n);
+        e.screen.n = 0;
+        keeps(c.column == place_of(&e, e.at).column && !c.full, "the cursor is where it should be");
+        keeps(e.row >= e.top && e.row - e.top <= c.row, "and in its row");
+    }
+    while (e.history.n)
+        free(((char **)e.history.items)[--e.history.n]);
+    free(e.history.items), free(e.text.items), free(e.screen.items), free(e.draft.items);
+}

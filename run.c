@@ -372,7 +372,7 @@ typedef struct {
     const char *grammar, *schema; /* files */
     gemma2_bias *biases; /* room for one per argument and all stop ids */
     int ignore_eos, echo, json, quiet, verbose, help, version;
-    int full_stops; /* a full context ends the conversation's growth; else its oldest turns go */
+    int full_drops; /* where a conversation fills the context its oldest turns go */
     const char *kept, *loaded; /* files of sessions */
     int lookup;                /* guess from what was said */
     const char *draft;         /* a model that guesses */
@@ -393,8 +393,7 @@ typedef enum {
     REAL,    /* float field */
     SEED,
     CACHE,
-    FULL,
-    SWITCH   /* int field: on or off */
+    SWITCH   /* int field: 1 or 0, the first or the other word that it takes */
 } option_kind;
 
 struct option {
@@ -506,7 +505,7 @@ static const option OPTIONS[] = {
     {0, "history", "FILE", "keep the messages of conversations there, for the\n"
      "arrow keys", IS(TEXT, history)},
     {0, "full", "drop|stop", "when a conversation fills the context, drop its\n"
-     "oldest turns (default) or refuse the message", IN(FULL, full_stops, "drop or stop", 0, 0)},
+     "oldest turns (default) or refuse the message", IN(SWITCH, full_drops, "drop or stop", 0, 0)},
 
     HEAD("Many prompts in one process: see Batches below"),
     {0, "batch", "IN.jsonl", "a result for each line; - is standard input",
@@ -829,6 +828,15 @@ static int parse_bias(const char *text, gemma2_bias *bias)
 static const char *const cache_names[] = {"auto", "f32", "f16", "q8"};
 
 /* Stores the value of an option; returns 1, or 0 where the value is not one it takes. */
+/* Whether the first n bytes of text are the name; an underscore counts as a dash. */
+static int is_name(const char *name, const char *text, size_t n)
+{
+    size_t i = 0;
+    while (i < n && (text[i] == name[i] || (text[i] == '_' && name[i] == '-')))
+        i++;
+    return i == n && name[n] == '\0';
+}
+
 static int set_option(options *opts, const option *o, const char *value)
 {
     void *field = (char *)opts + o->field;
@@ -867,28 +875,16 @@ static int set_option(options *opts, const option *o, const char *value)
     case SEED:
         opts->seed_given = 1;
         return parse_whole(value, UINT64_MAX, &opts->seed);
-    case FULL:
-        opts->full_stops = strcmp(value, "stop") == 0;
-        return opts->full_stops || strcmp(value, "drop") == 0;
     case CACHE:
         for (int32_t i = GEMMA2_CACHE_F32; i <= GEMMA2_CACHE_Q8; i++)
             if (strcmp(value, cache_names[i]) == 0)
                 return opts->session.cache_type = i, 1;
         return 0;
     case SWITCH:
-        *(int *)field = strcmp(value, "on") == 0;
-        return strcmp(value, "on") == 0 || strcmp(value, "off") == 0;
+        *(int *)field = is_name(value, o->takes, strcspn(o->takes, " "));
+        return *(int *)field || strcmp(value, strrchr(o->takes, ' ') + 1) == 0;
     }
     return 0;
-}
-
-/* Whether the first n bytes of text are the name; an underscore counts as a dash. */
-static int is_name(const char *name, const char *text, size_t n)
-{
-    size_t i = 0;
-    while (i < n && (text[i] == name[i] || (text[i] == '_' && name[i] == '-')))
-        i++;
-    return i == n && name[n] == '\0';
 }
 
 /* The option that an argument names, and the value it carries itself: --name=value or
@@ -3077,6 +3073,7 @@ typedef struct {
 /* The line editor: the message that is typed, and what the terminal shows of it. */
 typedef struct {
     array text, screen;     /* char: the message; what the terminal is to be sent */
+    output out;             /* to the screen */
     array history, draft;   /* char *: messages, oldest first; char: the new one meanwhile */
     size_t recalled;        /* which of the history is shown; history.n: the new one */
     size_t at;              /* the cursor, in bytes of the text */
@@ -3087,7 +3084,7 @@ typedef struct {
     size_t n_sequence, i, n;
     int raw;                /* the terminal neither shows nor edits what is typed */
     int in_paste, marks_pastes; /* between ESC [ 200 ~ and ESC [ 201 ~; it sent such marks */
-    int after_return, failed, ended; /* behind a CR; no memory; nothing comes after this message */
+    int after_return, ended; /* behind a CR; nothing comes after this message */
 } editor;
 
 /* What a user said, and where it and its reply begin in program.ids. */
@@ -3795,17 +3792,19 @@ static int read_head(FILE *file, const char *path, const char *magic, const char
                                what, kind_of(bytes, head->n)->what);
 }
 
-/* All of a session's file; nothing where there is none yet and may_be_new. */
-static int read_session(program *p, const char *path, int may_be_new, array *bytes)
+/* All of a file that begins with the magic of `what`; nothing where there is none yet and
+ * may_be_new. */
+static int read_kept(const char *path, const char *magic, const char *what, uint64_t most,
+                     int may_be_new, array *bytes)
 {
     FILE *file = open_path(path, "rb");
     if (!file && errno == ENOENT && may_be_new)
         return DONE; /* the first time */
     if (!file)
         return fail(FAILED, "cannot open %s: %s", path, strerror(errno));
-    int status = read_head(file, path, SESSION_MAGIC, "a saved session", bytes);
+    int status = read_head(file, path, magic, what, bytes);
     if (status == DONE)
-        status = read_file(file, path, longest_session(p), bytes);
+        status = read_file(file, path, most, bytes);
     fclose(file);
     return status;
 }
@@ -3821,7 +3820,8 @@ static int load_session(program *p, const char *path, int may_be_new)
         return fail(FAILED, "%s is not a file that can hold a session", path);
     int status = may_be_new ? save_file("the session", path, NULL, 0) : DONE;
     if (status == DONE)
-        status = read_session(p, path, may_be_new, &bytes);
+        status = read_kept(path, SESSION_MAGIC, "a saved session", longest_session(p), may_be_new,
+                           &bytes);
     int code = status || !bytes.n ? 0 : gemma2_session_restore(p->session, bytes.items, bytes.n);
     free(bytes.items);
     if (code < 0)
@@ -3997,42 +3997,44 @@ enum { LEFT = 0x110000, RIGHT, UP, DOWN, HOME, END, ERASE, WORD_LEFT, WORD_RIGHT
        PASTE, PASTED, NO_KEY };
 enum { SIGN = 2, NOTHING_DRAWN = -1 }; /* columns of "> " and ". " */
 
+/* Whether a code lies within one of the ranges, of which there are two ends each. */
+static int is_within(uint32_t code, const uint32_t *ends, size_t n)
+{
+    size_t i = 0;
+    while (i < n && code > ends[i])
+        i++;
+    return i < n && (i % 2 || code == ends[i]);
+}
+
 /* How many columns of a terminal a character takes: 0 where it joins the one before, 2 where it
  * is wide.  Unicode's classes, without the scripts in which rare marks stand alone. */
 static size_t columns(uint32_t code)
 {
-    static const uint32_t joined[][2] = {
-        {0x300, 0x36F}, {0x483, 0x489}, {0x591, 0x5C7}, {0x600, 0x605}, {0x610, 0x61C},
-        {0x64B, 0x65F}, {0x670, 0x670}, {0x6D6, 0x6E4}, {0x6E7, 0x6ED}, {0x93A, 0x93C},
-        {0x941, 0x948}, {0x94D, 0x94D}, {0x951, 0x957}, {0x962, 0x963}, {0x981, 0x981},
-        {0x9BC, 0x9BC}, {0x9C1, 0x9C4}, {0x9CD, 0x9CD}, {0xA3C, 0xA3C}, {0xA41, 0xA51},
-        {0xABC, 0xABC}, {0xAC1, 0xAC8}, {0xACD, 0xACD}, {0xBC0, 0xBC0}, {0xBCD, 0xBCD},
-        {0xC3C, 0xC40}, {0xC46, 0xC56}, {0xE31, 0xE31}, {0xE34, 0xE3A}, {0xE47, 0xE4E},
-        {0xEB1, 0xEB1}, {0xEB4, 0xEBC}, {0xEC8, 0xECD}, {0x1160, 0x11FF}, {0x1AB0, 0x1B03},
-        {0x1DC0, 0x1DFF}, {0x200B, 0x200F}, {0x202A, 0x202E}, {0x2060, 0x206F},
-        {0x20D0, 0x20F0}, {0x302A, 0x302D}, {0x3099, 0x309A}, {0xFE00, 0xFE0F},
-        {0xFE20, 0xFE2F}, {0xFEFF, 0xFEFF}, {0xE0001, 0xE01EF}};
-    static const uint32_t wide[][2] = {
-        {0x1100, 0x115F}, {0x231A, 0x231B}, {0x2329, 0x232A}, {0x23E9, 0x23EC}, {0x23F0, 0x23F3},
-        {0x25FD, 0x25FE}, {0x2614, 0x2615}, {0x2648, 0x2653}, {0x267F, 0x267F}, {0x2693, 0x2693},
-        {0x26A1, 0x26A1}, {0x26AA, 0x26AB}, {0x26BD, 0x26BE}, {0x26C4, 0x26C5}, {0x26CE, 0x26CE},
-        {0x26D4, 0x26D4}, {0x26EA, 0x26EA}, {0x26F2, 0x26F5}, {0x26FA, 0x26FD}, {0x2705, 0x2705},
-        {0x270A, 0x270B}, {0x2728, 0x2728}, {0x274C, 0x274E}, {0x2753, 0x2757}, {0x2795, 0x2797},
-        {0x27B0, 0x27B0}, {0x2B1B, 0x2B1C}, {0x2B50, 0x2B50}, {0x2B55, 0x2B55}, {0x2E80, 0x303E},
-        {0x3041, 0x3247}, {0x3250, 0x4DBF}, {0x4E00, 0xA4C6}, {0xA960, 0xA97C}, {0xAC00, 0xD7A3},
-        {0xF900, 0xFAD9}, {0xFE10, 0xFE19}, {0xFE30, 0xFE6B}, {0xFF01, 0xFF60}, {0xFFE0, 0xFFE6},
-        {0x16FE0, 0x1B2FB}, {0x1F18E, 0x1F19A}, {0x1F200, 0x1F320}, {0x1F32D, 0x1F393},
-        {0x1F3A0, 0x1F3CA}, {0x1F3CF, 0x1F3D3}, {0x1F3E0, 0x1F3F0}, {0x1F3F8, 0x1F53D},
-        {0x1F54B, 0x1F567}, {0x1F595, 0x1F596}, {0x1F5FB, 0x1F64F}, {0x1F680, 0x1F6C5},
-        {0x1F6D0, 0x1F6DF}, {0x1F6EB, 0x1F6EC}, {0x1F6F4, 0x1F6FC}, {0x1F7E0, 0x1F7F0},
-        {0x1F90C, 0x1F9FF}, {0x1FA70, 0x1FAF6}, {0x20000, 0x3FFFD}};
-    for (size_t i = 0; i < sizeof joined / sizeof *joined && code >= joined[i][0]; i++)
-        if (code <= joined[i][1])
-            return 0;
-    for (size_t i = 0; i < sizeof wide / sizeof *wide && code >= wide[i][0]; i++)
-        if (code <= wide[i][1])
-            return 2;
-    return 1;
+    static const uint32_t joined[] = {
+        0x300, 0x36F, 0x483, 0x489, 0x591, 0x5C7, 0x600, 0x605, 0x610, 0x61C, 0x64B, 0x65F, 0x670,
+        0x670, 0x6D6, 0x6E4, 0x6E7, 0x6ED, 0x93A, 0x93C, 0x941, 0x948, 0x94D, 0x94D, 0x951, 0x957,
+        0x962, 0x963, 0x981, 0x981, 0x9BC, 0x9BC, 0x9C1, 0x9C4, 0x9CD, 0x9CD, 0xA3C, 0xA3C, 0xA41,
+        0xA51, 0xABC, 0xABC, 0xAC1, 0xAC8, 0xACD, 0xACD, 0xBC0, 0xBC0, 0xBCD, 0xBCD, 0xC3C, 0xC40,
+        0xC46, 0xC56, 0xE31, 0xE31, 0xE34, 0xE3A, 0xE47, 0xE4E, 0xEB1, 0xEB1, 0xEB4, 0xEBC, 0xEC8,
+        0xECD, 0x1160, 0x11FF, 0x1AB0, 0x1B03, 0x1DC0, 0x1DFF, 0x200B, 0x200F, 0x202A, 0x202E,
+        0x2060, 0x206F, 0x20D0, 0x20F0, 0x302A, 0x302D, 0x3099, 0x309A, 0xFE00, 0xFE0F, 0xFE20,
+        0xFE2F, 0xFEFF, 0xFEFF, 0xE0001, 0xE01EF};
+    static const uint32_t wide[] = {
+        0x1100, 0x115F, 0x231A, 0x231B, 0x2329, 0x232A, 0x23E9, 0x23EC, 0x23F0, 0x23F3, 0x25FD,
+        0x25FE, 0x2614, 0x2615, 0x2648, 0x2653, 0x267F, 0x267F, 0x2693, 0x2693, 0x26A1, 0x26A1,
+        0x26AA, 0x26AB, 0x26BD, 0x26BE, 0x26C4, 0x26C5, 0x26CE, 0x26CE, 0x26D4, 0x26D4, 0x26EA,
+        0x26EA, 0x26F2, 0x26F5, 0x26FA, 0x26FD, 0x2705, 0x2705, 0x270A, 0x270B, 0x2728, 0x2728,
+        0x274C, 0x274E, 0x2753, 0x2757, 0x2795, 0x2797, 0x27B0, 0x27B0, 0x2B1B, 0x2B1C, 0x2B50,
+        0x2B50, 0x2B55, 0x2B55, 0x2E80, 0x303E, 0x3041, 0x3247, 0x3250, 0x4DBF, 0x4E00, 0xA4C6,
+        0xA960, 0xA97C, 0xAC00, 0xD7A3, 0xF900, 0xFAD9, 0xFE10, 0xFE19, 0xFE30, 0xFE6B, 0xFF01,
+        0xFF60, 0xFFE0, 0xFFE6, 0x16FE0, 0x1B2FB, 0x1F18E, 0x1F19A, 0x1F200, 0x1F320, 0x1F32D,
+        0x1F393, 0x1F3A0, 0x1F3CA, 0x1F3CF, 0x1F3D3, 0x1F3E0, 0x1F3F0, 0x1F3F8, 0x1F53D, 0x1F54B,
+        0x1F567, 0x1F595, 0x1F596, 0x1F5FB, 0x1F64F, 0x1F680, 0x1F6C5, 0x1F6D0, 0x1F6DF, 0x1F6EB,
+        0x1F6EC, 0x1F6F4, 0x1F6FC, 0x1F7E0, 0x1F7F0, 0x1F90C, 0x1F9FF, 0x1FA70, 0x1FAF6, 0x20000,
+        0x3FFFD};
+    if (is_within(code, joined, sizeof joined / sizeof *joined))
+        return 0;
+    return is_within(code, wide, sizeof wide / sizeof *wide) ? 2 : 1;
 }
 
 /* A place of the text on rows of the terminal. */
@@ -4100,17 +4102,6 @@ static size_t step_after(const editor *e)
     return e->at < e->text.n ? step_behind(e, place_of(e, e->at)).byte : e->at;
 }
 
-PRINTF_LIKE(2, 3) static void send(editor *e, const char *format, ...)
-{
-    char bytes[64];
-    va_list arguments;
-    va_start(arguments, format);
-    int n = vsnprintf(bytes, sizeof bytes, format, arguments);
-    va_end(arguments);
-    if (!e->failed) /* read_message ends by it */
-        e->failed = append(&e->screen, bytes, (size_t)n);
-}
-
 /* Sends the text from a place on, as far as it lies on the rows from `top` to `bottom`, and
  * returns where the cursor then is.  A full row is left by a blank that the terminal wraps, once
  * nothing more joins its last character. */
@@ -4127,25 +4118,25 @@ static spot send_text(editor *e, spot at, size_t top, size_t bottom)
             break;
         sent = width ? row >= top : sent;
         if (full && width)
-            send(e, " \r");
+            put_format(&e->out, " \r");
         full &= width == 0;
         if (code == '\n' && next.row > bottom)
             break;
         if (code == '\n' && next.row >= top)
-            send(e, sent ? "\r\n. " : ". ");
+            put_format(&e->out, sent ? "\r\n. " : ". ");
         else if (code != '\n' && sent && (is_control(code) || code == REPLACEMENT))
-            send(e, code == '\t' ? " " : "?");
+            put_format(&e->out, code == '\t' ? " " : "?");
         else if (code != '\n' && sent)
-            send(e, "%.*s", (int)n, text + at.byte);
+            put_format(&e->out, "%.*s", (int)n, text + at.byte);
         full |= code != '\n' && width && sent && next.row > row;
         at = next;
     }
     if (full && at.row <= bottom)
-        send(e, " \r");
+        put_format(&e->out, " \r");
     return at.row > bottom ? (spot){at.byte, bottom, e->width} : at;
 }
 
-/* Shows what changed, on at most so many rows: text that was typed at the end is added, else all
+/* Shows what changed, on at most so many rows, SIZE_MAX: all of the text.  Text that was typed at the end is added, else all
  * is drawn anew around the cursor. */
 static void draw(editor *e, size_t rows)
 {
@@ -4156,21 +4147,21 @@ static void draw(editor *e, size_t rows)
         send_text(e, end, 0, SIZE_MAX);
         e->top = cursor.row - e->top < rows ? e->top : cursor.row - rows + 1;
     } else {
-        send(e, "\r");
+        put_format(&e->out, "\r");
         if (e->row > e->top)
-            send(e, "\033[%zuA", e->row - e->top);
-        send(e, "\033[J");
-        e->top = cursor.row < e->top ? cursor.row : e->top;
+            put_format(&e->out, "\033[%zuA", e->row - e->top);
+        put_format(&e->out, "\033[J");
+        e->top = rows == SIZE_MAX ? 0 : cursor.row < e->top ? cursor.row : e->top;
         e->top = cursor.row - e->top < rows ? e->top : cursor.row - rows + 1;
         if (e->top == 0)
-            send(e, "> ");
+            put_format(&e->out, "> ");
         end = send_text(e, (spot){0, 0, SIGN}, e->top, e->top + rows - 1);
         if (end.row != cursor.row || end.column != cursor.column)
-            send(e, "\r");
+            put_format(&e->out, "\r");
         if (end.row > cursor.row)
-            send(e, "\033[%zuA", end.row - cursor.row);
+            put_format(&e->out, "\033[%zuA", end.row - cursor.row);
         if (cursor.column && (end.row != cursor.row || end.column != cursor.column))
-            send(e, "\033[%zuC", cursor.column);
+            put_format(&e->out, "\033[%zuC", cursor.column);
     }
     e->row = cursor.row;
     e->drawn = e->at == e->text.n ? e->at : SIZE_MAX;
@@ -4180,18 +4171,10 @@ static void draw(editor *e, size_t rows)
 static void leave_text(editor *e)
 {
     e->at = e->text.n;
-    spot end = place_of(e, e->at);
-    if (e->top > 0 || e->drawn > e->text.n) {
-        e->drawn = SIZE_MAX;
-        send(e, "\r");
-        if (e->row > e->top)
-            send(e, "\033[%zuA", e->row - e->top);
-        send(e, "\033[J> ");
-        send_text(e, (spot){0, 0, SIGN}, 0, SIZE_MAX);
-    } else
-        draw(e, SIZE_MAX);
-    if (end.column)
-        send(e, "\r\n");
+    e->drawn = e->top ? SIZE_MAX : e->drawn;
+    draw(e, SIZE_MAX);
+    if (place_of(e, e->at).column)
+        put_format(&e->out, "\r\n");
 }
 
 /* Puts n bytes in the place of those from `from` to `to`, and the cursor behind them. */
@@ -4220,21 +4203,16 @@ static int insert(editor *e, const char *bytes, size_t n)
 /* Keeps a message for the arrow keys, unless it is the last one kept. */
 static int remember(editor *e, const char *text, size_t n)
 {
-    char **kept = e->history.items, *copy = n ? malloc(n + 1) : NULL;
-    if (n && copy) {
-        memcpy(copy, text, n);
-        copy[n] = '\0';
-    }
-    if (!n || (e->history.n && copy && strcmp(kept[e->history.n - 1], copy) == 0)) {
-        free(copy);
-        return DONE;
-    }
-    char **end = copy ? extend(&e->history, 1, sizeof *end) : NULL;
+    char *copy = n ? malloc(n + 1) : NULL, **end = copy ? extend(&e->history, 1, sizeof *end) : NULL;
     if (!end) {
         free(copy);
-        return out_of_memory();
+        return n ? out_of_memory() : DONE;
     }
+    memcpy(copy, text, n);
+    copy[n] = '\0';
     *end = copy;
+    if (e->history.n > 1 && strcmp(end[-1], copy) == 0)
+        free(((char **)e->history.items)[--e->history.n]);
     return DONE;
 }
 
@@ -4384,7 +4362,7 @@ static void take_key(editor *e, uint32_t key, int *status)
     case NEW_LINE: *status = insert(e, "\n", 1); return;
     case PASTE: e->in_paste = e->marks_pastes = 1; return;
     case PASTED: e->in_paste = 0; return;
-    case 'L' & CTRL: send(e, "\033[H\033[2J"); e->drawn = SIZE_MAX; e->row = e->top = 0; return;
+    case 'L' & CTRL: put_format(&e->out, "\033[H\033[2J"); e->drawn = SIZE_MAX; e->row = e->top = 0; return;
     case 'D' & CTRL: case ERASE:
         e->ended = key != ERASE && from == e->text.n && line_end(e, 0) == from;
         from -= e->ended && from > 0; /* the newline before an empty last line */
@@ -4398,7 +4376,7 @@ static void take_key(editor *e, uint32_t key, int *status)
     default: break;
     }
     if (from == to && !e->ended)
-        send(e, "\a");
+        put_format(&e->out, "\a");
     else if (from < to)
         *status = replace(e, from, to, NULL, 0);
 }
@@ -4429,7 +4407,8 @@ static int take_typed(editor *e, int *status)
 static void begin_text(editor *e)
 {
     e->text.n = e->at = e->row = e->top = e->drawn = e->n_sequence = 0;
-    send(e, "> ");
+    e->out.memory = &e->screen;
+    put_format(&e->out, "> ");
     e->in_paste = 0;
     e->recalled = e->history.n;
 }
@@ -4531,7 +4510,7 @@ static int read_message(program *p, int *at_end)
     stop_asked = 0;
     if (e->raw)
         fit_terminal(e);
-    while ((status = status ? status : e->failed) == DONE && !complete && !e->ended) {
+    while (status == DONE && !complete && !e->ended) {
         complete = e->raw ? take_typed(e, &status) : take_lines(e, &status, &cut);
         if (complete || status != DONE || e->ended)
             break;
@@ -4546,7 +4525,8 @@ static int read_message(program *p, int *at_end)
         leave_text(e);
         flush_screen(e);
     }
-    status = status ? status : e->failed;
+    if (status == DONE && e->out.error)
+        status = out_of_memory();
     *at_end = status == DONE && e->ended && e->text.n == 0;
     if (cut) {
         e->text.n = 0;
@@ -4652,7 +4632,7 @@ static int drop_oldest(program *p, int *status)
 {
     const exchange *turns = p->turns.items;
     size_t context = (size_t)gemma2_context(p->session), before = p->turns.n, first, to;
-    if (p->opts->full_stops || before < 2)
+    if (!p->opts->full_drops || before < 2)
         return 0;
     first = to = p->first_stays && before > 2 && turns[1].start <= context / 2;
     while (to + 1 < before && (to == first || turns[first].start + p->ids.n - turns[to].start >
@@ -4842,46 +4822,39 @@ static int fold(array *to, const char *text, size_t n, int back)
     return status;
 }
 
-/* Reads the history's file and writes its last messages anew, readable by its owner only. */
+/* Reads the history's file and keeps its last messages there, readable by its owner only. */
 static int open_history(program *p)
 {
     enum { MOST_MESSAGES = 1000, MOST_BYTES = 1 << 24 };
     const char *path = p->opts->history;
-    array bytes = {0}, line = {0}, kept = {0};
-    int status = DONE;
-    FILE *file = path && !is_special(path) ? open_path(path, "rb") : NULL;
-    if (path && is_special(path))
+    array bytes = {0}, line = {0};
+    if (!path)
+        return DONE;
+    if (is_special(path))
         return fail(FAILED, "%s is not a file that can hold a history", path);
-    if (path && !file && errno != ENOENT)
-        return fail(FAILED, "cannot open %s: %s", path, strerror(errno));
-    if (file) {
-        status = read_head(file, path, HISTORY_MAGIC, "a history of messages", &bytes);
-        if (status == DONE)
-            status = read_file(file, path, MOST_BYTES, &bytes);
-        fclose(file);
+    int status = read_kept(path, HISTORY_MAGIC, "a history of messages", MOST_BYTES, 1, &bytes);
+    if (status == DONE && !bytes.n)
+        status = append(&bytes, HISTORY_MAGIC, MAGIC_BYTES);
+    if (status == DONE && ((char *)bytes.items)[bytes.n - 1] != '\n') /* torn */
+        status = append(&bytes, "\n", 1);
+    char *text = bytes.items;
+    size_t at = bytes.n, lines = 0;
+    while (status == DONE && at > MAGIC_BYTES && (lines += text[at - 1] == '\n') <= MOST_MESSAGES)
+        at--;
+    if (status == DONE) {
+        memmove(text + MAGIC_BYTES, text + at, bytes.n - at);
+        bytes.n -= at - MAGIC_BYTES;
+        status = save_file("the history", path, text, bytes.n);
     }
-    const char *text = bytes.items;
-    size_t at = MAGIC_BYTES, n = bytes.n, lines = 0;
-    for (size_t i = at; i < n; i++)
-        lines += text[i] == '\n';
-    for (size_t end; at < n && status == DONE; at = end + 1) {
-        for (end = at; end < n && text[end] != '\n';)
-            end++;
-        line.n = 0;
-        if (lines-- <= MOST_MESSAGES && (status = fold(&line, text + at, end - at, 1)) == DONE)
-            status = remember(&p->editor, line.items, line.n);
-    }
-    if (path && status == DONE)
-        status = append(&kept, HISTORY_MAGIC, MAGIC_BYTES);
-    for (size_t i = 0; path && i < p->editor.history.n && status == DONE; i++) {
-        const char *message = ((char **)p->editor.history.items)[i];
-        status = fold(&kept, message, strlen(message), 0);
-        if (status == DONE)
-            status = append(&kept, "\n", 1);
-    }
-    if (path && status == DONE)
-        status = save_file("the history", path, kept.items, kept.n);
-    free(bytes.items), free(line.items), free(kept.items);
+    for (size_t end = at = MAGIC_BYTES; end < bytes.n && status == DONE; end++)
+        if (text[end] == '\n') {
+            line.n = 0;
+            status = fold(&line, text + at, end - at, 1);
+            if (status == DONE)
+                status = remember(&p->editor, line.items, line.n);
+            at = end + 1;
+        }
+    free(bytes.items), free(line.items);
     return status;
 }
 
@@ -7306,7 +7279,7 @@ static int run(program *p)
 
 static void init_options(options *opts)
 {
-    *opts = (options){.max_tokens = -1, .trace_layer = -1, .lookup = 1};
+    *opts = (options){.max_tokens = -1, .trace_layer = -1, .lookup = 1, .full_drops = 1};
     gemma2_sampler_init(&opts->sampler, 0);
     gemma2_open_params_init(&opts->open);
     gemma2_session_params_init(&opts->session);

@@ -76,7 +76,7 @@ void edit_bytes(const uint8_t *data, size_t size)
             e.i = 0, e.n = 1;
             complete = data[i] == 0xFD || take_typed(&e, &status);
         }
-        keeps(status == DONE && !e.failed, "there is memory");
+        keeps(status == DONE && !e.out.error, "there is memory");
         keeps(e.at <= e.text.n && e.text.n <= (e.history.n + 1) * (size + 1), "the text is bounded");
         keeps(e.n_sequence < sizeof e.sequence && e.recalled <= e.history.n, "buffers are");
         if (complete || e.ended) {

@@ -539,6 +539,25 @@ static void test_history(void)
     type("\033[A\033[A"), shows("from the file", "> two\n. lines", 1, 7);
     type("\005\025\025\177\025\004"), ends("after the history", 0);
     check(strcmp(last_message(), "one") == 0, "the history ends in %s", last_message());
+    FILE *out = fopen(history, "wb"); /* more messages than are kept, the last torn */
+    fprintf(out, "#gemma2\n");
+    for (int i = 0; i < 1100; i++)
+        fprintf(out, "m%d\n", i);
+    fprintf(out, "to\\");
+    fclose(out);
+    if (!talk(20, 9, "--history", history, NULL, NULL))
+        return;
+    type("\033[A"), shows("a torn message", "> to\\", 0, 5);
+    type("\033[A"), shows("the one before", "> m1099", 0, 7);
+    type("\025\004"), ends("a long history", 0);
+    int lines = 0;
+    char line[80] = "", second[80] = "";
+    FILE *in = fopen(history, "rb");
+    for (; in && fgets(line, sizeof line, in); lines++)
+        strcpy(second, lines == 1 ? line : second);
+    check(lines == 1001 && strcmp(second, "m101\n") == 0, "%d lines, the second %s", lines, second);
+    if (in)
+        fclose(in);
     const char *const elsewhere[] = {"--history", MODEL, NULL};
     if (check(start(99, 9, elsewhere), "no start"))
         has("elsewhere", "is not a history of messages: it seems to be a model"), ends("elsewhere", 1);

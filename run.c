@@ -2061,15 +2061,15 @@ static bound minus(bound b)
 
 static void put_number(schema *s, const view *v)
 {
-    const bound zero = {.is_set = 1}, far = {1e15, MOST_DIGITS, 0, 0, 1};
+    const bound zero = {.is_set = 1}, end = {1e15, MOST_DIGITS, 0, 0, 1};
     bound low = bound_of(s, v, "minimum", "exclusiveMinimum", 1);
     bound high = bound_of(s, v, "maximum", "exclusiveMaximum", -1);
     if ((!low.is_set || low.x <= -1e15) && (!high.is_set || high.x >= 1e15)) {
         put_rule(s, "number ");
         return;
     }
-    low = low.is_set && low.x > -1e15 ? low : minus(far);
-    high = high.is_set && high.x < 1e15 ? high : far;
+    low = low.is_set && low.x > -1e15 ? low : minus(end);
+    high = high.is_set && high.x < 1e15 ? high : end;
     if (low.x > high.x && v->n == 1)
         refuse_node(s, schema_at(s, v, 0), "no number lies between its bounds");
     put_rule(s, "(never ");
@@ -2715,12 +2715,12 @@ static const json_node *referred(schema *s, const json_node *ref)
 
 /* ---- which ways have no value in common, for oneOf ---- */
 
-enum { STRING = 1, INTEGER = 2, NUMBER = 6, BOOLEAN = 8, NO_VALUE = 16, ARRAY = 32, OBJECT = 64,
+enum { STRING = 1, INTEGER = 2, NUMBER = 6, TRUTH = 8, NO_VALUE = 16, ARRAY = 32, OBJECT = 64,
        ALL_TYPES = 127 };
 static const struct {
     const char *name;
     unsigned bits;
-} TYPE[] = {{"string", STRING}, {"integer", INTEGER}, {"number", NUMBER}, {"boolean", BOOLEAN},
+} TYPE[] = {{"string", STRING}, {"integer", INTEGER}, {"number", NUMBER}, {"boolean", TRUTH},
             {"null", NO_VALUE}, {"array", ARRAY}, {"object", OBJECT}};
 
 /* Bits of the types that a schema names, all where it names none. */
@@ -2744,7 +2744,7 @@ static unsigned named_types(schema *s, const json_node *node)
 
 static unsigned type_of_value(const schema *s, const json_node *value)
 {
-    static const unsigned bits[] = {NO_VALUE, BOOLEAN, BOOLEAN, NUMBER & ~INTEGER, STRING, ARRAY,
+    static const unsigned bits[] = {NO_VALUE, TRUTH, TRUTH, NUMBER & ~INTEGER, STRING, ARRAY,
                                     OBJECT};
     double x = value->kind == JSON_NUMBER ? strtod(s->j.text + value->start, NULL) : 0.5;
     return x == floor(x) ? INTEGER : bits[value->kind];

@@ -4511,11 +4511,13 @@ struct node {
 
 struct tree {
     struct node *nodes;
+    uint32_t *first; /* [n + 1] plain tokens before each node; NULL in the tree of the others */
     uint32_t n;
 };
 
 struct vocabulary {
     struct tree all, rest; /* all tokens of text, and those that are not plain */
+    uint32_t *order;       /* plain tokens in the order of the tree */
     uint32_t *plain;       /* [PLAIN_CHARS] masks: tokens of 1, up to 2, ... plain characters */
     uint32_t *text;        /* mask of the tokens that are whole characters */
     uint32_t n_words;
@@ -4537,7 +4539,8 @@ static int compare_tokens(const void *left, const void *right)
 }
 
 /* 1 + the number of characters if they are plain, 1 for other whole characters, 0 for a part of a
- * character.  Plain are up to PLAIN_CHARS characters that JSON writes as they are. */
+ * character.  Plain are up to PLAIN_CHARS characters that JSON writes as they are, but for the
+ * ends of lines U+2028 and U+2029. */
 static uint32_t text_kind(struct text s)
 {
     uint32_t chars = 0, length, plain = 1;
@@ -4545,7 +4548,8 @@ static uint32_t text_kind(struct text s)
         length = utf8_length(s.p + i, s.n - i);
         if (!length)
             return 0;
-        if (s.p[i] < 0x20 || s.p[i] == '"' || s.p[i] == '\\' || s.p[i] == 0x7f)
+        if (s.p[i] < 0x20 || s.p[i] == '"' || s.p[i] == '\\' || s.p[i] == 0x7f ||
+            (length == 3 && !memcmp(s.p + i, "\xe2\x80", 2) && (s.p[i + 2] & 0xfe) == 0xa8))
             plain = 0;
     }
     return plain && chars <= PLAIN_CHARS ? 1 + chars : 1;
@@ -4555,12 +4559,13 @@ static uint32_t text_kind(struct text s)
  * brothers.  0: no memory. */
 static int build_tree(struct tree *tree, const struct token_text *t, uint32_t n, int all)
 {
-    uint32_t stack[MAX_TOKEN_BYTES + 1], depth = 0, same;
+    uint32_t stack[MAX_TOKEN_BYTES + 1], depth = 0, n_plain = 0, same;
     const struct text *last = NULL;
     size_t bytes = 1;
     for (uint32_t i = 0; i < n; i++)
         bytes += all || text_kind(t[i].bytes) <= 1 ? t[i].bytes.n : 0;
-    if (bytes >= NO_TOKEN || !(tree->nodes = malloc(bytes * sizeof *tree->nodes)))
+    if (bytes >= NO_TOKEN || !(tree->nodes = malloc(bytes * sizeof *tree->nodes)) ||
+        (all && !(tree->first = malloc(bytes * sizeof *tree->first))))
         return 0;
     for (uint32_t i = 0; i <= n; i++) {
         const struct text *s = &t[i].bytes;
@@ -4574,20 +4579,25 @@ static int build_tree(struct tree *tree, const struct token_text *t, uint32_t n,
         if (i == n)
             break;
         while (depth < s->n) {
+            if (all)
+                tree->first[tree->n] = n_plain;
             stack[++depth] = tree->n;
             tree->nodes[tree->n++] = (struct node){s->p[depth - 1],
                                                    (uint32_t)NO_TOKEN << 8 | depth};
         }
         tree->nodes[tree->n - 1].token = t[i].id << 8 | depth;
+        n_plain += text_kind(*s) > 1;
         last = s;
     }
+    if (all)
+        tree->first[tree->n] = n_plain;
     return 1;
 }
 
 static void free_vocabulary(struct vocabulary *v)
 {
     if (v)
-        free(v->all.nodes), free(v->rest.nodes), free(v->plain);
+        free(v->all.nodes), free(v->all.first), free(v->rest.nodes), free(v->order), free(v->plain);
     free(v);
 }
 
@@ -4611,7 +4621,7 @@ static struct vocabulary *make_vocabulary(const gemma2_model *m)
     uint32_t n = 0, words = (t->n + 31) / 32;
     struct token_text *texts = malloc((t->n + (size_t)1) * sizeof *texts);
     uint8_t *bytes = malloc(blob + 1);
-    if (v && texts && bytes && (v->plain = calloc((PLAIN_CHARS + 1) * (size_t)words,
+    if (v && texts && (v->order = malloc(t->n * sizeof *v->order)) && bytes && (v->plain = calloc((PLAIN_CHARS + 1) * (size_t)words,
                                                  sizeof *v->plain))) {
         v->n_words = words, v->text = v->plain + PLAIN_CHARS * (size_t)words;
         for (uint32_t id = 0; id < t->n; id++) {
@@ -4628,6 +4638,9 @@ static struct vocabulary *make_vocabulary(const gemma2_model *m)
                 v->plain[k * (size_t)words + id / 32] |= bit;
         }
         qsort(texts, n, sizeof *texts, compare_tokens);
+        for (uint32_t i = 0, at = 0; i < n; i++)
+            if (text_kind(texts[i].bytes) > 1)
+                v->order[at++] = texts[i].id;
     }
     if (!v || !v->plain || !build_tree(&v->all, texts, n, 1) || !build_tree(&v->rest, texts, n, 0))
         free_vocabulary(v), v = NULL;
@@ -4662,6 +4675,8 @@ struct set {
     uint32_t sought; /* that is all a search found */
     uint32_t mark;   /* of the search that saw it last */
     uint32_t refers; /* an OP_TOKEN may follow */
+    uint32_t plain;  /* 2 + tokens that end the reply behind any plain text, at most; 1 where not
+                      * every plain text may follow; 0: not known yet */
 };
 
 struct gemma2_matcher {
@@ -4870,6 +4885,7 @@ struct walk {
 };
 
 static uint32_t tokens_of(gemma2_matcher *m, uint32_t set, uint32_t limit);
+static uint32_t plain_chars(gemma2_matcher *m, uint32_t set, struct walk *w);
 
 /* The token leads to the set: allows it, or notes the set. */
 static void take_token(gemma2_matcher *m, struct walk *w, uint32_t token, uint32_t set)
@@ -4889,19 +4905,39 @@ static void take_token(gemma2_matcher *m, struct walk *w, uint32_t token, uint32
     }
 }
 
-/* All tokens of the tree that may follow the set. */
+/* Whether any plain text may follow the set, with enough tokens left behind it. */
+static int takes_plain(gemma2_matcher *m, uint32_t set, struct walk *w)
+{
+    struct set *s = &m->sets[set];
+    struct walk any = {.limit = MAX_COST, .below = NOWHERE};
+    if (!s->plain)
+        s->plain = plain_chars(m, set, &any) == PLAIN_CHARS && any.below == NOWHERE
+                 ? 2 + any.worst : 1;
+    if (s->plain == 1 || s->plain - 2 > w->limit)
+        return 0;
+    w->worst = s->plain - 2 > w->worst ? s->plain - 2 : w->worst;
+    return 1;
+}
+
+/* All tokens of the tree that may follow the set.  Of a subtree behind which any plain text may
+ * stand only the plain ones: the others are a tree of their own. */
 static void walk_tree(gemma2_matcher *m, const struct tree *tree, uint32_t set, struct walk *w)
 {
-    const uint32_t *rows[MAX_TOKEN_BYTES + 1];
+    const uint32_t *rows[MAX_TOKEN_BYTES + 1], *order = m->vocabulary->order;
     rows[0] = sets_after(m, set);
     for (uint32_t i = 0; rows[0] && i < tree->n && w->nodes <= w->most_nodes; w->nodes++) {
         struct node node = tree->nodes[i];
-        uint32_t depth = node.token & 255, next = rows[depth - 1][node.skip & 255];
+        uint32_t depth = node.token & 255, end = i + (node.skip >> 8);
+        uint32_t next = rows[depth - 1][node.skip & 255];
         if (next && node.token >> 8 != NO_TOKEN)
             take_token(m, w, node.token >> 8, next);
-        if (next && node.skip >> 8 > 1)
+        if (next && w->mask && tree->first && end - i > 8 && takes_plain(m, next, w)) {
+            for (uint32_t k = tree->first[i]; k < tree->first[end]; k++)
+                w->mask[order[k] / 32] |= 1u << order[k] % 32;
+            next = 0;
+        } else if (next && end - i > 1)
             next = (rows[depth] = sets_after(m, next)) != NULL;
-        i += next ? 1 : node.skip >> 8;
+        i = next ? i + 1 : end;
     }
 }
 
@@ -5003,9 +5039,12 @@ static uint32_t advance(gemma2_matcher *m, uint32_t list[MAX_FRONT], uint32_t n,
  * What is needed behind them goes into w. */
 static uint32_t plain_chars(gemma2_matcher *m, uint32_t set, struct walk *w)
 {
-    static const uint8_t bytes[11][8] = { /* low and high of each byte of a character */
+    enum { WAYS = 15 };
+    static const uint8_t bytes[WAYS][8] = { /* low and high of each byte of a character */
         {0x20, 0x21}, {0x23, 0x5b}, {0x5d, 0x7e}, {0xc2, 0xdf, 0x80, 0xbf},
-        {0xe0, 0xe0, 0xa0, 0xbf, 0x80, 0xbf}, {0xe1, 0xec, 0x80, 0xbf, 0x80, 0xbf},
+        {0xe0, 0xe0, 0xa0, 0xbf, 0x80, 0xbf}, {0xe1, 0xe1, 0x80, 0xbf, 0x80, 0xbf},
+        {0xe2, 0xe2, 0x80, 0x80, 0x80, 0xa7}, {0xe2, 0xe2, 0x80, 0x80, 0xaa, 0xbf},
+        {0xe2, 0xe2, 0x81, 0xbf, 0x80, 0xbf}, {0xe3, 0xec, 0x80, 0xbf, 0x80, 0xbf},
         {0xed, 0xed, 0x80, 0x9f, 0x80, 0xbf}, {0xee, 0xef, 0x80, 0xbf, 0x80, 0xbf},
         {0xf0, 0xf0, 0x90, 0xbf, 0x80, 0xbf, 0x80, 0xbf},
         {0xf1, 0xf3, 0x80, 0xbf, 0x80, 0xbf, 0x80, 0xbf},
@@ -5014,10 +5053,10 @@ static uint32_t plain_chars(gemma2_matcher *m, uint32_t set, struct walk *w)
     for (; n && chars < PLAIN_CHARS; chars++, n = n_next) {
         uint32_t mark = ++m->mark, dead = 0;
         n_next = 0;
-        for (uint32_t i = 0; i < n * 11; i++) {
-            uint32_t front[MAX_FRONT] = {level[i / 11]}, n_front = 1;
-            const uint8_t *b = bytes[i % 11];
-            const uint32_t *row = sets_after(m, level[i / 11]);
+        for (uint32_t i = 0; i < n * WAYS; i++) {
+            uint32_t front[MAX_FRONT] = {level[i / WAYS]}, n_front = 1;
+            const uint8_t *b = bytes[i % WAYS];
+            const uint32_t *row = sets_after(m, level[i / WAYS]);
             int byte = b[0];
             while (row && byte <= b[1] && !row[byte])
                 byte++;
@@ -5039,7 +5078,7 @@ static uint32_t plain_chars(gemma2_matcher *m, uint32_t set, struct walk *w)
             }
         }
         if (dead)
-            return dead == 11 * n ? chars : 0;
+            return dead == WAYS * n ? chars : 0;
         for (uint32_t i = 0; i < n_next; i++) {
             uint32_t need = tokens_of(m, next[i], w->limit);
             if (need > w->limit)
@@ -5113,6 +5152,7 @@ static void fill_mask(gemma2_matcher *m, uint32_t set, uint32_t left, uint32_t *
     else if (left) {
         w.worst = 0, w.below = NOWHERE;
         walk_tree(m, &v->all, set, &w);
+        walk_tree(m, &v->rest, set, &w);
     }
     if (left && m->sets[set].refers)
         add_tokens(m, set, &w);

@@ -1696,6 +1696,9 @@ static const char SCHEMA_RULES[] =
     "char ::= [^\"\\\\\\x00-\\x1F] | esc\n"
     "esc ::= \"\\\\\" ([\"\\\\bfnrt] | \"u00\" [01] [0-9a-f])\n"
     "string ::= \"\\\"\" char* \"\\\"\"\n"
+    "chars ::= char*\n"
+    "wide ::= [\\x80-\\U0010FFFF] chars\n"
+    "escaped ::= esc chars\n"
     "integer ::= \"0\" | \"-\"? [1-9] [0-9]{0,14}\n"
     "number ::= \"-\"? natural fraction? ([eE] [-+]? [0-9]{1,2})?\n"
     "natural ::= \"0\" | [1-9] [0-9]{0,14}\n"
@@ -2559,7 +2562,7 @@ static void put_other_names(schema *s, size_t id, char *const *names, size_t n)
             if ((names[i][at] & 0xc0) == 0x80)
                 continue;
             array seen = {0};
-            int ends = at == size;
+            int ends = at == size, wide = 0;
             put_rule(s, "s%zu-x%zu-%zu ::= never ", id, i, at);
             for (size_t k = i, next; k < n && !strncmp(names[k], names[i], at); k = next) {
                 size_t length = 1;
@@ -2575,14 +2578,18 @@ static void put_other_names(schema *s, size_t id, char *const *names, size_t n)
                 put_rule(s, "| ");
                 s->failed |= !add_literal(s->gbnf, names[k] + at, length);
                 put_rule(s, "s%zu-x%zu-%zu ", id, k, at + length);
+                wide |= length > 1;
                 if (strchr("]-^[", names[k][at]))
                     s->failed |= !add_format(&seen, "\\x%02x", names[k][at]);
                 else
                     s->failed |= !add_text(&seen, names[k] + at, length);
             }
-            put_rule(s, "| ([^\"\\\\\\x00-\\x1F");
-            s->failed |= s->failed || !add_text(s->gbnf, seen.items, seen.n);
-            put_rule(s, "] | esc) char*%s\n", ends ? "" : " | \"\"");
+            for (int part = 0; part < 1 + wide; part++) {
+                put_rule(s, "| [^%s", part ? "\\x00-\\x7F" : "\"\\\\\\x00-\\x1F\\x80-\\U0010FFFF");
+                s->failed |= s->failed || !add_text(s->gbnf, seen.items, seen.n);
+                put_rule(s, "] chars ");
+            }
+            put_rule(s, "%s| escaped%s\n", wide ? "" : "| wide ", ends ? "" : " | \"\"");
             free(seen.items);
         }
     }

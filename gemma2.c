@@ -4597,7 +4597,8 @@ static int build_tree(struct tree *tree, const struct token_text *t, uint32_t n,
 static void free_vocabulary(struct vocabulary *v)
 {
     if (v)
-        free(v->all.nodes), free(v->all.first), free(v->rest.nodes), free(v->order), free(v->plain);
+        free(v->all.nodes), free(v->all.first), free(v->rest.nodes), free(v->order),
+        free(v->plain);
     free(v);
 }
 

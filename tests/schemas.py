@@ -254,7 +254,7 @@ def schemas(cases, options):
             print("WRONG", what, name, text[-400:])
         for why, n in refused.most_common(60):
             print(f"{n:6} {why}")
-        for t, name in sorted(slow)[-2000:]:
+        for t, name in sorted(slow)[-20:]:
             print(f"SLOW {t:.0f} us {name}")
     return len(wrong)
 

@@ -10,12 +10,13 @@
  *   --decode N[,N]     tokens already there, or none        (default 0,4096,8000)
  *   --sessions N[,N]   sessions that decode in one pass      (default none)
  *   --ahead            what guesses cost and gain: a row for each acceptance
+ *   --states           saving, restoring and copying sessions of --decode's tokens
  *   --masks GRAMMAR    only the masks of 20 replies of up to 200 random tokens; MODEL may be
  *                      tokenizer.bin
  *   --plan             only the size of the file and the memory of sessions
  *   --quick            --prefill 512 --decode 0,4096
  *   --batch N          rows of one pass                     (default: the session's)
- *   --kv auto|f32|f16  numbers of the cache
+ *   --kv auto|f32|f16|q8  numbers of the cache
  *   --runs N           1..64, default 5; long prompts get a third
  *   --read             read the file into memory, huge pages where the system has them
  *   --no-limits        do not measure what the machine could do
@@ -52,7 +53,7 @@ struct list {
 
 struct options {
     const char *model, *shape, *type, *head, *json, *kv, *masks;
-    int batch, runs, ahead, quick, read, no_limits, plan;
+    int batch, runs, ahead, states, quick, read, no_limits, plan;
     struct list threads, prefill, decode, sessions;
 };
 
@@ -594,6 +595,14 @@ static size_t weight_bytes(const gemma2_model *m)
 
 static const char *const cache_names[] = {"auto", "f32", "f16", "q8"};
 
+static int cache_type(const char *name)
+{
+    int i = GEMMA2_CACHE_Q8;
+    while (i >= 0 && strcmp(name, cache_names[i]))
+        i--;
+    return i;
+}
+
 static size_t cache_bytes_read(const gemma2_session *s, int depth)
 {
     const gemma2_config *c = &s->model->config;
@@ -801,6 +810,50 @@ static void run_ahead(const gemma2_model *m, gemma2_session *s)
     free(logits);
 }
 
+/* Seconds of one way to move a session of so many bytes: see the names below. */
+static double time_move(int way, gemma2_session *to, gemma2_session *from, uint8_t *saved,
+                        size_t bytes, uint8_t *copy)
+{
+    double start = now();
+    if (way == 0)
+        memcpy(copy, saved, bytes);
+    else if (way == 1 ? gemma2_session_copy(to, from)
+             : way == 2 ? gemma2_session_save(from, saved, bytes) < 0
+                        : gemma2_session_restore(to, saved, bytes))
+        die("a session cannot be moved");
+    return now() - start;
+}
+
+/* Medians, the last two also without the CPU's instructions for digests. */
+static void run_states(gemma2_model *m, gemma2_session *s, const gemma2_session_params *params,
+                       int n, int runs)
+{
+    static const char *const ways[] = {"memcpy", "copy", "save", "restore"};
+    gemma2_session *to = gemma2_session_new(m, params, NULL, 0);
+    sha256_fn *fast = m->sha256;
+    s->position = n, s->oldest = max_i32(0, n - s->ring);
+    size_t bytes = (size_t)gemma2_session_save(s, NULL, 0);
+    uint8_t *saved = malloc(bytes), *copy = malloc(bytes);
+    if (!to || !saved || !copy)
+        die("out of memory");
+    printf("states   of %d tokens, %.0f MB:", n, (double)bytes / 1e6);
+    for (int i = 0; i < 6; i++) {
+        double times[MAX_RUNS];
+        int way = i < 4 ? i : i - 2;
+        m->sha256 = i < 4 ? fast : NULL;
+        gemma2_session_save(s, saved, bytes);
+        for (int k = 0; k < runs; k++)
+            times[k] = time_move(way, to, s, saved, bytes, copy);
+        double median = summarise(times, runs).median;
+        printf(" %s%s %.1f ms (%.0f MB/s)", ways[way], i < 4 ? "" : " plainly", 1e3 * median,
+               (double)bytes / 1e6 / median);
+    }
+    printf("\n");
+    m->sha256 = fast;
+    free(saved), free(copy);
+    gemma2_session_free(to);
+}
+
 /* All works with one number of threads. */
 static void run_threads(struct report *report, int threads)
 {
@@ -809,10 +862,7 @@ static void run_threads(struct report *report, int threads)
     gemma2_session_params params;
     gemma2_session_params_init(&params);
     params.n_threads = threads, params.n_batch = o->batch;
-    params.cache_type = !strcmp(o->kv, "f32")   ? GEMMA2_CACHE_F32
-                        : !strcmp(o->kv, "f16") ? GEMMA2_CACHE_F16
-                        : !strcmp(o->kv, "q8")  ? GEMMA2_CACHE_Q8
-                                                : GEMMA2_CACHE_AUTO;
+    params.cache_type = cache_type(o->kv);
     gemma2_session *s = gemma2_session_new(report->m, &params, err, sizeof err);
     if (!s)
         die(err);
@@ -829,7 +879,10 @@ static void run_threads(struct report *report, int threads)
         run_ahead(report->m, s);
     if (o->decode.n)
         fill_cache(s);
-    for (int i = 0; i < o->decode.n; i++)
+    for (int i = 0; i < o->decode.n && o->states; i++)
+        if (o->decode.v[i] && o->decode.v[i] <= gemma2_context(s))
+            run_states((gemma2_model *)(uintptr_t)report->m, s, &params, o->decode.v[i], o->runs);
+    for (int i = 0; i < o->decode.n && !o->states; i++)
         if (o->decode.v[i] + DECODED <= gemma2_context(s))
             run_work(report, s, l, 1, o->decode.v[i]);
     gemma2_session_free(s);
@@ -1002,6 +1055,7 @@ static const struct option {
     {"--batch", NUMBER, offsetof(struct options, batch), 1, 4096},
     {"--runs", NUMBER, offsetof(struct options, runs), 1, MAX_RUNS},
     {"--ahead", FLAG, offsetof(struct options, ahead), 0, 0},
+    {"--states", FLAG, offsetof(struct options, states), 0, 0},
     {"--plan", FLAG, offsetof(struct options, plan), 0, 0},
     {"--quick", FLAG, offsetof(struct options, quick), 0, 0},
     {"--read", FLAG, offsetof(struct options, read), 0, 0},
@@ -1076,8 +1130,8 @@ static void parse(int argc, char **argv, struct options *o)
     }
     if (!o->model == !o->shape)
         usage("one model or --shape is needed", "");
-    if (strcmp(o->kv, "auto") && strcmp(o->kv, "f32") && strcmp(o->kv, "f16"))
-        usage(" is auto, f32 or f16", "--kv");
+    if (cache_type(o->kv) < 0)
+        usage(" is auto, f32, f16 or q8", "--kv");
     if (!o->threads.n)
         o->threads = (struct list){1, {0}};
     if (o->quick)

@@ -13,6 +13,8 @@
  *   --states           saving, restoring and copying sessions of --decode's tokens
  *   --masks GRAMMAR    only the masks of 20 replies of up to 200 random tokens; MODEL may be
  *                      tokenizer.bin
+ *   --told FILE        only what lookup guesses, four at a time, of a reply that is given: FILE
+ *                      is a prompt, a line --, and the reply
  *   --plan             only the size of the file and the memory of sessions
  *   --quick            --prefill 512 --decode 0,4096
  *   --batch N          rows of one pass                     (default: the session's)
@@ -52,7 +54,7 @@ struct list {
 };
 
 struct options {
-    const char *model, *shape, *type, *head, *json, *kv, *masks;
+    const char *model, *shape, *type, *head, *json, *kv, *masks, *told;
     int batch, runs, ahead, states, quick, read, no_limits, plan;
     struct list threads, prefill, decode, sessions;
 };
@@ -1036,6 +1038,43 @@ static void time_masks(const gemma2_model *m, const char *path)
     gemma2_matcher_free(matcher), gemma2_grammar_free(g), free(mask);
 }
 
+static size_t encode(const gemma2_model *m, const char *text, int64_t size, unsigned flags,
+                     int32_t *ids)
+{
+    size_t bytes = gemma2_encode_scratch((size_t)size);
+    void *scratch = malloc(bytes);
+    int64_t n = gemma2_encode(m, text, size, flags, ids, MAX_IDS, scratch, bytes);
+    free(scratch);
+    return n > 0 && n <= MAX_IDS ? (size_t)n : (die("no text, or one too long"), 0);
+}
+
+static void count_guesses(const gemma2_model *m, const char *path)
+{
+    static char text[1 << 16];
+    static int32_t ids[MAX_IDS];
+    gemma2_ahead_params p;
+    gemma2_ahead_params_init(&p);
+    p.n_drafts = 4;
+    FILE *f = fopen(path, "rb");
+    size_t size = f ? fread(text, 1, sizeof text - 1, f) : 0;
+    char *reply = strstr(text, "\n--\n");
+    gemma2_session *s = gemma2_session_new(m, NULL, NULL, 0);
+    gemma2_ahead *a = gemma2_ahead_new(m, &p, NULL, 0);
+    if (!reply || !s || !a)
+        die("--told takes a file of a prompt, a line -- and a reply");
+    fclose(f);
+    size_t n = encode(m, text, reply + 1 - text, GEMMA2_ENCODE_BOS, ids);
+    int status = gemma2_prefill(s, ids, n, NULL);
+    n = encode(m, reply + 4, (int64_t)size - (reply + 4 - text), 0, ids);
+    for (size_t i = 0; i < n && !status; i++)
+        status = gemma2_eval_ahead(s, a, ids[i], NULL);
+    if (status)
+        die("the text is longer than the context");
+    printf("%zu|%llu|%llu|%llu\n", n, (unsigned long long)a->counts.passes,
+           (unsigned long long)a->counts.drafted, (unsigned long long)a->counts.accepted);
+    gemma2_ahead_free(a), gemma2_session_free(s);
+}
+
 static const struct option {
     const char *name;
     enum { TEXT, FLAG, NUMBER, LIST } kind;
@@ -1048,6 +1087,7 @@ static const struct option {
     {"--json", TEXT, offsetof(struct options, json), 0, 0},
     {"--kv", TEXT, offsetof(struct options, kv), 0, 0},
     {"--masks", TEXT, offsetof(struct options, masks), 0, 0},
+    {"--told", TEXT, offsetof(struct options, told), 0, 0},
     {"--threads", LIST, offsetof(struct options, threads), 1, 1024},
     {"--prefill", LIST, offsetof(struct options, prefill), 1, MAX_IDS},
     {"--decode", LIST, offsetof(struct options, decode), 0, 1 << 30},
@@ -1154,6 +1194,8 @@ int main(int argc, char **argv)
         die(err);
     if (o.masks)
         return time_masks(m, o.masks), 0;
+    if (o.told)
+        return count_guesses(m, o.told), 0;
     if (o.plan)
         return print_plan(&o, m), 0;
     report.o = &o, report.m = m;

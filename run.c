@@ -4991,7 +4991,8 @@ static int show(program *p, const char *rest)
     fprintf(stderr, "%zu turn%s, %zu of %" PRId32 " tokens of context\n", p->turns.n,
             p->turns.n == 1 ? "" : "s", p->ids.n,
             gemma2_context(p->session));
-    remark("system            %s", opts->system ? opts->system : "");
+    if (opts->system)
+        remark("system            %s", opts->system);
     for (const option *o = OPTIONS; o < OPTIONS + N_OPTIONS; o++) {
         const void *field = (const char *)opts + o->field;
         if (is_setting(o) && o->kind == SEED)
@@ -5131,7 +5132,8 @@ static int edit(program *p, const char *rest)
         text.n--;
     if (status == DONE && text.n) {
         fprintf(stderr, "> (%zu bytes)\n", text.n);
-        status = answer(p, text.items, text.n);
+        status = keep_in_history(p, text.items, text.n);
+        status = status ? status : answer(p, text.items, text.n);
     } else
         status = DONE;
     free(text.items);

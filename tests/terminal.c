@@ -719,7 +719,7 @@ static void write_file(const char *path, const char *bytes, size_t n)
 /* What is typed and what the conversation then says last; "@" stands for the folder.  In order,
  * in a conversation of its own. */
 static const char *const COMMANDS[][2] = {
-    {"/show", "0 turns, 0 of 20000 tokens of context\nsystem\nmax-tokens        -1\n"
+    {"/show", "0 turns, 0 of 20000 tokens of context\nmax-tokens        -1\n"
      "temperature       0\nseed              0\ntop-k             64\ntop-p             0.95\n"
      "min-p             0\nrepeat-penalty    1\npresence-penalty  0\nfrequency-penalty 0\n"
      "repeat-last-n     64"},
@@ -800,6 +800,14 @@ static void test_commands(void)
         snprintf(shown, sizeof shown, *text[1] ? "%s" : "> %s", text[!!*text[1]]);
         enter(text[0], shown);
     }
+    FILE *in = fopen(history, "rb");
+    char line[80];
+    int edited = 0;
+    while (in && fgets(line, sizeof line, in))
+        edited += strcmp(line, "edited\n") == 0;
+    if (in)
+        fclose(in);
+    check(edited == 1, "what $EDITOR wrote is %d times in the history", edited);
     type("/exit\r"), ends("/exit", 0);
     for (int i = 0; i < 4; i++)
         if (talk(40, 9, NULL, NULL, NULL, NULL))

@@ -4622,8 +4622,11 @@ static struct vocabulary *make_vocabulary(const gemma2_model *m)
     uint32_t n = 0, words = (t->n + 31) / 32;
     struct token_text *texts = malloc((t->n + (size_t)1) * sizeof *texts);
     uint8_t *bytes = malloc(blob + 1);
-    if (v && texts && (v->order = malloc(t->n * sizeof *v->order)) && bytes && (v->plain = calloc((PLAIN_CHARS + 1) * (size_t)words,
-                                                 sizeof *v->plain))) {
+    if (v)
+        v->order = malloc((t->n + (size_t)1) * sizeof *v->order),
+        v->plain = calloc((PLAIN_CHARS + 1) * (size_t)words, sizeof *v->plain);
+    int ok = v && texts && bytes && v->order && v->plain;
+    if (ok) {
         v->n_words = words, v->text = v->plain + PLAIN_CHARS * (size_t)words;
         for (uint32_t id = 0; id < t->n; id++) {
             struct text s = {bytes + used, token_bytes(t, id, bytes + used)};
@@ -4643,7 +4646,7 @@ static struct vocabulary *make_vocabulary(const gemma2_model *m)
             if (text_kind(texts[i].bytes) > 1)
                 v->order[at++] = texts[i].id;
     }
-    if (!v || !v->plain || !build_tree(&v->all, texts, n, 1) || !build_tree(&v->rest, texts, n, 0))
+    if (!ok || !build_tree(&v->all, texts, n, 1) || !build_tree(&v->rest, texts, n, 0))
         free_vocabulary(v), v = NULL;
     free(texts), free(bytes);
     return v;

@@ -1,6 +1,6 @@
 #!/bin/sh
 # run --batch, from outside: sh tests/batch.sh [./run]
-# POSIX sh and the demo model; prints what fails, then "N passed, N failed".
+# Needs POSIX sh and the demo model.  Prints what fails, then "N passed, N failed".
 . "$(dirname "$0")/start.sh"
 
 claim() { if [ "$1" "$2" "$3" ]; then passed=$((passed + 1)); else
@@ -13,7 +13,7 @@ long='Once upon a time there was a king who had three daughters, and the younges
 for i in 1 2 3 4 5; do long="$long $long"; [ ${#long} -gt 1600 ] && break; done
 : >"$TMP/in"; : >"$TMP/alone"
 n=0
-# line JSON ARGUMENT...: a line, and what run says to the same; PROMPT is the prompt of both.
+# line JSON ARGUMENT...: a line, and what run says to the same.  PROMPT is the prompt of both.
 line() {
     members=$1
     shift

@@ -95,7 +95,7 @@ static uint32_t type_named(const char *name)
     return 0;
 }
 
-/* The shape's header; the vocabulary is Gemma's. */
+/* The shape's header.  The vocabulary is Gemma's. */
 static void put_header(uint8_t *p, size_t shape, uint64_t size, uint32_t n_sections)
 {
     const uint32_t v[] = {shapes[shape].l, shapes[shape].d, shapes[shape].n, shapes[shape].k,
@@ -157,7 +157,7 @@ static void put_tokenizer(uint8_t *p)
     }
 }
 
-/* Lays out the sections at base, or only counts when base is NULL; returns the size. */
+/* Lays out the sections at base, or only counts when base is NULL.  Returns the size. */
 static uint64_t build_image(uint8_t *base, size_t shape, uint32_t type, uint32_t head, int fill)
 {
     gemma2_config c = {.n_vocab = 256000, .d_model = (int32_t)shapes[shape].d,

@@ -19,7 +19,7 @@ enum { CONTEXT = 5120, ANSWER_TOKENS = 64 };
 
 static int n_passed, n_failed;
 
-/* Everything a check needs; allocated once. */
+/* Everything a check needs, allocated once. */
 typedef struct {
     const gemma2_model *model;
     gemma2_session *session;
@@ -36,7 +36,7 @@ static void verdict(int ok, const char *what)
     fflush(stdout);
 }
 
-/* The text as ids after those already there; -1 where it does not fit. */
+/* Appends the text's ids.  Returns -1 where they do not fit. */
 static int append_text(bench *b, int n, const char *text, unsigned flags)
 {
     int64_t more = gemma2_encode(b->model, text, -1, flags, b->ids + n, (size_t)(CONTEXT - n),
@@ -125,7 +125,7 @@ static void check_entropy(bench *b, const published_entropy *e, int size)
 
 /* ---- Answers -------------------------------------------------------------------------- */
 
-/* Generates greedily up to a stop; returns the length of the answer in b->text. */
+/* Generates greedily up to a stop.  Returns the length of the answer in b->text. */
 static size_t generate(bench *b)
 {
     gemma2_utf8 hold = {{0}, 0};
@@ -143,7 +143,7 @@ static size_t generate(bench *b)
     return used;
 }
 
-/* Puts a user's turn after n ids, generates the reply; returns the ids there are. */
+/* Puts a user's turn after n ids, generates the reply.  Returns the ids there are. */
 static int turn(bench *b, int n, const char *said)
 {
     char text[512];

@@ -1,6 +1,6 @@
 #!/bin/sh
 # The command line's contract, from outside: sh tests/cli.sh [./run [SYSTEM]]
-# POSIX sh and the committed models; prints what fails, then "N passed, N failed".
+# Needs POSIX sh and the committed models.  Prints what fails, then "N passed, N failed".
 . "$(dirname "$0")/start.sh"
 SYSTEM=${2:-posix} # windows: arguments are UTF-16 there; plain: built without mmap
 VOCAB=$HERE/../tokenizer.bin
@@ -10,11 +10,11 @@ TERM=xterm; export TERM # a conversation edits its lines there
 
 pass() { passed=$((passed + 1)); }
 fail() { failed=$((failed + 1)); echo "FAIL $name: $1"; }
-# Each claim below is one test; $name says which run it is about.
+# Each claim below is one test.  $name says which run it is about.
 claim() { if [ "$1" "$2" "$3" ]; then pass; else fail "$4: got '$1', expected $2 '$3'"; fi; }
 
 # run NAME STATUS ARGUMENT...: runs with $TMP/in as standard input, which it empties for the
-# next; leaves $TMP/out and $TMP/err; checks the exit status.
+# next.  Leaves $TMP/out and $TMP/err.  Checks the exit status.
 run() {
     name=$1 expected=$2
     shift 2
@@ -589,7 +589,7 @@ claim "$(list logprobs | tr ',' '\n' | wc -l)" -eq 24 "logprobs"
 ids=$(list ids | tr -d ,)
 run "text of those ids" 0 "$STORY" --detokenize "$ids"; echo >>"$TMP/out"
 same "$TMP/out" "$TMP/greedy" "ids are not the text"
-# Scores are exact, so the prompt is read in the same arithmetic; then they are the same numbers.
+# Scores are exact: a prompt that is read in the same arithmetic gives the same numbers.
 run "json, exact" 0 "$STORY" --json -q --exact -t 0 -n 24 "$P"
 list logprobs | tr -d ' ' | tr ',' '\n' >"$TMP/logprobs"
 ids=$(list ids | tr -d ,)
@@ -616,7 +616,7 @@ claim "$(wc -l <"$TMP/out")" -eq 5 "lines"
 claim "$(head -1 "$TMP/out" | cut -f 1,3)" = "538	\"▁time\"" "best token"
 name="logits descend"; sort -s -t '	' -k 2,2gr "$TMP/out" >"$TMP/want"; same "$TMP/out" "$TMP/want" "they do not"
 run "all logits" 0 "$STORY" --logits 2147483647 x; claim "$(wc -l <"$TMP/out")" -eq 4096 "lines"
-# A trace: the state after the last layer says what the model says; a layer in full is the same.
+# A trace: the state after the last layer says what the model says.  A layer in full is the same.
 run "logits, exact" 0 "$STORY" --exact --logits 5 "Once upon a"; keep best
 run "trace" 0 "$STORY" --trace "Once upon a"; err_empty; keep trace
 claim "$(grep -c '^layer [0-5], local\|^layer [0-5], global' "$TMP/out")" -eq 6 "layers"

@@ -15,7 +15,7 @@ static int fail(const char *why)
     return 1;
 }
 
-/* Writes the reply; returns GEMMA2_OK or what went wrong. */
+/* Writes the reply.  Returns GEMMA2_OK or what went wrong. */
 static int reply(gemma2_session *session, const gemma2_model *model, float *logits)
 {
     gemma2_sampler greedy;

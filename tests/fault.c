@@ -6,7 +6,7 @@
  *
  *   cc -D_GNU_SOURCE -Dmain=run_main -include tests/fault.h run.c gemma2.c tests/fault.c -lm
  *
- * From the repository's root; some seconds. */
+ * Run it from the repository's root.  It takes some seconds. */
 #undef main
 #include "../gemma2.h"
 
@@ -251,7 +251,7 @@ static int nothing_lives(void)
     return !n;
 }
 
-/* The first `at` calls go well; 0: all do. */
+/* The first `at` calls go well, with 0 all calls. */
 static void arm(int kinds, int at, int lasting, int error)
 {
     memset(&plan, 0, sizeof plan);
@@ -387,7 +387,7 @@ static const char *in_dir(const char *name)
     return path;
 }
 
-/* All of a file, and a NUL; returns its size. */
+/* All of a file, and a NUL.  Returns its size. */
 static size_t read_file(const char *name, char *text, size_t room)
 {
     FILE *f = (fopen)(in_dir(name), "rb");
@@ -496,7 +496,7 @@ static int is_start(const char *text, const char *whole)
     return !strncmp(text, whole, n < sure ? n : sure);
 }
 
-/* Call number `at` of a kind fails; returns whether there was such a call. */
+/* Call number `at` of a kind fails.  Returns whether there was such a call. */
 static int fail_once(const struct mode *mode, int which, int at, int lasting,
                      const struct ran *good)
 {

@@ -68,7 +68,7 @@ static size_t with_spaces(char *text, size_t n)
     return at;
 }
 
-/* Every id may come from text under the flags; returns whether one is unk. */
+/* Every id may come from text under the flags.  Returns whether one is unk. */
 static int ids_are_legal(const gemma2_model *m, const int32_t *ids, int64_t n, unsigned flags)
 {
     int unknown = 0;
@@ -133,8 +133,8 @@ static void weigh_inputs(gemma2_session *s, uint8_t wish)
 }
 
 /* A session as the bytes p[8] want it, or NULL; what it takes is what the plan says.  Contexts
- * of 300 have two blocks of positions; the number of threads decides how these are shared out,
- * also where there is one. */
+ * of 300 have two blocks of positions.  The number of threads, even 1, decides how these are shared
+ * out. */
 static gemma2_session *any_session(const gemma2_model *m, const uint8_t *p)
 {
     gemma2_session_params params;
@@ -287,7 +287,7 @@ static const uint32_t HOSTILE[] = {0, 1, 2, 3, 15, 16, 17, 64, 255, 256, 1024, 4
                                    0x7fc00000, 0x7f800000, 0xbf800000, 0x3f800000, 0x00000001};
 enum { N_HOSTILE = sizeof HOSTILE / sizeof *HOSTILE };
 
-/* A hostile value, a small one, or one near what was there. */
+/* A hostile value, a small value, or a value near what was there. */
 static void change_word(uint8_t *p)
 {
     uint32_t x = get_u32(p), kind = below(4);
@@ -326,13 +326,13 @@ static uint64_t section_bytes(const struct image *m, int i)
     return at <= m->size && n <= m->size - at ? n : 0;
 }
 
-/* Where they are; somewhere harmless for those that are not. */
+/* Where the bytes of section i are, or somewhere harmless for a section outside the file. */
 static uint8_t *section_at(const struct image *m, int i)
 {
     return section_bytes(m, i) ? section_of(m, i) : m->data;
 }
 
-/* Exchanges, repeats or drops entries, and gives section `grown` other bytes; sections then
+/* Exchanges, repeats or drops entries, and gives section `grown` other bytes.  Sections then
  * follow one another again.  Returns the size, 0 where that is above max. */
 static size_t lay_out(const struct image *m, const int *order, int n, int grown,
                       const uint8_t *bytes, size_t n_bytes, uint8_t *out, size_t max)
@@ -433,7 +433,7 @@ static size_t mutate_weights(uint8_t *data, size_t size, size_t max)
 
 /* ---- Target: tokenizer ------------------------------------------------------------------- */
 
-/* Bytes below 128 spell what matters in vocabularies; those above stand for themselves. */
+/* Bytes below 128 spell what matters in vocabularies.  Bytes above stand for themselves. */
 static size_t spell(const uint8_t *from, size_t n, char *out)
 {
     static const char *const letters[16] = {"a", "b", "c", "\xe2\x96\x81", " ", "<", ">", "\n",
@@ -525,7 +525,7 @@ static const struct image *vocabulary_image(void)
     return &m;
 }
 
-/* The vocabulary of Gemma and the small one. */
+/* Gemma's vocabulary and a small one. */
 static const gemma2_model *vocabulary(int small)
 {
     static gemma2_model *models[2];
@@ -670,7 +670,7 @@ static const gemma2_model *session_model(void)
     return m;
 }
 
-/* Byte 0 .. 3: a session to restore to; then the saved one. */
+/* Bytes 0 .. 3 describe a session to restore to.  The saved session follows. */
 static void fuzz_session(const uint8_t *data, size_t size)
 {
     const gemma2_model *m = session_model();
@@ -764,7 +764,7 @@ static int call_ahead(gemma2_session *s, gemma2_ahead *a, uint8_t call, float *l
     }
 }
 
-/* Byte 0 .. 3: the sessions; byte 4: how to guess; then the calls. */
+/* Bytes 0 .. 3 describe the sessions, byte 4 says how to guess.  A byte for each call follows. */
 static void fuzz_ahead(const uint8_t *data, size_t size)
 {
     const gemma2_model *m = session_model();

@@ -18,7 +18,7 @@ typedef struct {
     int full; /* on the last column's character, as if behind it */
 } cursor;
 
-/* Moves the cursor as what the editor sends does; anything else that it may not send fails. */
+/* Moves the cursor as the editor's sequences do.  Any sequence that it may not send fails. */
 static void move(cursor *c, const char *text, size_t n)
 {
     size_t length;

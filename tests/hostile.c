@@ -5,8 +5,8 @@
  *
  *   cc -O2 -ffp-contract=off -pthread tests/hostile.c -lm && ./a.out
  *
- * From the repository's root; a few seconds, some 700 MB of address space, no large files on
- * disk (two are sparse). */
+ * Run it from the repository's root.  It takes a few seconds, some 700 MB of address space and no
+ * large files on disk (two are sparse). */
 #ifndef _DEFAULT_SOURCE
 #define _DEFAULT_SOURCE
 #endif
@@ -24,7 +24,7 @@ static unsigned long n_compared;
 #include <sys/wait.h>
 #include <time.h>
 
-/* Whether an image opens; a refusal has a sentence. */
+/* Whether an image opens.  A refusal must have a sentence. */
 static int opens(const struct image *m)
 {
     char err[256] = "";
@@ -604,7 +604,7 @@ static void test_texts(const gemma2_model *m)
         }
 }
 
-/* Encodes n bytes of one unit again and again; returns comparisons, and *seconds of CPU. */
+/* Encodes n bytes of one unit again and again.  Returns comparisons, and *seconds of CPU. */
 static unsigned long work_of(const gemma2_model *m, const char *unit, size_t n, double *seconds)
 {
     char *text = fresh(n + 8);

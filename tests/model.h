@@ -188,7 +188,7 @@ struct shape {
 
 enum { F32 = TYPE_F32, BF16 = TYPE_BF16, Q8 = TYPE_Q8, Q6 = TYPE_Q6, Q4 = TYPE_Q4, Q3 = TYPE_Q3 };
 
-/* Nothing is a multiple of what kernels like; 9 heads share one kv head, others 3 and 1. */
+/* No size is a multiple of what kernels like.  A kv head serves 9, 3 or 1 query heads. */
 static const struct shape shapes[] = {
     {"f32", 3, 24, 4, 2, 6, 40, 83, 8, 64, 5, 10, 5, 0, {F32, F32, F32, F32, F32}, 64},
     {"bf16", 4, 37, 6, 2, 10, 51, 90, 8, 64, 0, 0, 6, 1, {BF16, BF16, BF16, BF16, BF16}, 64},
@@ -223,7 +223,7 @@ static uint64_t tensor_bytes(uint32_t type, uint64_t rows, uint64_t cols)
     }
 }
 
-/* Random weights of about 1 / sqrt(cols); padded rows are zero, padded inputs are not. */
+/* Random weights of about 1 / sqrt(cols).  Padded rows are zero, padded inputs are not. */
 static void fill_tensor(uint8_t *p, uint32_t type, uint32_t rows, uint32_t cols)
 {
     uint64_t bytes = tensor_bytes(type, rows, cols), tile = tensor_bytes(type, 1, cols);

@@ -1,4 +1,4 @@
-/* One phase of tasks on a team of its own, for tests and bench; include after gemma2.c. */
+/* One phase of tasks on a team of its own, for tests and bench.  Include it after gemma2.c. */
 struct phase {
     size_t n;
     task_fn *task;

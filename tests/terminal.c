@@ -353,7 +353,7 @@ static int is_cooked(void)
     return tcgetattr(t.master, &now_set) == 0 && now_set.c_lflag & ICANON && now_set.c_lflag & ECHO;
 }
 
-/* Waits for the end; the terminal is as it was. */
+/* Waits for the end.  The terminal must be as it was. */
 static void ends(const char *name, int want)
 {
     int status = status_of(0);

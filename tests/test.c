@@ -3,7 +3,7 @@
  *
  *   cc -O2 -ffp-contract=off -fopenmp tests/test.c -lm && ./a.out [SECTION...]
  *
- * From the repository's root; a few seconds.  Names of sections run these alone.
+ * Run it from the repository's root.  It takes a few seconds.  Names of sections run these alone.
  * GEMMA2_TEST_FULL=1 sweeps exp and tanh over every float and prints their largest errors, and
  * tries more hostile files: two minutes.  -DGEMMA2_EMULATE builds the tests of the "amx" and
  * "avxvnni" rows alone, for CPUs with AVX-512. */

@@ -217,7 +217,7 @@ static void begin_watch(golden *g, const char *model, const char *way, float tol
         g->records[i].n_seen = 0;
 }
 
-/* Every row of every record must have been seen; the last norm only where asked for. */
+/* Every row of every record must have been seen, of the last norm only what was asked for. */
 static void end_watch(int all_logits)
 {
     golden *g = watch.golden;
@@ -326,7 +326,7 @@ static void compare_logits(golden *g, const expectation *e, const char *way,
                watch.worst);
 }
 
-/* One way of evaluating; the bits of the first way must come out of every other. */
+/* One way to evaluate a prompt.  Every way must give the bits of the first. */
 static void test_cut(const gemma2_model *m, golden *g, const expectation *e, const cut *c,
                      float *logits, const float *first)
 {
@@ -646,7 +646,7 @@ static size_t list_matrices(gemma2_model *m, struct matrix **list)
     return n;
 }
 
-/* The demo model with every matrix retyped; all else it shares with m. */
+/* The demo model with every matrix retyped.  It shares all else with m. */
 static gemma2_model *retyped(const gemma2_model *m, uint32_t type)
 {
     struct matrix *list[64];
@@ -686,7 +686,7 @@ static float *read_tale(gemma2_model *m, const struct matrix_kernels *matrix, co
     return logits;
 }
 
-/* Mean divergence of the predictions in y from those in x, in nats; frees y. */
+/* Mean divergence of the predictions in y from those in x, in nats.  Frees y. */
 static double divergence(const float *x, float *y, size_t V)
 {
     double total = 0;

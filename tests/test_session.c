@@ -3,7 +3,7 @@
  *
  *   cc -O2 -ffp-contract=off -fopenmp -pthread tests/test_session.c -lm && ./a.out
  *
- * From the repository's root; a second or two. */
+ * Run it from the repository's root.  It takes a second or two. */
 #ifndef _DEFAULT_SOURCE
 #define _DEFAULT_SOURCE
 #endif
@@ -168,7 +168,7 @@ static void test_score_without_next(const gemma2_model *m)
     }
 }
 
-/* A params struct in the first bytes of a larger one, as a newer caller would pass it. */
+/* A params struct at the start of a larger struct, as a newer caller would pass it. */
 struct newer_session {
     gemma2_session_params p;
     int32_t unknown;
@@ -331,7 +331,7 @@ static void cancel_everywhere(const struct model *x, const char *name, int32_t b
 }
 
 /* A shared pass goes on without the session that cancelled it, whose rows are named and do not
- * count; cancelled by all, it ends at the layer it is at. */
+ * count.  If all sessions cancel, it ends at the layer that it is at. */
 static void test_cancel_shared(void)
 {
     struct model x = make(&shapes[4]);
@@ -430,7 +430,7 @@ static void *cancel_soon(void *session)
     return NULL;
 }
 
-/* Evaluates until something cancels the session; 1 when that is what ended it. */
+/* Evaluates until something cancels the session.  Returns 1 if a cancellation ended it. */
 static int run_until_cancelled(gemma2_session *s)
 {
     static int32_t ids[200];
@@ -578,8 +578,8 @@ static void test_copies_refused(void)
     unmake(&x), unmake(&y);
 }
 
-/* Whatever n_batch a ring is made for: a prompt in one call, and the promised n_batch tokens
- * back from its end. */
+/* A ring made for any n_batch takes a prompt in one call and goes back the promised n_batch tokens
+ * from its end. */
 static void test_every_batch(void)
 {
     struct model x = make(&shapes[0]);
@@ -604,14 +604,14 @@ static void test_every_batch(void)
 }
 
 /* Sessions far into long contexts in one pass, their attention split over blocks of positions,
- * led by one of a long context or of a short one. */
+ * led by a session of a long context or of a short context. */
 static void test_far_rows(void)
 {
     enum { N = 1000, ROWS = 4, V = 40 };
     static const int32_t held[2][ROWS] = {{999, 770, 600, 999}, {3, 999, 2, 770}};
     static const int32_t contexts[2][ROWS] = {{N, N, 601, N}, {16, N, 16, N}};
     struct shape shape = long_shape;
-    shape.n = 9, shape.k = 1; /* more than MAX_QUERIES heads share one */
+    shape.n = 9, shape.k = 1; /* more than MAX_QUERIES heads share a kv head */
     struct model x = make(&shape);
     static float logits[ROWS][V], truth[V];
     int32_t ids[N];
@@ -755,7 +755,7 @@ static void test_memory_of_before(void)
     unmake(&x);
 }
 
-/* A restored session rewinds as the saved one does, or refuses what its own ring lacks. */
+/* A restored session rewinds as the saved session does, or refuses what its own ring lacks. */
 static void test_saved_rewinds(void)
 {
     struct model x = make(&shapes[MIXED]);
@@ -915,7 +915,7 @@ static void test_damaged_saves(int32_t cache)
     unmake(&x);
 }
 
-/* Whoever can compute a digest can also say nonsense. */
+/* A digest that is right makes nonsense no truer. */
 static void test_hostile_saves(int32_t cache)
 {
     static const struct {
@@ -969,7 +969,7 @@ static void test_hostile_saves(int32_t cache)
 
 /* ---- Where it runs ---- */
 
-/* Ten tokens after those that s holds, on a session of its own; 1 if all is as in truth. */
+/* Ten tokens after what `from` holds, on another session.  good: the logits are those of truth. */
 struct elsewhere {
     gemma2_session *from;
     const int32_t *ids;

@@ -95,7 +95,7 @@ static int told_differ(const struct told *a, const struct told *b, size_t v)
            a->n_saved != b->n_saved || memcmp(a->saved, b->saved, (size_t)a->n_saved);
 }
 
-/* Every proposer against none: the guesses of a known future, hostile ones, lookup, and the same
+/* Every proposer against none: guesses of a known future, hostile guesses, lookup, and the same
  * model as a draft. */
 static void all_guesses(const gemma2_model *m, struct setup o, gemma2_sampler sampler,
                         gemma2_ahead_counts *sum)
@@ -155,7 +155,7 @@ static void test_guesses(void)
     check(sum[0].accepted > sum[0].passes / 2, "a known future saves passes");
 }
 
-/* What repeats is found, as far as it goes and on beyond its end; what does not is not. */
+/* Lookup finds what repeats, as far as it goes and beyond its end, and nothing else. */
 static void test_lookup(void)
 {
     struct model x = make(&shapes[0]);

@@ -38,7 +38,7 @@ static void test_sections(void)
     unmake(&x);
 }
 
-/* GEMMA2_ISA forces a row; a name unknown or not there fails the call. */
+/* GEMMA2_ISA forces a row.  A name that is unknown, or whose row this CPU lacks, fails the call. */
 static void test_isa_choice(void)
 {
     struct image m = build(&tiny_shape);

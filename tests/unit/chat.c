@@ -123,7 +123,7 @@ static void test_own_template(const gemma2_model *plain, const struct image *tok
     free(image.data);
 }
 
-/* What str.strip takes off; what it does not. */
+/* What str.strip takes off, and what it leaves. */
 static void test_trimming(const gemma2_model *m)
 {
     static const char *const spaces[] = {

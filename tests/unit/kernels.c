@@ -642,7 +642,7 @@ static int is_tested(const struct kernels *row)
     return !EMULATED || !strcmp(row->name, "amx") || !strcmp(row->name, "avxvnni");
 }
 
-/* Whether a row's matrix class may be run here; asks for the permission it needs. */
+/* Whether a row's matrix class may be run here.  Asks for the permission that it needs. */
 static int has_matrix(const struct kernels *row)
 {
     if (!is_tested(row) || !row->matrix || !row->available())

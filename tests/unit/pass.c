@@ -1,6 +1,6 @@
 /* Section 4, the pass, and sessions: chunks, rows, far positions, rewinding, refusals. */
 
-/* Feeds ids in chunks; how many chunks end in other logits than steps did. */
+/* Feeds ids in chunks.  Returns how many chunks end in other logits than single steps. */
 static int chunks_differ(const gemma2_model *m, struct setup o, const int32_t *ids, size_t n,
                          size_t chunk, const float *truth)
 {
@@ -625,8 +625,8 @@ static void test_far_shared(void)
 
 /* ---- traps of Gemma 2, where a direct test is cheap (the others: test_golden.c) ---- */
 
-/* In one local layer of window W, position p sees p - W + 1 and not p - W; a global one sees
- * all. */
+/* In a local layer of window W, position p sees p - W + 1 and not p - W.  In a global layer it
+ * sees all. */
 static void window_edge(uint32_t window, uint32_t local)
 {
     struct shape shape = shapes[0];
@@ -761,7 +761,7 @@ static void test_scales(void)
     unmake(&x);
 }
 
-/* Each layer's own bit decides: a global one holds the context, a local one its window. */
+/* Each layer's own bit decides whether its cache holds the context or a window. */
 static void test_layer_kinds(void)
 {
     struct model x = make(&shapes[MIXED]);

@@ -245,7 +245,7 @@ static void test_sampler_refuses(gemma2_session *s, int v)
     }
 }
 
-/* One of two equal tokens has the half that top_p asks for; it is the lower id. */
+/* One of two equal tokens has the half that top_p asks for: the lower id. */
 static void test_half(gemma2_session *s, int v)
 {
     gemma2_sampler p;

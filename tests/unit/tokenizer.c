@@ -12,7 +12,7 @@ static int64_t encode(const gemma2_model *m, const char *text, int64_t size, uns
 
 enum { BYTE_0 = 23 };
 
-/* Ids 4 .. 22 of a vocabulary where every rule shows; the bytes come behind. */
+/* Ids 4 .. 22 of a vocabulary that shows every rule.  The bytes come behind. */
 static void rule_pieces(struct pieces *p, int with_bytes)
 {
     static const struct {
@@ -373,7 +373,7 @@ static void test_decode_runs(void)
     free(image.data);
 }
 
-/* Bytes that another model's pieces left held take more room than a piece of one byte. */
+/* Bytes held from another model's pieces take more room than a piece of one byte. */
 static void test_decode_foreign_hold(void)
 {
     static struct pieces p;

@@ -23,7 +23,7 @@ static void test_models_open(void)
     }
 }
 
-/* Every prefix, and the file with a byte more; then the same with a header that agrees. */
+/* Every prefix, and the file with a byte more, then both with a header that agrees. */
 static void test_truncated(void)
 {
     struct image m = build(&tiny_shape), cut;
@@ -214,7 +214,7 @@ static void test_directory(void)
     free(m.data);
 }
 
-/* Files that agree with themselves and are illegal all the same; and a second embedding,
+/* Files that agree with themselves and are illegal all the same.  And a second embedding,
  * which nothing would miss, in the place of the head. */
 static void test_consistent_lies(void)
 {
@@ -532,7 +532,7 @@ static void test_foreign(void)
     remove(in_dir("foreign"));
 }
 
-/* By path, mapped and read, and from memory: the same model; sizes are named when wrong. */
+/* By path, mapped and read, and from memory: the same model.  Wrong sizes are named. */
 static void test_open_ways(void)
 {
     struct image m = build(&tiny_shape);

@@ -1432,9 +1432,15 @@ static int json_read(json *j, const char *text, size_t size)
 /* Whether a string is that text. */
 static int json_is(const json *j, const json_node *node, const char *text)
 {
-    json_key a = {j->text + node->start, j->text + node->end, 0};
-    json_key b = {text, text + strlen(text), 0};
-    return node->kind == JSON_STRING && by_key(&a, &b) == 0;
+    const char *why;
+    size_t length, n, left = strlen(text);
+    if (node->kind != JSON_STRING)
+        return 0;
+    for (size_t at = node->start; at < node->end; at += length, text += n, left -= n)
+        if (!left || json_char(j->text + at, node->end - at, &length, &why) !=
+                     next_char(text, left, &n))
+            return 0;
+    return !left;
 }
 
 /* The value of a key, or NULL. */

@@ -23,8 +23,7 @@ PROGRAMS = {  # name: what it is built from, the command that runs it
     "hostile": (["tests/hostile.c"], ["{}"]),
     "fault": (["-D_GNU_SOURCE", "-Dmain=run_main", "-include", "tests/fault.h", "run.c", "gemma2.c",
                "tests/fault.c"], ["{}"]),
-    "replay": (["-DREPLAY", "-Dmain=run_main", "tests/fuzz_editor.c",
-                "tests/fuzz.c"], ["{}"]),
+    "replay": (["-DREPLAY", "-Dmain=run_main", "tests/fuzz_run.c", "tests/fuzz.c"], ["{}"]),
     "run": (["run.c", "gemma2.c"], ["sh", "tests/cli.sh", "{}"]),
 }
 

@@ -10,6 +10,7 @@
  *   ahead      calls of one session with guesses and of one without: the same results
  *   grammar    a grammar: refused, or every reply that masks allow is taken and ends in time
  *   schema     a JSON Schema: refused, or a grammar
+ *   json       a text: refused, or what its nodes say is what it says
  *   cli        arguments and standard input of ./run
  *   editor     keys of a conversation: the cursor is where the editor takes it to be
  *   batch      lines of run --batch: JSON, requests, and going on after an earlier run
@@ -21,7 +22,7 @@
  * make fuzz SECONDS=n runs libFuzzer on each (tests/fuzz.sh); GEMMA2_FUZZ names the target.
  * -DREPLAY makes a program of it that needs no libFuzzer: every file of tests/fuzz/TARGET, and
  * mutants of each.  A file there that is named after what it broke was a crash once.
- * run.c comes with tests/fuzz_editor.c and main renamed to run_main: name no main before it here. */
+ * run.c comes with tests/fuzz_run.c and main renamed to run_main: name no main before it here. */
 #undef main
 #ifndef _DEFAULT_SOURCE
 #define _DEFAULT_SOURCE
@@ -33,7 +34,8 @@
 #include <dirent.h>
 
 int run_main(int argc, char **argv);                 /* run.c */
-void edit_bytes(const uint8_t *data, size_t size); /* fuzz_editor.c */
+void edit_bytes(const uint8_t *data, size_t size); /* fuzz_run.c */
+void read_json(const uint8_t *data, size_t size);
 
 /* libFuzzer's own mutation, or REPLAY's below. */
 size_t LLVMFuzzerMutate(uint8_t *data, size_t size, size_t max);
@@ -1015,6 +1017,7 @@ static const struct target {
     {"cli", fuzz_cli, NULL, 200},
     {"batch", fuzz_batch, NULL, 400},
     {"editor", edit_bytes, NULL, 300},
+    {"json", read_json, NULL, 400},
     {"grammar", fuzz_grammar, NULL, 300},
     {"schema", fuzz_schema, NULL, 500},
 };

@@ -5,7 +5,7 @@
 # "N passed, N failed".
 program=$1 seconds=$2
 shift 2
-[ $# -gt 0 ] || set -- weights tokenizer encode decode chat session ahead cli grammar schema batch editor
+[ $# -gt 0 ] || set -- weights tokenizer encode decode chat session ahead cli grammar schema batch editor json
 ASAN_OPTIONS=detect_leaks=1:abort_on_error=0:${ASAN_OPTIONS:-}
 export ASAN_OPTIONS
 passed=0 failed=0 sum=0
@@ -14,7 +14,7 @@ for target; do
     weights) longest=24576 silent=1 ;; session) longest=16384 silent=1 ;;
     tokenizer | chat | grammar | editor) longest=300 silent=1 ;;
     schema) longest=500 silent=3 ;; cli) longest=200 silent=3 ;;
-    batch) longest=400 silent=3 ;; *) longest=100 silent=1 ;;
+    batch | json) longest=400 silent=3 ;; *) longest=100 silent=1 ;;
     esac
     corpus=build/fuzz-corpus/$target
     mkdir -p "$corpus"

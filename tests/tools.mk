@@ -23,7 +23,7 @@ test-install: run lib
 
 # Hostile input, failing calls, the corpus of the fuzzer: nothing where speed matters.
 FAULT = -pthread -D_GNU_SOURCE -Dmain=run_main -include tests/fault.h run.c gemma2.c tests/fault.c
-REPLAY = -pthread -DREPLAY -Dmain=run_main tests/fuzz_editor.c tests/fuzz.c
+REPLAY = -pthread -DREPLAY -Dmain=run_main tests/fuzz_run.c tests/fuzz.c
 HOSTILE = -pthread tests/hostile.c
 
 build/hostile build/fault build/replay: run.c gemma2.c gemma2.h $(wildcard tests/*.[ch] tests/unit/*)
@@ -35,7 +35,7 @@ fuzz:
 	@mkdir -p build
 	clang -std=c11 -ffp-contract=off -O1 -g -fsanitize=fuzzer,address,undefined \
 		-fno-sanitize-recover=all -fno-sanitize-coverage=trace-cmp -pthread \
-		-Dmain=run_main tests/fuzz_editor.c tests/fuzz.c -lm -o build/fuzz
+		-Dmain=run_main tests/fuzz_run.c tests/fuzz.c -lm -o build/fuzz
 	@sh tests/fuzz.sh build/fuzz $(or $(SECONDS),60) $(TARGETS)
 
 # Tests the AMX and AVX-VNNI kernels on any CPU with AVX-512.

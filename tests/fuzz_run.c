@@ -1,8 +1,9 @@
-/* The line editor of run.c for tests/fuzz.c, which cannot reach its statics: compiled in the place
- * of run.c, with main renamed to run_main. */
+/* Targets of tests/fuzz.c that need statics of run.c, its line editor and its reader of JSON:
+ * compiled in the place of run.c, with main renamed to run_main. */
 #include "../run.c"
 
 void edit_bytes(const uint8_t *data, size_t size);
+void read_json(const uint8_t *data, size_t size);
 
 static void keeps(int promise, const char *what)
 {
@@ -11,6 +12,8 @@ static void keeps(int promise, const char *what)
     fprintf(stderr, "broken promise: %s\n", what);
     abort();
 }
+
+/* ---- the line editor ---- */
 
 /* Where the cursor of a terminal is. */
 typedef struct {
@@ -96,4 +99,77 @@ void edit_bytes(const uint8_t *data, size_t size)
     while (e.history.n)
         free(((char **)e.history.items)[--e.history.n]);
     free(e.history.items), free(e.text.items), free(e.screen.items), free(e.draft.items);
+}
+
+/* ---- JSON ---- */
+
+/* Reads a copy of exactly those bytes, so that a sanitizer sees a step past their end. */
+static json *read_copy(const void *bytes, size_t size)
+{
+    json *j = malloc(sizeof *j);
+    char *copy = malloc(size ? size : 1);
+    if (!j || !copy)
+        exit(1);
+    memcpy(copy, bytes, size);
+    int sound = json_read(j, copy, size);
+    keeps(sound == !j->why && j->at <= size, "a refusal has a reason and a place in the text");
+    return j;
+}
+
+static void let_go(json *j)
+{
+    free((void *)(uintptr_t)j->text);
+    free(j->nodes.items);
+    free(j);
+}
+
+/* Written and read again a string is what it was. */
+static void check_text(const json *j, const json_node *string, array *text)
+{
+    array quoted = {0}, again = {0};
+    output out = {.memory = &quoted};
+    keeps(json_text(j, string, text), "strings are read");
+    put_quoted(&out, text->items, text->n);
+    json *k = read_copy(quoted.items, quoted.n);
+    keeps(!k->why && json_text(k, k->nodes.items, &again) && again.n == text->n &&
+          (!text->n || memcmp(again.items, text->items, text->n) == 0), "strings come back");
+    let_go(k);
+    free(quoted.items);
+    free(again.items);
+}
+
+static void check_node(const json *j, size_t i)
+{
+    const json_node *node = (const json_node *)j->nodes.items + i, *key = node + 1;
+    array text = {0};
+    keeps(node->start <= node->end && node->end <= j->size && node->next > i &&
+          node->next <= j->nodes.n, "a node is in the text and ends behind itself");
+    if (node->kind == JSON_STRING)
+        check_text(j, node, &text);
+    for (size_t k = 0; node->kind == JSON_OBJECT && k < node->n; k++) {
+        text.n = 0;
+        keeps(key->kind == JSON_STRING && json_text(j, key, &text) &&
+              append(&text, "", 0) == DONE, "keys are strings");
+        keeps(strlen(text.items) < text.n || json_get(j, node, text.items) == key + 1,
+              "every key finds its value");
+        key = json_next(j, key + 1);
+    }
+    free(text.items);
+}
+
+/* Where a text is sound its nodes are, too, and part of it is not, nor it with more behind it. */
+void read_json(const uint8_t *data, size_t size)
+{
+    json *j = read_copy(data, size);
+    for (size_t i = 0; !j->why && i < j->nodes.n; i++)
+        check_node(j, i);
+    if (!j->why && ((json_node *)j->nodes.items)->kind != JSON_NUMBER) {
+        size_t end = size;
+        while (strchr(" \t\r\n", data[end - 1]))
+            end--;
+        json *cut = read_copy(data, end - 1);
+        keeps(cut->why != NULL, "a text without its end is refused");
+        let_go(cut);
+    }
+    let_go(j);
 }

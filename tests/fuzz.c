@@ -1,4 +1,4 @@
-/* Fuzzing: twelve targets, each a function from bytes to a use of the library or the program, in
+/* Fuzzing: thirteen targets, each a function from bytes to a use of the library or the program, in
  * which nothing may crash, leak, hang or break a promise of gemma2.h.
  *
  *   weights    a file image: open, check, encode, plan, sessions, every way to evaluate

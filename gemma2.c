@@ -7807,13 +7807,13 @@ INLINE void lines_by_type(lines_fn *kernel, const int most, const struct lines *
 }
 
 /* A group's weights, asked for ahead of their use.  One row multiplies faster than memory brings
- * them: PREFETCH_AHEAD.  With more rows that is not so, and the hardware's own prefetch falls
+ * them: a line far ahead.  With more rows that is not so, and the hardware's own prefetch falls
  * behind: all lines, soon into L2 and sooner into L1. */
 INLINE void prefetch_group(uint32_t type, const uint8_t *group, int one_row)
 {
     uint32_t n = types[type].group_bytes;
-    for (uint32_t line = 0; one_row && line < n; line += PREFETCH_EVERY)
-        __builtin_prefetch(group + line + PREFETCH_AHEAD, 0, 2);
+    if (one_row)
+        __builtin_prefetch(group + PREFETCH_AHEAD, 0, 2);
     for (uint32_t line = 0; !one_row && line < n; line += 64) {
         if (line % 128 == 0)
             __builtin_prefetch(group + line + 4096, 0, 2);

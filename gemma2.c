@@ -159,6 +159,7 @@ ANY_ADDRESS("vmovdqa64", "vmovdqu64")
 struct errbuf {
     char *text; /* may be NULL */
     size_t size;
+    int code; /* of an opening call, where it is not the usual one */
 };
 
 /* Writes a sentence to err; returns 0, so that checks can `return fail(...)`. */
@@ -4200,8 +4201,7 @@ static struct fragment read_token(struct parser *p)
             refuse(p, p->at, "a token's id is a number");
         p->at = end + 1;
     } else
-        for (uint32_t i = 0; i < m->tokenizer.n && id == NOWHERE; i++)
-            id = same_text(piece_text(&m->tokenizer, i), name) ? i : NOWHERE;
+        id = (uint32_t)gemma2_find_piece(m, (const char *)name.p, name.n);
     p->at++;
     if (id >= m->tokenizer.n)
         refuse(p, start, "the vocabulary has no such token");
@@ -5483,7 +5483,8 @@ const char *gemma2_error_string(int code)
         "the model gave logits that are not finite; its weights are damaged",
         "the buffer is too small", "the contents are damaged; copy or make the file again",
         "cancelled", "the saved session is of another model, window, cache type or version",
-        "the chat template has no form for these messages", "this is not a saved session"};
+        "the chat template has no form for these messages",
+        "this is not a saved session or not a model file", "the file cannot be opened or read"};
     return code <= 0 && code > -(int)(sizeof text / sizeof *text) ? text[-code] : "unknown error";
 }
 
@@ -5505,7 +5506,7 @@ gemma2_model *gemma2_open(const char *path, const gemma2_open_params *params, ch
                           size_t err_size)
 {
     char reason[256] = "";
-    struct errbuf err = {err_text, err_size}, inner = {reason, sizeof reason};
+    struct errbuf err = {err_text, err_size, 0}, inner = {reason, sizeof reason, 0};
     struct file f = {0};
     gemma2_open_params p;
     if (!path || !read_open_params(&p, params)) {
@@ -5513,29 +5514,36 @@ gemma2_model *gemma2_open(const char *path, const gemma2_open_params *params, ch
         return NULL;
     }
     gemma2_model *m = NULL;
+    inner.code = GEMMA2_ERR_FILE;
     if (file_open(&f, path, p.read_into_memory != 0, &inner))
         m = make_model(&f, &p, &inner);
     if (!m) {
         fail(&err, "%s: %s", path, reason);
         file_close(&f);
     }
+    if (p.code)
+        *p.code = m ? GEMMA2_OK : inner.code;
     return m;
 }
 
 gemma2_model *gemma2_open_memory(const void *data, size_t size, const gemma2_open_params *params,
                                  char *err_text, size_t err_size)
 {
-    struct errbuf err = {err_text, err_size};
+    struct errbuf err = {err_text, err_size, GEMMA2_ERR_ARGUMENT};
     struct file f = {data, size, NULL, NULL};
     gemma2_open_params p;
+    gemma2_model *m = NULL;
+    int is_read = read_open_params(&p, params);
     if (!data || (uintptr_t)data % 64)
         fail(&err, "gemma2_open_memory: the data must be aligned to 64 bytes");
-    else if (!read_open_params(&p, params) || p.read_into_memory)
+    else if (!is_read || p.read_into_memory)
         fail(&err, "gemma2_open_memory: params not from gemma2_open_params_init, or with "
                    "read_into_memory, which is gemma2_open's alone");
     else
-        return make_model(&f, &p, &err);
-    return NULL;
+        m = make_model(&f, &p, &err);
+    if (is_read && p.code)
+        *p.code = m ? GEMMA2_OK : err.code;
+    return m;
 }
 
 void gemma2_close(gemma2_model *m)
@@ -5584,7 +5592,7 @@ int gemma2_get_section(const gemma2_model *m, size_t i, gemma2_section *out)
 
 int gemma2_check(const gemma2_model *m, size_t i, char *err_text, size_t err_size)
 {
-    struct errbuf err = {err_text, err_size};
+    struct errbuf err = {err_text, err_size, 0};
     if (!m)
         return GEMMA2_ERR_ARGUMENT;
     if (i >= m->n_sections)
@@ -5676,7 +5684,7 @@ static void start_worker(gemma2_worker *work)
 gemma2_session *gemma2_session_place(const gemma2_model *m, const gemma2_session_params *params,
                                      void *memory, size_t size, char *err_text, size_t err_size)
 {
-    struct errbuf err = {err_text, err_size};
+    struct errbuf err = {err_text, err_size, 0};
     gemma2_session s;
     gemma2_worker work;
     gemma2_plan plan;
@@ -5716,7 +5724,7 @@ static void *allocate_block(uint64_t bytes, void **owned)
 gemma2_worker *gemma2_worker_new(const gemma2_model *m, const gemma2_worker_params *params,
                                  char *err_text, size_t err_size)
 {
-    struct errbuf err = {err_text, err_size};
+    struct errbuf err = {err_text, err_size, 0};
     gemma2_worker work, *placed;
     gemma2_plan plan;
     void *owned;
@@ -5749,7 +5757,7 @@ void gemma2_worker_free(gemma2_worker *work)
 gemma2_session *gemma2_session_new(const gemma2_model *m, const gemma2_session_params *params,
                                    char *err_text, size_t err_size)
 {
-    struct errbuf err = {err_text, err_size};
+    struct errbuf err = {err_text, err_size, 0};
     gemma2_plan plan = {0, 0, 0, 0};
     void *memory = NULL, *owned = NULL;
     if (gemma2_session_plan(m, params, &plan) == GEMMA2_OK) {
@@ -6139,6 +6147,31 @@ const char *gemma2_piece(const gemma2_model *m, int32_t id, size_t *size, int *k
     return (const char *)s.p;
 }
 
+int32_t gemma2_find_piece(const gemma2_model *m, const char *piece, int64_t size)
+{
+    if (!m || !piece || size < -1)
+        return GEMMA2_ERR_ARGUMENT;
+    size_t n = size < 0 ? strlen(piece) : (size_t)size;
+    struct text wanted = {(const uint8_t *)piece, (uint32_t)n};
+    for (uint32_t id = 0; id < m->tokenizer.n && n <= MAX_PIECE_BYTES; id++)
+        if (same_text(piece_text(&m->tokenizer, id), wanted))
+            return (int32_t)id;
+    return GEMMA2_ERR_TOKEN;
+}
+
+int64_t gemma2_piece_bytes(const gemma2_model *m, int32_t id, char *bytes, size_t size)
+{
+    uint8_t all[MAX_PIECE_BYTES];
+    if (!m || (!bytes && size))
+        return GEMMA2_ERR_ARGUMENT;
+    if (id < 0 || (uint32_t)id >= m->tokenizer.n)
+        return GEMMA2_ERR_TOKEN;
+    uint32_t n = token_bytes(&m->tokenizer, (uint32_t)id, all);
+    if (n && size)
+        memcpy(bytes, all, n < size ? n : size);
+    return n;
+}
+
 /* ---- chat ---- */
 
 /* Whether arguments and sizes are sound. */
@@ -6158,7 +6191,7 @@ static int check_arguments(const gemma2_model *m, const gemma2_message *messages
 int gemma2_chat_check(const gemma2_model *m, const gemma2_message *messages, size_t n,
                       unsigned flags, char *err_text, size_t err_size)
 {
-    struct errbuf err = {err_text, err_size};
+    struct errbuf err = {err_text, err_size, 0};
     if (!check_arguments(m, messages, n, flags)) {
         fail(&err, "a role, flag, text or size of the messages is out of its range");
         return GEMMA2_ERR_ARGUMENT;
@@ -6344,7 +6377,7 @@ static int compile(gemma2_grammar *g, const char *text, uint32_t size, struct er
 gemma2_grammar *gemma2_grammar_new(const gemma2_model *m, const char *text, int64_t size,
                                    char *err_text, size_t err_size)
 {
-    struct errbuf err = {err_text, err_size};
+    struct errbuf err = {err_text, err_size, 0};
     if (!m || !text || size < -1)
         return fail(&err, "gemma2_grammar_new: no model or no text"), NULL;
     size_t n = size < 0 ? strlen(text) : (size_t)size;
@@ -6509,7 +6542,7 @@ static int read_ahead_params(gemma2_ahead *a, const gemma2_model *m,
 uint64_t gemma2_ahead_bytes(const gemma2_model *m, const gemma2_ahead_params *params)
 {
     gemma2_ahead a = {.model = NULL};
-    struct errbuf err = {NULL, 0};
+    struct errbuf err = {NULL, 0, 0};
     struct arena arena = {NULL, 0, 0};
     if (!read_ahead_params(&a, m, params, &err))
         return 0;
@@ -6520,7 +6553,7 @@ uint64_t gemma2_ahead_bytes(const gemma2_model *m, const gemma2_ahead_params *pa
 gemma2_ahead *gemma2_ahead_new(const gemma2_model *m, const gemma2_ahead_params *params,
                                char *err_text, size_t err_size)
 {
-    struct errbuf err = {err_text, err_size};
+    struct errbuf err = {err_text, err_size, 0};
     gemma2_ahead start, *a;
     if (!read_ahead_params(&start, m, params, &err))
         return NULL;
@@ -6689,7 +6722,7 @@ static int file_read(struct file *f, HANDLE in, struct errbuf *err)
     DWORD got;
     f->memory = malloc(f->size + 63);
     if (!f->memory)
-        return fail(err, "out of memory reading %zu bytes", f->size);
+        return err->code = GEMMA2_ERR_MEMORY, fail(err, "out of memory reading %zu bytes", f->size);
     uint8_t *to = (uint8_t *)f->memory + (-(uintptr_t)f->memory & 63);
     f->data = to;
     for (size_t left = f->size; left; to += got, left -= got)
@@ -6968,16 +7001,20 @@ static int read_header(struct gemma2_model *m, const struct file *f, struct errb
     static const uint8_t magic[8] = {0x89, 'G', 'E', 'M', 'M', 'A', '2', '\n'};
     const uint8_t *p = f->data;
     gemma2_config *c = &m->config;
+    err->code = GEMMA2_ERR_FOREIGN;
     if (f->size < 8 || memcmp(p, magic, 8))
         return fail_foreign(p, f->size, err);
+    err->code = GEMMA2_ERR_CORRUPT;
     if (f->size < HEADER_BYTES)
         return corrupt(err, "it was cut short to %zu bytes, less than its header", f->size);
+    err->code = GEMMA2_ERR_MISMATCH;
     if (get_u32(p + 8) != 1)
         return fail(err, "the model file has format version %u and this is a program for version "
                          "1; use a newer gemma2.c or convert again", get_u32(p + 8));
     if (get_u64(p + 16))
         return fail(err, "the model file needs features (%#llx) that this version does not have; "
                          "use a newer gemma2.c", (unsigned long long)get_u64(p + 16));
+    err->code = GEMMA2_ERR_CORRUPT;
     c->file_bytes = get_u64(p + 32);
     if (c->file_bytes != f->size)
         return fail(err, "the model file has %zu bytes, but should have %llu: it was %s; copy or "
@@ -7368,6 +7405,7 @@ static gemma2_model *allocate_model(struct file *f, struct errbuf *err)
     size_t whole = (size_t)small.config.n_vocab;
     gemma2_model *m = malloc(sizeof *m + layers + (slots + 2 * whole) * sizeof(uint32_t));
     if (!m) {
+        err->code = GEMMA2_ERR_MEMORY;
         fail(err, "out of memory opening the model");
         return NULL;
     }
@@ -9720,9 +9758,11 @@ static const struct kernels *select_kernels(struct errbuf *err)
         if (name && *name ? !strcmp(name, all_kernels[i]->name) : all_kernels[i]->available()) {
             if (all_kernels[i]->available())
                 return all_kernels[i];
+            err->code = GEMMA2_ERR_ARGUMENT;
             fail(err, "GEMMA2_ISA=%s: this CPU does not have these instructions", name);
             return NULL;
         }
+    err->code = GEMMA2_ERR_ARGUMENT;
     fail(err, "GEMMA2_ISA=%s: this build knows no such instruction set", name);
     return NULL;
 }

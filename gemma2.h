@@ -128,13 +128,15 @@ enum {
     GEMMA2_ERR_CONTEXT = -3,   /* more tokens than the context has room for */
     GEMMA2_ERR_TOKEN = -4,     /* a token id outside the vocabulary */
     GEMMA2_ERR_REWIND = -5,    /* the sliding window no longer holds that position */
-    GEMMA2_ERR_NONFINITE = -6, /* logits hold NaN or infinity */
+    GEMMA2_ERR_NONFINITE = -6, /* a pass gave logits that are not finite, or logits to sample from
+                                * hold NaN or +infinity */
     GEMMA2_ERR_SPACE = -7,     /* the caller's buffer is too small */
     GEMMA2_ERR_CORRUPT = -8,   /* the contents are not what header or digest say */
     GEMMA2_ERR_CANCELLED = -9, /* gemma2_cancel */
     GEMMA2_ERR_MISMATCH = -10, /* another model, window, cache type or version */
     GEMMA2_ERR_CHAT = -11,     /* the chat template has no form for these messages */
-    GEMMA2_ERR_FOREIGN = -12   /* not a saved session at all */
+    GEMMA2_ERR_FOREIGN = -12,  /* not a saved session, or not a model file, at all */
+    GEMMA2_ERR_FILE = -13      /* the file cannot be opened or read */
 };
 /* One sentence for a code; never NULL. */
 GEMMA2_API const char *gemma2_error_string(int code);
@@ -150,6 +152,9 @@ typedef struct {
                                 * pages: a tenth faster to decode, slower to open */
     uint32_t exact_prefill;    /* 1: gemma2_prefill returns the bits of gemma2_eval; no matrix
                                 * units or bf16 arithmetic */
+    int *code;                 /* where opening leaves GEMMA2_OK or what kind of error the
+                                * sentence tells: ARGUMENT, MEMORY, FILE, FOREIGN, MISMATCH (a
+                                * newer format) or CORRUPT; NULL: nowhere */
 } gemma2_open_params;
 GEMMA2_API void gemma2_open_params_init(gemma2_open_params *params);
 
@@ -470,6 +475,14 @@ enum {
  * which may be NULL.  NULL for an id outside the vocabulary. */
 GEMMA2_API const char *gemma2_piece(const gemma2_model *model, int32_t id, size_t *size,
                                     int *kind);
+/* The id of the piece with these stored bytes, the lowest; GEMMA2_ERR_TOKEN where there is none.
+ * size -1: up to the first NUL.  It looks through the whole vocabulary. */
+GEMMA2_API int32_t gemma2_find_piece(const gemma2_model *model, const char *piece, int64_t size);
+/* The bytes that the token adds to a text, which may be a part of a character: a space is a space,
+ * a byte piece its byte.  Returns how many there are, 0 for pieces without text, as turn markers,
+ * and writes the first `size` of them, not terminated. */
+GEMMA2_API int64_t gemma2_piece_bytes(const gemma2_model *model, int32_t id, char *bytes,
+                                      size_t size);
 
 /* ---- Chat ----------------------------------------------------------------------- */
 

@@ -375,6 +375,7 @@ typedef struct {
     int full_drops; /* where a conversation fills the context its oldest turns go */
     const char *kept, *loaded; /* files of sessions */
     int lookup;                /* guess from what was said */
+    int spaced;                /* JSON of a schema */
     const char *draft;         /* a model that guesses */
     int32_t draft_max;         /* guesses a pass; 0: adapts */
     const char *history;       /* file of messages */
@@ -471,8 +472,10 @@ static const option OPTIONS[] = {
      IN(CHOICE, choices, "a text that is not empty", 0, 0)},
     {0, "grammar", "FILE", "reply with a sentence of this grammar, in GBNF", IS(TEXT, grammar)},
     {0, "schema", "FILE", "reply with compact JSON that fits this JSON Schema; keys\n"
-     "stand in its order, others than its own only where\n"
-     "additionalProperties says so", IS(TEXT, schema)},
+     "stand in its order, others than its own only where it\nsays additionalProperties or "
+     "patternProperties", IS(TEXT, schema)},
+    {0, "schema-spaces", "on|off", "a space behind each comma and colon of that JSON\n"
+     "(default off)", IN(SWITCH, spaced, "on or off", 0, 0)},
     {0, "ignore-eos", NULL, "never choose a token that ends the text", IS(FLAG, ignore_eos)},
 
     HEAD("Running"),
@@ -3036,9 +3039,8 @@ static void put_set_rule(schema *s, size_t id)
 }
 
 /* Writes the grammar of a schema; returns 0 with a sentence in err. */
-static int add_schema(array *gbnf, const char *text, size_t n, char *err, size_t size)
+static int add_schema(array *gbnf, const char *text, size_t n, int spaced, char *err, size_t size)
 {
-    int spaced = 0;
     schema s = {.gbnf = gbnf, .err = err, .size = size, .comma = spaced ? ", " : ",",
                 .colon = spaced ? ": " : ":"};
     view whole = {.n = 1};
@@ -3494,7 +3496,7 @@ static int load_constraint(program *p, array *gbnf)
     int status = opts->grammar ? read_path(path, gbnf) : path ? read_path(path, &text) : DONE;
     if (status != DONE)
         return status;
-    int ok = opts->schema ? add_schema(gbnf, text.items, text.n, err, sizeof err)
+    int ok = opts->schema ? add_schema(gbnf, text.items, text.n, opts->spaced, err, sizeof err)
              : path || add_choices(gbnf, opts->choices, opts->n_choices);
     ok = ok && open_constraint(&p->constraint, p->model, gbnf->n ? gbnf->items : "", gbnf->n, err,
                                sizeof err);
@@ -6257,7 +6259,8 @@ static int take_schema(batch_slot *s, const json *j, const json_node *value, con
 {
     array gbnf = {0};
     char err[SENTENCE];
-    int ok = add_schema(&gbnf, j->text + value->start, value->end - value->start, err, SENTENCE);
+    int ok = add_schema(&gbnf, j->text + value->start, value->end - value->start, s->opts.spaced,
+                        err, SENTENCE);
     return limit_reply(s, &gbnf, ok, key, err);
 }
 

@@ -146,8 +146,82 @@ static void test_json_values(void)
     free(decoded.items);
 }
 
+/* ---- schemas ---- */
+
+/* Texts behind '+' fit, behind '-' do not; behind '=' they fit with spaces. */
+static const struct {
+    const char *schema, *texts[9];
+} SCHEMAS[] = {
+    {"{\"allOf\":[{\"required\":[\"a\"],\"properties\":{\"a\":{\"type\":\"integer\"}}},"
+     "{\"properties\":{\"b\":true,\"a\":{\"minimum\":3}}}]}",
+     {"+{\"a\":3}", "+{\"a\":9,\"b\":[]}", "-{\"a\":2}", "-{\"b\":1}", "-{\"a\":3,\"c\":1}",
+      "={\"a\": 3, \"b\": [1, 2]}"}},
+    {"{\"properties\":{\"k\":{\"enum\":[1,2]},\"kin\":true},\"additionalProperties\":"
+     "{\"type\":\"null\"}}",
+     {"+{\"k\":2,\"kin\":0}", "+{\"ki\":null}", "+{\"\":null}", "+{\"kine\":null,\"Ã©\":null}",
+      "-{\"kin\":null,\"k\":null}", "-{\"k\":null}", "-{\"ki\":1}"}},
+    {"{\"type\":\"object\",\"properties\":{\"x\":{\"type\":\"integer\"}},"
+     "\"anyOf\":[{\"required\":[\"x\"]},{\"properties\":{\"y\":{\"const\":1}},"
+     "\"required\":[\"y\"]}]}",
+     {"+{\"x\":1}", "+{\"x\":1,\"y\":1}", "+{\"y\":1}", "-{}", "-{\"y\":2}"}},
+    {"{\"type\":\"number\",\"exclusiveMinimum\":-0.5,\"maximum\":1.25}",
+     {"+-0.49", "+0", "+1.25", "+1.2499", "--0.5", "--0.50", "-1.250001", "-1.26", "-2"}},
+    {"{\"type\":\"integer\",\"minimum\":-12.5,\"exclusiveMaximum\":100}",
+     {"+-12", "+0", "+99", "--13", "-100", "-007", "-1.0"}},
+    {"{\"oneOf\":[{\"type\":\"object\",\"required\":[\"t\"],\"properties\":{\"t\":"
+     "{\"const\":\"a\"}}},{\"type\":\"object\",\"required\":[\"t\"],\"properties\":{\"t\":"
+     "{\"enum\":[\"b\",\"c\"]},\"n\":true}}]}",
+     {"+{\"t\":\"a\"}", "+{\"t\":\"c\",\"n\":0}", "-{\"t\":\"a\",\"n\":0}", "-{\"t\":\"d\"}"}},
+    {"{\"type\":\"string\",\"pattern\":\"^[a-z.]+$\",\"minLength\":2,\"maxLength\":3}",
+     {"+\"ab\"", "+\"a.c\"", "-\"a\"", "-\"abcd\"", "-\"A1\""}},
+    {"{\"patternProperties\":{\"^x-\":{\"type\":\"string\"}},\"properties\":{\"id\":true},"
+     "\"additionalProperties\":false}",
+     {"+{\"id\":1,\"x-a\":\"\"}", "+{}", "-{\"x-a\":1}", "-{\"xa\":\"\"}", "-{\"id\":1,\"id\":2}"}},
+    {"{\"type\":\"object\",\"minProperties\":1,\"properties\":{\"a\":{},\"b\":{\"$ref\":\"#\"}}}",
+     {"+{\"a\":0}", "+{\"b\":{\"a\":0}}", "-{}", "-{\"b\":{}}"}},
+    {"{\"format\":\"uri\"}",
+     {"+\"https://a.b/c?d#e\"", "+\"urn:x:y\"", "-\"http://a:b/\"", "-\"//a\"", "-\"a b:c\""}},
+    {"{\"format\":\"date\"}", {"+\"2024-02-29\"", "-\"2023-02-29\"", "-\"1900-02-29\""}},
+};
+
+/* Whether the text, a byte piece for each byte, is a reply. */
+static int takes(const gemma2_model *words, constraint *c, const char *text)
+{
+    char piece[8];
+    int ok = c->matcher && gemma2_matcher_start(c->matcher, &c->state) == GEMMA2_OK;
+    for (; *text && ok; text++) {
+        snprintf(piece, sizeof piece, "<0x%02X>", (unsigned char)*text);
+        ok = gemma2_matcher_accept(c->matcher, &c->state, gemma2_find_piece(words, piece, -1)) ==
+             GEMMA2_OK;
+    }
+    return ok && may_end(c);
+}
+
+static void test_schemas(void)
+{
+    char err[SENTENCE];
+    gemma2_model *words = gemma2_open("tokenizer.bin", NULL, err, sizeof err);
+    check(words != NULL, "tokenizer.bin: %s", err);
+    for (size_t i = 0; words && i < 2 * sizeof SCHEMAS / sizeof *SCHEMAS; i++) {
+        const char *source = SCHEMAS[i / 2].schema, *const *text = SCHEMAS[i / 2].texts;
+        array gbnf = {0};
+        constraint c = {0};
+        check(add_schema(&gbnf, source, strlen(source), i % 2, err, sizeof err) &&
+              open_constraint(&c, words, gbnf.items, gbnf.n, err, sizeof err), "%s: %s", source,
+              err);
+        for (int k = 0; k < 9 && text[k]; k++)
+            if (i % 2 == (*text[k] == '='))
+                check(takes(words, &c, text[k] + 1) == (*text[k] != '-'), "%s: %s", source,
+                      text[k]);
+        close_constraint(&c);
+        free(gbnf.items);
+    }
+    gemma2_close(words);
+}
+
 int main(void)
 {
+    test_schemas();
     test_json_refusals();
     test_json_sizes();
     test_json_values();

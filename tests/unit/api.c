@@ -2,7 +2,7 @@
 
 static void test_strings(void)
 {
-    static const int codes[] = {1, GEMMA2_ERR_FOREIGN - 1, 1000, -1000, INT32_MAX, INT32_MIN,
+    static const int codes[] = {1, GEMMA2_ERR_FILE - 1, 1000, -1000, INT32_MAX, INT32_MIN,
                                 INT32_MIN + 1};
     char version[32];
     snprintf(version, sizeof version, "%d.%d.%d", GEMMA2_VERSION_MAJOR, GEMMA2_VERSION_MINOR,
@@ -12,7 +12,7 @@ static void test_strings(void)
     sscanf(gemma2_version(), "%d.%d.%d", &major, &minor, &patch);
     check(gemma2_version_number() == GEMMA2_VERSION_NUMBER &&
               GEMMA2_VERSION_NUMBER == major * 10000 + minor * 100 + patch, "version number");
-    for (int i = GEMMA2_ERR_FOREIGN; i <= 0; i++)
+    for (int i = GEMMA2_ERR_FILE; i <= 0; i++)
         for (int k = i + 1; k <= 0; k++)
             check(strcmp(gemma2_error_string(i), gemma2_error_string(k)) != 0, "codes %d, %d",
                   i, k);
@@ -145,8 +145,46 @@ static void test_allocation_failures(void)
 /* Models and sessions that were closed above left nothing behind. */
 static void test_no_leaks(void) { check(alloc_live == 0, "%d allocations live on", alloc_live); }
 
+/* The code that opening leaves beside its sentence. */
+static int code_of(const char *name, const void *data, size_t size)
+{
+    char err[256];
+    int code = 1;
+    gemma2_open_params p;
+    gemma2_open_params_init(&p);
+    p.code = &code;
+    const char *path = data ? write_file(name, data, size) : in_dir(name);
+    gemma2_model *m = gemma2_open(path, &p, err, sizeof err);
+    check((m != NULL) == (code == GEMMA2_OK), "%s: a model or an error", name);
+    gemma2_close(m);
+    remove(in_dir(name));
+    return code;
+}
+
+static void test_open_codes(void)
+{
+    struct image m = build(&tiny_shape);
+    gemma2_open_params p;
+    int code = 1;
+    check(code_of("model", m.data, m.size) == GEMMA2_OK, "a sound file");
+    check(code_of("none", NULL, 0) == GEMMA2_ERR_FILE, "no such file");
+    check(code_of("text", "hello world", 11) == GEMMA2_ERR_FOREIGN, "no model file");
+    check(code_of("model", m.data, m.size - 1) == GEMMA2_ERR_CORRUPT, "cut short");
+    alloc_calls = 0, alloc_fails_at = 2; /* the first is the mapping */
+    check(code_of("model", m.data, m.size) == GEMMA2_ERR_MEMORY, "out of memory");
+    alloc_fails_at = 0;
+    ((uint8_t *)m.data)[8] = 9;
+    check(code_of("model", m.data, m.size) == GEMMA2_ERR_MISMATCH, "a newer format");
+    gemma2_open_params_init(&p);
+    p.code = &code;
+    check(!gemma2_open_memory((const char *)m.data + 1, 99, &p, NULL, 0) &&
+          code == GEMMA2_ERR_ARGUMENT, "not aligned");
+    free(m.data);
+}
+
 static void test_api(void)
 {
+    test_open_codes();
     test_strings();
     test_sections();
     test_isa_choice();

@@ -127,7 +127,7 @@ static void test_ground(void)
 #endif
     static const uint8_t bytes[8] = {1, 2, 3, 0x84, 5, 6, 7, 0x88};
     char text[8] = "?";
-    struct errbuf err = {text, 4}, none = {NULL, 0};
+    struct errbuf err = {text, 4, 0}, none = {NULL, 0, 0};
     check(get_u32(bytes) == 0x84030201, "get_u32");
     check(get_u64(bytes) == 0x8807060584030201, "get_u64");
     check(fail(&err, "%d", 12345) == 0 && !strcmp(text, "123"), "a long message is cut");

@@ -145,6 +145,30 @@ static void test_huge_grammars(void)
     gemma2_grammar_free(g);
 }
 
+static void test_pieces(void)
+{
+    static const struct {
+        const char *piece, *bytes;
+        int n;
+    } known[] = {{"\xe2\x96\x81the", " the", 4}, {"<0x00>", "", 1}, {"<0xE9>", "\xe9", 1},
+                 {"<bos>", "", 0}, {"<start_of_turn>", "", 0}, {"\n\n", "\n\n", 2}};
+    char bytes[16];
+    for (size_t i = 0; i < sizeof known / sizeof *known; i++) {
+        int32_t id = gemma2_find_piece(words, known[i].piece, -1);
+        int64_t n = gemma2_piece_bytes(words, id, bytes, sizeof bytes);
+        check(n == known[i].n && !memcmp(bytes, known[i].bytes, (size_t)n), "%s", known[i].piece);
+        check(gemma2_piece_bytes(words, id, NULL, 0) == n, "%s is counted", known[i].piece);
+    }
+    for (int32_t id = 0; id < words->config.n_vocab; id += 5003) {
+        size_t n;
+        const char *piece = gemma2_piece(words, id, &n, NULL);
+        check(gemma2_find_piece(words, piece, (int64_t)n) == id, "piece %d", (int)id);
+    }
+    check(gemma2_find_piece(words, "no such piece", -1) == GEMMA2_ERR_TOKEN &&
+          gemma2_find_piece(words, NULL, 0) == GEMMA2_ERR_ARGUMENT &&
+          gemma2_piece_bytes(words, -1, NULL, 0) == GEMMA2_ERR_TOKEN, "what is none is said");
+}
+
 static void test_constraints(void)
 {
     char err[256];
@@ -156,5 +180,6 @@ static void test_constraints(void)
     test_languages();
     test_masks();
     test_huge_grammars();
+    test_pieces();
     gemma2_close(words);
 }

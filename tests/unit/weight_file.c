@@ -104,7 +104,7 @@ static int may_be(size_t at, char kind, double x, int32_t layers)
 {
     uint8_t header[HEADER_BYTES] = {0};
     gemma2_config c = {.n_layers = layers};
-    struct errbuf err = {said, sizeof said};
+    struct errbuf err = {said, sizeof said, 0};
     uint64_t bits;
     memcpy(&bits, &x, 8);
     if (kind == 'd')

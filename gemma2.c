@@ -1990,14 +1990,6 @@ static void trace(const struct pass *p, const char *name, int layer, float *data
     await_caller(p->me);
 }
 
-static struct input input_of(const struct pass *p, float *x, size_t ldx)
-{
-    const gemma2_worker *work = p->worker;
-    struct input in = {x,           ldx,            work->in_q, work->in_scale,
-                       work->in_sum, work->in_pairs, work->ldq};
-    return in;
-}
-
 static int uses_matrix(const struct pass *p, uint32_t type)
 {
     return p->matrix && p->matrix->types >> type & 1;
@@ -2156,8 +2148,10 @@ static void prepare_task(void *context, size_t t)
 
 static void prepare(const struct pass *p, struct product *job)
 {
+    const gemma2_worker *work = p->worker;
     job->pass = p;
-    job->in = input_of(p, job->x, job->w[0]->cols);
+    job->in = (struct input){job->x, job->w[0]->cols, work->in_q, work->in_scale, work->in_sum,
+                             work->in_pairs, work->ldq};
     job->n_exact = job->to ? p->wanted_exact : p->n_exact;
     share(p->me, job->n, prepare_task, job);
 }
@@ -2764,21 +2758,17 @@ static void embed_task(void *context, size_t t)
     }
 }
 
-static int is_stopped(const gemma2_session *s)
-{
-    return s->cancelled || (s->cancels_too && s->cancels_too->cancelled);
-}
-
 /* Ends the pass once the owners of all rows asked for that. */
 static void ask_task(void *context, size_t task)
 {
     const struct pass *p = context;
     int n_left = 0;
-    for (size_t t = task; t < p->n; t++)
-        if (is_stopped(p->worker->rows[t].session))
-            p->worker->rows[t].session->is_out = 1;
-    for (size_t t = task; t < p->n; t++)
-        n_left += !p->worker->rows[t].session->is_out;
+    for (size_t t = task; t < p->n; t++) {
+        gemma2_session *s = p->worker->rows[t].session;
+        if (s->cancelled || (s->cancels_too && s->cancels_too->cancelled))
+            s->is_out = 1;
+        n_left += !s->is_out;
+    }
     if (!n_left)
         p->worker->status = GEMMA2_ERR_CANCELLED;
 }
@@ -2949,15 +2939,19 @@ static int next_way(const struct pace *p)
     return other > 0 ? p->seconds[1] <= p->seconds[0] : p->is_team;
 }
 
-/* A running mean of recent passes, in which a single slow pass counts little. */
+/* A running mean, in which a single slow pass counts little. */
+static void note_mean(double *mean, double x)
+{
+    if (x > 0)
+        *mean = *mean > 0 ? *mean + ((x < 2 * *mean ? x : 2 * *mean) - *mean) / 8 : x;
+}
+
 static void note_pace(struct pace *p, int is_team, double seconds)
 {
-    double *mean = &p->seconds[is_team];
     int goes_on = is_team == p->is_team;
-    if (goes_on && *mean > 0)
-        *mean += ((seconds < 2 * *mean ? seconds : 2 * *mean) - *mean) / 8;
-    else
-        *mean = seconds;
+    if (!goes_on)
+        p->seconds[is_team] = 0;
+    note_mean(&p->seconds[is_team], seconds);
     p->since = goes_on ? p->since + seconds : 0;
     p->is_team = is_team;
 }
@@ -5374,12 +5368,6 @@ static int32_t choose_drafts(const gemma2_ahead *a, const struct guesses *source
     return n ? n : a->balance > -a->spent / 400;
 }
 
-static void note_mean(double *mean, double x)
-{
-    if (x > 0)
-        *mean = *mean > 0 ? *mean + ((x < 2 * *mean ? x : 2 * *mean) - *mean) / 8 : x;
-}
-
 /* A draft was asked for, or another token in its place. */
 static void note_answer(gemma2_ahead *a, int is_draft)
 {
@@ -6557,17 +6545,17 @@ gemma2_ahead *gemma2_ahead_new(const gemma2_model *m, const gemma2_ahead_params 
     gemma2_ahead start, *a;
     if (!read_ahead_params(&start, m, params, &err))
         return NULL;
-    size_t bytes = (size_t)gemma2_ahead_bytes(m, params);
-    void *memory = bytes ? calloc(1, bytes + 63) : NULL;
-    if (!memory) {
+    uint64_t bytes = gemma2_ahead_bytes(m, params);
+    void *owned;
+    a = bytes ? allocate_block(bytes, &owned) : NULL;
+    if (!a) {
         fail(&err, "out of memory: looking ahead needs %llu MB; choose fewer drafts",
              (unsigned long long)(bytes >> 20));
         return NULL;
     }
-    a = (gemma2_ahead *)((char *)memory + (-(uintptr_t)memory & 63));
     place_ahead(&start, &(struct arena){(uint8_t *)a, 0, 0});
     *a = start;
-    a->owned = memory;
+    a->owned = owned;
     a->source = a->sources;
     if (a->draft)
         a->context = a;
@@ -6624,6 +6612,7 @@ int gemma2_ahead_count(const gemma2_ahead *a, gemma2_ahead_counts *counts)
     "a directory; convert the checkpoint that it holds, or give the path of a model file"
 #define A_DEVICE "a device or pipe; give the path of a model file"
 #define EMPTY "the file is empty; copy or make it again"
+#define TOO_LARGE "has %llu bytes, too large for this %d-bit program"
 
 static void file_close(struct file *f)
 {
@@ -6637,14 +6626,6 @@ static void file_close(struct file *f)
     free(f->memory);
     memset(f, 0, sizeof *f);
 }
-
-#if defined(HAVE_MMAP) || defined(_WIN32)
-static int fail_too_large(uint64_t bytes, struct errbuf *err)
-{
-    return fail(err, "has %llu bytes, too large for this %d-bit program",
-                (unsigned long long)bytes, (int)sizeof(size_t) * 8);
-}
-#endif
 
 #ifdef HAVE_MMAP
 static int read_all(int fd, uint8_t *to, size_t n)
@@ -6696,7 +6677,7 @@ static int file_open(struct file *f, const char *path, int read_in, struct errbu
     else if (st.st_size == 0)
         fail(err, EMPTY);
     else if ((uint64_t)st.st_size > SIZE_MAX / 2)
-        fail_too_large((uint64_t)st.st_size, err);
+        fail(err, TOO_LARGE, (unsigned long long)st.st_size, (int)sizeof(size_t) * 8);
     else {
         f->size = (size_t)st.st_size;
         ok = file_load(f, fd, read_in, err);
@@ -6752,7 +6733,7 @@ static int file_load(struct file *f, HANDLE in, int read_in, struct errbuf *err)
     if (size.QuadPart == 0)
         return fail(err, EMPTY);
     if ((uint64_t)size.QuadPart > SIZE_MAX / 2)
-        return fail_too_large((uint64_t)size.QuadPart, err);
+        return fail(err, TOO_LARGE, (unsigned long long)size.QuadPart, (int)sizeof(size_t) * 8);
     f->size = (size_t)size.QuadPart;
     return read_in ? file_read(f, in, err) : file_map(f, in, err);
 }
@@ -7441,14 +7422,12 @@ static int values_are_finite(const struct gemma2_model *m, const struct entry *e
 {
     const uint8_t *p = m->file.data + e->offset;
     uint64_t tile = tile_bytes(e->type, e->cols), uses = is_quantised(e->type) ? 64 : tile;
-    uint32_t bad = 0;
+    uint32_t bad = 0, low = e->type == TYPE_BF16 ? 0x7f80 : 0; /* exponent of the lower number */
     for (uint64_t at = 0; at < e->bytes; at += tile)
-        if (e->type == TYPE_BF16)
-            for (uint64_t i = 0; i < uses; i += 2)
-                bad |= (p[at + i + 1] & 0x7f) == 0x7f && p[at + i] & 0x80;
-        else
-            for (uint64_t i = 0; i < uses; i += 4)
-                bad |= (get_u32(p + at + i) & 0x7f800000) == 0x7f800000;
+        for (uint64_t i = 0; i < uses; i += 4) {
+            uint32_t x = get_u32(p + at + i);
+            bad |= (x & 0x7f800000) == 0x7f800000 || (low && (x & low) == low);
+        }
     return !bad;
 }
 

@@ -1035,6 +1035,7 @@ enum {
     PREFETCH_AHEAD = 8192, /* bytes of weights: far enough that page walks are done in time */
     PREFETCH_EVERY = 256,  /* and few enough lines, into L2, that the hardware's own prefetch
                             * goes on: asking for every line reads up to 15 % less a second */
+    PREFETCH_SOON = 3072, /* while several rows multiply: every line, into L1 */
     PAIRS_STRIDE = TILE * GROUP, /* of in->pairs: from 32 inputs of a row to its next 32 */
     CACHE_PANEL = 32 << 10, /* bytes of keys, and of values, that the matrix class packs */
     MAX_PACKED_HEAD = CACHE_PANEL / (4 * TILE) /* head_dim up to which it does */
@@ -1262,7 +1263,8 @@ static void product(const struct tiles *w, const struct input *in, size_t t, int
 }
 
 /* Weights of any type.  Floats are lines, inputs ascending from 0;
- * with many tokens in steps of inputs that stay in the fastest cache. */
+ * with many tokens in steps of inputs that stay in the fastest cache.  With 4 rows and more bf16
+ * waits for memory unless every line is asked for. */
 static void multiply_tiles(const struct kernels *isa, const struct tiles *w,
                            const struct input *in, size_t t, int n, float *y)
 {
@@ -1272,9 +1274,11 @@ static void multiply_tiles(const struct kernels *isa, const struct tiles *w,
     }
     int is_bf16 = w->type == TYPE_BF16, cols = (int)w->cols;
     int step = n > MAX_PRODUCT_ROWS ? BLOCK_INPUTS : cols;
+    int soon = is_bf16 && n >= 4, every = soon ? 64 : PREFETCH_EVERY;
     struct lines lines = {.data = w->data[0], .type = is_bf16 ? LINES_BF16 : LINES_F32,
-                          .n_strips = w->n, .line_bytes = TILE * 4, .ahead = PREFETCH_AHEAD,
-                          .every = PREFETCH_EVERY / (is_bf16 ? 32 : 64)};
+                          .n_strips = w->n, .line_bytes = TILE * 4,
+                          .ahead = soon ? PREFETCH_SOON : PREFETCH_AHEAD,
+                          .every = every / (is_bf16 ? 32 : 64)};
     lines.strip_bytes = w->n == 2 ? w->data[1] - w->data[0] : 0;
     for (int k = 0; k < cols; k += step) {
         lines.n_lines = min_i32(step, cols - k);
@@ -7767,6 +7771,18 @@ INLINE int has_new_scales(enum line_type type, int k)
     return type == LINES_VALUES_Q8 || (type == LINES_KEYS_Q8 && k % GROUP == 0);
 }
 
+/* Asks for what multiply_tiles says of a line. */
+INLINE void prefetch_line(enum line_type type, const int n, const struct lines *l, int k,
+                          const uint8_t *line)
+{
+    if (k & (l->every - 1))
+        return;
+    if (type == LINES_BF16 && n >= 4)
+        __builtin_prefetch(line + l->ahead, 0, 3);
+    else
+        __builtin_prefetch(line + l->ahead, 0, 2);
+}
+
 typedef void lines_fn(enum line_type type, const int n, const int strips, const struct lines *l,
                       const float *x, size_t ldx, float *y, size_t ldy);
 
@@ -7833,8 +7849,8 @@ INLINE void prefetch_group(uint32_t type, const uint8_t *group, int one_row)
         __builtin_prefetch(group + PREFETCH_AHEAD, 0, 2);
     for (uint32_t line = 0; !one_row && line < n; line += 64) {
         if (line % 128 == 0)
-            __builtin_prefetch(group + line + 4096, 0, 2);
-        __builtin_prefetch(group + line + 3072, 0, 3);
+            __builtin_prefetch(group + line + PREFETCH_SOON + 1024, 0, 2);
+        __builtin_prefetch(group + line + PREFETCH_SOON, 0, 3);
     }
 }
 
@@ -7996,8 +8012,7 @@ AVX2 INLINE void add_line_avx2(enum line_type type, int odd, const int n, const 
 {
     const uint8_t *line = l->data + (size_t)k / (type == LINES_BF16 ? 2 : 1) * l->line_bytes;
     for (int i = 0; i < strips; i++, line += l->strip_bytes) {
-        if (!(k & (l->every - 1)))
-            _mm_prefetch((const char *)line + l->ahead, _MM_HINT_T1);
+        prefetch_line(type, n, l, k, line);
         for (int half = 0; half < 2; half++) {
             __m256 w = line_avx2(type, odd, line, half, scale[i][half]);
             for (int j = 0; j < n; j++)
@@ -8361,8 +8376,7 @@ AVX512 INLINE void add_line_avx512(enum line_type type, int odd, const int n, co
     const uint8_t *line = l->data + (size_t)k / (type == LINES_BF16 ? 2 : 1) * l->line_bytes;
     x += type == LINES_PAIRS ? (size_t)k / TILE * l->run + (size_t)k % TILE : (size_t)k;
     for (int i = 0; i < strips; i++, line += l->strip_bytes) {
-        if (!(k & (l->every - 1)))
-            _mm_prefetch((const char *)line + l->ahead, _MM_HINT_T1);
+        prefetch_line(type, n, l, k, line);
         __m512 w = line_avx512(type, odd, line, scale[i]);
         for (int j = 0; j < n; j++)
             acc[j][i] = fused_avx512(type, acc[j][i], w, _mm512_set1_ps(x[(size_t)j * ldx]));

@@ -590,13 +590,14 @@ def dot(a, b, weight):
     return np.einsum("ij,ij->j", a, b if weight is None else b * weight)
 
 
-def best_real_scales(x, grid, live, weight):
-    """For each group the real scale d and the bit with the least squared error.
+def best_scales(x, grid, live, weight, S=None):
+    """For each group the scale d, real or a multiple of S, and the bit with the least squared
+    error.
 
-    With the values v of some scale, d = <w,v>/<v,v> is the best scale for those values
-    and leaves <w,w> - <w,v>^2/<v,v>; so the candidate with the largest gain
-    <w,v>^2/<v,v> is kept.  Tried are both signs, both bits, and a few scales around
-    the one that just covers the group.
+    With the values v of some scale, d = <w,v>/<v,v> is the best scale for those values.  A
+    scale leaves <w,w> less its gain d (2 <w,v> - d <v,v>), and the candidate that gains most
+    is kept.  Tried are both signs, both bits, and a few scales around the one that just covers
+    the group.
     """
     top, bottom = x.max(axis=0), x.min(axis=0)
     gain, d, best_book = np.full_like(top, -1), np.zeros_like(top), np.zeros_like(top)
@@ -609,8 +610,11 @@ def best_real_scales(x, grid, live, weight):
                 v = values(x, cover * np.float32(step), book, grid, live)
                 wv, vv = dot(x, v, weight), dot(v, v, weight)
                 fit = wv / np.where(vv == 0, np.float32(1), vv)
-                better = wv * fit > gain
-                np.copyto(gain, wv * fit, where=better)
+                if S is not None:
+                    fit = S * np.clip(np.rint(fit / S), grid.s_lo, grid.s_hi)
+                gains = fit * (2 * wv - fit * vv)
+                better = gains > gain
+                np.copyto(gain, gains, where=better)
                 np.copyto(d, fit, where=better)
                 np.copyto(best_book, book, where=better)
     d[np.maximum(top, -bottom) < TINY] = 0
@@ -641,26 +645,47 @@ def group_scales(x, d, S, book, grid, live, weight):
     return np.where(d == 0, np.float32(0), best)
 
 
-def feedback(M):
-    """[blocks, inputs, inputs], upper: what the error of an input moves the later ones by, such
-    that these make up for it as well as real numbers could (rows of the inverse's factor)."""
-    i = np.arange(M.shape[1])
-    whole = M.astype(np.float64)
-    whole[:, i, i] += whole[:, i, i] == 0  # padding
-    try:
-        U = np.linalg.cholesky(np.linalg.inv(whole)).transpose(0, 2, 1)
-    except np.linalg.LinAlgError:
-        raise ExportError("the importance is damaged: its means of products contradict each "
-                          "other; make it again") from None
-    return np.ascontiguousarray(U / U[:, i, i][:, :, None], np.float32)
+def feedback(moments, cols):
+    """M [blocks, inputs, inputs].  U of that shape, upper: what the error of an input moves the
+    later ones by, such that these make up for it as well as real numbers could (rows of the
+    inverse's factor).  And cost [blocks, inputs]: what the error's square costs even so."""
+    M = blocks_of(moments, round_up(cols, len(moments)))
+    U, cost, i = np.empty_like(M), np.empty(M.shape[:2], np.float32), np.arange(M.shape[1])
+    for block, u, c in zip(M, U, cost):
+        m = block.astype(np.float64)
+        m[i, i] += m[i, i] == 0  # padding
+        try:
+            factor = np.linalg.cholesky(np.linalg.inv(m)).T
+        except np.linalg.LinAlgError:
+            raise ExportError("the importance is damaged: its means of products contradict each "
+                              "other; make it again") from None
+        u[:], c[:] = factor / factor[i, i][:, None], factor[i, i] ** -2.0
+    return M, U, cost
 
 
-def settle(x, S, s, book, grid, live, moments):
-    """Values, and s again, that leave less error in the products than the nearest ones do.
+def round_in_turn(x, S, grid, live, U, cost):
+    """s, bits and values of a group's inputs [blocks, 32, rows], the error of each moving the
+    later ones; x becomes the errors."""
+    def flat(a):
+        return np.ascontiguousarray(a.transpose(1, 0, 2)).reshape(GROUP, -1)
+    unit = np.where(S == 0, np.float32(1), S)
+    d, book = best_scales(flat(x), grid, None if live is None else flat(live),
+                          flat(np.broadcast_to(cost[:, :, None], x.shape)), np.tile(unit, len(x)))
+    s, book, v = np.rint(d.reshape(len(x), -1) / unit), book.reshape(len(x), -1), np.empty_like(x)
+    for k in range(GROUP):
+        v[:, k] = values(x[:, k], S * s, book, grid, None if live is None else live[:, k])
+        x[:, k] -= v[:, k] * (S * s)
+        x[:, k + 1:] -= U[:, k, k + 1:, None] * x[:, None, k]
+    return s, book, v
+
+
+def settle(x, S, grid, live, moments):
+    """Values, S, s and bits that leave less error in the products than the nearest values do.
 
     First each input is rounded in turn and the later ones of its block move to make up for its
-    error.  Then SWEEPS times each group's s is the best for its values, and each value the best
-    for all others as they stand (coordinate descent on e M e^T, which never rises).
+    error; a group's scale is chosen when its turn comes.  Then S is the best for all values of its
+    row, and SWEEPS times each group's s is the best for its values, and each value the best for
+    all others as they stand (coordinate descent on e M e^T, which never rises).
 
     In blocks the shape is [blocks, inputs of one, rows].  pull = M e; the best real weight
     of input i, all others as they are, is q_i + pull_i / M_ii.
@@ -671,25 +696,26 @@ def settle(x, S, s, book, grid, live, moments):
     def in_blocks(a):
         split = a.reshape(-1, tiles, n_blocks, per_block, TILE).transpose(2, 3, 0, 1, 4)
         return np.ascontiguousarray(split).reshape(n_blocks, -1, tiles * TILE)
-    M = blocks_of(moments, n_blocks * len(moments))
+    M, U, cost, _ = keep("feedback", id(moments), lambda: (  # holds moments, so the id stays theirs
+        *feedback(moments, n_blocks * len(moments)), moments))
     diagonal = np.einsum("bii->bi", M).copy()
     diagonal[diagonal == 0] = 1  # padding
-    s, book, x = in_blocks(s), in_blocks(book), in_blocks(x)
-    S = S.reshape(-1)
+    x, S = in_blocks(x), S.reshape(-1)
     live = None if live is None else in_blocks(live)
-    v, q, moved, U = np.empty_like(x), np.empty_like(x), x.copy(), feedback(M)
-
-    def choose(best, g, i):
-        v[:, i] = values(best, S * s[:, g], book[:, g], grid, None if live is None else live[:, i])
-        return v[:, i] * (S * s[:, g])
+    s = np.empty((n_blocks, per_block, len(S)), np.float32)
+    book, v, moved = np.empty_like(s), np.empty_like(x), x.copy()
     groups = [(g, slice(g * GROUP, (g + 1) * GROUP)) for g in range(per_block)]
     for g, group in groups:
-        for i in range(group.start, group.stop):
-            q[:, i] = choose(moved[:, i], g, i)
-            moved[:, i] -= q[:, i]  # from here on its error
-            moved[:, i + 1:group.stop] -= U[:, i, i + 1:group.stop, None] * moved[:, None, i]
+        s[:, g], book[:, g], v[:, group] = round_in_turn(
+            moved[:, group], S, grid, None if live is None else live[:, group],
+            U[:, group, group], cost[:, group])
         moved[:, group.stop:] -= U[:, group, group.stop:].transpose(0, 2, 1) @ moved[:, group]
-    pull = M @ (x - q)
+    q = v * np.repeat(S * s, GROUP, axis=1)
+    near = M @ q
+    size = np.einsum("bir,bir->r", q, near)
+    more = np.where(size > 0, np.einsum("bir,bir->r", x, near) / np.where(size > 0, size, 1), 1)
+    more = more.astype(np.float32)
+    S, q, pull = S * more, q * more, M @ x - near * more
     for g, group in groups * SWEEPS:
         near, old = pull[:, group].copy(), q[:, group].copy()
         u = M[:, group, group] @ v[:, group]
@@ -700,8 +726,11 @@ def settle(x, S, s, book, grid, live, moments):
         change, s[:, g] = (fit - s[:, g]) * S, fit
         q[:, group] += v[:, group] * change[:, None]
         near -= u * change[:, None]
+        d = S * s[:, g]
         for k, i in enumerate(range(group.start, group.stop)):
-            step = choose(q[:, i] + near[:, k] / diagonal[:, i, None], g, i) - q[:, i]
+            best = q[:, i] + near[:, k] / diagonal[:, i, None]
+            v[:, i] = values(best, d, book[:, g], grid, None if live is None else live[:, i])
+            step = v[:, i] * d - q[:, i]
             near -= M[:, group, i, None] * step[:, None]
             q[:, i] += step
         pull -= M[:, :, group] @ (q[:, group] - old)
@@ -709,10 +738,12 @@ def settle(x, S, s, book, grid, live, moments):
     def back(a):
         a = a.reshape(n_blocks, per_block, -1, tiles, TILE).transpose(2, 3, 0, 1, 4)
         return np.ascontiguousarray(a)
-    return back(v).reshape(GROUP, -1), back(s).reshape(tiles, -1, TILE)
+    return (back(v).reshape(GROUP, -1), S.reshape(tiles, 1, TILE),
+            back(s).reshape(tiles, -1, TILE), back(book).reshape(-1))
 
 
-SWEEPS = 3  # of settle; more gain less than a hundredth
+SWEEPS = 3   # of settle; more gain less than a hundredth
+ROOM = 1.05  # of S before settle, since errors of earlier groups may widen a group
 
 
 def pack_quantised(w, grid, moments=None):
@@ -729,20 +760,20 @@ def pack_quantised(w, grid, moments=None):
     x = regroup(full)
     live = None if full is w else regroup(padded(np.ones_like(w), BLOCK))
     partly = live if cols % GROUP else None
-    weight = None
-    if moments is not None:
-        c = np.arange(cols)
-        weight = np.ascontiguousarray(np.broadcast_to(moments[c % len(moments), c], w.shape))
-        weight = regroup(padded(weight, BLOCK))
-
-    d, book = best_real_scales(x, grid, partly, weight)
     by_row = (tiles, groups, TILE)
-    S = row_scales(d.reshape(by_row), grid)
-    s = group_scales(x, d.reshape(by_row), S, book, grid, partly, weight)
     if moments is None or len(moments) == 1:
+        weight = moments
+        if moments is not None:
+            weight = regroup(padded(np.ascontiguousarray(np.broadcast_to(moments, w.shape)), BLOCK))
+        d, book = best_scales(x, grid, partly, weight)
+        S = row_scales(d.reshape(by_row), grid)
+        s = group_scales(x, d.reshape(by_row), S, book, grid, partly, weight)
         v = values(x, (S * s).reshape(-1), book, grid, partly)
     else:
-        v, s = settle(x, S, s, book, grid, partly, moments)
+        lo, hi = grid.ends[0]
+        covers = np.maximum(x.max(axis=0) / hi, x.min(axis=0) / lo) * np.float32(ROOM)
+        S = row_scales(covers.reshape(by_row), grid)
+        v, S, s, book = settle(x, S, grid, partly, moments)
     ds = (S * s).reshape(-1)
     lost = (x - v * ds).reshape(GROUP, tiles, groups, TILE).transpose(1, 3, 2, 0)
     lost = lost.reshape(full.shape)[:rows, :cols]

@@ -715,7 +715,8 @@ def settle(x, S, grid, live, moments):
     size = np.einsum("bir,bir->r", q, near)
     more = np.where(size > 0, np.einsum("bir,bir->r", x, near) / np.where(size > 0, size, 1), 1)
     more = more.astype(np.float32)
-    S, q, pull = S * more, q * more, M @ x - near * more
+    S, q = S * more, q * more
+    pull = M @ (x - q)
     for g, group in groups * SWEEPS:
         near, old = pull[:, group].copy(), q[:, group].copy()
         u = M[:, group, group] @ v[:, group]

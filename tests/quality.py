@@ -2,7 +2,7 @@
 """What each number format costs: perplexity and divergence on a text, beside llama.cpp's.
 
     python3 tests/quality.py CHECKPOINT TEXT [--calibration TEXT] [--tokens N] [--peers]
-                             [--llama-quantize PROGRAM]
+                             [--ggml LIBRARY] [--svg FILE]
 
 CHECKPOINT is a Hugging Face directory (bf16), TEXT plain text that the model was not trained
 on.  Importance is gathered from the --calibration text; without one, from the first half of
@@ -14,15 +14,19 @@ Each variant is made by export.py and run by the engine, in the exact class, key
 in f32.  KL is the mean over positions of KL(bf16 || variant) over the whole vocabulary, in
 nats; bytes are those of the matrices, head included, and bits are bytes over weights.
 
---peers (pip install gguf, and llama-cpp-python unless --llama-quantize names that program)
-quantises the same checkpoint with llama.cpp, dequantises it with the gguf package and runs
-that as f32 weights in this engine.  So peers differ in their weights alone and do not even
-pay for rounded activations, as our variants do.  With the program, Q4_K_M is also made with
-an importance matrix: the mean squares that our engine found on the calibration text.
+--peers (pip install gguf xllamacpp) quantises the same matrices with llama.cpp's own code, in
+the types that llama-quantize would choose, with and without its importance matrix: the mean
+squares that our engine found on the calibration text.  --ggml names another library that has
+ggml_quantize_chunk, such as the libggml-base.so of a build.  What the library makes is
+dequantised by the gguf package and runs as f32 weights in this engine.  So peers differ in
+their weights alone and do not even pay for rounded activations, as our variants do.
+
+--svg draws divergence over bytes.
 """
 import argparse
 import ctypes
-import json
+import importlib.util
+import math
 import os
 import struct
 import subprocess
@@ -34,7 +38,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
 
-import peers
 import reference as ref
 
 CHUNK, BATCH = 512, 64
@@ -49,15 +52,24 @@ VARIANTS = [
     ("q4, importance", MEANS, "--type q4"),
     ("q4, importance in blocks", BLOCKS, "--type q4"),
     ("q3 (head, v q6)", None, "--type q3"),
+    ("q3, importance", MEANS, "--type q3"),
     ("q3, importance in blocks", BLOCKS, "--type q3"),
-    ("q4, head q4", None, "--type q4 --head q4"),
-    ("q4, head q4, importance", MEANS, "--type q4 --head q4"),
-    ("q4, head q4, importance in blocks", BLOCKS, "--type q4 --head q4"),
-    ("q4, v q4", None, "--type q4 --tensor layers.*.v=q4"),
-    ("q4, v q4, importance", MEANS, "--type q4 --tensor layers.*.v=q4"),
-    ("q4, v q4, importance in blocks", BLOCKS, "--type q4 --tensor layers.*.v=q4"),
-]
-PEERS = [("Q8_0", 7, False), ("Q4_0", 2, False), ("Q4_K_M", 15, False), ("Q4_K_M", 15, True)]
+    ("q3, down q4, in blocks", BLOCKS, "--type q3 --tensor *.down=q4"),
+    ("q3, down and o q4, in blocks", BLOCKS, "--type q3 --tensor *.down=q4 --tensor *.o=q4"),
+    ("q4, gate and up q3, in blocks", BLOCKS, "--type q4 --tensor *.gate=q3 --tensor *.up=q3"),
+] + [(f"--bits {bits}, in blocks", BLOCKS, f"--bits {bits}")
+     for bits in (3.6, 4.005, 4.3, 4.79, 5.5)]
+
+# llama.cpp's mixes: type of the head, of all other matrices, and of the roles that differ
+PEERS = {
+    "Q8_0": ("Q8_0", "Q8_0", {}),
+    "Q4_K_M": ("Q6_K", "Q4_K", {"v": "more", "down": "more"}),
+    "IQ4_XS": ("Q6_K", "IQ4_XS", {}),
+    "Q3_K_M": ("Q6_K", "Q3_K", {"v": "Q4_K", "down": "Q4_K", "o": "Q4_K"}),
+    "Q3_K_S": ("Q6_K", "Q3_K", {}),
+    "IQ3_S": ("Q6_K", "IQ3_S", {}),
+    "IQ3_XXS": ("Q6_K", "IQ3_XXS", {}),
+}
 
 
 def quiet(command):
@@ -73,104 +85,100 @@ def export(checkpoint, out, *options):
 # ---- llama.cpp ------------------------------------------------------------------------
 
 
-def write_gguf(checkpoint, out):
-    import gguf
-    writer = gguf.GGUFWriter(str(out), "gemma2")
-    peers.add_config(writer, json.loads((checkpoint / "config.json").read_text()))
-    peers.add_tokenizer(writer, checkpoint / "tokenizer.model")
-    peers.add_tensors(writer, checkpoint, gguf.GGMLQuantizationType.F32)
-    close(writer)
+class Ggml:
+    """llama.cpp's own quantisation, by one of its libraries."""
+
+    def __init__(self, path):
+        spec = None if path else importlib.util.find_spec("xllamacpp")
+        path = path or spec and next(Path(spec.origin).parent.glob("*.so"), None)
+        if not path:
+            sys.exit("--peers needs llama.cpp's code: pip install xllamacpp, or --ggml LIBRARY")
+        self.quantise = ctypes.CDLL(str(path)).ggml_quantize_chunk
+        self.quantise.restype = ctypes.c_size_t
+        floats = np.ctypeslib.ndpointer(np.float32, flags="C")
+        self.quantise.argtypes = (ctypes.c_int, floats, ctypes.c_void_p, ctypes.c_int64,
+                                  ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p)
+
+    def rounded(self, w, type_name, weights):
+        """w in that type and back, and the bytes of the type."""
+        import gguf
+        kind = gguf.GGMLQuantizationType[type_name]
+        of_block, size = gguf.GGML_QUANT_SIZES[kind]
+        out = np.empty((len(w), w.shape[1] // of_block * size), np.uint8)
+        done = self.quantise(int(kind), w, out.ctypes.data, 0, *w.shape,
+                             None if weights is None else weights.ctypes.data)
+        assert done == out.nbytes, (type_name, done)
+        return gguf.quants.dequantize(out, kind), done
 
 
-def close(writer):
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+def peer_type(mix, role, layer, layers):
+    head, body, others = PEERS[mix]
+    if layer is None:
+        return head
+    found = others.get(role, body)
+    if found == "more":  # the first and the last eighth, and every third between
+        eighth = layers // 8
+        more = layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2
+        found = "Q6_K" if more else body
+    return found
 
 
-def write_imatrix(means, out):
-    """The mean squares as llama.cpp's llama-imatrix would write them."""
-    import gguf
-    head = struct.unpack_from("<8s2I7IIQQ", data := means.read_bytes())
+def means_by_input(path):
+    """{(role of the first matrix, layer): mean squares} of a file of importance of block 1."""
+    head = struct.unpack_from("<8s2I7IIQQ", data := path.read_bytes())
     L, D, N, _, H, F, _ = head[3:10]
-    tokens, at = head[11], 64
-    writer = gguf.GGUFWriter(str(out), "imatrix")
-    writer.add_type("imatrix")
-    writer.add_array("imatrix.datasets", ["calibration"])
-    writer.add_uint32("imatrix.chunk_count", -(-tokens // CHUNK))
-    writer.add_uint32("imatrix.chunk_size", CHUNK)
-    names = [([f"blk.{l}.{n}" for n in group.split()], cols) for l in range(L) for group, cols in (
-        ("attn_q attn_k attn_v", D), ("attn_output", N * H), ("ffn_gate ffn_up", D),
-        ("ffn_down", F))]
-    for group, cols in names + [(["token_embd"], D)]:
-        squares = np.frombuffer(data, "<f4", cols, at)[None] * np.float32(tokens)
+    found, at = {}, 64
+    for key, cols in [((n, l), c) for l in range(L) for n, c in (
+            ("q", D), ("o", N * H), ("gate", D), ("down", F))] + [(("head", None), D)]:
+        found[key] = np.frombuffer(data, "<f4", cols, at).copy()
         at += 4 * cols
-        for name in group:
-            writer.add_tensor(name + ".weight.in_sum2", squares)
-            writer.add_tensor(name + ".weight.counts", np.array([[tokens]], np.float32))
-    close(writer)
+    return found
 
 
-def quantise(args, source, out, ftype, name, imatrix):
-    if args.llama_quantize:
-        extra = ["--imatrix", imatrix] if imatrix else []
-        return quiet([args.llama_quantize, *extra, source, out, name])
-    import llama_cpp
-    params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype = ftype
-    silent = llama_cpp.llama_log_callback(lambda *_: None)
-    llama_cpp.llama_log_set(silent, ctypes.c_void_p(0))
-    if llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(),
-                                      ctypes.byref(params)):
-        sys.exit(f"llama.cpp could not make {name}")
+INPUTS = {"q": "q", "k": "q", "v": "q", "o": "o", "gate": "gate", "up": "gate", "down": "down",
+          "embed_tokens": "head"}
 
 
-def dequantised(checkpoint, path, out):
-    """The GGUF file's matrices in a checkpoint of f32; returns bytes of them and a note on
-    the types, which fall back where a row is no multiple of 256."""
-    import gguf
+def rounded_checkpoint(ggml, checkpoint, out, mix, means, weigh):
+    """A checkpoint of f32 with the matrices as a mix has them; returns the bytes of these."""
     from safetensors import safe_open
     from safetensors.numpy import save_file
     out.mkdir()
     for name in ("config.json", "tokenizer.model", "generation_config.json"):
         if (checkpoint / name).exists():
             (out / name).write_bytes((checkpoint / name).read_bytes())
-    stored, size, types = {t.name: t for t in gguf.GGUFReader(path).tensors}, 0, {}
+    layers, size = max(l for _, l in means if l is not None) + 1, 0
     for shard in sorted(checkpoint.glob("*.safetensors")):
         tensors = {}
         with safe_open(shard, "pt") as f:
             for name in f.keys():
-                x = f.get_tensor(name).float().numpy()
+                x = np.ascontiguousarray(f.get_tensor(name).float().numpy())
                 if x.ndim == 2:
-                    t = stored[peers.gguf_name(name)]
-                    x = gguf.quants.dequantize(t.data, t.tensor_type).reshape(x.shape)
-                    size += int(t.n_bytes)
-                    types[t.tensor_type.name] = types.get(t.tensor_type.name, 0) + 1
+                    parts = name.split(".")
+                    role = parts[-2].removesuffix("_proj")
+                    layer = int(parts[2]) if "layers" in parts else None
+                    kind = peer_type(mix, role, layer, layers)
+                    x, more = ggml.rounded(x, kind, means[INPUTS[role], layer] if weigh
+                                           else None)
+                    size += more
                 tensors[name] = np.ascontiguousarray(x, np.float32)
         save_file(tensors, out / shard.name)
     for index in checkpoint.glob("*.index.json"):
         (out / index.name).write_bytes(index.read_bytes())
-    return size, " ".join(f"{n} {t}" for t, n in sorted(types.items()))
+    return size
 
 
 def make_peers(args, folder):
     """(name, path of the f32 file, bytes of matrices) of each."""
-    write_gguf(args.checkpoint, folder / "f32.gguf")
-    write_imatrix(folder / MEANS, folder / "imatrix.gguf")
-    for name, ftype, weighted in PEERS:
-        if weighted and not args.llama_quantize:
-            print(f"{name} with importance: not made, it needs --llama-quantize", file=sys.stderr)
-            continue
-        what = name + (" with imatrix" if weighted else "")
-        print("making", what, file=sys.stderr)
-        quantise(args, folder / "f32.gguf", folder / "peer.gguf", ftype, name,
-                 folder / "imatrix.gguf" if weighted else None)
-        plain = folder / ("peer" + what.replace(" ", "-"))
-        size, types = dequantised(args.checkpoint, folder / "peer.gguf", plain)
-        export(plain, str(plain) + ".bin", "--type", "f32")
-        os.remove(folder / "peer.gguf")
-        yield f"llama.cpp {what} ({types})", str(plain) + ".bin", size
+    ggml, means = Ggml(args.ggml), means_by_input(folder / MEANS)
+    for mix in PEERS:
+        for weigh in (False, True) if mix in ("Q4_K_M", "Q3_K_M") else (mix != "Q8_0",):
+            name = f"llama.cpp {mix}" + (" with imatrix" if weigh else "")
+            print("making", name, file=sys.stderr)
+            plain = folder / name.replace(" ", "-")
+            size = rounded_checkpoint(ggml, args.checkpoint, plain, mix, means, weigh)
+            export(plain, str(plain) + ".bin", "--type", "f32")
+            yield name, str(plain) + ".bin", size
 
 
 # ---- measuring ------------------------------------------------------------------------
@@ -225,6 +233,58 @@ def table(variants):
               f"{np.std(v.kl) / len(v.kl) ** 0.5:.5f} |")
 
 
+# ---- picture --------------------------------------------------------------------------
+
+STYLE = """text { font: 11px sans-serif; fill: #444 } .axis { stroke: #8888; fill: none }
+.ours { fill: #1f77b4; stroke: #1f77b4 } .theirs { fill: #d9730d; stroke: #d9730d }
+polyline { fill: none !important; stroke-width: 1.5 } text.ours, text.theirs { stroke: none }
+@media (prefers-color-scheme: dark) { text { fill: #ccc } .ours { fill: #6cb6ff; stroke: #6cb6ff }
+.theirs { fill: #ffa657; stroke: #ffa657 } }"""
+WIDE, HIGH, LEFT, FOOT = 720, 400, 60, 40
+
+
+def picture(variants):
+    """Divergence (logarithmic) over bytes: ours with importance in blocks as a line through what
+    --bits makes and points for the mixes, theirs as points."""
+    shown = [v for v in variants if "llama.cpp" in v.name or v.name.endswith("in blocks")]
+    spots = [(v, v.bytes / 1e6, float(np.mean(v.kl))) for v in shown]
+    x_lo, x_hi = min(s[1] for s in spots) * 0.98, max(s[1] for s in spots) * 1.08
+    y_lo, y_hi = (math.log10(f(s[2] for s in spots)) for f in (min, max))
+    y_lo, y_hi = y_lo - 0.1, y_hi + 0.1
+
+    def at(x, y):
+        return (LEFT + (x - x_lo) / (x_hi - x_lo) * (WIDE - LEFT - 10),
+                10 + (y_hi - math.log10(y)) / (y_hi - y_lo) * (HIGH - FOOT - 10))
+    out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDE} {HIGH}">',
+           f"<style>{STYLE}</style>",
+           f'<path class="axis" d="M{LEFT} 10V{HIGH - FOOT}H{WIDE - 10}"/>',
+           f'<text x="{WIDE / 2:.0f}" y="{HIGH - 6}">MB of matrices</text>',
+           f'<text transform="translate(12 {HIGH / 2:.0f}) rotate(-90)">KL to bf16, nats</text>']
+    for tick in (t / 2 for t in range(math.ceil(2 * x_lo), math.floor(2 * x_hi) + 1)):
+        x, _ = at(tick, 10 ** y_hi)
+        out.append(f'<text x="{x - 8:.0f}" y="{HIGH - FOOT + 15}">{tick:g}</text>')
+    for tick in (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3):
+        if y_lo < math.log10(tick) < y_hi:
+            _, y = at(x_lo, tick)
+            out.append(f'<text x="22" y="{y + 4:.0f}">{tick:g}</text>'
+                       f'<path class="axis" d="M{LEFT} {y:.0f}H{WIDE - 10}"/>')
+    line = sorted(s[1:] for s in spots if s[0].name.startswith("--bits"))
+    out.append('<polyline class="ours" points="%s"/>' % " ".join(
+        "%.0f,%.0f" % at(*s) for s in line))
+    for v, *spot in spots:
+        (x, y), whose = at(*spot), "theirs" if "llama.cpp" in v.name else "ours"
+        out.append(f'<circle class="{whose}" cx="{x:.0f}" cy="{y:.0f}" r="3"/>')
+        if whose == "theirs":
+            out.append(f'<text class="theirs" x="{x + 6:.0f}" y="{y - 3:.0f}">'
+                       f'{v.name.replace("llama.cpp ", "").replace(" with imatrix", ", imatrix")}'
+                       '</text>')
+        elif not v.name.startswith("--bits"):
+            name = v.name.removesuffix(", in blocks").removesuffix(", importance in blocks")
+            out.append(f'<text class="ours" text-anchor="end" x="{x - 6:.0f}" y="{y + 12:.0f}">'
+                       f'{name}</text>')
+    return "\n".join([*out, "</svg>", ""])
+
+
 def split_text(args):
     """Calibration and evaluation text; halves part at the end of a line."""
     text = args.text.read_bytes()
@@ -259,6 +319,8 @@ def measure(args, folder):
         sys.exit(f"the text has {len(ids)} tokens, and a chunk {length}: give a longer one")
     evaluate(variants, ids, n_chunks, length)
     table(variants)
+    if args.svg:
+        args.svg.write_text(picture(variants))
     print(f"\n{n_chunks} chunks of {length} tokens, {len(variants[0].kl)} scored; importance from "
           f"{len(model.encode(calibration))} tokens of another text.")
 
@@ -271,7 +333,8 @@ def main():
     p.add_argument("--calibration", type=Path, help="text to gather importance from")
     p.add_argument("--tokens", type=int, default=32768, help="of the text, at most")
     p.add_argument("--peers", action="store_true", help="llama.cpp's formats too")
-    p.add_argument("--llama-quantize", metavar="PROGRAM", help="instead of llama-cpp-python")
+    p.add_argument("--ggml", metavar="LIBRARY", help="with ggml_quantize_chunk, not xllamacpp's")
+    p.add_argument("--svg", type=Path, help="a picture of the table, to this file")
     p.add_argument("--run", type=Path, default=Path(ref.ROOT, "run"), help="default: ./run")
     args = p.parse_args()
     if not args.run.exists():

@@ -6310,38 +6310,33 @@ static int take_logprobs(batch_slot *s, const json *j, const json_node *value, c
         ? DONE : fail(USAGE, "\"%s\" must be true or false", key);
 }
 
-static int take_false(batch_slot *s, const json *j, const json_node *value, const char *key)
+/* Keys that leave no choice: a line has one reply, whole and without its prompt. */
+static int take_fixed(batch_slot *s, const json *j, const json_node *value, const char *key)
 {
-    (void)s, (void)j;
-    return value->kind == JSON_FALSE ? DONE
-                                     : fail(USAGE, "\"%s\" must be false in a batch", key);
+    const char *must = in_words(" n best_of ", key) ? "1" : "false";
+    size_t n = value->end - value->start;
+    (void)s;
+    return value->kind != JSON_STRING && n == strlen(must) &&
+           memcmp(j->text + value->start, must, n) == 0
+        ? DONE : fail(USAGE, "\"%s\" must be %s in a batch", key, must);
 }
 
-static int take_one(batch_slot *s, const json *j, const json_node *value, const char *key)
-{
-    uint64_t number;
-    (void)s;
-    return json_whole(j, value, 1, &number) && number == 1
-        ? DONE : fail(USAGE, "\"%s\" must be 1: a line has one reply", key);
-}
+#define NUMBERS " max_tokens temperature top_k top_p min_p seed presence_penalty " \
+    "frequency_penalty repetition_penalty "
 
 /* The keys of our form and of OpenAI's; NULL: read elsewhere, or without meaning here. */
 static const struct {
     const char *ours, *openai;
     int (*take)(batch_slot *, const json *, const json_node *, const char *);
 } MEMBERS[] = {
-    {" max_tokens temperature top_k top_p min_p seed presence_penalty frequency_penalty "
-     "repetition_penalty ",
-     " max_tokens temperature top_k top_p min_p seed presence_penalty frequency_penalty "
-     "repetition_penalty max_completion_tokens top_logprobs ", take_number},
+    {NUMBERS, NUMBERS "max_completion_tokens top_logprobs ", take_number},
     {" stop ", " stop ", take_stops},
     {" messages ", " messages ", take_messages},
     {" schema ", "", take_schema},
     {" choices ", "", take_choices},
     {"", " response_format ", take_format},
     {"", " logprobs ", take_logprobs},
-    {"", " stream echo ", take_false},
-    {"", " n best_of ", take_one},
+    {"", " stream echo n best_of ", take_fixed},
     {" id prompt ", " prompt model user metadata store service_tier ", NULL},
 };
 

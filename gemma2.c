@@ -424,7 +424,7 @@ struct gemma2_worker {
 
 struct gemma2_session {
     const gemma2_model *model;
-    gemma2_worker *worker; /* one of its own, in the same block, or one that others share */
+    gemma2_worker *worker; /* its own, in the same block, or a worker that others share */
     void *owned; /* to free, or NULL */
     int32_t n_context, n_batch, window;
     int32_t cache_type; /* GEMMA2_CACHE_F32, .. */
@@ -433,7 +433,7 @@ struct gemma2_session {
     int32_t ring, oldest;  /* slots of a local layer but the drafts'; the first position in them */
     int32_t pending, fate; /* rows of the pass being set up; GEMMA2_OK, or why they are not done */
     const gemma2_ahead *ahead;         /* whose drafts lie behind position, or NULL */
-    const gemma2_session *cancels_too; /* the one that this one drafts for, or NULL */
+    const gemma2_session *cancels_too; /* the session that it drafts for, or NULL */
     _Atomic int cancelled; /* see gemma2_cancel */
     int is_out;            /* cancelled since the pass began */
     int32_t *ids;           /* [n_context] */
@@ -1551,7 +1551,7 @@ static void cos_sin(double x, float *cosine, float *sine)
  * =================================================================================== */
 
 /* The floating-point environment the specification assumes: round to nearest even,
- * denormals kept, no traps.  A host may have set another one; it gets it back. */
+ * denormals kept, no traps.  If a host has set another environment, it gets that back. */
 #if defined(__SSE__)
 typedef struct {
     unsigned mxcsr;
@@ -1695,8 +1695,8 @@ static void join_team(void *argument, int32_t index)
     team->is_through = 1;
 }
 
-/* Runs the program on a team of up to n_threads; one thread never enters OpenMP.  No thread
- * waits for one that has not come, so a host may run fewer than asked for, at any time and in
+/* Runs the program on a team of up to n_threads.  One thread never enters OpenMP.  No thread
+ * waits for a thread that has not come, so a host may run fewer than asked for, at any time and in
  * any order.  If it runs none, the caller does all. */
 static void run_team(const gemma2_worker *work, int n_threads, program_fn *program, void *context)
 {
@@ -1871,8 +1871,8 @@ static size_t place_cache(gemma2_session *s, struct arena *a)
     return a->used - before;
 }
 
-/* Lays out a worker, or a session and the worker of its own, in one block, the structs first;
- * base NULL: counts only.  A session that was given a worker has no other. */
+/* Lays out a worker, or a session and its own worker, in one block, the structs first.  With base
+ * NULL it only counts.  A session that was given a worker has no other. */
 static int place_all(gemma2_session *s, gemma2_worker *work, uint8_t *base, gemma2_plan *plan)
 {
     struct arena a = {base, 0, 0};
@@ -1966,8 +1966,8 @@ struct pass {
     const gemma2_model *model;
     gemma2_worker *worker;
     size_t n, n_wanted;   /* rows; those of worker->wanted */
-    size_t n_exact, wanted_exact; /* as many of them come first and are of the exact class .. */
-    const struct matrix_kernels *matrix; /* .. and the others of this one's */
+    size_t n_exact, wanted_exact; /* how many of them are of the exact class: they come first */
+    const struct matrix_kernels *matrix; /* the class of the others */
     float *logprobs;     /* [T] of worker->targets, or NULL */
     float *states;       /* [T][D] after the final norm, or NULL */
     double *sums;        /* what gemma2_importance wants, or NULL ... */
@@ -2125,8 +2125,8 @@ static void product_task(void *context, size_t task)
     }
 }
 
-/* Row t of x, for the weights that read it: rounded to int8 for quantised ones, to bf16 for those
- * that the matrix class multiplies; the first n_exact rows are none of its. */
+/* Row t of x, for the weights that read it: rounded to int8 for quantised weights, to bf16 for
+ * weights that the matrix class multiplies.  The first n_exact rows are of the exact class. */
 static void prepare_task(void *context, size_t t)
 {
     const struct product *job = context;
@@ -2777,7 +2777,7 @@ static void ask_task(void *context, size_t task)
         p->worker->status = GEMMA2_ERR_CANCELLED;
 }
 
-/* All threads get the same answer.  A late thread may already see that of a later layer. */
+/* All threads get the same answer.  A late thread may already see a later layer's answer. */
 static int is_cancelled(struct pass *p)
 {
     share(p->me, 1, ask_task, p);
@@ -2960,7 +2960,7 @@ static void note_pace(struct pace *p, int is_team, double seconds)
     p->is_team = is_team;
 }
 
-/* The pace of passes of n rows, and what makes their time that of the most rows it stands for.
+/* The pace of passes of n rows.  Their time, scaled, is that of the most rows it stands for.
  * NULL for many rows, of a large model for more than FEW_ROWS: a team is faster. */
 static struct pace *pace_of(gemma2_worker *work, size_t n, double *scale)
 {
@@ -3063,7 +3063,7 @@ static int same_text(struct text a, struct text b)
     return a.n == b.n && !memcmp(a.p, b.p, a.n);
 }
 
-/* The slot that holds s or, failing that, the empty one where it belongs; NULL when
+/* The slot that holds s or, failing that, the empty slot where it belongs.  NULL when
  * neither is within MAX_PROBES. */
 static uint32_t *find_slot(const struct tokenizer *t, struct text s, uint32_t *tag)
 {
@@ -3135,8 +3135,8 @@ static void sort_whole(const struct tokenizer *t)
 }
 
 /* Drops all but the first of equal pieces.  Notes where the pieces of each first byte begin, and
- * the longest other piece that each starts with: the one before it in the list, or the prefix of
- * that one, and so on. */
+ * the longest other piece that each starts with: the piece before it in the list, or that piece's
+ * prefix, and so on. */
 static void link_whole(struct tokenizer *t)
 {
     uint32_t n = 0;
@@ -3190,7 +3190,7 @@ static int build_tokenizer(struct tokenizer *t, struct errbuf *err)
 }
 
 /* The longest piece of the kinds that s starts with, or -1.  Among the pieces up to s in the
- * list, s starts with the last one, or with a prefix of it, or with none. */
+ * list, s starts with the last piece, or with a prefix of it, or with none. */
 static int32_t longest_whole(const struct tokenizer *t, struct text s, int kinds)
 {
     uint32_t first = t->whole_first[s.p[0]], low = first, high = t->whole_first[s.p[0] + 1];
@@ -5447,7 +5447,7 @@ static int evaluate_ahead(gemma2_session *s, gemma2_ahead *a, int32_t id, float 
  * 8. Public API, in the order of gemma2.h
  * =================================================================================== */
 
-/* Of the back rooms, section 9. */
+/* In the back rooms, section 9. */
 static int file_open(struct file *f, const char *path, int read_in, struct errbuf *err);
 static void file_close(struct file *f);
 static void digest_of(const gemma2_model *model, const uint8_t *a, size_t n, const uint8_t *b,

@@ -176,7 +176,7 @@ PRINTF_LIKE(2, 3) static int fail(int status, const char *format, ...)
     return status;
 }
 
-/* One that tells of no failure. */
+/* A sentence that tells of no failure. */
 PRINTF_LIKE(1, 2) static void remark(const char *format, ...)
 {
     va_list arguments;
@@ -830,7 +830,7 @@ static int parse_bias(const char *text, gemma2_bias *bias)
 /* By GEMMA2_CACHE_*. */
 static const char *const cache_names[] = {"auto", "f32", "f16", "q8"};
 
-/* Stores the value of an option; returns 1, or 0 where the value is not one it takes. */
+/* Stores the value of an option.  Returns 1, or 0 for a value that it does not take. */
 /* Whether the first n bytes of text are the name; an underscore counts as a dash. */
 static int is_name(const char *name, const char *text, size_t n)
 {
@@ -5315,7 +5315,7 @@ typedef struct {
     int32_t *best;       /* [L][N_LENS]: its best next tokens */
     int32_t lens_layer;  /* whose residual takes the place of the last layer's */
     double last;         /* when the step before ended */
-    size_t seen;         /* tokens up to this pass; the reference takes one at a time */
+    size_t seen;         /* tokens up to this pass: the reference takes one token at a time */
 } tracer;
 
 static float *last_row(const gemma2_activation *a) { return a->data + (a->rows - 1) * a->cols; }

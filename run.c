@@ -3092,7 +3092,7 @@ typedef struct {
     array history, draft;   /* char *: messages, oldest first; char: the new one meanwhile */
     size_t recalled;        /* which of the history is shown; history.n: the new one */
     size_t at;              /* the cursor, in bytes of the text */
-    size_t width, height;   /* columns and rows of the terminal */
+    size_t width;           /* columns of the terminal */
     size_t row, top;        /* of the text: where the cursor is shown, the first that is visible */
     size_t drawn;           /* bytes shown, the cursor behind them; SIZE_MAX: draw all anew */
     char sequence[16], typed[4096]; /* of a key so far; what was read and not looked at */
@@ -3196,14 +3196,17 @@ static int read_path(const char *path, array *bytes)
     return status;
 }
 
-static int push_id(program *p, int32_t id)
+static int push_ids(program *p, const int32_t *ids, size_t n)
 {
-    int32_t *end = extend(&p->ids, 1, sizeof *end);
+    int32_t *end = extend(&p->ids, n, sizeof *end);
     if (!end)
         return out_of_memory();
-    *end = id;
+    if (n)
+        memcpy(end, ids, n * sizeof *end);
     return DONE;
 }
+
+static int push_id(program *p, int32_t id) { return push_ids(p, &id, 1); }
 
 /* Appends the ids of a text, or of a chat's messages. */
 static int push_encoded(program *p, const gemma2_message *text, size_t n_messages, unsigned flags)
@@ -3845,8 +3848,7 @@ static int load_session(program *p, const char *path, int may_be_new)
         return status;
     int32_t n = gemma2_position(p->session);
     p->ids.n = 0;
-    for (int32_t i = 0; i < n && status == DONE; i++)
-        status = push_id(p, gemma2_history(p->session)[i]);
+    status = push_ids(p, gemma2_history(p->session), (size_t)n);
     if (n && gemma2_rewind(p->session, n - 1) < 0) /* saved after a rewind as deep as can be */
         gemma2_rewind(p->session, 0);
     if (n && p->opts->system && !p->opts->quiet && p->opts->mode != CONVERSE)
@@ -4449,14 +4451,6 @@ static void fit(editor *e, size_t width, size_t height, int changed)
         e->drawn = SIZE_MAX;
     }
     e->width = width;
-    e->height = height;
-}
-
-static void fit_terminal(editor *e)
-{
-    size_t width = 80, height = 24;
-    int changed = terminal_size(&width, &height);
-    fit(e, width, height, changed);
 }
 
 /* Takes the bytes of lines that the terminal edits, up to the end of a message. */
@@ -4520,21 +4514,19 @@ static int wait_for_typed(editor *e, int *asked)
 static int read_message(program *p, int *at_end)
 {
     editor *e = &p->editor;
-    int status = DONE, cut = 0, asked = 0, complete = 0;
+    int status = DONE, cut = 0, asked = 0;
     begin_text(e);
     stop_asked = 0;
-    if (e->raw)
-        fit_terminal(e);
-    while (status == DONE && !complete && !e->ended) {
-        complete = e->raw ? take_typed(e, &status) : take_lines(e, &status, &cut);
-        if (complete || status != DONE || e->ended)
+    while (status == DONE && !e->ended) {
+        size_t width = 80, height = 24;
+        int changed = e->raw ? terminal_size(&width, &height) : 0;
+        fit(e, width, height, changed);
+        if ((e->raw ? take_typed(e, &status) : take_lines(e, &status, &cut)) || status || e->ended)
             break;
         if (e->raw && (e->drawn != e->text.n || e->at != e->text.n))
-            draw(e, e->height);
+            draw(e, height);
         flush_screen(e);
         status = wait_for_typed(e, &asked);
-        if (e->raw)
-            fit_terminal(e);
     }
     if (e->raw) {
         leave_text(e);
@@ -4621,10 +4613,7 @@ static int retell(program *p, size_t from, size_t to)
         t->start = p->ids.n;
         status = push_turn(p, t->text, t->size);
         t->reply = p->ids.n;
-        int32_t *copy = status ? NULL : extend(&p->ids, end - begins, sizeof *copy);
-        if (copy && end > begins)
-            memcpy(copy, (int32_t *)old.items + begins, (end - begins) * sizeof *copy);
-        status = copy || status ? status : out_of_memory();
+        status = status ? status : push_ids(p, (int32_t *)old.items + begins, end - begins);
     }
     free(old.items);
     for (size_t i = from; i < to; i++)
@@ -4792,17 +4781,13 @@ static int recover_turns(program *p)
         size_t at = 0;
         p->settings->system = has_system ? system : NULL;
         p->ids = (array){0};
-        int32_t *ids = extend(&p->ids, loaded.n, sizeof *ids);
-        if (!ids)
-            status = out_of_memory();
-        else
-            memcpy(ids, loaded.items, loaded.n * sizeof *ids);
+        status = push_ids(p, loaded.items, loaded.n);
         while (status == DONE && at < loaded.n && find_turn(p, frames, &at, &status))
             continue;
         if (status == DONE && at == loaded.n)
             status = retell(p, 0, 0);
         same = status == DONE && at == loaded.n && p->ids.n == loaded.n &&
-               memcmp(p->ids.items, loaded.items, loaded.n * sizeof *ids) == 0;
+               memcmp(p->ids.items, loaded.items, loaded.n * sizeof(int32_t)) == 0;
         while (!same && p->turns.n)
             free(((exchange *)p->turns.items)[--p->turns.n].text);
         free(p->ids.items);

@@ -89,7 +89,7 @@ void edit_bytes(const uint8_t *data, size_t size)
             e.ended = 0;
             begin_text(&e);
         } else if (e.drawn != e.text.n || e.at != e.text.n)
-            draw(&e, e.height);
+            draw(&e, c.height);
         keeps(append(&e.screen, NULL, 0) == DONE, "there is a NUL");
         move(&c, e.screen.items, e.screen.n);
         e.screen.n = 0;

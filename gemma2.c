@@ -2405,7 +2405,7 @@ static void score_keys(const struct attention *a, const float *q, int n, int32_t
 {
     struct lines keys = a->kv.keys;
     if (n <= 2)
-        keys.ahead = 4 * (int)keys.strip_bytes, keys.every = 64 / (int)keys.line_bytes;
+        keys.ahead = 8 * (int)keys.strip_bytes, keys.every = 64 / (int)keys.line_bytes;
     for (int g = 0; g < n_groups; g += keys.n_strips) { /* up to where the ring starts again */
         int strip = (from / TILE + g) % a->kv.keys.n_strips;
         keys.data = a->kv.keys.data + strip * keys.strip_bytes;
@@ -7771,13 +7771,13 @@ INLINE int has_new_scales(enum line_type type, int k)
     return type == LINES_VALUES_Q8 || (type == LINES_KEYS_Q8 && k % GROUP == 0);
 }
 
-/* Asks for what multiply_tiles says of a line. */
+/* Asks for a line ahead, in L1 where measured to gain: several rows of bf16, the 8-bit cache. */
 INLINE void prefetch_line(enum line_type type, const int n, const struct lines *l, int k,
                           const uint8_t *line)
 {
     if (k & (l->every - 1))
         return;
-    if (type == LINES_BF16 && n >= 4)
+    if ((type == LINES_BF16 && n >= 4) || type == LINES_KEYS_Q8 || type == LINES_VALUES_Q8)
         __builtin_prefetch(line + l->ahead, 0, 3);
     else
         __builtin_prefetch(line + l->ahead, 0, 2);
@@ -8402,7 +8402,8 @@ AVX512 INLINE void lines_avx512(enum line_type type, const int n, const int stri
                                  : _mm512_setzero_ps();
     for (int k = 0; k < l->n_lines; k += 1 + (type == LINES_BF16)) {
         for (int i = 0; has_new_scales(type, k) && i < strips; i++)
-            scale[i] = cache_scales_avx512(type, l, i, k);
+            scale[i] = type == LINES_VALUES_Q8 && i % 2 ? scale[i - 1] /* of 32 dimensions */
+                                                        : cache_scales_avx512(type, l, i, k);
         add_line_avx512(type, 0, n, strips, l, k, x, ldx, scale, acc);
         if (type == LINES_BF16 && k + 1 < l->n_lines)
             add_line_avx512(type, 1, n, strips, l, k + 1, x, ldx, scale, acc);

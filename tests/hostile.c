@@ -344,7 +344,7 @@ static void test_fact_keys(void)
                                 "\1\0\0\0" "\1\0\0\0" "kw";
     size_t size = 9;
     x.m->facts = (struct bytes){(const uint8_t *)facts, sizeof facts - 1};
-    struct errbuf none = {NULL, 0};
+    struct errbuf none = {.text = NULL};
     check(check_facts(x.m, &none), "unusual keys");
     const char *value = gemma2_fact(x.m, "", &size);
     check(value && size == 1 && *value == 'A', "the empty key");

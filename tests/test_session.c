@@ -722,7 +722,7 @@ static void test_memory_of_before(void)
                                        {Q8, Q8, Q8, Q8, Q8}, 64};
     struct model x = make(&shape);
     const struct kernels *best = x.m->isa;
-    const gemma2_open_params open = {sizeof open, 0, 0};
+    const gemma2_open_params open = {.struct_size = sizeof open};
     int32_t ids[N];
     uint8_t *memory = fresh(1 << 20);
     float logits[2][V];

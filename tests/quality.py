@@ -235,18 +235,17 @@ def table(variants):
 
 # ---- picture --------------------------------------------------------------------------
 
-STYLE = """text { font: 11px sans-serif; fill: #444 } .axis { stroke: #8888; fill: none }
-.ours { fill: #1f77b4; stroke: #1f77b4 } .theirs { fill: #d9730d; stroke: #d9730d }
-polyline { fill: none !important; stroke-width: 1.5 } text.ours, text.theirs { stroke: none }
-@media (prefers-color-scheme: dark) { text { fill: #ccc } .ours { fill: #6cb6ff; stroke: #6cb6ff }
-.theirs { fill: #ffa657; stroke: #ffa657 } }"""
+STYLE = """text { font: 11px sans-serif; fill: #444 } .axis { stroke: #888; stroke-opacity: 0.4 }
+.ours { fill: #1f77b4 } .theirs { fill: #c25e00 } .line { stroke: #1f77b4; fill: none }
+@media (prefers-color-scheme: dark) { text { fill: #ccc } .ours { fill: #6cb6ff }
+.theirs { fill: #ffa657 } .line { stroke: #6cb6ff } }"""
 WIDE, HIGH, LEFT, FOOT = 720, 400, 60, 40
 
 
 def picture(variants):
-    """Divergence (logarithmic) over bytes: ours with importance in blocks as a line through what
-    --bits makes and points for the mixes, theirs as points."""
-    shown = [v for v in variants if "llama.cpp" in v.name or v.name.endswith("in blocks")]
+    """Divergence (logarithmic) over bytes with importance: ours as a line
+    through what --bits makes and points for the mixes, theirs as points."""
+    shown = [v for v in variants if v.name.endswith(("in blocks", "imatrix"))]
     spots = [(v, v.bytes / 1e6, float(np.mean(v.kl))) for v in shown]
     x_lo, x_hi = min(s[1] for s in spots) * 0.98, max(s[1] for s in spots) * 1.08
     y_lo, y_hi = (math.log10(f(s[2] for s in spots)) for f in (min, max))
@@ -257,31 +256,33 @@ def picture(variants):
                 10 + (y_hi - math.log10(y)) / (y_hi - y_lo) * (HIGH - FOOT - 10))
     out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDE} {HIGH}">',
            f"<style>{STYLE}</style>",
-           f'<path class="axis" d="M{LEFT} 10V{HIGH - FOOT}H{WIDE - 10}"/>',
+           f'<path class="axis" fill="none" d="M{LEFT} 10V{HIGH - FOOT}H{WIDE - 10}"/>',
            f'<text x="{WIDE / 2:.0f}" y="{HIGH - 6}">MB of matrices</text>',
            f'<text transform="translate(12 {HIGH / 2:.0f}) rotate(-90)">KL to bf16, nats</text>']
-    for tick in (t / 2 for t in range(math.ceil(2 * x_lo), math.floor(2 * x_hi) + 1)):
+    for tick in (t / 5 for t in range(math.ceil(5 * x_lo), math.floor(5 * x_hi) + 1)):
         x, _ = at(tick, 10 ** y_hi)
         out.append(f'<text x="{x - 8:.0f}" y="{HIGH - FOOT + 15}">{tick:g}</text>')
-    for tick in (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3):
+    for tick in (1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2):
         if y_lo < math.log10(tick) < y_hi:
             _, y = at(x_lo, tick)
             out.append(f'<text x="22" y="{y + 4:.0f}">{tick:g}</text>'
                        f'<path class="axis" d="M{LEFT} {y:.0f}H{WIDE - 10}"/>')
     line = sorted(s[1:] for s in spots if s[0].name.startswith("--bits"))
-    out.append('<polyline class="ours" points="%s"/>' % " ".join(
+    out.append('<polyline class="line" points="%s"/>' % " ".join(
         "%.0f,%.0f" % at(*s) for s in line))
     for v, *spot in spots:
         (x, y), whose = at(*spot), "theirs" if "llama.cpp" in v.name else "ours"
         out.append(f'<circle class="{whose}" cx="{x:.0f}" cy="{y:.0f}" r="3"/>')
         if whose == "theirs":
             out.append(f'<text class="theirs" x="{x + 6:.0f}" y="{y - 3:.0f}">'
-                       f'{v.name.replace("llama.cpp ", "").replace(" with imatrix", ", imatrix")}'
-                       '</text>')
+                       f'{v.name.split()[1]}</text>')
         elif not v.name.startswith("--bits"):
             name = v.name.removesuffix(", in blocks").removesuffix(", importance in blocks")
             out.append(f'<text class="ours" text-anchor="end" x="{x - 6:.0f}" y="{y + 12:.0f}">'
                        f'{name}</text>')
+    x, y = at(line[-1][0], line[-1][1])
+    out.append(f'<text class="ours" text-anchor="end" x="{x - 12:.0f}" y="{y + 4:.0f}">'
+               '--bits, --size</text>')
     return "\n".join([*out, "</svg>", ""])
 
 

@@ -2616,11 +2616,11 @@ static void put_unnamed(schema *s, size_t id, const property *keys, size_t n)
         if (name)
             *name = text.items;
         for (size_t k = 0; k + 1 < text.n && !s->failed; k++)
-            if (strchr("\"\\", name[0][k]) || (name[0][k] >= 0 && name[0][k] < 0x20))
+            if (name[0][k] == '"' || name[0][k] == '\\' || (unsigned char)name[0][k] < 0x20)
                 refuse_node(s, keys[i].name, "other keys beside one with this character are not "
                             "known");
     }
-    if (names.n)
+    if (names.n && !s->failed)
         qsort(names.items, names.n, sizeof(char *), by_name);
     put_other_names(s, id, names.items, names.n);
     for (size_t i = 0; i < names.n; i++)

@@ -6516,7 +6516,7 @@ static void put_token(batch_slot *s, int32_t id, const float *logprob, int in_ch
 static void put_others(batch_slot *s, size_t i, int32_t id, const float *logprob, int in_chat)
 {
     size_t n = count_top(&s->p);
-    const gemma2_candidate *top = (const gemma2_candidate *)s->p.reply.tops.items + i * n;
+    const gemma2_candidate *tops = s->p.reply.tops.items, *top = n ? tops + i * n : NULL;
     int found = in_chat; /* a completion tells of the chosen one in any case */
     for (size_t k = 0; k < n; k++) {
         put_format(&s->p.out, k ? ", " : "");
@@ -6592,7 +6592,7 @@ static void put_field(batch_slot *s, char what, const char *error)
     const reply *r = &s->p.reply;
     output *out = &s->p.out;
     size_t n_prompt = s->p.ids.n - r->n_ids;
-    const int32_t *ids = (const int32_t *)s->p.ids.items + n_prompt;
+    const int32_t *ids = s->p.ids.items;
     switch (what) {
     case 'i': put_bytes(out, s->id.items, s->id.n); break;
     case 'I': put_bytes(out, (const char *)s->id.items + 1, s->id.n - 2); break;
@@ -6615,9 +6615,9 @@ static void put_field(batch_slot *s, char what, const char *error)
         if (!s->logprobs)
             put_format(out, "null");
         else if (s->opts.chat)
-            put_chat_logprobs(s, ids);
+            put_chat_logprobs(s, ids + n_prompt);
         else
-            put_completion_logprobs(s, ids);
+            put_completion_logprobs(s, ids + n_prompt);
     }
 }
 

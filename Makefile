@@ -12,9 +12,8 @@ PYTHON ?= python3
 DEMO = tests/demo/story-q8.bin
 
 # Builds ./run, the command line program (CC=gcc, CC=clang).
-run: run.c gemma2.c gemma2.h
-	@$(BUILD) run.c gemma2.c -lm -o $@ || { echo "$(CC) cannot build it: try CC=gcc or CC=clang" \
-		>&2; exit 1; }
+run: run.c build/gemma2.o
+	@$(BUILD) run.c build/gemma2.o -lm -o $@
 	@echo "Built ./run with $(CC), $(if $(OPENMP),with OpenMP,without OpenMP: it has one thread)."
 
 # Builds ./run and tells a story with a small model.
@@ -78,7 +77,8 @@ lib: build/libgemma2.a $(SHARED_LIB)
 
 build/gemma2.o: gemma2.c gemma2.h
 	@mkdir -p build
-	$(CC) $(NEEDED) $(CFLAGS) $(WARNINGS) $(CPPFLAGS) -fPIC -fvisibility=hidden -c $< -o $@
+	@$(CC) $(NEEDED) $(CFLAGS) $(WARNINGS) $(CPPFLAGS) -fPIC -fvisibility=hidden -c $< -o $@ || { \
+		echo "$(CC) cannot build it: try CC=gcc or CC=clang" >&2; exit 1; }
 
 build/libgemma2.a: build/gemma2.o
 	$(AR) rcs $@ $<

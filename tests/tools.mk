@@ -68,8 +68,9 @@ define foreign
 @mkdir -p build/$(1)
 @for t in test test_golden; do \
 	$(2) $(WARNINGS) -Werror tests/$$t.c -lm -o build/$(1)/$$t.exe || exit 1; done
-@$(2) $(WARNINGS) -Werror tests/digest.c gemma2.c -lm -o build/$(1)/digest.exe
-@$(2) $(WARNINGS) -Werror run.c gemma2.c -lm -o build/$(1)/run.exe
+@$(2) $(WARNINGS) -Werror -c gemma2.c -o build/$(1)/gemma2.o
+@for t in tests/digest run; do \
+	$(2) $(WARNINGS) -Werror $$t.c build/$(1)/gemma2.o -lm -o build/$(1)/$${t##*/}.exe || exit 1; done
 @sh tests/add_up.sh "$(strip $(3) build/$(1)/test.exe $(4))" \
 	"$(strip $(3) build/$(1)/test_golden.exe --no-tale)" \
 	"sh tests/same_bits.sh build/digest $(strip $(3) build/$(1)/digest.exe)" $(5)
@@ -79,7 +80,7 @@ build/digest: tests/digest.c gemma2.c gemma2.h
 	@mkdir -p build
 	$(BUILD) tests/digest.c gemma2.c -lm -o $@
 
-SANITIZE = $(CC) $(PLAIN) -O1 -g -pthread -fsanitize=address,undefined \
+SANITIZE = $(CC) $(PLAIN) -O1 -g -fno-var-tracking -pthread -fsanitize=address,undefined \
 	-fno-sanitize-recover=all
 
 # Repeats the tests under sanitizers (address, undefined).

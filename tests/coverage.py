@@ -13,7 +13,7 @@ import sys
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 OUT = os.path.join(ROOT, "build", "coverage")
 # -O1 folds what is constant in the copies of a kernel's body; each copy counts for itself.
-FLAGS = ["-std=c11", "-ffp-contract=off", "-fopenmp", "-pthread", "-O1", "-g", "-I.", "--coverage",
+FLAGS = ["-std=c11", "-ffp-contract=off", "-fopenmp", "-pthread", "-O1", "-I.", "--coverage",
          "-fprofile-abs-path", "-fprofile-update=atomic"]
 PROGRAMS = {  # name: what it is built from, the command that runs it
     "test": (["tests/test.c"], ["{}"]),

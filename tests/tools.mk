@@ -45,7 +45,7 @@ test-emulated: build/test_emulated build/test_golden_emulated
 
 build/%_emulated: tests/%.c gemma2.c gemma2.h $(wildcard tests/*.h tests/unit/*)
 	@mkdir -p build
-	$(BUILD) -DGEMMA2_EMULATE $< -lm -o $@
+	$(BUILD) -O1 -DGEMMA2_EMULATE $< -lm -o $@
 
 # Tests against transformers and sentencepiece, and export.py.
 # They need the Python packages of tests/requirements.txt.
@@ -180,7 +180,7 @@ QEMU = qemu-aarch64
 # this machine.
 test-arm: run build/digest
 	@$(call need,$(ARM_CC) $(QEMU))
-	$(call foreign,arm,$(ARM_CC) -static $(PLAIN) $(CFLAGS),$(QEMU) -cpu max,\
+	$(call foreign,arm,$(ARM_CC) -static $(PLAIN) -O2,$(QEMU) -cpu max,\
 		formats kernels sharing model,"sh tests/arm_demo.sh $(QEMU) ./run build/arm/run.exe")
 
 # Tests a static build with musl.

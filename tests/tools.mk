@@ -93,8 +93,8 @@ test-sanitize: build/terminal
 	@$(SANITIZE) $(FAULT) -lm -o build/sanitize/fault
 	@$(SANITIZE) $(REPLAY) -lm -o build/sanitize/replay
 	@$(SANITIZE) run.c gemma2.c -lm -o build/sanitize/run
-	@sh tests/add_up.sh $(addprefix build/sanitize/,test test_session test_golden test_emulated \
-		hostile fault replay) "sh tests/cli.sh build/sanitize/run" \
+	@sh tests/add_up.sh $(addprefix build/sanitize/,test test_session test_golden hostile fault \
+		replay) "build/sanitize/test_emulated kernels" "sh tests/cli.sh build/sanitize/run" \
 		"build/terminal build/sanitize/run"
 
 ARCHER ?= $(firstword $(wildcard /usr/lib/llvm-*/lib/libarcher.so))

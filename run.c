@@ -2742,7 +2742,7 @@ static const struct {
 /* Bits of the types that a schema names, all where it names none. */
 static unsigned named_types(schema *s, const json_node *node)
 {
-    const json_node *type = json_get(&s->j, node, "type"), *each = type;
+    const json_node *type = json_get(&s->j, node, "type"), *each;
     size_t n = type && type->kind == JSON_ARRAY ? type->n : type != NULL;
     unsigned bits = 0, before;
     each = type && type->kind == JSON_ARRAY ? type + 1 : type;

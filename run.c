@@ -4153,8 +4153,8 @@ static spot send_text(editor *e, spot at, size_t top, size_t bottom)
     return at.row > bottom ? (spot){at.byte, bottom, e->width} : at;
 }
 
-/* Shows what changed, on at most so many rows, SIZE_MAX: all of the text.  Text that was typed at the end is added, else all
- * is drawn anew around the cursor. */
+/* Shows what changed, on at most so many rows; SIZE_MAX: all of the text.  Text that was typed
+ * at the end is added.  Anything else is drawn anew around the cursor. */
 static void draw(editor *e, size_t rows)
 {
     spot cursor = place_of(e, e->at), end = {0, 0, SIGN};
@@ -4220,7 +4220,8 @@ static int insert(editor *e, const char *bytes, size_t n)
 /* Keeps a message for the arrow keys, unless it is the last one kept. */
 static int remember(editor *e, const char *text, size_t n)
 {
-    char *copy = n ? malloc(n + 1) : NULL, **end = copy ? extend(&e->history, 1, sizeof *end) : NULL;
+    char *copy = n ? malloc(n + 1) : NULL;
+    char **end = copy ? extend(&e->history, 1, sizeof *end) : NULL;
     if (!end) {
         free(copy);
         return n ? out_of_memory() : DONE;
@@ -4379,7 +4380,10 @@ static void take_key(editor *e, uint32_t key, int *status)
     case NEW_LINE: *status = insert(e, "\n", 1); return;
     case PASTE: e->in_paste = e->marks_pastes = 1; return;
     case PASTED: e->in_paste = 0; return;
-    case 'L' & CTRL: put_format(&e->out, "\033[H\033[2J"); e->drawn = SIZE_MAX; e->row = e->top = 0; return;
+    case 'L' & CTRL:
+        put_format(&e->out, "\033[H\033[2J");
+        e->drawn = SIZE_MAX, e->row = e->top = 0;
+        return;
     case 'D' & CTRL: case ERASE:
         e->ended = key != ERASE && from == e->text.n && line_end(e, 0) == from;
         from -= e->ended && from > 0; /* the newline before an empty last line */
@@ -4760,7 +4764,8 @@ static int find_turn(program *p, const frame frames[2], size_t *at, int *status)
     if (bytes.n >= n && memcmp(bytes.items, system, n) == 0)
         memmove(bytes.items, (char *)bytes.items + n, bytes.n -= n);
     *t = (exchange){bytes.items, bytes.n, *at, end + f->behind};
-    for (next = t->reply; next < p->ids.n && !stands_at(&p->ids, next, later, 1, later->before - 1);)
+    next = t->reply;
+    while (next < p->ids.n && !stands_at(&p->ids, next, later, 1, later->before - 1))
         next++;
     *at = next;
     return 1;
@@ -4777,7 +4782,8 @@ static int recover_turns(program *p)
     p->settings->system = NULL;
     for (int i = 0; i < 2 && status == DONE; i++)
         status = learn_frame(p, i == 0, &frames[i]);
-    for (int has_system = system != NULL; has_system >= 0 && !same && status == DONE; has_system--) {
+    for (int has_system = system != NULL; status == DONE && !same && has_system >= 0;
+         has_system--) {
         size_t at = 0;
         p->settings->system = has_system ? system : NULL;
         p->ids = (array){0};

@@ -78,8 +78,8 @@ static int columns(uint32_t code)
 {
     if ((code >= 0x300 && code <= 0x36F) || code == 0x200D || code == 0xFE0F)
         return 0;
-    return code >= 0x1F300 || (code >= 0x1100 && code <= 0x115F) || (code >= 0x3041 && code <= 0xD7A3)
-               ? 2 : 1;
+    return 1 + (code >= 0x1F300 || (code >= 0x1100 && code <= 0x115F) ||
+                (code >= 0x3041 && code <= 0xD7A3));
 }
 
 static void clear_cells(int row, int column)
@@ -336,7 +336,8 @@ static int status_of(int may_stop)
     int status = 0;
     double end = now() + PATIENCE;
     pid_t got = 0;
-    while ((got = waitpid(t.child, &status, WNOHANG | (may_stop ? WUNTRACED : 0))) == 0 && now() < end)
+    while (now() < end &&
+           (got = waitpid(t.child, &status, WNOHANG | (may_stop ? WUNTRACED : 0))) == 0)
         pump();
     if (got == 0) {
         kill(t.child, SIGKILL);
@@ -622,7 +623,8 @@ static void test_signals(void)
     type("!\r"), asks_behind("after fg", "ok");
     type("\004"), ends("Ctrl-D", 0);
 
-    static const int numbers[] = {SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGABRT, SIGSEGV, SIGBUS, SIGFPE, SIGILL};
+    static const int numbers[] = {SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGABRT, SIGSEGV, SIGBUS,
+                                  SIGFPE, SIGILL};
     for (size_t i = 0; i < sizeof numbers / sizeof *numbers; i++) {
         if (!talk(40, 9, NULL, NULL, NULL, NULL))
             return;
@@ -838,7 +840,8 @@ static void test_loading(void)
     for (int i = 0; i < 3; i++) {
         const char *system = i ? systems[1] : NULL, *option = i ? "-S" : NULL;
         const char *const first[] = {"--choice", "ok", "--exact", option, system, NULL};
-        const char *const again[] = {"--choice", "ok", "--exact", "--load", file, i == 1 ? option : NULL,
+        const char *const again[] = {"--choice", "ok", "--exact", "--load", file,
+                                     i == 1 ? option : NULL,
                                      system, NULL};
         unlink(file), unlink(script);
         if (!check(start(110, 20, first), "no start"))
@@ -869,7 +872,8 @@ static void test_loading(void)
 /* The oldest turns go: before a message, and amid a reply, which goes on. */
 static void test_full(void)
 {
-    static const char *const small[] = {"--choice", "ok", "-C", "64", "-S", "Rhyme.", "--session", file, NULL};
+    static const char *const small[] = {"--choice", "ok", "-C", "64", "-S", "Rhyme.", "--session",
+                                        file, NULL};
     static const char *const stop[] = {"--choice", "ok", "-C", "64", "--full", "stop", NULL};
     static const char *const long_ones[] = {"-n", "30", "--ignore-eos", "-C", "64", NULL};
     static const char *const alone[] = {"--ignore-eos", "-C", "64", NULL};
@@ -896,7 +900,8 @@ static void test_full(void)
     enter("/stats", "after each reply.");
     for (int k = 0; k < 2; k++) {
         type("\014"), shows("full", ">", 0, 2), type("a message\r"), has("full", "; reply 30 tokens,");
-        check(!k == !strstr(screen(), "so the oldest turns are dropped: 1 of 2.\n"), "turn %d:\n%s", k, screen());
+        check(!k == !strstr(screen(), "so the oldest turns are dropped: 1 of 2.\n"),
+              "turn %d:\n%s", k, screen());
     }
     type("\014"), shows("full", ">", 0, 2), type("\004"), ends("amid a reply", 0);
     if (!check(start(90, 20, alone), "no start"))

@@ -58,8 +58,8 @@ static void disturb(gemma2_session **s, gemma2_session **other, int32_t id, int 
 }
 
 /* A reply with disturbances, with or without guesses. */
-static void tell_ahead(const gemma2_model *m, struct setup o, gemma2_ahead *a, struct oracle *oracle,
-                       gemma2_sampler sampler, struct told *t)
+static void tell_ahead(const gemma2_model *m, struct setup o, gemma2_ahead *a,
+                       struct oracle *oracle, gemma2_sampler sampler, struct told *t)
 {
     gemma2_session *s = start(m, o), *other = start(m, o);
     int32_t prompt[] = {2, 7, 9, 7, 9, 7};

@@ -8,12 +8,13 @@ OPENMP := $(shell mkdir -p build; p=build/probe-$$$$; \
 	echo 'int omp_get_max_threads(void); int main(void) { return omp_get_max_threads() < 1; }' \
 	>$$p.c; $(CC) -fopenmp $$p.c -o $$p 2>/dev/null && echo -fopenmp; rm -f $$p*)
 BUILD = $(CC) $(NEEDED) $(CFLAGS) $(WARNINGS) -I. $(CPPFLAGS) $(LDFLAGS)
+ADVISE = { echo "$(CC) cannot build it: try CC=gcc or CC=clang" >&2; exit 1; }
 PYTHON ?= python3
 DEMO = tests/demo/story-q8.bin
 
 # Builds ./run, the command line program (CC=gcc, CC=clang).
 run: run.c build/gemma2.o
-	@$(BUILD) run.c build/gemma2.o -lm -o $@
+	@$(BUILD) run.c build/gemma2.o -lm -o $@ || $(ADVISE)
 	@echo "Built ./run with $(CC), $(if $(OPENMP),with OpenMP,without OpenMP: it has one thread)."
 
 # Builds ./run and tells a story with a small model.
@@ -77,8 +78,7 @@ lib: build/libgemma2.a $(SHARED_LIB)
 
 build/gemma2.o: gemma2.c gemma2.h
 	@mkdir -p build
-	@$(CC) $(NEEDED) $(CFLAGS) $(WARNINGS) $(CPPFLAGS) -fPIC -fvisibility=hidden -c $< -o $@ || { \
-		echo "$(CC) cannot build it: try CC=gcc or CC=clang" >&2; exit 1; }
+	@$(CC) $(NEEDED) $(CFLAGS) $(WARNINGS) $(CPPFLAGS) -fPIC -fvisibility=hidden -c $< -o $@ || $(ADVISE)
 
 build/libgemma2.a: build/gemma2.o
 	$(AR) rcs $@ $<

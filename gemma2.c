@@ -7771,18 +7771,6 @@ INLINE int has_new_scales(enum line_type type, int k)
     return type == LINES_VALUES_Q8 || (type == LINES_KEYS_Q8 && k % GROUP == 0);
 }
 
-/* Asks for a line ahead, in L1 where measured to gain: several rows of bf16, the 8-bit cache. */
-INLINE void prefetch_line(enum line_type type, const int n, const struct lines *l, int k,
-                          const uint8_t *line)
-{
-    if (k & (l->every - 1))
-        return;
-    if ((type == LINES_BF16 && n >= 4) || type == LINES_KEYS_Q8 || type == LINES_VALUES_Q8)
-        __builtin_prefetch(line + l->ahead, 0, 3);
-    else
-        __builtin_prefetch(line + l->ahead, 0, 2);
-}
-
 typedef void lines_fn(enum line_type type, const int n, const int strips, const struct lines *l,
                       const float *x, size_t ldx, float *y, size_t ldy);
 
@@ -7839,6 +7827,19 @@ INLINE void lines_by_type(lines_fn *kernel, const int most, const struct lines *
         lines_by_rows(kernel, most, LINES_VALUES_Q8, l, x, ldx, n, y, ldy);
 }
 
+#ifdef HAVE_X86
+/* Asks for a line ahead, in L1 where measured to gain: several rows of bf16, the 8-bit cache. */
+INLINE void prefetch_line(enum line_type type, const int n, const struct lines *l, int k,
+                          const uint8_t *line)
+{
+    if (k & (l->every - 1))
+        return;
+    if ((type == LINES_BF16 && n >= 4) || type == LINES_KEYS_Q8 || type == LINES_VALUES_Q8)
+        __builtin_prefetch(line + l->ahead, 0, 3);
+    else
+        __builtin_prefetch(line + l->ahead, 0, 2);
+}
+
 /* A group's weights, asked for ahead of their use.  One row multiplies faster than memory brings
  * them: a line far ahead.  With more rows that is not so, and the hardware's own prefetch falls
  * behind: all lines into L1, and before that into L2: `early` suits q8 with AVX-512 (4 rows 0.8 of
@@ -7863,6 +7864,7 @@ INLINE void prefetch_block(uint32_t type, const uint8_t *group)
     for (uint32_t line = 0, n = types[type].group_bytes; line < n; line += 64)
         __builtin_prefetch(group + line + 8 * (n + TILE), 0, 2);
 }
+#endif
 
 /* A product of one quantised tile; `how` tells apart the rows that share a kernel. */
 typedef void tile_fn(const int how, const uint32_t type, const int n, const struct tiles *w,

@@ -4884,6 +4884,7 @@ struct walk {
     uint32_t worst; /* most tokens that an allowed one needs behind it, at most */
     uint32_t below; /* fewest that a token cut by the limit needs, at least */
     uint32_t n_found, nodes, most_nodes;
+    int is_partial; /* tokens that are not plain were left out of a subtree */
 };
 
 static uint32_t tokens_of(gemma2_matcher *m, uint32_t set, uint32_t limit);
@@ -4921,8 +4922,8 @@ static int takes_plain(gemma2_matcher *m, uint32_t set, struct walk *w)
     return 1;
 }
 
-/* All tokens of the tree that may follow the set.  Of a subtree behind which any plain text may
- * stand only the plain ones: the others are a tree of their own. */
+/* All tokens of the tree that may follow the set.  A subtree in which any plain text may follow
+ * gives its plain tokens at once.  The others are a tree of their own. */
 static void walk_tree(gemma2_matcher *m, const struct tree *tree, uint32_t set, struct walk *w)
 {
     const uint32_t *rows[MAX_TOKEN_BYTES + 1], *order = m->vocabulary->order;
@@ -4936,7 +4937,7 @@ static void walk_tree(gemma2_matcher *m, const struct tree *tree, uint32_t set, 
         if (next && w->mask && tree->first && end - i > 8 && takes_plain(m, next, w)) {
             for (uint32_t k = tree->first[i]; k < tree->first[end]; k++)
                 w->mask[order[k] / 32] |= 1u << order[k] % 32;
-            next = 0;
+            w->is_partial = 1, next = 0;
         } else if (next && end - i > 1)
             next = (rows[depth] = sets_after(m, next)) != NULL;
         i = next ? i + 1 : end;
@@ -5154,7 +5155,8 @@ static void fill_mask(gemma2_matcher *m, uint32_t set, uint32_t left, uint32_t *
     else if (left) {
         w.worst = 0, w.below = NOWHERE;
         walk_tree(m, &v->all, set, &w);
-        walk_tree(m, &v->rest, set, &w);
+        if (w.is_partial)
+            walk_tree(m, &v->rest, set, &w);
     }
     if (left && m->sets[set].refers)
         add_tokens(m, set, &w);

@@ -15,22 +15,7 @@
 
 /* ---- Checks, random numbers, memory --------------------------------------------------- */
 
-static int n_passed, n_failed;
-
-__attribute__((format(PRINTF_FORMAT, 2, 3)))
-static int check(int ok, const char *format, ...)
-{
-    ok ? n_passed++ : n_failed++;
-    if (!ok) {
-        va_list args;
-        va_start(args, format);
-        printf("FAIL ");
-        vprintf(format, args);
-        printf("\n");
-        va_end(args);
-    }
-    return ok;
-}
+#include "check.h"
 
 /* Loops count what goes wrong and report once. */
 static void check_none(int bad, const char *what) { check(bad == 0, "%s: %d wrong", what, bad); }

@@ -24,29 +24,13 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "check.h"
+
 enum { PATIENCE = 20, MOST_ROWS = 50, MOST_COLUMNS = 120, CELL = 28 };
 
 static const char *program = "./run";
 static const char MODEL[] = "tests/demo/story-q8.bin";
 static char folder[] = "/tmp/gemma2-terminal-XXXXXX", history[64], file[64], script[64];
-static int n_passed, n_failed;
-
-#define PRINTF_LIKE(text, first) __attribute__((format(printf, text, first)))
-
-PRINTF_LIKE(2, 3) static int check(int ok, const char *format, ...)
-{
-    va_list arguments;
-    va_start(arguments, format);
-    if (!ok) {
-        printf("FAIL ");
-        vprintf(format, arguments);
-        printf("\n");
-    }
-    va_end(arguments);
-    n_passed += ok != 0;
-    n_failed += !ok;
-    return ok;
-}
 
 static double now(void)
 {

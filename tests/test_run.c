@@ -7,22 +7,7 @@
 #undef main
 #undef check
 
-static int n_passed, n_failed;
-
-PRINTF_LIKE(2, 3) static int check(int ok, const char *format, ...)
-{
-    va_list arguments;
-    va_start(arguments, format);
-    if (!ok) {
-        printf("FAIL ");
-        vprintf(format, arguments);
-        printf("\n");
-    }
-    va_end(arguments);
-    n_passed += ok != 0;
-    n_failed += !ok;
-    return ok;
-}
+#include "check.h"
 
 /* ---- JSON ---- */
 

@@ -3102,11 +3102,16 @@ typedef struct {
     int after_return, ended; /* behind a CR; nothing comes after this message */
 } editor;
 
-/* What a user said, and where it and its reply begin in program.ids. */
+/* Where a turn and the reply to it begin in program.ids. */
 typedef struct {
-    char *text;
-    size_t size, start, reply;
+    size_t start, reply;
 } exchange;
+
+/* A turn by example: its first ids, before a user's text, and those from `behind` on. */
+typedef struct {
+    array ids; /* int32_t */
+    size_t before, behind;
+} frame;
 
 /* One run of the program. */
 typedef struct {
@@ -3131,6 +3136,7 @@ typedef struct {
     editor editor;
     options *settings; /* opts, for /set and /system */
     array turns;       /* exchange */
+    frame first, later; /* of the first turn, with the system text, and of all others */
     array attached;    /* char: what goes before the next message */
     char *system;      /* the text of /system */
     int first_stays;   /* the first turn was loaded, and may hold a system text */
@@ -4561,6 +4567,75 @@ static const char *without_quotes(const char *text, size_t *n)
 
 /* ---- the conversation: its turns, and what becomes of them ---- */
 
+/* Learns the ids around a user's text, by example: what two texts that share no id have in
+ * common. */
+static int learn_frame(program *p, int is_first, frame *f)
+{
+    array kept = p->ids, twice[2] = {{0}, {0}};
+    size_t opened = !is_first, at = opened; /* a turn that is not the first closes a reply */
+    int status = DONE;
+    for (int i = 0; i < 2 && status == DONE; i++) {
+        p->ids = (array){0};
+        status = is_first ? DONE : push_id(p, 0);
+        status = status ? status : push_turn(p, i ? "Y" : "x", 1);
+        twice[i] = p->ids;
+    }
+    p->ids = kept;
+    int32_t *x = twice[0].items, *y = twice[1].items;
+    while (status == DONE && at < twice[0].n && x[at] == y[at])
+        at++;
+    if (status == DONE)
+        memmove(x, x + opened, (twice[0].n -= opened) * sizeof *x);
+    free(f->ids.items);
+    free(y);
+    *f = (frame){twice[0], at - opened, at - opened + 1};
+    return status;
+}
+
+static int learn_frames(program *p)
+{
+    int status = learn_frame(p, 1, &p->first);
+    return status ? status : learn_frame(p, 0, &p->later);
+}
+
+/* The first place from `at` on where the ids of a frame from `from` to `to` stand, or the end. */
+static size_t find_ids(const program *p, size_t at, const frame *f, size_t from, size_t to)
+{
+    const int32_t *ids = p->ids.items, *wanted = f->ids.items;
+    for (; at + (to - from) <= p->ids.n && from < to; at++)
+        if (memcmp(ids + at, wanted + from, (to - from) * sizeof *ids) == 0)
+            return at;
+    return p->ids.n;
+}
+
+/* Finds the turns of a conversation that was loaded, of which its file has the ids alone. */
+static int find_turns(program *p)
+{
+    int status = DONE;
+    size_t at = 0, end;
+    const frame *f = &p->first;
+    p->turns.n = 0;
+    if (p->opts->system && find_ids(p, 0, f, 0, f->before) > 0) {
+        p->settings->system = NULL;
+        status = learn_frames(p);
+        if (!p->opts->quiet)
+            remark("warning: the loaded conversation did not begin with the system text, which is "
+                   "left out");
+    }
+    if (status != DONE || find_ids(p, 0, f, 0, f->before) > 0)
+        return status;
+    p->first_stays = !p->opts->system;
+    while ((end = find_ids(p, at + f->before, f, f->behind, f->ids.n)) < p->ids.n) {
+        exchange *t = extend(&p->turns, 1, sizeof *t);
+        if (!t)
+            return out_of_memory();
+        *t = (exchange){at, end + f->ids.n - f->behind};
+        f = &p->later;
+        at = find_ids(p, t->reply, f, 0, f->before);
+    }
+    return DONE;
+}
+
 static exchange *last_turn(program *p)
 {
     return p->turns.n ? (exchange *)p->turns.items + p->turns.n - 1 : NULL;
@@ -4568,87 +4643,67 @@ static exchange *last_turn(program *p)
 
 static void forget_last_turn(program *p)
 {
-    exchange *t = last_turn(p);
-    forget_after(p, t->start);
-    free(t->text);
+    forget_after(p, last_turn(p)->start);
     p->turns.n--;
 }
 
-static void forget_conversation(program *p)
-{
-    while (p->turns.n)
-        forget_last_turn(p);
-    forget_after(p, 0);
-    p->attached.n = 0;
-    p->first_stays = 0;
-}
-
-/* Adds a turn to the conversation: its text, and its ids up to where the reply begins. */
+/* Adds a turn to the conversation: its ids up to where the reply begins. */
 static int add_turn(program *p, const char *text, size_t n)
 {
     exchange *t = extend(&p->turns, 1, sizeof *t);
     if (!t)
         return out_of_memory();
-    *t = (exchange){malloc(n + 1), n, p->ids.n, 0};
-    if (!t->text) {
-        p->turns.n--;
-        return out_of_memory();
-    }
-    memcpy(t->text, text, n);
+    t->start = p->ids.n;
     int status = push_turn(p, text, n);
     t->reply = p->ids.n;
     return status;
 }
 
-/* Encodes the conversation anew, with the system text as it now is and without the turns from
- * `from` to `to`.  Replies keep their ids.  The session goes back to where it differs. */
-static int retell(program *p, size_t from, size_t to)
+/* Puts the first n ids of a first turn in the place of those from `from` to `to`, and the session
+ * back to where it differs. */
+static int splice(program *p, size_t from, size_t to, size_t n)
 {
-    array old = p->ids;
+    size_t rest = p->ids.n - to, all = from + n + rest, same = 0;
     exchange *turns = p->turns.items;
-    size_t n_turns = p->turns.n;
-    int status = DONE;
-    p->ids = (array){0};
-    for (size_t i = 0; i < n_turns && status == DONE; i++) {
-        exchange *t = turns + i;
-        size_t begins = t->reply, end = i + 1 < n_turns ? t[1].start : old.n;
-        if (i >= from && i < to)
-            continue;
-        t->start = p->ids.n;
-        status = push_turn(p, t->text, t->size);
-        t->reply = p->ids.n;
-        status = status ? status : push_ids(p, (int32_t *)old.items + begins, end - begins);
+    if (all > p->ids.n && !extend(&p->ids, all - p->ids.n, sizeof(int32_t)))
+        return out_of_memory();
+    int32_t *ids = p->ids.items;
+    memmove(ids + from + n, ids + to, rest * sizeof *ids);
+    if (n)
+        memcpy(ids + from, p->first.ids.items, n * sizeof *ids);
+    for (exchange *t = turns; t < turns + p->turns.n; t++) {
+        t->start = t->start >= to ? t->start - to + from + n : t->start > from ? from : t->start;
+        t->reply = t->reply >= to ? t->reply - to + from + n : t->reply;
     }
-    free(old.items);
-    for (size_t i = from; i < to; i++)
-        free(turns[i].text);
-    if (from < to)
-        memmove(turns + from, turns + to, (n_turns - to) * sizeof *turns);
-    p->turns.n -= to - from;
-    const int32_t *ids = p->ids.items, *held = gemma2_history(p->session);
-    size_t same = 0, most = (size_t)gemma2_position(p->session);
-    while (same < most && same < p->ids.n && ids[same] == held[same])
+    const int32_t *held = gemma2_history(p->session);
+    while (same < all && same < (size_t)gemma2_position(p->session) && ids[same] == held[same])
         same++;
-    if (same < most && gemma2_rewind(p->session, (int32_t)same) < 0)
-        gemma2_rewind(p->session, 0);
-    return status;
+    forget_after(p, same);
+    p->ids.n = all;
+    return DONE;
 }
 
 /* Drops the oldest turns until a quarter of the context is free, or only the last turn is left.
  * Returns 1, or 0 where nothing can be dropped. */
 static int drop_oldest(program *p, int *status)
 {
-    const exchange *turns = p->turns.items;
-    size_t context = (size_t)gemma2_context(p->session), before = p->turns.n, first, to;
+    size_t context = (size_t)gemma2_context(p->session), before = p->turns.n;
     if (!p->opts->full_drops || before < 2)
         return 0;
-    first = to = p->first_stays && before > 2 && turns[1].start <= context / 2;
-    while (to + 1 < before && (to == first || turns[first].start + p->ids.n - turns[to].start >
-                                                  context / 4 * 3))
-        to++;
-    *status = retell(p, first, to);
-    while (*status == DONE && p->turns.n > 1 && p->ids.n >= context)
-        *status = retell(p, 0, 1);
+    do {
+        exchange *turns = p->turns.items;
+        size_t first = p->first_stays && p->turns.n > 2 && turns[1].start <= context / 2;
+        size_t from = first ? turns[1].start : 0, to = first;
+        size_t n = first ? 0 : p->first.before, skipped = first ? 0 : p->later.before;
+        do
+            to++;
+        while (to + 1 < p->turns.n &&
+               from + n + p->ids.n - turns[to].start - skipped > context / 4 * 3);
+        size_t end = turns[to].start + skipped;
+        p->turns.n -= to - first;
+        memmove(turns + first, turns + to, (p->turns.n - first) * sizeof *turns);
+        *status = splice(p, from, end, n);
+    } while (*status == DONE && p->turns.n > 1 && p->ids.n >= context);
     if (*status == DONE && p->reply.finish == AT_CONTEXT)
         fputc('\n', stderr); /* amid a reply */
     if (*status == DONE)
@@ -4702,109 +4757,6 @@ static int answer(program *p, const char *text, size_t n)
     }
     p->attached.n = 0;
     return reply_to_turn(p);
-}
-
-/* ---- the turns of a loaded conversation, of which its file has the ids alone ---- */
-
-/* A turn of any text, by example: n ids, of which `before` stand before the text and `behind`
- * behind it. */
-typedef struct {
-    array ids;
-    size_t before, behind;
-} frame;
-
-static int learn_frame(program *p, int is_first, frame *f)
-{
-    array ids = p->ids, twice[2];
-    int status = DONE;
-    for (int i = 0; i < 2; i++) { /* two texts that share no id */
-        p->ids = (array){0};
-        if (!is_first && status == DONE)
-            status = push_id(p, 0);
-        status = status ? status : push_turn(p, i ? "Y" : "x", 1);
-        twice[i] = p->ids;
-    }
-    p->ids = ids;
-    const int32_t *x = twice[0].items, *y = twice[1].items;
-    size_t at = 0, n = twice[0].n;
-    while (status == DONE && at + 1 < n && x[at] == y[at])
-        at++;
-    *f = (frame){twice[0], at, n - at - 1};
-    free(twice[1].items);
-    return status;
-}
-
-/* Whether ids at `at` are those of the frame from `from` on, n of them. */
-static int stands_at(const array *ids, size_t at, const frame *f, size_t from, size_t n)
-{
-    return at <= ids->n && n <= ids->n - at && n > 0 &&
-           memcmp((int32_t *)ids->items + at, (int32_t *)f->ids.items + from, n * 4) == 0;
-}
-
-/* Adds the turn that begins at *at, and moves that to the next one's; 0 where there is none.  The
- * first turn's text may begin with the system text. */
-static int find_turn(program *p, const frame frames[2], size_t *at, int *status)
-{
-    const frame *f = &frames[*at > 0], *later = &frames[1];
-    const char *system = *at ? NULL : p->opts->system;
-    size_t known = *at > 0, n = system ? strlen(system) : 0; /* known: the reply's last id */
-    size_t text = *at + f->before - known, end = text, next;
-    array bytes = {0};
-    if (!stands_at(&p->ids, *at, f, known, f->before - known))
-        return 0;
-    while (end < p->ids.n && !stands_at(&p->ids, end, f, f->before + 1, f->behind))
-        end++;
-    if (end == p->ids.n)
-        return 0;
-    *status = decode_ids(p, (int32_t *)p->ids.items + text, end - text, &bytes);
-    exchange *t = *status ? NULL : extend(&p->turns, 1, sizeof *t);
-    if (!t)
-        return free(bytes.items), *status = *status ? *status : out_of_memory(), 0;
-    system = system ? trim(system, &n) : "";
-    if (bytes.n >= n && memcmp(bytes.items, system, n) == 0)
-        memmove(bytes.items, (char *)bytes.items + n, bytes.n -= n);
-    *t = (exchange){bytes.items, bytes.n, *at, end + f->behind};
-    next = t->reply;
-    while (next < p->ids.n && !stands_at(&p->ids, next, later, 1, later->before - 1))
-        next++;
-    *at = next;
-    return 1;
-}
-
-/* Finds the turns of a conversation that was loaded: turns count that have the same ids when they
- * are told anew, with the system text or without. */
-static int recover_turns(program *p)
-{
-    frame frames[2] = {{{0}, 0, 0}, {{0}, 0, 0}};
-    array loaded = p->ids;
-    const char *system = p->opts->system;
-    int status = DONE, same = 0;
-    p->settings->system = NULL;
-    for (int i = 0; i < 2 && status == DONE; i++)
-        status = learn_frame(p, i == 0, &frames[i]);
-    for (int has_system = system != NULL; status == DONE && !same && has_system >= 0;
-         has_system--) {
-        size_t at = 0;
-        p->settings->system = has_system ? system : NULL;
-        p->ids = (array){0};
-        status = push_ids(p, loaded.items, loaded.n);
-        while (status == DONE && at < loaded.n && find_turn(p, frames, &at, &status))
-            continue;
-        if (status == DONE && at == loaded.n)
-            status = retell(p, 0, 0);
-        same = status == DONE && at == loaded.n && p->ids.n == loaded.n &&
-               memcmp(p->ids.items, loaded.items, loaded.n * sizeof(int32_t)) == 0;
-        while (!same && p->turns.n)
-            free(((exchange *)p->turns.items)[--p->turns.n].text);
-        free(p->ids.items);
-    }
-    p->ids = loaded;
-    p->first_stays = same && !p->opts->system;
-    free(frames[0].ids.items), free(frames[1].ids.items);
-    if (system && !p->opts->system && !p->opts->quiet)
-        remark("warning: the loaded conversation did not begin with the system text, which is "
-               "left out");
-    return status;
 }
 
 /* Where a conversation stands that goes on: what was said last. */
@@ -4890,7 +4842,9 @@ static int keep_in_history(program *p, const char *text, size_t n)
 static int clear(program *p, const char *rest)
 {
     (void)rest;
-    forget_conversation(p);
+    forget_after(p, 0);
+    p->turns.n = p->attached.n = 0;
+    p->first_stays = 0;
     return DONE;
 }
 
@@ -4937,6 +4891,7 @@ static int set_system(program *p, const char *text)
 {
     char err[512];
     gemma2_message turn[2] = {{GEMMA2_ROLE_SYSTEM, text, -1}, {GEMMA2_ROLE_USER, "x", 1}};
+    size_t before = p->first.before;
     exchange *turns = p->turns.items;
     if (p->turns.n ? turns->start : p->ids.n)
         return fail(DONE, "the loaded conversation has turns that are not known, so its system "
@@ -4949,7 +4904,8 @@ static int set_system(program *p, const char *text)
     free(p->system);
     p->settings->system = p->system = copy;
     remark(*text ? "The system text is changed." : "There is no system text now.");
-    return retell(p, 0, 0);
+    int status = learn_frames(p);
+    return status || !p->turns.n ? status : splice(p, 0, before, p->first.before);
 }
 
 /* Whether a conversation may change an option: it is about choosing tokens. */
@@ -5023,10 +4979,8 @@ static int load(program *p, const char *path)
 {
     if (load_session(p, path, 0) != DONE)
         return DONE;
-    while (p->turns.n)
-        free(((exchange *)p->turns.items)[--p->turns.n].text);
     show_where(p, path);
-    return recover_turns(p);
+    return find_turns(p);
 }
 
 static int stats(program *p, const char *rest)
@@ -5153,7 +5107,9 @@ static int converse(program *p)
         fprintf(stderr, "seed %" PRIu64 "\n", p->seed);
     if (!p->opts->quiet && p->ids.n)
         show_where(p, p->opts->kept ? p->opts->kept : p->opts->loaded);
-    status = p->ids.n ? recover_turns(p) : DONE;
+    status = learn_frames(p);
+    if (status == DONE && p->ids.n)
+        status = find_turns(p);
     while (status == DONE && !p->out.error && !p->leaves) {
         int at_end = 0;
         status = read_message(p, &at_end);
@@ -7332,12 +7288,10 @@ int main(int argc, char **argv)
     close_constraint(&p.constraint);
     gemma2_close(p.model);
     free(p.logits);
-    while (p.turns.n)
-        free(((exchange *)p.turns.items)[--p.turns.n].text);
     while (p.editor.history.n)
         free(((char **)p.editor.history.items)[--p.editor.history.n]);
     void *const rest[] = {
-        p.turns.items, p.attached.items, p.editor.text.items, p.editor.screen.items,
+        p.turns.items, p.first.ids.items, p.later.ids.items, p.attached.items, p.editor.text.items, p.editor.screen.items,
         p.editor.history.items, p.editor.draft.items, p.system, p.prompt.items, p.echo.items,
         p.ids.items, p.reply.text.items, p.reply.logprobs.items, p.reply.tops.items,
         p.reply.ends.items, p.reply.choices.items, opts.stops, opts.choices, opts.biases};

@@ -7291,7 +7291,8 @@ int main(int argc, char **argv)
     while (p.editor.history.n)
         free(((char **)p.editor.history.items)[--p.editor.history.n]);
     void *const rest[] = {
-        p.turns.items, p.first.ids.items, p.later.ids.items, p.attached.items, p.editor.text.items, p.editor.screen.items,
+        p.turns.items, p.first.ids.items, p.later.ids.items, p.attached.items,
+        p.editor.text.items, p.editor.screen.items,
         p.editor.history.items, p.editor.draft.items, p.system, p.prompt.items, p.echo.items,
         p.ids.items, p.reply.text.items, p.reply.logprobs.items, p.reply.tops.items,
         p.reply.ends.items, p.reply.choices.items, opts.stops, opts.choices, opts.biases};

@@ -1084,6 +1084,16 @@ static uint32_t next_char(const char *text, size_t n, size_t *length)
     return code;
 }
 
+/* Writes a character in UTF-8 and returns how many bytes it takes. */
+static size_t write_char(char *to, uint32_t code)
+{
+    size_t n = code < 0x80 ? 1 : code < 0x800 ? 2 : code < 0x10000 ? 3 : 4;
+    for (size_t i = n; i-- > 1; code >>= 6)
+        to[i] = (char)(0x80 | (code & 0x3F));
+    to[0] = (char)(n == 1 ? code : (0xF00u >> n & 0xFF) | code);
+    return n;
+}
+
 /* No character of valid UTF-8 begins with this byte. */
 static int is_inside_char(char byte) { return ((unsigned char)byte & 0xC0) == 0x80; }
 
@@ -1163,8 +1173,8 @@ static void put_quoted(output *out, const char *text, size_t n)
 }
 
 /* ---- JSON, by the letter of RFC 8259.  A text becomes a flat array of nodes in its own order,
- * and nothing here calls itself, so no input leads deep.  Strings and numbers stay text until
- * asked for. ---- */
+ * and nothing here calls itself, so no input leads deep.  Strings are decoded in a copy of the
+ * text.  Numbers stay text until asked for. ---- */
 
 typedef enum {
     JSON_NULL, JSON_FALSE, JSON_TRUE, JSON_NUMBER, JSON_STRING, JSON_ARRAY, JSON_OBJECT
@@ -1172,13 +1182,13 @@ typedef enum {
 
 typedef struct {
     json_kind kind;
-    size_t start, end; /* its bytes in the text; a string's are those between the quotes */
+    size_t start, end; /* its bytes in the text; a string's are its characters, and a NUL follows */
     size_t n;          /* elements of an array; members of an object, a key and a value each */
     size_t next;       /* index of the first node behind it and all that it holds */
 } json_node;
 
 typedef struct {
-    const char *text;
+    char *text;
     size_t size, at;
     array nodes;     /* json_node; the first is the whole */
     const char *why; /* what is wrong at byte `at`, or NULL */
@@ -1246,20 +1256,25 @@ static json_node *json_push(json *j, json_kind kind, size_t start)
     return node;
 }
 
+/* A string, decoded where it stands: no character is longer than what spells it. */
 static int json_string(json *j)
 {
-    size_t start = ++j->at, length;
+    size_t start = ++j->at, end = start, length;
     for (; j->at < j->size && j->text[j->at] != '"'; j->at += length) {
         const char *why = NULL;
-        json_char(j->text + j->at, j->size - j->at, &length, &why);
+        uint32_t code = json_char(j->text + j->at, j->size - j->at, &length, &why);
         if (why)
             return json_wrong(j, why);
+        end += write_char(j->text + end, code);
     }
     if (j->at == j->size)
         return json_wrong(j, "a string has no closing quote");
-    int pushed = json_push(j, JSON_STRING, start) != NULL;
+    json_node *node = json_push(j, JSON_STRING, start);
+    if (node)
+        node->end = end;
+    j->text[end] = '\0';
     j->at++;
-    return pushed;
+    return node != NULL;
 }
 
 static size_t json_digits(json *j)
@@ -1314,33 +1329,24 @@ static int json_scalar(json *j)
     return json_wrong(j, j->at < j->size ? "a value must stand here" : "it ends too early");
 }
 
-typedef struct {
-    const char *text, *end; /* of a key */
-    size_t object;
-} json_key;
-
-/* Below, equal or above 0: orders keys of one object by their characters. */
-static int by_key(const void *left, const void *right)
-{
-    const json_key *a = left, *b = right;
-    const char *l = a->text, *r = b->text, *why;
-    size_t length;
-    if (a->object != b->object)
-        return a->object < b->object ? -1 : 1;
-    while (l < a->end && r < b->end) {
-        uint32_t x = json_char(l, (size_t)(a->end - l), &length, &why);
-        l += length;
-        uint32_t y = json_char(r, (size_t)(b->end - r), &length, &why);
-        r += length;
-        if (x != y)
-            return x < y ? -1 : 1;
-    }
-    return (l < a->end) - (r < b->end);
-}
-
 static const json_node *json_next(const json *j, const json_node *node)
 {
     return (const json_node *)j->nodes.items + node->next;
+}
+
+typedef struct {
+    const char *text;
+    size_t n, object;
+} json_key;
+
+/* Orders keys of one object by their bytes. */
+static int by_key(const void *left, const void *right)
+{
+    const json_key *a = left, *b = right;
+    if (a->object != b->object)
+        return a->object < b->object ? -1 : 1;
+    int order = memcmp(a->text, b->text, a->n < b->n ? a->n : b->n);
+    return order ? order : (a->n > b->n) - (a->n < b->n);
 }
 
 /* Whether every object has each of its keys once. */
@@ -1356,7 +1362,7 @@ static int json_keys_differ(json *j)
                 free(keys.items);
                 return json_wrong(j, "there is not enough memory to read it");
             }
-            *item = (json_key){j->text + key->start, j->text + key->end, i};
+            *item = (json_key){j->text + key->start, key->end - key->start, i};
             key = json_next(j, key + 1);
         }
     }
@@ -1395,11 +1401,25 @@ static int json_lead(json *j, json_node *container)
     return json_take(j, ":") || json_wrong(j, "a colon must follow the key");
 }
 
-/* Reads a text that is one value.  Returns 1, or 0 with why and at.  nodes are to be freed. */
+/* What was wrong stays. */
+static void json_free(json *j)
+{
+    free(j->text);
+    free(j->nodes.items);
+    j->text = NULL;
+    j->nodes = (array){0};
+}
+
+/* Reads a text that is one value.  Returns 1, or 0 with why and at.  Either way json_free is to
+ * follow. */
 static int json_read(json *j, const char *text, size_t size)
 {
     size_t open[JSON_DEPTH], depth = 0; /* the nodes that are not closed yet */
-    *j = (json){text, size, 0, {0}, NULL};
+    *j = (json){malloc(size ? size : 1), size, 0, {0}, NULL};
+    if (!j->text)
+        return json_wrong(j, "there is not enough memory to read it");
+    if (size)
+        memcpy(j->text, text, size);
     for (;;) {
         char c = json_skip(j);
         int opens = c == '[' || c == '{';
@@ -1432,48 +1452,39 @@ static int json_read(json *j, const char *text, size_t size)
     return j->at < size ? json_wrong(j, "nothing may follow the value") : json_keys_differ(j);
 }
 
+static int json_equal(const json *j, const json_node *node, const char *text, size_t n)
+{
+    return node->kind == JSON_STRING && node->end - node->start == n &&
+           memcmp(j->text + node->start, text, n) == 0;
+}
+
 /* Whether a string is that text. */
 static int json_is(const json *j, const json_node *node, const char *text)
 {
-    const char *why;
-    size_t length, n, left = strlen(text);
-    if (node->kind != JSON_STRING)
-        return 0;
-    for (size_t at = node->start; at < node->end; at += length, text += n, left -= n)
-        if (!left || json_char(j->text + at, node->end - at, &length, &why) !=
-                     next_char(text, left, &n))
-            return 0;
-    return !left;
+    return json_equal(j, node, text, strlen(text));
 }
 
-/* The value of a key, or NULL. */
-static const json_node *json_get(const json *j, const json_node *object, const char *name)
+/* The value of a key of n bytes, or NULL. */
+static const json_node *json_find(const json *j, const json_node *object, const char *name,
+                                  size_t n)
 {
-    const json_node *key = object + 1;
-    for (size_t i = 0; object->kind == JSON_OBJECT && i < object->n; i++) {
-        if (json_is(j, key, name))
+    const json_node *key = object + 1, *end = json_next(j, object);
+    for (; object->kind == JSON_OBJECT && key < end; key = json_next(j, key + 1))
+        if (json_equal(j, key, name, n))
             return key + 1;
-        key = json_next(j, key + 1);
-    }
     return NULL;
 }
 
-/* Appends the characters of a string, in UTF-8; returns 1, or 0 without memory. */
-static int json_text(const json *j, const json_node *string, array *to)
+static const json_node *json_get(const json *j, const json_node *object, const char *name)
 {
-    const char *why;
-    size_t length;
-    for (size_t at = string->start; at < string->end; at += length) {
-        uint32_t code = json_char(j->text + at, string->end - at, &length, &why);
-        size_t n = code < 0x80 ? 1 : code < 0x800 ? 2 : code < 0x10000 ? 3 : 4;
-        unsigned char *byte = extend(to, n, 1);
-        if (!byte)
-            return 0;
-        for (size_t i = n; i-- > 1; code >>= 6)
-            byte[i] = (unsigned char)(0x80 | (code & 0x3F));
-        byte[0] = (unsigned char)(n == 1 ? code : (0xF00u >> n & 0xFF) | code);
-    }
-    return 1;
+    return json_find(j, object, name, strlen(name));
+}
+
+/* The n bytes of a string, with a NUL behind them; NULL where it is none. */
+static const char *json_text(const json *j, const json_node *node, size_t *n)
+{
+    *n = node->end - node->start;
+    return node->kind == JSON_STRING ? j->text + node->start : NULL;
 }
 
 /* A whole number without fraction or exponent, at most `most`; returns 1 or 0. */
@@ -1678,7 +1689,8 @@ static int in_words(const char *words, const char *word)
  * not name may stand only where additionalProperties or patternProperties says so. ---- */
 
 typedef struct {
-    json j;
+    const json *j;
+    const json_node *root;
     array *gbnf;
     array sets;    /* schema_set, in the order in which their rules are asked for */
     array members; /* size_t, of all sets */
@@ -1754,12 +1766,12 @@ static const char OTHER_FORMATS[] = " duration ipv6 idn-email idn-hostname uri-r
 
 static const json_node *node_at(const schema *s, size_t i)
 {
-    return (const json_node *)s->j.nodes.items + i;
+    return (const json_node *)s->j->nodes.items + i;
 }
 
 static size_t index_of(const schema *s, const json_node *node)
 {
-    return (size_t)(node - (const json_node *)s->j.nodes.items);
+    return (size_t)(node - (const json_node *)s->j->nodes.items);
 }
 
 /* The schema of that number in the view. */
@@ -1773,7 +1785,7 @@ static const json_node *next_with(const schema *s, const view *v, size_t *i, con
 {
     const json_node *value = NULL;
     while (!value && *i < v->n)
-        value = json_get(&s->j, schema_at(s, v, (*i)++), key);
+        value = json_get(s->j, schema_at(s, v, (*i)++), key);
     return value;
 }
 
@@ -1787,7 +1799,7 @@ static const json_node *first_with(const schema *s, const view *v, const char *k
 PRINTF_LIKE(3, 4) static void refuse_node(schema *s, const json_node *node, const char *format, ...)
 {
     char what[160], at[200] = "#";
-    size_t used = 1, target = index_of(s, node), i = 0;
+    size_t used = 1, target = index_of(s, node), i = index_of(s, s->root);
     va_list arguments;
     if (s->failed)
         return;
@@ -1797,14 +1809,14 @@ PRINTF_LIKE(3, 4) static void refuse_node(schema *s, const json_node *node, cons
     while (i < target && used < sizeof at - 1) { /* the child that holds the target */
         const json_node *in = node_at(s, i), *child = in + 1;
         int is_object = in->kind == JSON_OBJECT;
-        for (size_t k = 0; k < in->n; k++, child = json_next(&s->j, child)) {
+        for (size_t k = 0; k < in->n; k++, child = json_next(s->j, child)) {
             const json_node *key = child;
             child += is_object;
             if (child->next <= target)
                 continue;
             if (is_object)
                 snprintf(at + used, sizeof at - used, "/%.*s", (int)(key->end - key->start),
-                         s->j.text + key->start);
+                         s->j->text + key->start);
             else
                 snprintf(at + used, sizeof at - used, "/%zu", k);
             break;
@@ -1857,7 +1869,7 @@ static void put_set(schema *s, view *v)
         schema_set *set = i < MOST_SETS ? extend(&s->sets, 1, sizeof *set) : NULL;
         size_t first = s->members.n, *items = extend(&s->members, n, sizeof *items);
         if (i == MOST_SETS)
-            refuse_node(s, node_at(s, 0), "it takes more than %d rules", MOST_SETS);
+            refuse_node(s, s->root, "it takes more than %d rules", MOST_SETS);
         if (!set || !items) {
             s->failed = 1;
             return;
@@ -1868,49 +1880,37 @@ static void put_set(schema *s, view *v)
     put_rule(s, "s%zu ", i);
 }
 
-/* Appends a string of the schema as replies spell it, without quotes. */
-static void add_string(schema *s, array *to, size_t start, size_t end)
+/* Writes a value as replies spell it. */
+static void spell(const schema *s, output *out, const json_node *node)
 {
-    static const char named[] = "\bb\ff\nn\rr\tt\"\"\\\\";
-    const char *why;
-    size_t length;
-    for (size_t at = start; at < end && !s->failed; at += length) {
-        uint32_t code = json_char(s->j.text + at, end - at, &length, &why);
-        json_node one = {JSON_STRING, at, at + length, 0, 0};
-        const char *name = code && code < 128 ? strchr(named, (int)code) : NULL;
-        while (name && (name - named) % 2)
-            name = strchr(name + 1, (int)code);
-        s->failed |= name ? !add_format(to, "\\%c", name[1])
-                   : code < 0x20 ? !add_format(to, "\\u%04x", (unsigned)code)
-                                 : !json_text(&s->j, &one, to);
+    const json_node *each = node + 1, *end = json_next(s->j, node);
+    int is_object = node->kind == JSON_OBJECT;
+    if (node->kind == JSON_STRING)
+        put_quoted(out, s->j->text + node->start, node->end - node->start);
+    else if (node->kind < JSON_STRING)
+        put_bytes(out, s->j->text + node->start, node->end - node->start);
+    if (node->kind <= JSON_STRING)
+        return;
+    put_format(out, is_object ? "{" : "[");
+    for (; each < end; each = json_next(s->j, each)) {
+        put_format(out, "%s", each == node + 1 ? "" : s->comma);
+        if (is_object) {
+            spell(s, out, each++);
+            put_format(out, "%s", s->colon);
+        }
+        spell(s, out, each);
     }
+    put_format(out, is_object ? "}" : "]");
 }
 
 /* Writes a value of the schema, with a colon behind it as a key. */
 static void put_value(schema *s, const json_node *node, int is_key)
 {
     array text = {0};
-    int quote = node->kind == JSON_STRING;
-    size_t start = node->start - (size_t)quote, end = node->end + (size_t)quote;
-    for (size_t i = start, from; i < end && !s->failed; i++) {
-        char c = s->j.text[i];
-        const char *as = c == ',' ? s->comma : s->colon;
-        if (c == ' ' || c == '\t' || c == '\n' || c == '\r')
-            continue;
-        if (c == ',' || c == ':')
-            s->failed |= !add_text(&text, as, strlen(as));
-        else
-            s->failed |= !add_text(&text, &c, 1);
-        if (c != '"')
-            continue;
-        for (from = ++i; s->j.text[i] != '"'; i++)
-            i += s->j.text[i] == '\\';
-        add_string(s, &text, from, i);
-        s->failed |= !add_text(&text, "\"", 1);
-    }
-    if (is_key)
-        s->failed |= !add_text(&text, s->colon, strlen(s->colon));
-    s->failed |= s->failed || !add_literal(s->gbnf, text.items, text.n);
+    output out = {.memory = &text};
+    spell(s, &out, node);
+    put_format(&out, "%s", is_key ? s->colon : "");
+    s->failed |= s->failed || out.error || !add_literal(s->gbnf, text.items, text.n);
     free(text.items);
 }
 
@@ -1932,7 +1932,7 @@ static bound number_of(schema *s, const json_node *node)
     bound b = {.is_set = 1};
     double unit = 1;
     if (node->kind == JSON_NUMBER && node->end - node->start < sizeof text)
-        memcpy(text, s->j.text + node->start, node->end - node->start);
+        memcpy(text, s->j->text + node->start, node->end - node->start);
     b.x = strtod(text, NULL);
     b.x = b.x > 1e15 ? 1e15 : b.x < -1e15 ? -1e15 : b.x;
     while (b.decimals < 6 && fabs(b.x * unit) < 1e14 && round(b.x * unit) / unit != b.x)
@@ -2046,7 +2046,7 @@ static void put_half(schema *s, bound low, bound high, const char *before)
     bound to = {high.x, high.n * power_of_10(decimals - high.decimals), decimals, high.exclusive,
                 1};
     if (low.x > (double)limit || (decimals && high.x > (double)limit && high.x < 1e15))
-        refuse_node(s, node_at(s, 0), "a bound has more digits than are known");
+        refuse_node(s, s->root, "a bound has more digits than are known");
     else if (low.x > high.x || (low.x == high.x && (low.exclusive || high.exclusive)))
         return;
     else if (!decimals || first > last)
@@ -2104,21 +2104,8 @@ static void put_times(schema *s, int64_t least, int64_t most)
 /* Whether two strings, or keys, are the same. */
 static int same_string(const schema *s, const json_node *a, const json_node *b)
 {
-    json_key left = {s->j.text + a->start, s->j.text + a->end, 0};
-    json_key right = {s->j.text + b->start, s->j.text + b->end, 0};
-    return a->kind == b->kind && by_key(&left, &right) == 0;
-}
-
-/* The value of a key of an object, or NULL. */
-static const json_node *value_of(const schema *s, const json_node *object, const json_node *name)
-{
-    const json_node *key = object + 1;
-    for (size_t i = 0; object->kind == JSON_OBJECT && i < object->n; i++) {
-        if (same_string(s, key, name))
-            return key + 1;
-        key = json_next(&s->j, key + 1);
-    }
-    return NULL;
+    return a->kind == JSON_STRING &&
+           json_equal(s->j, b, s->j->text + a->start, a->end - a->start);
 }
 
 static int is_false(const json_node *node) { return node && node->kind == JSON_FALSE; }
@@ -2282,7 +2269,7 @@ static void put_pattern(schema *s, const json_node *node, int64_t least, int64_t
     regex p = {0};
     int depth = 0, has_item = 0, starts = 1, at_end = 0, known = node->kind == JSON_STRING;
     int any_length = least <= 0 && most < 0, n_items = 0;
-    if (!known || !json_text(&s->j, node, &text) || !add_text(&text, "", 1))
+    if (!known || !add_text(&text, s->j->text + node->start, node->end - node->start + 1))
         refuse_node(s, node, "'pattern' must be a string");
     p.at = text.items;
     known &= !s->failed && strlen(text.items) + 1 == text.n;
@@ -2337,7 +2324,7 @@ static void put_string(schema *s, const view *v)
     char name[32];
     for (size_t i = 0; (node = next_with(s, v, &i, "format")) != NULL;) {
         snprintf(name, sizeof name, "%.*s", (int)(node->end - node->start),
-                 s->j.text + node->start);
+                 s->j->text + node->start);
         if (in_words(OTHER_FORMATS, name))
             refuse_node(s, node, "this format is not known; there are%s", FORMATS);
         format = node->kind == JSON_STRING && in_words(FORMATS, name) ? node : format;
@@ -2355,7 +2342,7 @@ static void put_string(schema *s, const view *v)
     if (pattern)
         put_pattern(s, pattern, least, most);
     else if (format)
-        put_rule(s, "%.*s", (int)(format->end - format->start), s->j.text + format->start);
+        put_rule(s, "%.*s", (int)(format->end - format->start), s->j->text + format->start);
     else
         put_rule(s, "char"), put_times(s, least, most);
     put_rule(s, " \"\\\"\" ");
@@ -2366,8 +2353,8 @@ static void put_string(schema *s, const view *v)
 /* What a schema says of the first elements: prefixItems, or items of before 2020. */
 static const json_node *first_items(const schema *s, const json_node *node)
 {
-    const json_node *first = json_get(&s->j, node, "prefixItems");
-    const json_node *items = json_get(&s->j, node, "items");
+    const json_node *first = json_get(s->j, node, "prefixItems");
+    const json_node *items = json_get(s->j, node, "items");
     return first || !items || items->kind != JSON_ARRAY ? first : items;
 }
 
@@ -2377,11 +2364,11 @@ static void put_element(schema *s, const view *v, size_t i)
     view all = {.n = 0};
     for (size_t k = 0; k < v->n; k++) {
         const json_node *node = schema_at(s, v, k), *first = first_items(s, node);
-        const json_node *rest = json_get(&s->j, node, "items"), *each = first ? first + 1 : NULL;
+        const json_node *rest = json_get(s->j, node, "items"), *each = first ? first + 1 : NULL;
         if (rest && rest->kind == JSON_ARRAY)
-            rest = json_get(&s->j, node, "additionalItems");
+            rest = json_get(s->j, node, "additionalItems");
         for (size_t m = 0; first && m < i && m < first->n; m++)
-            each = json_next(&s->j, each);
+            each = json_next(s->j, each);
         if (first && i < first->n)
             view_add(s, &all, each);
         else if (rest)
@@ -2456,7 +2443,7 @@ static void gather_properties(schema *s, const view *v, array *keys)
         if (list->kind != JSON_OBJECT)
             refuse_node(s, list, "'properties' must be an object");
         each = list + 1;
-        for (size_t k = 0; k < list->n && !s->failed; k++, each = json_next(&s->j, each + 1))
+        for (size_t k = 0; k < list->n && !s->failed; k++, each = json_next(s->j, each + 1))
             add_property(s, keys, each, 0);
     }
     for (size_t i = 0; (list = next_with(s, v, &i, "required")) != NULL;) {
@@ -2464,9 +2451,9 @@ static void gather_properties(schema *s, const view *v, array *keys)
         for (size_t k = 0; list->kind == JSON_ARRAY && k < list->n && !s->failed; k++) {
             if (each->kind != JSON_STRING)
                 break;
-            add_property(s, keys, each, 1), each = json_next(&s->j, each);
+            add_property(s, keys, each, 1), each = json_next(s->j, each);
         }
-        if (list->kind != JSON_ARRAY || each != json_next(&s->j, list))
+        if (list->kind != JSON_ARRAY || each != json_next(s->j, list))
             refuse_node(s, list, "'required' must be a list of keys");
     }
 }
@@ -2477,7 +2464,7 @@ static int fits_all_keys(const schema *s, const json_node *pattern)
     static const char all[] = " .* ^.* .*$ ";
     char text[8];
     snprintf(text, sizeof text, "%.*s", (int)(pattern->end - pattern->start),
-             s->j.text + pattern->start);
+             s->j->text + pattern->start);
     return pattern->end == pattern->start ||
            (pattern->end - pattern->start < 4 && in_words(all, text));
 }
@@ -2487,7 +2474,7 @@ static int fits_all_keys(const schema *s, const json_node *pattern)
 static int fits_key(const schema *s, const json_node *pattern, const json_node *name)
 {
     size_t n = pattern->end - pattern->start;
-    const char *p = s->j.text + pattern->start, *key = s->j.text + name->start;
+    const char *p = s->j->text + pattern->start, *key = s->j->text + name->start;
     if (fits_all_keys(s, pattern))
         return name->end > name->start ? 1 : -1;
     for (size_t i = 1; i < n; i++)
@@ -2505,16 +2492,16 @@ static void put_property(schema *s, const view *v, const json_node *name)
     view all = {.n = 0};
     for (size_t i = 0; i < v->n; i++) {
         const json_node *node = schema_at(s, v, i);
-        const json_node *properties = json_get(&s->j, node, "properties");
-        const json_node *list = json_get(&s->j, node, "patternProperties");
-        const json_node *more = json_get(&s->j, node, "additionalProperties");
+        const json_node *properties = json_get(s->j, node, "properties");
+        const json_node *list = json_get(s->j, node, "patternProperties");
+        const json_node *more = json_get(s->j, node, "additionalProperties");
         const json_node *each = properties ? properties + 1 : NULL;
         size_t n = all.n;
-        for (size_t k = 0; each && k < properties->n; k++, each = json_next(&s->j, each + 1))
+        for (size_t k = 0; each && k < properties->n; k++, each = json_next(s->j, each + 1))
             if (same_string(s, each, name))
                 view_add(s, &all, each + 1);
         each = list ? list + 1 : NULL;
-        for (size_t k = 0; list && k < list->n; k++, each = json_next(&s->j, each + 1)) {
+        for (size_t k = 0; list && k < list->n; k++, each = json_next(s->j, each + 1)) {
             int fits = fits_key(s, each, name);
             if (fits < 0)
                 refuse_node(s, each, "this pattern beside other keys is not known");
@@ -2534,9 +2521,9 @@ static int other_keys(schema *s, const view *v, view *all, const json_node **pat
     int may = 1;
     for (size_t i = 0; i < v->n; i++) {
         const json_node *node = schema_at(s, v, i);
-        const json_node *properties = json_get(&s->j, node, "properties");
-        const json_node *list = json_get(&s->j, node, "patternProperties");
-        const json_node *more = json_get(&s->j, node, "additionalProperties");
+        const json_node *properties = json_get(s->j, node, "properties");
+        const json_node *list = json_get(s->j, node, "patternProperties");
+        const json_node *more = json_get(s->j, node, "additionalProperties");
         if (list && (list->kind != JSON_OBJECT || list->n > 1))
             refuse_node(s, list, "more than one pattern of keys is not known");
         else if (list && list->n) {
@@ -2611,7 +2598,8 @@ static void put_unnamed(schema *s, size_t id, const property *keys, size_t n)
     for (size_t i = 0; i < n && !s->failed; i++) {
         char **name = extend(&names, 1, sizeof *name);
         text = (array){0};
-        if (!name || !json_text(&s->j, keys[i].name, &text) || !add_text(&text, "", 1))
+        if (!name || !add_text(&text, s->j->text + keys[i].name->start,
+                               keys[i].name->end - keys[i].name->start + 1))
             s->failed = 1;
         if (name)
             *name = text.items;
@@ -2693,9 +2681,10 @@ static void put_object(schema *s, const view *v, size_t id)
 /* What "$ref" points to: "#" and names or numbers behind slashes. */
 static const json_node *referred(schema *s, const json_node *ref)
 {
-    const json_node *at = node_at(s, 0);
+    const json_node *at = s->root;
     array text = {0};
-    if (ref->kind != JSON_STRING || !json_text(&s->j, ref, &text) || !add_text(&text, "", 1))
+    if (ref->kind != JSON_STRING ||
+        !add_text(&text, s->j->text + ref->start, ref->end - ref->start + 1))
         at = NULL;
     char *part = text.items;
     if (at && *part++ != '#')
@@ -2717,16 +2706,16 @@ static const json_node *referred(schema *s, const json_node *ref)
             const json_node *each = at + 1;
             int is_index = parse_whole(part, at->n - 1, &k) && at->n;
             for (at = is_index ? each : NULL; at && k; k--)
-                at = json_next(&s->j, at);
+                at = json_next(s->j, at);
         } else
-            at = json_get(&s->j, at, part);
+            at = json_get(s->j, at, part);
         *end = behind;
         part = end;
     }
     free(text.items);
     if (!at)
         refuse_node(s, ref, "this $ref leads to nothing inside the schema");
-    return at ? at : node_at(s, 0);
+    return at ? at : s->root;
 }
 
 /* ---- which ways have no value in common, for oneOf ---- */
@@ -2742,14 +2731,14 @@ static const struct {
 /* Bits of the types that a schema names, all where it names none. */
 static unsigned named_types(schema *s, const json_node *node)
 {
-    const json_node *type = json_get(&s->j, node, "type"), *each;
+    const json_node *type = json_get(s->j, node, "type"), *each;
     size_t n = type && type->kind == JSON_ARRAY ? type->n : type != NULL;
     unsigned bits = 0, before;
     each = type && type->kind == JSON_ARRAY ? type + 1 : type;
-    for (size_t k = 0; k < n; k++, each = json_next(&s->j, each)) {
+    for (size_t k = 0; k < n; k++, each = json_next(s->j, each)) {
         before = bits;
         for (size_t i = 0; i < sizeof TYPE / sizeof *TYPE; i++)
-            bits |= json_is(&s->j, each, TYPE[i].name) ? TYPE[i].bits : 0;
+            bits |= json_is(s->j, each, TYPE[i].name) ? TYPE[i].bits : 0;
         if (bits == before && k == 0)
             break;
     }
@@ -2762,7 +2751,7 @@ static unsigned type_of_value(const schema *s, const json_node *value)
 {
     static const unsigned bits[] = {NO_VALUE, TRUTH, TRUTH, NUMBER & ~INTEGER, STRING, ARRAY,
                                     OBJECT};
-    double x = value->kind == JSON_NUMBER ? strtod(s->j.text + value->start, NULL) : 0.5;
+    double x = value->kind == JSON_NUMBER ? strtod(s->j->text + value->start, NULL) : 0.5;
     return x == floor(x) ? INTEGER : bits[value->kind];
 }
 
@@ -2774,14 +2763,14 @@ static int same_value(const schema *s, const json_node *a, const json_node *b)
     if (a->kind == JSON_STRING)
         return same_string(s, a, b);
     if (a->kind == JSON_NUMBER)
-        return strtod(s->j.text + a->start, NULL) == strtod(s->j.text + b->start, NULL);
+        return strtod(s->j->text + a->start, NULL) == strtod(s->j->text + b->start, NULL);
     return a->kind < JSON_NUMBER ? 1 : -1;
 }
 
 /* The values that enum or const lists: the first, and *n of them; NULL for neither. */
 static const json_node *listed(const schema *s, const json_node *node, size_t *n)
 {
-    const json_node *list = json_get(&s->j, node, "enum"), *one = json_get(&s->j, node, "const");
+    const json_node *list = json_get(s->j, node, "enum"), *one = json_get(s->j, node, "const");
     int is_list = !one && list && list->kind == JSON_ARRAY;
     *n = one ? 1 : is_list ? list->n : 0;
     return one ? one : is_list ? list + 1 : NULL;
@@ -2790,7 +2779,7 @@ static const json_node *listed(const schema *s, const json_node *node, size_t *n
 static const json_node *behind_refs(schema *s, const json_node *node)
 {
     const json_node *ref;
-    for (int i = 0; i < 16 && !s->failed && (ref = json_get(&s->j, node, "$ref")) != NULL; i++)
+    for (int i = 0; i < 16 && !s->failed && (ref = json_get(s->j, node, "$ref")) != NULL; i++)
         node = referred(s, ref);
     return node;
 }
@@ -2800,7 +2789,7 @@ static unsigned types_of(const schema *s, const json_node *node, unsigned named)
     size_t n;
     const json_node *each = listed(s, node, &n);
     unsigned bits = each ? 0 : ALL_TYPES;
-    for (size_t i = 0; i < n; i++, each = json_next(&s->j, each))
+    for (size_t i = 0; i < n; i++, each = json_next(s->j, each))
         bits |= type_of_value(s, each);
     return bits & named;
 }
@@ -2814,23 +2803,25 @@ static int disjoint(schema *s, const json_node *a, const json_node *b, int depth
     if (!(types_of(s, a, named_types(s, a)) & types_of(s, b, named_types(s, b))))
         return 1;
     int met = !in_a || !listed(s, b, &n_b);
-    for (size_t i = 0; i < n_a && !met; i++, in_a = json_next(&s->j, in_a)) {
+    for (size_t i = 0; i < n_a && !met; i++, in_a = json_next(s->j, in_a)) {
         each = listed(s, b, &n_b);
-        for (size_t k = 0; k < n_b; k++, each = json_next(&s->j, each))
+        for (size_t k = 0; k < n_b; k++, each = json_next(s->j, each))
             met |= same_value(s, in_a, each) != 0;
     }
     for (int turn = 0; turn < 2 && met && depth; turn++) {
-        const json_node *must = json_get(&s->j, turn ? b : a, "required");
-        const json_node *of_a = json_get(&s->j, a, "properties");
-        const json_node *of_b = json_get(&s->j, b, "properties");
+        const json_node *must = json_get(s->j, turn ? b : a, "required");
+        const json_node *of_a = json_get(s->j, a, "properties");
+        const json_node *of_b = json_get(s->j, b, "properties");
         each = must && must->kind == JSON_ARRAY ? must + 1 : NULL;
-        for (size_t i = 0; each && i < must->n && met; i++, each = json_next(&s->j, each)) {
-            const json_node *x = of_a ? value_of(s, of_a, each) : NULL;
-            const json_node *y = of_b ? value_of(s, of_b, each) : NULL;
-            const json_node *more = json_get(&s->j, turn ? a : b, "additionalProperties");
+        for (size_t i = 0; each && i < must->n && met; i++, each = json_next(s->j, each)) {
+            const char *name = s->j->text + each->start;
+            size_t n = each->end - each->start;
+            const json_node *x = of_a ? json_find(s->j, of_a, name, n) : NULL;
+            const json_node *y = of_b ? json_find(s->j, of_b, name, n) : NULL;
+            const json_node *more = json_get(s->j, turn ? a : b, "additionalProperties");
             met = x && y ? !disjoint(s, x, y, depth - 1)
                          : (turn ? x : y) || !is_false(more) ||
-                           json_get(&s->j, turn ? a : b, "patternProperties");
+                           json_get(s->j, turn ? a : b, "patternProperties");
         }
     }
     return !met;
@@ -2844,9 +2835,9 @@ static void put_ways(schema *s, const view *v, size_t at, const json_node *list,
     const json_node *each = list + 1;
     if (list->kind != JSON_ARRAY || !list->n)
         refuse_node(s, list, "a list of schemas must stand here");
-    for (size_t i = 0; i < list->n && !s->failed; i++, each = json_next(&s->j, each)) {
+    for (size_t i = 0; i < list->n && !s->failed; i++, each = json_next(s->j, each)) {
         const json_node *other = list + 1;
-        for (size_t k = 0; k < i && exclusive; k++, other = json_next(&s->j, other))
+        for (size_t k = 0; k < i && exclusive; k++, other = json_next(s->j, other))
             if (!disjoint(s, other, each, 2))
                 refuse_node(s, each, "a value may fit this way of 'oneOf' and an earlier one: take "
                             "'anyOf'");
@@ -2866,12 +2857,11 @@ static int fits(schema *s, const view *v, const json_node *value, size_t own)
         "minProperties", "maxProperties"};
     unsigned type = type_of_value(s, value);
     int ok = 1;
-    array text = {0};
     for (size_t i = 0; i < v->n && ok; i++) {
         size_t n;
         const json_node *each = listed(s, schema_at(s, v, i), &n);
         int found = !each || i == own;
-        for (size_t k = 0; k < n && !found; k++, each = json_next(&s->j, each))
+        for (size_t k = 0; k < n && !found; k++, each = json_next(s->j, each))
             found = same_value(s, each, value);
         if (found < 0)
             refuse_node(s, value, "lists that meet here must hold no arrays and objects");
@@ -2883,11 +2873,9 @@ static int fits(schema *s, const view *v, const json_node *value, size_t own)
             refuse_node(s, value, "'%s' beside listed values is not known", untold[i]);
     if (value->kind == JSON_STRING && ok) {
         int64_t length = 0, most = count_of(s, v, "maxLength", -1, -1);
-        s->failed |= !json_text(&s->j, value, &text);
-        for (size_t i = 0; i < text.n; i++)
-            length += (((const char *)text.items)[i] & 0xc0) != 0x80;
+        for (size_t i = value->start; i < value->end; i++)
+            length += !is_inside_char(s->j->text[i]);
         ok = length >= count_of(s, v, "minLength", 0, 1) && (most < 0 || length <= most);
-        free(text.items);
     } else if (value->kind == JSON_NUMBER && ok) {
         bound low = bound_of(s, v, "minimum", "exclusiveMinimum", 1), x = number_of(s, value);
         bound high = bound_of(s, v, "maximum", "exclusiveMaximum", -1);
@@ -2905,7 +2893,7 @@ static void put_values(schema *s, const view *v)
     while (!each)
         each = listed(s, schema_at(s, v, i++), &n);
     const json_node *list = each;
-    for (size_t k = 0; k < n && !s->failed; k++, each = json_next(&s->j, each))
+    for (size_t k = 0; k < n && !s->failed; k++, each = json_next(s->j, each))
         if (fits(s, v, each, i - 1)) {
             put_rule(s, put++ ? "| " : "");
             put_value(s, each, 0);
@@ -2960,10 +2948,10 @@ static void put_types(schema *s, const view *v, size_t id)
 static void check_words(schema *s, const json_node *node)
 {
     const json_node *key = node + 1;
-    for (size_t i = 0; i < node->n && !s->failed; i++, key = json_next(&s->j, key + 1)) {
+    for (size_t i = 0; i < node->n && !s->failed; i++, key = json_next(s->j, key + 1)) {
         char name[32];
         const char *nearest = NULL;
-        snprintf(name, sizeof name, "%.*s", (int)(key->end - key->start), s->j.text + key->start);
+        snprintf(name, sizeof name, "%.*s", (int)(key->end - key->start), s->j->text + key->start);
         if (in_words(UNKNOWN, name) &&
             !(is_false(key + 1) && (strcmp(name, "uniqueItems") == 0)))
             refuse_node(s, key + 1, "the keyword '%s' is not known", name);
@@ -3006,18 +2994,18 @@ static void put_set_rule(schema *s, size_t id)
             continue;
         v.item[i] |= REFS_DONE;
         check_words(s, node);
-        ref = json_get(&s->j, node, "$ref"), all = json_get(&s->j, node, "allOf");
+        ref = json_get(s->j, node, "$ref"), all = json_get(s->j, node, "allOf");
         if (ref)
             view_add(s, &v, referred(s, ref));
         if (all && all->kind != JSON_ARRAY)
             refuse_node(s, all, "a list of schemas must stand here");
         each = all ? all + 1 : NULL;
-        for (size_t k = 0; each && k < all->n && !s->failed; k++, each = json_next(&s->j, each))
+        for (size_t k = 0; each && k < all->n && !s->failed; k++, each = json_next(s->j, each))
             view_add(s, &v, each);
     }
     for (size_t i = 0; i < v.n && !never && !s->failed; i++)
         for (int one = 0; one < 2; one++) {
-            list = json_get(&s->j, schema_at(s, &v, i), one ? "oneOf" : "anyOf");
+            list = json_get(s->j, schema_at(s, &v, i), one ? "oneOf" : "anyOf");
             if (list && !(v.item[i] & (one ? ONE_DONE : ANY_DONE))) {
                 put_ways(s, &v, i, list, one);
                 put_rule(s, "\n");
@@ -3025,7 +3013,7 @@ static void put_set_rule(schema *s, size_t id)
             }
         }
     for (size_t i = 0; i < v.n; i++) {
-        list = json_get(&s->j, schema_at(s, &v, i), "enum");
+        list = json_get(s->j, schema_at(s, &v, i), "enum");
         if (list && list->kind != JSON_ARRAY)
             refuse_node(s, list, "'enum' must be a list");
         has_list |= listed(s, schema_at(s, &v, i), &n) != NULL;
@@ -3038,29 +3026,37 @@ static void put_set_rule(schema *s, size_t id)
         put_types(s, &v, id);
 }
 
-/* Writes the grammar of a schema; returns 0 with a sentence in err. */
-static int add_schema(array *gbnf, const char *text, size_t n, int spaced, char *err, size_t size)
+/* Writes the grammar of a schema, which is a value in j; returns 0 with a sentence in err. */
+static int add_schema(array *gbnf, const json *j, const json_node *root, int spaced, char *err,
+                      size_t size)
 {
-    schema s = {.gbnf = gbnf, .err = err, .size = size, .comma = spaced ? ", " : ",",
-                .colon = spaced ? ": " : ":"};
-    view whole = {.n = 1};
+    schema s = {.j = j, .root = root, .gbnf = gbnf, .err = err, .size = size,
+                .comma = spaced ? ", " : ",", .colon = spaced ? ": " : ":"};
+    view whole = {{ITEM * index_of(&s, root)}, 1};
     snprintf(err, size, "out of memory for the schema");
-    if (!json_read(&s.j, text, n)) {
-        size_t line = 1, column = 1;
-        for (size_t i = 0; i < s.j.at && i < n; i++) {
-            column = text[i] == '\n' ? 1 : column + 1;
-            line += text[i] == '\n';
-        }
-        snprintf(err, size, "line %zu, column %zu: %s", line, column, s.j.why);
-        s.failed = 1;
-    }
     put_rule(&s, "comma ::= \"%s\"\ncolon ::= \"%s\"\nroot ::= ", s.comma, s.colon);
     put_set(&s, &whole), put_rule(&s, "\n");
     for (size_t i = 0; !s.failed && i < s.sets.n; i++)
         put_set_rule(&s, i);
     s.failed |= !add_text(gbnf, SCHEMA_RULES, sizeof SCHEMA_RULES - 1);
-    free(s.j.nodes.items), free(s.sets.items), free(s.members.items);
+    free(s.sets.items), free(s.members.items);
     return !s.failed;
+}
+
+/* The same of a schema that is still text. */
+static int read_schema(array *gbnf, const char *text, size_t n, int spaced, char *err, size_t size)
+{
+    json j;
+    size_t line = 1, column = 1;
+    int ok = json_read(&j, text, n) && add_schema(gbnf, &j, j.nodes.items, spaced, err, size);
+    for (size_t i = 0; j.why && i < j.at; i++) {
+        column = text[i] == '\n' ? 1 : column + 1;
+        line += text[i] == '\n';
+    }
+    if (j.why)
+        snprintf(err, size, "line %zu, column %zu: %s", line, column, j.why);
+    json_free(&j);
+    return ok;
 }
 
 typedef enum {
@@ -3505,7 +3501,7 @@ static int load_constraint(program *p, array *gbnf)
     int status = opts->grammar ? read_path(path, gbnf) : path ? read_path(path, &text) : DONE;
     if (status != DONE)
         return status;
-    int ok = opts->schema ? add_schema(gbnf, text.items, text.n, opts->spaced, err, sizeof err)
+    int ok = opts->schema ? read_schema(gbnf, text.items, text.n, opts->spaced, err, sizeof err)
              : path || add_choices(gbnf, opts->choices, opts->n_choices);
     ok = ok && open_constraint(&p->constraint, p->model, gbnf->n ? gbnf->items : "", gbnf->n, err,
                                sizeof err);
@@ -5925,7 +5921,9 @@ typedef struct {
 typedef struct {
     program p;
     options opts;
-    array texts, stops, choices, messages, id, model; /* what the line says */
+    json said;                           /* the line */
+    const json_node *model;              /* of it, or NULL */
+    array stops, choices, messages, id; /* what it says */
     array token; /* char: room for a piece */
     array gbnf;  /* char: what is held */
     constraint held;
@@ -6052,21 +6050,19 @@ static int get_id(const json *j, const char *name, array *id)
 {
     const json_node *node = json_get(j, j->nodes.items, name);
     output out = {.memory = id};
-    array text = {0};
     if (!node || node->kind == JSON_NULL)
         return 0;
-    const char *number = j->text + node->start;
+    const char *text = j->text + node->start;
     size_t n = node->end - node->start;
-    int is_number = node->kind == JSON_NUMBER && !memchr(number, '.', n) &&
-                    !memchr(number, 'e', n) && !memchr(number, 'E', n);
-    if (!is_number && (node->kind != JSON_STRING || !json_text(j, node, &text)))
-        return free(text.items), -1;
+    int is_number = node->kind == JSON_NUMBER && !memchr(text, '.', n) && !memchr(text, 'e', n) &&
+                    !memchr(text, 'E', n);
+    if (!is_number && node->kind != JSON_STRING)
+        return -1;
     id->n = 0;
     if (is_number)
-        put_bytes(&out, number, n);
+        put_bytes(&out, text, n);
     else
-        put_quoted(&out, text.items, text.n);
-    free(text.items);
+        put_quoted(&out, text, n);
     return 1;
 }
 
@@ -6088,29 +6084,13 @@ static void number_id(array *id, size_t number)
 
 /* ---- what a line asks for ---- */
 
-/* The text of a string, with a NUL behind it; NULL where it is none.  texts has room for all
- * strings of the line, so none moves. */
-static const char *keep_text(batch_slot *s, const json *j, const json_node *node, size_t *n)
-{
-    size_t start = s->texts.n;
-    if (node->kind != JSON_STRING || !json_text(j, node, &s->texts))
-        return NULL;
-    *n = s->texts.n - start;
-    char *end = extend(&s->texts, 1, 1);
-    if (!end)
-        return NULL;
-    *end = '\0';
-    return (const char *)s->texts.items + start;
-}
-
 /* A text, or a list of texts. */
-static int keep_texts(batch_slot *s, const json *j, const json_node *value, const char *key,
-                      array *list)
+static int keep_texts(const json *j, const json_node *value, const char *key, array *list)
 {
     size_t n = value->kind == JSON_ARRAY ? value->n : 1, length;
     const json_node *each = value->kind == JSON_ARRAY ? value + 1 : value;
     for (list->n = 0; n; n--, each = json_next(j, each)) {
-        const char *text = keep_text(s, j, each, &length);
+        const char *text = json_text(j, each, &length);
         if (!text || length == 0 || strlen(text) != length)
             return fail(USAGE, "\"%s\" takes texts that are not empty and hold no NUL", key);
         const char **place = extend(list, 1, sizeof *place);
@@ -6125,7 +6105,7 @@ static int keep_texts(batch_slot *s, const json *j, const json_node *value, cons
 
 static int take_stops(batch_slot *s, const json *j, const json_node *value, const char *key)
 {
-    int status = keep_texts(s, j, value, key, &s->stops);
+    int status = keep_texts(j, value, key, &s->stops);
     s->opts.stops = s->stops.items;
     s->opts.n_stops = s->stops.n;
     return status;
@@ -6153,7 +6133,7 @@ static int take_messages(batch_slot *s, const json *j, const json_node *list, co
         size_t n;
         while (role && r < 3 && !json_is(j, role, roles[r]))
             r++;
-        const char *text = role && content && r < 3 ? keep_text(s, j, content, &n) : NULL;
+        const char *text = role && content && r < 3 ? json_text(j, content, &n) : NULL;
         if (!text)
             return fail(USAGE, "message %zu needs a \"role\", which is system, user or assistant, "
                         "and a \"content\", which is text", i + 1);
@@ -6195,7 +6175,7 @@ static int take_choices(batch_slot *s, const json *j, const json_node *value, co
 {
     array gbnf = {0};
     char err[SENTENCE] = "it takes a list of texts that are not empty";
-    int status = keep_texts(s, j, value, key, &s->choices);
+    int status = keep_texts(j, value, key, &s->choices);
     s->opts.choices = s->choices.items;
     int ok = status == DONE && s->choices.n &&
              add_choices(&gbnf, s->opts.choices, s->choices.n);
@@ -6206,16 +6186,15 @@ static int take_schema(batch_slot *s, const json *j, const json_node *value, con
 {
     array gbnf = {0};
     char err[SENTENCE];
-    int ok = add_schema(&gbnf, j->text + value->start, value->end - value->start, s->opts.spaced,
-                        err, SENTENCE);
+    int ok = add_schema(&gbnf, j, value, s->opts.spaced, err, SENTENCE);
     return limit_reply(s, &gbnf, ok, key, err);
 }
 
 static int take_format(batch_slot *s, const json *j, const json_node *value, const char *key)
 {
     static const char object[] = "{\"type\": \"object\"}";
-    static const json any_object = {.text = object};
-    static const json_node whole = {.end = sizeof object - 1};
+    char err[SENTENCE];
+    array gbnf = {0};
     const json_node *type = json_get(j, value, "type"), *form = json_get(j, value, "json_schema");
     const json_node *wanted = form ? json_get(j, form, "schema") : NULL;
     if (type && json_is(j, type, "text")) {
@@ -6224,7 +6203,8 @@ static int take_format(batch_slot *s, const json *j, const json_node *value, con
         return DONE;
     }
     if (type && json_is(j, type, "json_object"))
-        return take_schema(s, &any_object, &whole, key);
+        return limit_reply(s, &gbnf, read_schema(&gbnf, object, sizeof object - 1, s->opts.spaced,
+                                                 err, SENTENCE), key, err);
     if (type && wanted && json_is(j, type, "json_schema"))
         return take_schema(s, j, wanted, key);
     return fail(USAGE, "\"%s\" has the \"type\" text, json_object or json_schema with its "
@@ -6307,7 +6287,7 @@ static int read_request(batch_slot *s, const json *j, const json_node *request)
         return fail(USAGE, "%s must be an object", s->openai ? "\"body\"" : "the line");
     const json_node *key = request + 1, *prompt = json_get(j, request, "prompt");
     for (size_t i = 0; i < request->n; i++, key = json_next(j, key + 1)) {
-        const char *name = keep_text(s, j, key, &n);
+        const char *name = json_text(j, key, &n);
         int status = name ? take_member(s, j, name, key + 1) : out_of_memory();
         if (status != DONE)
             return status;
@@ -6318,7 +6298,7 @@ static int read_request(batch_slot *s, const json *j, const json_node *request)
     s->opts.json = s->openai ? s->logprobs : s->opts.json;
     if ((prompt != NULL) == (s->messages.n != 0))
         return fail(USAGE, "a line has either a \"prompt\" or \"messages\"");
-    const char *text = prompt ? keep_text(s, j, prompt, &n) : "";
+    const char *text = prompt ? json_text(j, prompt, &n) : "";
     if (!text)
         return fail(USAGE, "\"prompt\" must be a text");
     int status = open_chat(p);
@@ -6340,7 +6320,6 @@ static int read_openai(batch_slot *s, const json *j)
 {
     const json_node *root = j->nodes.items, *method = json_get(j, root, "method");
     const json_node *url = json_get(j, root, "url"), *body = json_get(j, root, "body");
-    const json_node *model = body ? json_get(j, body, "model") : NULL;
     if (method && !json_is(j, method, "POST"))
         return fail(USAGE, "\"method\" must be POST");
     int chats = url && json_is(j, url, "/v1/chat/completions");
@@ -6348,8 +6327,7 @@ static int read_openai(batch_slot *s, const json *j)
         return fail(USAGE, "\"url\" must be /v1/chat/completions or /v1/completions");
     if (!body || !json_get(j, body, chats ? "messages" : "prompt"))
         return fail(USAGE, "\"body\" must hold \"%s\"", chats ? "messages" : "prompt");
-    if (model && model->kind == JSON_STRING && !json_text(j, model, &s->model))
-        return out_of_memory();
+    s->model = json_get(j, body, "model");
     s->opts.chat = chats;
     return read_request(s, j, body);
 }
@@ -6394,7 +6372,9 @@ static void clear_slot(batch *b, batch_slot *s)
                    .silent = 1, .out = {.memory = &b->line},
                    .reply = {.text = text, .logprobs = logprobs, .ends = ends, .tops = tops,
                              .choices = choices}};
-    s->texts.n = s->stops.n = s->choices.n = s->messages.n = s->model.n = 0;
+    json_free(&s->said);
+    s->model = NULL;
+    s->stops.n = s->choices.n = s->messages.n = 0;
     s->busy = s->begun = s->ready = s->openai = s->logprobs = s->limited = 0;
 }
 
@@ -6412,21 +6392,18 @@ static int understand(batch *b, batch_slot *s, json *j, const char *text, size_t
     int known = note_id(b, &s->id, 1, &before);
     if (known == 0)
         return before ? fail(USAGE, "an earlier line has the same id") : -1;
-    if (known < 0 || !extend(&s->texts, n, 1))
+    if (known < 0)
         return out_of_memory();
-    s->texts.n = 0;
     return s->openai ? read_openai(s, j) : read_request(s, j, j->nodes.items);
 }
 
 /* Takes a line into a place.  Returns -1 where an earlier run has its result. */
 static int take_line(batch *b, batch_slot *s, const char *text, size_t n)
 {
-    json j = {0};
     if (b->in.number == 1 && n >= 3 && memcmp(text, "\xEF\xBB\xBF", 3) == 0)
         text += 3, n -= 3;
     number_id(&s->id, b->in.number);
-    int status = understand(b, s, &j, text, n);
-    free(j.nodes.items);
+    int status = understand(b, s, &s->said, text, n);
     if (status == DONE && !s->limited && b->gbnf.n) {
         array gbnf = {0};
         char err[SENTENCE] = "out of memory";
@@ -6553,13 +6530,17 @@ static void put_field(batch_slot *s, char what, const char *error)
 {
     const reply *r = &s->p.reply;
     output *out = &s->p.out;
-    size_t n_prompt = s->p.ids.n - r->n_ids;
+    size_t n_prompt = s->p.ids.n - r->n_ids, n;
     const int32_t *ids = s->p.ids.items;
+    const char *text;
     switch (what) {
     case 'i': put_bytes(out, s->id.items, s->id.n); break;
     case 'I': put_bytes(out, (const char *)s->id.items + 1, s->id.n - 2); break;
     case 'e': put_quoted(out, error, strlen(error)); break;
-    case 'm': put_quoted(out, s->model.items, s->model.n); break;
+    case 'm':
+        text = s->model ? json_text(&s->said, s->model, &n) : NULL;
+        put_quoted(out, text, text ? n : 0);
+        break;
     case 't': put_quoted(out, r->text.items, r->text.n); break;
     case 'f': put_format(out, "%s", FINISH_REASONS[r->finish]); break;
     case 'F': put_format(out, r->finish == AT_LENGTH || r->finish == AT_CONTEXT ? "length"
@@ -6838,7 +6819,7 @@ static int has_result(batch *b, const char *text, size_t n)
         if (stays == 1)
             place_of_id(b, id.items, id.n)->seed = number;
     }
-    free(j.nodes.items);
+    json_free(&j);
     free(id.items);
     return stays;
 }
@@ -6899,7 +6880,7 @@ static int recall_seed(batch *b)
             found = place && place->n && (!seed || seed->kind == JSON_NULL);
             b->p->seed = found ? place->seed : b->p->seed;
         }
-        free(j.nodes.items);
+        json_free(&j);
     }
     free(id.items);
     free(b->in.bytes.items);
@@ -6970,10 +6951,10 @@ static void close_batch(batch *b)
         gemma2_session_free(s->p.session);
         free(s->p.logits);
         close_constraint(&s->held);
+        json_free(&s->said);
         array *const arrays[] = {&s->p.ids, &s->p.reply.text, &s->p.reply.logprobs,
-                                 &s->p.reply.ends, &s->texts, &s->stops, &s->messages, &s->id,
-                                 &s->model, &s->choices, &s->token, &s->gbnf, &s->p.reply.tops,
-                                 &s->p.reply.choices};
+                                 &s->p.reply.ends, &s->stops, &s->messages, &s->id, &s->choices,
+                                 &s->token, &s->gbnf, &s->p.reply.tops, &s->p.reply.choices};
         for (size_t i = 0; i < sizeof arrays / sizeof *arrays; i++)
             free(arrays[i]->items);
     }

@@ -28,7 +28,7 @@ static void compile(const char *text, size_t n, int is_schema)
     array gbnf = {0};
     double start = microseconds(), took = 0;
     close_constraint(&machine);
-    int ok = is_schema ? add_schema(&gbnf, text, n, 0, err, sizeof err)
+    int ok = is_schema ? read_schema(&gbnf, text, n, 0, err, sizeof err)
                        : add_text(&gbnf, text, n);
     if (getenv("SHOW") && ok)
         fprintf(stderr, "%.*s\n", (int)gbnf.n, (char *)gbnf.items);

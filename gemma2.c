@@ -384,11 +384,6 @@ struct pace {          /* of passes of so many rows */
     int is_team;       /* the way of the last pass */
 };
 
-struct candidate { /* sampling */
-    float logit;
-    int32_t id;
-};
-
 /* What a pass needs beside sessions: threads, and scratch for n_batch rows. */
 struct gemma2_worker {
     const gemma2_model *model;
@@ -417,8 +412,8 @@ struct gemma2_worker {
     struct log_sum *sums;     /* [B] */
     int32_t *targets;         /* [B] */
     float *partial;           /* attention split over blocks, see partial_of */
-    struct candidate *candidates; /* [V]; log_sum blocks [B][HEAD_BLOCK] share it */
-    float *adjusted;              /* [V] */
+    uint64_t *candidates;     /* [V] of a draw; log_sum blocks [B][HEAD_BLOCK] share it */
+    float *adjusted;          /* [V] */
     size_t ldq, partial_rows, partial_blocks;
 };
 
@@ -1824,7 +1819,7 @@ static void place_scratch(gemma2_worker *work, struct arena *a)
     work->partial_blocks = ((size_t)work->n_context + KEY_BLOCK - 1) / KEY_BLOCK + 1;
     work->partial = take(a, work->partial_blocks,
                          work->partial_rows * partial_floats(work->model) * sizeof(float));
-    size_t log_sums = b * HEAD_BLOCK * sizeof(float), sampling = v * sizeof(struct candidate);
+    size_t log_sums = b * HEAD_BLOCK * sizeof(float), sampling = v * sizeof(uint64_t);
     work->candidates = take(a, log_sums > sampling ? log_sums : sampling, 1);
     work->adjusted = take(a, v, sizeof(float));
 }
@@ -3013,6 +3008,52 @@ static int evaluate(struct pass *p)
  * 5. Tokenizer: SentencePiece BPE (google/sentencepiece, src/bpe_model.cc)
  * =================================================================================== */
 
+/* ---- a heap of keys, the least on top: for merging, sampling and grammars ---- */
+
+static void sift_down(uint64_t *heap, size_t n, size_t at)
+{
+    uint64_t key = heap[at];
+    for (size_t child; (child = 2 * at + 1) < n; at = child) {
+        child += child + 1 < n && heap[child + 1] < heap[child];
+        if (heap[child] >= key)
+            break;
+        heap[at] = heap[child];
+    }
+    heap[at] = key;
+}
+
+static void push_key(uint64_t *heap, size_t *n, uint64_t key)
+{
+    size_t at = (*n)++;
+    for (; at && heap[(at - 1) / 2] > key; at = (at - 1) / 2)
+        heap[at] = heap[(at - 1) / 2];
+    heap[at] = key;
+}
+
+static uint64_t pop_key(uint64_t *heap, size_t *n)
+{
+    uint64_t least = heap[0];
+    heap[0] = heap[--*n];
+    sift_down(heap, *n, 0);
+    return least;
+}
+
+/* A key that ascends as x descends; equal x, 0 and -0 among them, ascend by id. */
+static uint64_t key_of(float x, uint32_t id)
+{
+    uint32_t bits = bits_of(x + 0.0f);
+    return (uint64_t)(bits >> 31 ? bits : bits ^ 0x7fffffff) << 32 | id;
+}
+
+/* The x of a key. */
+static float float_in(uint64_t key)
+{
+    uint32_t bits = (uint32_t)(key >> 32);
+    return float_of(bits >> 31 ? bits : bits ^ 0x7fffffff);
+}
+
+/* ---- pieces ---- */
+
 enum { MAX_PIECE_BYTES = 4096, MAX_PROBES = 256 };
 static const uint32_t EMPTY_SLOT = 0xffffffff, NO_PIECE = 0xffffffff;
 
@@ -3245,13 +3286,11 @@ static int byte_piece(struct text s)
 
 /* ---- encoding ---- */
 
-/* A symbol of the text that is being merged, and a node of the heap of pairs.  On top is the pair
- * of the highest score, among equals the leftmost. */
+/* A symbol of the text that is being merged. */
 struct symbol {
-    uint32_t start, bytes;   /* in the text; bytes 0: merged away */
-    int32_t previous, next;  /* symbols, -1 at the ends */
-    int32_t pair;            /* id that this symbol and the next would make, or -1 */
-    int32_t heap_at;         /* this symbol's place in the heap, -1: not there */
+    uint32_t start, bytes;
+    int32_t previous, next; /* symbols, -1 at the ends */
+    int32_t pair;           /* id that this symbol and the next would make, or -1 */
 };
 
 struct encoder {
@@ -3262,58 +3301,18 @@ struct encoder {
     size_t n;
     struct symbol *symbols;
     int32_t n_symbols;
-    int32_t *heap;
-    int32_t n_heap;
-    int32_t *ids; /* the caller's */
+    uint64_t *heap; /* [3n] pairs: on top the highest score, among equals the leftmost */
+    size_t n_heap;
+    int32_t *ids;   /* the caller's */
     size_t max_ids;
     int64_t n_ids;
     int after_unk;
 };
 
-static float pair_score(const struct encoder *e, int32_t symbol)
+static uint64_t pair_key(const struct encoder *e, int32_t symbol)
 {
-    return get_f32(e->t->scores + 4 * (size_t)e->symbols[symbol].pair);
-}
-
-static int heap_before(const struct encoder *e, int32_t a, int32_t b)
-{
-    float x = pair_score(e, a), y = pair_score(e, b);
-    return x != y ? x > y : a < b;
-}
-
-static void heap_put(struct encoder *e, int32_t at, int32_t symbol)
-{
-    e->heap[at] = symbol;
-    e->symbols[symbol].heap_at = at;
-}
-
-/* Moves the symbol at `at` to where it belongs. */
-static void heap_settle(struct encoder *e, int32_t at)
-{
-    int32_t symbol = e->heap[at];
-    for (int32_t up; at > 0 && heap_before(e, symbol, e->heap[up = (at - 1) / 2]); at = up)
-        heap_put(e, at, e->heap[up]);
-    for (int32_t child; (child = 2 * at + 1) < e->n_heap; at = child) {
-        if (child + 1 < e->n_heap && heap_before(e, e->heap[child + 1], e->heap[child]))
-            child++;
-        if (!heap_before(e, e->heap[child], symbol))
-            break;
-        heap_put(e, at, e->heap[child]);
-    }
-    heap_put(e, at, symbol);
-}
-
-static void heap_remove(struct encoder *e, int32_t symbol)
-{
-    int32_t at = e->symbols[symbol].heap_at;
-    if (at < 0)
-        return;
-    e->symbols[symbol].heap_at = -1;
-    int32_t last = e->heap[--e->n_heap];
-    if (last == symbol)
-        return;
-    heap_put(e, at, last);
-    heap_settle(e, at);
+    size_t pair = (size_t)e->symbols[symbol].pair;
+    return key_of(get_f32(e->t->scores + 4 * pair), (uint32_t)symbol);
 }
 
 /* Looks up the piece that a symbol and its right neighbour would make. */
@@ -3321,19 +3320,15 @@ static void update_pair(struct encoder *e, int32_t i)
 {
     if (i < 0)
         return;
-    heap_remove(e, i);
     struct symbol *left = &e->symbols[i];
     left->pair = -1;
     if (left->next < 0)
         return;
     struct text both = {e->text + left->start, left->bytes + e->symbols[left->next].bytes};
-    if (both.n > e->max_piece)
-        return;
-    left->pair = find_piece(e->t, both, e->plain);
-    if (left->pair < 0)
-        return;
-    heap_put(e, e->n_heap++, i);
-    heap_settle(e, e->n_heap - 1);
+    if (both.n <= e->max_piece)
+        left->pair = find_piece(e->t, both, e->plain);
+    if (left->pair >= 0)
+        push_key(e->heap, &e->n_heap, pair_key(e, i));
 }
 
 /* Spaces become U+2581, bytes that are no UTF-8 become U+FFFD. */
@@ -3357,12 +3352,14 @@ static void merge_symbols(struct encoder *e)
     for (int32_t i = 0; i < e->n_symbols; i++)
         update_pair(e, i);
     while (e->n_heap) {
-        int32_t i = e->heap[0];
+        uint64_t key = pop_key(e->heap, &e->n_heap);
+        int32_t i = (int32_t)(uint32_t)key;
         struct symbol *left = &e->symbols[i], *right = &e->symbols[left->next];
-        heap_remove(e, left->next);
+        if (left->pair < 0 || pair_key(e, i) != key) /* what it made has changed since */
+            continue;
         left->bytes += right->bytes;
-        right->bytes = 0;
         left->next = right->next;
+        right->pair = -1;
         if (left->next >= 0)
             e->symbols[left->next].previous = i;
         update_pair(e, i);
@@ -3422,7 +3419,7 @@ static void encode_text(struct encoder *e, size_t at, size_t to)
             continue;
         }
         i = e->n_symbols++;
-        struct symbol s = {(uint32_t)at, utf8_length(rest.p, rest.n), i - 1, i + 1, -1, -1};
+        struct symbol s = {(uint32_t)at, utf8_length(rest.p, rest.n), i - 1, i + 1, -1};
         e->symbols[i] = s;
         at += s.bytes;
     }
@@ -3437,8 +3434,8 @@ static struct encoder start_encoder(const gemma2_model *m, int plain, int32_t *i
     struct encoder e = {.t = &m->tokenizer, .plain = plain,
                         .max_piece = (uint32_t)m->config.max_piece_bytes, .text = p,
                         .ids = ids, .max_ids = max_ids};
-    e.symbols = (struct symbol *)(p + round_up(3 * n, 8));
-    e.heap = (int32_t *)(e.symbols + n);
+    e.heap = (uint64_t *)(p + round_up(3 * n, 8));
+    e.symbols = (struct symbol *)(e.heap + 3 * n);
     return e;
 }
 
@@ -3764,77 +3761,43 @@ static int adjust_logits(const gemma2_session *s, const gemma2_sampler *p, float
     return GEMMA2_OK;
 }
 
-static int candidate_before(struct candidate a, struct candidate b)
-{
-    return a.logit != b.logit ? a.logit > b.logit : a.id < b.id;
-}
-
-/* Heap of candidates; best_first: the best on top, else the worst. */
-static void sift_candidate(struct candidate *heap, size_t at, size_t n, int best_first)
-{
-    for (size_t child; (child = 2 * at + 1) < n; at = child) {
-        if (child + 1 < n && candidate_before(heap[child + 1], heap[child]) == best_first)
-            child++;
-        if (candidate_before(heap[child], heap[at]) != best_first)
-            return;
-        struct candidate c = heap[at];
-        heap[at] = heap[child];
-        heap[child] = c;
-    }
-}
-
-static void make_heap(struct candidate *heap, size_t n, int best_first)
-{
-    for (size_t i = n / 2; i-- > 0;)
-        sift_candidate(heap, i, n, best_first);
-}
-
 /* A heap of the k best of n logits, the best on top.  -inf is left out. */
-static size_t keep_top(const float *x, const uint32_t *allow, size_t n, size_t k,
-                       struct candidate *heap)
+static size_t keep_top(const float *x, const uint32_t *allow, size_t n, size_t k, uint64_t *heap)
 {
     size_t kept = 0;
+    float worst = -INFINITY;
     for (size_t i = 0; i < n; i++) {
-        struct candidate c = {x[i], (int32_t)i};
         if (allow && !(allow[i / 32] >> i % 32 & 1)) {
             i |= allow[i / 32] ? 0 : 31;
             continue;
         }
-        if (x[i] == -INFINITY)
+        if (x[i] <= worst)
             continue;
-        if (kept < k) {
-            heap[kept++] = c;
-            if (kept == k)
-                make_heap(heap, k, 0);
-        } else if (x[i] > heap[0].logit) {
-            heap[0] = c;
-            sift_candidate(heap, 0, k, 0);
-        }
+        if (kept == k)
+            pop_key(heap, &kept);
+        push_key(heap, &kept, ~key_of(x[i], (uint32_t)i)); /* the worst on top */
+        if (kept == k)
+            worst = float_in(~heap[0]);
     }
-    make_heap(heap, kept, 1);
+    for (size_t i = 0; i < kept; i++)
+        heap[i] = ~heap[i];
+    for (size_t i = kept / 2; i-- > 0;)
+        sift_down(heap, kept, i);
     return kept;
-}
-
-static struct candidate pop_best(struct candidate *heap, size_t *n)
-{
-    struct candidate best = heap[0];
-    heap[0] = heap[--*n];
-    sift_candidate(heap, 0, *n, 1);
-    return best;
 }
 
 /* Draws one of the best candidates, as far as top-p and min-p reach.  Their probabilities
  * exp((logit - best) / temperature) / total are those after top-k. */
-static int32_t draw(gemma2_sampler *p, struct candidate *heap, size_t n)
+static int32_t draw(gemma2_sampler *p, uint64_t *heap, size_t n)
 {
-    float best = heap[0].logit, inverse = 1.0f / p->temperature;
+    float best = float_in(heap[0]), inverse = 1.0f / p->temperature;
     double total = 0, kept = 0, u;
     for (size_t i = 0; i < n; i++)
-        total += exp_f32((heap[i].logit - best) * inverse);
+        total += exp_f32((float_in(heap[i]) - best) * inverse);
     size_t n_kept = 0, left = n; /* popped candidates go to the end of the heap's array */
     while (left && (n_kept == 0 || kept < (double)p->top_p * total)) {
-        struct candidate c = pop_best(heap, &left);
-        double weight = exp_f32((c.logit - best) * inverse);
+        uint64_t c = pop_key(heap, &left);
+        double weight = exp_f32((float_in(c) - best) * inverse);
         heap[n - 1 - n_kept] = c;
         if (n_kept && weight < p->min_p)
             break;
@@ -3842,12 +3805,11 @@ static int32_t draw(gemma2_sampler *p, struct candidate *heap, size_t n)
         kept += weight;
     }
     u = pcg32(&p->rng) * 0x1p-32 * kept;
-    for (size_t i = 0; i < n_kept; i++) {
-        u -= exp_f32((heap[n - 1 - i].logit - best) * inverse);
-        if (u < 0)
-            return heap[n - 1 - i].id;
-    }
-    return heap[n - n_kept].id; /* rounding: the last */
+    size_t at = n;
+    do
+        u -= exp_f32((float_in(heap[--at]) - best) * inverse);
+    while (u >= 0 && at > n - n_kept); /* rounding may leave u at 0 or above: then the last */
+    return (int32_t)(uint32_t)heap[at];
 }
 
 static int sampler_is_sound(const gemma2_sampler *given)
@@ -3886,7 +3848,8 @@ static int32_t sample(gemma2_session *s, gemma2_sampler *p, const float *logits)
     size_t kept = keep_top(logits, allow, n, k && k < n ? k : n, work->candidates);
     if (!kept) /* every token is banned */
         return GEMMA2_ERR_ARGUMENT;
-    return p->temperature == 0 ? work->candidates[0].id : draw(p, work->candidates, kept);
+    return p->temperature == 0 ? (int32_t)(uint32_t)work->candidates[0]
+                               : draw(p, work->candidates, kept);
 }
 
 /* ---- grammars: what a reply may be, as a machine that reads bytes ----
@@ -4373,28 +4336,6 @@ static void read_rules(struct parser *p)
 
 /* ---- finishing a grammar: shortest ways, empty languages, left recursion ---- */
 
-static void push_key(uint64_t *heap, uint32_t *n, uint64_t key)
-{
-    uint32_t at = (*n)++;
-    for (; at && heap[(at - 1) / 2] > key; at = (at - 1) / 2)
-        heap[at] = heap[(at - 1) / 2];
-    heap[at] = key;
-}
-
-static uint64_t pop_key(uint64_t *heap, uint32_t *n)
-{
-    uint64_t least = heap[0], last = heap[--*n];
-    uint32_t at = 0;
-    for (uint32_t child; (child = 2 * at + 1) < *n; at = child) {
-        child += child + 1 < *n && heap[child + 1] < heap[child];
-        if (heap[child] >= last)
-            break;
-        heap[at] = heap[child];
-    }
-    heap[at] = last;
-    return least;
-}
-
 /* The instruction behind this one's other, or NOWHERE. */
 static uint32_t second(const gemma2_grammar *g, const struct inst *i)
 {
@@ -4419,7 +4360,8 @@ static uint32_t cost_at(const gemma2_grammar *g, const struct inst *i)
 /* Fills g->cost, the cheapest first (Dijkstra's way, as Knuth carried it over to grammars). */
 static int find_costs(gemma2_grammar *g)
 {
-    uint32_t n = g->n_insts, n_heap = 0;
+    uint32_t n = g->n_insts;
+    size_t n_heap = 0;
     uint32_t *head = malloc(3 * (size_t)n * sizeof *head);
     uint64_t *heap = malloc(3 * (size_t)n * sizeof *heap);
     int ok = head && heap;
@@ -6076,11 +6018,10 @@ int gemma2_importance(gemma2_session *s, const int32_t *ids, size_t n, uint32_t 
 
 size_t gemma2_encode_scratch(size_t text_bytes)
 {
-    const size_t a_byte = 3 + sizeof(struct symbol) + sizeof(int32_t);
+    const size_t a_byte = 3 + 3 * sizeof(uint64_t) + sizeof(struct symbol);
     if (text_bytes > 1u << 28 || text_bytes > (SIZE_MAX / 2 - 256) / a_byte) /* 32 bits */
         return 0;
-    return round_up(3 * text_bytes, 64) + round_up(text_bytes * sizeof(struct symbol), 64) +
-           text_bytes * sizeof(int32_t) + 64;
+    return text_bytes * a_byte + 64;
 }
 
 int64_t gemma2_encode(const gemma2_model *m, const char *text, int64_t size, unsigned flags,
@@ -6254,7 +6195,7 @@ int64_t gemma2_encode_chat(const gemma2_model *m, const gemma2_message *messages
         return GEMMA2_ERR_SPACE;
     size_t bytes = (size_t)conversation_bytes(m, messages, n);
     struct conversation c = {.m = m, .e = start_encoder(m, 1, ids, max_ids, scratch, bytes)};
-    c.texts = (struct range *)(c.e.heap + bytes);
+    c.texts = (struct range *)(c.e.symbols + bytes);
     float_env env = float_env_enter();
     encode_messages(&c, messages, n, flags);
     float_env_leave(env);

@@ -37,6 +37,11 @@ static void test_pcg(void)
     }
 }
 
+struct candidate {
+    float logit;
+    int32_t id;
+};
+
 /* What the header says, by sorting.  *unsure: rounding alone decides this draw. */
 static int by_rank(const void *a, const void *b)
 {

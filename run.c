@@ -5166,48 +5166,31 @@ static int detokenize(program *p)
     return status;
 }
 
-typedef struct {
-    float logit;
-    int32_t id;
-} candidate;
-
 static int by_logit(const void *left, const void *right)
 {
-    const candidate *a = left, *b = right;
-    if (a->logit != b->logit)
-        return a->logit < b->logit ? 1 : -1;
+    const gemma2_candidate *a = left, *b = right;
+    if (a->logprob != b->logprob)
+        return a->logprob < b->logprob ? 1 : -1;
     return (a->id > b->id) - (a->id < b->id);
 }
 
-/* All tokens, best first, to be freed. */
-static int rank_logits(program *p, candidate **ranked)
-{
-    int32_t n_vocab = p->config->n_vocab;
-    int finite = 1;
-    *ranked = malloc(sizeof **ranked * (size_t)n_vocab);
-    if (!*ranked)
-        return out_of_memory();
-    for (int32_t id = 0; id < n_vocab; id++) {
-        (*ranked)[id] = (candidate){p->logits[id], id};
-        finite &= isfinite(p->logits[id]) != 0;
-    }
-    if (!finite)
-        return engine_failed(p, "reading the prompt", GEMMA2_ERR_NONFINITE);
-    qsort(*ranked, (size_t)n_vocab, sizeof **ranked, by_logit);
-    return DONE;
-}
-
+/* The logits themselves, best first: gemma2_top_logprobs is slow for all of a vocabulary. */
 static int best_logits(program *p)
 {
-    candidate *ranked = NULL;
-    int status = prefill(p);
+    size_t n = (size_t)p->config->n_vocab, most = (size_t)p->opts->logits;
+    gemma2_candidate *ranked = malloc(sizeof *ranked * n);
+    int status = ranked ? prefill(p) : out_of_memory(), as_json = p->opts->json;
+    for (size_t i = 0; i < n && status == DONE; i++) {
+        ranked[i] = (gemma2_candidate){(int32_t)i, p->logits[i]};
+        if (!isfinite(p->logits[i]))
+            status = engine_failed(p, "reading the prompt", GEMMA2_ERR_NONFINITE);
+    }
     if (status == DONE)
-        status = rank_logits(p, &ranked);
-    int as_json = p->opts->json;
-    for (int32_t i = 0; status == DONE && i < p->opts->logits && i < p->config->n_vocab; i++) {
+        qsort(ranked, n, sizeof *ranked, by_logit);
+    for (size_t i = 0; status == DONE && i < most && i < n; i++) {
         put_format(&p->out, as_json ? "%s{\"id\": %" PRId32 ", \"logit\": %.9g, \"piece\": "
-                                 : "%.0s%" PRId32 "\t%.9g\t",
-                   i ? ", " : "{\"logits\": [", ranked[i].id, (double)ranked[i].logit);
+                                    : "%.0s%" PRId32 "\t%.9g\t",
+                   i ? ", " : "{\"logits\": [", ranked[i].id, (double)ranked[i].logprob);
         put_piece(p, ranked[i].id);
         put_format(&p->out, as_json ? "}" : "\n");
     }
@@ -5221,32 +5204,28 @@ static int best_logits(program *p)
 
 /* Sources: the report is arXiv 2408.00118, the code transformers' modeling_gemma2.py. */
 static const struct {
-    const char *step, *reads; /* the roles of the weights that the step reads */
-    const char *formula, *source;
+    const char *step, *formula, *source;
 } STEPS[] = {
-    {"embedding", " embedding ", "x = E[id] * sqrt(D)", "Gemma2TextScaledWordEmbedding.forward"},
-    {"attn_norm", " attn_norm ", "RMSNorm(x) * (1 + w)",
-     "Gemma2DecoderLayer.input_layernorm, report 2: pre-norm"},
-    {"q", " q ", "RoPE(h Wq) * scale",
+    {"embedding", "x = E[id] * sqrt(D)", "Gemma2TextScaledWordEmbedding.forward"},
+    {"attn_norm", "RMSNorm(x) * (1 + w)", "Gemma2DecoderLayer.input_layernorm, report 2: pre-norm"},
+    {"q", "RoPE(h Wq) * scale",
      "Gemma2Attention.q_proj, apply_rotary_pos_emb, Gemma2Attention.scaling"},
-    {"k", " k ", "RoPE(h Wk)",
+    {"k", "RoPE(h Wk)",
      "Gemma2Attention.k_proj, apply_rotary_pos_emb, report 2: grouped-query attention"},
-    {"v", " v ", "h Wv", "Gemma2Attention.v_proj"},
-    {"attn", " ", "softmax(c tanh(q k / c)) v, in the window",
+    {"v", "h Wv", "Gemma2Attention.v_proj"},
+    {"attn", "softmax(c tanh(q k / c)) v, in the window",
      "eager_attention_forward, report 2: sliding window and soft-capping"},
-    {"o", " o ", "a Wo", "Gemma2Attention.o_proj"},
-    {"post_attn_norm", " post_attn_norm ", "RMSNorm(o) * (1 + w)",
+    {"o", "a Wo", "Gemma2Attention.o_proj"},
+    {"post_attn_norm", "RMSNorm(o) * (1 + w)",
      "Gemma2DecoderLayer.post_attention_layernorm, report 2: post-norm"},
-    {"attn_residual", " ", "x = x + o", "Gemma2DecoderLayer.forward"},
-    {"ffn_norm", " ffn_norm ", "RMSNorm(x) * (1 + w)",
-     "Gemma2DecoderLayer.pre_feedforward_layernorm"},
-    {"geglu", " gate up ", "GELU(h Wgate) * (h Wup)", "Gemma2MLP.forward, report 2: GeGLU"},
-    {"down", " down ", "g Wdown", "Gemma2MLP.down_proj"},
-    {"post_ffn_norm", " post_ffn_norm ", "RMSNorm(f) * (1 + w)",
-     "Gemma2DecoderLayer.post_feedforward_layernorm"},
-    {"residual", " ", "x = x + f", "Gemma2DecoderLayer.forward"},
-    {"final_norm", " final_norm ", "RMSNorm(x) * (1 + w)", "Gemma2Model.norm"},
-    {"logits", " head ", "c tanh(h E' / c)", "Gemma2ForCausalLM.forward, report 2: soft-capping"},
+    {"attn_residual", "x = x + o", "Gemma2DecoderLayer.forward"},
+    {"ffn_norm", "RMSNorm(x) * (1 + w)", "Gemma2DecoderLayer.pre_feedforward_layernorm"},
+    {"geglu", "GELU(h Wgate) * (h Wup)", "Gemma2MLP.forward, report 2: GeGLU"},
+    {"down", "g Wdown", "Gemma2MLP.down_proj"},
+    {"post_ffn_norm", "RMSNorm(f) * (1 + w)", "Gemma2DecoderLayer.post_feedforward_layernorm"},
+    {"residual", "x = x + f", "Gemma2DecoderLayer.forward"},
+    {"final_norm", "RMSNorm(x) * (1 + w)", "Gemma2Model.norm"},
+    {"logits", "c tanh(h E' / c)", "Gemma2ForCausalLM.forward, report 2: soft-capping"},
 };
 
 enum { N_LENS = 5, FIRST_VALUES = 4 };
@@ -5254,49 +5233,40 @@ enum { N_LENS = 5, FIRST_VALUES = 4 };
 /* What the hooks of a trace share. */
 typedef struct {
     program *p;
-    float *residuals;    /* [L][D]: the last token's after each layer */
-    int32_t *best;       /* [L][N_LENS]: its best next tokens */
-    int32_t lens_layer;  /* whose residual takes the place of the last layer's */
-    double last;         /* when the step before ended */
-    size_t seen;         /* tokens up to this pass: the reference takes one token at a time */
+    float *residuals;       /* [L][D]: the last token's after each layer */
+    gemma2_candidate *best; /* [L][N_LENS]: its best next tokens */
+    double last;            /* when the step before ended */
+    size_t seen;            /* tokens up to this pass: the reference takes one token at a time */
 } tracer;
 
+static int is_step(const gemma2_activation *a, const char *step) { return !strcmp(a->name, step); }
 static float *last_row(const gemma2_activation *a) { return a->data + (a->rows - 1) * a->cols; }
 
 static void keep_residual(void *context, const gemma2_activation *a)
 {
     tracer *t = context;
-    if (strcmp(a->name, "residual") == 0)
+    if (is_step(a, "residual"))
         memcpy(t->residuals + (size_t)a->layer * a->cols, last_row(a), a->cols * sizeof(float));
 }
 
-/* The logit lens: final norm and head see the state after an earlier layer. */
-static void put_residual(void *context, const gemma2_activation *a)
+/* Bytes of weights that a step reads; most steps have the name of their weights.  A token reads one
+ * row of the embedding, and the logits all of it where there is no other head. */
+static uint64_t bytes_read(const program *p, const gemma2_activation *a)
 {
-    tracer *t = context;
-    if (strcmp(a->name, "residual") == 0 && a->layer == t->p->config->n_layers - 1)
-        memcpy(last_row(a), t->residuals + (size_t)t->lens_layer * a->cols,
-               a->cols * sizeof(float));
-}
-
-/* Bytes of weights that a step reads; of the embedding a row for each token. */
-static uint64_t bytes_read(const program *p, const char *roles, const gemma2_activation *a)
-{
-    uint64_t bytes = 0;
-    int tied = 1, is_head = strcmp(roles, " head ") == 0, in_layer;
-    gemma2_section section;
-    for (size_t i = 0; gemma2_get_section(p->model, i, &section); i++) {
-        char role[40];
-        snprintf(role, sizeof role, " %s ", section.role);
-        in_layer = section.layer < 0 || section.layer == a->layer;
-        tied &= strcmp(section.role, "head") != 0;
-        if (in_layer && strstr(roles, role))
-            bytes += section.layer < 0 && strcmp(section.role, "embedding") == 0
-                         ? section.bytes / section.rows * a->rows : section.bytes;
+    uint64_t bytes = 0, embedding = 0, row = 0;
+    gemma2_section s;
+    for (size_t i = 0; gemma2_get_section(p->model, i, &s); i++) {
+        if (strcmp(s.role, "embedding") == 0)
+            embedding = s.bytes, row = s.bytes / s.rows;
+        else if (s.layer >= 0 && s.layer != a->layer)
+            continue;
+        else if (is_step(a, s.role) || (is_step(a, "logits") && !strcmp(s.role, "head")) ||
+                 (is_step(a, "geglu") && (!strcmp(s.role, "gate") || !strcmp(s.role, "up"))))
+            bytes += s.bytes;
     }
-    for (size_t i = 0; is_head && tied && gemma2_get_section(p->model, i, &section); i++)
-        bytes += strcmp(section.role, "embedding") == 0 ? section.bytes : 0;
-    return bytes;
+    if (is_step(a, "embedding"))
+        return row * a->rows;
+    return is_step(a, "logits") && !bytes ? embedding : bytes;
 }
 
 static void print_rows(program *p, const gemma2_activation *a, size_t first)
@@ -5309,126 +5279,122 @@ static void print_rows(program *p, const gemma2_activation *a, size_t first)
     }
 }
 
-static void print_best(program *p, const int32_t *best)
+/* The lines of a step, about the last token's row. */
+static void print_step(const tracer *t, const gemma2_activation *a, double spent)
 {
-    put_format(&p->out, "best next");
-    for (int32_t i = 0; i < N_LENS && i < p->config->n_vocab; i++) {
-        put_bytes(&p->out, " ", 1);
-        put_piece(p, best[i]);
-    }
-    put_bytes(&p->out, "\n", 1);
-}
-
-/* A line of the trace, about the last token's row. */
-static void print_step(void *context, const gemma2_activation *a)
-{
-    tracer *t = context;
     program *p = t->p;
+    output *out = &p->out;
     const float *x = last_row(a);
-    double spent = seconds() - t->last, squares = 0;
-    int is_embedding = strcmp(a->name, "embedding") == 0;
+    double squares = 0;
     size_t i = 0;
     char size[32];
-    t->seen += is_embedding ? a->rows : 0;
-    while (i + 1 < sizeof STEPS / sizeof *STEPS && strcmp(STEPS[i].step, a->name) != 0)
+    while (i + 1 < sizeof STEPS / sizeof *STEPS && !is_step(a, STEPS[i].step))
         i++;
-    int in_layer = STEPS[i].step != STEPS[0].step && i + 2 < sizeof STEPS / sizeof *STEPS;
-    if (in_layer && a->layer == p->opts->trace_layer)
-        print_rows(p, a, t->seen - a->rows);
-    if (p->opts->trace_layer < 0 && t->seen == p->ids.n) {
-        for (size_t c = 0; c < a->cols; c++)
-            squares += (double)x[c] * (double)x[c];
-        if (strcmp(a->name, "attn_norm") == 0)
-            put_format(&p->out, "layer %" PRId32 ", %s\n", a->layer,
-                       p->config->is_local[a->layer] ? "local" : "global");
-        put_format(&p->out, "%-15s[%zu, %zu]\tnorm %.6g\t", a->name, a->rows, a->cols,
-                   sqrt(squares));
-        for (size_t c = 0; c < FIRST_VALUES && c < a->cols; c++)
-            put_format(&p->out, "%.5g ", (double)x[c]);
-        format_bytes(size, bytes_read(p, STEPS[i].reads, a));
-        put_format(&p->out, "..\t%s\t%.3f ms\t%s\t(%s)\n", size, 1e3 * spent, STEPS[i].formula,
-                   STEPS[i].source);
-        if (strcmp(a->name, "residual") == 0)
-            print_best(p, t->best + (size_t)a->layer * N_LENS);
+    for (size_t c = 0; c < a->cols; c++)
+        squares += (double)x[c] * (double)x[c];
+    if (is_step(a, "attn_norm"))
+        put_format(out, "layer %" PRId32 ", %s\n", a->layer,
+                   p->config->is_local[a->layer] ? "local" : "global");
+    put_format(out, "%-15s[%zu, %zu]\tnorm %.6g\t", a->name, a->rows, a->cols, sqrt(squares));
+    for (size_t c = 0; c < FIRST_VALUES && c < a->cols; c++)
+        put_format(out, "%.5g ", (double)x[c]);
+    format_bytes(size, bytes_read(p, a));
+    put_format(out, "..\t%s\t%.3f ms\t%s\t(%s)\n", size, 1e3 * spent, STEPS[i].formula,
+               STEPS[i].source);
+    if (!is_step(a, "residual"))
+        return;
+    put_format(out, "best next");
+    for (int32_t k = 0; k < N_LENS && k < p->config->n_vocab; k++) {
+        put_bytes(out, " ", 1);
+        put_piece(p, t->best[a->layer * N_LENS + k].id);
     }
+    put_bytes(out, "\n", 1);
+}
+
+static void show_step(void *context, const gemma2_activation *a)
+{
+    tracer *t = context;
+    double spent = seconds() - t->last;
+    int32_t layer = t->p->opts->trace_layer;
+    t->seen += is_step(a, "embedding") ? a->rows : 0;
+    if (layer < 0 && t->seen == t->p->ids.n)
+        print_step(t, a, spent);
+    else if (layer >= 0 && layer == a->layer)
+        print_rows(t->p, a, t->seen - a->rows);
     t->last = seconds();
 }
 
-/* Evaluates ids from position `from` on, each step with the hook. */
-static int traced_pass(tracer *t, gemma2_hook *hook, size_t from)
+/* Evaluates the prompt, each step with the hook. */
+static int traced_pass(tracer *t, gemma2_hook *hook)
 {
     program *p = t->p;
-    gemma2_rewind(p->session, (int32_t)from);
+    gemma2_rewind(p->session, 0);
     gemma2_set_hook(p->session, hook, t);
     t->last = seconds();
-    int code = gemma2_eval(p->session, (int32_t *)p->ids.items + from, p->ids.n - from, p->logits);
+    int code = gemma2_eval(p->session, p->ids.items, p->ids.n, p->logits);
     gemma2_set_hook(p->session, NULL, NULL);
     return code < 0 ? engine_failed(p, "tracing", code) : DONE;
 }
 
-/* Prints the steps of the prompt's pass: the shape, and of the last token's row the norm and
- * the first values. */
+/* Prints the steps of the prompt's pass: the shape, and of the last token's row the norm and the
+ * first values.  A pass before it says what the best next tokens are after each layer. */
 static int trace(program *p)
 {
-    size_t n_layers = (size_t)p->config->n_layers, most = p->ids.n < 256 ? p->ids.n : 256;
-    if (p->ids.n > most)
-        return fail(USAGE, "--trace is for a short prompt of at most %zu tokens, and this one has "
-                    "%zu", most, p->ids.n);
+    enum { MOST = 256 };
+    size_t n_layers = (size_t)p->config->n_layers, d = (size_t)p->config->d_model;
+    if (p->ids.n > MOST)
+        return fail(USAGE, "--trace is for a short prompt of at most %d tokens, and this one has "
+                    "%zu", MOST, p->ids.n);
     if (p->opts->trace_layer >= p->config->n_layers)
         return fail(USAGE, "--trace-layer %" PRId32 ": the model has %" PRId32 " layers, from 0 on",
                     p->opts->trace_layer, p->config->n_layers);
-    tracer t = {.p = p};
-    t.residuals = malloc(sizeof *t.residuals * n_layers * (size_t)p->config->d_model);
-    t.best = malloc(sizeof *t.best * n_layers * N_LENS);
-    int status = t.residuals && t.best ? traced_pass(&t, keep_residual, 0) : out_of_memory();
-    for (size_t l = 0; l < n_layers && status == DONE && p->opts->trace_layer < 0; l++) {
-        t.lens_layer = (int32_t)l;
-        candidate *ranked = NULL;
-        status = traced_pass(&t, put_residual, p->ids.n - 1);
-        if (status == DONE)
-            status = rank_logits(p, &ranked);
-        for (size_t i = 0; i < N_LENS && i < (size_t)p->config->n_vocab && status == DONE; i++)
-            t.best[l * N_LENS + i] = ranked[i].id;
-        free(ranked);
+    tracer t = {.p = p, .residuals = malloc(sizeof *t.residuals * n_layers * d),
+                .best = calloc(n_layers * N_LENS, sizeof *t.best)};
+    int status = t.residuals && t.best ? traced_pass(&t, keep_residual) : out_of_memory();
+    for (size_t l = 0; l < n_layers && status == DONE; l++) {
+        int code = gemma2_read_out(p->session, t.residuals + l * d, p->logits);
+        if (code >= 0)
+            code = gemma2_top_logprobs(p->logits, (size_t)p->config->n_vocab, t.best + l * N_LENS,
+                                       N_LENS);
+        status = code < 0 ? engine_failed(p, "tracing", code) : DONE;
     }
     if (status == DONE && p->opts->trace_layer < 0)
         put_format(&p->out, "step [tokens, values], norm and first values of the last token, "
                    "weights read, time, formula\n"
                    "(report: arXiv 2408.00118; names: transformers, modeling_gemma2.py)\n");
     if (status == DONE)
-        status = traced_pass(&t, print_step, 0);
+        status = traced_pass(&t, show_step);
     free(t.residuals);
     free(t.best);
     return status;
 }
 
+/* ---- texts that are judged: scores, states, perplexity, importance ---- */
+
 static int score(program *p)
 {
     const int32_t *ids = p->ids.items;
-    float logprobs[PREFILL_PIECE];
+    size_t n = p->ids.n - 1;
     double total = 0;
-    for (size_t at = 0; at + 1 < p->ids.n && !p->out.error;) {
-        size_t left = p->ids.n - 1 - at, n = left < PREFILL_PIECE ? left : PREFILL_PIECE;
-        int code = gemma2_score(p->session, ids + at, n, ids[at + n], logprobs);
-        if (code < 0)
-            return engine_failed(p, "scoring", code);
-        at += n;
-        for (size_t i = 0; i < n; i++) {
-            if (p->opts->json)
-                put_format(&p->out, "%s%.9g", at - n + i ? ", " : "{\"logprobs\": [",
-                           (double)logprobs[i]);
-            else
-                put_format(&p->out, "%" PRId32 "\t%.9g\n", ids[at - n + 1 + i],
-                           (double)logprobs[i]);
-            total += (double)logprobs[i];
-        }
+    output *out = &p->out;
+    float *logprobs = extend(&p->reply.logprobs, n, sizeof *logprobs);
+    if (!logprobs)
+        return out_of_memory();
+    int code = n ? gemma2_score(p->session, ids, n, ids[n], logprobs) : GEMMA2_OK;
+    if (code < 0)
+        return engine_failed(p, "scoring", code);
+    put_format(out, p->opts->json ? "{\"logprobs\": [" : "");
+    for (size_t i = 0; i < n; i++) {
+        total += (double)logprobs[i];
+        if (p->opts->json)
+            put_format(out, "%s%.9g", i ? ", " : "", (double)logprobs[i]);
+        else
+            put_format(out, "%" PRId32 "\t%.9g\n", ids[i + 1], (double)logprobs[i]);
     }
-    if (p->opts->json) {
-        put_format(&p->out, p->ids.n > 1 ? "], \"ids\": [" : "{\"logprobs\": [], \"ids\": [");
-        put_ids(&p->out, ids + 1, p->ids.n - 1, ", ");
-        put_format(&p->out, "], \"total\": %.9g}\n", total);
-    } else
-        put_format(&p->out, "total\t%.9g\n", total);
+    put_format(out, p->opts->json ? "], \"ids\": [" : "");
+    if (p->opts->json)
+        put_ids(out, ids + 1, n, ", ");
+    put_format(out, p->opts->json ? "], \"total\": %.9g}\n" : "total\t%.9g\n", total);
     return DONE;
 }
 
@@ -5436,12 +5402,11 @@ static int score(program *p)
  * which also leads to the scores of a reward model. */
 static int embed(program *p)
 {
-    size_t d = (size_t)p->config->d_model, n_scores = (size_t)p->config->n_scores;
+    size_t d = (size_t)p->config->d_model, n_scores = (size_t)p->config->n_scores, n_out = d;
     int is_reward = p->opts->mode == REWARD;
     int is_mean = !is_reward && !strcmp(p->opts->subject, "mean");
-    float *states = calloc(PREFILL_PIECE * d + n_scores, sizeof *states), *last = states;
-    float *scores = states ? states + PREFILL_PIECE * d : NULL;
-    double *sums = calloc(d + n_scores, sizeof *sums);
+    float *states = malloc((PREFILL_PIECE * d + n_scores) * sizeof *states), *last = states;
+    double *sums = calloc(d, sizeof *sums);
     int code = states && sums ? GEMMA2_OK : GEMMA2_ERR_MEMORY;
     for (size_t at = 0, n; code >= 0 && at < p->ids.n; at += n) {
         n = p->ids.n - at < PREFILL_PIECE ? p->ids.n - at : PREFILL_PIECE;
@@ -5450,13 +5415,13 @@ static int embed(program *p)
         for (size_t i = 0; is_mean && i < n * d; i++)
             sums[i % d] += (double)states[i] / (double)p->ids.n;
     }
-    if (code >= 0 && is_reward)
-        code = gemma2_scores(p->session, last, scores);
-    size_t n = is_reward ? n_scores : d;
-    for (size_t i = 0; !is_mean && code >= 0 && i < n; i++)
-        sums[i] = (double)(is_reward ? scores : last)[i];
-    for (size_t i = 0; code >= 0 && i < n; i++)
-        put_format(&p->out, "%s%.9g%s", i ? ", " : "[", sums[i], i + 1 < n ? "" : "]\n");
+    if (code >= 0 && is_reward) {
+        code = gemma2_scores(p->session, last, states + PREFILL_PIECE * d);
+        last = states + PREFILL_PIECE * d, n_out = n_scores;
+    }
+    for (size_t i = 0; code >= 0 && i < n_out; i++)
+        put_format(&p->out, "%s%.9g", i ? ", " : "[", is_mean ? sums[i] : (double)last[i]);
+    put_format(&p->out, code < 0 ? "" : "]\n");
     free(states), free(sums);
     return code < 0 ? engine_failed(p, "evaluating the prompt", code) : DONE;
 }
@@ -5477,20 +5442,20 @@ static double perplexity_of(const tally *t, double *error)
 /* Adds one chunk of n tokens: ids[n/2 + 1 .. n - 1], each given all before it. */
 static int tally_chunk(program *p, const int32_t *ids, size_t n, tally *t)
 {
-    float logprobs[PREFILL_PIECE];
-    size_t at = n / 2;
+    size_t half = n / 2, rest = n - 1 - half;
+    p->reply.logprobs.n = 0;
+    float *logprobs = extend(&p->reply.logprobs, rest, sizeof *logprobs);
+    if (!logprobs)
+        return out_of_memory();
     gemma2_rewind(p->session, 0);
-    int code = gemma2_eval(p->session, ids, at, NULL);
-    while (code >= 0 && at < n - 1) {
-        size_t piece = n - 1 - at < PREFILL_PIECE ? n - 1 - at : PREFILL_PIECE;
-        code = gemma2_score(p->session, ids + at, piece, ids[at + piece], logprobs);
-        for (size_t i = 0; code >= 0 && i < piece; i++) {
-            t->sum -= (double)logprobs[i];
-            t->squares += (double)logprobs[i] * (double)logprobs[i];
-        }
-        at += piece;
-        t->n += piece;
+    int code = gemma2_eval(p->session, ids, half, NULL);
+    if (code >= 0)
+        code = gemma2_score(p->session, ids + half, rest, ids[n - 1], logprobs);
+    for (size_t i = 0; code >= 0 && i < rest; i++) {
+        t->sum -= (double)logprobs[i];
+        t->squares += (double)logprobs[i] * (double)logprobs[i];
     }
+    t->n += rest;
     return code < 0 ? engine_failed(p, "scoring", code) : DONE;
 }
 
@@ -5501,27 +5466,25 @@ static int perplexity(program *p, size_t length)
         status = read_path(p->opts->subject, &p->prompt);
     if (status == DONE)
         status = push_text(p, p->prompt.items, p->prompt.n, 0);
-    if (status != DONE)
-        return status;
-    if (p->ids.n < 2 * length)
-        return fail(USAGE, "%s has %zu tokens; chunks of %zu need %zu", p->opts->subject,
-                    p->ids.n, length, 2 * length);
-    int32_t *ids = p->ids.items;
+    if (status == DONE && p->ids.n < 2 * length)
+        status = fail(USAGE, "%s has %zu tokens; chunks of %zu need %zu", p->opts->subject,
+                      p->ids.n, length, 2 * length);
     size_t n_chunks = p->ids.n / length;
     tally t = {0, 0, 0};
     double value = 0, error = 0;
-    for (size_t i = 0; i < n_chunks; i++) {
+    for (size_t i = 0; i < n_chunks && status == DONE; i++) {
+        int32_t *ids = (int32_t *)p->ids.items + i * length;
         if (p->config->bos >= 0)
-            ids[i * length] = p->config->bos;
-        status = tally_chunk(p, ids + i * length, length, &t);
-        if (status != DONE)
-            return status;
+            *ids = p->config->bos;
+        status = tally_chunk(p, ids, length, &t);
         value = perplexity_of(&t, &error);
         show_progress(p, "[%zu/%zu] %.4f", i + 1, n_chunks, value);
-        if (!p->shows_progress && !p->opts->quiet)
+        if (!p->shows_progress && !p->opts->quiet && status == DONE)
             fprintf(stderr, "[%zu/%zu] %.4f\n", i + 1, n_chunks, value);
     }
     clear_progress(p);
+    if (status != DONE)
+        return status;
     if (!p->opts->quiet)
         fprintf(stderr, "%zu chunks of %zu tokens, %zu scored\n", n_chunks, length, t.n);
     put_format(&p->out, "perplexity\t%.4f\t+/-\t%.5f\n", value, error);

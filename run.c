@@ -3677,15 +3677,21 @@ static int decode(program *p)
     return status ? status : end_text(p);
 }
 
+/* Forgets all of a reply but its memory. */
+static void clear_reply(reply *r)
+{
+    r->text.n = r->logprobs.n = r->tops.n = r->choices.n = r->ends.n = 0;
+    r->shown = r->n_ids = r->prefill_tokens = r->decode_passes = 0;
+    r->hold = (gemma2_utf8){{0}, 0};
+    r->finish = RUNNING;
+    r->prefill_s = r->decode_s = 0;
+}
+
 /* One reply to the ids so far.  Ctrl-C stops it. */
 static int make_reply(program *p)
 {
     reply *r = &p->reply;
-    array text = r->text, logprobs = r->logprobs, ends = r->ends, choices = r->choices;
-    array tops = r->tops;
-    text.n = logprobs.n = ends.n = tops.n = 0;
-    *r = (reply){.text = text, .logprobs = logprobs, .ends = ends, .choices = choices,
-                 .tops = tops};
+    clear_reply(r);
     int status = start_constraint(p);
     if (status != DONE)
         return status;
@@ -5875,19 +5881,21 @@ typedef struct {
 
 /* An id of a line, as JSON. */
 typedef struct {
-    size_t at, n; /* in batch.names; n 0: a free place */
-    int seen;     /* 1: an input line has it; 0: only the results of an earlier run */
+    size_t at, n; /* in batch.names */
+    size_t next;  /* of those with this hash: its number from 1, or 0 */
+    enum { NEW, HAS_RESULT, TAKEN } state; /* of an earlier run; by a line of the input */
     uint64_t seed; /* of that result */
 } line_id;
+enum { N_HASHES = 1 << 16 };
 
 /* A place for one line.  Its program is a whole one, for one reply, without output. */
 typedef struct {
     program p;
     options opts;
-    json said;                           /* the line */
-    const json_node *model;              /* of it, or NULL */
+    json said;                          /* the line */
+    const json_node *model;             /* of it, or NULL */
     array stops, choices, messages, id; /* what it says */
-    array token; /* char: room for a piece */
+    array token; /* char: the text of one */
     array gbnf;  /* char: what is held */
     constraint held;
     size_t number;
@@ -5905,8 +5913,8 @@ typedef struct {
     line_input in;
     FILE *out;
     array line, names, gbnf; /* of a result; all ids; of the options' constraint, or empty */
-    line_id *ids;
-    size_t n_ids, room; /* room is a power of two */
+    array ids;               /* line_id */
+    size_t *first_ids;       /* [N_HASHES]: as line_id.next */
     int exact; /* prompts read in one arithmetic, so they may be cut anywhere */
     size_t done, failed, skipped, prompt_tokens, shared_tokens, reply_tokens;
     double began;
@@ -5915,14 +5923,14 @@ typedef struct {
 } batch;
 
 /* The next line, without its newline, or NULL: at the end, or with wait 0 where none is there
- * yet.  A line above 2^28 bytes comes as nothing, and overlong says so. */
+ * yet.  A line above 2^28 bytes, or above the memory, comes as nothing, and overlong says so. */
 static const char *next_line(line_input *in, int wait, size_t *n)
 {
     enum { PIECE = 1 << 16 };
     for (;;) {
-        char *bytes = in->bytes.items;
-        char *end = in->seen < in->bytes.n ? memchr(bytes + in->seen, '\n', in->bytes.n - in->seen)
-                                           : NULL;
+        char *bytes = in->bytes.items, *end = NULL;
+        if (in->seen < in->bytes.n)
+            end = memchr(bytes + in->seen, '\n', in->bytes.n - in->seen);
         if (end || (in->ended && (in->at < in->bytes.n || in->overlong))) {
             size_t start = in->at;
             *n = (end ? (size_t)(end - bytes) : in->bytes.n) - start;
@@ -5936,19 +5944,15 @@ static const char *next_line(line_input *in, int wait, size_t *n)
         if (in->at) /* what is left moves to the front */
             memmove(bytes, bytes + in->at, in->bytes.n -= in->at);
         in->at = 0;
-        if (in->bytes.n > LONGEST_TEXT) {
-            in->overlong = 1;
-            in->bytes.n = 0;
-        }
         in->seen = in->bytes.n;
-        char *free_bytes = extend(&in->bytes, PIECE, 1);
-        if (!free_bytes) { /* the same as too long */
+        char *more = in->seen > LONGEST_TEXT ? NULL : extend(&in->bytes, PIECE, 1);
+        if (!more) {
             in->overlong = 1;
+            in->ended = in->seen == 0;
             in->bytes.n = in->seen = 0;
             continue;
         }
-        long got = in->file ? (long)fread(free_bytes, 1, PIECE, in->file)
-                            : read_input(free_bytes, PIECE, wait);
+        long got = in->file ? (long)fread(more, 1, PIECE, in->file) : read_input(more, PIECE, wait);
         in->bytes.n -= PIECE - (got > 0 ? (size_t)got : 0);
         if (got < 0 && errno == EAGAIN)
             return NULL;
@@ -5956,86 +5960,48 @@ static const char *next_line(line_input *in, int wait, size_t *n)
     }
 }
 
-/* Where an id is among those known, or the free place for it; NULL without memory. */
-static line_id *place_of_id(batch *b, const char *id, size_t n)
+/* What is known of an id; NULL without memory. */
+static line_id *find_id(batch *b, const array *id)
 {
-    if (2 * (b->n_ids + 1) > b->room) {
-        size_t old_room = b->room;
-        line_id *old = b->ids;
-        b->room = old_room ? 2 * old_room : 1024;
-        b->ids = calloc(b->room, sizeof *b->ids);
-        if (!b->ids) {
-            b->ids = old;
-            b->room = old_room;
-            return NULL;
-        }
-        for (size_t i = 0; i < old_room; i++)
-            if (old[i].n)
-                *place_of_id(b, (char *)b->names.items + old[i].at, old[i].n) = old[i];
-        free(old);
-    }
     uint64_t hash = 14695981039346656037u;
-    for (size_t i = 0; i < n; i++)
-        hash = (hash ^ (unsigned char)id[i]) * 1099511628211u;
-    for (size_t i = (size_t)(hash ^ hash >> 32);; i++) {
-        line_id *place = b->ids + (i & (b->room - 1));
-        if (place->n == 0 ||
-            (place->n == n && memcmp((char *)b->names.items + place->at, id, n) == 0))
-            return place;
+    const char *bytes = id->items, *names = b->names.items;
+    for (size_t i = 0; i < id->n; i++)
+        hash = (hash ^ (unsigned char)bytes[i]) * 1099511628211u;
+    size_t *first = b->first_ids + (hash ^ hash >> 32) % N_HASHES;
+    for (size_t i = *first; i; i = ((line_id *)b->ids.items)[i - 1].next) {
+        line_id *known = (line_id *)b->ids.items + i - 1;
+        if (known->n == id->n && memcmp(names + known->at, bytes, id->n) == 0)
+            return known;
     }
+    line_id *added = extend(&b->ids, 1, sizeof *added);
+    if (!added || append(&b->names, bytes, id->n) != DONE)
+        return NULL;
+    *added = (line_id){.at = b->names.n - id->n, .n = id->n, .next = *first};
+    *first = b->ids.n;
+    return added;
 }
 
-/* Notes an id.  Returns 1 where it is new, 0 where it is known, -1 without memory; *before is
- * whether an input line had it. */
-static int note_id(batch *b, const array *id, int seen, int *before)
+/* Finds out a line's form and its id, as JSON, which stays as it is where the line has none.
+ * Returns 0 where what it has is no id of this form. */
+static int get_id(const json *j, int *openai, array *id)
 {
-    line_id *place = place_of_id(b, id->items, id->n);
-    if (!place)
-        return -1;
-    *before = place->n && place->seen;
-    if (place->n) {
-        place->seen |= seen;
-        return 0;
-    }
-    size_t at = b->names.n;
-    char *copy = extend(&b->names, id->n, 1);
-    if (!copy)
-        return -1;
-    memcpy(copy, id->items, id->n);
-    *place = (line_id){.at = at, .n = id->n, .seen = seen};
-    b->n_ids++;
-    return 1;
-}
-
-/* The id that an object has under a name, as JSON; 0 where it has none, -1 where it is neither
- * text nor a whole number. */
-static int get_id(const json *j, const char *name, array *id)
-{
-    const json_node *node = json_get(j, j->nodes.items, name);
+    const json_node *root = j->nodes.items;
+    *openai = json_get(j, root, "custom_id") || json_get(j, root, "body");
+    const json_node *node = json_get(j, root, *openai ? "custom_id" : "id");
     output out = {.memory = id};
     if (!node || node->kind == JSON_NULL)
-        return 0;
+        return !*openai;
     const char *text = j->text + node->start;
     size_t n = node->end - node->start;
-    int is_number = node->kind == JSON_NUMBER && !memchr(text, '.', n) && !memchr(text, 'e', n) &&
-                    !memchr(text, 'E', n);
+    int is_number = !*openai && node->kind == JSON_NUMBER && strspn(text, "-0123456789") >= n;
     if (!is_number && node->kind != JSON_STRING)
-        return -1;
+        return 0;
     id->n = 0;
     if (is_number)
         put_bytes(&out, text, n);
     else
         put_quoted(&out, text, n);
-    return 1;
-}
-
-/* The same of a line, whose form it finds out; where that says nothing the id stays as it is. */
-static int get_line_id(const json *j, int *openai, array *id)
-{
-    const json_node *root = j->nodes.items;
-    *openai = json_get(j, root, "custom_id") || json_get(j, root, "body");
-    int got = get_id(j, *openai ? "custom_id" : "id", id);
-    return *openai && !(got == 1 && *(char *)id->items == '"') ? -1 : got;
+    return !out.error;
 }
 
 static void number_id(array *id, size_t number)
@@ -6323,40 +6289,34 @@ static int fit_session(batch *b, batch_slot *s)
 /* Empties a place for the next line; its session stays as it is. */
 static void clear_slot(batch *b, batch_slot *s)
 {
-    program *p = &s->p;
-    array ids = p->ids, text = p->reply.text, logprobs = p->reply.logprobs, ends = p->reply.ends;
-    array tops = p->reply.tops, choices = p->reply.choices;
-    ids.n = text.n = logprobs.n = ends.n = tops.n = choices.n = 0;
+    clear_reply(&s->p.reply);
     s->opts = *b->p->opts;
     s->opts.seed = b->p->seed;
     s->opts.seed_given = 1;
-    *p = (program){.opts = &s->opts, .model = b->p->model, .config = b->p->config,
-                   .session = p->session, .logits = p->logits, .ids = ids, .end_of_reply = -1,
-                   .silent = 1, .out = {.memory = &b->line},
-                   .reply = {.text = text, .logprobs = logprobs, .ends = ends, .tops = tops,
-                             .choices = choices}};
     json_free(&s->said);
     s->model = NULL;
-    s->stops.n = s->choices.n = s->messages.n = 0;
-    s->busy = s->begun = s->ready = s->openai = s->logprobs = s->limited = 0;
+    s->p.constraint = (constraint){0};
+    s->p.ids.n = s->stops.n = s->choices.n = s->messages.n = 0;
+    s->begun = s->ready = s->openai = s->logprobs = s->limited = 0;
 }
 
 /* Finds out what a line asks for.  Returns -1 where an earlier run has its result. */
 static int understand(batch *b, batch_slot *s, json *j, const char *text, size_t n)
 {
-    int before;
     if (b->in.overlong)
         return fail(USAGE, "the line is longer than 268435456 bytes or than memory");
     if (!json_read(j, text, n))
         return fail(USAGE, "the line is no JSON: at byte %zu: %s", j->at + 1, j->why);
-    if (get_line_id(j, &s->openai, &s->id) < 0)
+    if (!get_id(j, &s->openai, &s->id))
         return fail(USAGE, s->openai ? "\"custom_id\" must be a text"
                                      : "\"id\" must be a text or a whole number");
-    int known = note_id(b, &s->id, 1, &before);
-    if (known == 0)
-        return before ? fail(USAGE, "an earlier line has the same id") : -1;
-    if (known < 0)
+    line_id *known = find_id(b, &s->id);
+    if (!known)
         return out_of_memory();
+    int was = known->state;
+    known->state = TAKEN;
+    if (was != NEW)
+        return was == TAKEN ? fail(USAGE, "an earlier line has the same id") : -1;
     return s->openai ? read_openai(s, j) : read_request(s, j, j->nodes.items);
 }
 
@@ -6389,18 +6349,16 @@ static int take_line(batch *b, batch_slot *s, const char *text, size_t n)
  * its log-probability it is a member of an object, or in a chat the beginning of one. */
 static void put_token(batch_slot *s, int32_t id, const float *logprob, int in_chat)
 {
-    gemma2_utf8 hold = {0};
     output *out = &s->p.out;
     int type = 0;
-    size_t n, room = (size_t)s->p.config->max_piece_bytes + 12;
+    size_t n;
     const char *text = gemma2_piece(s->p.model, id, &n, &type);
     char byte = type == GEMMA2_PIECE_BYTE ? (char)strtol(text + 3, NULL, 16) : 0; /* <0xE2> */
-    char *decoded = (s->token.n = 0, extend(&s->token, room, 1));
-    int got = decoded ? gemma2_decode(s->p.model, &hold, id, decoded, room) : 0;
+    s->token.n = 0;
     if (type == GEMMA2_PIECE_BYTE)
         text = &byte, n = 1;
-    else if (got > 0)
-        text = decoded, n = (size_t)got;
+    else if (decode_ids(&s->p, &id, 1, &s->token) == DONE && s->token.n)
+        text = s->token.items, n = s->token.n;
     put_format(out, in_chat ? "{\"token\": " : "");
     if (type == GEMMA2_PIECE_BYTE)
         put_format(out, "\"bytes:\\\\x%02x\"", (unsigned char)byte);
@@ -6690,41 +6648,45 @@ static int shared_pass(batch *b)
 
 /* ---- the whole ---- */
 
+static size_t count_busy(const batch *b)
+{
+    size_t n = 0;
+    for (size_t i = 0; i < b->n_slots; i++)
+        n += (size_t)b->slots[i].busy;
+    return n;
+}
+
+/* Puts a line into a free place, which stays free where nothing is left to do. */
+static int begin_line(batch *b, batch_slot *s, const char *text, size_t n)
+{
+    char error[SENTENCE] = "";
+    size_t rest = n;
+    trim(text, &rest);
+    if (!rest && !b->in.overlong)
+        return DONE;
+    clear_slot(b, s);
+    s->number = b->in.number;
+    overheard = error;
+    int read = take_line(b, s, text, n);
+    overheard = NULL;
+    b->in.overlong = 0;
+    b->skipped += read < 0;
+    s->busy = read == DONE;
+    return read > 0 ? end_line(b, s, error) : DONE;
+}
+
 /* Gives lines to the places that are free. */
 static int fill_slots(batch *b)
 {
-    int status = DONE, active = 0;
+    size_t n;
     for (batch_slot *s = b->slots; s < b->slots + b->n_slots; s++)
-        active += s->busy;
-    for (batch_slot *s = b->slots; s < b->slots + b->n_slots && status == DONE; s++) {
-        char error[SENTENCE] = "";
-        size_t n;
-        if (s->busy)
-            continue;
-        const char *text = stop_asked ? NULL : next_line(&b->in, active == 0, &n);
-        if (!text)
-            break;
-        clear_slot(b, s);
-        int read = -1;
-        size_t blanks = 0;
-        while (blanks < n && strchr(" \t\r", text[blanks]) && text[blanks])
-            blanks++;
-        if (blanks < n || b->in.overlong) {
-            overheard = error;
-            read = take_line(b, s, text, n);
-            overheard = NULL;
-            b->skipped += read < 0;
+        while (!s->busy && !stop_asked) {
+            const char *text = next_line(&b->in, count_busy(b) == 0, &n);
+            int status = text ? begin_line(b, s, text, n) : DONE;
+            if (!text || status != DONE)
+                return status;
         }
-        b->in.overlong = 0;
-        s->number = b->in.number;
-        s->busy = read == DONE;
-        active += s->busy;
-        if (read > 0)
-            status = end_line(b, s, error);
-        if (!s->busy)
-            s--; /* the place is still free */
-    }
-    return status;
+    return DONE;
 }
 
 static double elapsed(const batch *b) { return seconds() - b->began; }
@@ -6745,11 +6707,8 @@ static int run_batch(batch *b)
     int status = DONE;
     double shown = b->began;
     while (status == DONE && !stop_asked) {
-        size_t active = 0;
         status = fill_slots(b);
-        for (size_t i = 0; i < b->n_slots; i++)
-            active += (size_t)b->slots[i].busy;
-        if (!active && b->in.ended && b->in.at >= b->in.bytes.n)
+        if (!count_busy(b) && b->in.ended && b->in.at >= b->in.bytes.n)
             break;
         if (status == DONE && !stop_asked)
             status = shared_pass(b);
@@ -6762,25 +6721,26 @@ static int run_batch(batch *b)
     return status;
 }
 
-/* Whether a line of the output stays: the id that has a result in it is noted.  Below 0: it is no
- * result at all. */
+/* Whether a line of the output stays: the first with a result for its id, which is noted.  Below
+ * 0: it is no result at all. */
 static int has_result(batch *b, const char *text, size_t n)
 {
     json j;
     array id = {0};
-    int stays = -1, before, openai;
-    if (json_read(&j, text, n) && ((json_node *)j.nodes.items)->kind == JSON_OBJECT) {
+    int stays = -1, openai;
+    if (json_read(&j, text, n)) {
         const json_node *root = j.nodes.items, *response = json_get(&j, root, "response");
         const json_node *body = response ? json_get(&j, response, "body") : root;
         const json_node *made = body ? json_get(&j, body, response ? "choices" : "text") : NULL;
         const json_node *seed = made ? json_get(&j, body, "seed") : NULL;
-        uint64_t number = 0;
-        if (seed)
-            json_whole(&j, seed, UINT64_MAX, &number);
+        line_id *known = made && get_id(&j, &openai, &id) ? find_id(b, &id) : NULL;
         if (made || (body && json_get(&j, body, "error")))
-            stays = made && get_line_id(&j, &openai, &id) == 1 && note_id(b, &id, 0, &before) == 1;
-        if (stays == 1)
-            place_of_id(b, id.items, id.n)->seed = number;
+            stays = known && known->state == NEW;
+        if (stays == 1) {
+            known->state = HAS_RESULT;
+            if (seed)
+                json_whole(&j, seed, UINT64_MAX, &known->seed);
+        }
     }
     json_free(&j);
     free(id.items);
@@ -6828,7 +6788,7 @@ static int open_results(batch *b)
 }
 
 /* The seed of the earlier run, which drew it: that of a result whose line has none of its own. */
-static int recall_seed(batch *b)
+static void recall_seed(batch *b)
 {
     int found = 0, openai;
     size_t n;
@@ -6836,12 +6796,12 @@ static int recall_seed(batch *b)
     for (const char *text; !found && (text = next_line(&b->in, 1, &n)) != NULL;) {
         json j;
         number_id(&id, b->in.number);
-        if (json_read(&j, text, n) && get_line_id(&j, &openai, &id) >= 0) {
-            const json_node *root = j.nodes.items, *seed = json_get(&j, root, "body");
-            const line_id *place = place_of_id(b, id.items, id.n);
-            seed = json_get(&j, seed ? seed : root, "seed");
-            found = place && place->n && (!seed || seed->kind == JSON_NULL);
-            b->p->seed = found ? place->seed : b->p->seed;
+        if (json_read(&j, text, n) && get_id(&j, &openai, &id)) {
+            const json_node *body = json_get(&j, j.nodes.items, "body");
+            const json_node *seed = json_get(&j, body ? body : j.nodes.items, "seed");
+            const line_id *known = find_id(b, &id);
+            found = known && known->state == HAS_RESULT && (!seed || seed->kind == JSON_NULL);
+            b->p->seed = found ? known->seed : b->p->seed;
         }
         json_free(&j);
     }
@@ -6849,7 +6809,6 @@ static int recall_seed(batch *b)
     free(b->in.bytes.items);
     b->in = (line_input){.file = b->in.file, .size = b->in.size};
     rewind(b->in.file);
-    return found;
 }
 
 static int open_lines(batch *b)
@@ -6902,9 +6861,13 @@ static int open_slots(batch *b)
         remark("batch: at most %zu sessions of up to %" PRId32 " tokens, %s each, %s in all",
                b->n_slots, params.n_context ? params.n_context : p->config->n_context, each, all);
     b->slots = calloc(b->n_slots, sizeof *b->slots);
-    for (size_t i = 0; b->slots && i < b->n_slots; i++)
-        if (!(b->slots[i].p.logits = malloc((size_t)logits)))
+    for (size_t i = 0; b->slots && i < b->n_slots; i++) {
+        batch_slot *s = b->slots + i;
+        s->p = (program){.opts = &s->opts, .model = p->model, .config = p->config, .silent = 1,
+                         .out = {.memory = &b->line}, .logits = malloc((size_t)logits)};
+        if (!s->p.logits)
             return out_of_memory();
+    }
     return b->slots ? DONE : out_of_memory();
 }
 
@@ -6922,12 +6885,10 @@ static void close_batch(batch *b)
             free(arrays[i]->items);
     }
     gemma2_worker_free(b->worker);
-    free(b->slots);
-    free(b->in.bytes.items);
-    free(b->line.items);
-    free(b->names.items);
-    free(b->gbnf.items);
-    free(b->ids);
+    void *const rest[] = {b->slots, b->in.bytes.items, b->line.items, b->names.items,
+                          b->gbnf.items, b->ids.items, b->first_ids};
+    for (size_t i = 0; i < sizeof rest / sizeof *rest; i++)
+        free(rest[i]);
     if (b->in.file)
         fclose(b->in.file);
     if (b->out && b->out != stdout)
@@ -6941,12 +6902,13 @@ static int answer_lines(program *p)
     for (size_t i = 0; i < sizeof exact / sizeof *exact; i++)
         b.exact |= strcmp(p->config->isa, exact[i]) == 0;
     p->seed = p->opts->seed_given ? p->opts->seed : random_seed();
-    int status = load_constraint(p, &b.gbnf);
+    b.first_ids = calloc(N_HASHES, sizeof *b.first_ids);
+    int status = b.first_ids ? load_constraint(p, &b.gbnf) : out_of_memory();
     if (status == DONE)
         status = open_lines(&b);
     if (status == DONE)
         status = open_results(&b);
-    if (status == DONE && !p->opts->seed_given && b.n_ids && b.in.size)
+    if (status == DONE && !p->opts->seed_given && b.ids.n && b.in.size)
         recall_seed(&b);
     if (status == DONE)
         status = open_slots(&b);

@@ -1530,7 +1530,7 @@ static void quote_path(const char *path, char *word, size_t size)
 
 #define SESSION_MAGIC "\x89GEMSES\n"
 #define IMPORTANCE_MAGIC "\x89GEMMAI\n"
-#define HISTORY_MAGIC "#gemma2\n"
+#define HISTORY_MAGIC "#gemma2" /* and a NUL, as behind every message */
 enum { MAGIC_BYTES = 8, HEAD_BYTES = 4096 };
 
 /* What a file seems to be. */
@@ -1545,7 +1545,7 @@ static const kind KINDS[] = {
     {"\x89GEMMA2\n", 0, 8, "a model of gemma2.c", 0, 0},
     {SESSION_MAGIC, 0, 8, "a saved session", 0, 0},
     {IMPORTANCE_MAGIC, 0, 8, "an importance file", 0, 0},
-    {HISTORY_MAGIC, 0, 8, "a history of messages", 1, 0},
+    {HISTORY_MAGIC, 0, 8, "a history of messages", 0, 0},
     {"GGUF", 0, 4, "a GGUF file", 0, 1},
     {"{\"", 8, 2, "a safetensors file", 0, 1},
     {"PK\3\4", 0, 4, "a PyTorch file or a zip archive", 0, 1},
@@ -3085,17 +3085,17 @@ typedef struct {
 typedef struct {
     array text, screen;     /* char: the message; what the terminal is to be sent */
     output out;             /* to the screen */
-    array history, draft;   /* char *: messages, oldest first; char: the new one meanwhile */
-    size_t recalled;        /* which of the history is shown; history.n: the new one */
+    array history, draft;   /* char: messages, each with a NUL, oldest first; the new one meanwhile */
+    size_t recalled;        /* where in the history the shown one begins; history.n: the new one */
     size_t at;              /* the cursor, in bytes of the text */
     size_t width;           /* columns of the terminal */
     size_t row, top;        /* of the text: where the cursor is shown, the first that is visible */
-    size_t drawn;           /* bytes shown, the cursor behind them; SIZE_MAX: draw all anew */
     char sequence[16], typed[4096]; /* of a key so far; what was read and not looked at */
     size_t n_sequence, i, n;
     int raw;                /* the terminal neither shows nor edits what is typed */
     int in_paste, marks_pastes; /* between ESC [ 200 ~ and ESC [ 201 ~; it sent such marks */
     int after_return, ended; /* behind a CR; nothing comes after this message */
+    int cut;                 /* the terminal may have lost the end of a line */
 } editor;
 
 /* Where a turn and the reply to it begin in program.ids. */
@@ -4020,7 +4020,7 @@ static int generate(program *p)
 enum { CTRL = 0x1F, ESCAPE = 27, RUBOUT = 127 }; /* Ctrl-A is 'A' & CTRL */
 enum { LEFT = 0x110000, RIGHT, UP, DOWN, HOME, END, ERASE, WORD_LEFT, WORD_RIGHT, NEW_LINE,
        PASTE, PASTED, NO_KEY };
-enum { SIGN = 2, NOTHING_DRAWN = -1 }; /* columns of "> " and ". " */
+enum { SIGN = 2 }; /* columns of "> " and ". " */
 
 /* Whether a code lies within one of the ranges, of which there are two ends each. */
 static int is_within(uint32_t code, const uint32_t *ends, size_t n)
@@ -4032,31 +4032,21 @@ static int is_within(uint32_t code, const uint32_t *ends, size_t n)
 }
 
 /* How many columns of a terminal a character takes: 0 where it joins the one before, 2 where it
- * is wide.  Unicode's classes, without the scripts in which rare marks stand alone. */
+ * is wide.  Unicode's classes in rough ranges, for the scripts that are most in use. */
 static size_t columns(uint32_t code)
 {
     static const uint32_t joined[] = {
-        0x300, 0x36F, 0x483, 0x489, 0x591, 0x5C7, 0x600, 0x605, 0x610, 0x61C, 0x64B, 0x65F, 0x670,
-        0x670, 0x6D6, 0x6E4, 0x6E7, 0x6ED, 0x93A, 0x93C, 0x941, 0x948, 0x94D, 0x94D, 0x951, 0x957,
-        0x962, 0x963, 0x981, 0x981, 0x9BC, 0x9BC, 0x9C1, 0x9C4, 0x9CD, 0x9CD, 0xA3C, 0xA3C, 0xA41,
-        0xA51, 0xABC, 0xABC, 0xAC1, 0xAC8, 0xACD, 0xACD, 0xBC0, 0xBC0, 0xBCD, 0xBCD, 0xC3C, 0xC40,
-        0xC46, 0xC56, 0xE31, 0xE31, 0xE34, 0xE3A, 0xE47, 0xE4E, 0xEB1, 0xEB1, 0xEB4, 0xEBC, 0xEC8,
-        0xECD, 0x1160, 0x11FF, 0x1AB0, 0x1B03, 0x1DC0, 0x1DFF, 0x200B, 0x200F, 0x202A, 0x202E,
-        0x2060, 0x206F, 0x20D0, 0x20F0, 0x302A, 0x302D, 0x3099, 0x309A, 0xFE00, 0xFE0F, 0xFE20,
-        0xFE2F, 0xFEFF, 0xFEFF, 0xE0001, 0xE01EF};
+        0x300, 0x36F, 0x483, 0x489, 0x591, 0x5C7, 0x610, 0x61C, 0x64B, 0x65F, 0x670, 0x670, 0x6D6,
+        0x6ED, 0x93A, 0x93C, 0x941, 0x948, 0x94D, 0x94D, 0x951, 0x957, 0x9C1, 0x9C4, 0x9CD, 0x9CD,
+        0xBC0, 0xBC0, 0xBCD, 0xBCD, 0xE31, 0xE31, 0xE34, 0xE3A, 0xE47, 0xE4E, 0x1160, 0x11FF,
+        0x200B, 0x200F, 0x202A, 0x202E, 0x2060, 0x206F, 0x20D0, 0x20F0, 0x302A, 0x302D, 0x3099,
+        0x309A, 0xFE00, 0xFE0F, 0xFE20, 0xFE2F, 0xFEFF, 0xFEFF, 0xE0001, 0xE01EF};
     static const uint32_t wide[] = {
-        0x1100, 0x115F, 0x231A, 0x231B, 0x2329, 0x232A, 0x23E9, 0x23EC, 0x23F0, 0x23F3, 0x25FD,
-        0x25FE, 0x2614, 0x2615, 0x2648, 0x2653, 0x267F, 0x267F, 0x2693, 0x2693, 0x26A1, 0x26A1,
-        0x26AA, 0x26AB, 0x26BD, 0x26BE, 0x26C4, 0x26C5, 0x26CE, 0x26CE, 0x26D4, 0x26D4, 0x26EA,
-        0x26EA, 0x26F2, 0x26F5, 0x26FA, 0x26FD, 0x2705, 0x2705, 0x270A, 0x270B, 0x2728, 0x2728,
-        0x274C, 0x274E, 0x2753, 0x2757, 0x2795, 0x2797, 0x27B0, 0x27B0, 0x2B1B, 0x2B1C, 0x2B50,
-        0x2B50, 0x2B55, 0x2B55, 0x2E80, 0x303E, 0x3041, 0x3247, 0x3250, 0x4DBF, 0x4E00, 0xA4C6,
-        0xA960, 0xA97C, 0xAC00, 0xD7A3, 0xF900, 0xFAD9, 0xFE10, 0xFE19, 0xFE30, 0xFE6B, 0xFF01,
-        0xFF60, 0xFFE0, 0xFFE6, 0x16FE0, 0x1B2FB, 0x1F18E, 0x1F19A, 0x1F200, 0x1F320, 0x1F32D,
-        0x1F393, 0x1F3A0, 0x1F3CA, 0x1F3CF, 0x1F3D3, 0x1F3E0, 0x1F3F0, 0x1F3F8, 0x1F53D, 0x1F54B,
-        0x1F567, 0x1F595, 0x1F596, 0x1F5FB, 0x1F64F, 0x1F680, 0x1F6C5, 0x1F6D0, 0x1F6DF, 0x1F6EB,
-        0x1F6EC, 0x1F6F4, 0x1F6FC, 0x1F7E0, 0x1F7F0, 0x1F90C, 0x1F9FF, 0x1FA70, 0x1FAF6, 0x20000,
-        0x3FFFD};
+        0x1100, 0x115F, 0x231A, 0x231B, 0x23E9, 0x23F3, 0x2614, 0x2615, 0x26A1, 0x26A1, 0x2705,
+        0x2705, 0x2728, 0x2728, 0x274C, 0x274E, 0x2753, 0x2757, 0x2795, 0x2797, 0x2B50, 0x2B50,
+        0x2E80, 0x303E, 0x3041, 0xA4C6, 0xA960, 0xA97C, 0xAC00, 0xD7A3, 0xF900, 0xFAD9, 0xFE30,
+        0xFE6B, 0xFF01, 0xFF60, 0xFFE0, 0xFFE6, 0x16FE0, 0x1B2FB, 0x1F300, 0x1F64F, 0x1F680,
+        0x1F6FF, 0x1F7E0, 0x1F7F0, 0x1F900, 0x1FAFF, 0x20000, 0x3FFFD};
     if (is_within(code, joined, sizeof joined / sizeof *joined))
         return 0;
     return is_within(code, wide, sizeof wide / sizeof *wide) ? 2 : 1;
@@ -4127,76 +4117,61 @@ static size_t step_after(const editor *e)
     return e->at < e->text.n ? step_behind(e, place_of(e, e->at)).byte : e->at;
 }
 
-/* Sends the text from a place on, as far as it lies on the rows from `top` to `bottom`, and
- * returns where the cursor then is.  A full row is left by a blank that the terminal wraps, once
- * nothing more joins its last character. */
-static spot send_text(editor *e, spot at, size_t top, size_t bottom)
+/* Sends the rows from `top` to `bottom` and returns where the cursor then is.  A full row is left
+ * by a blank that the terminal wraps, once nothing more joins its last character. */
+static spot send_rows(editor *e, size_t top, size_t bottom)
 {
     const char *text = e->text.items;
-    int full = 0, sent = 0;
-    while (at.byte < e->text.n) {
+    spot at = {0, 0, SIGN}, next;
+    int full = 0, shown = 0;
+    put_format(&e->out, top ? "" : "> ");
+    for (; at.byte < e->text.n; at = next) {
         uint32_t code;
-        spot next = behind(e, at, &code);
-        size_t width = code == '\n' ? 1 : columns(code), n = next.byte - at.byte;
+        next = behind(e, at, &code);
+        size_t width = code == '\n' ? 1 : columns(code);
         size_t row = at.row + (code != '\n' && at.column + width > e->width);
-        if (row > bottom)
+        shown = width ? row >= top && row <= bottom : shown;
+        if (row > bottom || (code == '\n' && row == bottom))
             break;
-        sent = width ? row >= top : sent;
         if (full && width)
             put_format(&e->out, " \r");
-        full &= width == 0;
-        if (code == '\n' && next.row > bottom)
-            break;
+        full = width ? shown && code != '\n' && next.row > row : full;
         if (code == '\n' && next.row >= top)
-            put_format(&e->out, sent ? "\r\n. " : ". ");
-        else if (code != '\n' && sent && (is_control(code) || code == REPLACEMENT))
+            put_format(&e->out, shown ? "\r\n. " : ". ");
+        else if (shown && (is_control(code) || code == REPLACEMENT))
             put_format(&e->out, code == '\t' ? " " : "?");
-        else if (code != '\n' && sent)
-            put_format(&e->out, "%.*s", (int)n, text + at.byte);
-        full |= code != '\n' && width && sent && next.row > row;
-        at = next;
+        else if (shown && code != '\n')
+            put_format(&e->out, "%.*s", (int)(next.byte - at.byte), text + at.byte);
     }
     if (full && at.row <= bottom)
         put_format(&e->out, " \r");
     return at.row > bottom ? (spot){at.byte, bottom, e->width} : at;
 }
 
-/* Shows what changed, on at most so many rows; SIZE_MAX: all of the text.  Text that was typed
- * at the end is added.  Anything else is drawn anew around the cursor. */
+/* Shows the text anew, on at most so many rows around the cursor; SIZE_MAX: all of it. */
 static void draw(editor *e, size_t rows)
 {
-    spot cursor = place_of(e, e->at), end = {0, 0, SIGN};
-    if (e->drawn <= e->text.n)
-        end = place_of(e, e->drawn);
-    if (end.byte == e->drawn && e->at == e->text.n) {
-        send_text(e, end, 0, SIZE_MAX);
-        e->top = cursor.row - e->top < rows ? e->top : cursor.row - rows + 1;
-    } else {
+    spot cursor = place_of(e, e->at);
+    put_format(&e->out, "\r");
+    if (e->row > e->top)
+        put_format(&e->out, "\033[%zuA", e->row - e->top);
+    put_format(&e->out, "\033[J");
+    e->top = rows == SIZE_MAX ? 0 : cursor.row < e->top ? cursor.row : e->top;
+    e->top = cursor.row - e->top < rows ? e->top : cursor.row - rows + 1;
+    spot end = send_rows(e, e->top, e->top + rows - 1);
+    if (end.row > cursor.row)
+        put_format(&e->out, "\033[%zuA", end.row - cursor.row);
+    if (end.row != cursor.row || end.column != cursor.column)
         put_format(&e->out, "\r");
-        if (e->row > e->top)
-            put_format(&e->out, "\033[%zuA", e->row - e->top);
-        put_format(&e->out, "\033[J");
-        e->top = rows == SIZE_MAX ? 0 : cursor.row < e->top ? cursor.row : e->top;
-        e->top = cursor.row - e->top < rows ? e->top : cursor.row - rows + 1;
-        if (e->top == 0)
-            put_format(&e->out, "> ");
-        end = send_text(e, (spot){0, 0, SIGN}, e->top, e->top + rows - 1);
-        if (end.row != cursor.row || end.column != cursor.column)
-            put_format(&e->out, "\r");
-        if (end.row > cursor.row)
-            put_format(&e->out, "\033[%zuA", end.row - cursor.row);
-        if (cursor.column && (end.row != cursor.row || end.column != cursor.column))
-            put_format(&e->out, "\033[%zuC", cursor.column);
-    }
+    if (cursor.column && (end.row != cursor.row || end.column != cursor.column))
+        put_format(&e->out, "\033[%zuC", cursor.column);
     e->row = cursor.row;
-    e->drawn = e->at == e->text.n ? e->at : SIZE_MAX;
 }
 
 /* Shows all of the text for the last time and leaves its rows. */
 static void leave_text(editor *e)
 {
     e->at = e->text.n;
-    e->drawn = e->top ? SIZE_MAX : e->drawn;
     draw(e, SIZE_MAX);
     if (place_of(e, e->at).column)
         put_format(&e->out, "\r\n");
@@ -4215,8 +4190,6 @@ static int replace(editor *e, size_t from, size_t to, const char *bytes, size_t 
         memcpy(text + from, bytes, n);
     e->text.n = from + n + rest;
     e->at = from + n;
-    if (from < e->drawn && e->drawn <= to + rest && (from < to || rest))
-        e->drawn = SIZE_MAX;
     return DONE;
 }
 
@@ -4225,48 +4198,55 @@ static int insert(editor *e, const char *bytes, size_t n)
     return replace(e, e->at, e->at, bytes, n);
 }
 
+/* Where the message before a place of the history begins. */
+static size_t message_before(const editor *e, size_t at)
+{
+    const char *history = e->history.items;
+    at -= at > 0;
+    while (at > 0 && history[at - 1])
+        at--;
+    return at;
+}
+
 /* Keeps a message for the arrow keys, unless it is the last one kept. */
 static int remember(editor *e, const char *text, size_t n)
 {
-    char *copy = n ? malloc(n + 1) : NULL;
-    char **end = copy ? extend(&e->history, 1, sizeof *end) : NULL;
-    if (!end) {
-        free(copy);
-        return n ? out_of_memory() : DONE;
-    }
-    memcpy(copy, text, n);
-    copy[n] = '\0';
-    *end = copy;
-    if (e->history.n > 1 && strcmp(end[-1], copy) == 0)
-        free(((char **)e->history.items)[--e->history.n]);
-    return DONE;
+    size_t last = message_before(e, e->history.n);
+    if (!n || memchr(text, '\0', n) ||
+        (e->history.n == last + n + 1 && !memcmp((char *)e->history.items + last, text, n)))
+        return DONE;
+    int status = append(&e->history, text, n);
+    e->history.n += status == DONE; /* its NUL */
+    return status;
 }
 
-/* Shows a message of the history in the place of the one that is typed, which waits behind the
- * last. */
-static int recall(editor *e, size_t which)
+/* Shows the message at a place of the history in the place of the one that is typed, which waits
+ * behind the last. */
+static int recall(editor *e, size_t at)
 {
+    const char *text = (char *)e->history.items + at;
+    int status = DONE;
     if (e->recalled == e->history.n) {
         e->draft.n = 0;
-        int status = append(&e->draft, e->text.items, e->text.n);
-        if (status != DONE)
-            return status;
+        status = append(&e->draft, e->text.items, e->text.n);
     }
-    e->recalled = which;
-    const char *text = which == e->history.n ? e->draft.items : ((char **)e->history.items)[which];
-    return replace(e, 0, e->text.n, text, which == e->history.n ? e->draft.n : strlen(text));
+    e->recalled = at;
+    if (status == DONE && at == e->history.n)
+        return replace(e, 0, e->text.n, e->draft.items, e->draft.n);
+    return status ? status : replace(e, 0, e->text.n, text, strlen(text));
 }
 
 /* A row up or down in the text, or in the history where there is none. */
 static int move_row(editor *e, int down)
 {
+    const char *history = e->history.items;
     spot at = place_of(e, e->at), end = place_of(e, e->text.n);
-    if (down && at.row == end.row && e->recalled < e->history.n)
-        return recall(e, e->recalled + 1);
-    if (!down && at.row == 0 && e->recalled > 0)
-        return recall(e, e->recalled - 1);
     if (down ? at.row < end.row : at.row > 0)
         e->at = find_place(e, SIZE_MAX, down ? at.row + 1 : at.row - 1, at.column).byte;
+    else if (down && e->recalled < e->history.n)
+        return recall(e, e->recalled + strlen(history + e->recalled) + 1);
+    else if (!down && e->recalled > 0)
+        return recall(e, message_before(e, e->recalled));
     return DONE;
 }
 
@@ -4290,8 +4270,8 @@ static size_t word_end(const editor *e, int right)
     return at;
 }
 
-/* The key that the bytes of a sequence stand for; NO_KEY where it is none known here. */
-static uint32_t key_of(const char *sequence, size_t n)
+/* The key that the bytes behind ESC stand for; NO_KEY where it is none known here. */
+static uint32_t key_of(const char *bytes, size_t n)
 {
     static const struct {
         const char *bytes;
@@ -4305,71 +4285,35 @@ static uint32_t key_of(const char *sequence, size_t n)
         {"\n", NEW_LINE}, {"[13;2u", NEW_LINE}, {"[27;2;13~", NEW_LINE}, {"[200~", PASTE},
         {"[201~", PASTED}};
     for (size_t i = 0; i < sizeof keys / sizeof *keys; i++)
-        if (strlen(keys[i].bytes) == n - 1 && memcmp(keys[i].bytes, sequence + 1, n - 1) == 0)
+        if (strlen(keys[i].bytes) == n && memcmp(keys[i].bytes, bytes, n) == 0)
             return keys[i].key;
     return NO_KEY;
 }
 
-/* One more byte of an escape sequence or a character; the key that is then complete, or
- * NO_KEY.  Inside a paste all but its end is text. */
+/* Takes one more byte: the key that is then complete, or NO_KEY where it is text or part of an
+ * escape sequence.  Inside a paste all but its end is text. */
 static uint32_t take_byte(editor *e, char c, int *status)
 {
     char *s = e->sequence;
-    static const size_t lengths[] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 3, 4};
-    if (e->n_sequence && *s != ESCAPE && !is_inside_char(c)) { /* a character cut short */
-        *status = insert(e, s, e->n_sequence);
-        e->n_sequence = 0;
+    if (!e->n_sequence && c != ESCAPE) {
+        int is_key = (unsigned char)c < ' ' || c == RUBOUT;
+        if (c == '\n' || c == '\r' || (is_key && c != '\t' && !e->in_paste))
+            return (unsigned char)c;
+        *status = insert(e, &c, 1);
+        return NO_KEY;
     }
     s[e->n_sequence++] = c;
     size_t n = e->n_sequence;
-    if (*s != ESCAPE && n < lengths[(unsigned char)*s >> 4])
-        return NO_KEY;
     int introduced = n > 1 && (s[1] == '[' || s[1] == 'O'), odd = n == 3 && c == '[';
-    if (*s == ESCAPE && n < sizeof e->sequence &&
+    if (n < sizeof e->sequence &&
         (n == 1 || (introduced && (n == 2 || (unsigned char)c < 0x40 || odd))))
         return NO_KEY;
     e->n_sequence = 0;
-    if (*s == ESCAPE) {
-        uint32_t key = key_of(s, n);
-        if (e->in_paste && key != PASTED)
-            *status = insert(e, s, n);
-        return e->in_paste && key != PASTED ? NO_KEY : key;
-    }
-    if (n == 1 && !e->in_paste && is_control((unsigned char)c) && c != '\t')
-        return (unsigned char)c;
-    if (e->in_paste && (c == '\n' || c == '\r') && n == 1) {
-        if (c == '\r' || !e->after_return)
-            *status = insert(e, "\n", 1);
-    } else
-        *status = insert(e, s, n);
+    uint32_t key = key_of(s + 1, n - 1);
+    if (!e->in_paste || key == PASTED)
+        return key;
+    *status = insert(e, s, n);
     return NO_KEY;
-}
-
-/* Whether the text begins with """ and has no second one at its end. */
-static int is_quoting(const editor *e)
-{
-    const char *text = e->text.items;
-    size_t n = e->text.n;
-    return n >= 3 && memcmp(text, "\"\"\"", 3) == 0 &&
-           (n < 6 || memcmp(text + n - 3, "\"\"\"", 3) != 0);
-}
-
-/* Whether more was there at once, as of a paste that the terminal does not mark. */
-static int more_came(const editor *e)
-{
-    return !e->marks_pastes && (e->i < e->n || input_waits(20));
-}
-
-/* Ends a line.  Returns whether the message goes on: behind a \, inside """, and where more
- * came with it. */
-static int goes_on(editor *e, int more)
-{
-    const char *text = e->text.items;
-    size_t n = e->text.n;
-    e->at = n;
-    if (n && text[n - 1] == '\\')
-        return replace(e, n - 1, n, NULL, 0) == DONE;
-    return is_quoting(e) || more;
 }
 
 /* What a key does; *status says when there is no memory for it. */
@@ -4390,7 +4334,7 @@ static void take_key(editor *e, uint32_t key, int *status)
     case PASTED: e->in_paste = 0; return;
     case 'L' & CTRL:
         put_format(&e->out, "\033[H\033[2J");
-        e->drawn = SIZE_MAX, e->row = e->top = 0;
+        e->row = e->top = 0;
         return;
     case 'D' & CTRL: case ERASE:
         e->ended = key != ERASE && from == e->text.n && line_end(e, 0) == from;
@@ -4410,24 +4354,47 @@ static void take_key(editor *e, uint32_t key, int *status)
         *status = replace(e, from, to, NULL, 0);
 }
 
-/* Takes the bytes that were typed, up to the end of a message: returns whether it came. */
+/* Ends a line.  Returns whether the message goes on: behind a \, after an opening """, and where
+ * more came at once, as of a paste that the terminal does not mark. */
+static int goes_on(editor *e)
+{
+    int more = !e->marks_pastes && (e->i < e->n || input_waits(20));
+    e->cut |= !e->raw && is_cut(e->text.n - line_end(e, 0));
+    e->at = e->text.n;
+    size_t n = e->text.n;
+    const char *text = e->text.items;
+    int opened = n >= 3 && memcmp(text, "\"\"\"", 3) == 0;
+    int closed = n >= 6 && memcmp(text + n - 3, "\"\"\"", 3) == 0;
+    int broken = n && text[n - 1] == '\\';
+    if (broken)
+        replace(e, n - 1, n, NULL, 0);
+    broken |= opened && !closed;
+    if (broken && !more && !e->raw)
+        put_format(&e->out, ". ");
+    return broken || more;
+}
+
+/* Takes the bytes that were typed, up to the end of a message: returns whether it came.  Where
+ * the terminal edits lines, all but their ends is text. */
 static int take_typed(editor *e, int *status)
 {
     while (e->i < e->n && *status == DONE && !e->ended) {
         char c = e->typed[e->i++];
-        int second = c == '\n' && e->after_return;
-        if (second && !e->in_paste && !e->n_sequence) {
-            e->after_return = 0;
+        uint32_t key = (unsigned char)c;
+        int second = c == '\n' && e->after_return; /* of CR and LF */
+        e->after_return = e->raw && c == '\r';
+        if ((second && !e->n_sequence) || (c == '\r' && !e->raw))
             continue;
-        }
-        uint32_t key = take_byte(e, c, status);
-        e->after_return = c == '\r';
-        if (key != '\n' && key != '\r')
-            take_key(e, key, status);
-        else if (goes_on(e, more_came(e)))
+        if (e->raw)
+            key = take_byte(e, c, status);
+        else if (c != '\n')
+            *status = insert(e, &c, 1);
+        if (key == '\n' || key == '\r') {
+            if (!e->in_paste && !goes_on(e))
+                return 1;
             *status = insert(e, "\n", 1);
-        else
-            return 1;
+        } else if (e->raw)
+            take_key(e, key, status);
     }
     return 0;
 }
@@ -4435,7 +4402,7 @@ static int take_typed(editor *e, int *status)
 /* An empty message on a new row. */
 static void begin_text(editor *e)
 {
-    e->text.n = e->at = e->row = e->top = e->drawn = e->n_sequence = 0;
+    e->text.n = e->at = e->row = e->top = e->n_sequence = 0;
     e->out.memory = &e->screen;
     put_format(&e->out, "> ");
     e->in_paste = 0;
@@ -4452,37 +4419,16 @@ static void flush_screen(editor *e)
     e->screen.n = 0;
 }
 
-/* Takes over the terminal's size.  The message is drawn anew where that or the screen changed. */
+/* Takes over the terminal's size and what became of the rows there. */
 static void fit(editor *e, size_t width, size_t height, int changed)
 {
     width = width < 2 * SIGN ? 2 * SIGN : width;
-    if (e->width && (changed || width != e->width)) {
-        e->width = width;
-        e->row = changed == COVERED ? 0 : place_of(e, e->at).row; /* terminals fold anew */
-        e->top = e->row < height ? 0 : e->row - height + 1;
-        e->drawn = SIZE_MAX;
-    }
+    changed |= e->width && width != e->width ? RESIZED : 0;
     e->width = width;
-}
-
-/* Takes the bytes of lines that the terminal edits, up to the end of a message. */
-static int take_lines(editor *e, int *status, int *cut)
-{
-    while (e->i < e->n && *status == DONE) {
-        char c = e->typed[e->i++];
-        if (c == '\r') /* of Windows */
-            continue;
-        if (c == '\n') {
-            *cut |= is_cut(e->text.n - line_end(e, 0));
-            int more = more_came(e);
-            if (!goes_on(e, more))
-                return 1;
-            if (!more)
-                fputs(". ", stderr);
-        }
-        *status = insert(e, &c, 1);
+    if (changed) {
+        e->row = changed & COVERED ? 0 : place_of(e, e->at).row; /* terminals fold anew */
+        e->top = e->row < height ? 0 : e->row - height + 1;
     }
-    return 0;
 }
 
 /* Ctrl-C at the prompt puts the message away, which the arrow keys bring back. */
@@ -4517,7 +4463,7 @@ static int wait_for_typed(editor *e, int *asked)
         *asked = 0;
     else if (reason != EINTR)
         return fail(FAILED, "cannot read standard input: %s", strerror(reason));
-    else if (e->n_sequence == 1 && *e->sequence == ESCAPE) /* the key itself */
+    else if (e->n_sequence == 1) /* the key ESC itself */
         e->n_sequence = 0;
     return DONE;
 }
@@ -4526,28 +4472,27 @@ static int wait_for_typed(editor *e, int *asked)
 static int read_message(program *p, int *at_end)
 {
     editor *e = &p->editor;
-    int status = DONE, cut = 0, asked = 0;
+    int status = DONE, asked = 0;
     begin_text(e);
-    stop_asked = 0;
+    stop_asked = e->cut = 0;
     while (status == DONE && !e->ended) {
         size_t width = 80, height = 24;
         int changed = e->raw ? terminal_size(&width, &height) : 0;
         fit(e, width, height, changed);
-        if ((e->raw ? take_typed(e, &status) : take_lines(e, &status, &cut)) || status || e->ended)
+        if (take_typed(e, &status) || status || e->ended)
             break;
-        if (e->raw && (e->drawn != e->text.n || e->at != e->text.n))
+        if (e->raw)
             draw(e, height);
         flush_screen(e);
         status = wait_for_typed(e, &asked);
     }
-    if (e->raw) {
+    if (e->raw)
         leave_text(e);
-        flush_screen(e);
-    }
+    flush_screen(e);
     if (status == DONE && e->out.error)
         status = out_of_memory();
     *at_end = status == DONE && e->ended && e->text.n == 0;
-    if (cut) {
+    if (e->cut) {
         e->text.n = 0;
         fprintf(stderr, "The terminal cuts a line at 4,095 bytes, so the end of this one may be "
                         "lost.  Put the\ntext into a file for -f or /read, or into shorter lines "
@@ -4663,7 +4608,7 @@ static int add_turn(program *p, const char *text, size_t n)
 
 /* Puts the first n ids of a first turn in the place of those from `from` to `to`, and the session
  * back to where it differs. */
-static int splice(program *p, size_t from, size_t to, size_t n)
+static int retell(program *p, size_t from, size_t to, size_t n)
 {
     size_t rest = p->ids.n - to, all = from + n + rest, same = 0;
     exchange *turns = p->turns.items;
@@ -4704,7 +4649,7 @@ static int drop_oldest(program *p, int *status)
         size_t end = turns[to].start + skipped;
         p->turns.n -= to - first;
         memmove(turns + first, turns + to, (p->turns.n - first) * sizeof *turns);
-        *status = splice(p, from, end, n);
+        *status = retell(p, from, end, n);
     } while (*status == DONE && p->turns.n > 1 && p->ids.n >= context);
     if (*status == DONE && p->reply.finish == AT_CONTEXT)
         fputc('\n', stderr); /* amid a reply */
@@ -4767,76 +4712,54 @@ static void show_where(program *p, const char *path)
     fprintf(stderr, "%s: %zu of %" PRId32 " tokens.\n", path, p->ids.n, gemma2_context(p->session));
 }
 
-/* A message as a line of the history's file: \n for a newline, \\ for a \; or back again. */
-static int fold(array *to, const char *text, size_t n, int back)
-{
-    int status = DONE;
-    for (size_t i = 0; i < n && status == DONE; i++) {
-        int pair = back && text[i] == '\\' && i + 1 < n;
-        i += (size_t)pair;
-        if (!back && (text[i] == '\n' || text[i] == '\\'))
-            status = append(to, text[i] == '\n' ? "\\n" : "\\\\", 2);
-        else
-            status = append(to, pair && text[i] == 'n' ? "\n" : text + i, 1);
-    }
-    return status;
-}
-
 /* Reads the history's file and keeps its last messages there, readable by its owner only. */
 static int open_history(program *p)
 {
     enum { MOST_MESSAGES = 1000, MOST_BYTES = 1 << 24 };
     const char *path = p->opts->history;
-    array bytes = {0}, line = {0};
+    array *history = &p->editor.history, bytes = {0};
     if (!path)
         return DONE;
     if (is_special(path))
         return fail(FAILED, "%s is not a file that can hold a history", path);
     int status = read_kept(path, HISTORY_MAGIC, "a history of messages", MOST_BYTES, 1, &bytes);
-    if (status == DONE && !bytes.n)
-        status = append(&bytes, HISTORY_MAGIC, MAGIC_BYTES);
-    if (status == DONE && ((char *)bytes.items)[bytes.n - 1] != '\n') /* torn */
-        status = append(&bytes, "\n", 1);
-    char *text = bytes.items;
-    size_t at = bytes.n, lines = 0;
-    while (status == DONE && at > MAGIC_BYTES && (lines += text[at - 1] == '\n') <= MOST_MESSAGES)
-        at--;
-    if (status == DONE) {
-        memmove(text + MAGIC_BYTES, text + at, bytes.n - at);
-        bytes.n -= at - MAGIC_BYTES;
-        status = save_file("the history", path, text, bytes.n);
+    size_t n = bytes.n;
+    const char *text = bytes.items;
+    if (status == DONE && n > MAGIC_BYTES) {
+        status = append(history, text + MAGIC_BYTES, n - MAGIC_BYTES);
+        history->n += status == DONE && text[n - 1]; /* the NUL of a torn message */
     }
-    for (size_t end = at = MAGIC_BYTES; end < bytes.n && status == DONE; end++)
-        if (text[end] == '\n') {
-            line.n = 0;
-            status = fold(&line, text + at, end - at, 1);
-            if (status == DONE)
-                status = remember(&p->editor, line.items, line.n);
-            at = end + 1;
-        }
-    free(bytes.items), free(line.items);
+    free(bytes.items);
+    size_t at = history->n, kept = 0;
+    while (at > 0 && kept++ < MOST_MESSAGES)
+        at = message_before(&p->editor, at);
+    history->n -= at;
+    if (at)
+        memmove(history->items, (char *)history->items + at, history->n);
+    bytes = (array){0};
+    status = status ? status : append(&bytes, HISTORY_MAGIC, MAGIC_BYTES);
+    if (status == DONE && history->n)
+        status = append(&bytes, history->items, history->n);
+    if (status == DONE)
+        status = save_file("the history", path, bytes.items, bytes.n);
+    free(bytes.items);
     return status;
 }
 
 /* Adds a message to the history and to its file. */
 static int keep_in_history(program *p, const char *text, size_t n)
 {
-    array line = {0};
     const char *path = p->opts->history;
     int status = remember(&p->editor, text, n);
     if (!path || !n || status != DONE)
         return status;
     FILE *file = open_path(path, "ab");
-    status = fold(&line, text, n, 0);
-    if (status == DONE)
-        status = append(&line, "\n", 1);
-    int written = file && fwrite(line.items, 1, line.n, file) == line.n;
+    int written = file && fwrite(text, 1, n, file) == n && fputc('\0', file) == 0;
     if (file)
         written &= fclose(file) == 0;
-    if (status == DONE && !written)
+    if (!written)
         fail(FAILED, "cannot write to %s: %s", path, strerror(errno));
-    free(line.items);
-    return status;
+    return DONE;
 }
 
 /* ---- commands; a failure is said, and the conversation goes on ---- */
@@ -4907,7 +4830,7 @@ static int set_system(program *p, const char *text)
     p->settings->system = p->system = copy;
     remark(*text ? "The system text is changed." : "There is no system text now.");
     int status = learn_frames(p);
-    return status || !p->turns.n ? status : splice(p, 0, before, p->first.before);
+    return status || !p->turns.n ? status : retell(p, 0, before, p->first.before);
 }
 
 /* Whether a conversation may change an option: it is about choosing tokens. */
@@ -7194,8 +7117,6 @@ int main(int argc, char **argv)
     close_constraint(&p.constraint);
     gemma2_close(p.model);
     free(p.logits);
-    while (p.editor.history.n)
-        free(((char **)p.editor.history.items)[--p.editor.history.n]);
     void *const rest[] = {
         p.turns.items, p.first.ids.items, p.later.ids.items, p.attached.items,
         p.editor.text.items, p.editor.screen.items,

@@ -80,7 +80,7 @@ void edit_bytes(const uint8_t *data, size_t size)
             complete = data[i] == 0xFD || take_typed(&e, &status);
         }
         keeps(status == DONE && !e.out.error, "there is memory");
-        keeps(e.at <= e.text.n && e.text.n <= (e.history.n + 1) * (size + 1), "the text is bounded");
+        keeps(e.at <= e.text.n && e.text.n <= e.history.n + size + 1, "the text is bounded");
         keeps(e.n_sequence < sizeof e.sequence && e.recalled <= e.history.n, "buffers are");
         if (complete || e.ended) {
             leave_text(&e);
@@ -88,7 +88,7 @@ void edit_bytes(const uint8_t *data, size_t size)
                   remember(&e, e.text.items, e.text.n) == DONE, "messages are kept");
             e.ended = 0;
             begin_text(&e);
-        } else if (e.drawn != e.text.n || e.at != e.text.n)
+        } else
             draw(&e, c.height);
         keeps(append(&e.screen, NULL, 0) == DONE, "there is a NUL");
         move(&c, e.screen.items, e.screen.n);
@@ -96,8 +96,6 @@ void edit_bytes(const uint8_t *data, size_t size)
         keeps(c.column == place_of(&e, e.at).column && !c.full, "the cursor is where it should be");
         keeps(e.row >= e.top && e.row - e.top <= c.row, "and in its row");
     }
-    while (e.history.n)
-        free(((char **)e.history.items)[--e.history.n]);
     free(e.history.items), free(e.text.items), free(e.screen.items), free(e.draft.items);
 }
 

@@ -414,6 +414,7 @@ struct gemma2_worker {
     float *partial;           /* attention split over blocks, see partial_of */
     uint64_t *candidates;     /* [V] of a draw; log_sum blocks [B][HEAD_BLOCK] share it */
     float *adjusted;          /* [V] */
+    float (*panels)[2][TILE]; /* [threads][matrix->pairs][256], or NULL if that takes one pair */
     size_t ldq, partial_rows, partial_blocks;
 };
 
@@ -1086,10 +1087,14 @@ struct tiles {
     const uint8_t *data[2];
     int n;
     uint32_t type, cols;
+    int more;         /* the matrix class: pairs of tiles that follow, so many bytes apart */
+    size_t next_pair;
 };
 
 /* y[token][tile][row] = sum over inputs of w[row][input] * x[t + token][input], for n tokens
- * from t on: a product has one tile and n <= 16, a panel two tiles and n <= 256. */
+ * from t on: a product has one tile and n <= 16, a panel two tiles and n <= 256.  The matrix
+ * class's panel takes a t that is a multiple of 16, writes whole groups of 16 tokens, and puts
+ * each pair of tiles MAX_PANEL_ROWS tokens behind the one before. */
 typedef void product_fn(const struct tiles *w, const struct input *in, size_t t, int n, float *y);
 
 /* The matrix class: what gemma2_prefill uses where a CPU has units for bf16.
@@ -1102,6 +1107,7 @@ typedef void product_fn(const struct tiles *w, const struct input *in, size_t t,
  * opened: exact_prefill declines it. */
 struct matrix_kernels {
     uint32_t types;  /* bit t: panel multiplies weights of type t, for any number of rows */
+    int pairs;       /* of tiles that panel takes at once */
     product_fn *panel;
     void (*pack_row)(const float *x, uint32_t n, uint16_t *pairs);
     /* a strip of 16 keys to `to`, 16 values to positions at, at + 1 .. of `to`; values from
@@ -1819,6 +1825,9 @@ static void place_scratch(gemma2_worker *work, struct arena *a)
     work->partial_blocks = ((size_t)work->n_context + KEY_BLOCK - 1) / KEY_BLOCK + 1;
     work->partial = take(a, work->partial_blocks,
                          work->partial_rows * partial_floats(work->model) * sizeof(float));
+    if (work->model->matrix && work->model->matrix->pairs > 1)
+        work->panels = take(a, (size_t)(work->n_threads * work->model->matrix->pairs),
+                            MAX_PANEL_ROWS * sizeof *work->panels);
     size_t log_sums = b * HEAD_BLOCK * sizeof(float), sampling = v * sizeof(uint64_t);
     work->candidates = take(a, log_sums > sampling ? log_sums : sampling, 1);
     work->adjusted = take(a, v, sizeof(float));
@@ -2014,15 +2023,16 @@ struct product {
     int gated;                 /* y[0] = gelu(W[0] x) * W[1] x */
     const struct matrix *post_norm; /* of leave(): what norms y[0] before it is added */
     struct input in;
-    size_t n_pairs, pairs_a_task;
+    size_t n_pairs, pairs_a_task, at_once;
 };
 
 /* The way of a product, outputs [T][rows] of up to three W that read the same input:
  *   prepare            norms the input's rows and rounds them for these W
  *   multiply           cuts the rows of W into tasks
- *   product_task       a run of pairs of tiles, each through multiply_pair
- *   multiply_pair      two tiles for up to 256 rows of the pass, together (multiply_in_class) or
- *                      one by one (multiply_tile), and stores what they give
+ *   product_task       a run of pairs of tiles, through multiply_pairs
+ *   multiply_pairs     two tiles for up to 256 rows of the pass, together (multiply_in_class) or
+ *                      one by one (multiply_tile), and stores what they give; the matrix class
+ *                      may take several pairs at once
  *   multiply_in_class  the matrix class's panel, or multiply_tiles of section 3, which takes the
  *                      kernel: isa->product for one tile and at most 16 rows, isa->panel for
  *                      two tiles and up to 256, or isa->add_lines for f32 and bf16
@@ -2047,7 +2057,8 @@ static void multiply_tile(const struct product *job, const struct matrix *w,
                           const uint8_t *tile, size_t t, int n, float (*y)[2][TILE], int which)
 {
     _Alignas(64) float out[MAX_PRODUCT_ROWS * 2 * TILE]; /* [rows][one.n][16] */
-    struct tiles one = {{tile, tile}, in_matrix(job, w->type, t) ? 2 : 1, w->type, w->cols};
+    struct tiles one = {.data = {tile, tile}, .n = in_matrix(job, w->type, t) ? 2 : 1,
+                        .type = w->type, .cols = w->cols};
     for (int first = 0; first < n; first += MAX_PRODUCT_ROWS) {
         int rows = min_i32(n - first, MAX_PRODUCT_ROWS);
         multiply_in_class(job, &one, t + (size_t)first, rows, out);
@@ -2065,39 +2076,55 @@ static void store_tile(const struct product *job, int which, size_t row, size_t 
     memcpy(to + row, y, n * sizeof *y);
 }
 
-/* Two neighbouring tiles of W[which], or one of W[0] and its fellow of W[1].  Quantised ones
- * gain by being multiplied together only where they are unpacked for many rows. */
-static void multiply_pair(const struct product *job, int which, size_t pair)
+/* What a pair of tiles, the first of them `tile` of W[which], gave for row t. */
+static void store_pair(const struct product *job, int which, size_t tile, size_t t, int both,
+                       float y[2][TILE])
 {
-    _Alignas(64) float y[MAX_PANEL_ROWS][2][TILE];
+    if (job->gated)
+        job->pass->model->isa->geglu(y[0], y[1], TILE);
+    store_tile(job, which, tile * TILE, t, y[0]);
+    if (both && !job->gated)
+        store_tile(job, which, (tile + 1) * TILE, t, y[1]);
+}
+
+/* Pairs of tiles: two neighbours of W[which], or one of W[0] and its fellow of W[1].  Quantised
+ * ones gain by being multiplied together only where they are unpacked for many rows.  Only the
+ * last pair of W[which] may lack its second tile, and it comes alone. */
+static void multiply_pairs(const struct product *job, int which, size_t pair, int n_pairs)
+{
+    _Alignas(64) float alone[MAX_PANEL_ROWS][2][TILE];
     const struct pass *p = job->pass;
+    float (*y)[2][TILE] = alone; /* each pair's is MAX_PANEL_ROWS behind the one before */
+    if (n_pairs > 1)
+        y = p->worker->panels + p->me->index * p->matrix->pairs * MAX_PANEL_ROWS;
     const struct matrix *w[2] = {job->w[which], job->w[job->gated ? 1 : which]};
-    size_t tile = job->gated ? pair : 2 * pair;
+    size_t step = job->gated ? 1 : 2, tile = step * pair; /* tiles from a pair to the next */
     int both = job->gated || (tile + 1) * TILE < w[0]->rows;
-    struct tiles tiles = {{w[0]->data + tile * w[0]->tile_bytes,
-                           w[1]->data + (tile + !job->gated) * w[1]->tile_bytes},
-                          2, w[0]->type, w[0]->cols};
+    struct tiles tiles = {.n = 2, .type = w[0]->type, .cols = w[0]->cols,
+                          .next_pair = step * w[0]->tile_bytes};
     int same = both && w[0]->type == w[1]->type;
     int any_matrix = uses_matrix(p, w[0]->type) || uses_matrix(p, w[1]->type);
     size_t n_exact = any_matrix && job->n_exact < job->n ? job->n_exact : job->n;
     for (size_t t = 0, end; t < job->n; t = end) {
         end = t < n_exact ? n_exact : job->n;
         end = end - t < MAX_PANEL_ROWS ? end : t + MAX_PANEL_ROWS;
-        int n = (int)(end - t);
-        int together = same && (!is_quantised(tiles.type) || in_matrix(job, tiles.type, t) ||
+        int n = (int)(end - t), in_class = in_matrix(job, tiles.type, t);
+        int together = same && (!is_quantised(tiles.type) || in_class ||
                                 (p->model->isa->panel && job->n > p->model->isa->product_rows));
-        if (together)
-            multiply_in_class(job, &tiles, t, n, y[0][0]);
-        else
-            for (int i = 0; i < 1 + both; i++)
-                multiply_tile(job, w[i], tiles.data[i], t, n, y, i);
-        for (int i = 0; i < n; i++) {
-            if (job->gated)
-                job->pass->model->isa->geglu(y[i][0], y[i][1], TILE);
-            store_tile(job, which, tile * TILE, t + (size_t)i, y[i][0]);
-            if (both && !job->gated)
-                store_tile(job, which, (tile + 1) * TILE, t + (size_t)i, y[i][1]);
+        tiles.more = together && in_class ? n_pairs - 1 : 0;
+        for (int i = 0; i < n_pairs; i += 1 + tiles.more) {
+            size_t at = tile + step * (size_t)i;
+            tiles.data[0] = w[0]->data + at * w[0]->tile_bytes;
+            tiles.data[1] = w[1]->data + (at + !job->gated) * w[1]->tile_bytes;
+            if (together)
+                multiply_in_class(job, &tiles, t, n, y[i * MAX_PANEL_ROWS][0]);
+            else
+                for (int k = 0; k < 1 + both; k++)
+                    multiply_tile(job, w[k], tiles.data[k], t, n, y + i * MAX_PANEL_ROWS, k);
         }
+        for (int i = 0; i < n_pairs * n; i++)
+            store_pair(job, which, tile + step * (size_t)(i / n), t + (size_t)(i % n), both,
+                       y[i / n * MAX_PANEL_ROWS + i % n]);
     }
 }
 
@@ -2110,13 +2137,16 @@ static size_t count_pairs(const struct product *job, int which)
 static void product_task(void *context, size_t task)
 {
     const struct product *job = context;
-    size_t first = task * job->pairs_a_task, last = first + job->pairs_a_task;
-    for (size_t i = first; i < last && i < job->n_pairs; i++) {
+    size_t first = task * job->pairs_a_task, last = first + job->pairs_a_task, n;
+    for (size_t i = first; i < last && i < job->n_pairs; i += n) {
         size_t pair = i;
         int which = 0;
         for (; pair >= count_pairs(job, which); which++)
             pair -= count_pairs(job, which);
-        multiply_pair(job, which, pair);
+        size_t whole = job->gated ? count_pairs(job, which) : job->w[which]->rows / (2 * TILE);
+        n = job->at_once < last - i ? job->at_once : last - i;
+        n = pair >= whole ? 1 : n < whole - pair ? n : whole - pair;
+        multiply_pairs(job, which, pair, (int)n);
     }
 }
 
@@ -2155,13 +2185,17 @@ static void prepare(const struct pass *p, struct product *job)
     share(p->me, job->n, prepare_task, job);
 }
 
-/* Tasks of up to 512 KB of weights: long streams, yet enough of them to share evenly. */
+/* Tasks of up to 512 KB of weights: long streams, yet enough of them to share evenly.  Where many
+ * rows make a pair long enough, a task is what is multiplied at once. */
 static void multiply(const struct pass *p, struct product job)
 {
+    enum { MANY_ROWS = 64 };
     for (int i = 0; i < 3 && job.w[i] && !(i && job.gated); i++)
         job.n_pairs += count_pairs(&job, i);
-    size_t most = (512 << 10) / (2 * job.w[0]->tile_bytes);
     size_t fair = job.n_pairs / ((size_t)p->worker->n_threads * 4);
+    size_t most = p->matrix ? (size_t)p->matrix->pairs : 1;
+    job.at_once = fair < most ? fair + !fair : most;
+    most = job.n >= MANY_ROWS ? job.at_once : (512 << 10) / (2 * job.w[0]->tile_bytes);
     job.pairs_a_task = most < fair ? most : fair;
     job.pairs_a_task += !job.pairs_a_task;
     share(p->me, (job.n_pairs + job.pairs_a_task - 1) / job.pairs_a_task, product_task, &job);
@@ -8726,7 +8760,7 @@ AVX512 static void mix_avx512bf16(const float (*s)[KEY_BLOCK], int n, int head_d
 }
 
 static const struct matrix_kernels avx512bf16_matrix = {
-    .types = 1 << TYPE_BF16, .panel = panel_avx512bf16, .pack_row = pack_row_avx512,
+    .types = 1 << TYPE_BF16, .pairs = 1, .panel = panel_avx512bf16, .pack_row = pack_row_avx512,
     .pack_keys = pack_keys_avx512, .pack_values = pack_values_avx512,
     .scores = scores_avx512bf16, .mix = mix_avx512bf16};
 #endif
@@ -8775,13 +8809,16 @@ static void config_amx(uint32_t n)
     tile_config(&shapes);
 }
 
-/* B tiles in a ring: while tiles multiply 8 groups of 32 inputs, vectors unpack the next 8. */
+/* Blocks of 8 groups of 32 inputs are multiplied with all pairs of tiles in turn, so that the
+ * tokens' inputs come from afar once for all of them.  B tiles lie in a ring of two blocks: while
+ * tiles multiply one pair's block, vectors unpack the next. */
+enum { BLOCK_AMX = 8, RING_AMX = 2 * BLOCK_AMX };
 struct panel_amx {
-    _Alignas(64) uint16_t b[16][2][TILE_WORDS];                     /* [group % 16][tile] */
-    float c[MAX_PANEL_ROWS / TILE + 1][2][TILE][TILE]; /* [16 tokens][tile][token][row] */
-    const uint8_t *tiles[2];
-    uint32_t cols, n_groups;
-    uint32_t n_unpacked, owed; /* B tiles, and shares of the next one */
+    _Alignas(64) uint16_t b[RING_AMX][2][TILE_WORDS]; /* [group][tile] */
+    const struct tiles *w;
+    uint32_t n_groups;
+    uint32_t block, pair, next; /* what is unpacked next: B tile 2 * group + tile of that block */
+    uint32_t n_unpacked, owed;  /* B tiles, and shares of the next one */
 };
 
 AVX512 INLINE void copy_pairs_amx(const uint8_t *tile, uint32_t cols, size_t g, uint16_t *to)
@@ -8833,47 +8870,55 @@ AVX512 INLINE void unpack_group_amx(uint32_t type, const uint8_t *tile, size_t g
     }
 }
 
+/* The last block may have fewer groups than 8: what is beyond the end is not unpacked. */
 AVX512 INLINE void unpack_next_amx(uint32_t type, struct panel_amx *p)
 {
-    uint32_t g = p->n_unpacked / 2, i = p->n_unpacked % 2;
-    if (g == p->n_groups)
-        return;
-    if (type == TYPE_BF16)
-        copy_pairs_amx(p->tiles[i], p->cols, g, p->b[g % 16][i]);
-    else
-        unpack_group_amx(type, p->tiles[i], g, p->b[g % 16][i]);
+    uint32_t g = p->block * BLOCK_AMX + p->next / 2, i = p->next % 2;
+    const uint8_t *tile = p->w->data[i] + p->pair * p->w->next_pair;
+    uint16_t *to = p->b[p->n_unpacked / 2 % RING_AMX][i];
+    if (g < p->n_groups && type == TYPE_BF16)
+        copy_pairs_amx(tile, p->w->cols, g, to);
+    else if (g < p->n_groups)
+        unpack_group_amx(type, tile, g, to);
     p->n_unpacked++;
+    if (++p->next == 2 * BLOCK_AMX) {
+        p->next = 0;
+        p->pair = p->pair == (uint32_t)p->w->more ? 0 : p->pair + 1;
+        p->block += !p->pair;
+    }
 }
 
-/* Sums of n (2 or 1, a constant) times 16 tokens with groups first .. first + 7.  The ring
- * runs 16 B tiles ahead: 2 for each of the 8 steps of each of n_turns calls. */
+/* Adds n_groups <= 8 groups to the sums of n (2 or 1, a constant) times 16 tokens.  The ring runs
+ * 16 B tiles ahead: 2 for each of the 8 steps of each of n_turns calls. */
 AVX512 INLINE void multiply_amx(uint32_t type, const int n, struct panel_amx *p,
-                                const uint16_t *x, size_t next_tokens, uint32_t first,
-                                uint32_t n_turns, float (*c)[2][TILE][TILE])
+                                const uint16_t *a, size_t next_tokens, const uint16_t *b,
+                                uint32_t n_groups, int go_on, uint32_t n_turns,
+                                float (*y)[2][TILE])
 {
-    uint32_t last = first + 8 < p->n_groups ? first + 8 : p->n_groups;
-    if (first) {
-        tile_load(0, c[0][0], 64);
-        tile_load(1, c[0][1], 64);
+    enum { STRIDE = sizeof *y };
+    if (go_on) {
+        tile_load(0, y[0][0], STRIDE);
+        tile_load(1, y[0][1], STRIDE);
     } else {
         tile_zero(0);
         tile_zero(1);
     }
-    if (n == 2 && first) {
-        tile_load(2, c[1][0], 64);
-        tile_load(3, c[1][1], 64);
+    if (n == 2 && go_on) {
+        tile_load(2, y[TILE][0], STRIDE);
+        tile_load(3, y[TILE][1], STRIDE);
     } else if (n == 2) {
         tile_zero(2);
         tile_zero(3);
     }
-    for (uint32_t g = first; g < last; g++) {
-        const uint16_t *a = x + (size_t)g * PAIRS_STRIDE;
-        tile_load(4, a, 64);
-        tile_load(6, p->b[g % 16][0], 64);
-        tile_dot_bf16(0, 4, 6);
-        tile_load(7, p->b[g % 16][1], 64);
-        tile_dot_bf16(1, 4, 7);
-        if (n == 2) {
+    for (uint32_t g = 0; g < BLOCK_AMX; g++, a += PAIRS_STRIDE, b += 2 * TILE_WORDS) {
+        if (g < n_groups) {
+            tile_load(4, a, 64);
+            tile_load(6, b, 64);
+            tile_dot_bf16(0, 4, 6);
+            tile_load(7, b + TILE_WORDS, 64);
+            tile_dot_bf16(1, 4, 7);
+        }
+        if (g < n_groups && n == 2) {
             tile_load(5, a + next_tokens, 64);
             tile_dot_bf16(2, 5, 6);
             tile_dot_bf16(3, 5, 7);
@@ -8881,49 +8926,53 @@ AVX512 INLINE void multiply_amx(uint32_t type, const int n, struct panel_amx *p,
         for (p->owed += 2; p->owed >= n_turns; p->owed -= n_turns)
             unpack_next_amx(type, p);
     }
-    tile_store(0, c[0][0], 64);
-    tile_store(1, c[0][1], 64);
+    tile_store(0, y[0][0], STRIDE);
+    tile_store(1, y[0][1], STRIDE);
     if (n == 2) {
-        tile_store(2, c[1][0], 64);
-        tile_store(3, c[1][1], 64);
+        tile_store(2, y[TILE][0], STRIDE);
+        tile_store(3, y[TILE][1], STRIDE);
     }
 }
 
-/* Whole tiles of tokens are multiplied, from the one that holds token t on; of their sums
- * only those asked for are handed on. */
 AVX512 INLINE void panel_of_type_amx(const uint32_t type, const struct tiles *w,
-                                     const struct input *in, size_t t, int n, float *y)
+                                     const struct input *in, size_t t, int n,
+                                     float (*y)[2][TILE])
 {
     struct panel_amx p;
-    uint32_t skip = t % TILE, rows = skip + (uint32_t)n, n_tiles = (rows + TILE - 1) / TILE;
-    const uint16_t *x = pairs_row(in, t - skip);
+    uint32_t n_tiles = ((uint32_t)n + TILE - 1) / TILE, n_turns = (n_tiles + 1) / 2, ring = 0;
+    const uint16_t *x = pairs_row(in, t);
     size_t next_tokens = TILE * in->ldq;
-    p.tiles[0] = w->data[0], p.tiles[1] = w->data[1], p.cols = w->cols;
-    p.n_groups = (w->cols + GROUP - 1) / GROUP, p.n_unpacked = p.owed = 0;
-    config_amx(rows < TILE ? rows : TILE);
-    for (int i = 0; i < 16; i++)
+    p.w = w, p.n_groups = (w->cols + GROUP - 1) / GROUP;
+    p.block = p.pair = p.next = p.n_unpacked = p.owed = 0;
+    config_amx((uint32_t)min_i32(n, TILE));
+    while (p.n_unpacked < 2 * BLOCK_AMX)
         unpack_next_amx(type, &p);
-    for (uint32_t first = 0; first < p.n_groups; first += 8) {
-        uint32_t i = 0, n_turns = (n_tiles + 1) / 2;
-        for (; i + 1 < n_tiles; i += 2)
-            multiply_amx(type, 2, &p, x + i * next_tokens, next_tokens, first, n_turns, p.c + i);
-        if (i < n_tiles)
-            multiply_amx(type, 1, &p, x + i * next_tokens, 0, first, n_turns, p.c + i);
-    }
+    for (uint32_t first = 0; first < p.n_groups; first += BLOCK_AMX)
+        for (int pair = 0; pair <= w->more; pair++, ring ^= BLOCK_AMX) {
+            uint32_t n_groups = p.n_groups - first < BLOCK_AMX ? p.n_groups - first : BLOCK_AMX;
+            const uint16_t *a = x + (size_t)first * PAIRS_STRIDE, *b = p.b[ring][0];
+            uint32_t i = 0;
+            for (; i + 1 < n_tiles; i += 2, a += 2 * next_tokens)
+                multiply_amx(type, 2, &p, a, next_tokens, b, n_groups, first > 0, n_turns,
+                             y + pair * MAX_PANEL_ROWS + i * TILE);
+            if (i < n_tiles)
+                multiply_amx(type, 1, &p, a, 0, b, n_groups, first > 0, n_turns,
+                             y + pair * MAX_PANEL_ROWS + i * TILE);
+        }
     tile_release();
-    for (int i = 0; i < 2; i++) {
-        __m512 scale = _mm512_set1_ps(1);
-        if (type != TYPE_BF16)
-            scale = _mm512_loadu_ps((const float *)w->data[i]);
-        for (uint32_t at = skip; at < rows; at++)
-            _mm512_storeu_ps(y + ((at - skip) * 2 + (uint32_t)i) * TILE,
-                             _mm512_mul_ps(scale, _mm512_loadu_ps(p.c[at / TILE][i][at % TILE])));
-    }
+    for (int pair = 0; pair <= w->more && type != TYPE_BF16; pair++, y += MAX_PANEL_ROWS)
+        for (int i = 0; i < 2; i++) {
+            const uint8_t *tile = w->data[i] + (size_t)pair * w->next_pair;
+            __m512 scale = _mm512_loadu_ps((const float *)tile);
+            for (int j = 0; j < n; j++)
+                _mm512_storeu_ps(y[j][i], _mm512_mul_ps(scale, _mm512_loadu_ps(y[j][i])));
+        }
 }
 
 AVX512 static void panel_amx(const struct tiles *w, const struct input *in, size_t t, int n,
-                             float *y)
+                             float *sums)
 {
+    float (*y)[2][TILE] = (float (*)[2][TILE])sums;
     switch (w->type) {
     case TYPE_BF16: panel_of_type_amx(TYPE_BF16, w, in, t, n, y); break;
     case TYPE_Q8: panel_of_type_amx(TYPE_Q8, w, in, t, n, y); break;
@@ -9049,7 +9098,7 @@ AVX512 static void mix_amx(const float (*s)[KEY_BLOCK], int n, int head_dim,
 
 static const struct matrix_kernels amx_matrix = {
     .types = 1 << TYPE_BF16 | 1 << TYPE_Q8 | 1 << TYPE_Q6 | 1 << TYPE_Q4 | 1 << TYPE_Q3,
-    .panel = panel_amx, .pack_row = pack_row_avx512, .pack_keys = pack_keys_avx512,
+    .pairs = 4, .panel = panel_amx, .pack_row = pack_row_avx512, .pack_keys = pack_keys_avx512,
     .pack_values = pack_values_avx512, .scores = scores_amx, .mix = mix_amx};
 
 #endif /* HAVE_AMX */

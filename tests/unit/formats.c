@@ -101,7 +101,7 @@ static void test_rows_are_columns(void)
     for (uint32_t type = F32; type < N_TYPES; type++) {
         uint32_t cols = 67;
         struct matrix w = random_matrix(type, 16, cols);
-        struct tiles tile = {{w.data}, 1, type, cols};
+        struct tiles tile = {.data = {w.data}, .n = 1, .type = type, .cols = cols};
         struct input in = random_input(1, cols);
         float row[67], y[1][TILE];
         int bad = 0;

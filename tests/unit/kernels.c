@@ -243,7 +243,7 @@ static void extreme_input(const struct input *in, size_t rows, uint32_t cols, in
 static int product_differs(const struct kernels *row, uint32_t type, uint32_t cols, int kind)
 {
     struct matrix w = random_matrix(type, 16, cols);
-    struct tiles tile = {{w.data}, 1, type, cols};
+    struct tiles tile = {.data = {w.data}, .n = 1, .type = type, .cols = cols};
     enum { MOST = MAX_PRODUCT_ROWS + 1 };
     struct input in = random_input(1 + MOST, cols);
     float z[MOST][TILE];
@@ -280,7 +280,8 @@ static void row_products(const struct kernels *row)
 static int panel_differs(const struct kernels *row, uint32_t type, uint32_t cols, int n, int kind)
 {
     struct matrix w = random_matrix(type, 32, cols);
-    struct tiles tiles = {{w.data, w.data + w.tile_bytes}, 2, type, cols};
+    struct tiles tiles = {.data = {w.data, w.data + w.tile_bytes}, .n = 2, .type = type,
+                          .cols = cols};
     struct input in = random_input((size_t)n + 1, cols);
     float (*y)[2][TILE] = fresh(sizeof *y * (size_t)n), z[1][TILE];
     int bad = 0;
@@ -291,7 +292,7 @@ static int panel_differs(const struct kernels *row, uint32_t type, uint32_t cols
     multiply_tiles(row, &tiles, &in, 1, n, y[0][0]);
     for (int t = 0; t < n; t++)
         for (int i = 0; i < 2; i++) {
-            struct tiles tile = {{tiles.data[i]}, 1, type, cols};
+            struct tiles tile = {.data = {tiles.data[i]}, .n = 1, .type = type, .cols = cols};
             multiply_tiles(&scalar_kernels, &tile, &in, 1 + (size_t)t, 1, z[0]);
             bad += !!memcmp(y[t][i], z[0], sizeof z[0]);
         }
@@ -493,9 +494,10 @@ static double matrix_panel_error(const struct matrix_kernels *m, uint32_t type, 
                                  int n)
 {
     struct matrix w = random_matrix(type, 32, cols);
-    struct tiles tiles = {{w.data, w.data + w.tile_bytes}, 2, type, cols};
+    struct tiles tiles = {.data = {w.data, w.data + w.tile_bytes}, .n = 2, .type = type,
+                          .cols = cols};
     struct input in = random_input((size_t)n, cols);
-    float (*y)[2][TILE] = fresh(sizeof *y * (size_t)n), *row = fresh(cols * 4);
+    float (*y)[2][TILE] = fresh(sizeof *y * MAX_PANEL_ROWS), *row = fresh(cols * 4);
     double worst = 0;
     extreme_input(&in, (size_t)n, cols, 9);
     memset(in.pairs, 0xff, round_up((size_t)n, 16) * in.ldq * 2); /* NaN */
@@ -518,25 +520,34 @@ static double matrix_panel_error(const struct matrix_kernels *m, uint32_t type, 
     return worst;
 }
 
-/* Tokens in one call, and each alone: the same bits. */
+/* Tokens in one call, and 16 at a time, some of them; two pairs of tiles in one call, and each
+ * alone: the same bits. */
 static int matrix_panel_depends(const struct matrix_kernels *m, uint32_t type, uint32_t cols,
                                 int n)
 {
-    struct matrix w = random_matrix(type, 32, cols);
-    struct tiles tiles = {{w.data, w.data + w.tile_bytes}, 2, type, cols}, twice = tiles;
+    struct matrix w = random_matrix(type, 64, cols);
+    struct tiles tiles = {.data = {w.data, w.data + w.tile_bytes}, .n = 2, .type = type,
+                          .cols = cols, .next_pair = 2 * w.tile_bytes};
+    struct tiles twice = tiles, several = tiles;
     struct input in = random_input((size_t)n, cols);
-    float (*y)[2][TILE] = fresh(sizeof *y * (size_t)n), (*z)[2][TILE] = fresh(sizeof *z * 8);
-    int bad = 0;
+    float (*y)[2][TILE] = fresh(sizeof *y * 2 * MAX_PANEL_ROWS);
+    float (*z)[2][TILE] = fresh(sizeof *z * 16);
+    int bad = 0, both = m->pairs > 1;
     extreme_input(&in, (size_t)n, cols, 9);
     twice.data[1] = w.data;
+    several.more = both;
     for (int t = 0; t < n; t++)
         m->pack_row(in.x + (size_t)t * in.ldx, cols, pairs_row(&in, (size_t)t));
-    m->panel(&tiles, &in, 0, n, y[0][0]);
-    for (int t = 0; t < n; t += 8) {
-        int some = n - t < 8 ? 1 + (int)below((uint32_t)(n - t)) : 8;
-        m->panel(t % 16 ? &tiles : &twice, &in, (size_t)t, some, z[0][0]);
-        for (int i = 0; i < some; i++)
-            bad += !!memcmp(y[t + i][0], z[i][0], sizeof z[i][0]);
+    m->panel(&several, &in, 0, n, y[0][0]);
+    for (int pair = 0; pair <= both; pair++) {
+        for (int t = 0; t < n; t += 16) {
+            int some = n - t < 16 ? n - t : 1 + (int)below(16);
+            m->panel(t % 32 ? &tiles : &twice, &in, (size_t)t, some, z[0][0]);
+            for (int i = 0; i < some; i++)
+                bad += !!memcmp(y[pair * MAX_PANEL_ROWS + t + i][0], z[i][0], sizeof z[i][0]);
+        }
+        tiles.data[0] += tiles.next_pair, tiles.data[1] += tiles.next_pair;
+        twice.data[0] = twice.data[1] = tiles.data[0];
     }
     free(y), free(z), free_input(&in), free((void *)(uintptr_t)w.data);
     return bad;

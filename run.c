@@ -472,8 +472,8 @@ static const option OPTIONS[] = {
      IN(CHOICE, choices, "a text that is not empty", 0, 0)},
     {0, "grammar", "FILE", "reply with a sentence of this grammar, in GBNF", IS(TEXT, grammar)},
     {0, "schema", "FILE", "reply with compact JSON that fits this JSON Schema; keys\n"
-     "stand in its order, others than its own only where it\nsays additionalProperties or "
-     "patternProperties", IS(TEXT, schema)},
+     "stand in its order, and where it names some no others come",
+     IS(TEXT, schema)},
     {0, "schema-spaces", "on|off", "a space behind each comma and colon of that JSON\n"
      "(default off)", IN(SWITCH, spaced, "on or off", 0, 0)},
     {0, "ignore-eos", NULL, "never choose a token that ends the text", IS(FLAG, ignore_eos)},
@@ -1599,39 +1599,6 @@ typedef struct {
     int64_t shortest; /* tokens that the shortest reply takes */
 } constraint;
 
-/* Appends bytes to an array of char; 0 without memory. */
-static int add_text(array *to, const char *text, size_t n)
-{
-    char *end = extend(to, n, 1);
-    if (end && n)
-        memcpy(end, text, n);
-    return end != NULL;
-}
-
-PRINTF_LIKE(2, 3) static int add_format(array *to, const char *format, ...)
-{
-    char text[256];
-    va_list arguments;
-    va_start(arguments, format);
-    int n = vsnprintf(text, sizeof text, format, arguments);
-    va_end(arguments);
-    return n >= 0 && (size_t)n < sizeof text && add_text(to, text, (size_t)n);
-}
-
-/* Appends a text as a literal of GBNF. */
-static int add_literal(array *to, const char *text, size_t n)
-{
-    int ok = add_text(to, "\"", 1);
-    for (size_t i = 0; i < n && ok; i++) {
-        unsigned char c = (unsigned char)text[i];
-        if (c < 0x20 || c == '"' || c == '\\')
-            ok = add_format(to, "\\x%02X", c);
-        else
-            ok = add_text(to, text + i, 1);
-    }
-    return ok && add_text(to, "\" ", 2);
-}
-
 static void close_constraint(constraint *c)
 {
     gemma2_matcher_free(c->matcher);
@@ -1665,13 +1632,28 @@ static int may_end(constraint *c)
     return c->matcher && gemma2_matcher_shortest(c->matcher, &c->state) == 0;
 }
 
-/* The choices as a grammar. */
+/* A text as a literal of GBNF. */
+static void put_literal(output *out, const char *text, size_t n)
+{
+    put_bytes(out, "\"", 1);
+    for (size_t i = 0; i < n; i++)
+        if ((unsigned char)text[i] < 0x20 || text[i] == '"' || text[i] == '\\')
+            put_format(out, "\\x%02X", text[i]);
+        else
+            put_bytes(out, text + i, 1);
+    put_bytes(out, "\" ", 2);
+}
+
+/* The choices as a grammar; 0 without memory. */
 static int add_choices(array *gbnf, const char *const *texts, size_t n)
 {
-    int ok = add_format(gbnf, "root ::= ");
-    for (size_t i = 0; i < n && ok; i++)
-        ok = (i == 0 || add_format(gbnf, "| ")) && add_literal(gbnf, texts[i], strlen(texts[i]));
-    return ok;
+    output out = {.memory = gbnf};
+    put_format(&out, "root ::= ");
+    for (size_t i = 0; i < n; i++) {
+        put_format(&out, i ? "| " : "");
+        put_literal(&out, texts[i], strlen(texts[i]));
+    }
+    return !out.error;
 }
 
 static int in_words(const char *words, const char *word)
@@ -1685,13 +1667,13 @@ static int in_words(const char *words, const char *word)
  *
  * A rule stands for a set of schemas that a value must fit together.  So $ref and allOf make a set
  * larger, and a set with an anyOf becomes one set for each way.  Rules speak of each other by name,
- * and a rule that cannot be met, like the schema false, calls `never`.  A key that the schema does
- * not name may stand only where additionalProperties or patternProperties says so. ---- */
+ * and a rule that cannot be met, like the schema false, calls `never`.  An object that names keys
+ * gets no others, and keys stand in the order in which they are named. ---- */
 
 typedef struct {
     const json *j;
     const json_node *root;
-    array *gbnf;
+    output out;    /* the grammar */
     array sets;    /* schema_set, in the order in which their rules are asked for */
     array members; /* size_t, of all sets */
     const char *comma, *colon;
@@ -1701,11 +1683,11 @@ typedef struct {
 } schema;
 
 typedef struct {
-    size_t first, n, hash;
+    size_t first, n;
 } schema_set;
 
 /* The schemas of a set while its rule is written. */
-enum { MOST_SCHEMAS = 64, MOST_SETS = 20000, ANY_DONE = 1, ONE_DONE = 2,
+enum { MOST_SCHEMAS = 64, MOST_SETS = 20000, MOST_TIMES = 2000, ANY_DONE = 1, ONE_DONE = 2,
        REFS_DONE = 4, ITEM = 8 };
 typedef struct {
     size_t item[MOST_SCHEMAS]; /* ITEM * index of the node + what of it is done */
@@ -1714,12 +1696,9 @@ typedef struct {
 
 static const char SCHEMA_RULES[] =
     "never ::= \" \" never\n"
-    "char ::= [^\"\\\\\\x00-\\x1F] | esc\n"
-    "esc ::= \"\\\\\" ([\"\\\\bfnrt] | \"u00\" [01] [0-9a-f])\n"
+    "char ::= [^\"\\\\\\x00-\\x1F] | \"\\\\\" ([\"\\\\bfnrt] | \"u00\" [01] [0-9a-f])\n"
+    "dot ::= [^\"\\\\\\x00-\\x1F\\u2028\\u2029] | \"\\\\\" [\"\\\\bft]\n"
     "string ::= \"\\\"\" char* \"\\\"\"\n"
-    "chars ::= char*\n"
-    "wide ::= [\\x80-\\U0010FFFF] chars\n"
-    "escaped ::= esc chars\n"
     "integer ::= \"0\" | \"-\"? [1-9] [0-9]{0,14}\n"
     "number ::= \"-\"? natural fraction? ([eE] [-+]? [0-9]{1,2})?\n"
     "natural ::= \"0\" | [1-9] [0-9]{0,14}\n"
@@ -1749,25 +1728,47 @@ static const char SCHEMA_RULES[] =
     "uri ::= [a-zA-Z] [a-zA-Z0-9+.-]{0,15} \":\" (\"//\" ((hostname | ipv4) (\":\" "
     "[0-9]{1,5})?)? | pchar+) (\"/\" pchar*)* (\"?\" (pchar | [/?])*)? (\"#\" (pchar | [/?])*)?\n"
     "pchar ::= [a-zA-Z0-9._~!$&'()*+,;=:@-] | \"%\" hex hex\n";
-static const char TYPES[] = " string integer number boolean null array object ";
+
 static const char FORMATS[] = " date time date-time uuid ipv4 hostname email uri ";
-/* Of JSON Schema's keywords those that are known, and those that are not; and formats.  A word of
- * none of its drafts says nothing about values. */
-static const char *const KEYWORDS[] = {
-    "type", "properties", "required", "additionalProperties", "patternProperties", "items",
-    "prefixItems", "additionalItems", "minItems", "maxItems", "minLength", "maxLength", "minimum",
-    "maximum", "exclusiveMinimum", "exclusiveMaximum", "minProperties", "maxProperties", "format",
-    "pattern", "$ref", "anyOf", "oneOf", "allOf", "enum", "const"};
-static const char UNKNOWN[] = " not if dependentSchemas dependentRequired dependencies "
-    "propertyNames contains uniqueItems unevaluatedItems unevaluatedProperties multipleOf "
-    "$dynamicRef $recursiveRef extends disallow divisibleBy ";
 static const char OTHER_FORMATS[] = " duration ipv6 idn-email idn-hostname uri-reference iri "
     "iri-reference uri-template json-pointer relative-json-pointer regex ";
 
-static const json_node *node_at(const schema *s, size_t i)
-{
-    return (const json_node *)s->j->nodes.items + i;
-}
+/* The keywords that are known, by what their value must be. */
+static const struct {
+    const char *words, *what;
+    unsigned kinds; /* a bit for each json_kind */
+} KEYWORDS[] = {
+    {" properties patternProperties ", "an object", 1 << JSON_OBJECT},
+    {" required prefixItems enum allOf anyOf oneOf ", "a list", 1 << JSON_ARRAY},
+    {" items additionalProperties ", "a schema",
+     1 << JSON_OBJECT | 1 << JSON_TRUE | 1 << JSON_FALSE},
+    {" minimum maximum exclusiveMinimum exclusiveMaximum minLength maxLength minItems maxItems "
+     "minProperties maxProperties ", "a number", 1 << JSON_NUMBER},
+    {" pattern format $ref ", "a text", 1 << JSON_STRING},
+    {" uniqueItems ", "false", 1 << JSON_FALSE},
+    {" type const $defs definitions additionalItems "
+     "title description default examples deprecated readOnly writeOnly $comment $schema $id id "
+     "$anchor $vocabulary contentEncoding contentMediaType contentSchema ", "anything", ~0u},
+};
+
+enum { STRING = 1, INTEGER = 2, NUMBER = 6, TRUTH = 8, NO_VALUE = 16, ARRAY = 32, OBJECT = 64,
+       ALL_TYPES = 127 };
+/* The types, and the keywords that speak of them where no type is named. */
+static const struct {
+    const char *name;
+    unsigned bits;
+    const char *words[6];
+} TYPES[] = {
+    {"string", STRING, {"minLength", "maxLength", "pattern", "format"}},
+    {"integer", INTEGER, {NULL}},
+    {"number", NUMBER, {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}},
+    {"boolean", TRUTH, {NULL}},
+    {"null", NO_VALUE, {NULL}},
+    {"array", ARRAY, {"items", "prefixItems", "minItems", "maxItems"}},
+    {"object", OBJECT, {"properties", "required", "additionalProperties", "patternProperties",
+                        "minProperties", "maxProperties"}},
+};
+enum { N_TYPES = sizeof TYPES / sizeof *TYPES };
 
 static size_t index_of(const schema *s, const json_node *node)
 {
@@ -1777,7 +1778,7 @@ static size_t index_of(const schema *s, const json_node *node)
 /* The schema of that number in the view. */
 static const json_node *schema_at(const schema *s, const view *v, size_t i)
 {
-    return node_at(s, v->item[i] / ITEM);
+    return (const json_node *)s->j->nodes.items + v->item[i] / ITEM;
 }
 
 /* The next value of that key among the schemas of the view, from *i on; NULL behind the last. */
@@ -1799,44 +1800,26 @@ static const json_node *first_with(const schema *s, const view *v, const char *k
 PRINTF_LIKE(3, 4) static void refuse_node(schema *s, const json_node *node, const char *format, ...)
 {
     char what[160], at[200] = "#";
-    size_t used = 1, target = index_of(s, node), i = index_of(s, s->root);
+    const json_node *in = s->root, *child;
     va_list arguments;
     if (s->failed)
         return;
     va_start(arguments, format);
     vsnprintf(what, sizeof what, format, arguments);
     va_end(arguments);
-    while (i < target && used < sizeof at - 1) { /* the child that holds the target */
-        const json_node *in = node_at(s, i), *child = in + 1;
-        int is_object = in->kind == JSON_OBJECT;
-        for (size_t k = 0; k < in->n; k++, child = json_next(s->j, child)) {
-            const json_node *key = child;
-            child += is_object;
-            if (child->next <= target)
-                continue;
-            if (is_object)
-                snprintf(at + used, sizeof at - used, "/%.*s", (int)(key->end - key->start),
-                         s->j->text + key->start);
-            else
-                snprintf(at + used, sizeof at - used, "/%zu", k);
-            break;
-        }
-        used = strlen(at);
-        i = index_of(s, child) > target ? target : index_of(s, child);
+    for (size_t used = 1; in < node && used < sizeof at - 1; used = strlen(at)) {
+        size_t k = 0; /* of the child that holds the node */
+        int is_key = in->kind == JSON_OBJECT;
+        for (child = in + 1; json_next(s->j, child + is_key) <= node; k++)
+            child = json_next(s->j, child + is_key);
+        if (is_key)
+            snprintf(at + used, sizeof at - used, "/%s", s->j->text + child->start);
+        else
+            snprintf(at + used, sizeof at - used, "/%zu", k);
+        in = child + is_key;
     }
     snprintf(s->err, s->size, "%s: %s", at, what);
     s->failed = 1;
-}
-
-PRINTF_LIKE(2, 3) static void put_rule(schema *s, const char *format, ...)
-{
-    char text[400];
-    va_list arguments;
-    va_start(arguments, format);
-    int n = vsnprintf(text, sizeof text, format, arguments);
-    va_end(arguments);
-    if (!s->failed && (n < 0 || (size_t)n >= sizeof text || !add_text(s->gbnf, text, (size_t)n)))
-        s->failed = 1;
 }
 
 static void view_add(schema *s, view *v, const json_node *node)
@@ -1848,22 +1831,23 @@ static void view_add(schema *s, view *v, const json_node *node)
         v->item[v->n++] = ITEM * index_of(s, node);
 }
 
+static int by_index(const void *left, const void *right)
+{
+    const size_t *a = left, *b = right;
+    return (*a > *b) - (*a < *b);
+}
+
 /* Writes the name of the rule of these schemas, which is asked for. */
 static void put_set(schema *s, view *v)
 {
-    size_t n = 0, hash = 0, i = 0;
+    size_t n = 0, i = 0;
     const schema_set *sets = s->sets.items;
-    for (size_t k = 1; k < v->n; k++) /* most have one or two */
-        for (size_t at = k; at && v->item[at] < v->item[at - 1]; at--) {
-            size_t swap = v->item[at];
-            v->item[at] = v->item[at - 1], v->item[at - 1] = swap;
-        }
+    qsort(v->item, v->n, sizeof *v->item, by_index);
     for (size_t k = 0; k < v->n; k++)
-        if (!n || v->item[k] / ITEM != v->item[n - 1] / ITEM)
-            hash = hash * 1000003 + (v->item[n++] = v->item[k]);
-    while (i < s->sets.n && (sets[i].hash != hash || sets[i].n != n ||
-                             memcmp((const size_t *)s->members.items + sets[i].first, v->item,
-                                    n * sizeof *v->item)))
+        if (!n || v->item[k] != v->item[n - 1])
+            v->item[n++] = v->item[k];
+    while (i < s->sets.n && (sets[i].n != n || memcmp((size_t *)s->members.items + sets[i].first,
+                                                      v->item, n * sizeof *v->item)))
         i++;
     if (i == s->sets.n) {
         schema_set *set = i < MOST_SETS ? extend(&s->sets, 1, sizeof *set) : NULL;
@@ -1874,10 +1858,10 @@ static void put_set(schema *s, view *v)
             s->failed = 1;
             return;
         }
-        *set = (schema_set){first, n, hash};
+        *set = (schema_set){first, n};
         memcpy(items, v->item, n * sizeof *items);
     }
-    put_rule(s, "s%zu ", i);
+    put_format(&s->out, "s%zu ", i);
 }
 
 /* Writes a value as replies spell it. */
@@ -1910,469 +1894,308 @@ static void put_value(schema *s, const json_node *node, int is_key)
     output out = {.memory = &text};
     spell(s, &out, node);
     put_format(&out, "%s", is_key ? s->colon : "");
-    s->failed |= s->failed || out.error || !add_literal(s->gbnf, text.items, text.n);
+    s->failed |= out.error != 0;
+    if (!out.error)
+        put_literal(&s->out, text.items, text.n);
     free(text.items);
 }
 
 /* ---- numbers ---- */
 
-static const int64_t MOST_DIGITS = 999999999999999;
+static const double MOST_DIGITS = 999999999999999;
 
 typedef struct {
-    double x;
-    int64_t n; /* x * 10^decimals */
-    int decimals, exclusive, is_set;
+    double x; /* without a bound, or beyond what replies have: 10^15, of either sign */
+    int open; /* x itself is out */
 } bound;
 
-/* The number of a keyword, with at most 6 decimals.  One of more than 15 digits counts as 10^15,
- * which no reply reaches. */
-static bound number_of(schema *s, const json_node *node)
-{
-    char text[64] = "";
-    bound b = {.is_set = 1};
-    double unit = 1;
-    if (node->kind == JSON_NUMBER && node->end - node->start < sizeof text)
-        memcpy(text, s->j->text + node->start, node->end - node->start);
-    b.x = strtod(text, NULL);
-    b.x = b.x > 1e15 ? 1e15 : b.x < -1e15 ? -1e15 : b.x;
-    while (b.decimals < 6 && fabs(b.x * unit) < 1e14 && round(b.x * unit) / unit != b.x)
-        b.decimals++, unit *= 10;
-    b.n = (int64_t)round(b.x * unit);
-    if (!text[0] || (double)b.n / unit != b.x)
-        refuse_node(s, node, "it must be a number of at most 15 digits and 6 decimals");
-    return b;
-}
-
-/* The narrowest of the bounds that a keyword and its exclusive sister give. */
+/* The narrowest of the bounds that a keyword and its exclusive sister give; sign 1 the low one. */
 static bound bound_of(schema *s, const view *v, const char *name, const char *exclusive, int sign)
 {
-    bound best = {0};
+    bound best = {sign * -1e15, 0};
     const json_node *node;
-    for (int part = 0; part < 2; part++)
-        for (size_t i = 0; (node = next_with(s, v, &i, part ? exclusive : name)) != NULL;) {
-            bound b = number_of(s, node);
-            b.exclusive = part;
-            if (!best.is_set || sign * b.x > sign * best.x || (part && b.x == best.x))
-                best = b;
+    for (int open = 0; open < 2; open++)
+        for (size_t i = 0; (node = next_with(s, v, &i, open ? exclusive : name)) != NULL;) {
+            double x = strtod(s->j->text + node->start, NULL);
+            x = x > 1e15 ? 1e15 : x < -1e15 ? -1e15 : x;
+            if (sign * x > sign * best.x || (open && x == best.x))
+                best = (bound){x, open};
         }
     return best;
 }
 
-/* A count that a keyword gives: the greatest, or with sign -1 the least; otherwise for none. */
-static int64_t count_of(schema *s, const view *v, const char *name, int64_t otherwise, int sign)
+/* Whole numbers low..high, 0 <= low, as runs of digits: first ones, one that varies, then any. */
+static void put_digits(schema *s, int64_t low, int64_t high, const char *sign, const char *behind)
 {
-    bound b = bound_of(s, v, name, name, sign);
-    if (b.is_set && (b.x < 0 || b.decimals))
-        refuse_node(s, first_with(s, v, name), "'%s' must be a whole number of 0 or more", name);
-    return b.is_set ? b.n : otherwise;
-}
-
-/* Numbers low..high, 0 <= low, as runs of digits: first ones, one that varies, then any.  That
- * many of the last digits stand behind a point; then goes what is behind. */
-static void put_digits(schema *s, int64_t low, int64_t high, int decimals, const char *before,
-                       const char *behind)
-{
-    while (low <= high && !s->failed) {
-        char first[40];
+    while (low <= high) {
         int64_t unit = 1, count;
-        int free_digits = 0;
-        for (; low && low % (unit * 10) == 0 && low + unit * 10 - 1 <= high; free_digits++)
+        int n_any = 0;
+        for (; low && low % (unit * 10) == 0 && low + unit * 10 - 1 <= high; n_any++)
             unit *= 10;
-        count = 10 - low / unit % 10;
-        count = (high + 1 - low) / unit < count ? (high + 1 - low) / unit : count;
-        int whole = low / unit >= 10, width = decimals - free_digits; /* at least so many before */
-        width = width > whole ? width : whole;
-        int n = width ? snprintf(first, sizeof first, "%0*" PRId64, width, low / unit / 10) : 0;
-        int point = n + 1 + free_digits - decimals; /* digits before it */
-        put_rule(s, "| \"%s%.*s", before, point < n ? point : n, first);
-        if (decimals && point <= n)
-            put_rule(s, ".%.*s", n - point, first + point);
-        put_rule(s, "\" [%d-%d] ", (int)(low / unit % 10), (int)(low / unit % 10 + count - 1));
-        if (decimals && point > n)
-            put_rule(s, "[0-9]{%d} \".\" [0-9]{%d} ", point - n - 1, decimals);
-        else if (free_digits)
-            put_rule(s, "[0-9]{%d} ", free_digits);
-        put_rule(s, "%s", behind);
+        int digit = (int)(low / unit % 10);
+        count = (high + 1 - low) / unit < 10 - digit ? (high + 1 - low) / unit : 10 - digit;
+        put_format(&s->out, "| \"%s", sign);
+        if (low / unit >= 10)
+            put_format(&s->out, "%" PRId64, low / unit / 10);
+        put_format(&s->out, "\" [%d-%d] [0-9]{%d} %s", digit, digit + (int)count - 1, n_any,
+                   behind);
         low += count * unit;
     }
 }
 
-static void put_integer(schema *s, const view *v)
+/* Numbers between bounds of one sign, which are whole, 0 <= low. */
+static void put_half(schema *s, bound low, bound high, const char *sign)
 {
-    bound least = bound_of(s, v, "minimum", "exclusiveMinimum", 1);
-    bound most = bound_of(s, v, "maximum", "exclusiveMaximum", -1);
-    double bottom = least.exclusive ? floor(least.x) + 1 : ceil(least.x);
-    double top = most.exclusive ? ceil(most.x) - 1 : floor(most.x);
-    int64_t low = least.is_set && bottom > -1e15 ? (int64_t)bottom : -MOST_DIGITS;
-    int64_t high = most.is_set && top < 1e15 ? (int64_t)top : MOST_DIGITS;
-    if (low > high && v->n == 1)
-        refuse_node(s, schema_at(s, v, 0), "no integer lies between its bounds");
-    put_rule(s, "(never ");
-    if (low < 0)
-        put_digits(s, high < 0 ? -high : 1, -low, 0, "-", "");
-    if (high >= 0)
-        put_digits(s, low > 0 ? low : 0, high, 0, "", "");
-    put_rule(s, ") ");
+    int64_t first = (int64_t)low.x, last = (int64_t)high.x;
+    if (low.open && first < last)
+        put_format(&s->out, "| \"%s%" PRId64 ".\" [0-9]{0,8} [1-9] ", sign, first);
+    put_digits(s, first + low.open, last - 1, sign, "fraction? ");
+    if (!high.open && !(low.open && first == last))
+        put_format(&s->out, "| \"%s%" PRId64 "\" ", sign, last);
 }
 
-static int64_t power_of_10(int n) { return n > 0 ? 10 * power_of_10(n - 1) : 1; }
-
-/* Numbers from low to high, both 0 or more, in units of 10^-decimals.  With open bounds the
- * bounds themselves are out; with end the numbers go on up to the next unit. */
-static void put_reals(schema *s, bound low, bound high, int end, const char *before)
+static void put_number(schema *s, const view *v, int is_integer)
 {
-    for (int d = 0; d <= low.decimals; d++) {
-        int64_t unit = power_of_10(low.decimals - d);
-        int64_t from = (low.n + unit - 1) / unit, to = high.n / unit;
-        from += low.exclusive && from * unit == low.n;
-        to -= high.exclusive && to * unit == high.n;
-        put_digits(s, from, to, d, before, "");
-    }
-    const char *more = low.decimals ? "[0-9]{1,9} " : "fraction ";
-    if (low.exclusive && low.n < high.n + end)
-        put_digits(s, low.n, low.n, low.decimals, before,
-                   low.decimals ? "[0-9]{0,8} [1-9] " : "\".\" [0-9]{0,8} [1-9] ");
-    put_digits(s, low.n + low.exclusive, high.n - 1 + end, low.decimals, before, more);
-}
-
-/* Numbers between bounds of one sign: those below the first whole number, those with any whole
- * number before the point, those above the last. */
-static void put_half(schema *s, bound low, bound high, const char *before)
-{
-    int decimals = low.decimals > high.decimals ? low.decimals : high.decimals;
-    int64_t unit = power_of_10(decimals), limit = MOST_DIGITS / unit;
-    int64_t first = (int64_t)ceil(low.x), last = (int64_t)floor(high.x);
-    bound from = {low.x, low.n * power_of_10(decimals - low.decimals), decimals, low.exclusive, 1};
-    bound to = {high.x, high.n * power_of_10(decimals - high.decimals), decimals, high.exclusive,
-                1};
-    if (low.x > (double)limit || (decimals && high.x > (double)limit && high.x < 1e15))
-        refuse_node(s, s->root, "a bound has more digits than are known");
-    else if (low.x > high.x || (low.x == high.x && (low.exclusive || high.exclusive)))
-        return;
-    else if (!decimals || first > last)
-        put_reals(s, from, to, 0, before);
-    else {
-        bound next = {.n = first * unit - 1, .decimals = decimals};
-        if (from.n <= next.n)
-            put_reals(s, from, next, 1, before);
-        next = (bound){.n = first, .exclusive = low.exclusive && low.x == (double)first};
-        put_reals(s, next, (bound){.n = last, .exclusive = last > first ||
-                                   (high.exclusive && high.x == (double)last)}, 0, before);
-        from = (bound){.n = last * unit, .decimals = decimals, .exclusive = next.exclusive &&
-                       first == last};
-        if (last > first || to.n > from.n)
-            put_reals(s, from, to, 0, before);
-    }
-}
-
-static bound minus(bound b)
-{
-    b.x = -b.x, b.n = -b.n;
-    return b;
-}
-
-static void put_number(schema *s, const view *v)
-{
-    const bound zero = {.is_set = 1}, end = {1e15, MOST_DIGITS, 0, 0, 1};
+    const bound zero = {0, 0};
     bound low = bound_of(s, v, "minimum", "exclusiveMinimum", 1);
     bound high = bound_of(s, v, "maximum", "exclusiveMaximum", -1);
-    if ((!low.is_set || low.x <= -1e15) && (!high.is_set || high.x >= 1e15)) {
-        put_rule(s, "number ");
+    if (low.x <= -1e15 && high.x >= 1e15) {
+        put_format(&s->out, is_integer ? "integer " : "number ");
         return;
     }
-    low = low.is_set && low.x > -1e15 ? low : minus(end);
-    high = high.is_set && high.x < 1e15 ? high : end;
-    if (low.x > high.x && v->n == 1)
-        refuse_node(s, schema_at(s, v, 0), "no number lies between its bounds");
-    put_rule(s, "(never ");
-    if (low.x < 0)
-        put_half(s, high.x < 0 ? minus(high) : zero, minus(low), "-");
-    if (high.x >= 0)
-        put_half(s, low.x > 0 || (low.x == 0 && low.exclusive) ? low : zero, high, "");
-    put_rule(s, ") ");
+    if (is_integer) {
+        low = (bound){low.open ? floor(low.x) + 1 : ceil(low.x), 0};
+        high = (bound){high.open ? ceil(high.x) - 1 : floor(high.x), 0};
+    }
+    low = low.x < -MOST_DIGITS ? (bound){-MOST_DIGITS, 0} : low;
+    high = high.x > MOST_DIGITS ? (bound){MOST_DIGITS, 0} : high;
+    if (low.x > high.x || (low.x == high.x && (low.open || high.open)))
+        refuse_node(s, schema_at(s, v, 0), "no %s lies between its bounds",
+                    is_integer ? "integer" : "number");
+    if (low.x != floor(low.x) || high.x != floor(high.x))
+        refuse_node(s, schema_at(s, v, 0), "the bounds of a number must be whole");
+    bound less = {-low.x, low.open}, least = {-high.x, high.open};
+    put_format(&s->out, "(never ");
+    if (is_integer && low.x < 0)
+        put_digits(s, high.x < 0 ? (int64_t)least.x : 1, (int64_t)less.x, "-", "");
+    if (is_integer && high.x >= 0)
+        put_digits(s, low.x > 0 ? (int64_t)low.x : 0, (int64_t)high.x, "", "");
+    if (!is_integer && low.x < 0)
+        put_half(s, high.x > 0 ? zero : least, less, "-");
+    if (!is_integer && high.x >= 0)
+        put_half(s, low.x < 0 ? zero : low, high, "");
+    put_format(&s->out, ") ");
 }
 
-/* Writes how often the last item may stand, at most 2000 times or with -1 without end. */
+/* Narrows least and most by a pair of counts.  most is -1 without end. */
+static void count_range(schema *s, const view *v, const char *min, const char *max, int64_t *least,
+                        int64_t *most)
+{
+    const json_node *node;
+    uint64_t n = 0;
+    *least = 0, *most = -1;
+    for (int upper = 0; upper < 2; upper++)
+        for (size_t i = 0; (node = next_with(s, v, &i, upper ? max : min)) != NULL;) {
+            if (!json_whole(s->j, node, INT64_MAX, &n))
+                refuse_node(s, node, "a whole number of 0 or more must stand here");
+            if (upper && (*most < 0 || (int64_t)n < *most))
+                *most = (int64_t)n;
+            if (!upper && (int64_t)n > *least)
+                *least = (int64_t)n;
+        }
+    if (*least > MOST_TIMES || (*most >= 0 && *most < *least))
+        refuse_node(s, schema_at(s, v, 0), "'%s' must be at most %d and '%s'", min, MOST_TIMES,
+                    max);
+    *most = *most > MOST_TIMES ? MOST_TIMES : *most;
+}
+
+/* Writes how often the last item may stand. */
 static void put_times(schema *s, int64_t least, int64_t most)
 {
-    if (most < 0)
-        put_rule(s, "{%" PRId64 ",} ", least);
-    else
-        put_rule(s, "{%" PRId64 ",%" PRId64 "} ", least, most);
+    put_format(&s->out, "{%" PRId64 ",", least > 0 ? least : 0);
+    if (most >= 0)
+        put_format(&s->out, "%" PRId64, most);
+    put_format(&s->out, "} ");
 }
-
-/* Whether two strings, or keys, are the same. */
-static int same_string(const schema *s, const json_node *a, const json_node *b)
-{
-    return a->kind == JSON_STRING &&
-           json_equal(s->j, b, s->j->text + a->start, a->end - a->start);
-}
-
-static int is_false(const json_node *node) { return node && node->kind == JSON_FALSE; }
 
 /* ---- "pattern": a regular expression over the characters of a JSON string, which is read from
- * left to right and written as GBNF.  Known are characters, classes, ., |, groups that need not be
- * remembered, repetition, \d \w \s and their opposites (ASCII), and ^ and $ at the ends. ---- */
-typedef struct {
-    const unsigned char *at; /* NUL ends it */
-    uint32_t ascii[4];       /* bits of the class that is being read */
-    array wide;              /* its other ranges, as GBNF */
-    int ascii_only;
-} regex;
-enum { NO_CHAR = -1, LETTER_CLASS = 1 << 24 };
+ * left to right and written as GBNF.  Known are printable ASCII, classes, ., |, groups, repetition,
+ * \d \w \s and their opposites (ASCII), and ^ and $ at the ends. ---- */
 
-static int32_t pattern_char(regex *p)
+/* The character at *at, below 0 the letter of \d and the like, 0 where neither is known. */
+static int pattern_item(const char **at)
 {
-    int32_t c = *p->at++;
-    int more = c >= 0xf0 ? 3 : c >= 0xe0 ? 2 : c >= 0xc0;
-    if (more)
-        c &= 0x3f >> more;
-    while (more--)
-        c = c << 6 | (*p->at++ & 0x3f);
-    return c;
-}
-
-/* The character at p, or LETTER_CLASS with the letter of \d and the like. */
-static int32_t pattern_item(regex *p)
-{
-    static const char named[] = "n\nr\rt\tf\fv\v";
-    int32_t c = pattern_char(p);
+    int c = (unsigned char)**at;
+    *at += c != '\0';
     if (c != '\\')
-        return c;
-    c = pattern_char(p);
-    if (!c || c >= 128)
-        return NO_CHAR;
-    if (strchr("dDwWsS", c))
-        return LETTER_CLASS | c;
-    for (int i = 0; i < 10; i += 2)
-        if (c == named[i])
-            return named[i + 1];
-    if (c == 'u' || c == 'x') {
-        char digits[5] = "", *end;
-        for (int i = 0; i < (c == 'u' ? 4 : 2) && *p->at > ' '; i++)
-            digits[i] = (char)*p->at++;
-        int32_t code = (int32_t)strtoul(digits, &end, 16);
-        int is_hex = strspn(digits, "0123456789abcdefABCDEF") == (c == 'u' ? 4 : 2);
-        return is_hex && (code < 0xd800 || code > 0xdfff) ? code : NO_CHAR;
-    }
-    return (c >= '0' && c <= '9') || ((c | 32) >= 'a' && (c | 32) <= 'z') ? NO_CHAR : c;
+        return c >= ' ' && c < 0x7f ? c : 0;
+    c = (unsigned char)**at;
+    *at += c != '\0';
+    if (c && strchr("dDwWsS", c))
+        return -c;
+    return c >= ' ' && c < 0x7f && !isalnum(c) ? c : 0;
 }
 
-/* Adds characters low..high, or a class of one letter, to the class. */
-static void pattern_add(schema *s, regex *p, int32_t low, int32_t high)
+static int in_letter(int letter, int c)
 {
-    char range[32], letter = low & LETTER_CLASS ? (char)(low & 127) : 0;
-    p->ascii_only |= letter != 0;
-    for (int32_t c = letter ? 0 : low; c < 128 && (letter || c <= high); c++) {
-        int digit = c >= '0' && c <= '9', word = digit || c == '_' ||
-            ((c | 32) >= 'a' && (c | 32) <= 'z');
-        int in = (letter | 32) == 'd' ? digit : (letter | 32) == 'w' ? word
-               : c == ' ' || (c >= '\t' && c <= '\r');
-        if (!letter || (letter & 32 ? in : !in && c >= ' '))
-            p->ascii[c / 32] |= 1u << c % 32;
-    }
-    if (!letter && high >= 128) {
-        int n = snprintf(range, sizeof range, "\\U%08" PRIX32 "-\\U%08" PRIX32,
-                         (uint32_t)(low < 128 ? 128 : low), (uint32_t)high);
-        s->failed |= !add_text(&p->wide, range, (size_t)n);
-    }
-}
-
-/* Writes the class as JSON spells its characters, and empties it. */
-static void put_class(schema *s, regex *p, int negated)
-{
-    int parts = 0, wide = p->wide.n > 0;
-    if (negated && p->ascii_only) {
-        for (int i = 0; i < 4; i++)
-            p->ascii[i] = i ? ~p->ascii[i] : 0;
-        negated = wide = 0;
-    }
-    put_rule(s, " (");
-    for (int c = ' '; c < 0x7f; c++)
-        if (p->ascii[c / 32] >> c % 32 & 1 && c != '"' && c != '\\')
-            put_rule(s, "%s\\x%02x", parts++ ? "" : negated ? "[^" : "[", c);
-    if (wide || (negated && !parts))
-        put_rule(s, parts++ ? "" : negated ? "[^" : "[");
-    if (wide && !s->failed)
-        s->failed |= !add_text(s->gbnf, p->wide.items, p->wide.n);
-    put_rule(s, !parts ? "" : negated ? "\\x00-\\x1f\\x22\\x5c\\x7f]" : "]");
-    for (int c = 0; c < 128; c++) {
-        int in = (int)(p->ascii[c / 32] >> c % 32 & 1) ^ (negated && c >= ' ');
-        if (in && (c < ' ' ? !negated : c == '"' || c == '\\'))
-            put_rule(s, "%s\"\\\\u00%02x\"", parts++ ? " | " : "", c);
-    }
-    put_rule(s, parts ? ")" : "[\\x7f])");
-    memset(p->ascii, 0, sizeof p->ascii);
-    p->wide.n = 0, p->ascii_only = 0;
+    int lower = tolower(letter);
+    int in = lower == 's' ? c == ' ' : lower == 'd' ? isdigit(c) : isalnum(c) || c == '_';
+    return letter == lower ? in != 0 : in == 0;
 }
 
 /* One character, or a class in brackets. */
-static int put_pattern_item(schema *s, regex *p)
+static int put_pattern_item(schema *s, const char **at)
 {
-    int dot = *p->at == '.', in_brackets = *p->at == '[', negated = dot;
-    p->at += dot || in_brackets;
-    if (dot)
-        pattern_add(s, p, '\n', '\n'), pattern_add(s, p, '\r', '\r'),
-        pattern_add(s, p, 0x2028, 0x2029);
-    if (in_brackets && *p->at == '^')
-        negated = 1, p->at++;
-    while (!dot && (!in_brackets || *p->at != ']')) {
-        int32_t low = *p->at ? pattern_item(p) : NO_CHAR, high = low;
-        if (in_brackets && *p->at == '-' && p->at[1] != ']')
-            p->at++, high = *p->at ? pattern_item(p) : NO_CHAR;
-        if (low < 0 || high < low || (high != low && high & LETTER_CLASS) ||
-            (high != low && low & LETTER_CLASS))
-            return 0;
-        pattern_add(s, p, low, high);
-        if (!in_brackets)
-            break;
-    }
-    p->at += in_brackets;
-    put_class(s, p, negated);
-    return 1;
-}
-
-/* "*" and the like, and {m,n}, narrowed to least..most. */
-static int put_repetition(schema *s, regex *p, int64_t least, int64_t most)
-{
-    const char *at = (const char *)p->at;
-    int64_t low = *at == '+', high = *at == '?' ? 1 : -1;
-    char *end;
-    if (*at++ == '{') {
-        if (*at < '0' || *at > '9')
-            return 0;
-        low = high = strtol(at, &end, 10);
-        at = end;
-        if (*at == ',' && *++at == '}')
-            high = -1;
-        else if (at[-1] == ',') {
-            high = *at >= '0' && *at <= '9' ? strtol(at, &end, 10) : -2;
-            at = end;
-        }
-        if (*at++ != '}' || low > 2000 || high < -1 || high > 2000)
-            return 0;
-    }
-    low = low > least ? low : least;
-    high = high < 0 || (most >= 0 && most < high) ? most : high;
-    if (high >= 0 && low > high)
+    char in[128] = {0};
+    int brackets = **at == '[', negated, letters = 0, n = 0;
+    *at += brackets;
+    negated = brackets && **at == '^';
+    *at += negated;
+    if (brackets && **at == ']')
         return 0;
-    put_times(s, low, high);
-    p->at = (const unsigned char *)at + (*at == '?'); /* lazy is the same language */
+    do {
+        int low = pattern_item(at), high = low;
+        if (brackets && **at == '-' && (*at)[1] != ']') {
+            ++*at;
+            high = low > 0 ? pattern_item(at) : 0;
+        }
+        if (low == 0 || high < low || high == 0)
+            return 0;
+        for (int c = ' '; c < 0x7f; c++)
+            in[c] |= low < 0 ? in_letter(-low, c) : c >= low && c <= high;
+        letters |= low < 0;
+    } while (brackets && **at != ']');
+    *at += brackets;
+    int wide = negated && !letters; /* what no ASCII class tells of */
+    put_format(&s->out, " (never");
+    for (int c = ' '; c < 0x7f; c++)
+        if (in[c] != negated && c != '"' && c != '\\')
+            put_format(&s->out, "%s\\x%02x", n++ ? "" : " | [", c);
+    if (wide)
+        put_format(&s->out, "%s\\x7f-\\U0010FFFF", n++ ? "" : " | [");
+    put_format(&s->out, n ? "]" : "");
+    put_format(&s->out, in['"'] != negated ? " | \"\\\\\\\"\"" : "");
+    put_format(&s->out, in['\\'] != negated ? " | \"\\\\\\\\\")" : ")");
     return 1;
 }
 
-/* Writes the pattern, for strings of that length.  The length must be of no account, or the
- * pattern be one item that is repeated. */
-static void put_pattern(schema *s, const json_node *node, int64_t least, int64_t most)
+/* "*" and the like, and {m,n}. */
+static int put_repetition(schema *s, const char **at)
 {
-    array text = {0};
-    regex p = {0};
-    int depth = 0, has_item = 0, starts = 1, at_end = 0, known = node->kind == JSON_STRING;
-    int any_length = least <= 0 && most < 0, n_items = 0;
-    if (!known || !add_text(&text, s->j->text + node->start, node->end - node->start + 1))
-        refuse_node(s, node, "'pattern' must be a string");
-    p.at = text.items;
-    known &= !s->failed && strlen(text.items) + 1 == text.n;
-    put_rule(s, "(");
-    while (known && !s->failed) {
-        unsigned char c = *p.at;
-        int last = c == '\0' || (c == '|' && !depth), had_item = has_item;
+    char c = *(*at)++, *end;
+    long least = c == '+', most = c == '?' ? 1 : -1;
+    if (c == '{') {
+        if (!isdigit((unsigned char)**at))
+            return 0;
+        least = most = strtol(*at, &end, 10);
+        if (*end == ',') {
+            int ends = isdigit((unsigned char)*++end);
+            most = ends ? strtol(end, &end, 10) : -1;
+        }
+        *at = end + 1;
+        if (*end != '}' || least > MOST_TIMES || most > MOST_TIMES || (most >= 0 && most < least))
+            return 0;
+    }
+    put_times(s, least, most);
+    *at += **at == '?'; /* lazy is the same language */
+    return 1;
+}
+
+/* Writes what a string is that the pattern is found in. */
+static void put_pattern(schema *s, const json_node *node)
+{
+    const char *text = s->j->text + node->start, *at = text;
+    int depth = 0, has_item = 0, starts = 1, at_end = 0;
+    int known = strlen(text) == node->end - node->start;
+    put_format(&s->out, "(");
+    while (known) {
+        char c = *at;
+        int had_item = has_item;
         if (starts)
-            put_rule(s, depth || c == '^' ? " \"\"" : " char*");
-        starts = has_item = 0;
-        if (c == '^' && !depth && !had_item && !at_end &&
-            (p.at == text.items || p.at[-1] == '|'))
-            p.at++;
-        else if (c == '$' && !depth && (p.at[1] == '\0' || p.at[1] == '|'))
-            p.at++, at_end = 1;
-        else if (last || c == '|') {
-            put_rule(s, last && !at_end ? " char*" : "");
+            put_format(&s->out, depth || c == '^' ? " \"\"" : " char*");
+        has_item = 0;
+        if (c == '^' && starts && !depth)
+            at++, starts = 0;
+        else if (c == '$' && !depth && (at[1] == '\0' || at[1] == '|'))
+            at++, at_end = 1, starts = 0;
+        else if (c == '|' || (c == '\0' && !depth)) {
+            put_format(&s->out, depth || at_end ? "" : " char*");
             at_end = 0, starts = 1;
             if (!c)
                 break;
-            put_rule(s, " |"), p.at++;
+            put_format(&s->out, " |"), at++;
         } else if (c == '(') {
-            known = ++depth < 100 && (p.at[1] != '?' || p.at[2] == ':');
-            p.at += p.at[1] == '?' ? 3 : 1;
-            put_rule(s, " ("), starts = 1;
+            known = ++depth < 100 && (at[1] != '?' || at[2] == ':');
+            at += known && at[1] == '?' ? 3 : 1;
+            put_format(&s->out, " ("), starts = 1;
         } else if (c == ')') {
-            known = depth-- > 0, has_item = 1;
-            put_rule(s, ")"), p.at++;
-        } else if (c == '*' || c == '+' || c == '?' || c == '{') {
-            const char *at = (const char *)p.at, *rest = at + (c == '{' ? strcspn(at, "}") + 1 : 1);
-            int alone = n_items == 1 && !depth && *(char *)text.items == '^' && !strcmp(rest, "$");
-            any_length |= alone;
-            known = had_item && put_repetition(s, &p, alone ? least : 0, alone ? most : -1);
+            known = depth-- > 0, has_item = 1, starts = 0;
+            put_format(&s->out, ")"), at++;
+        } else if (c && strchr("*+?{", c)) {
+            known = had_item && put_repetition(s, &at);
+        } else if (c == '.') {
+            put_format(&s->out, " dot"), at++;
+            has_item = 1, starts = 0;
         } else {
-            known = has_item = c != '^' && c != '$' && put_pattern_item(s, &p);
-            n_items++;
+            known = has_item = c && c != '^' && c != '$' && put_pattern_item(s, &at);
+            starts = 0;
         }
     }
-    if (known && !any_length)
-        refuse_node(s, node, "a length beside this pattern is not known");
-    if (!known || depth)
+    if (!known)
         refuse_node(s, node, "the part of 'pattern' before byte %d is not known",
-                    (int)(p.at - (unsigned char *)text.items));
-    put_rule(s, ") ");
-    free(text.items), free(p.wide.items);
+                    (int)(at - text));
+    put_format(&s->out, ") ");
+}
+
+/* The value of that keyword, which all schemas that have it must agree on, or NULL. */
+static const json_node *only_with(schema *s, const view *v, const char *key)
+{
+    size_t i = 0;
+    const json_node *first = next_with(s, v, &i, key), *node;
+    while ((node = next_with(s, v, &i, key)) != NULL)
+        if (!json_equal(s->j, node, s->j->text + first->start, first->end - first->start))
+            refuse_node(s, node, "two different '%s' meet here, which is not known", key);
+    return first;
 }
 
 static void put_string(schema *s, const view *v)
 {
-    int64_t least = count_of(s, v, "minLength", 0, 1), most = count_of(s, v, "maxLength", -1, -1);
-    const json_node *pattern = first_with(s, v, "pattern"), *format = NULL, *node;
-    char name[32];
-    for (size_t i = 0; (node = next_with(s, v, &i, "format")) != NULL;) {
-        snprintf(name, sizeof name, "%.*s", (int)(node->end - node->start),
-                 s->j->text + node->start);
-        if (in_words(OTHER_FORMATS, name))
-            refuse_node(s, node, "this format is not known; there are%s", FORMATS);
-        format = node->kind == JSON_STRING && in_words(FORMATS, name) ? node : format;
-    }
-    for (int part = 0; part < 2; part++)
-        for (size_t i = 0; (node = next_with(s, v, &i, part ? "pattern" : "format")) != NULL;)
-            if (part ? !same_string(s, node, pattern) : format && !same_string(s, node, format))
-                refuse_node(s, node, "two of this keyword meet here, which is not known");
-    if (least > 2000 || (most >= 0 && most < least))
-        refuse_node(s, schema_at(s, v, 0), "'minLength' must be at most 2000 and 'maxLength'");
-    most = most > 2000 ? 2000 : most;
-    if (format && (pattern || least || most >= 0))
-        refuse_node(s, format, "'format' beside 'pattern' or a length is not known");
-    put_rule(s, "\"\\\"\" ");
+    int64_t least, most;
+    const json_node *pattern = only_with(s, v, "pattern"), *format = only_with(s, v, "format");
+    const char *name = format ? s->j->text + format->start : "";
+    count_range(s, v, "minLength", "maxLength", &least, &most);
+    if (in_words(OTHER_FORMATS, name))
+        refuse_node(s, format, "this format is not known; there are%s", FORMATS);
+    format = in_words(FORMATS, name) ? format : NULL; /* others are remarks */
+    if ((pattern != NULL) + (format != NULL) + (least || most >= 0) > 1)
+        refuse_node(s, pattern ? pattern : format, "'pattern', 'format' and a length do not go "
+                    "together");
+    put_format(&s->out, "\"\\\"\" ");
     if (pattern)
-        put_pattern(s, pattern, least, most);
+        put_pattern(s, pattern);
     else if (format)
-        put_rule(s, "%.*s", (int)(format->end - format->start), s->j->text + format->start);
+        put_format(&s->out, "%s", name);
     else
-        put_rule(s, "char"), put_times(s, least, most);
-    put_rule(s, " \"\\\"\" ");
+        put_format(&s->out, "char"), put_times(s, least, most);
+    put_format(&s->out, " \"\\\"\" ");
 }
 
 /* ---- arrays ---- */
-
-/* What a schema says of the first elements: prefixItems, or items of before 2020. */
-static const json_node *first_items(const schema *s, const json_node *node)
-{
-    const json_node *first = json_get(s->j, node, "prefixItems");
-    const json_node *items = json_get(s->j, node, "items");
-    return first || !items || items->kind != JSON_ARRAY ? first : items;
-}
 
 /* Writes what element i must be. */
 static void put_element(schema *s, const view *v, size_t i)
 {
     view all = {.n = 0};
     for (size_t k = 0; k < v->n; k++) {
-        const json_node *node = schema_at(s, v, k), *first = first_items(s, node);
-        const json_node *rest = json_get(s->j, node, "items"), *each = first ? first + 1 : NULL;
-        if (rest && rest->kind == JSON_ARRAY)
-            rest = json_get(s->j, node, "additionalItems");
-        for (size_t m = 0; first && m < i && m < first->n; m++)
-            each = json_next(s->j, each);
+        const json_node *first = json_get(s->j, schema_at(s, v, k), "prefixItems");
+        const json_node *rest = json_get(s->j, schema_at(s, v, k), "items"), *each = first;
         if (first && i < first->n)
+            for (size_t m = 0; m <= i; m++)
+                each = m ? json_next(s->j, each) : first + 1;
+        else
+            each = rest;
+        if (each)
             view_add(s, &all, each);
-        else if (rest)
-            view_add(s, &all, rest);
     }
     put_set(s, &all);
 }
@@ -2380,38 +2203,27 @@ static void put_element(schema *s, const view *v, size_t i)
 /* "[", then the first elements, as far as the array goes, then the others. */
 static void put_array(schema *s, const view *v)
 {
-    enum { MOST_ELEMENTS = 2000 };
-    int64_t least = count_of(s, v, "minItems", 0, 1);
-    int64_t most = count_of(s, v, "maxItems", -1, -1), n = 0, open = 0;
-    for (size_t i = 0; i < v->n; i++) {
-        const json_node *first = first_items(s, schema_at(s, v, i));
-        if (first && first->kind != JSON_ARRAY)
-            refuse_node(s, first, "'prefixItems' must be a list");
-        n = first && (int64_t)first->n > n ? (int64_t)first->n : n;
-    }
-    if (least > MOST_ELEMENTS || (most >= 0 && most < least))
-        refuse_node(s, schema_at(s, v, 0), "'minItems' must be at most %d and 'maxItems'",
-                    MOST_ELEMENTS);
-    most = most > MOST_ELEMENTS ? MOST_ELEMENTS : most;
-    n = most >= 0 && n > most ? most : n;
-    put_rule(s, "\"[\" ");
-    for (int64_t i = 0; i < n; i++) {
-        if (i >= least)
-            put_rule(s, "("), open++;
-        put_rule(s, i ? "comma " : "");
+    const json_node *first;
+    int64_t least, most, n = 0, i;
+    count_range(s, v, "minItems", "maxItems", &least, &most);
+    for (size_t k = 0; (first = next_with(s, v, &k, "prefixItems")) != NULL;)
+        n = (int64_t)first->n > n ? (int64_t)first->n : n;
+    n = n ? n : 1;
+    put_format(&s->out, "\"[\" (\"\" ");
+    for (i = 0; i < n && i != most; i++) {
+        put_format(&s->out, i < least ? "" : "(");
+        put_format(&s->out, i ? "comma " : "");
         put_element(s, v, (size_t)i);
     }
-    if (n != most) {
-        if (n == 0)
-            put_rule(s, "("), put_element(s, v, 0);
-        put_rule(s, "(comma "), put_element(s, v, (size_t)n), put_rule(s, ")");
-        int64_t done = n + (n == 0);
-        put_times(s, least > done ? least - done : 0, most < 0 ? -1 : most - done);
-        put_rule(s, "%s ", n ? "" : least ? ")" : ")?");
+    if (i != most) {
+        put_format(&s->out, "(comma ");
+        put_element(s, v, (size_t)n);
+        put_format(&s->out, ")");
+        put_times(s, least - n, most < 0 ? -1 : most - n);
     }
-    while (open-- > 0)
-        put_rule(s, ")?");
-    put_rule(s, "\"]\" ");
+    for (; i > least; i--)
+        put_format(&s->out, ")?");
+    put_format(&s->out, ") \"]\" ");
 }
 
 /* ---- objects ---- */
@@ -2426,7 +2238,8 @@ static void add_property(schema *s, array *keys, const json_node *name, int must
 {
     property *known = keys->items;
     for (size_t i = 0; i < keys->n; i++)
-        if (same_string(s, known[i].name, name)) {
+        if (json_equal(s->j, name, s->j->text + known[i].name->start,
+                       known[i].name->end - known[i].name->start)) {
             known[i].must |= must;
             return;
         }
@@ -2439,312 +2252,151 @@ static void add_property(schema *s, array *keys, const json_node *name, int must
 static void gather_properties(schema *s, const view *v, array *keys)
 {
     const json_node *list, *each;
-    for (size_t i = 0; (list = next_with(s, v, &i, "properties")) != NULL;) {
-        if (list->kind != JSON_OBJECT)
-            refuse_node(s, list, "'properties' must be an object");
-        each = list + 1;
-        for (size_t k = 0; k < list->n && !s->failed; k++, each = json_next(s->j, each + 1))
+    for (size_t i = 0; (list = next_with(s, v, &i, "properties")) != NULL;)
+        for (each = list + 1; each < json_next(s->j, list); each = json_next(s->j, each + 1))
             add_property(s, keys, each, 0);
-    }
-    for (size_t i = 0; (list = next_with(s, v, &i, "required")) != NULL;) {
-        each = list + 1;
-        for (size_t k = 0; list->kind == JSON_ARRAY && k < list->n && !s->failed; k++) {
+    for (size_t i = 0; (list = next_with(s, v, &i, "required")) != NULL;)
+        for (each = list + 1; each < json_next(s->j, list); each = json_next(s->j, each)) {
             if (each->kind != JSON_STRING)
-                break;
-            add_property(s, keys, each, 1), each = json_next(s->j, each);
+                refuse_node(s, list, "'required' must be a list of keys");
+            else
+                add_property(s, keys, each, 1);
         }
-        if (list->kind != JSON_ARRAY || each != json_next(s->j, list))
-            refuse_node(s, list, "'required' must be a list of keys");
-    }
 }
 
-
-static int fits_all_keys(const schema *s, const json_node *pattern)
-{
-    static const char all[] = " .* ^.* .*$ ";
-    char text[8];
-    snprintf(text, sizeof text, "%.*s", (int)(pattern->end - pattern->start),
-             s->j->text + pattern->start);
-    return pattern->end == pattern->start ||
-           (pattern->end - pattern->start < 4 && in_words(all, text));
-}
-
-/* Whether a pattern of keys takes this one; -1 where only a search could tell.  Known are patterns
- * that all keys fit, and ^ with plain characters. */
-static int fits_key(const schema *s, const json_node *pattern, const json_node *name)
-{
-    size_t n = pattern->end - pattern->start;
-    const char *p = s->j->text + pattern->start, *key = s->j->text + name->start;
-    if (fits_all_keys(s, pattern))
-        return name->end > name->start ? 1 : -1;
-    for (size_t i = 1; i < n; i++)
-        if (!strchr("-_/:", p[i]) && !(p[i] >= '0' && p[i] <= '9') &&
-            !((p[i] | 32) >= 'a' && (p[i] | 32) <= 'z'))
-            return -1;
-    if (*p != '^' || memchr(key, '\\', name->end - name->start))
-        return -1;
-    return name->end - name->start >= n - 1 && !memcmp(key, p + 1, n - 1);
-}
-
-/* Writes what a key's value must be. */
+/* Writes a key that the schemas name, and its value. */
 static void put_property(schema *s, const view *v, const json_node *name)
 {
     view all = {.n = 0};
     for (size_t i = 0; i < v->n; i++) {
-        const json_node *node = schema_at(s, v, i);
-        const json_node *properties = json_get(s->j, node, "properties");
-        const json_node *list = json_get(s->j, node, "patternProperties");
-        const json_node *more = json_get(s->j, node, "additionalProperties");
-        const json_node *each = properties ? properties + 1 : NULL;
-        size_t n = all.n;
-        for (size_t k = 0; each && k < properties->n; k++, each = json_next(s->j, each + 1))
-            if (same_string(s, each, name))
-                view_add(s, &all, each + 1);
-        each = list ? list + 1 : NULL;
-        for (size_t k = 0; list && k < list->n; k++, each = json_next(s->j, each + 1)) {
-            int fits = fits_key(s, each, name);
-            if (fits < 0)
-                refuse_node(s, each, "this pattern beside other keys is not known");
-            if (fits)
-                view_add(s, &all, each + 1);
-        }
-        if (all.n == n && more)
-            view_add(s, &all, more);
+        const json_node *in = json_get(s->j, schema_at(s, v, i), "properties");
+        const json_node *value = in ? json_find(s->j, in, s->j->text + name->start,
+                                                name->end - name->start) : NULL;
+        if (!value)
+            value = json_get(s->j, schema_at(s, v, i), "additionalProperties");
+        if (value)
+            view_add(s, &all, value);
     }
+    put_value(s, name, 1);
     put_set(s, &all);
 }
 
-/* Whether there may be keys that the schemas do not name.  What their values must be goes into
- * all; *pattern is what they must fit themselves, if it is not NULL. */
-static int other_keys(schema *s, const view *v, view *all, const json_node **pattern)
+/* Writes least to most members whose keys no schema names. */
+static void put_members(schema *s, const view *v, int64_t least, int64_t most)
 {
-    int may = 1;
+    const json_node *pattern = NULL, *list, *more;
+    view all = {.n = 0};
     for (size_t i = 0; i < v->n; i++) {
-        const json_node *node = schema_at(s, v, i);
-        const json_node *properties = json_get(s->j, node, "properties");
-        const json_node *list = json_get(s->j, node, "patternProperties");
-        const json_node *more = json_get(s->j, node, "additionalProperties");
-        if (list && (list->kind != JSON_OBJECT || list->n > 1))
+        list = json_get(s->j, schema_at(s, v, i), "patternProperties");
+        more = json_get(s->j, schema_at(s, v, i), "additionalProperties");
+        if (list && list->n && (list->n > 1 || pattern))
             refuse_node(s, list, "more than one pattern of keys is not known");
-        else if (list && list->n) {
-            int takes_all = fits_all_keys(s, list + 1);
-            if (!takes_all && (*pattern || (more && more->kind != JSON_FALSE)))
-                refuse_node(s, list, "'additionalProperties' beside it must be false");
-            *pattern = takes_all ? *pattern : list + 1;
-            view_add(s, all, list + 2);
-        } else if (more && more->kind != JSON_FALSE)
-            view_add(s, all, more);
-        else
-            may &= !more && (!properties || !properties->n);
+        pattern = list && list->n ? list + 1 : pattern;
+        more = list && list->n ? list + 2 : more;
+        if (more)
+            view_add(s, &all, more);
     }
-    return may;
-}
-
-/* Orders keys by the bytes of their names. */
-static int by_name(const void *left, const void *right)
-{
-    return strcmp(*(char *const *)left, *(char *const *)right);
-}
-
-/* Rules for a key that is none of these: id-x0-0, and one for each beginning that keys share.
- * names are sorted and NUL-terminated. */
-static void put_other_names(schema *s, size_t id, char *const *names, size_t n)
-{
-    for (size_t i = 0; i < n && !s->failed; i++) {
-        size_t size = strlen(names[i]), shared = 0;
-        while (i && shared < size && names[i - 1][shared] == names[i][shared])
-            shared++;
-        for (size_t at = i ? shared + 1 : 0; at <= size; at++) {
-            if ((names[i][at] & 0xc0) == 0x80)
-                continue;
-            array seen = {0};
-            int ends = at == size, wide = 0;
-            put_rule(s, "s%zu-x%zu-%zu ::= never ", id, i, at);
-            for (size_t k = i, next; k < n && !strncmp(names[k], names[i], at); k = next) {
-                size_t length = 1;
-                next = k + 1;
-                if (!names[k][at]) {
-                    ends = 1;
-                    continue;
-                }
-                while ((names[k][at + length] & 0xc0) == 0x80)
-                    length++;
-                while (next < n && !strncmp(names[next], names[k], at + length))
-                    next++;
-                put_rule(s, "| ");
-                s->failed |= !add_literal(s->gbnf, names[k] + at, length);
-                put_rule(s, "s%zu-x%zu-%zu ", id, k, at + length);
-                wide |= length > 1;
-                if (strchr("]-^[", names[k][at]))
-                    s->failed |= !add_format(&seen, "\\x%02x", names[k][at]);
-                else
-                    s->failed |= !add_text(&seen, names[k] + at, length);
-            }
-            for (int part = 0; part < 1 + wide; part++) {
-                put_rule(s, "| [^%s", part ? "\\x00-\\x7F" : "\"\\\\\\x00-\\x1F\\x80-\\U0010FFFF");
-                s->failed |= s->failed || !add_text(s->gbnf, seen.items, seen.n);
-                put_rule(s, "] chars ");
-            }
-            put_rule(s, "%s| escaped%s\n", wide ? "" : "| wide ", ends ? "" : " | \"\"");
-            free(seen.items);
-        }
+    for (int twice = 0; twice < 2 && most; twice++) {
+        put_format(&s->out, twice ? "(comma " : "(");
+        if (pattern)
+            put_format(&s->out, "\"\\\"\" "), put_pattern(s, pattern);
+        put_format(&s->out, pattern ? "\"\\\"\" colon " : "string colon ");
+        put_set(s, &all);
+    }
+    if (most) {
+        put_format(&s->out, ")");
+        put_times(s, least - 1, most < 0 ? -1 : most - 1);
+        put_format(&s->out, least ? ")" : ")?");
     }
 }
 
-/* The rules of keys that are none of these; refuses names that JSON spells in more than one way. */
-static void put_unnamed(schema *s, size_t id, const property *keys, size_t n)
-{
-    array names = {0}, text = {0};
-    for (size_t i = 0; i < n && !s->failed; i++) {
-        char **name = extend(&names, 1, sizeof *name);
-        text = (array){0};
-        if (!name || !add_text(&text, s->j->text + keys[i].name->start,
-                               keys[i].name->end - keys[i].name->start + 1))
-            s->failed = 1;
-        if (name)
-            *name = text.items;
-        for (size_t k = 0; k + 1 < text.n && !s->failed; k++)
-            if (name[0][k] == '"' || name[0][k] == '\\' || (unsigned char)name[0][k] < 0x20)
-                refuse_node(s, keys[i].name, "other keys beside one with this character are not "
-                            "known");
-    }
-    if (names.n && !s->failed)
-        qsort(names.items, names.n, sizeof(char *), by_name);
-    put_other_names(s, id, names.items, names.n);
-    for (size_t i = 0; i < names.n; i++)
-        free(((char **)names.items)[i]);
-    free(names.items);
-}
-
-/* "{", then the properties in order.  Rule f follows while nothing stands there yet, rule g where
- * a comma must come first; rule o is another key and its value. */
+/* "{", then the properties in order: each that may come first, and what may follow it, for which
+ * there are rules of their own behind this one. */
 static void put_object(schema *s, const view *v, size_t id)
 {
-    array after = {0}, found = {0}, *main_rules = s->gbnf;
-    const json_node *pattern = NULL;
-    view others = {.n = 0};
+    array found = {0};
+    const json_node *node;
+    int64_t least, most;
+    count_range(s, v, "minProperties", "maxProperties", &least, &most);
     gather_properties(s, v, &found);
     const property *keys = found.items;
-    size_t n = found.n, n_must = 0;
-    int more = other_keys(s, v, &others, &pattern);
-    int64_t least = count_of(s, v, "minProperties", 0, 1);
-    int64_t most = count_of(s, v, "maxProperties", -1, -1);
-    put_rule(s, "\"{\" s%zu-f0 \"}\" ", id);
-    s->gbnf = &after; /* rules of their own, behind this one */
-    for (size_t i = 0; i < n && !s->failed; i++) {
-        n_must += (size_t)keys[i].must;
-        if (pattern && fits_key(s, pattern, keys[i].name))
-            refuse_node(s, pattern, "this pattern beside a key that fits it is not known");
-        for (int g = 0; g < 2; g++) {
-            put_rule(s, "s%zu-%c%zu ::= %s", id, "fg"[g], i, g ? "comma " : "");
-            put_value(s, keys[i].name, 1);
-            put_property(s, v, keys[i].name);
-            put_rule(s, "s%zu-g%zu ", id, i + 1);
-            if (!keys[i].must)
-                put_rule(s, "| s%zu-%c%zu ", id, "fg"[g], i + 1);
-            put_rule(s, "\n");
-        }
+    size_t n = found.n, first = 0, n_must = 0;
+    put_format(&s->out, "\"{\" ");
+    for (size_t i = 0; i < n; i++)
+        n_must += keys[i].must != 0;
+    if (n == 0)
+        put_members(s, v, least, most);
+    else if ((most >= 0 && most < (int64_t)n) || (least > 1 && least > (int64_t)n_must))
+        refuse_node(s, schema_at(s, v, 0), "this 'minProperties' or 'maxProperties' beside named "
+                    "keys is not known");
+    for (size_t i = 0; n && (node = next_with(s, v, &i, "patternProperties")) != NULL;)
+        if (node->n)
+            refuse_node(s, node, "it is not known beside named keys");
+    put_format(&s->out, n ? "(never " : "");
+    for (; first < n && (first == 0 || !keys[first - 1].must); first++) {
+        put_format(&s->out, "| ");
+        put_property(s, v, keys[first].name);
+        put_format(&s->out, "s%zu-%zu ", id, first + 1);
     }
-    int64_t known = (int64_t)(n ? n_must : 0);
-    if ((n && least > known && least > 1) || least > 2000 ||
-        (most >= 0 && most < (n ? (int64_t)n : least)) || (n && more && most >= 0))
-        refuse_node(s, schema_at(s, v, 0), "this 'minProperties' or 'maxProperties' beside "
-                    "'properties' is not known");
-    if (more) {
-        put_rule(s, "s%zu-o ::= ", id);
-        if (pattern)
-            put_rule(s, "\"\\\"\" "), put_pattern(s, pattern, 0, -1), put_rule(s, " \"\\\"\" ");
-        else if (n)
-            put_rule(s, "\"\\\"\" s%zu-x0-0 \"\\\"\" ", id);
-        put_rule(s, n || pattern ? "colon " : "string colon ");
-        put_set(s, &others);
-        put_rule(s, "\n");
-        if (n && !pattern)
-            put_unnamed(s, id, keys, n);
+    put_format(&s->out, "%s%s\"}\"", n && !n_must && !least ? "| \"\"" : "", n ? ") " : "");
+    for (size_t i = 1; i < n; i++) {
+        put_format(&s->out, "\ns%zu-%zu ::= comma ", id, i);
+        put_property(s, v, keys[i].name);
+        put_format(&s->out, "s%zu-%zu ", id, i + 1);
+        if (!keys[i].must)
+            put_format(&s->out, "| s%zu-%zu", id, i + 1);
     }
-    put_rule(s, "s%zu-g%zu ::= \"\" ", id, n);
-    if (more)
-        put_rule(s, "(comma s%zu-o)*", id);
-    put_rule(s, "\ns%zu-f%zu ::= ", id, n);
-    if (more && most) {
-        put_rule(s, "(s%zu-o (comma s%zu-o)", id, id);
-        put_times(s, least > 1 && !n ? least - 1 : 0, most > 0 && !n ? most - 1 : -1);
-        put_rule(s, ")%s\n", least ? "" : "?");
-    } else
-        put_rule(s, least > known ? "never\n" : "\"\"\n");
-    s->gbnf = main_rules;
-    put_rule(s, "\n");
-    s->failed |= s->failed || !add_text(s->gbnf, after.items, after.n);
-    free(after.items), free(found.items);
+    if (n)
+        put_format(&s->out, "\ns%zu-%zu ::= \"\"", id, n);
+    free(found.items);
 }
 
 /* What "$ref" points to: "#" and names or numbers behind slashes. */
 static const json_node *referred(schema *s, const json_node *ref)
 {
-    const json_node *at = s->root;
-    array text = {0};
-    if (ref->kind != JSON_STRING ||
-        !add_text(&text, s->j->text + ref->start, ref->end - ref->start + 1))
-        at = NULL;
-    char *part = text.items;
-    if (at && *part++ != '#')
-        at = NULL;
-    while (at && *part) {
-        char *end, *to;
-        if (*part++ != '/') {
-            at = NULL;
-            break;
+    const char *at = s->j->text + ref->start;
+    const json_node *node = *at++ == '#' ? s->root : NULL;
+    while (node && *at == '/') {
+        char part[200];
+        size_t n = 0;
+        for (at++; *at && *at != '/' && n + 1 < sizeof part; at++) {
+            int escaped = *at == '~' && (at[1] == '0' || at[1] == '1');
+            part[n++] = !escaped ? *at : *++at == '0' ? '~' : '/';
         }
-        for (to = end = part; *end && *end != '/'; end++) {
-            int tilde = *end == '~' && (end[1] == '0' || end[1] == '1');
-            *to++ = tilde ? (*++end == '0' ? '~' : '/') : *end;
-        }
-        char behind = *end;
-        *to = '\0';
-        if (at->kind == JSON_ARRAY) {
-            uint64_t k;
-            const json_node *each = at + 1;
-            int is_index = parse_whole(part, at->n - 1, &k) && at->n;
-            for (at = is_index ? each : NULL; at && k; k--)
-                at = json_next(s->j, at);
-        } else
-            at = json_get(s->j, at, part);
-        *end = behind;
-        part = end;
+        part[n] = '\0';
+        uint64_t k;
+        if (node->kind == JSON_ARRAY && node->n && parse_whole(part, node->n - 1, &k))
+            for (node++; k; k--)
+                node = json_next(s->j, node);
+        else
+            node = json_find(s->j, node, part, n);
     }
-    free(text.items);
-    if (!at)
+    if (!node || *at)
         refuse_node(s, ref, "this $ref leads to nothing inside the schema");
-    return at ? at : s->root;
+    return node && !*at ? node : s->root;
 }
 
-/* ---- which ways have no value in common, for oneOf ---- */
-
-enum { STRING = 1, INTEGER = 2, NUMBER = 6, TRUTH = 8, NO_VALUE = 16, ARRAY = 32, OBJECT = 64,
-       ALL_TYPES = 127 };
-static const struct {
-    const char *name;
-    unsigned bits;
-} TYPE[] = {{"string", STRING}, {"integer", INTEGER}, {"number", NUMBER}, {"boolean", TRUTH},
-            {"null", NO_VALUE}, {"array", ARRAY}, {"object", OBJECT}};
+/* ---- types, listed values, and which ways have no value in common, for oneOf ---- */
 
 /* Bits of the types that a schema names, all where it names none. */
 static unsigned named_types(schema *s, const json_node *node)
 {
-    const json_node *type = json_get(s->j, node, "type"), *each;
-    size_t n = type && type->kind == JSON_ARRAY ? type->n : type != NULL;
-    unsigned bits = 0, before;
-    each = type && type->kind == JSON_ARRAY ? type + 1 : type;
-    for (size_t k = 0; k < n; k++, each = json_next(s->j, each)) {
-        before = bits;
-        for (size_t i = 0; i < sizeof TYPE / sizeof *TYPE; i++)
-            bits |= json_is(s->j, each, TYPE[i].name) ? TYPE[i].bits : 0;
-        if (bits == before && k == 0)
-            break;
+    const json_node *type = json_get(s->j, node, "type"), *each, *end;
+    unsigned bits = 0;
+    if (!type)
+        return ALL_TYPES;
+    end = json_next(s->j, type);
+    for (each = type + (type->kind == JSON_ARRAY); each < end; each = json_next(s->j, each)) {
+        size_t i = 0;
+        while (i < N_TYPES && !json_is(s->j, each, TYPES[i].name))
+            i++;
+        if (i == N_TYPES)
+            refuse_node(s, type, "'type' is one or a list of string, integer, number, boolean, "
+                        "null, array, object");
+        else
+            bits |= TYPES[i].bits;
     }
-    if (type && !bits)
-        refuse_node(s, type, "'type' is one or a list of%s", TYPES);
-    return type ? bits : ALL_TYPES;
+    return bits;
 }
 
 static unsigned type_of_value(const schema *s, const json_node *value)
@@ -2755,25 +2407,56 @@ static unsigned type_of_value(const schema *s, const json_node *value)
     return x == floor(x) ? INTEGER : bits[value->kind];
 }
 
-/* Whether two values are the same; -1 for arrays and objects, which are not compared. */
+/* Whether two values are the same. */
 static int same_value(const schema *s, const json_node *a, const json_node *b)
 {
-    if (a->kind != b->kind)
+    const json_node *end = json_next(s->j, a), *x, *y;
+    if (a->kind != b->kind || a->n != b->n)
         return 0;
     if (a->kind == JSON_STRING)
-        return same_string(s, a, b);
+        return json_equal(s->j, a, s->j->text + b->start, b->end - b->start);
     if (a->kind == JSON_NUMBER)
         return strtod(s->j->text + a->start, NULL) == strtod(s->j->text + b->start, NULL);
-    return a->kind < JSON_NUMBER ? 1 : -1;
+    for (x = a + 1, y = b + 1; x < end; x = json_next(s->j, x), y = json_next(s->j, y)) {
+        if (a->kind == JSON_OBJECT) {
+            y = json_find(s->j, b, s->j->text + x->start, x->end - x->start);
+            x++;
+        }
+        if (!y || !same_value(s, x, y))
+            return 0;
+    }
+    return 1;
 }
 
-/* The values that enum or const lists: the first, and *n of them; NULL for neither. */
-static const json_node *listed(const schema *s, const json_node *node, size_t *n)
+/* The values that enum or const lists: the first, and *end behind the last; NULL for neither. */
+static const json_node *listed(const schema *s, const json_node *node, const json_node **end)
 {
     const json_node *list = json_get(s->j, node, "enum"), *one = json_get(s->j, node, "const");
-    int is_list = !one && list && list->kind == JSON_ARRAY;
-    *n = one ? 1 : is_list ? list->n : 0;
-    return one ? one : is_list ? list + 1 : NULL;
+    const json_node *first = one ? one : list ? list + 1 : NULL;
+    if (first)
+        *end = json_next(s->j, one ? one : list);
+    return first;
+}
+
+/* Whether a schema lists the value or lists none. */
+static int may_be(const schema *s, const json_node *node, const json_node *value)
+{
+    const json_node *end, *each = listed(s, node, &end);
+    if (!each)
+        return 1;
+    while (each < end && !same_value(s, each, value))
+        each = json_next(s->j, each);
+    return each < end;
+}
+
+/* The types of a schema's values, as far as it names types and lists values. */
+static unsigned types_of(schema *s, const json_node *node)
+{
+    const json_node *end, *each = listed(s, node, &end);
+    unsigned bits = each ? 0 : ALL_TYPES;
+    for (; each && each < end; each = json_next(s->j, each))
+        bits |= type_of_value(s, each);
+    return bits & named_types(s, node);
 }
 
 static const json_node *behind_refs(schema *s, const json_node *node)
@@ -2784,47 +2467,38 @@ static const json_node *behind_refs(schema *s, const json_node *node)
     return node;
 }
 
-static unsigned types_of(const schema *s, const json_node *node, unsigned named)
+/* Whether no value of these types fits both, as far as types, listed values and the keys that an
+ * object must have tell. */
+static int disjoint(schema *s, const json_node *a, const json_node *b, unsigned types, int depth)
 {
-    size_t n;
-    const json_node *each = listed(s, node, &n);
-    unsigned bits = each ? 0 : ALL_TYPES;
-    for (size_t i = 0; i < n; i++, each = json_next(s->j, each))
-        bits |= type_of_value(s, each);
-    return bits & named;
-}
-
-/* Whether no value fits both, as far as types, listed values and required keys tell. */
-static int disjoint(schema *s, const json_node *a, const json_node *b, int depth)
-{
-    size_t n_a, n_b;
     a = behind_refs(s, a), b = behind_refs(s, b);
-    const json_node *in_a = listed(s, a, &n_a), *each;
-    if (!(types_of(s, a, named_types(s, a)) & types_of(s, b, named_types(s, b))))
+    types &= types_of(s, a) & types_of(s, b);
+    const json_node *end, *each = listed(s, a, &end);
+    int met = each == NULL || !types; /* a listed value fits both */
+    for (; types && each && each < end; each = json_next(s->j, each))
+        met |= may_be(s, b, each);
+    if (!types || !met)
         return 1;
-    int met = !in_a || !listed(s, b, &n_b);
-    for (size_t i = 0; i < n_a && !met; i++, in_a = json_next(s->j, in_a)) {
-        each = listed(s, b, &n_b);
-        for (size_t k = 0; k < n_b; k++, each = json_next(s->j, each))
-            met |= same_value(s, in_a, each) != 0;
-    }
-    for (int turn = 0; turn < 2 && met && depth; turn++) {
-        const json_node *must = json_get(s->j, turn ? b : a, "required");
-        const json_node *of_a = json_get(s->j, a, "properties");
-        const json_node *of_b = json_get(s->j, b, "properties");
-        each = must && must->kind == JSON_ARRAY ? must + 1 : NULL;
-        for (size_t i = 0; each && i < must->n && met; i++, each = json_next(s->j, each)) {
+    int objects = types == OBJECT || types == ALL_TYPES;
+    for (int turn = 0; turn < 2 && objects && depth; turn++) {
+        const json_node *one = turn ? b : a, *other = turn ? a : b;
+        const json_node *must = json_get(s->j, one, "required");
+        const json_node *in_one = json_get(s->j, one, "properties");
+        const json_node *in_other = json_get(s->j, other, "properties");
+        end = must ? json_next(s->j, must) : NULL;
+        for (each = must ? must + 1 : NULL; each < end; each = json_next(s->j, each)) {
             const char *name = s->j->text + each->start;
             size_t n = each->end - each->start;
-            const json_node *x = of_a ? json_find(s->j, of_a, name, n) : NULL;
-            const json_node *y = of_b ? json_find(s->j, of_b, name, n) : NULL;
-            const json_node *more = json_get(s->j, turn ? a : b, "additionalProperties");
-            met = x && y ? !disjoint(s, x, y, depth - 1)
-                         : (turn ? x : y) || !is_false(more) ||
-                           json_get(s->j, turn ? a : b, "patternProperties");
+            const json_node *x = in_one ? json_find(s->j, in_one, name, n) : NULL;
+            const json_node *y = in_other ? json_find(s->j, in_other, name, n) : NULL;
+            const json_node *more = json_get(s->j, other, "additionalProperties");
+            if (x && y ? disjoint(s, x, y, ALL_TYPES, depth - 1)
+                       : !y && more && more->kind == JSON_FALSE &&
+                         !json_get(s->j, other, "patternProperties"))
+                return 1;
         }
     }
-    return !met;
+    return 0;
 }
 
 /* ---- a rule ---- */
@@ -2832,197 +2506,153 @@ static int disjoint(schema *s, const json_node *a, const json_node *b, int depth
 /* Writes a rule for each way of anyOf, or of oneOf, whose ways must have nothing in common. */
 static void put_ways(schema *s, const view *v, size_t at, const json_node *list, int exclusive)
 {
-    const json_node *each = list + 1;
-    if (list->kind != JSON_ARRAY || !list->n)
-        refuse_node(s, list, "a list of schemas must stand here");
-    for (size_t i = 0; i < list->n && !s->failed; i++, each = json_next(s->j, each)) {
-        const json_node *other = list + 1;
-        for (size_t k = 0; k < i && exclusive; k++, other = json_next(s->j, other))
-            if (!disjoint(s, other, each, 2))
+    const json_node *end = json_next(s->j, list), *other;
+    unsigned types = ALL_TYPES;
+    for (size_t i = 0; i < v->n && exclusive; i++)
+        types &= named_types(s, schema_at(s, v, i));
+    for (const json_node *each = list + 1; each < end; each = json_next(s->j, each)) {
+        for (other = list + 1; exclusive && other < each; other = json_next(s->j, other))
+            if (!disjoint(s, other, each, types, 2))
                 refuse_node(s, each, "a value may fit this way of 'oneOf' and an earlier one: take "
                             "'anyOf'");
         view way = *v;
         way.item[at] |= exclusive ? ONE_DONE : ANY_DONE;
         view_add(s, &way, each);
-        put_rule(s, i ? "| " : "");
+        put_format(&s->out, each > list + 1 ? "| " : "");
         put_set(s, &way);
     }
 }
 
-/* Whether a value that the schema `own` lists fits all of them. */
-static int fits(schema *s, const view *v, const json_node *value, size_t own)
+/* Writes the listed values that fit all schemas; 0 where none of them lists any. */
+static int put_values(schema *s, const view *v)
 {
-    static const char *const untold[] = {"pattern", "properties", "required", "items",
-        "prefixItems", "minItems", "maxItems", "additionalProperties", "patternProperties",
-        "minProperties", "maxProperties"};
-    unsigned type = type_of_value(s, value);
-    int ok = 1;
-    for (size_t i = 0; i < v->n && ok; i++) {
-        size_t n;
-        const json_node *each = listed(s, schema_at(s, v, i), &n);
-        int found = !each || i == own;
-        for (size_t k = 0; k < n && !found; k++, each = json_next(s->j, each))
-            found = same_value(s, each, value);
-        if (found < 0)
-            refuse_node(s, value, "lists that meet here must hold no arrays and objects");
-        ok = found && (named_types(s, schema_at(s, v, i)) & type) != 0;
+    const json_node *end = NULL, *first = NULL;
+    unsigned types = ALL_TYPES;
+    int n_put = 0;
+    for (size_t i = 0; i < v->n; i++) {
+        first = first ? first : listed(s, schema_at(s, v, i), &end);
+        types &= named_types(s, schema_at(s, v, i));
     }
-    for (size_t i = value->kind == JSON_STRING ? 0 : 1; i < sizeof untold / sizeof *untold && ok &&
-                    value->kind >= JSON_STRING && (i == 0 || value->kind > JSON_STRING); i++)
-        if (first_with(s, v, untold[i]))
-            refuse_node(s, value, "'%s' beside listed values is not known", untold[i]);
-    if (value->kind == JSON_STRING && ok) {
-        int64_t length = 0, most = count_of(s, v, "maxLength", -1, -1);
-        for (size_t i = value->start; i < value->end; i++)
-            length += !is_inside_char(s->j->text[i]);
-        ok = length >= count_of(s, v, "minLength", 0, 1) && (most < 0 || length <= most);
-    } else if (value->kind == JSON_NUMBER && ok) {
-        bound low = bound_of(s, v, "minimum", "exclusiveMinimum", 1), x = number_of(s, value);
-        bound high = bound_of(s, v, "maximum", "exclusiveMaximum", -1);
-        ok = (!low.is_set || x.x > low.x || (x.x == low.x && !low.exclusive)) &&
-             (!high.is_set || x.x < high.x || (x.x == high.x && !high.exclusive));
-    }
-    return ok;
-}
-
-/* Writes the listed values that fit all schemas. */
-static void put_values(schema *s, const view *v)
-{
-    size_t n = 0, put = 0, i = 0;
-    const json_node *each = NULL;
-    while (!each)
-        each = listed(s, schema_at(s, v, i++), &n);
-    const json_node *list = each;
-    for (size_t k = 0; k < n && !s->failed; k++, each = json_next(s->j, each))
-        if (fits(s, v, each, i - 1)) {
-            put_rule(s, put++ ? "| " : "");
+    for (const json_node *each = first; each && each < end; each = json_next(s->j, each)) {
+        unsigned type = type_of_value(s, each);
+        int fits = (type & types) != 0;
+        for (size_t i = 0; i < v->n; i++)
+            fits = fits && may_be(s, schema_at(s, v, i), each);
+        for (size_t i = 0; i < N_TYPES && fits; i++)
+            for (int k = 0; k < 6 && TYPES[i].words[k] && TYPES[i].bits & type; k++)
+                if (first_with(s, v, TYPES[i].words[k]))
+                    refuse_node(s, each, "'%s' beside listed values is not known",
+                                TYPES[i].words[k]);
+        if (fits) {
+            put_format(&s->out, n_put++ ? "| " : "");
             put_value(s, each, 0);
         }
-    if (!put && v->n == 1)
-        refuse_node(s, list, "no listed value fits the other keywords");
-    if (!put)
-        put_rule(s, "never");
+    }
+    if (first && !n_put && v->n == 1)
+        refuse_node(s, first, "no listed value fits the other keywords");
+    if (first && !n_put)
+        put_format(&s->out, "never");
+    return first != NULL;
 }
 
 /* The types that the schemas name, or the one that their keywords speak of; an object comes last,
  * because rules of its own follow it. */
 static void put_types(schema *s, const view *v, size_t id)
 {
-    static const struct {
-        unsigned type;
-        const char *words[6];
-    } speaks[] = {
-        {STRING, {"minLength", "maxLength", "pattern", "format"}},
-        {NUMBER, {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}},
-        {ARRAY, {"items", "prefixItems", "minItems", "maxItems"}},
-        {OBJECT, {"properties", "required", "additionalProperties", "patternProperties",
-                  "minProperties", "maxProperties"}}};
     unsigned types = ALL_TYPES, n = 0;
     for (size_t i = 0; i < v->n; i++)
         types &= named_types(s, schema_at(s, v, i));
-    for (int i = 0; i < 4 && types == ALL_TYPES; i++)
-        for (int k = 0; k < 6 && speaks[i].words[k] && types == ALL_TYPES; k++)
-            types = first_with(s, v, speaks[i].words[k]) ? speaks[i].type : types;
+    for (size_t i = N_TYPES; i-- > 0 && types == ALL_TYPES;)
+        for (int k = 0; k < 6 && TYPES[i].words[k]; k++)
+            if (first_with(s, v, TYPES[i].words[k]))
+                types = TYPES[i].bits;
     if (types == ALL_TYPES) {
-        put_rule(s, "any\n");
+        put_format(&s->out, "any");
         return;
     }
-    for (size_t i = 0; i < 7; i++) {
-        if ((TYPE[i].bits & types) != TYPE[i].bits || (i == 1 && (types & NUMBER) == NUMBER))
+    for (size_t i = 0; i < N_TYPES; i++) {
+        unsigned bits = TYPES[i].bits;
+        if ((bits & types) != bits || (bits == INTEGER && (types & NUMBER) == NUMBER))
             continue;
-        put_rule(s, n++ ? "| " : "");
-        if (i == 0)
-            put_string(s, v);
-        else if (i < 3)
-            (i == 1 ? put_integer : put_number)(s, v);
-        else if (i > 4)
-            i == 5 ? put_array(s, v) : put_object(s, v, id);
-        else
-            put_rule(s, "%s ", TYPE[i].name);
+        put_format(&s->out, n++ ? "| " : "");
+        switch (bits) {
+        case STRING: put_string(s, v); break;
+        case INTEGER: put_number(s, v, 1); break;
+        case NUMBER: put_number(s, v, 0); break;
+        case ARRAY: put_array(s, v); break;
+        case OBJECT: put_object(s, v, id); break;
+        default: put_format(&s->out, "%s ", TYPES[i].name);
+        }
     }
-    put_rule(s, n ? "\n" : "never\n");
+    put_format(&s->out, n ? "" : "never");
 }
 
-/* Refuses keywords that are not known, and words that look like a slip in one that is.  Other
- * words are remarks, by JSON Schema's own rule. */
+/* Refuses keywords that are not known, and values that they cannot have.  Words that begin with x-
+ * or _ are remarks. */
 static void check_words(schema *s, const json_node *node)
 {
-    const json_node *key = node + 1;
-    for (size_t i = 0; i < node->n && !s->failed; i++, key = json_next(s->j, key + 1)) {
-        char name[32];
-        const char *nearest = NULL;
-        snprintf(name, sizeof name, "%.*s", (int)(key->end - key->start), s->j->text + key->start);
-        if (in_words(UNKNOWN, name) &&
-            !(is_false(key + 1) && (strcmp(name, "uniqueItems") == 0)))
+    const json_node *key = node + 1, *end = json_next(s->j, node);
+    for (; key < end; key = json_next(s->j, key + 1)) {
+        const char *name = s->j->text + key->start;
+        size_t i = 0, n = sizeof KEYWORDS / sizeof *KEYWORDS;
+        if (*name == '_' || strncmp(name, "x-", 2) == 0)
+            continue;
+        while (i < n && !in_words(KEYWORDS[i].words, name))
+            i++;
+        if (i == n)
             refuse_node(s, key + 1, "the keyword '%s' is not known", name);
-        size_t length = strlen(name);
-        for (size_t k = 0; k < sizeof KEYWORDS / sizeof *KEYWORDS && !strchr("_$", name[0]); k++) {
-            size_t other = strlen(KEYWORDS[k]);
-            if (length == other && memcmp(name, KEYWORDS[k], length) == 0) {
-                nearest = NULL;
-                break;
-            }
-            if (length < other + 2 && other < length + 2 && edit_distance(name, KEYWORDS[k]) < 2)
-                nearest = KEYWORDS[k];
-        }
-        if (nearest)
-            refuse_node(s, key + 1, "the keyword '%s' is not known; the nearest is '%s'", name,
-                        nearest);
+        else if (!(KEYWORDS[i].kinds >> key[1].kind & 1))
+            refuse_node(s, key + 1, "'%s' must be %s", name, KEYWORDS[i].what);
     }
+}
+
+/* Adds what the schemas of a view refer to; 0 where one of them is false. */
+static int expand(schema *s, view *v)
+{
+    for (size_t i = 0; i < v->n && !s->failed; i++) {
+        const json_node *node = schema_at(s, v, i), *ref, *all, *each;
+        if (node->kind == JSON_FALSE)
+            return 0;
+        if (node->kind != JSON_OBJECT) {
+            if (node->kind != JSON_TRUE)
+                refuse_node(s, node, "a schema is an object, true or false");
+            v->item[i--] = v->item[--v->n]; /* it says no more */
+            continue;
+        }
+        if (v->item[i] & REFS_DONE)
+            continue;
+        v->item[i] |= REFS_DONE;
+        check_words(s, node);
+        ref = json_get(s->j, node, "$ref"), all = json_get(s->j, node, "allOf");
+        if (ref && !s->failed)
+            view_add(s, v, referred(s, ref));
+        for (each = all ? all + 1 : NULL; each && each < json_next(s->j, all) && !s->failed;
+             each = json_next(s->j, each))
+            view_add(s, v, each);
+    }
+    return 1;
 }
 
 /* The rule of one set. */
 static void put_set_rule(schema *s, size_t id)
 {
     const schema_set *set = (const schema_set *)s->sets.items + id;
-    const json_node *list = NULL;
-    int never = 0, has_list = 0;
-    size_t n;
     view v = {.n = set->n};
     memcpy(v.item, (const size_t *)s->members.items + set->first, v.n * sizeof *v.item);
-    put_rule(s, "s%zu ::= ", id);
-    for (size_t i = 0; i < v.n && !s->failed; i++) {
-        const json_node *node = schema_at(s, &v, i), *ref, *all, *each;
-        never |= node->kind == JSON_FALSE;
-        if (node->kind != JSON_OBJECT) {
-            if (node->kind != JSON_FALSE && node->kind != JSON_TRUE)
-                refuse_node(s, node, "a schema is an object, true or false");
-            v.item[i--] = v.item[--v.n]; /* it says no more */
-            continue;
-        }
-        if (v.item[i] & REFS_DONE)
-            continue;
-        v.item[i] |= REFS_DONE;
-        check_words(s, node);
-        ref = json_get(s->j, node, "$ref"), all = json_get(s->j, node, "allOf");
-        if (ref)
-            view_add(s, &v, referred(s, ref));
-        if (all && all->kind != JSON_ARRAY)
-            refuse_node(s, all, "a list of schemas must stand here");
-        each = all ? all + 1 : NULL;
-        for (size_t k = 0; each && k < all->n && !s->failed; k++, each = json_next(s->j, each))
-            view_add(s, &v, each);
+    put_format(&s->out, "\ns%zu ::= ", id);
+    if (!expand(s, &v)) {
+        put_format(&s->out, "never");
+        return;
     }
-    for (size_t i = 0; i < v.n && !never && !s->failed; i++)
+    for (size_t i = 0; i < v.n && !s->failed; i++)
         for (int one = 0; one < 2; one++) {
-            list = json_get(s->j, schema_at(s, &v, i), one ? "oneOf" : "anyOf");
+            const json_node *list = json_get(s->j, schema_at(s, &v, i), one ? "oneOf" : "anyOf");
             if (list && !(v.item[i] & (one ? ONE_DONE : ANY_DONE))) {
                 put_ways(s, &v, i, list, one);
-                put_rule(s, "\n");
                 return;
             }
         }
-    for (size_t i = 0; i < v.n; i++) {
-        list = json_get(s->j, schema_at(s, &v, i), "enum");
-        if (list && list->kind != JSON_ARRAY)
-            refuse_node(s, list, "'enum' must be a list");
-        has_list |= listed(s, schema_at(s, &v, i), &n) != NULL;
-    }
-    if (never)
-        put_rule(s, "never\n");
-    else if (has_list)
-        put_values(s, &v), put_rule(s, "\n");
-    else if (!s->failed)
+    if (!s->failed && !put_values(s, &v))
         put_types(s, &v, id);
 }
 
@@ -3030,17 +2660,17 @@ static void put_set_rule(schema *s, size_t id)
 static int add_schema(array *gbnf, const json *j, const json_node *root, int spaced, char *err,
                       size_t size)
 {
-    schema s = {.j = j, .root = root, .gbnf = gbnf, .err = err, .size = size,
+    schema s = {.j = j, .root = root, .out = {.memory = gbnf}, .err = err, .size = size,
                 .comma = spaced ? ", " : ",", .colon = spaced ? ": " : ":"};
     view whole = {{ITEM * index_of(&s, root)}, 1};
     snprintf(err, size, "out of memory for the schema");
-    put_rule(&s, "comma ::= \"%s\"\ncolon ::= \"%s\"\nroot ::= ", s.comma, s.colon);
-    put_set(&s, &whole), put_rule(&s, "\n");
+    put_format(&s.out, "comma ::= \"%s\"\ncolon ::= \"%s\"\nroot ::= ", s.comma, s.colon);
+    put_set(&s, &whole);
     for (size_t i = 0; !s.failed && i < s.sets.n; i++)
         put_set_rule(&s, i);
-    s.failed |= !add_text(gbnf, SCHEMA_RULES, sizeof SCHEMA_RULES - 1);
+    put_format(&s.out, "\n%s", SCHEMA_RULES);
     free(s.sets.items), free(s.members.items);
-    return !s.failed;
+    return !s.failed && !s.out.error;
 }
 
 /* The same of a schema that is still text. */

@@ -26,10 +26,12 @@ static void compile(const char *text, size_t n, int is_schema)
 {
     char err[400];
     array gbnf = {0};
+    output out = {.memory = &gbnf};
     double start = microseconds(), took = 0;
     close_constraint(&machine);
-    int ok = is_schema ? read_schema(&gbnf, text, n, 0, err, sizeof err)
-                       : add_text(&gbnf, text, n);
+    int ok = !is_schema || read_schema(&gbnf, text, n, 0, err, sizeof err);
+    if (!is_schema)
+        put_bytes(&out, text, n);
     if (getenv("SHOW") && ok)
         fprintf(stderr, "%.*s\n", (int)gbnf.n, (char *)gbnf.items);
     gemma2_grammar *g = ok ? gemma2_grammar_new(words, gbnf.items, (int64_t)gbnf.n, err,
@@ -65,10 +67,11 @@ static void take_tokens(const char *text, size_t n)
                                   room);
     int ok = gemma2_matcher_start(machine.matcher, &machine.state) == 0;
     array line = {0};
+    output out = {.memory = &line};
     for (int64_t i = 0; i < count && ok; i++) {
         double start = microseconds();
         ok = gemma2_matcher_allowed(machine.matcher, &machine.state, -1, machine.mask) == GEMMA2_OK;
-        add_format(&line, " %.1f", microseconds() - start);
+        put_format(&out, " %.1f", microseconds() - start);
         ok = ok && machine.mask[ids[i] / 32] >> ids[i] % 32 & 1 &&
              gemma2_matcher_accept(machine.matcher, &machine.state, ids[i]) == GEMMA2_OK;
     }

@@ -9,6 +9,8 @@
  *   --prefill N[,N]    lengths of prompts, or none          (default 32,512,2048,8000)
  *   --decode N[,N]     tokens already there, or none        (default 0,4096,8000)
  *   --sessions N[,N]   sessions that decode in one pass      (default none)
+ *   --busy N[,N]       one token at a time while so many other programs are busy, each on a
+ *                      processor of its own, and what share of the idle speed that is
  *   --ahead            what guesses cost and gain: a row for each acceptance
  *   --states           saving, restoring and copying sessions of --decode's tokens
  *   --masks GRAMMAR    only what 20 replies of up to 200 random tokens cost, masks and all;
@@ -37,14 +39,21 @@
  *
  * Depth is set by declaring positions of the cache filled with noise: speed does not depend
  * on the values. */
+#define _GNU_SOURCE /* sched_setaffinity */
 #include "../gemma2.c"
 
 #include "team.h"
 
+#include <sched.h>
+#include <signal.h>
 #include <stddef.h>
 #include <sys/resource.h>
 #include <sys/utsname.h>
+#include <sys/wait.h>
 #include <time.h>
+#ifdef __linux__
+#include <sys/prctl.h>
+#endif
 
 enum { MAX_LIST = 16, MAX_RUNS = 64, DECODED = 16, MAX_IDS = 8192,
        MAX_SESSIONS = 256 };
@@ -56,7 +65,7 @@ struct list {
 struct options {
     const char *model, *shape, *type, *head, *json, *kv, *masks, *told;
     int batch, runs, ahead, states, quick, read, no_limits, plan;
-    struct list threads, prefill, decode, sessions;
+    struct list threads, prefill, decode, sessions, busy;
 };
 
 static double now(void)
@@ -619,10 +628,11 @@ static size_t cache_bytes_read(const gemma2_session *s, int depth)
 /* ---- works ---- */
 
 struct result {
-    const char *kind; /* "prefill", "decode at" */
+    const char *kind; /* "prefill", "decode at", "sessions", "busy" */
     int n, threads;
     struct sample speed;  /* tokens a second */
-    double done, limit;   /* GFLOP/s or GB/s; tokens a second, 0 if not measured */
+    double done, limit;   /* GFLOP/s, GB/s, tok/s each or share of idle; tokens a second, 0 if not
+                           * measured */
 };
 
 struct report {
@@ -630,7 +640,7 @@ struct report {
     const gemma2_model *m;
     int batch, cache, n_limits, n_results;
     struct limits limits[MAX_LIST];
-    struct result results[3 * MAX_LIST * MAX_LIST];
+    struct result results[4 * MAX_LIST * MAX_LIST];
 };
 
 /* Noise in the cache, as if tokens had been evaluated. */
@@ -675,10 +685,10 @@ static double gflop_a_token(const gemma2_model *m)
 
 static void print_result(const struct result *r)
 {
-    int decode = *r->kind == 'd', shared = *r->kind == 's';
+    int decode = *r->kind == 'd', shared = *r->kind == 's', busy = *r->kind == 'b';
     printf("  %-10s%5d %9.2f tok/s  (%.2f .. %.2f) %7.*f %s", r->kind, r->n, r->speed.median,
-           r->speed.low, r->speed.high, 1 + shared, r->done,
-           decode ? "GB/s" : shared ? "tok/s each" : "GFLOP/s");
+           r->speed.low, r->speed.high, 1 + shared + busy, r->done,
+           decode ? "GB/s" : shared ? "tok/s each" : busy ? "of idle" : "GFLOP/s");
     if (r->limit > 0)
         printf(", %.0f %% of %s", 100 * r->speed.median / r->limit,
                decode ? "read bandwidth" : "the matrix peak");
@@ -705,6 +715,50 @@ static void run_work(struct report *report, gemma2_session *s, const struct limi
     double gb = 1e-9 * (double)(weight_bytes(s->model) + cache_bytes_read(s, depth));
     r->done = r->speed.median * (decode ? gb : gflop_a_token(s->model));
     r->limit = decode ? l->best_read / gb : prefill_limit(s->model, l);
+    print_result(r);
+}
+
+/* A process that does nothing, as fast as it can, on one processor. */
+static pid_t start_busy(int processor)
+{
+    pid_t pid = fork();
+    if (pid)
+        return pid;
+#ifdef __linux__
+    cpu_set_t set;
+    CPU_ZERO(&set);
+    CPU_SET((size_t)processor, &set);
+    sched_setaffinity(0, sizeof set, &set);
+    prctl(PR_SET_PDEATHSIG, SIGKILL);
+#endif
+    for (volatile int i = 0;; i = !i) {
+    }
+}
+
+/* Idle and busy runs take turns. */
+static void run_busy(struct report *report, gemma2_session *s, int n)
+{
+    float *logits = malloc(sizeof *logits * (size_t)s->model->config.n_vocab);
+    double idle[MAX_RUNS], busy[MAX_RUNS];
+    pid_t others[MAX_SESSIONS];
+    if (!logits)
+        die("out of memory");
+    for (int i = 0; i < report->o->runs; i++) {
+        idle[i] = time_tokens(s, 0, DECODED, 1, logits);
+        for (int k = 0; k < n; k++)
+            if ((others[k] = start_busy(k)) < 0)
+                die("no process for --busy");
+        time_tokens(s, 0, DECODED, 1, logits);
+        busy[i] = time_tokens(s, 0, DECODED, 1, logits);
+        for (int k = 0; k < n; k++)
+            kill(others[k], SIGKILL), waitpid(others[k], NULL, 0);
+        time_tokens(s, 0, DECODED, 1, logits);
+    }
+    free(logits);
+    struct result *r = &report->results[report->n_results++];
+    *r = (struct result){.kind = "busy", .n = n, .threads = s->worker->n_threads,
+                         .speed = summarise(busy, report->o->runs)};
+    r->done = r->speed.median / summarise(idle, report->o->runs).median;
     print_result(r);
 }
 
@@ -887,6 +941,8 @@ static void run_threads(struct report *report, int threads)
     for (int i = 0; i < o->decode.n && !o->states; i++)
         if (o->decode.v[i] + DECODED <= gemma2_context(s))
             run_work(report, s, l, 1, o->decode.v[i]);
+    for (int i = 0; i < o->busy.n; i++)
+        run_busy(report, s, o->busy.v[i]);
     gemma2_session_free(s);
     for (int i = 0; i < o->sessions.n; i++)
         run_sessions(report, params, o->sessions.v[i]);
@@ -1098,6 +1154,7 @@ static const struct option {
     {"--prefill", LIST, offsetof(struct options, prefill), 1, MAX_IDS},
     {"--decode", LIST, offsetof(struct options, decode), 0, 1 << 30},
     {"--sessions", LIST, offsetof(struct options, sessions), 1, MAX_SESSIONS},
+    {"--busy", LIST, offsetof(struct options, busy), 1, MAX_SESSIONS},
     {"--batch", NUMBER, offsetof(struct options, batch), 1, 4096},
     {"--runs", NUMBER, offsetof(struct options, runs), 1, MAX_RUNS},
     {"--ahead", FLAG, offsetof(struct options, ahead), 0, 0},
@@ -1113,7 +1170,7 @@ static void usage(const char *what, const char *which)
     fprintf(stderr, "bench: %s%s\n"
             "usage: bench MODEL | --shape 2b|9b|27b [--type TYPE] [--head TYPE]\n"
             "       [--threads N,N] [--prefill N,N|none] [--decode N,N|none] [--quick]\n"
-            "       [--sessions N,N] [--batch N] [--kv auto|f32|f16] [--runs N] [--read]\n"
+            "       [--sessions N,N] [--busy N] [--batch N] [--kv auto|f32|f16|q8] [--runs N] [--read]\n"
             "       [--masks GRAMMAR] [--plan] [--no-limits] [--json FILE]\n", which, what);
     exit(2);
 }

@@ -29,13 +29,13 @@ import functools
 import hashlib
 import importlib
 import inspect
+import io
 import itertools
 import json
-import lzma
 import math
 import multiprocessing
 import os
-import pickletools
+import pickle
 import re
 import shutil
 import signal
@@ -64,12 +64,12 @@ TYPE_NAMES = "f32", "bf16", "q8", "q6", "q4", "q3"
 EPILOG = """
 Checkpoints, with the package that each needs beside numpy:
   Hugging Face directory   *.safetensors; also quantised by MLX, GPTQ, AWQ, bitsandbytes,
-                           AutoRound, compressed-tensors or to FP8
+                           compressed-tensors or to FP8
   GGUF                     the file, or the first of several                    gguf
   gemma.cpp                the .sbs file
   PyTorch                  .ckpt, .bin, .pth, .pt, or their directory
-  Keras                    preset directory, .weights.h5, .keras                h5py
-  Flax, Orbax              the directory                            tensorstore, zstandard
+  Keras                    preset directory, .weights.h5                        h5py
+  Flax, Orbax              the directory                                  tensorstore
   org/name[@revision]      from huggingface.co, or its cache when offline       huggingface_hub
 
 Types, with bits a weight and typical loss:
@@ -90,9 +90,9 @@ is that tensor's type.  Where a checkpoint has a head of its own, --head is the 
 --tensor head=TYPE gives a tied model a second copy as its head, for instance a cheaper one
 that makes decoding faster while the embedding stays precise.
 
-LoRA adapters, also rsLoRA and DoRA, are added in f32 while the weights are converted.  Adapters
-of the embedding or the head alone part the two, which makes the file larger.  The tokenizer and
-chat template in an adapter's directory count before the checkpoint's.
+LoRA adapters, also rsLoRA and DoRA, are added in f32 while the weights are converted.  Where an
+adapter trained the embedding or the head alone, the two part and the file is larger.  The
+tokenizer and chat template in an adapter's directory count before the checkpoint's.
 
 Chat templates: the file keeps the texts that the checkpoint's template writes around messages.
 Finding them takes the package jinja2 >= 3.1.6, but for Gemma's own template.
@@ -135,31 +135,19 @@ def lora_option(text):
     return path, number
 
 
-def align_option(text):
-    if not text.isdigit() or int(text) & (int(text) - 1) or not 64 <= int(text) <= 1 << 21:
-        raise argparse.ArgumentTypeError("%r is not a power of two from 64 to 2097152" % text)
-    return int(text)
+def bytes_of(text):
+    """Of "11G", "900M", "1.5GB" or a plain number; units are powers of 1000, as for files."""
+    number, unit = re.fullmatch(r"([\d.]+)(\D?)", text.rstrip("B")).groups()
+    return int(float(number) * {"": 1, "k": 1e3, "M": 1e6, "G": 1e9}[unit])
 
 
-def size_option(text):
-    """Bytes of "11G", "900M", "1.5GB" or a plain number; units are powers of 1000, as for files."""
-    m = re.fullmatch(r"(\d+(?:\.\d+)?)([kMG]?)B?", text)
-    n = int(float(m.group(1)) * {"": 1, "k": 1e3, "M": 1e6, "G": 1e9}[m.group(2)]) if m else 0
-    if n < 1 or n >= 1 << 62:
-        raise argparse.ArgumentTypeError("%r is not a size such as 11G or 900M" % text)
-    return n
-
-
-def bits_option(text):
-    if not re.fullmatch(r"\d+(\.\d+)?", text) or not 1 <= float(text) <= 32:
-        raise argparse.ArgumentTypeError("%r is not a number of bits from 1 to 32" % text)
-    return float(text)
-
-
-def jobs_option(text):
-    if not text.isdigit() or not 1 <= int(text) <= 1024:
-        raise argparse.ArgumentTypeError("%r is not a number from 1 to 1024" % text)
-    return int(text)
+def option(pattern, read, fits, what):
+    """argparse's type for texts of a pattern that are read as values that fit."""
+    def option_of(text):
+        if not re.fullmatch(pattern, text) or not fits(read(text)):
+            raise argparse.ArgumentTypeError("%r is not %s" % (text, what))
+        return read(text)
+    return option_of
 
 
 def parse_options(arguments):
@@ -173,12 +161,14 @@ def parse_options(arguments):
     p.add_argument("output", metavar="OUT.bin",
                    help="file to write; an older one is replaced once all is well")
     p.add_argument("--type", choices=TYPE_NAMES, help="type of the matrices (default: q8)")
-    p.add_argument("--size", type=size_option, metavar="BYTES",
+    p.add_argument("--size", metavar="BYTES", type=option(
+        r"\d+(\.\d+)?[kMG]?B?", bytes_of, lambda n: 1 <= n < 1 << 62, "a size such as 11G or 900M"),
                    help="instead of --type: q3, q4, q6 or q8 for each matrix, so that the file has "
                    "at most that size (900M, 11G; powers of 1000) and loses least by it; best "
                    "with --importance")
-    p.add_argument("--bits", type=bits_option, metavar="N", help="the same for at most N bits a "
-                   "weight, such as 3.6")
+    p.add_argument("--bits", metavar="N", help="the same for at most N bits a weight, such as 3.6",
+                   type=option(r"\d+(\.\d+)?", float, lambda n: 1 <= n <= 32,
+                               "a number of bits from 1 to 32"))
     p.add_argument("--head", choices=TYPE_NAMES, metavar="TYPE",
                    help="type of the output head, see below")
     p.add_argument("--tensor", type=tensor_option, action="append", default=[],
@@ -193,7 +183,7 @@ def parse_options(arguments):
                    "checkpoint as bf16 or q8: quantised matrices then lose least in what they "
                    "multiply, and errors are weighted so")
     p.add_argument("--tokenizer", metavar="FILE",
-                   help="tokenizer.model, tokenizer.json (maybe .xz), a file made by %(prog)s, a "
+                   help="tokenizer.model, tokenizer.json, a file made by %(prog)s, a "
                    "directory, or a name on huggingface.co (default: the checkpoint's)")
     p.add_argument("--tokenizer-only", action="store_true",
                    help="CHECKPOINT is such a FILE; write only its tokenizer")
@@ -201,10 +191,13 @@ def parse_options(arguments):
     p.add_argument("--source", help="origin to note in the file")
     p.add_argument("--license", metavar="TEXT", help="licence to note in the file (default: the "
                    "Gemma terms for models with Gemma's vocabulary)")
-    p.add_argument("--align", type=align_option, metavar="N", help="start sections at multiples of "
-                   "N bytes (default: 4096; 64 for less than 1 MiB of weights)")
-    p.add_argument("-j", "--jobs", type=jobs_option, default=min(os.cpu_count() or 1, 64),
-                   metavar="N", help="worker processes (default: one a processor)")
+    p.add_argument("--align", metavar="N", help="start sections at multiples of N bytes "
+                   "(default: 4096; 64 for less than 1 MiB of weights)", type=option(
+                       r"\d{1,9}", int, lambda n: 64 <= n <= 1 << 21 and not n & n - 1,
+                       "a power of two from 64 to 2097152"))
+    p.add_argument("-j", "--jobs", default=min(os.cpu_count() or 1, 64), metavar="N",
+                   help="worker processes (default: one a processor)", type=option(
+                       r"\d{1,9}", int, lambda n: 1 <= n <= 1024, "a number from 1 to 1024"))
     p.add_argument("-q", "--quiet", action="store_true", help="no progress bar and no report")
     p.add_argument("--version", action="version", version="%(prog)s " + VERSION)
     options = p.parse_args(arguments)
@@ -242,34 +235,21 @@ class Stopped(BaseException):
 
 
 class Progress:
-    """A bar on standard error when that is a terminal: an empty one from the start; tqdm's,
-    where that is installed, as soon as the work can be counted."""
+    """A bar on standard error when that is a terminal."""
     current = None
 
     def __init__(self, wanted):
         self.wanted = wanted and sys.stderr.isatty()
-        self.total = self.done = 0
-        self.shown, self.tqdm = -1, None
+        self.total, self.done, self.shown = 1, 0, -1
         Progress.current = self
-        self.draw()
+        self.add(0)
 
     def start(self, total):
-        self.total = total
-        if self.wanted:
-            with contextlib.suppress(ImportError):
-                from tqdm import tqdm
-                self.clear()
-                self.tqdm = tqdm(total=total, unit="w", unit_scale=True, leave=False)
+        self.total, self.done = total, 0
 
     def add(self, n):
         self.done += n
-        if self.tqdm is not None:
-            self.tqdm.update(n)
-        else:
-            self.draw()
-
-    def draw(self):
-        percent = self.done * 100 // max(self.total, 1)
+        percent = self.done * 100 // self.total
         if self.wanted and percent != self.shown:
             self.shown = percent
             print("\r[%-50s] %3d %%" % ("#" * (percent // 2), percent), end="", file=sys.stderr,
@@ -277,16 +257,12 @@ class Progress:
 
     def clear(self):
         """Makes room for a line of text; what comes next draws the bar again."""
-        if self.tqdm is not None:
-            self.tqdm.clear()
-        elif self.wanted:
+        if self.wanted:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
             self.shown = -1
 
     def close(self):
         self.clear()
-        if self.tqdm is not None:
-            self.tqdm.close()
         Progress.current = None
 
 
@@ -331,9 +307,9 @@ def undisturbed():
     try:
         yield
     finally:
-        Stopped.held = False
-    if Stopped.pending:
-        raise Stopped(Stopped.pending)
+        Stopped.held, number, Stopped.pending = False, Stopped.pending, None
+    if number:
+        raise Stopped(number)
 
 
 def unique_keys(pairs):
@@ -855,6 +831,12 @@ LAYER_ROLES = [  # in the order in which a layer uses them
 ]
 FACTS, TOKENIZER = 1, 2
 
+LIMITS = {  # of the file's header, as gemma2.c's section 2 has them; no soft-cap is 0
+    "L": (1, 1024), "D": (1, 1 << 20), "N": (1, 4096), "K": (1, 4096), "H": (2, 1024),
+    "F": (1, 1 << 22), "V": (1, (1 << 22) - 1), "window": (1, 1 << 30), "context": (1, 1 << 30),
+    "eps": (0, 1), "rope_theta": (1e-3, 1e12), "attn_softcap": (0.01, 10000),
+    "final_softcap": (0.01, 10000), "query_scale": (1e-9, 1e9)}
+
 
 class Model:
     """What the file's header says, but for the vocabulary, which the embedding decides, and S, the
@@ -910,12 +892,27 @@ def is_norm(name):
 #   write    Container (section 6) writes the slabs in order, with their digests
 #
 # So a conversion holds a few slabs of a few megabytes, whatever the model's size.  Two tensors are
-# the exception: GPTQ's and AWQ's matrices, which lie transposed, are turned whole, one at a time,
-# and a Flax array is read by the chunks in which it was written.
+# the exception: GPTQ's and AWQ's matrices, which lie transposed, are read whole, one at a time, and
+# a Flax array is read by the chunks in which it was written.
 #
 # Checkpoints and tensors cross to the worker processes by pickling: they hold paths and offsets,
 # but no open files and no closures.  What a process wants again, keep() keeps.
 # =====================================================================================
+
+
+class Tensors(dict):
+    """Name to tensor; of each name there is one."""
+
+    def __init__(self):
+        super().__init__()
+        self.origin = {}
+
+    def add(self, name, tensor, where):
+        """Where it was found is for messages."""
+        if name in self:
+            raise ExportError("the checkpoint holds %s twice (%s and %s): remove the stale one, or "
+                              "fetch the file again" % (name, self.origin[name], where))
+        self[name], self.origin[name] = tensor, where
 
 
 class Checkpoint:
@@ -928,6 +925,20 @@ class Checkpoint:
     tensors = {}     # canonical name to tensor ("head" only where there is one)
     start_method = None  # of worker processes, where the platform's own does not do
     most_jobs = 1024     # more would need too much memory
+    endings, magic = (), None  # of a file that can be given: its name's, or its first bytes
+    pattern = None       # of names in a directory
+    single = index = ""  # names of the file that may be all, and of the list of several
+
+    @classmethod
+    def suits(cls, path):
+        if os.path.isdir(path):
+            return bool(cls.files_of(path))
+        with open(path, "rb") as f:
+            return path.endswith(cls.endings) or f.read(4) == cls.magic
+
+    @classmethod
+    def files_of(cls, path):
+        return weight_files(path, cls.pattern, cls.single, cls.index)
 
     def name(self):
         return directory_name(self.directory)
@@ -1010,18 +1021,35 @@ def library(name, package, what):
 RELEASED = {2304: (8, 4, 256), 3584: (16, 8, 256), 4608: (32, 16, 128)}
 
 
-def model_of_shapes(L, D, N, K, H, F):
-    """The Model of a format that stores no facts: they are the same in all released models, but
-    that 27B scales queries by D / N instead of H."""
+def model_of_sizes(sizes, where):
+    """The Model of {"L": ... "F": ...} and the facts that all released models share, but that 27B
+    scales queries by D / N instead of H.  What a format knows better is put in its place."""
     model = Model()
-    model.L, model.D, model.N, model.K, model.H, model.F = L, D, N, K, H, F
+    for letter in "LDNKHF":
+        least, most = LIMITS[letter]
+        if not least <= sizes.get(letter, 0) <= most:
+            raise ExportError("%s gives no usable %s (%s; %d to %d can be): fetch all files of the "
+                              "checkpoint" % (where, SIZE_NAMES[letter], sizes.get(letter), least,
+                                              most))
+        setattr(model, letter, sizes[letter])
+    if model.N % model.K or model.H % 2:
+        raise ExportError("%s has %d heads of %d values and %d key/value heads, which do not go "
+                          "together: fetch it again" % (where, model.N, model.H, model.K))
     model.window, model.context, model.eps, model.rope_theta = 4096, 8192, 1e-6, 10000.0
     model.attn_softcap, model.final_softcap = 50.0, 30.0
-    model.local = tuple(i % 2 == 0 for i in range(L))
-    scalar = D // N if (D, N, H) == (4608, 32, 128) else H
-    model.query_scale = float(np.float32(scalar ** -0.5))
-    model.embedding_scale = embedding_scale(D)
+    model.local = tuple(i % 2 == 0 for i in range(model.L))
+    is_27b = (model.D, model.N, model.H) == (4608, 32, 128)
+    model.query_scale = scale_of(model.D // model.N if is_27b else model.H)
+    model.embedding_scale = embedding_scale(model.D)
     return model
+
+
+def scale_of(scalar):
+    return float(np.float32(scalar ** -0.5))
+
+
+def count_layers(names):
+    return 1 + max((int(n.split(".")[1]) for n in names if n.startswith("layers.")), default=-1)
 
 
 def stranger(name, kind="Gemma 2", holder="the checkpoint"):
@@ -1051,17 +1079,10 @@ OTHER_MODELS = [  # pattern of model_type, what it is
 ]
 HEADS = re.compile(r".*ForTokenClassification|.*Reward.*|.*ForQuestionAnswering")
 
-# Model attribute, keys of config.json (first found counts), value where all are missing
-# (None: must be there), least and greatest value
-SIZES = [
-    ("L", ("num_hidden_layers",), None, 1, 1024),
-    ("D", ("hidden_size",), None, 1, 1 << 20),
-    ("N", ("num_attention_heads",), None, 1, 4096),
-    ("K", ("num_key_value_heads",), None, 1, 4096),
-    ("H", ("head_dim",), 256, 2, 1024),  # never D / N
-    ("F", ("intermediate_size",), None, 1, 1 << 22),
-    ("context", ("max_position_embeddings",), 8192, 1, 1 << 30),
-]
+SIZE_NAMES = {  # as config.json has them
+    "L": "num_hidden_layers", "D": "hidden_size", "N": "num_attention_heads",
+    "K": "num_key_value_heads", "H": "head_dim", "F": "intermediate_size",
+}
 SOFTCAPS = [("attn_softcap", "attn_logit_softcapping", 50.0),
             ("final_softcap", "final_logit_softcapping", 30.0)]  # null or 0 is off
 
@@ -1074,7 +1095,7 @@ class Config:
 
     def bad(self, key, value, want):
         return ExportError("%s: %s is %s, but must be %s"
-                           % (self.path, key, json.dumps(value), want))
+                           % (self.path, key, json.dumps(value)[:80], want))
 
     def first(self, keys, default):
         """Key and value of the first of keys that is there."""
@@ -1102,22 +1123,17 @@ class Config:
 def model_of_config(config):
     """Every variant of Gemma 2's config.json to a Model; what it cannot mean is refused."""
     refuse_other_models(config)
-    model = Model()
-    for name, keys, default, least, most in SIZES:
-        setattr(model, name, config.number(keys, default, least, most, int))
+    model = model_of_sizes({
+        letter: config.number((key,), 256 if letter == "H" else None, *LIMITS[letter], int)
+        for letter, key in SIZE_NAMES.items()}, config.path)
+    model.context = config.number(("max_position_embeddings",), 8192, *LIMITS["context"], int)
     for name, key, default in SOFTCAPS:
         setattr(model, name, config.softcap(key, default))
     model.eps = config.number(("rms_norm_eps",), 1e-6, 0, 1)
-    if model.N % model.K:
-        raise config.bad("num_key_value_heads", model.K,
-                         "a divisor of num_attention_heads, %d" % model.N)
-    if model.H % 2:
-        raise config.bad("head_dim", model.H, "even")
     model.rope_theta = rope_theta(config)
     model.local = local_layers(config, model.L)
     model.window = sliding_window(config, model)
     model.query_scale = query_scale(config, model)
-    model.embedding_scale = embedding_scale(model.D)
     model.stop_ids = id_list(config, "eos_token_id")
     model.tied = config.doc.get("tie_word_embeddings")
     if model.tied not in (None, True, False):
@@ -1140,13 +1156,11 @@ def refuse_other_models(config):
     named = doc.get("architectures")
     for name in named if isinstance(named, list) else []:
         if HEADS.fullmatch(str(name)):
-            raise ExportError("%s: architectures is %s: a classifier or reward model, whose head "
-                              "gives scores and no text; gemma2.c runs language models only"
-                              % (config.path, json.dumps(name)))
+            raise config.bad("architectures", name, "a language model: this classifier's or reward "
+                             "model's head gives scores and no text")
     for key in ("attention_bias", "use_bidirectional_attention"):
         if doc.get(key):
-            raise ExportError("%s: %s is %s, which Gemma 2 as released does not have and gemma2.c "
-                              "cannot run" % (config.path, key, json.dumps(doc[key])))
+            raise config.bad(key, doc[key], "false, as in Gemma 2 as released")
     # hidden_act is a leftover that the released models do not follow
     act = doc.get("hidden_activation")
     if act not in (None, "gelu_pytorch_tanh", "gelu_new", "gelu_fast"):
@@ -1164,8 +1178,7 @@ def rope_theta(config):
     for part in groups + ([scaling] if isinstance(scaling, dict) else []):
         kind = part.get("rope_type", part.get("type", "default"))
         if kind not in (None, "default") or part.get("partial_rotary_factor") not in (None, 1, 1.0):
-            raise ExportError("%s: rope type %s: gemma2.c runs Gemma 2's plain rotary positions "
-                              "(\"default\") only" % (config.path, json.dumps(kind)))
+            raise config.bad("rope type", kind, "\"default\", Gemma 2's plain rotary positions")
     thetas = {json.dumps(p.get("rope_theta", doc.get("rope_theta", 10000.0))) for p in groups}
     theta = json.loads(thetas.pop())
     is_number = isinstance(theta, (int, float)) and not isinstance(theta, bool)
@@ -1180,12 +1193,10 @@ def local_layers(config, n_layers):
     if types is None:
         return tuple(i % 2 == 0 for i in range(n_layers))
     names = {"sliding_attention": True, "full_attention": False}
-    if not isinstance(types, list) or len(types) != n_layers:
-        raise ExportError("%s: layer_types is no list of %d entries, one for each layer"
-                          % (config.path, n_layers))
-    for t in types:
-        if not isinstance(t, str) or t not in names:
-            raise config.bad("an entry of layer_types", t, "sliding_attention or full_attention")
+    if not isinstance(types, list) or len(types) != n_layers or any(
+            not isinstance(t, str) or t not in names for t in types):
+        raise config.bad("layer_types", types, "a list of %d entries, sliding_attention or "
+                         "full_attention" % n_layers)
     return tuple(names[t] for t in types)
 
 
@@ -1202,7 +1213,7 @@ def query_scale(config, model):
         warn("query_pre_attn_scalar is 224 and is kept; Google corrected this value of early 9B "
              "files to 256, so if answers are poor, write 256 into %s and convert again"
              % config.path)
-    return float(np.float32(scalar ** -0.5))
+    return scale_of(scalar)
 
 
 def id_list(config, key):
@@ -1215,7 +1226,6 @@ def id_list(config, key):
 
 
 # ---- safetensors ----------------------------------------------------------------------
-
 
 
 def to_f32(a):
@@ -1326,13 +1336,10 @@ def check_layout(path, tensors, base, size):
 
 def stored_tensors(files, read):
     """Name to Stored, from all files; read is for one."""
-    stored = {}
+    stored = Tensors()
     for path in files:
         for name, tensor in read(path).items():
-            if name in stored:
-                raise ExportError("the checkpoint holds %s twice (in %s and in %s): remove the "
-                                  "stale file" % (name, stored[name].path, path))
-            stored[name] = tensor
+            stored.add(name, tensor, path)
     return stored
 
 
@@ -1346,7 +1353,7 @@ def series(name):
     return (m.group(1, 3), int(m[2]), None) if m else None
 
 
-def weight_files(path, pattern, single, index=None):
+def weight_files(path, pattern, single, index):
     """The files of a checkpoint: one, those of an index, or a numbered series.  path is their
     directory or any of them."""
     directory, given = path, None
@@ -1356,19 +1363,17 @@ def weight_files(path, pattern, single, index=None):
         if given is None:
             return [path]
     names = sorted(n for n in os.listdir(directory) if pattern.fullmatch(n))
-    index = os.path.join(directory, index or single + ".index.json")
     if single in names and not given:
         return [os.path.join(directory, single)]
-    if os.path.isfile(index) and not given:
-        return indexed_files(directory, index, pattern)
+    if index and os.path.isfile(os.path.join(directory, index)) and not given:
+        return indexed_files(directory, os.path.join(directory, index), pattern)
     found = collections.defaultdict(list)
     for n in names:
         found[series(n)[0] if series(n) else n].append(n)
     if len(found) > 1 and not given:
-        raise ExportError("%s holds several checkpoints (%s ...) and no %s: give a file of the "
-                          "right one, or fetch the index" % (
-                              directory, ", ".join(n[0] for n in list(found.values())[:2]),
-                              os.path.basename(index)))
+        raise ExportError("%s holds several checkpoints (%s ...): give a file of the right one%s"
+                          % (directory, ", ".join(n[0] for n in list(found.values())[:2]),
+                             ", or fetch " + index if index else ""))
     names = found[given[0]] if given else next(iter(found.values()), [])
     numbered = [series(n) for n in names if series(n)]
     count = numbered[0][2] or len(names) if numbered else 0
@@ -1457,20 +1462,15 @@ def canonical_name(hf_name, holder="the checkpoint"):
 class HuggingFace(Checkpoint):
     """A directory with config.json and safetensors files, or one of these.  Where config.json is
     missing or says little, the shapes tell the model."""
-    what, endings, single = "Hugging Face safetensors", (".safetensors",), "model.safetensors"
+    what, endings = "Hugging Face safetensors", (".safetensors",)
     # In a directory, where torchtune and others leave an adapter beside the weights
     pattern = re.compile(r"(?!adapter_).*\.safetensors")
+    single, index = "model.safetensors", "model.safetensors.index.json"
     read = staticmethod(read_safetensors_header)
-
-    @classmethod
-    def suits(cls, path):
-        if os.path.isfile(path):
-            return path.endswith(cls.endings)
-        return bool(weight_files(path, cls.pattern, cls.single))
 
     def __init__(self, path):
         self.directory = path if os.path.isdir(path) else os.path.dirname(path) or "."
-        self.files = weight_files(path, self.pattern, self.single)
+        self.files = self.files_of(path)
         self.source = "%s, %s" % (self.name(), self.what)
         config = Config(os.path.join(self.directory, "config.json"),
                         optional_json(self.directory, "config.json"))
@@ -1483,7 +1483,9 @@ class HuggingFace(Checkpoint):
         self.tensors = self.collect(stored)
         self.model = (model_of_config(config) if "num_hidden_layers" in config.doc
                       else self.model_of_shapes(angles))
-        self.add_generation_config()
+        generation = Config("generation_config.json",
+                            optional_json(self.directory, "generation_config.json"))
+        self.model.stop_ids += id_list(generation, "eos_token_id")
         self.split_qkv()
         self.files += [config.path] if config.doc else []
         said = config.doc.get("vocab_size")
@@ -1492,28 +1494,20 @@ class HuggingFace(Checkpoint):
             warn("config.json says vocab_size %s, the embedding has %d rows; the rows count"
                  % (json.dumps(said), rows))
 
-    def add_generation_config(self):
-        path = os.path.join(self.directory, "generation_config.json")
-        if os.path.isfile(path):
-            self.model.stop_ids += id_list(Config(path), "eos_token_id")
-
     @staticmethod
     def collect(stored):
         """By our names, those of fused projections included."""
-        tensors, origin = {}, {}
+        tensors = Tensors()
         for hf_name, tensor in stored.items():
             name = canonical_name(hf_name)
             if name is None:
                 continue
-            if name in tensors:
-                raise ExportError("the checkpoint holds %s twice (as %s and as %s): remove the "
-                                  "stale one" % (name, origin[name], hf_name))
             if isinstance(tensor, Stored) and tensor.dtype not in FLOATS:
                 raise ExportError("%s: %s has dtype %s, and neither config.json nor a tensor of "
                                   "scales tells what its numbers mean: convert the original "
                                   "checkpoint, in F32, BF16 or F16"
                                   % (tensor.path, hf_name, tensor.dtype))
-            tensors[name], origin[name] = tensor, hf_name
+            tensors.add(name, tensor, hf_name)
         return tensors
 
     def model_of_shapes(self, angles):
@@ -1526,14 +1520,14 @@ class HuggingFace(Checkpoint):
         D, q_rows = found["layers.0.o"].shape
         kv_rows = found[kv].shape[0] - q_rows >> 1 if kv.endswith("qkv") else found[kv].shape[0]
         H = 2 * angles[0].shape[1] if angles else RELEASED.get(D, (0, 0, 0))[2]
-        layers = max(int(n.split(".")[1]) for n in found if n.startswith("layers.")) + 1
+        layers = count_layers(found)
         if not H or q_rows % H or kv_rows % H:
             raise ExportError("%s has no config.json that tells its sizes, and its shapes (hidden "
                               "size %d, %d layers, %d rows of q) are not those of 2B, 9B or 27B: "
                               "put the model's config.json beside it" % (where, D, layers, q_rows))
-        sizes = {"L": layers, "D": D, "N": q_rows // H, "K": kv_rows // H, "H": H,
-                 "F": found["layers.0.gate"].shape[0]}
-        return model_of_sizes(sizes, found, where)
+        refuse_gemma_1(found, where)
+        return model_of_sizes({"L": layers, "D": D, "N": q_rows // H, "K": kv_rows // H, "H": H,
+                               "F": found["layers.0.gate"].shape[0]}, where)
 
     def split_qkv(self):
         """qkv as q, k and v: all rows of q, then of k, then of v."""
@@ -1546,10 +1540,8 @@ class HuggingFace(Checkpoint):
                                   "not belong together"
                                   % (name, list(fused.shape), [ends["v"], m.D]))
             for c, end in ends.items():
-                if name[:-3] + c in tensors:
-                    raise ExportError("the checkpoint holds %s twice, fused and by itself"
-                                      % (name[:-3] + c))
-                tensors[name[:-3] + c], start = Slice(fused, start, end), end
+                tensors.add(name[:-3] + c, Slice(fused, start, end), name)
+                start = end
 
     def tokenizer(self):
         if self.pieces is None:
@@ -1597,100 +1589,71 @@ STATES = "model_state_dict", "state_dict", "model", "module"  # keys of a state 
 
 
 class Named:
-    """What a pickle names, or what would come of calling it: nothing is ever called."""
+    """Stands for whatever a pickle names: made of anything, it takes any contents, and does
+    nothing."""
+    name = ""
 
-    def __init__(self, name):
-        self.name = name
+    def __new__(cls, *_given, **_named):
+        return object.__new__(cls)
+
+    def ignore(self, *_given):
+        pass
+    __init__ = __setitem__ = append = extend = add = ignore
+
+
+class State(dict):
+    """A dictionary that takes texts and numbers as keys: to hash others may overflow the stack."""
+
+    def __init__(self, *_given):
+        super().__init__()
+
+    def __setitem__(self, key, value):
+        if isinstance(key, (str, int)):
+            super().__setitem__(key, value)
 
 
 # A tensor as a pickle describes it: in elements of its storage, which has a type and a key
 Torch = collections.namedtuple("Torch", "dtype key start dims strides")
-LITERALS = re.compile("(SHORT_)?(BIN)?(INT|LONG|FLOAT|STRING|UNICODE|BYTES)[1248]?|BYTEARRAY8")
-CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 
 
-class Pickle:
-    """Follows the instructions of a pickle that build texts, numbers, lists, dictionaries and
-    tensors.  Everything else that it holds is a Named or left out."""
+def rebuild_v2(storage, start, dims, strides, _grad, _hooks, *more):
+    dtype, key = storage
+    return Torch(None if any(more) else dtype, key, start, dims, strides)
 
-    def __init__(self, data):
-        self.stack, self.marks, self.memo = [], [], {}
-        for op, argument, _ in pickletools.genops(data):
-            self.follow(op.name, argument)
-        self.result = self.stack.pop()
 
-    def items(self):
-        """What came after the last mark."""
-        at = self.marks.pop()
-        found, self.stack[at:] = self.stack[at:], []
-        return found
+def rebuild_v3(storage, start, dims, strides, _grad, _hooks, dtype, *more):
+    return Torch(None if any(more) else TORCH_FLOAT8.get(dtype.name), storage[1], start, dims,
+                 strides)
 
-    def follow(self, op, argument):
-        """One instruction, by the name that pickletools gives it."""
-        stack = self.stack
-        if op in CONSTANTS or LITERALS.fullmatch(op):
-            stack.append(CONSTANTS.get(op, argument))
-        elif op == "MARK":
-            self.marks.append(len(stack))
-        elif op in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
-            self.memo[len(self.memo) if op == "MEMOIZE" else argument] = stack[-1]
-        elif op in ("GET", "BINGET", "LONG_BINGET"):
-            stack.append(self.memo[argument])
-        elif op in ("EMPTY_DICT", "EMPTY_LIST", "EMPTY_SET"):
-            stack.append({} if op == "EMPTY_DICT" else [])
-        elif op in ("TUPLE", "LIST", "FROZENSET"):
-            stack.append(tuple(self.items()) if op == "TUPLE" else self.items())
-        elif op in ("TUPLE1", "TUPLE2", "TUPLE3"):
-            n = int(op[5:])
-            stack[-n:] = [(*stack[-n:],)]
-        elif op in ("APPEND", "APPENDS", "ADDITEMS"):
-            found = [stack.pop()] if op == "APPEND" else self.items()
-            if isinstance(stack[-1], list):
-                stack[-1].extend(found)
-        elif op in ("SETITEM", "SETITEMS", "DICT"):
-            found = [stack.pop(-2), stack.pop()] if op == "SETITEM" else self.items()
-            if op == "DICT":
-                stack.append({})
-            if isinstance(stack[-1], dict):  # a state dict's keys are texts
-                stack[-1].update((k, v) for k, v in zip(found[::2], found[1::2])
-                                 if isinstance(k, (str, int)))
-        elif op in ("GLOBAL", "STACK_GLOBAL"):
-            words = argument.split(" ") if op == "GLOBAL" else [stack.pop(-2), stack.pop()]
-            stack.append(Named(".".join(words)))
-        elif op in ("INST", "OBJ"):
-            found = self.items()
-            stack.append(Named(argument.replace(" ", ".") if op == "INST" else found[0].name))
-        elif op in ("REDUCE", "NEWOBJ"):
-            stack.append(self.call(stack.pop(-2), stack.pop()))
-        elif op == "NEWOBJ_EX":
-            stack[-3:] = [Named(stack[-3].name)]
-        elif op == "BINPERSID":
-            stack.append(self.storage(stack.pop()))
-        elif op in ("BUILD", "POP"):  # a state dict has attributes, which mean nothing here
-            stack.pop()
-        elif op not in ("PROTO", "FRAME", "STOP"):
-            raise ValueError("it holds the instruction %s" % op)
 
-    @staticmethod
-    def storage(given):
+class Unpickler(pickle._Unpickler):
+    """Python's own in its form in Python, which trusts no size.  All that a pickle can call is
+    here: what torch.save names for the tensors of a state."""
+    CALLED = {
+        "collections.OrderedDict": State,
+        "torch._tensor._rebuild_from_type_v2": lambda function, _type, given, _state:
+            function(*given),
+        "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
+        "torch._utils._rebuild_parameter_with_state": lambda tensor, *_: tensor,
+        "torch._utils._rebuild_tensor_v2": rebuild_v2,
+        "torch._utils._rebuild_tensor_v3": rebuild_v3,
+    }
+    dispatch = {
+        **pickle._Unpickler.dispatch,
+        pickle.EMPTY_DICT[0]: lambda self: self.append(State()),
+        pickle.EMPTY_SET[0]: lambda self: self.append(Named()),
+        pickle.BUILD[0]: lambda self: self.stack.pop(),  # attributes mean nothing here
+    }
+    del dispatch[pickle.DICT[0]], dispatch[pickle.FROZENSET[0]]  # which hash and no torch writes
+
+    def find_class(self, module, name):
+        name = "%s.%s" % (module, name)
+        return self.CALLED.get(name) or type("Named", (Named,), {"name": name})
+
+    def persistent_load(self, given):
         """The type, None where the tensor tells it, and the key of a storage."""
         _, kind, key, *_ = given
         return TORCH_TYPES.get(kind.name.split(".")[-1].replace("Storage", "")), key
-
-    def call(self, function, given):
-        """What a call makes, where that is a tensor or a dictionary."""
-        name = function.name
-        if name == "torch._tensor._rebuild_from_type_v2":  # its function, its type, its arguments
-            return self.call(given[0], given[2])
-        if name.startswith("torch._utils._rebuild_parameter"):
-            return given[0]
-        if name == "torch._utils._rebuild_tensor_v2" and not any(given[6:]):
-            (dtype, key), start, dims, strides = given[:4]
-            return Torch(dtype, key, start, dims, strides)
-        if name == "torch._utils._rebuild_tensor_v3" and not any(given[7:]):
-            (_, key), start, dims, strides = given[:4]
-            return Torch(TORCH_FLOAT8.get(given[6].name), key, start, dims, strides)
-        return {} if name == "collections.OrderedDict" and given == () else Named(name)
 
 
 def torch_pickle(path, offset, size):
@@ -1699,7 +1662,7 @@ def torch_pickle(path, offset, size):
         raise ExportError("%s has a pickle of %d bytes, too long for a checkpoint: save the "
                           "model's state_dict() alone" % (path, size))
     try:
-        return Pickle(path_bytes(path, offset, size)).result
+        return Unpickler(io.BytesIO(path_bytes(path, offset, size))).load()
     except Exception as e:  # whatever hostile bytes make of it
         raise ExportError("%s is no PyTorch checkpoint, or damaged (its pickle: %s): fetch it again"
                           % (path, (str(e).strip() or type(e).__name__).split("\n")[0][:200])
@@ -1772,7 +1735,8 @@ def torch_stored(path, name, t, members, place):
 class PyTorch(HuggingFace):
     """torch.save of a state dict, with Hugging Face's names or gemma_pytorch's: the latter fuse
     q, k and v into qkv_proj, may be int8 with a weight_scaler, and bring no config."""
-    what, endings, single = "PyTorch", (".ckpt", ".bin", ".pth", ".pt"), "pytorch_model.bin"
+    what, endings = "PyTorch", (".ckpt", ".bin", ".pth", ".pt")
+    single, index = "pytorch_model.bin", "pytorch_model.bin.index.json"
     # In a directory, where what else a trainer left is no weights
     pattern = re.compile(r"(?!(optimizer|scheduler|scaler|rng_state|recipe_state|training_args|"
                          r"adapter_).*)(pytorch_model.*\.bin|.*-of-\d+\.bin|.*\.(ckpt|pth|pt))")
@@ -1798,8 +1762,8 @@ class PyTorch(HuggingFace):
 # Released so were, for instance, mlx-community's gemma-2-9b-it-4bit, ModelCloud's gemma-2-27b-it-
 # gptq-4bit, hugging-quants' gemma-2-9b-it-AWQ-INT4, unsloth's gemma-2-9b-it-bnb-4bit (its scales
 # quantised too), neuralmagic's gemma-2-9b-it-quantized.w4a16, .w8a16 and gemma-2-2b-it-FP8 (all
-# symmetric).  AutoRound packs as GPTQ or AWQ does.  Other methods and other forms of these, in
-# which no Gemma 2 is known to have been released, are refused by name.
+# symmetric).  Other methods and other forms of these, in which no Gemma 2 is known to have been
+# released, are refused by name.
 #
 # Everything is computed in f32, from the numbers as stored.
 # ---------------------------------------------------------------------------------------
@@ -1903,8 +1867,7 @@ class NestedScales:
 
 
 class Turned:
-    """GPTQ's W^T, read whole and turned: a row is its words, then the zeros of its groups, then
-    their scales."""
+    """GPTQ's W^T [in, out], which is read whole.  The codes of a column are a bit stream."""
 
     def __init__(self, parts, bits, group):
         self.qweight, self.qzeros, self.scales, self.g_idx = (
@@ -1917,67 +1880,45 @@ class Turned:
         return self.qweight.shape[0] * 32 // self.bits
 
     def rows(self, start, stop):
-        record = keep("turned", self.key, self.load)[start:stop]
-        return self.dequantise(np.ascontiguousarray(record))
-
-    def words(self, start, stop):
-        """Words [stop - start, out] of the bit streams down the columns."""
-        return self.qweight.raw(start, stop).view("<u4")
-
-    def zeros(self):
-        return Bits(self.qzeros, self.bits, self.shape[0]).rows(0, self.qzeros.shape[0])
-
-    def load(self):
-        (out, cols), groups = self.shape, self.scales.shape[0]
-        n_words = cols * self.bits // 32
-        record = np.empty((out, n_words + 2 * groups), "<u4")
-        for i, j in row_blocks(n_words, out):
-            record[:, i:j] = self.words(i, j).T
-        numbers = record[:, n_words:].view("<f4")
-        numbers[:, :groups] = self.zeros().T
-        numbers[:, groups:] = self.scales.rows(0, groups).T
-        return record
-
-    def dequantise(self, record):
-        n_words, groups = self.shape[1] * self.bits // 32, self.scales.shape[0]
-        numbers = record[:, n_words:].view("<f4")
+        words, zeros, scales = keep("turned", self.key, self.load)
         group = column_groups(self.g_idx, self.group, self.shape[1])
-        codes = unpack_bits(record[:, :n_words].view(np.uint8), self.bits, self.shape[1])
-        w = codes.astype(np.float32)
-        w -= numbers[:, :groups][:, group]
-        w *= numbers[:, groups:][:, group]
+        w = self.codes(words, start, stop).astype(np.float32, order="C")
+        w -= zeros[:, start:stop].T[:, group]
+        w *= scales[:, start:stop].T[:, group]
         return w
 
-
-class TurnedFirst(Turned):
-    """The first form of GPTQ's files stores each zero less one, and 0 as all ones."""
+    def load(self):
+        words = self.qweight.raw(0, self.qweight.shape[0]).view("<u4")
+        return words, self.zeros(), self.scales.rows(0, self.scales.shape[0])
 
     def zeros(self):
-        return (super().zeros() + 1) % (1 << self.bits)
+        """f32 [groups, out].  The file has each less one, and 0 as all ones."""
+        zeros = Bits(self.qzeros, self.bits, self.shape[0]).rows(0, self.qzeros.shape[0])
+        return (zeros + 1) % (1 << self.bits)
 
-
-AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]  # where a word keeps each of its eight columns
+    def codes(self, words, start, stop):
+        """u8 [stop - start, in]"""
+        stream = np.ascontiguousarray(words[:, start:stop].T).view(np.uint8)
+        return unpack_bits(stream, self.bits, self.shape[1])
 
 
 class TurnedAwq(Turned):
-    """AWQ's: words run along the outputs instead."""
+    """AWQ's: a word has eight outputs of one input."""
+    ORDER = [0, 4, 1, 5, 2, 6, 3, 7]  # where it keeps each of them
 
     def columns(self):
         return self.qweight.shape[0]
 
-    @staticmethod
-    def codes(words, start, stop):
-        """Codes u8 [stop - start, out]."""
-        codes = unpack_bits(words.raw(start, stop), 4, words.shape[1] * 8)
-        return codes.reshape(stop - start, -1, 8)[:, :, AWQ_ORDER].reshape(stop - start, -1)
-
-    def words(self, start, stop):
-        codes = self.codes(self.qweight, 8 * start, 8 * stop).reshape(stop - start, 8, -1)
-        shifts = np.arange(0, 32, 4, dtype=np.uint32)[:, None]
-        return np.bitwise_or.reduce(codes.astype(np.uint32) << shifts, axis=1)
-
     def zeros(self):
-        return self.codes(self.qzeros, 0, self.qzeros.shape[0]).astype(np.float32)
+        words = self.qzeros.raw(0, self.qzeros.shape[0]).view("<u4")
+        return self.codes(words, 0, self.shape[0]).T.astype(np.float32)
+
+    def codes(self, words, start, stop):
+        first = start // 8
+        raw = np.ascontiguousarray(words[:, first:-(-stop // 8)])
+        codes = unpack_bits(raw.view(np.uint8), 4, raw.shape[1] * 8)
+        codes = codes.reshape(len(raw), -1, 8)[:, :, self.ORDER].reshape(len(raw), -1)
+        return codes[:, start - 8 * first:stop - 8 * first].T
 
 
 # ---- From parts to tensors ------------------------------------------------------------
@@ -2039,7 +1980,7 @@ def mlx_matrix(parts, settings):
     own = settings.doc.get(parts.module)  # layers may have settings of their own
     if isinstance(own, dict):
         settings = Config(settings.path, {**settings.doc, **own})
-    form_of(settings, METHODS["mlx"])
+    check_form(settings, METHODS["mlx"])
     bits = settings.number(("bits",), None, 1, 8, int)
     group = settings.number(("group_size",), None, 1, 1 << 20, int)
     words, scales = parts.matrix("weight", WORDS), parts.matrix("scales", FLOATS)
@@ -2068,7 +2009,7 @@ def group_size(parts, settings, cols, groups):
     return cols // groups
 
 
-def gptq_matrix(parts, settings, form=None):
+def gptq_matrix(parts, settings):
     """bits and group size by the shapes, as config.json may give some layers others."""
     refuse_bias(parts)
     qweight, scales = parts.matrix("qweight", ("I32",)), parts.matrix("scales", FLOATS)
@@ -2085,13 +2026,10 @@ def gptq_matrix(parts, settings, form=None):
     parts.found["g_idx"] = checked_g_idx(parts, "g_idx", cols, groups)
     if groups > 1 and parts.found["g_idx"] is None and settings.doc.get("desc_act"):
         raise parts.bad("has its columns in an order (desc_act) that no part g_idx tells")
-    form = form or form_of(settings, METHODS["gptq"])
-    if form == "gptq" and settings.doc.get("sym") is False and (
-            "gptqmodel:" in json.dumps(settings.doc.get("meta"))):
+    if settings.doc.get("sym") is False and "gptqmodel:" in json.dumps(settings.doc.get("meta")):
         raise parts.bad("was packed by GPTQModel with zeros of its own (sym is false), whose "
                         "borrows cannot be told")
-    kind = Turned if form == "gptq_v2" else TurnedFirst
-    return kind(parts, bits, group_size(parts, settings, cols, groups))
+    return Turned(parts, bits, group_size(parts, settings, cols, groups))
 
 
 def awq_matrix(parts, settings):
@@ -2105,14 +2043,6 @@ def awq_matrix(parts, settings):
     return TurnedAwq(parts, 4, group_size(parts, settings, cols, groups))
 
 
-def auto_round_matrix(parts, settings):
-    """How it packs is told by words between colons; those for a kernel change nothing."""
-    words = set(form_of(settings, METHODS["auto-round"]).replace("auto_", "").split(":"))
-    if "awq" in words:
-        return awq_matrix(parts, settings)
-    return gptq_matrix(parts, settings, "gptq" if "gptq" in words else "gptq_v2")
-
-
 def block_of(parts, shape, grid):
     """Rows and columns of the blocks that share a number: all, a row or a group of a row."""
     (rows, cols), (tall, wide) = shape, grid
@@ -2120,12 +2050,6 @@ def block_of(parts, shape, grid):
         raise parts.bad("has scales of shape %s for weights of shape %s, where one for all, for a "
                         "row or for a group of a row can be read" % (list(grid), list(shape)))
     return rows // tall, cols // wide
-
-
-def float8_matrix(parts, settings):
-    codes = parts.matrix("weight", ("F8_E4M3",))
-    scale = parts.need("weight_scale", FLOATS)
-    return Scaled(codes, block_of(parts, codes.shape, scale.shape), scale)
 
 
 def compressed_matrix(parts, settings):
@@ -2225,7 +2149,7 @@ def four_bit_matrix(parts, settings):
 
 # marker: the part that only a quantised matrix has;  parts: what else belongs to it
 Layout = collections.namedtuple("Layout", "marker parts make")
-# keys: where config.json names the form;  forms: what can be read, the default first
+# keys: where config.json names the form;  forms: what can be read
 Method = collections.namedtuple("Method", "name keys forms layouts")
 
 QWEIGHT = ["qzeros", "scales", "g_idx", "bias"]
@@ -2238,92 +2162,70 @@ PLAIN = Method("gemma_pytorch", (), (), [Layout("weight_scaler", ["weight"], sca
 METHODS = {  # by quant_method, or what stands for it
     "mlx": Method("MLX", ("mode",), ("affine",), [
         Layout("scales", ["weight", "biases"], mlx_matrix)]),
-    "gptq": Method("GPTQ", ("checkpoint_format", "format"), ("gptq", "gptq_v2"), [
+    "gptq": Method("GPTQ", ("checkpoint_format", "format"), ("gptq",), [
         Layout("qweight", QWEIGHT, gptq_matrix)]),
     "awq": Method("AWQ", ("version", "format"), ("gemm",), [
         Layout("qweight", QWEIGHT, awq_matrix)]),
-    "auto-round": Method("AutoRound", ("packing_format", "backend"), (
-        *("auto_round:%sgptq%s" % (auto, kernel) for auto in ("auto_", "")
-          for kernel in ("", ":exllamav2", ":tritonv2")),
-        "auto_round:auto_awq", "auto_round:awq", "auto_round:exllamav2", "auto_round:tritonv2"), [
-            Layout("qweight", QWEIGHT, auto_round_matrix)]),
     "bitsandbytes": Method("bitsandbytes", (), (), [
         Layout("weight.absmax", BNB4, four_bit_matrix),
         Layout("SCB", ["weight", "weight_format"], int8_matrix)]),
     "compressed-tensors": Method("compressed-tensors", ("format",), (
         "pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "dense",
         "mixed-precision"), [Layout("weight_scale", COMPRESSED, compressed_matrix)]),
-    "fp8": Method("FP8", (), (), [Layout("weight_scale", ["weight"], float8_matrix)]),
+    "fp8": Method("FP8", (), (), [Layout("weight_scale", ["weight"], compressed_matrix)]),
 }
 
 
-def quantisation(config):
-    """quant_method and what config.json says of it; (None, None) for a plain checkpoint."""
-    doc = config.doc
-    if isinstance(doc.get("quantization"), dict):  # MLX writes both keys
-        return "mlx", doc["quantization"]
-    found = doc.get("quantization_config") or doc.get("compression_config")
-    if not found:
-        return None, None
-    if not isinstance(found, dict):
-        raise config.bad("quantization_config", found, "an object")
-    if "quant_method" in found:
-        kind = found["quant_method"]
-        return "auto-round" if kind in ("intel/auto-round", "auto_round") else kind, found
-    older = found.get("load_in_4bit") or found.get("load_in_8bit")
-    return "bitsandbytes" if older else None, found
+def unreadable(config, by, forms):
+    return ExportError("%s: the checkpoint is quantised by %s, which cannot be read (%s can): "
+                       "convert the original one, in f32, bf16 or f16" % (
+                           config.path, by, ", ".join(forms)))
 
 
-def form_of(settings, method):
-    """The form of a method that config.json names, if it can be read."""
-    named = [settings.doc[k] for k in method.keys if settings.doc.get(k) is not None]
-    form = str(named[0]).lower() if named else method.forms[0] if method.forms else ""
-    if named and form not in method.forms or not named and method.name == "AutoRound":
-        raise ExportError("%s: the checkpoint is quantised by %s in %s, which cannot be read (%s "
-                          "can): convert the original one, in f32, bf16 or f16" % (
-                              settings.path, method.name, "its form " + json.dumps(named[0])
-                              if named else "a form that it does not tell",
-                              ", ".join(method.forms)))
-    return form
+def check_form(settings, method):
+    """The form of a method that config.json names must be one that can be read."""
+    named = next((settings.doc[k] for k in method.keys if settings.doc.get(k) is not None), None)
+    if named is not None and str(named).lower() not in method.forms:
+        raise unreadable(settings, "%s in its form %s" % (method.name, json.dumps(named)),
+                         method.forms)
 
 
 def method_of(config):
     """The Method that config.json names, with its settings."""
-    kind, doc = quantisation(config)
+    doc, kind = config.doc, None
+    found = doc.get("quantization_config") or doc.get("compression_config") or {}
+    if isinstance(doc.get("quantization"), dict):  # MLX writes both keys
+        kind, found = "mlx", doc["quantization"]
+    elif not isinstance(found, dict):
+        raise config.bad("quantization_config", found, "an object")
+    elif found.get("load_in_4bit") or found.get("load_in_8bit"):  # older ones say no more
+        kind = "bitsandbytes"
+    kind = found.get("quant_method", kind)
     if kind is None:
         return PLAIN, config
-    method = METHODS.get(kind) if isinstance(kind, str) else None
-    if method is None:
-        raise ExportError("%s: the checkpoint is quantised by %s, which cannot be read (%s can): "
-                          "convert the original one, in f32, bf16 or f16" % (
-                              config.path, json.dumps(kind), ", ".join(METHODS)))
+    if not isinstance(kind, str) or kind not in METHODS:
+        raise unreadable(config, json.dumps(kind), METHODS)
+    settings = Config(config.path, found)
     for key in "transform_config", "sparsity_config", "weight_block_size", "weight_scale_semantics":
-        more = doc.get(key)
+        more = found.get(key)  # transformed weights, sparse ones, scales of blocks or inverse
         if more and not (isinstance(more, dict) and more.get("format") == "dense"):
-            raise ExportError("%s: %s tells that the weights were also transformed, packed as "
-                              "sparse or scaled by blocks or inverses, which cannot be read: "
-                              "convert the original checkpoint, in f32, bf16 or f16"
-                              % (config.path, key))
-    settings = Config(config.path, doc)
-    form_of(settings, method)
-    return method, settings
+            raise unreadable(config, "%s with a %s" % (kind, key), ["without it"])
+    check_form(settings, METHODS[kind])
+    return METHODS[kind], settings
 
 
 def dequantise(stored, config):
     """Puts one tensor in the place of the parts of each quantised matrix."""
     method, settings = method_of(config)
-    made = {}
+    made = {}  # not yet among what is stored, which the parts of others may be named like
     for marker, names, make in method.layouts:
         for name in [n for n in stored if n.endswith("." + marker)]:
             module = name[:-len(marker) - 1]
             found = {n: stored.pop(module + "." + n)
                      for n in [marker, *names] if module + "." + n in stored}
             made[module + ".weight"] = make(Parts(module, found), settings)
-    for name in made:
-        if name in stored:
-            raise ExportError("the checkpoint holds %s both quantised and plain: remove the stale "
-                              "file" % name)
-    stored.update(made)
+    for name, tensor in made.items():
+        stored.add(name, tensor, "quantised")
 
 
 # ---- Blocks: the formats of GGUF and gemma.cpp ----------------------------------------
@@ -2438,21 +2340,18 @@ class GgufHeader:
             raise self.bad("became shorter while it was read")
         return data
 
-    def number(self, numpy_type):
-        data = self.take(np.dtype(numpy_type).itemsize)
-        return np.frombuffer(data, numpy_type)[0].item()
+    def numbers(self, numpy_type, n=1):
+        data = self.take(n * np.dtype(numpy_type).itemsize)
+        return np.frombuffer(data, numpy_type).tolist()
 
     def start(self):
         if self.take(4) != b"GGUF":
             raise self.bad("is no GGUF file (git lfs pull, if it is a pointer)")
-        version = self.number("<u4")
-        if version and version & 0xFFFF == 0:
-            raise ExportError("%s is a big-endian GGUF file: fetch the little-endian one"
-                              % self.path)
+        version, = self.numbers("<u4")
         if version not in (2, 3):
-            raise ExportError("%s is GGUF version %d; 2 and 3 can be read: convert the original "
-                              "checkpoint" % (self.path, version))
-        return self.number("<u8"), self.number("<u8")
+            raise ExportError("%s is GGUF version %d, or big-endian; little-endian files of 2 and 3 "
+                              "can be read: convert the original checkpoint" % (self.path, version))
+        return self.numbers("<u8", 2)
 
     def named(self, count, what, read):
         """count pairs of a name and what read makes of the bytes after it."""
@@ -2474,27 +2373,24 @@ class GgufHeader:
         return self.take(n)
 
     def value(self):
-        kind = self.number("<u4")
-        if kind == GGUF_STRING:
-            return self.text()
-        if kind in GGUF_NUMBERS:
-            return self.number(GGUF_NUMBERS[kind])
+        kind, = self.numbers("<u4")
         if kind != GGUF_ARRAY:
-            raise self.bad("has a value of unknown type, %d" % kind)
-        kind, n = self.number("<u4"), self.number("<u8")
-        if kind not in GGUF_NUMBERS and kind != GGUF_STRING:
-            raise self.bad("has a list of values of type %d, which cannot be read" % kind)
+            return self.values(kind, 1)[0]
+        return self.values(*self.numbers("<u4"), *self.numbers("<u8"))
+
+    def values(self, kind, n):
         if kind == GGUF_STRING:
             return [self.text() for _ in range(n)]
-        data = self.take(n * np.dtype(GGUF_NUMBERS[kind]).itemsize)
-        return np.frombuffer(data, GGUF_NUMBERS[kind]).tolist()
+        if kind not in GGUF_NUMBERS:
+            raise self.bad("has values of the unknown type %d" % kind)
+        return self.numbers(GGUF_NUMBERS[kind], n)
 
     def entry(self):
         """(dimensions, the row's first; number of the type; offset) of a tensor."""
-        n = self.number("<u4")
+        n, = self.numbers("<u4")
         if n > 4:
             raise self.bad("has a tensor of %d dimensions" % n)
-        return [self.number("<u8") for _ in range(n)], self.number("<u4"), self.number("<u8")
+        return self.numbers("<u8", n), *self.numbers("<u4"), *self.numbers("<u8")
 
     def place(self, entries):
         """Entries to Blocks, once each is seen to lie in the file and apart from the others."""
@@ -2539,14 +2435,10 @@ class GgufHeader:
         return kind
 
 
-GGUF_SIZES = [  # as SIZES
-    ("L", ("gemma2.block_count",), None, 1, 1024),
-    ("D", ("gemma2.embedding_length",), None, 1, 1 << 20),
-    ("N", ("gemma2.attention.head_count",), None, 1, 4096),
-    ("K", ("gemma2.attention.head_count_kv",), None, 1, 4096),
-    ("H", ("gemma2.attention.key_length",), None, 2, 1024),
-    ("F", ("gemma2.feed_forward_length",), None, 1, 1 << 22),
-]
+GGUF_SIZES = {
+    "L": "block_count", "D": "embedding_length", "N": "attention.head_count",
+    "K": "attention.head_count_kv", "H": "attention.key_length", "F": "feed_forward_length",
+}
 GGUF_FIXED = [  # facts that llama.cpp would follow, and what they are wherever they are told
     ("attention.value_length", "H"), ("rope.dimension_count", "H"),
     ("attention.key_length_swa", "H"), ("attention.value_length_swa", "H"),
@@ -2555,45 +2447,28 @@ GGUF_FIXED = [  # facts that llama.cpp would follow, and what they are wherever 
 ]
 
 
-class GgufConfig(Config):
-    """The facts of a GGUF file with Config's complaints."""
-
-    def __init__(self, path, facts):
-        self.path = path
-        self.doc = {k: v.decode("utf-8", "replace") if isinstance(v, bytes) else v
-                    for k, v in facts.items()}
-
-    def bad(self, key, value, want):
-        is_long = isinstance(value, (str, list)) and len(value) > 40
-        return super().bad(key, value[:40] if is_long else value, want)
-
-
 def refuse_other_ggufs(config):
     kind, arch = (config.doc.get("general." + key) for key in ("type", "architecture"))
     if kind in ("adapter", "mmproj", "imatrix"):
-        what = {"adapter": "a LoRA adapter", "mmproj": "the image part of a model",
-                "imatrix": "data about importance"}[kind]
-        raise ExportError("%s holds %s and no model: give the model's file" % (config.path, what))
+        raise ExportError("%s holds no model (general.type is %s): give the model's file"
+                          % (config.path, json.dumps(kind)))
     if arch != "gemma2":
-        name = str(arch)[:40]
-        what = other_model(name.replace("-", "_"))
         raise ExportError("%s: general.architecture is %s: %s; only Gemma 2 (\"gemma2\") can be "
-                          "converted" % (config.path, json.dumps(name), what))
+                          "converted" % (config.path, json.dumps(arch)[:40],
+                                         other_model(str(arch).replace("-", "_"))))
 
 
 def model_of_gguf(config):
     """GGUF knows no query scale: it follows from the shapes."""
     refuse_other_ggufs(config)
-    sizes = {name: config.number(keys, default, least, most, int)
-             for name, keys, default, least, most in GGUF_SIZES}
-    model, H, prefix = model_of_shapes(**sizes), sizes["H"], "gemma2."
+    prefix = "gemma2."
+    sizes = {letter: config.number((prefix + key,), None, *LIMITS[letter], int)
+             for letter, key in GGUF_SIZES.items()}
+    model = model_of_sizes(sizes, config.path)
     for key, want in GGUF_FIXED:
         want = sizes.get(want, want)
         if config.doc.get(prefix + key, want) != want:
             raise config.bad(prefix + key, config.doc[prefix + key], json.dumps(want))
-    if model.N % model.K or H % 2:
-        raise ExportError("%s: %d query heads, %d key heads and a head of %d do not go together: "
-                          "fetch it again" % (config.path, model.N, model.K, H))
     model.context = config.number((prefix + "context_length",), 8192, 1, 1 << 30, int)
     model.window = config.number((prefix + "attention.sliding_window",), 4096, 1, 1 << 30, int)
     model.eps = config.number((prefix + "attention.layer_norm_rms_epsilon",), 1e-6, 0, 1)
@@ -2622,49 +2497,21 @@ def gguf_local_layers(config, n_layers):
     return tuple(i % pattern < pattern - 1 for i in range(n_layers))
 
 
-SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
-
-
-def gguf_files(path):
-    """One file, or all parts of a split one, in order; path is any of them or a directory."""
-    if os.path.isdir(path):
-        names = sorted(n for n in os.listdir(path) if n.endswith(".gguf"))
-        series = {SPLIT.sub(r"\1 \3", n) for n in names}
-        if len(series) > 1:
-            raise ExportError("%s holds several models (%s and more): name the GGUF file to convert"
-                              % (path, ", ".join(names[:3])))
-        path = os.path.join(path, names[0])
-    part = SPLIT.fullmatch(path)
-    if not part:
-        return [path]
-    count = int(part.group(3))
-    files = ["%s-%05d-of-%05d.gguf" % (part.group(1), i + 1, count) for i in range(count)]
-    missing = [f for f in files if not os.path.isfile(f)]
-    if missing or not count:
-        raise ExportError("%s is missing, one of %d parts: fetch it"
-                          % (missing[0] if missing else path, count))
-    return files
-
-
 class Gguf(Checkpoint):
     """A GGUF file of llama.cpp, whole or split."""
     facts_in = "its header"
 
-    @staticmethod
-    def suits(path):
-        if os.path.isfile(path):
-            with open(path, "rb") as f:
-                return path.endswith(".gguf") or f.read(4) == b"GGUF"
-        return any(n.endswith(".gguf") for n in os.listdir(path))
+    endings, magic, pattern = (".gguf",), b"GGUF", re.compile(r".*\.gguf")
 
     def __init__(self, path):
-        self.files = gguf_files(path)
+        self.files = self.files_of(path)
         self.directory = os.path.dirname(self.files[0]) or "."
         headers = [GgufHeader(f) for f in self.files]
         facts = headers[0].facts
-        config = GgufConfig(self.files[0], facts)
+        config = Config(self.files[0], {
+            k: v.decode("utf-8", "replace") if isinstance(v, bytes) else v
+            for k, v in facts.items()})
         self.model = model_of_gguf(config)
-        self.check_parts(headers)
         self.tensors = self.collect(headers)
         self.own_tokenizer = gguf_tokenizer(config, facts)
         self.model.stop_ids = gguf_stop_ids(config, self.own_tokenizer)
@@ -2676,30 +2523,14 @@ class Gguf(Checkpoint):
         self.source = "%s, GGUF of %s" % (os.path.basename(self.files[0]), ", ".join(sorted(kinds)))
 
     @staticmethod
-    def check_parts(headers):
-        for i, header in enumerate(headers):
-            said = [header.facts.get("split." + k, i - 1) for k in ("no", "count")]
-            if said != [i, len(headers)] and (len(headers) > 1 or said[1] not in (-1, 0)):
-                raise ExportError(
-                    "%s says it is part %s of %s (counted from 0): give all parts the names they "
-                    "had, NAME-00001-of-0000N.gguf" % (header.path, *(str(n)[:20] for n in said)))
-
-    @staticmethod
     def collect(headers):
-        tensors = {}
+        tensors = Tensors()
         for header in headers:
             for name, tensor in header.tensors.items():
                 ours = Gguf.canonical_name(name)
-                if ours in tensors:
-                    raise ExportError("%s and %s both hold %s: fetch the parts again"
-                                      % (tensors[ours].path, header.path, name))
                 if is_norm(ours):
                     tensor.shift = -1.0  # GGUF keeps 1 + w; for every such f32, less 1 is exact
-                tensors[ours] = tensor
-        want = headers[0].facts.get("split.tensors.count", len(tensors))
-        if want != len(tensors):
-            raise ExportError("%s speaks of %s tensors and its parts hold %d: fetch them again"
-                              % (headers[0].path, str(want)[:20], len(tensors)))
+                tensors.add(ours, tensor, header.path)
         return tensors
 
     @staticmethod
@@ -2725,19 +2556,14 @@ class Gguf(Checkpoint):
 # ---- gemma.cpp's .sbs -----------------------------------------------------------------
 #
 # Named blobs, back to back.  The first form of the file is header, directory, blobs; the second is
-# a header that counts no blobs, blobs, directory, header.  The blob "config" holds the model's
-# facts, "toc" an entry for every tensor, "tokenizer" a SentencePiece model.  Files from before 2025
-# have none of these: the first letter of a tensor's name is its type, and the shapes follow from
-# the width, which must be a released model's.
+# a header that counts no blobs, blobs, directory, header.  The blob "toc" holds an entry for every
+# tensor, "tokenizer" a SentencePiece model.  Files from before 2025 have neither: there the first
+# letter of a tensor's name is its type.  The model follows from the width, which must be a
+# released one's.
 
 SBS_MAGIC, SBS_ALIGN = 0x0A534253, 256
 SBS_TYPES = ["unknown", "F32", "BF16", "SFP", "NUQ", "F64", "U32", "U64", "INT8"]
 SBS_PREFIXES = {"F": "F32", "B": "BF16", "$": "SFP", "2": "NUQ", "I": "INT8"}
-SBS_MODELS = {3: "Gemma 2 9B", 4: "Gemma 2 27B", 7: "Gemma 2 2B"}
-SBS_OTHERS = {1: "Gemma 1", 2: "Gemma 1", 5: "Griffin",
-              **dict.fromkeys((8, 9, 10, 11, 12, 13), "PaliGemma, which sees images"),
-              **dict.fromkeys((14, 15, 16, 17, 18), "Gemma 3")}
-SBS_OTHER_NAMES = {"img_": SBS_OTHERS[8], "gr_": SBS_OTHERS[5]}  # how their tensors' names begin
 SBS_NAMES = {  # our name or what several of ours lie in, rows (a sum of products), cols
     "c_embedding": ("embedding", "V", "D"), "c_final_norm": ("final_norm", "D", "1"),
 }
@@ -2783,50 +2609,6 @@ class HeadColumns:
                                for n in range(self.N)], axis=1)
 
 
-class Words:
-    """Serialised fields of gemma.cpp, each a few u32.  An older writer leaves out the last ones,
-    which are read as 0."""
-
-    def __init__(self, words, path):
-        self.words, self.at, self.path = words, 0, path
-
-    def number(self):
-        self.at += 1
-        return self.words[self.at - 1] if self.at <= len(self.words) else 0
-
-    def real(self):
-        return struct.unpack("<f", struct.pack("<I", self.number()))[0]
-
-    def span(self, n):
-        if n > len(self.words) - self.at:
-            raise ExportError("%s is damaged: a field goes on beyond its blob: fetch it again"
-                              % self.path)
-        self.at += n
-        return self.words[self.at - n:self.at]
-
-    def text(self):
-        words = self.span(self.number())
-        return struct.pack("<%dI" % len(words), *words).rstrip(b"\0").decode("ascii", "replace")
-
-    def group(self):
-        return Words(self.span(self.number()), self.path)
-
-    def list(self, read):
-        n = self.number()
-        if n > len(self.words) - self.at:  # each takes a word at least
-            self.span(n)
-        return [read() for _ in range(n)]
-
-    def numbers(self):
-        return self.list(self.number)
-
-    def layers(self):
-        return self.list(lambda: self.group().facts(SBS_LAYER_FACTS))
-
-    def facts(self, table):
-        return {name: getattr(self, how)() for how, name in map(str.split, table.split(","))}
-
-
 def read_sbs_blobs(path):
     """Name to (offset, bytes) of every blob, which fill the file without a gap."""
     def bad(what):
@@ -2864,99 +2646,41 @@ def read_sbs_blobs(path):
     return blobs
 
 
-def sbs_words(path, blobs, name):
-    offset, size = blobs[name]
-    if size % 4 or size > 1 << 24:
-        raise ExportError("%s has the blob %s of %d bytes, which cannot be read: fetch it again"
-                          % (path, name, size))
-    return Words(read_at(path, offset, size).view("<u4").tolist(), path)
-
-
-# Fields of gemma.cpp's ModelConfig and LayerConfig in their order: how to read, name
-SBS_FACTS = """number family, text title, number kind, number wrapping, number weight, number L,
-    number D, number V, number context, number scales, real attn_softcap, real final_softcap,
-    number absolute, number local, number by_width, layers layers, numbers windows,
-    number groups, group images, number pool, number eos, number eos2"""
-SBS_LAYER_FACTS = """number D, number griffin, number F, number N, number K, number H,
-    number conv, number ff_biases, number attn_biases, number gating, number post_norm,
-    number type, number activation, number post_qk, number qk_norm"""
-
-
-def model_of_sbs(words):
-    facts, path = words.group().facts(SBS_FACTS), words.path
-    if facts["kind"] not in SBS_MODELS:
-        raise ExportError("%s is gemma.cpp's model %d: %s; only Gemma 2 can be converted"
-                          % (path, facts["kind"], SBS_OTHERS.get(facts["kind"], "an unknown one")))
-    layer = check_sbs_facts(facts, path)
-    model = model_of_shapes(*(layer[n] if n in layer else facts[n] for n in "LDNKHF"))
-    model.attn_softcap, model.final_softcap = facts["attn_softcap"], facts["final_softcap"]
-    model.context = facts["context"]
-    model.stop_ids = tuple(facts[n] for n in ("eos", "eos2") if facts[n])  # older files: none
-    scalar = model.D // model.N if facts["by_width"] else model.H
-    model.query_scale = float(np.float32(scalar ** -0.5))
-    model.local = tuple(w != model.context for w in facts["windows"])
-    local = sorted(set(facts["windows"]) - {model.context}) or [model.context]
-    if len(local) > 1 or not 0 < local[0] < 1 << 30:
-        raise ExportError("%s has layers with the windows %s; gemma2.c runs one for all"
-                          % (path, local[:5]))
-    model.window = local[0]
-    return model
-
-
-def check_sbs_facts(facts, path):
-    """The facts that all layers share."""
-    layers = facts["layers"]
-    layer = layers[0] if layers else {}
-    sizes = [facts["context"], facts["D"], *(layer.get(n, 0) for n in "NKHF")]
-    # where N = K, q lies among k and v in old files, apart in newer ones: no Gemma 2 is so
-    if not (len(layers) == len(facts["windows"]) == facts["L"] <= 1024
-            and layers.count(layer) == len(layers) and layer.get("D") == facts["D"]
-            and all(0 < n < 1 << 24 for n in sizes) and layer["K"] < layer["N"]
-            and layer["N"] % layer["K"] == 0 and layer["H"] % 2 == 0
-            and all(0 <= facts[n] < 1e5 for n in ("attn_softcap", "final_softcap"))):
-        raise ExportError("%s has a config whose numbers do not go together: fetch it again" % path)
-    odd = [n for n in ("ff_biases", "attn_biases", "type", "activation", "post_qk", "qk_norm")
-           if layer[n]]
-    odd += [] if layer["post_norm"] == 1 else ["no post-norms"]
-    odd += ["image layers"] if any(facts["images"].words[:1]) else []
-    if odd:
-        raise ExportError("%s has %s, unlike Gemma 2" % (path, ", ".join(odd)))
-    return layer
-
-
-def sbs_entries(words):
-    """The blob "toc": name to (type, weights, scale)."""
-    found = {}
-    while words.at < len(words.words):
-        entry = words.group()
-        name, kind = entry.text(), entry.number()
-        entry.number(), entry.number()  # bytes of an element, elements
-        rows, cols, scale = entry.number(), entry.number(), entry.real()
-        kind = SBS_TYPES[kind] if kind < len(SBS_TYPES) else "unknown"
-        if name in found or not math.isfinite(scale) or len(name) > 16:
-            raise ExportError("%s: its table of tensors holds %r twice, with an overlong name or "
-                              "the scale %g: fetch it again" % (words.path, name[:40], scale))
-        found[name] = kind, rows * cols, scale
+def sbs_entries(path, blobs):
+    """Name to (type, weights, scale) of every tensor."""
+    if "toc" not in blobs:
+        return old_sbs_entries(path, blobs)
+    offset, size = blobs["toc"]
+    words, at, found = read_at(path, offset, min(size, 1 << 24) & -4).view("<u4"), 0, {}
+    try:
+        while at < len(words):  # a count of words, a count of words of the name, the name ...
+            entry = words[at + 1:at + 1 + int(words[at])]
+            name, rest = entry[1:1 + int(entry[0])], entry[1 + int(entry[0]):]
+            name = name.tobytes().rstrip(b"\0").decode("ascii")
+            kind, _, _, rows, cols = rest[:5].tolist()
+            scale = rest[5:6].view("<f4").item()
+            if name in found or not name.isprintable() or not math.isfinite(scale):
+                raise ValueError
+            found[name] = SBS_TYPES[kind], rows * cols, scale
+            at += 1 + len(entry)
+    except (ValueError, IndexError):
+        raise ExportError("%s: its table of tensors is damaged after %d entries: fetch it again"
+                          % (path, len(found))) from None
     return found
 
 
 def old_sbs_entries(path, blobs):
-    """The same for a file from before 2025, from names and sizes of the blobs."""
+    """The same for a file from before 2025, from names and sizes of the blobs.  Fscales has one
+    for each of SBS_SCALED, layer by layer."""
     found = {}
     for name, (_, size) in blobs.items():
-        for start, what in SBS_OTHER_NAMES.items():
-            if name.startswith(start, 1):
-                raise ExportError("%s holds %s: %s; only Gemma 2 can be converted"
-                                  % (path, name, what))
         kind = SBS_PREFIXES.get(name[:1])
         if kind and name != "Fscales":  # a kind that cannot be read is refused later, by name
+            sbs_role(path, name)
             found[name] = kind, size // BLOCKS.get(kind, (1, 1))[1], 1.0
-    return old_sbs_scales(path, blobs["Fscales"], found) if "Fscales" in blobs else found
-
-
-def old_sbs_scales(path, blob, found):
-    """The same with scales: layer by layer one for each of SBS_SCALED."""
-    offset, size = blob
+    if "Fscales" not in blobs:
+        return found
+    offset, size = blobs["Fscales"]
     layers = 1 + max((int(m.group(2)) for m in map(SBS_LAYER.fullmatch, found) if m), default=-1)
     if size != 16 * layers:
         raise ExportError("%s: it has %d layers and %d bytes of scales: fetch it again"
@@ -2967,43 +2691,43 @@ def old_sbs_scales(path, blob, found):
             for name, (kind, weights, _) in found.items()}
 
 
-def old_sbs_model(path, found):
-    """The Model of such a file."""
-    sizes = {name[1:]: entry[1] for name, entry in found.items()}
-    D = sizes.get("c_final_norm", 0)
-    if D not in RELEASED or "gating_ein_0" not in sizes:
-        raise ExportError("%s brings no config, and its width is %d, which no released Gemma 2 has"
+def model_of_sbs(path, found):
+    weights = {sbs_role(path, name)[0]: entry[1] for name, entry in found.items()}
+    D = weights.get("final_norm", 0)
+    if D not in RELEASED:
+        raise ExportError("%s has the width %d, which no released Gemma 2 has: is it another model?"
                           % (path, D))
-    L = sum(name.startswith("gating_ein_") for name in sizes)
-    return model_of_shapes(L, D, *RELEASED[D], sizes["gating_ein_0"] // (2 * D))
+    gates = weights.get("layers.0.gating", 0) or 2 * weights.get("layers.0.gate", 0)
+    N, K, H = RELEASED[D]
+    return model_of_sizes({"L": count_layers(weights), "D": D, "N": N, "K": K, "H": H,
+                           "F": gates // (2 * D)}, path)
+
+
+def sbs_role(path, name):
+    """Our name and the shape; a letter for the type may stand before theirs."""
+    for base in (name, name[1:] if name[:1] in SBS_PREFIXES else name):
+        m = SBS_LAYER.fullmatch(base)
+        if base in SBS_NAMES:
+            return SBS_NAMES[base]
+        if m and m.group(1) in SBS_LAYER_NAMES:
+            ours, rows, cols = SBS_LAYER_NAMES[m.group(1)]
+            return "layers.%s.%s" % (m.group(2), ours), rows, cols
+    raise stranger(name, holder=path)
 
 
 class Sbs(Checkpoint):
     """A file of gemma.cpp."""
-    facts_in = "its config"
+    facts_in = "its width"
 
-    @staticmethod
-    def suits(path):
-        if os.path.isfile(path):
-            return path.endswith(".sbs")
-        return any(n.endswith(".sbs") for n in os.listdir(path))
+    endings, pattern = (".sbs",), re.compile(r".*\.sbs")
 
     def __init__(self, path):
-        if os.path.isdir(path):
-            names = sorted(n for n in os.listdir(path) if n.endswith(".sbs"))
-            if len(names) > 1:
-                raise ExportError("%s holds several models (%s): name the .sbs file to convert"
-                                  % (path, ", ".join(names[:3])))
-            path = os.path.join(path, names[0])
+        path = self.files_of(path)[0]
         self.files, self.directory = (path,), os.path.dirname(path) or "."
         self.blobs = read_sbs_blobs(path)
-        if "toc" in self.blobs and "config" in self.blobs:
-            found = sbs_entries(sbs_words(path, self.blobs, "toc"))
-            self.model = model_of_sbs(sbs_words(path, self.blobs, "config"))
-        else:
-            found = old_sbs_entries(path, self.blobs)
-            self.model = old_sbs_model(path, found)
-        self.tensors = {}
+        found = sbs_entries(path, self.blobs)
+        self.model = model_of_sbs(path, found)
+        self.tensors = Tensors()
         for name, entry in found.items():
             self.add(path, name, *entry)
         for layer in range(self.model.L):
@@ -3017,7 +2741,7 @@ class Sbs(Checkpoint):
         if name not in self.blobs:
             raise ExportError("%s: its table of tensors names %r, which is no blob: fetch it again"
                               % (path, name))
-        ours, rows, cols = self.role(name)
+        ours, rows, cols = sbs_role(path, name)
         cols = self.model.dimension(cols)
         rows = weights // cols if rows == "V" else sum(map(self.model.dimension, rows.split("+")))
         if kind not in BLOCKS:
@@ -3028,21 +2752,7 @@ class Sbs(Checkpoint):
             raise ExportError("%s: the tensor %s has %d weights of %s in %d bytes where the model "
                               "makes it %d x %d: fetch it again"
                               % (path, name, weights, kind, size, rows, cols))
-        if ours in self.tensors:
-            raise ExportError("%s holds %s twice: fetch it again" % (path, name))
-        self.tensors[ours] = Blocks(path, kind, (rows, cols), offset, scale)
-
-    @staticmethod
-    def role(name):
-        """Our name and the shape; a letter for the type may stand before theirs."""
-        for base in (name, name[1:] if name[:1] in SBS_PREFIXES else name):
-            m = SBS_LAYER.fullmatch(base)
-            if base in SBS_NAMES:
-                return SBS_NAMES[base]
-            if m and m.group(1) in SBS_LAYER_NAMES:
-                ours, rows, cols = SBS_LAYER_NAMES[m.group(1)]
-                return "layers.%s.%s" % (m.group(2), ours), rows, cols
-        raise stranger(name)
+        self.tensors.add(ours, Blocks(path, kind, (rows, cols), offset, scale), name)
 
     def split(self, layer):
         """Puts what lies together in theirs under our names."""
@@ -3057,23 +2767,17 @@ class Sbs(Checkpoint):
         for name in parts:
             tensor = self.tensors.pop(layer + name, None)
             for ours, part in (parts[name](tensor) if tensor else {}).items():
-                if layer + ours in self.tensors:
-                    raise ExportError("%s holds %s twice, in two forms: fetch it again"
-                                      % (self.files[0], layer + ours))
-                self.tensors[layer + ours] = part
+                self.tensors.add(layer + ours, part, name)
 
     def name(self):
         return re.sub(r"\.sbs$", "", os.path.basename(self.files[0]))
 
     def tokenizer(self):
-        """The blob of that name; for old files tokenizer.spm beside them."""
+        """The blob of that name; for old files what lies beside them."""
         offset, size = self.blobs.get("tokenizer", (0, 0))
-        path = os.path.join(self.directory, "tokenizer.spm")
         if 16 < size < 1 << 28:  # gemma.cpp writes a word where it has none
             data = read_at(self.files[0], offset, size).tobytes()
             return self.files[0], sentencepiece_tokenizer(data, self.files[0])
-        if os.path.isfile(path):
-            return path, tokenizer_of_file(path)
         return tokenizer_of_directory(self.directory)
 
     def chat_template(self):
@@ -3167,14 +2871,11 @@ class Axes:
     """Collects arrays as tensors and, from their shapes, the sizes of the model."""
 
     def __init__(self, what):
-        self.what, self.tensors, self.sizes, self.origin = what, {}, {}, {}
+        self.what, self.tensors, self.sizes = what, Tensors(), {}
 
     def add(self, name, where, array, letters, fixed=None):
         """Takes an array as the tensor that name says; where names it in messages."""
         fixed = fixed or {}
-        if name in self.tensors:
-            raise ExportError("the checkpoint holds %s twice (%s and %s): remove the stale file"
-                              % (name, self.origin[name], where))
         if array.dtype not in FLOATS:
             raise ExportError("%s has type %s: convert the original checkpoint, in f32, bf16 or "
                               "f16" % (where, array.dtype))
@@ -3185,8 +2886,7 @@ class Axes:
             if axis not in fixed:
                 self.measure(letter, array.dims[axis], where)
         rows, cols = ROLE_AXES[name.split(".")[-1]]
-        self.tensors[name] = Rearranged(array, letters, rows, cols, fixed)
-        self.origin[name] = where
+        self.tensors.add(name, Rearranged(array, letters, rows, cols, fixed), where)
 
     def measure(self, letter, size, where):
         known, first = self.sizes.setdefault(letter, (size, where))
@@ -3195,24 +2895,15 @@ class Axes:
                               % (where, letter, size, first, known))
 
     def model(self):
-        layers = [int(n.split(".")[1]) for n in self.tensors if n.startswith("layers.")]
+        refuse_gemma_1(self.tensors, self.what)
         sizes = {letter: size for letter, (size, _) in self.sizes.items()}
-        return model_of_sizes({"L": max(layers, default=-1) + 1, **sizes}, self.tensors, self.what)
+        return model_of_sizes({"L": count_layers(self.tensors), **sizes}, self.what)
 
 
-def model_of_sizes(sizes, names, what):
-    """The Model of sizes found in shapes, held to the bounds of those in a config.json."""
+def refuse_gemma_1(names, what):
     if any(n.endswith(".o") for n in names) and not any(n.endswith("post_ffn_norm") for n in names):
         raise ExportError("%s has no post-norms: it is Gemma 1, or another model; only Gemma 2 can "
                           "be converted" % what)
-    for letter, keys, _, least, most in SIZES:
-        if letter != "context" and not least <= sizes.get(letter, 0) <= most:
-            raise ExportError("%s gives no usable %s (%s; %d to %d can be): fetch all of its files"
-                              % (what, keys[0], sizes.get(letter), least, most))
-    if sizes["N"] % sizes["K"] or sizes["H"] % 2:
-        raise ExportError("%s has %d heads of %d values and %d key/value heads, which do not go "
-                          "together: fetch it again" % (what, sizes["N"], sizes["H"], sizes["K"]))
-    return model_of_shapes(*(sizes[c] for c in "LDNKHF"))
 
 
 # ---- Keras -----------------------------------------------------------------------------------
@@ -3228,9 +2919,12 @@ KERAS_LAYER_NAMES = {
     "ffw_linear": ("down", "FD"), "post_ffw_norm": ("post_ffn_norm", "D"),
 }
 KERAS_STATE = re.compile(r"(optimizer|_?metrics|compile_metrics|loss_tracker)\b.*")
-# Gemma 2's values of GemmaBackbone's settings; others are sizes, or change no weight
-KERAS_FACTS = {"use_post_ffw_norm": True, "use_post_attention_norm": True,
-               "use_sliding_window_attention": True}
+# What Gemma 2's config.json says of GemmaBackbone beside sizes, which the weights tell
+KERAS_FACTS = {
+    "use_post_ffw_norm": True, "use_post_attention_norm": True,
+    "use_sliding_window_attention": True, "sliding_window_size": 4096,
+    "attention_logit_soft_cap": 50, "final_logit_soft_cap": 30, "layer_norm_epsilon": 1e-6,
+}
 
 
 def keras_name(path):
@@ -3249,17 +2943,17 @@ def keras_name(path):
     raise stranger(path, "Keras's Gemma 2")
 
 
-def h5_arrays(path, base, size):
-    """Path to Packed of the datasets of an HDF5 file, which is size bytes from base on."""
+def h5_arrays(path):
+    """Path to Packed of the datasets of an HDF5 file."""
     h5py = library("h5py", "h5py", "a Keras checkpoint")
     found = {}
 
     def visit(name, item):  # follows no link that leads elsewhere
         if isinstance(item, h5py.Dataset):
             name = str(name)  # b'...' where it is no UTF-8
-            found[name] = h5_array(path, name, item, base, size)
+            found[name] = h5_array(path, name, item)
     try:
-        with open(path, "rb") as f, h5py.File(Window(f, base, size), "r") as h5:
+        with open(path, "rb") as f, h5py.File(f, "r") as h5:
             h5.visititems(visit)
     except ExportError:
         raise
@@ -3269,33 +2963,7 @@ def h5_arrays(path, base, size):
     return found
 
 
-class Window:
-    """Part of an open file, as a file to read."""
-
-    def __init__(self, file, base, size):
-        self.file, self.base, self.size, self.at = file, base, size, 0
-
-    def seek(self, offset, whence=0):
-        self.at = max(0, offset + (0, self.at, self.size)[whence])
-        return self.at
-
-    def tell(self):
-        return self.at
-
-    def read(self, n=-1):
-        left = max(0, self.size - self.at)
-        self.file.seek(self.base + self.at)
-        data = self.file.read(left if n < 0 else min(n, left))
-        self.at += len(data)
-        return data
-
-    def readinto(self, buffer):
-        data = self.read(len(buffer))
-        buffer[:len(data)] = data
-        return len(data)
-
-
-def h5_array(path, name, item, base, size):
+def h5_array(path, name, item):
     """One dataset; Keras keeps bf16 as two opaque bytes and says so beside them."""
     kind = item.dtype.str
     if kind == "|V2" and "dtype" in item.attrs and item.attrs["dtype"] == "bfloat16":
@@ -3310,89 +2978,48 @@ def h5_array(path, name, item, base, size):
     if at is None or item.chunks or item.external or item.is_virtual:
         raise ExportError("%s: %s does not lie in the file as one piece, as Keras writes it: load "
                           "and save it with Keras" % (path, name))
-    if not 0 <= at <= size - math.prod(dims) * WIDTHS[dtype]:
+    if not 0 <= at <= os.path.getsize(path) - math.prod(dims) * WIDTHS[dtype]:
         raise ExportError("%s is truncated: %s needs bytes that it does not have: fetch it again"
                           % (path, name))
-    return Packed(path, dtype, dims, base + at)
+    return Packed(path, dtype, dims, at)
 
 
 class Keras(Checkpoint):
-    """A preset of keras-hub (config.json, *.weights.h5, assets), one .weights.h5 or .keras."""
+    """A preset of keras-hub (config.json, *.weights.h5, assets), or one .weights.h5."""
 
-    @staticmethod
-    def files_of(path):
-        """A map tells the files of each group of variables, one or several."""
-        return weight_files(path, re.compile(r".*\.(weights\.h5|keras)"), "model.weights.h5",
-                            "model.weights.json")
-
-    @staticmethod
-    def suits(path):
-        if os.path.isfile(path):
-            return path.endswith((".weights.h5", ".keras"))
-        return bool(Keras.files_of(path))
+    endings, pattern = (".weights.h5",), re.compile(r".*\.weights\.h5")
+    # A map tells the files of each group of variables, one or several
+    single, index = "model.weights.h5", "model.weights.json"
 
     def __init__(self, path):
         self.directory = path if os.path.isdir(path) else os.path.dirname(path) or "."
         files = self.files_of(path)
         self.source = "%s, Keras" % self.name()
-        axes, config = Axes(files[0]), None
+        axes = Axes(files[0])
         for file in files:
-            base, size, config = self.places(file)
-            for where, array in h5_arrays(file, base, size).items():
+            for where, array in h5_arrays(file).items():
                 named = keras_name(where)
                 if named:
                     axes.add(named[0], "%s: %s" % (file, where), array, named[1])
-        beside = os.path.join(self.directory, "config.json")
-        self.files = [*files, beside, os.path.join(self.directory, "model.weights.json")]
-        if config is None and os.path.isfile(beside):
-            config = beside, read_json(beside)
+        config = os.path.join(self.directory, "config.json")
+        self.files = [*files, config, os.path.join(self.directory, self.index)]
         self.tensors, self.model = axes.tensors, axes.model()
-        if config:
-            self.apply(*config)
+        if os.path.isfile(config):
+            self.check_facts(config, read_json(config))
 
-    @staticmethod
-    def places(file):
-        """Where the HDF5 file lies in it, and the config of an archive."""
-        if not file.endswith(".keras"):
-            return 0, os.path.getsize(file), None
-        members = stored_members(file) or {}
-        for n in "model.weights.h5", "config.json":
-            if n not in members:
-                raise ExportError("%s holds no %s: it is no Keras archive, or damaged: fetch it "
-                                  "again" % (file, n))
-        at, size = members["config.json"]
-        return *members["model.weights.h5"], (file, parse_json(path_bytes(file, at, size), file))
-
-    def apply(self, path, doc):
-        """What config.json knows and shapes do not."""
+    def check_facts(self, path, doc):
         backbone = find_backbone(doc)
         if backbone is None or not isinstance(backbone.get("config"), dict):
             raise ExportError("%s describes no GemmaBackbone (%s): only Gemma 2 can be converted"
                               % (path, json.dumps(doc.get("class_name"))[:80]))
-        config, m = Config(path, backbone["config"]), self.model
         for key, want in KERAS_FACTS.items():
-            if config.doc.get(key) is not want:
-                raise ExportError("%s: %s is %s: this is Gemma 1, or another model; only Gemma 2 "
-                                  "can be converted" % (path, key, json.dumps(config.doc.get(key))))
-        for key, size in (("num_layers", m.L), ("num_query_heads", m.N), ("hidden_dim", m.D),
-                          ("num_key_value_heads", m.K), ("head_dim", m.H),
-                          ("intermediate_dim", 2 * m.F)):  # of both branches
-            if config.number((key,), size, 0, 1 << 50) != size:
-                raise config.bad(key, config.doc[key], "%d by the weights" % size)
-        m.attn_softcap = config.softcap("attention_logit_soft_cap", None)
-        m.final_softcap = config.softcap("final_logit_soft_cap", None)
-        m.window = config.number(("sliding_window_size",), 4096, 1, 1 << 30, int)
-        m.eps = config.number(("layer_norm_epsilon",), 1e-6, 0, 1)
-        scalar = m.H if config.doc.get("query_head_dim_normalize", True) else m.D // m.N
-        m.query_scale = float(np.float32(max(scalar, 1) ** -0.5))
-
-    def tokenizer(self):
-        path = os.path.join(self.directory, *KERAS_PIECES.split("/"))
-        if os.path.isfile(path):
-            return path, tokenizer_of_file(path)
-        # tokenizer.json is Keras's description of it here, not Hugging Face's vocabulary
-        path = os.path.join(self.directory, "tokenizer.model")
-        return (path, tokenizer_of_file(path)) if os.path.isfile(path) else (None, None)
+            said = backbone["config"].get(key)
+            if said != want:
+                raise ExportError("%s: %s is %s, and %s in Gemma 2 as released: this is Gemma 1, "
+                                  "or another model; only Gemma 2 can be converted"
+                                  % (path, key, json.dumps(said)[:80], json.dumps(want)))
+        if not backbone["config"].get("query_head_dim_normalize", True):
+            self.model.query_scale = scale_of(max(self.model.D // self.model.N, 1))
 
 
 def find_backbone(doc, depth=8):
@@ -3421,42 +3048,23 @@ FLAX_STATE = re.compile(r"(opt_state|optimizer|step|collections)(/.*)?")
 PADDED_ROWS, REAL_ROWS = 256128, 256000  # of the embedding as Flax has it: the rest is unused
 
 
-def flax_parts(path):
-    """(layer or None, pattern position or None, path within the layer) of a parameter, whose
-    tree keys are joined by points or slashes and may be wrapped."""
+def flax_add(axes, path, array):
+    """One parameter, whose tree keys are joined by points or slashes and may be wrapped, to the
+    tensors it holds."""
     name = re.sub(r"^((params|transformer)/)+", "", path.replace(".", "/"))
     name = re.sub(r"/w$", "", name)
-    m = re.fullmatch(r"layer_(0|[1-9]\d{0,4})/(.+)", name)
-    if m:
-        return int(m.group(1)), None, m.group(2)
-    m = re.fullmatch(r"stacked_layers/attention_type_(\d{1,2})/(.+)", name)
-    if m:
-        return None, int(m.group(1)), m.group(2)
-    return None, None, name
-
-
-def flax_add(axes, path, array, pattern):
-    """One parameter to the tensors it holds: of one layer, or of every pattern-th."""
-    layer, position, name = flax_parts(path)
-    in_layer = layer is not None or position is not None
-    names, letters = (FLAX_LAYER_NAMES if in_layer else FLAX_NAMES).get(name, (None, None))
+    m = re.fullmatch(r"(layer_(0|[1-9]\d{0,4})/)?(.+)", name)
+    names, letters = (FLAX_LAYER_NAMES if m[1] else FLAX_NAMES).get(m[3], (None, None))
     if names is None:
         raise stranger(path)
-    stack = [(layer, {})]
-    if position is not None:
-        letters = "S" + letters
-        slices = array.dims[0] if array.dims else 0
-        stack = [(i * pattern + position, {0: i}) for i in range(min(slices, 1024))]
     if "x" in letters:
         letters = letters.replace("xy", flax_gating(path, array, axes))
-    if "2" in letters and (len(array.dims) != len(letters) or array.dims[letters.index("2")] != 2):
+    if len(names) == 2 and array.dims[:1] != (2,):
         raise ExportError("%s has shape %s, and should hold %s: is this a Gemma 2 checkpoint?"
                           % (path, list(array.dims), " and ".join(names)))
-    for number, fixed in stack:
-        for i, role in enumerate(names):
-            fix = {**fixed, letters.index("2"): i} if "2" in letters else fixed
-            axes.add(role if number is None else "layers.%d.%s" % (number, role), path, array,
-                     letters, fix)
+    for i, role in enumerate(names):
+        axes.add("layers.%s.%s" % (m[2], role) if m[1] else role, path, array, letters,
+                 {0: i} if len(names) == 2 else {})
 
 
 def flax_gating(path, array, axes):
@@ -3502,83 +3110,6 @@ class Zarr:
         return found.view(FLOATS[self.dtype][0])
 
 
-    def only_chunk(self):
-        """(store, name in it) of the only chunk, if there is but one and zstd packed its rows;
-        else None."""
-        spec = self.open().spec().to_json()
-        how, zeros = spec["metadata"], "0" * len(self.dims)
-        if spec["driver"] == "zarr":
-            is_plain = (how["dtype"] in ("<f4", "<f2", "bfloat16") and how["order"] == "C"
-                        and (how["compressor"] or {}).get("id") == "zstd" and not how["filters"])
-            name = how.get("dimension_separator", ".").join(zeros)
-        else:
-            codecs = how["codecs"]
-            if codecs[0]["name"] == "sharding_indexed":  # the chunk, then where it lies
-                shard = codecs[0]["configuration"]
-                codecs = shard["codecs"] if shard["index_location"] == "end" else codecs
-            is_plain = ([c["name"] for c in codecs] == ["bytes", "zstd"] and self.dtype in WIDTHS
-                        and codecs[0]["configuration"]["endian"] == "little"
-                        and how["chunk_key_encoding"] == {"name": "default"})
-            name = "/".join("c" + zeros)
-        is_only = self.chunk[0] >= self.dims[0] and self.chunk[1:] == self.dims[1:]
-        return (spec["kvstore"], name) if is_plain and is_only else None
-
-
-class KeyFile:
-    """An entry of a store as a file."""
-
-    def __init__(self, store, name):
-        self.store = attempt(name, tensorstore_library().KvStore.open(store).result)
-        self.name, self.at = name, 0
-
-    def read(self, size):
-        while size:
-            part = slice(self.at, self.at + size)
-            try:
-                found = self.store.read(self.name, byte_range=part).result().value
-                self.at += len(found)
-                return found
-            except ValueError:  # beyond the end, which nothing else tells
-                size //= 2
-        return b""
-
-
-class Streamed:
-    """Zarr's array, unpacked from the start of its only chunk while rows are asked for in
-    ascending order."""
-
-    def __init__(self, zarr, place):
-        self.where, self.dims, self.dtype, self.key = zarr.where, zarr.dims, zarr.dtype, zarr.key
-        self.place, self.chunk = place, (1, *zarr.dims[1:])
-
-    def read(self, box):
-        (first, last), row = box[0], math.prod(self.dims[1:]) * WIDTHS[self.dtype]
-        key = os.getpid(), self.key
-        (known, stream), at = kept.pop("stream", ((None, None), 0))  # gone until all is well
-        if known != key or at > first:
-            stream, at = zstd_library().ZstdDecompressor().stream_reader(
-                KeyFile(*self.place), read_size=1 << 22), 0
-        for i in range(at, first, 256):
-            self.unpacked(stream, min(256, first - i) * row)
-        data = self.unpacked(stream, (last - first) * row)
-        kept["stream"] = (key, stream), last  # and the next row
-        return np.frombuffer(data, FLOATS[self.dtype][0]).reshape(last - first, *self.dims[1:])
-
-    def unpacked(self, stream, size):
-        data = bytearray(size)
-        at = 0
-        while at < size:
-            n = attempt(self.where, lambda: stream.readinto(memoryview(data)[at:]))
-            if not n:
-                raise ExportError("%s ends early: fetch the checkpoint again" % self.where)
-            at += n
-        return data
-
-
-def zstd_library():
-    return library("zstandard", "zstandard", "an embedding in one chunk")
-
-
 def tensorstore_library():
     return library("tensorstore", "tensorstore", "a Flax checkpoint")
 
@@ -3590,14 +3121,6 @@ def attempt(where, action):
     except Exception as e:
         raise ExportError("%s cannot be read (%s): fetch the checkpoint again" % (
             where, re.sub(r"\s*\[.*", "", str(e).split("\n")[0])[:300])) from None
-
-
-def machine_memory():
-    """Bytes of it; where the system does not tell, as many as no machine should need here."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError):
-        return 1 << 37
 
 
 def is_orbax(path):
@@ -3614,12 +3137,11 @@ def orbax_directories(path):
 
 
 class Orbax(Checkpoint):
-    """A directory that Orbax wrote, flat, nested, stacked or wrapped, OCDBT or plain zarr."""
+    """A directory that Orbax wrote, flat, nested or wrapped, OCDBT or plain zarr."""
     start_method = "spawn"  # tensorstore's threads do not survive a fork
     CACHES = 3 << 30        # bytes of chunks in all processes, where one leaves room for more
     ROOM = 1 << 25          # for what else a cache holds, as a full one keeps nothing
     SPARE = 1 << 26         # bytes by which a chunk may be larger than its array
-    LARGE = 1 << 29         # bytes of the embedding's only chunk that are not unpacked at once
 
     @staticmethod
     def suits(path):
@@ -3635,39 +3157,17 @@ class Orbax(Checkpoint):
         self.files = [os.path.join(d, n) for d, _, names in os.walk(self.place) for n in names]
         arrays = self.arrays()
         axes = Axes(self.place)
-        positions = [flax_parts(n)[1] for n in arrays]
-        pattern = max((p + 1 for p in positions if p is not None), default=0)
         # gating_einsum last: which of its axes is D, the others tell
         for name in sorted(arrays, key=lambda n: ("gating" in n, n)):
-            flax_add(axes, name, arrays[name], pattern)
+            flax_add(axes, name, arrays[name])
         self.tensors, self.model = axes.tensors, axes.model()
-        if "embedding" in self.tensors:
-            self.stream(self.tensors["embedding"])
-        for name, t in self.tensors.items():
+        for t in self.tensors.values():
             t.array.cache = t.touched(t.array.chunk) + self.ROOM
-            # a chunk that is being decoded is there twice
-            if 2 * t.array.cache > machine_memory():
-                raise ExportError("%s lies in chunks that take %s of memory to read, and this "
-                                  "machine has %s: convert on a larger one, or save it in smaller "
-                                  "chunks" % (name, human(2 * t.array.cache),
-                                              human(machine_memory())))
+        # A chunk that is being decoded is there twice
         self.most_jobs = max(1, self.CACHES // (2 * max(a.cache for a in arrays.values())))
         embedding = self.tensors.get("embedding")
         if embedding and embedding.shape[0] == PADDED_ROWS:
             self.tensors["embedding"] = Slice(embedding, 0, REAL_ROWS)
-
-    def stream(self, tensor):
-        """Orbax puts a tensor in one chunk by default, and 27B's embedding would take 5 GB: such a
-        chunk is unpacked while it is read."""
-        size = math.prod(tensor.array.chunk) * WIDTHS[tensor.array.dtype]
-        place = tensor.array.only_chunk() if size > self.LARGE else None
-        if place:
-            try:
-                zstd_library()
-            except ExportError as e:
-                return warn("%s; without it, converting takes %s of memory more" % (
-                    e, human(2 * size)))
-            tensor.array = Streamed(tensor.array, place)
 
     def arrays(self):
         """Parameter name to Zarr."""
@@ -3704,15 +3204,6 @@ ZARR_DRIVERS = {".zarray": "zarr", "zarr.json": "zarr3"}  # by the file that des
 
 READERS = [HuggingFace, Gguf, Sbs, Keras, Orbax, PyTorch]  # the first that suits a path reads it
 
-ELSE = ": fetch the checkpoint in another form; " + NAME + " --help lists them"
-OTHER_FORMATS = [  # endings in a directory (or of a file), what they are
-    ((".tar.gz", ".tgz", ".tar", ".zip"), "an archive: unpack it and give the directory that was "
-     "in it"),
-    (".msgpack", "a Flax checkpoint in one file, as no Gemma 2 was released" + ELSE),
-    (".h5", "a Keras file, but no *.weights.h5" + ELSE),
-]
-
-
 def is_adapter(path):
     """A directory with an adapter and no model's weights."""
     return os.path.isfile(os.path.join(path, "adapter_config.json")) and not any(
@@ -3725,28 +3216,12 @@ def is_adapter(path):
 HUB_NAME = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w./-]*))?", re.ASCII)
 WEIGHTS = [".safetensors", ".gguf", ".bin", ".ckpt", ".pth", ".pt", ".h5", ".sbs"]  # best first
 BESIDE = ".json", ".jinja", ".model", ".spm"  # settings, indices, tokenizer
-KERAS_PIECES = "assets/tokenizer/vocabulary.spm"
-
-HUB_ERRORS = [  # classes of which the first that fits counts, what to say
-    (("GatedRepoError",), "%(name)s is gated: accept its licence at https://huggingface.co/"
-     "%(name)s, then `hf auth login` (or set HF_TOKEN), and run this again"),
-    (("RevisionNotFoundError",), "%(name)s has no revision %(revision)s: see "
-     "https://huggingface.co/%(name)s/tree/main for those it has"),
-    (("RepositoryNotFoundError",), "%(name)s is neither a path here nor a model that "
-     "huggingface.co shows you: check the spelling, or `hf auth login` if it is private"),
-    (("OfflineModeIsEnabled",), "%(name)s is neither a path here nor in the cache, and "
-     "HF_HUB_OFFLINE forbids to fetch it: unset it, or give a directory"),
-    (("ConnectionError", "ConnectError", "Timeout", "TimeoutException"), "%(name)s is neither a "
-     "path here nor in the cache, and huggingface.co cannot be reached: connect to the network, "
-     "or give a directory"),
-]
-
 
 def hub_files(name, names, with_weights):
     """The weights among a repository's files, in one format, and the files that describe them.
     A format that is a tree of directories needs all files."""
     top = sorted(n for n in names if "/" not in n)
-    beside = [n for n in top if n.endswith(BESIDE)] + [n for n in names if n.endswith(KERAS_PIECES)]
+    beside = [n for n in top if n.endswith(BESIDE)] + [n for n in names if n in PIECE_FILES]
     if not with_weights:
         return [], beside
     for ending in WEIGHTS:
@@ -3763,20 +3238,25 @@ def hub_snapshot(name, revision, with_weights):
     """Fetches a repository or finds it in the cache.  Returns its directory, or its GGUF file."""
     hub = library("huggingface_hub", "huggingface_hub",
                   name + " is no path here and, as a name on huggingface.co,")
+    wanted, offline = ["config.json"], {"local_files_only": True}
     try:
         info = hub.HfApi().model_info(name, revision=revision)
-        weights, beside = hub_files(name, [f.rfilename for f in info.siblings], with_weights)
+        files = hub_files(name, [f.rfilename for f in info.siblings], with_weights)
+        wanted, offline = [n.replace("[", "[[]") for part in files for n in part], {}
     except ExportError:
         raise
-    except Exception as refused:  # no network, or no leave: the cache may do
-        try:
-            found = hub.snapshot_download(name, revision=revision, local_files_only=True,
-                                          allow_patterns=["config.json"])
-        except Exception:
-            raise refused from None
-    else:
-        found = hub.snapshot_download(name, revision=revision, allow_patterns=[
-            n.replace("[", "[[]") for n in weights + beside])
+    except Exception as e:  # no network, or no leave: the cache may do
+        refused = e
+    try:
+        found = hub.snapshot_download(name, revision=revision, allow_patterns=wanted, **offline)
+    except Exception as e:  # the library's own, httpx's or requests', the system's
+        e = refused if offline else e
+        said = " ".join(str(e).split())[:300]
+        raise ExportError(
+            "%s is no path here or in the cache, and huggingface.co does not give it (%s: %s): "
+            "check the spelling, accept its licence at https://huggingface.co/%s and `hf auth "
+            "login` if it is gated or private, or give a directory"
+            % (name, type(e).__name__, said, name)) from None
     weights, _ = hub_files(name, os.listdir(found), with_weights)
     is_gguf = weights and weights[0].endswith(".gguf")
     return os.path.join(found, weights[0]) if is_gguf else found
@@ -3790,19 +3270,7 @@ def located(path, what, with_weights=True):
     if not HUB_NAME.fullmatch(path):
         raise ExportError("%s does not exist: give %s, or a name on huggingface.co, as "
                           "google/gemma-2-2b-it" % (path, what))
-    name, revision = HUB_NAME.fullmatch(path).groups()
-    try:
-        return hub_snapshot(name, revision, with_weights)
-    except ExportError:
-        raise
-    except Exception as e:  # the library's own, httpx's or requests', the system's
-        kinds = {c.__name__ for c in type(e).__mro__}
-        for names, text in HUB_ERRORS:
-            if kinds & set(names):
-                raise ExportError(text % {"name": name, "revision": revision}) from None
-        said = " ".join(str(e).split())[:300]
-        raise ExportError("%s could not be fetched from huggingface.co (%s: %s): try again, or "
-                          "give a directory" % (name, type(e).__name__, said)) from None
+    return hub_snapshot(*HUB_NAME.fullmatch(path).groups(), with_weights)
 
 
 def open_checkpoint(path):
@@ -3813,24 +3281,13 @@ def open_checkpoint(path):
     for reader in READERS:
         if reader.suits(path):
             return reader(path)
-    names = sorted(os.listdir(path)) if os.path.isdir(path) else [path]
-    for ending, what in OTHER_FORMATS:
-        if any(n.endswith(ending) for n in names):
-            raise ExportError("%s %s %s" % (path, "holds" if os.path.isdir(path) else "is", what))
     raise ExportError("%s holds no weights in a form that is known here (*.safetensors, *.gguf, "
                       "*.bin, *.ckpt, *.weights.h5, *.sbs, Orbax): give the directory of a Gemma 2 "
-                      "checkpoint" % path)
-
-
-LIMITS = [  # of the file's header, as gemma2.c's section 2 has them; no soft-cap is 0
-    ("L", 1, 1024), ("D", 1, 1 << 20), ("N", 1, 4096), ("K", 1, 4096), ("H", 2, 1024),
-    ("F", 1, 1 << 22), ("V", 1, (1 << 22) - 1), ("window", 1, 1 << 30), ("context", 1, 1 << 30),
-    ("eps", 0, 1), ("rope_theta", 1e-3, 1e12), ("attn_softcap", 0.01, 10000),
-    ("final_softcap", 0.01, 10000), ("query_scale", 1e-9, 1e9)]
+                      "checkpoint, and of an archive (.zip, .tar.gz, .keras) what is in it" % path)
 
 
 def check_limits(model):
-    for name, least, most in LIMITS:
+    for name, (least, most) in LIMITS.items():
         value = getattr(model, name)
         value = value if name == "rope_theta" else float(np.float32(value))  # as it is stored
         if not (least <= value <= most or value == 0 and name.endswith("softcap")):
@@ -3898,39 +3355,31 @@ def row_blocks(rows, cols, slab=SLAB):
 # changes a tensor W [rows, cols], in f32, whenever rows of W are asked for:
 #   LoRA     W + s B A                      B [rows, r], A [r, cols], s = alpha / r
 #   rsLoRA   the same with s = alpha / sqrt(r)
-#   DoRA     m (W + s B A) / |W + s B A|    lengths of rows; of columns in an embedding
-#   tokens   some rows of an embedding or a head are replaced
+#   DoRA     m (W + s B A) / |W + s B A|    lengths of rows
 #   whole    W is replaced ("modules_to_save")
 # "Base" tensors are copies of W that PEFT saves where the vocabulary was or may be resized.
 
-# Settings of adapter_config.json that shape nothing beyond what the tensors show
+# Settings of adapter_config.json that shape nothing beyond what the tensors show.  Any other
+# makes another model of it: trained tokens, aLoRA, Arrow, KaSA, BD-LoRA, QALoRA ...
 SILENT_SETTINGS = set("""
     auto_mapping base_model_name_or_path bias corda_config ensure_weight_tying eva_config
     exclude_modules fan_in_fan_out inference_mode init_lora_weights layers_pattern
     layers_to_transform loftq_config lora_alpha lora_dropout lora_ga_config megatron_core
     modules_to_save peft_type peft_version qalora_group_size r rank_pattern alpha_pattern revision
-    runtime_config target_modules task_type trainable_token_indices use_dora use_rslora
+    runtime_config target_modules task_type use_dora use_rslora
     """.split())
-# Settings of kinds of LoRA that make another model of it: aLoRA, Arrow, KaSA, BD-LoRA, QALoRA ...
-OTHER_LORAS = set("""
-    alora_invocation_tokens alora_invocation_string arrow_config kasa_config layer_replication
-    lora_bias megatron_config monteclora_config target_parameters use_bdlora use_qalora
-    velora_config
-    """.split())
-# Values of init_lora_weights.  The first take what the adapter starts with out of the base
-# model, so that the adapter fits only what is left.  The second leave the base model alone.
-TAKEN_OUT = re.compile(r"(pissa|olora|corda|loftq|lora_ga)", re.IGNORECASE)
+# Values of init_lora_weights that leave the base model alone.  PiSSA, OLoRA, CorDA, LoftQ and
+# LoRA-GA take what the adapter starts with out of it, so that the adapter fits only what is left.
 LEFT_ALONE = "none", "true", "false", "gaussian", "eva", "orthogonal", "mica"
 
 ADAPTER_PARTS = {  # PEFT's name in a key, ours; "" is a module's own weight
-    "lora_A": "A", "lora_B": "B", "lora_embedding_A": "EA", "lora_embedding_B": "EB",
-    "lora_magnitude_vector": "m", "token_adapter.trainable_tokens_delta": "tokens",
-    "base_layer": "base", "token_adapter.base_layer": "base", "original_module": "base",
-    "modules_to_save": "copy", "": "whole",
+    "lora_A": "A", "lora_B": "B", "lora_magnitude_vector": "m", "base_layer": "base",
+    "original_module": "base", "modules_to_save": "copy", "": "whole",
 }
 ADAPTER_KEY = re.compile(  # module, part of it, the adapter's name (rarely there)
     r"(?:base_model\.model\.)?(.+?)(?:\.(%s)(?:\.(?!weight$|bias$)[^.]+)?)?(?:\.weight)?"
-    % "|".join(re.escape(p) for p in ADAPTER_PARTS if p))
+    % "|".join(filter(None, ADAPTER_PARTS)))
+OTHER_PARTS = re.compile(r".*\.(lora_embedding_[AB]|token_adapter)\b.*")
 MERGE = "merge it into its base model with PEFT's merge_and_unload()"
 
 
@@ -3939,10 +3388,7 @@ class Part:
 
     def __init__(self, path, key, stored):
         self.path, self.key, self.stored = path, key, stored
-
-    @property
-    def shape(self):
-        return self.stored.shape
+        self.shape = stored.shape
 
     def rows(self, start, stop):
         w = self.stored.rows(start, stop)
@@ -3951,38 +3397,13 @@ class Part:
                               "training diverged" % (self.path, self.key))
         return w
 
-    def reshaped(self, *dims):
-        stored = copy.copy(self.stored)
-        stored.dims = dims
-        return Part(self.path, self.key, stored)
-
-
-class Transposed:
-    """[n, r] of a part [r, n].  Only the rows asked for are read."""
-
-    def __init__(self, part):
-        self.shape = part.shape[::-1]
-        self.part = part.reshaped(math.prod(part.shape))
-
-    def rows(self, start, stop):
-        n, r = self.shape
-        out = np.empty((stop - start, r), np.float32)
-        for i in range(r):
-            out[:, i] = self.part.rows(i * n + start, i * n + stop)[:, 0]
-        return out
-
 
 class LowRank:
-    """W + s B A.  DoRA gives lengths m to its rows or columns."""
+    """W + s B A.  DoRA gives lengths m to its rows."""
 
-    def __init__(self, key, W, B, A, s, m, by_column):
+    def __init__(self, key, W, B, A, s, m):
         self.key, self.shape = key, W.shape
-        self.W, self.B, self.A, self.s = W, B, A, np.float32(s)
-        self.m = self.by_column = None
-        if m is not None and by_column:
-            self.by_column = self.column_factors(m.rows(0, m.shape[0])[:, 0])
-        else:
-            self.m = m
+        self.W, self.B, self.A, self.s, self.m = W, B, A, np.float32(s), m
 
     def rows(self, start, stop):
         with np.errstate(all="ignore"):  # whoever uses the sum checks it
@@ -3994,42 +3415,14 @@ class LowRank:
             if self.m is not None:
                 w *= self.m.rows(start, stop) / np.sqrt(np.einsum(
                     "ij,ij->i", w, w, dtype=np.float64)).astype(np.float32)[:, None]
-            if self.by_column is not None:
-                w *= self.by_column
-        return w
-
-    def column_factors(self, m):
-        sums = np.zeros(self.shape[1])
-        for i, j in row_blocks(*self.shape):
-            w = self.rows(i, j)
-            sums += np.einsum("ij,ij->j", w, w, dtype=np.float64)
-        with np.errstate(all="ignore"):
-            return m / np.sqrt(sums).astype(np.float32)
-
-
-class Retrained:
-    """W with some of its rows replaced."""
-
-    def __init__(self, W, indices, part):
-        order = np.argsort(indices)
-        self.shape, self.W, self.part = W.shape, W, part
-        self.indices, self.order = np.array(indices)[order], order
-
-    def rows(self, start, stop):
-        w = self.W.rows(start, stop)
-        first, last = np.searchsorted(self.indices, (start, stop))
-        if first < last:
-            w = w.copy()  # it may be another's
-        for i in range(first, last):
-            at = int(self.order[i])
-            w[self.indices[i] - start] = self.part.rows(at, at + 1)[0]
         return w
 
 
 class Adapter:
     """What one adapter makes of the model:
     bases     name of ours to the Part that takes the tensor's place before anything is added
-    changes   name of ours to the Change that follows"""
+    changes   name of ours to what follows: {"whole": Part}, or a pair {"A", "B"}, maybe with "m"
+    """
 
     def __init__(self, directory, scale, number):
         self.directory, self.scale, self.number = directory, scale, number
@@ -4049,8 +3442,7 @@ class Adapter:
         self.bases, self.changes = {}, {}
         for name, parts in self.parts.items():
             self.settle(name, dict(parts))
-        if scale != 1 and any("A" not in c.parts and "EA" not in c.parts
-                              for c in self.changes.values()):
+        if scale != 1 and any("whole" in parts for parts in self.changes.values()):
             warn("the adapter %s brings tensors whole, to which its scale does not apply"
                  % directory)
 
@@ -4061,25 +3453,20 @@ class Adapter:
 
     def check_settings(self):
         doc = self.config.doc
-        if "peft_type" not in doc and ("fine_tune_type" in doc or "lora_parameters" in doc):
-            raise self.bad("is one of mlx-lm's, and PEFT's can be converted: merge it into its "
-                           "base model with mlx_lm.fuse, and convert that")
         if doc.get("peft_type") != "LORA":
-            raise self.bad("has the peft_type %s, where LORA can be converted: %s"
-                           % (json.dumps(doc.get("peft_type")), MERGE))
+            raise self.bad("has the peft_type %s, where LORA can be converted: %s" % (
+                json.dumps(doc.get("peft_type")), MERGE if "peft_type" in doc else
+                "merge it into its base model (mlx-lm's with mlx_lm.fuse), and convert that"))
         init = doc.get("init_lora_weights")
-        if isinstance(init, str) and TAKEN_OUT.match(init):
+        if str(init).lower() not in LEFT_ALONE:
             raise self.bad("fits a base model changed by init_lora_weights %s: merge it into that "
                            "with PEFT's merge_and_unload(), or save it with path_initial_model_for"
                            "_weight_conversion, which makes it fit the original"
                            % json.dumps(init))
         for key, value in doc.items():
-            if value and key in OTHER_LORAS:
-                raise self.bad("has %s set, which makes it more than a LoRA: %s" % (key, MERGE))
-            if value and key not in SILENT_SETTINGS or (
-                    key == "init_lora_weights" and str(value).lower() not in LEFT_ALONE):
-                raise self.bad("has the unknown setting %s %s: %s, or remove the setting if it "
-                               "does not change the model" % (key, json.dumps(value)[:80], MERGE))
+            if value and key not in SILENT_SETTINGS:
+                raise self.bad("has the setting %s %s, which is not known to leave it a plain LoRA "
+                               "or DoRA: %s" % (key, json.dumps(value)[:80], MERGE))
 
     def scaling(self, name):
         """The factor s of a pair and its rank."""
@@ -4100,16 +3487,6 @@ class Adapter:
                 raise self.config.bad("a key of " + patterns, pattern,
                                       "a regular expression (%s)" % e) from None
         return self.config.number((key,), default, *limits)
-
-    def token_indices(self, name, n_tokens):
-        given = self.config.doc.get("trainable_token_indices")
-        if isinstance(given, dict):  # by module, or the end of its name
-            given = next((v for k, v in given.items() if self.modules[name].endswith(k)), None)
-        if (not isinstance(given, list) or not all(map(is_size, given))
-                or len(set(given)) != len(given) or len(given) != n_tokens):
-            raise self.config.bad("trainable_token_indices", given, "a list of %d different ids, "
-                                  "as many as %s has rows" % (n_tokens, name))
-        return given
 
     def is_saved_module(self, name):
         """Whether PEFT trained a copy of the module.  A tied partner keeps the original."""
@@ -4137,6 +3514,9 @@ class Adapter:
     def sort_in(self, key, stored):
         if key.endswith(".bias"):
             raise self.bad("holds %s, a bias, which Gemma 2 does not have" % key)
+        if OTHER_PARTS.fullmatch(key):
+            raise self.bad("holds %s, and LoRA of an embedding or trained tokens cannot be added: "
+                           "%s" % (key, MERGE))
         module, kind = ADAPTER_KEY.fullmatch(key).groups()
         name = canonical_name(module + ".weight", "the adapter " + self.directory)
         kind = ADAPTER_PARTS[kind or ""]
@@ -4155,85 +3535,43 @@ class Adapter:
         """Sorts one tensor's parts into its base and its change."""
         saved = self.is_saved_module(name) or "copy" in parts
         if "copy" in parts:  # beside it, "whole" is the same once more
-            parts.setdefault("whole", parts["copy"])
-            del parts["copy"]
+            parts["whole"] = parts.pop("copy")
         base = "whole" if not saved and set(parts) == {"whole"} else "base"
         if base in parts:
             self.bases[name] = parts.pop(base)
+        pair = {"A", "B", "m"} if self.config.doc.get("use_dora") else {"A", "B"}
+        fits = name != "embedding" and not is_norm(name) and set(parts) == pair
+        if parts and set(parts) != {"whole"} and not fits:
+            raise self.bad("holds %s, which is neither the whole of %s nor a pair of %s for it: "
+                           "fetch it again, or %s" % (
+                               ", ".join(sorted(p.key for p in parts.values())), name,
+                               "lora_A and lora_B" + " with lora_magnitude_vector (use_dora)" *
+                               (len(pair) == 3), MERGE))
         if parts:
-            self.check_parts(name, parts)
-            self.changes[name] = Change(self, name, parts)
+            self.changes[name] = parts
 
     def tie(self):
-        """Where the head is the embedding, PEFT lets both share every base and the embedding's
-        trained tokens.  They share other changes only if ensure_weight_tying says so."""
-        for found in self.bases, self.changes:
+        """Where the head is the embedding, PEFT lets both share every base.  They share changes
+        only if ensure_weight_tying says so."""
+        shared = [self.bases] + [self.changes] * bool(self.config.doc.get("ensure_weight_tying"))
+        for found in shared:
             for name, other in ("embedding", "head"), ("head", "embedding"):
-                if name not in found or other in found:
-                    continue
-                tokens = found is self.changes and "tokens" in found[name].parts
-                if found is self.bases or (name == "embedding" if tokens
-                                           else self.config.doc.get("ensure_weight_tying")):
-                    found[other] = found[name]
+                if name in found:
+                    found.setdefault(other, found[name])
+                    self.modules.setdefault(other, self.modules[name])
 
-    def checked(self, part, *shape):
-        if part.shape != shape:
-            raise self.bad("holds %s with the shape %s where the model makes it %s: it belongs to "
-                           "another base model" % (part.key, list(part.shape), list(shape)))
-        return part
-
-    def check_parts(self, name, parts):
-        keys = ", ".join(sorted(p.key for p in parts.values()))
-        kinds, factors = set(parts) - {"m"}, set(parts) & {"A", "B", "EA", "EB"}
-        if len(factors) == 1 or "m" in parts and not factors:
-            raise self.bad("holds %s without what goes with it: fetch it again" % keys)
-        if kinds not in ({"A", "B"}, {"EA", "EB"}, {"tokens"}, {"whole"}):
-            raise self.bad("changes %s in several ways at once (%s): %s" % (name, keys, MERGE))
-        fits = (name == "embedding" if "EA" in kinds else name in ("embedding", "head")
-                if "tokens" in kinds else name != "embedding" and not is_norm(name))
-        if "whole" not in kinds and not fits:
-            raise self.bad("holds %s, which do not go with such a tensor: is it for another model?"
-                           % keys)
-        dora = bool(self.config.doc.get("use_dora"))
-        if factors and dora != ("m" in parts):
-            raise self.bad("is %sDoRA by its use_dora and has %s lora_magnitude_vector for %s: "
-                           "fetch it again" % ("" if dora else "not ", "no" if dora else "a", name))
-
-
-class Change:
-    """One adapter's change of one tensor."""
-
-    def __init__(self, adapter, name, parts):
-        self.adapter, self.name, self.parts = adapter, name, parts
-        self.adds_up = set(parts) in ({"A", "B"}, {"EA", "EB"})
-
-    def checked(self, kind, *shape):
-        return self.adapter.checked(self.parts[kind], *shape)
-
-    def on(self, W, target):
-        """The tensor that W becomes; target is its name."""
-        if "whole" in self.parts:
-            return self.parts["whole"]
-        return self.retrained(W) if "tokens" in self.parts else self.low_rank(W, target)
-
-    def retrained(self, W):
-        n_tokens, (rows, cols) = self.parts["tokens"].shape[0], W.shape
-        indices = self.adapter.token_indices(self.name, n_tokens)
-        if max(indices) >= rows:
-            raise self.adapter.bad("trains the token %d, and the vocabulary ends at %d: it belongs "
-                                   "to another base model" % (max(indices), rows - 1))
-        return Retrained(W, indices, self.checked("tokens", n_tokens, cols))
-
-    def low_rank(self, W, target):
-        (rows, cols), (s, r) = W.shape, self.adapter.scaling(self.name)
-        by_column = "EA" in self.parts
-        if by_column:  # (B A) transposed
-            A = Transposed(self.checked("EB", cols, r))
-            B = Transposed(self.checked("EA", r, rows))
-        else:
-            A, B = self.checked("A", r, cols), self.checked("B", rows, r)
-        m = self.checked("m", cols if by_column else rows, 1) if "m" in self.parts else None
-        return LowRank((target, self.adapter.number), W, B, A, s, m, by_column)
+    def changed(self, W, name):
+        """The tensor that W becomes."""
+        parts, (rows, cols) = self.changes[name], W.shape
+        if "whole" in parts:
+            return parts["whole"]
+        s, r = self.scaling(name)
+        for part, shape in ("A", (r, cols)), ("B", (rows, r)), ("m", (rows, 1)):
+            if part in parts and parts[part].shape != shape:
+                raise self.bad("holds %s with the shape %s where the model makes it %s: it belongs "
+                               "to another base model" % (parts[part].key,
+                                                          list(parts[part].shape), list(shape)))
+        return LowRank((name, self.number), W, parts["B"], parts["A"], s, parts.get("m"))
 
 
 class Adapted(Checkpoint):
@@ -4250,29 +3588,23 @@ class Adapted(Checkpoint):
         tied = "head" not in self.tensors
         if tied:
             self.tensors["head"] = self.tensors["embedding"]
-        self.refuse_unknown_layers()
         bases, changes = self.gather(tied)
         for name in {**bases, **changes}:
             W = bases.get(name, self.tensors[name])
-            for change in changes.get(name, ()):
-                W = change.on(W, name)
+            for adapter in changes.get(name, ()):
+                W = adapter.changed(W, name)
             self.check_shape(name, W)
             self.tensors[name] = W
-        if tied and all(d.get("embedding") == d.get("head") for d in (bases, changes)):
-            del self.tensors["head"]
         self.settle_vocabulary(tied)
 
-    def refuse_unknown_layers(self):
-        for adapter in self.adapters:
-            for name in adapter.parts:
-                if name not in self.tensors:
-                    raise adapter.bad("changes %s, and the model has %d layers: it belongs to "
-                                      "another base model" % (name, self.model.L))
-
     def gather(self, tied):
-        """The bases, and the changes in their order, by the name of the tensor."""
+        """The bases, and in their order the adapters that change it, by the name of the tensor."""
         bases, changes = {}, collections.defaultdict(list)
         for adapter in self.adapters:
+            unknown = [name for name in adapter.parts if name not in self.tensors]
+            if unknown:
+                raise adapter.bad("changes %s, and the model has %d layers: it belongs to another "
+                                  "base model" % (unknown[0], self.model.L))
             if tied:
                 adapter.tie()
             for name, part in adapter.bases.items():
@@ -4280,9 +3612,10 @@ class Adapted(Checkpoint):
                     raise adapter.bad("brings another %s than the adapter before it: %s"
                                       % (part.key, MERGE))
                 bases[name] = part
-            for name, change in adapter.changes.items():
-                changes[name].append(change)
-                if len(changes[name]) > 1 and not all(c.adds_up for c in changes[name]):
+            for name in adapter.changes:
+                changes[name].append(adapter)
+                if len(changes[name]) > 1 and any(
+                        set(a.changes[name]) != {"A", "B"} for a in changes[name]):
                     raise adapter.bad("changes %s, as an adapter before it does, and the two do "
                                       "not just add up: merge the first with PEFT's "
                                       "merge_and_unload()" % name)
@@ -4297,17 +3630,15 @@ class Adapted(Checkpoint):
                                                                  [rows, cols]))
 
     def settle_vocabulary(self, was_tied):
-        V = self.model.V = self.tensors["embedding"].shape[0]
-        head = self.tensors.get("head")
-        if head is not None and head.shape[0] != V:
+        embedding, head = self.tensors["embedding"], self.tensors["head"]
+        self.model.V = embedding.shape[0]
+        if head.shape != embedding.shape:
             raise ExportError("with the adapters the embedding has %d rows and the head %d: an "
                               "adapter that resizes the vocabulary must bring both" % (
-                                  V, head.shape[0]))
-        if head is None or not was_tied:
-            return
-        if same_values(self.tensors["embedding"], head):
+                                  embedding.shape[0], head.shape[0]))
+        if was_tied and (head is embedding or same_values(embedding, head)):
             del self.tensors["head"]
-        else:
+        elif was_tied:
             warn("the adapters part the output head from the embedding: the file holds both")
 
     def name(self):
@@ -4321,7 +3652,7 @@ class Adapted(Checkpoint):
         for directory in (a.directory for a in self.adapters):
             own_path, own = tokenizer_of_directory(directory)
             if own is None and tokenizer is not None:
-                add_directory(tokenizer, directory, {})
+                add_directory(tokenizer, directory, added_tokens({}, directory))
             elif own is not None:
                 if tokenizer is not None and not own.same(tokenizer):
                     warn("the adapter %s brings another tokenizer than the model's, which is used"
@@ -4337,23 +3668,19 @@ class Adapted(Checkpoint):
 
 def adapter_beside(reader, given):
     """A list of the adapter that lies in the directory of the weights, or of none.  transformers
-    adds it, whatever base model it names."""
+    adds it, whatever base model it names.  torchtune has merged it into the weights."""
     here = reader.directory
-    files = [os.path.join(here, n) for n in ("adapter_model.safetensors", "adapter_model.bin")]
-    if not (isinstance(reader, HuggingFace) and all(os.path.isfile(os.path.join(here, n))
-            for n in ("config.json", "adapter_config.json"))):
+    there = {n for n in os.listdir(here) if n in (
+        "config.json", "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")}
+    if (not isinstance(reader, HuggingFace) or not there > {"config.json", "adapter_config.json"}
+            or any(os.path.isdir(path) and os.path.samefile(path, here) for path, _ in given)):
         return []
-    if not any(map(os.path.isfile, files)):
-        warn("%s holds adapter_config.json but no adapter_model.safetensors: no adapter is added"
-             % here)
-    elif re.match("(hf_model_|ft-model-)", os.path.basename(reader.files[0])):
-        warn("the adapter in %s does not count: torchtune has merged it into the weights beside it"
-             % here)
-    elif not any(os.path.isdir(path) and os.path.samefile(path, here) for path, _ in given):
-        warn("the adapter in %s is added to the weights beside it, as transformers does: remove "
-             "adapter_config.json if they hold it already" % here)
-        return [(here, 1.0)]
-    return []
+    merged = re.match("(hf_model_|ft-model-)", os.path.basename(reader.files[0]))
+    warn("the adapter in %s %s" % (here, "does not count: torchtune has merged it into the weights "
+                                   "beside it" if merged else "is added to the weights beside it, "
+                                   "as transformers does: remove adapter_config.json if they hold "
+                                   "it already"))
+    return [] if merged else [(here, 1.0)]
 
 
 def with_adapters(reader, given):
@@ -4511,11 +3838,11 @@ def check_sentencepiece(path, trainer, normalizer):
 def json_tokenizer(doc, path):
     """The kinds and scores that SentencePiece would have, from vocabulary and merges."""
     bpe = check_json_tokenizer(doc, path)
-    added = added_tokens_of(doc)
+    added = added_tokens(doc)
     texts = {i: p for p, i in bpe["vocab"].items()}
     shared = len(texts) < len(bpe["vocab"])
-    for i, (content, _) in added.items():
-        texts.setdefault(i, content.replace(" ", SPACE))
+    for i, token in added.items():
+        texts.setdefault(i, token["content"].replace(" ", SPACE))
     n = max(texts) + 1 if texts else 0
     if not 0 < n <= 1 << 22 or min(texts) < 0 or shared:
         raise ExportError("%s has ids that are negative, too large or shared by two pieces: fetch "
@@ -4606,12 +3933,19 @@ def json_scores(bpe, pieces, kinds, path):
 # ---- Pieces beyond tokenizer.model ---------------------------------------------------------
 
 
-def added_tokens_of(doc):
-    """id to (content, special) of tokenizer.json's added_tokens."""
-    tokens = doc.get("added_tokens")
-    return {t["id"]: (t["content"], bool(t.get("special")))
-            for t in (tokens if isinstance(tokens, list) else [])
-            if isinstance(t, dict) and is_size(t.get("id")) and isinstance(t.get("content"), str)}
+def added_tokens(doc, directory=None):
+    """id to description of the added tokens in tokenizer.json, and in all the places in a directory
+    where fine-tunes put them."""
+    beside, decoder, listed = {}, {}, doc.get("added_tokens")
+    if directory is not None:
+        beside = optional_json(directory, "added_tokens.json")
+        decoder = optional_json(directory, "tokenizer_config.json").get("added_tokens_decoder")
+    given = [(i, {"content": content}) for content, i in beside.items()]
+    given += [(t.get("id"), t) for t in (listed if isinstance(listed, list) else [])
+              if isinstance(t, dict)]
+    given += [(int(i), t) for i, t in (decoder if isinstance(decoder, dict) else {}).items()
+              if re.fullmatch("[0-9]{1,9}", i) and isinstance(t, dict)]
+    return {i: t for i, t in given if is_size(i) and token_text(t) is not None}
 
 
 def token_settings(directory):
@@ -4637,23 +3971,16 @@ def special_texts(settings):
     return {t for t in texts if t not in OWN_NAMES and not GEMMA_TAGS.fullmatch(t)}
 
 
-def added_tokens(directory, doc):
-    """The same from all the places where fine-tunes put added tokens."""
-    found = {i: (content, False) for content, i in
-             optional_json(directory, "added_tokens.json").items() if is_size(i)}
-    found.update(added_tokens_of(doc))
-    decoder = optional_json(directory, "tokenizer_config.json").get("added_tokens_decoder")
-    for i, t in (decoder if isinstance(decoder, dict) else {}).items():
-        if re.fullmatch("[0-9]{1,9}", i) and isinstance(t, dict) and token_text(t) is not None:
-            found[int(i)] = t["content"], bool(t.get("special"))
-    return found
-
-
-def add_directory(tokenizer, directory, doc):
-    """What the files of a directory, tokenizer.json among them, add to a tokenizer."""
+def add_directory(tokenizer, directory, added):
+    """What the files of a directory add to a tokenizer, added tokens and more."""
     settings = token_settings(directory)
-    add_tokens(tokenizer, added_tokens(directory, doc), special_texts(settings))
-    warn_of_flags(directory, doc)
+    add_tokens(tokenizer, added, special_texts(settings))
+    flagged = {t["content"]: flag for t in added.values()
+               for flag in ("lstrip", "rstrip", "single_word") if t.get(flag) is True}
+    if flagged:  # which swallow spaces or match whole words only; like SentencePiece we do neither
+        warn("%d added tokens have flags that are not followed: %s; text next to them may be cut "
+             "differently than by transformers" % (
+                 len(flagged), ", ".join("%r (%s)" % pair for pair in sorted(flagged.items()))))
     # Fine-tunes that end their turns with a token of their own often name it only here
     eos = token_text(settings.get("eos_token"))
     if eos and not GEMMA_TAGS.fullmatch(eos):  # </s> is an HTML tag of Gemma's
@@ -4662,24 +3989,6 @@ def add_directory(tokenizer, directory, doc):
     bos = tokenizer.find((token_text(settings.get("bos_token")) or "").replace(" ", SPACE))
     if bos is not None and tokenizer.kinds[bos] in (CONTROL, MARKER):
         tokenizer.ids["bos"] = bos
-
-
-FLAGS = "lstrip", "rstrip", "single_word"
-
-
-def warn_of_flags(directory, doc):
-    """Added tokens may ask to swallow spaces or to match whole words only.  The engine does
-    neither, like SentencePiece."""
-    decoder = optional_json(directory, "tokenizer_config.json").get("added_tokens_decoder")
-    tokens = list(decoder.values()) if isinstance(decoder, dict) else []
-    tokens += doc["added_tokens"] if isinstance(doc.get("added_tokens"), list) else []
-    flagged = {t["content"]: f for t in tokens if isinstance(t, dict) for f in FLAGS
-               if t.get(f) is True and isinstance(t.get("content"), str)}
-    if flagged:
-        some = ", ".join("%r (%s)" % pair for pair in sorted(flagged.items())[:3])
-        warn("%d added tokens have flags that are not followed: %s%s; text next to them may be cut "
-             "differently than by transformers" % (
-                 len(flagged), some, " ..." if len(flagged) > 3 else ""))
 
 
 def is_gemmas(piece):
@@ -4696,8 +4005,8 @@ def add_tokens(tokenizer, added, special=()):
     t.append_unused(n)
     where = {p: i for i, p in reversed(list(enumerate(t.pieces))) if t.kinds[i] != UNUSED}
     renamed, ordinary = [], []
-    for i, (content, is_special) in sorted(added.items()):
-        content = content.replace(" ", SPACE)
+    for i, token in sorted(added.items()):
+        content, is_special = token["content"].replace(" ", SPACE), bool(token.get("special"))
         i = where.get(content, i)
         old, kind = t.pieces[i], t.kinds[i]
         if not content or kind == BYTE or is_gemmas(content) and old and not is_gemmas(old):
@@ -4812,9 +4121,11 @@ def gguf_stop_ids(config, tokenizer):
 # ---- Finding, finishing, writing -------------------------------------------------------------
 
 
-SIDE_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer.json.xz", "added_tokens.json",
-              "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
-              "chat_template.json", "generation_config.json")
+# SentencePiece's file as Hugging Face, gemma.cpp and Keras name it
+PIECE_FILES = "tokenizer.model", "tokenizer.spm", "assets/tokenizer/vocabulary.spm"
+SIDE_FILES = (*PIECE_FILES, "tokenizer.json", "added_tokens.json", "tokenizer_config.json",
+              "special_tokens_map.json", "chat_template.jinja", "chat_template.json",
+              "generation_config.json")
 
 
 def side_files(directory):
@@ -4826,19 +4137,6 @@ def tokenizer_files(path):
     return [path, *side_files(os.path.dirname(path))]
 
 
-def read_maybe_xz(path):
-    with open(path, "rb") as f:
-        data = f.read()
-    if data[:6] != b"\xfd7zXZ\0":
-        return data
-    unpacker = lzma.LZMADecompressor()
-    with contextlib.suppress(lzma.LZMAError):
-        text = unpacker.decompress(data, MAX_TOKENIZER)
-        if unpacker.eof:
-            return text
-    raise ExportError("%s is damaged, cut short or larger than a tokenizer: fetch it again" % path)
-
-
 def tokenizer_of_file(path):
     if not os.path.isfile(path):
         raise ExportError("%s is no ordinary file: give a tokenizer.model or tokenizer.json" % path)
@@ -4848,31 +4146,24 @@ def tokenizer_of_file(path):
         if os.fstat(f.fileno()).st_size > MAX_TOKENIZER:
             raise ExportError("%s is too large for a tokenizer: give a tokenizer.model or "
                               "tokenizer.json" % path)
-    data = read_maybe_xz(path)
+    with open(path, "rb") as f:
+        data = f.read()
     if data.lstrip()[:1] == b"{":
         doc = parse_json(data, path)
         tokenizer = json_tokenizer(doc, path)
-        add_tokens(tokenizer, added_tokens_of(doc))
+        add_tokens(tokenizer, added_tokens(doc))
         return tokenizer
     return sentencepiece_tokenizer(data, path)
-
-
-def json_of_tokenizer(directory):
-    """Path and content of tokenizer.json; (None, {}) for none."""
-    for name in "tokenizer.json", "tokenizer.json.xz":
-        path = os.path.join(directory, name)
-        if os.path.isfile(path):
-            return path, parse_json(read_maybe_xz(path), path)
-    return None, {}
 
 
 def tokenizer_of_directory(directory):
     """(path, tokenizer): tokenizer.model or tokenizer.json, with the pieces that only other files
     know.  (None, None) where there is neither."""
-    json_path, doc = json_of_tokenizer(directory)
-    added = added_tokens(directory, doc)
-    path = os.path.join(directory, "tokenizer.model")
-    if os.path.isfile(path):
+    json_path = os.path.join(directory, "tokenizer.json")
+    doc = optional_json(directory, "tokenizer.json")
+    added = added_tokens(doc, directory)
+    path = next(filter(os.path.isfile, (os.path.join(directory, n) for n in PIECE_FILES)), None)
+    if path:
         tokenizer = tokenizer_of_file(path)
         bpe = doc.get("model") if isinstance(doc.get("model"), dict) else {}
         vocab = bpe.get("vocab") if isinstance(bpe.get("vocab"), dict) else {}
@@ -4882,16 +4173,16 @@ def tokenizer_of_directory(directory):
             warn("tokenizer.json has %d pieces that tokenizer.model has not, and is used instead"
                  % len(others))
             path, tokenizer = json_path, json_tokenizer(doc, json_path)
-    elif json_path:
+    elif doc:
         path, tokenizer = json_path, json_tokenizer(doc, json_path)
     else:
         return None, None
-    add_directory(tokenizer, directory, doc)
+    add_directory(tokenizer, directory, added)
     return path, tokenizer
 
 
 def located_tokenizer(path):
-    if path.endswith((".model", ".json", ".xz", ".bin")) and not os.path.exists(path):
+    if path.endswith((".model", ".json", ".bin")) and not os.path.exists(path):
         raise ExportError("%s does not exist: give a tokenizer.model or tokenizer.json" % path)
     return located(path, "a tokenizer.model, tokenizer.json or their directory",
                    with_weights=False)
@@ -5347,12 +4638,15 @@ ENTRY = struct.Struct("<4I4Q32s16x")
 Section = collections.namedtuple("Section", "name role layer type rows cols size data")
 
 
-def lock(file, wait):
-    """Locks a file for this process alone, without its workers, or fails with OSError.
-    (Windows needs none: it does not remove what is open.)"""
-    with contextlib.suppress(ImportError):
+def lock(file):
+    """Whether a file is now this process's alone, without its workers."""
+    with contextlib.suppress(ImportError):  # Windows removes nothing that is open instead
         import fcntl
-        fcntl.lockf(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            return e.errno not in (errno.EACCES, errno.EAGAIN)  # a file system without locks
+    return True
 
 
 class Container:
@@ -5373,8 +4667,8 @@ class Container:
             at += section.size
         self.size = at
         self.digests = []
-        self.prefix = ".%s." % os.path.basename(self.path)
-        self.file = self.temporary = None
+        self.temporary = os.path.join(self.directory, ".%s.tmp" % os.path.basename(self.path))
+        self.file = None
 
     def check_target(self, inputs):
         if os.path.exists(self.path):
@@ -5387,51 +4681,43 @@ class Container:
             raise ExportError("the directory %s does not exist: make it first" % self.directory)
 
     def __enter__(self):
-        self.remove_stale()
+        return self
+
+    def create_temporary(self):
+        """Its writer holds a lock on it for as long as it lives, so that what a killed process
+        left is taken over, and what another one writes is left alone."""
+        if os.name == "nt":
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(self.temporary)
+        while self.file is None:
+            f = open(self.temporary, "wb", opener=lambda path, flags: os.open(
+                path, flags & ~os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0), 0o666))
+            if not lock(f):
+                raise ExportError("%s is being written by another process: wait for it, or choose "
+                                  "another name for the output" % self.path)
+            with contextlib.suppress(FileNotFoundError):  # else another made it its output
+                if os.path.samestat(os.fstat(f.fileno()), os.stat(self.temporary)):
+                    self.file = f
+        self.file.truncate()
         free = shutil.disk_usage(self.directory).free
         if free < self.size:
             raise ExportError("%s has %s left and the output needs %s: make room, or choose a "
                               "smaller --type" % (self.directory, human(free), human(self.size)))
-        return self
-
-    def create_temporary(self):
-        """Its writer holds a lock on it for as long as it lives, so that it can be told from one
-        that a killed process left behind."""
-        while True:
-            self.temporary = os.path.join(self.directory, "%s%s.tmp" % (
-                self.prefix, os.urandom(6).hex()))
-            self.file = open(self.temporary, "xb")
-            with contextlib.suppress(OSError):  # on a file system that knows no locks
-                lock(self.file, wait=True)
-            if os.fstat(self.file.fileno()).st_nlink:
-                return
-            self.file.close()  # taken for a stale one before it was locked
-
-    def remove_stale(self):
-        """Removes temporaries of processes that are no more."""
-        for name in os.listdir(self.directory):
-            if re.fullmatch(re.escape(self.prefix) + "[0-9a-f]{12}[.]tmp", name):
-                path = os.path.join(self.directory, name)
-                with contextlib.suppress(OSError), open(path, "r+b") as f:
-                    lock(f, wait=False)
-                    if os.name == "nt":
-                        f.close()
-                    os.remove(path)
 
     def __exit__(self, *failure):
         with undisturbed():
             if self.file:
                 with contextlib.suppress(OSError):  # a full disk has no room for its buffer
                     self.file.close()
-            if self.temporary:
                 with contextlib.suppress(FileNotFoundError):
                     os.remove(self.temporary)
 
     def write_section(self, chunks):
         """Writes the next section from an iterable of bytes."""
         i = len(self.digests)
-        if not i:
-            self.create_temporary()  # not before: a signal must find the with statement begun
+        if not i:  # not before: a signal must find the with statement begun
+            with undisturbed():
+                self.create_temporary()
         self.file.write(bytes(self.offsets[i] - self.file.tell()))  # first for the header
         digest, size = hashlib.sha256(), 0
         for chunk in chunks:
@@ -5455,13 +4741,6 @@ class Container:
             self.file.close()
         ignore_signals()  # it is complete
         os.replace(self.temporary, self.path)  # still locked: no other run takes it for stale
-        if os.name == "posix":  # the new name is on disk too, where directories can be synced
-            with contextlib.suppress(OSError):
-                directory_fd = os.open(self.directory, os.O_RDONLY)
-                try:
-                    os.fsync(directory_fd)
-                finally:
-                    os.close(directory_fd)
 
 
 def pack_header(m, file_bytes, n_entries, align):
@@ -5976,11 +5255,10 @@ def say(lines):
     """The report.  The output is complete by now, whatever becomes of standard output."""
     try:
         print("\n".join(lines), flush=True)
-    except BrokenPipeError:  # its reader has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except OSError as e:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        warn("the report could not be written (%s); the output is complete" % e.strerror)
+        if not isinstance(e, BrokenPipeError):  # whose reader has seen enough
+            warn("the report could not be written (%s); the output is complete" % e.strerror)
 
 
 def main(arguments):

@@ -100,7 +100,7 @@ class Adapter:
 
 def innermost(module):
     """The plain layer inside PEFT's wrappers."""
-    for name in ("token_adapter", "original_module", "base_layer"):
+    for name in ("original_module", "base_layer"):
         inner = module._modules.get(name)
         if inner is not None:
             return innermost(inner)
@@ -126,7 +126,7 @@ def bounds(adapter):
     Both round a sum of r products, in an order of their own, and multiply by s: each is off
     by (r + 1) U s |B||A| at most.  DoRA divides by a length that PEFT sums in f32, over n
     numbers in at least 8 parts: (n / 8 + 8) U of the weight, as (1 + x)^1/2 halves it."""
-    from peft.tuners.lora.layer import Embedding, LoraLayer
+    from peft.tuners.lora.layer import LoraLayer
     found = {}
     for name, module in adapter.hf.named_modules():
         if not isinstance(module, LoraLayer):
@@ -134,18 +134,14 @@ def bounds(adapter):
         for key in module.active_adapters:
             if key not in module.scaling:
                 continue
-            if isinstance(module, Embedding):
-                a, b = module.lora_embedding_A[key].T, module.lora_embedding_B[key].T
-            else:
-                a, b = module.lora_B[key].weight, module.lora_A[key].weight
+            a, b = module.lora_B[key].weight, module.lora_A[key].weight
             size = (a.abs() @ b.abs()).detach().numpy() * abs(module.scaling[key])
             bound = 2 * (b.shape[0] + 1) * U * size
             if key in module.lora_magnitude_vector:
-                along = 0 if isinstance(module, Embedding) else 1
                 full = (innermost(module).weight + module.get_delta_weight(key)).detach().numpy()
-                m = np.expand_dims(module.lora_magnitude_vector[key].weight.detach().numpy(), along)
-                f = m / np.linalg.norm(full.astype(float), axis=along, keepdims=True)
-                bound = abs(f) * (bound + (full.shape[along] / 8 + 8) * U * abs(full))
+                m = module.lora_magnitude_vector[key].weight.detach().numpy()[:, None]
+                f = m / np.linalg.norm(full.astype(float), axis=1, keepdims=True)
+                bound = abs(f) * (bound + (full.shape[1] / 8 + 8) * U * abs(full))
             found[name] = found.get(name, 0) + bound
     return found
 
@@ -200,15 +196,12 @@ GOOD = [
     ("MiCA", False, TIED, dict(init_lora_weights="mica")),
     ("rank 1", False, TIED, dict(r=1)),
     ("rank above the width", False, TIED, dict(r=64, lora_alpha=3)),
-    ("embedding", True, TIED, dict(target_modules=["q_proj", "embed_tokens"])),
-    ("embedding, untied", True, UNTIED, dict(target_modules=["embed_tokens"])),
-    ("embedding, kept tied", False, TIED, dict(
-        target_modules=["embed_tokens"], ensure_weight_tying=True)),
-    ("embedding, DoRA", True, TIED, dict(target_modules=["embed_tokens"], use_dora=True)),
     ("head", True, TIED, dict(target_modules=["q_proj", "lm_head"])),
+    ("head, embedding whole", True, TIED, dict(
+        target_modules=["lm_head"], modules_to_save=["embed_tokens"])),
+    ("head, resized", True, TIED, dict(target_modules=["lm_head"], resize=360)),
     ("head, DoRA", True, TIED, dict(target_modules=["lm_head"], use_dora=True)),
     ("head, untied", True, UNTIED, dict(target_modules=["lm_head"])),
-    ("embedding and head", True, TIED, dict(target_modules=["embed_tokens", "lm_head"])),
     ("norms whole", False, TIED, dict(modules_to_save=["input_layernorm", "norm"])),
     ("a matrix whole", False, TIED, dict(
         target_modules=["q_proj"], modules_to_save=["down_proj"])),
@@ -218,20 +211,11 @@ GOOD = [
         modules_to_save=["embed_tokens"], ensure_weight_tying=True)),
     ("head whole", True, TIED, dict(modules_to_save=["lm_head"])),
     ("both whole", True, TIED, dict(modules_to_save=["embed_tokens", "lm_head"])),
-    ("tokens", False, TIED, dict(trainable_token_indices=[300, 7, 19])),
-    ("tokens, untied", True, UNTIED, dict(trainable_token_indices=[300, 7, 19])),
-    ("tokens, of both", True, TIED, dict(
-        trainable_token_indices={"embed_tokens": [3, 4], "lm_head": [5]})),
-    ("tokens, of the head", True, TIED, dict(trainable_token_indices={"lm_head": [300, 5]})),
-    ("tokens, of the head, kept tied", True, TIED, dict(
-        trainable_token_indices={"lm_head": [300, 5]}, ensure_weight_tying=True)),
     ("resized", False, TIED, dict(resize=360)),
     ("resized, untied", True, UNTIED, dict(resize=360)),
-    ("resized, embedding", True, TIED, dict(resize=360, target_modules=["embed_tokens"])),
     ("resized, embedding whole", True, TIED, dict(resize=360, modules_to_save=["embed_tokens"])),
     ("resized, both whole", True, TIED, dict(
         resize=360, modules_to_save=["embed_tokens", "lm_head"])),
-    ("resized, tokens", False, TIED, dict(resize=360, trainable_token_indices=[350, 2])),
     ("of the inner model", False, TIED, dict(inner=True)),
     ("bf16", False, TIED, dict(dtype="bfloat16")),
     ("f16", False, TIED, dict(dtype="float16", modules_to_save=["norm"])),
@@ -305,12 +289,11 @@ def renamed(before, after):
 
 def test_spellings(engine, folder):
     """Keys as other tools leave them: an adapter's name in them, no prefix."""
-    dora = dict(use_dora=True, target_modules=["v_proj", "embed_tokens"], modules_to_save=["norm"])
+    dora = dict(use_dora=True, target_modules=["v_proj", "lm_head"], modules_to_save=["norm"])
     for what, change in (
             ("names of adapters", lambda t: {
                 k.replace("lora_A.", "lora_A.mine.").replace("lora_B.", "lora_B.mine.")
                 .replace("model.norm.", "model.norm.modules_to_save.mine.")
-                .replace("embedding_A", "embedding_A.mine")
                 .replace("vector", "vector.mine.weight"): v for k, v in t.items()}),
             ("no prefix", renamed("base_model.model.", ""))):
         a = Adapter(folder, **dora)
@@ -391,7 +374,7 @@ def test_eos_token(folder):
 
 def test_gguf_base(folder):
     """The base model's own format does not matter."""
-    a = Adapter(folder, oracle_gguf.FACTS, target_modules=LINEAR + ["embed_tokens"])
+    a = Adapter(folder, oracle_gguf.FACTS)
     model = oracle_gguf.Model(lambda role, layer: "F32")
     path = os.path.join(folder, "base.gguf")
     oracle_gguf.write_gguf(path, model)
@@ -401,8 +384,7 @@ def test_gguf_base(folder):
 def test_workers(folder):
     """Worker processes make of it what one process does."""
     a = Adapter(folder, dict(hidden_size=1024, num_attention_heads=4, intermediate_size=3072,
-                             num_key_value_heads=2, head_dim=256), use_dora=True,
-                target_modules=LINEAR + ["embed_tokens"])
+                             num_key_value_heads=2, head_dim=256), use_dora=True)
     made = []
     for jobs in "1", "3":
         out = os.path.join(folder, "out.bin")
@@ -463,8 +445,8 @@ class Hostile:
 # settings, what to do to the saved adapter, words of the sentence
 NAN = float("nan")
 BAD = [
-    ({}, without(Q + "lora_B.weight"), "lora_A", "without"),
-    ({}, without(Q + "lora_A.weight"), "lora_B", "without"),
+    ({}, without(Q + "lora_B.weight"), "lora_A", "neither"),
+    ({}, without(Q + "lora_A.weight"), "lora_B", "neither"),
     ({}, add(Q + "lora_A.weight", 4, 41), "shape", "[4, 41]", "[4, 42]"),
     ({}, add(Q + "lora_B.weight", 61, 4), "[61, 4]"),
     ({}, add(Q + "lora_A.weight", 5, 42), "[5, 42]"),
@@ -474,9 +456,9 @@ BAD = [
     ({}, add(Q + "lora_A.other.weight", 4, 42), "twice"),
     ({}, add(Q + "lora_B.bias", 60), "bias"),
     ({}, add(Q + "lora_C.weight", 4, 42), "lora_C"),
-    ({}, add(Q + "weight", 60, 42), "several ways"),
+    ({}, add(Q + "weight", 60, 42), "neither the whole of layers.1.q"),
     ({"modules_to_save": ["norm"]}, add("base_model.model.model.norm.weight", 41), "[41, 1]"),
-    ({}, add("base_model.model.model.layers.1.input_layernorm.lora_A.weight", 4, 1), "without"),
+    ({}, add("base_model.model.model.layers.1.input_layernorm.lora_A.weight", 4, 1), "neither"),
     ({}, add("base_model.model.score.weight", 2, 42), "score"),
     ({}, add("base_model.model.model.vision_tower.weight", 2, 42), "vision"),
     ({}, add("base_model.model.model.layers.2.self_attn.q_proj.weight", 60, 42), "2 layers"),
@@ -485,17 +467,14 @@ BAD = [
     ({"modules_to_save": ["norm"]}, spoil("base_model.model.model.norm.weight", NAN), "NaN"),
     ({"use_dora": True}, without(Q + "lora_magnitude_vector"), "layers.1.q", "magnitude"),
     ({"use_dora": True}, add(Q + "lora_magnitude_vector", 59), "[59, 1]"),
-    ({"use_dora": True}, setting(use_dora=False), "use_dora"),
+    ({"use_dora": True}, setting(use_dora=False), "lora_magnitude_vector", "neither"),
     ({"use_dora": True}, spoil(Q + "lora_magnitude_vector", NAN), "magnitude", "NaN"),
-    ({"target_modules": ["embed_tokens"]}, without(EMB + "lora_embedding_B"), "without"),
-    ({"target_modules": ["embed_tokens"]}, add(EMB + "lora_embedding_A", 4, 346), "[4, 346]"),
-    ({"target_modules": ["embed_tokens"]}, spoil(EMB + "lora_embedding_A", NAN), "NaN"),
+    ({"target_modules": ["q_proj", "embed_tokens"]}, None, "lora_embedding_A", "merge_and_unload"),
+    ({"trainable_token_indices": [3, 4]}, None, "trainable_token_indices", "merge_and_unload"),
+    ({}, add(EMB + "token_adapter.trainable_tokens_delta", 2, 42), "trained tokens"),
+    ({}, add(EMB + "lora_A.weight", 4, 42), "neither"),
     ({"modules_to_save": ["embed_tokens"]}, add(EMB + "weight", 360, 42), "360", "both"),
     ({"modules_to_save": ["embed_tokens"]}, add(EMB + "weight", 347, 41), "[347, 41]"),
-    ({"trainable_token_indices": [3, 4]}, setting(trainable_token_indices=[3, 347]), "347"),
-    ({"trainable_token_indices": [3, 4]}, setting(trainable_token_indices=[3, 3]), "different"),
-    ({"trainable_token_indices": [3, 4]}, setting(trainable_token_indices=[3, -1]), "different"),
-    ({"trainable_token_indices": [3, 4]}, setting(trainable_token_indices=None), "2 different"),
     ({"init_lora_weights": "pissa", "target_modules": ["q_proj"]}, None, "pissa", "original"),
     ({"init_lora_weights": "pissa_niter_2", "target_modules": ["q_proj"]}, None, "pissa_niter_2"),
     ({"init_lora_weights": "olora", "target_modules": ["q_proj"]}, None, "olora"),
@@ -567,12 +546,10 @@ def test_refused_together(folder):
     plain, dora = Adapter(folder), Adapter(folder, number=1, use_dora=True)
     whole = [Adapter(folder, number=i, target_modules=["q_proj"], modules_to_save=["embed_tokens"])
              for i in (2, 3)]
-    tokens = Adapter(folder, number=4, target_modules=["q_proj"], trainable_token_indices=[5])
     for what, paths, *words in [
             ("LoRA, DoRA", [plain.path, dora.path], "adapter1", "add up"),
             ("DoRA, LoRA", [dora.path, plain.path], "adapter0", "add up"),
             ("whole twice", [w.path for w in whole], "adapter3", "embedding", "add up"),
-            ("whole, tokens", [whole[0].path, tokens.path], "embedding", "add up"),
             ("not a directory", [plain.base], "adapter_config.json"),
             ("missing", [os.path.join(folder, "nowhere")], "does not exist")]:
         options = [word for p in paths for word in ("--lora", p)]

@@ -138,8 +138,7 @@ def as_sbs(folder):
     data = {name: ("SFP", bytes(rows * cols), 1.0, rows, cols)
             for name, (rows, cols) in shapes.items()}
     path = os.path.join(folder, "27b.sbs")
-    oracle_sbs.write_sbs(path, types.SimpleNamespace(config=wide_config(2, 256000)), data=data,
-                         kind=4, by_width=1)
+    oracle_sbs.write_sbs(path, data)
     return path
 
 

@@ -1,20 +1,24 @@
 """gemma.cpp's .sbs files for oracle.py.  No package writes them; the writer here follows
-gemma.cpp's io/blob_store.cc (container), io/fields.cc (config and toc), gemma/configs.h and
-util/mat.h (their fields), python/convert_from_safetensors.py (how tensors are laid out) and
-compression/sfp-inl.h (values)."""
+gemma.cpp's io/blob_store.cc (container), io/fields.cc and util/mat.h (toc),
+python/convert_from_safetensors.py (how tensors are laid out) and compression/sfp-inl.h
+(values)."""
 import os
 import random
 import struct
+import unittest.mock
 
 import numpy as np
 
 import make_golden
-import oracle_gguf
 import reference as ref
-from oracle_gguf import bad, check_same, damaged, export, logits, refused
+from oracle_export import convert_here
+from oracle_gguf import check_same, damaged, export, logits, refused
 from reference import check
 
 TYPES = {"F32": 1, "BF16": 2, "SFP": 3, "NUQ": 4, "INT8": 8}
+FACTS = dict(layers="L", hidden_size=2304, intermediate_size=16, num_attention_heads=8,
+             num_key_value_heads=4, head_dim=256, query_pre_attn_scalar=256, sliding_window=4096,
+             max_position_embeddings=8192)  # of 2B, but for layers and feed-forward width
 PREFIX = {"F32": "F", "BF16": "B", "SFP": "$", "NUQ": "2", "INT8": "I"}
 
 
@@ -78,7 +82,7 @@ class Model:
 
     def __init__(self, kind_of, joined=True, **facts):
         import torch
-        self.config = ref.hf_config(**{**oracle_gguf.FACTS, **facts})
+        self.config = ref.hf_config(**{**FACTS, **facts})
         self.hf = ref.hf_model(self.config, seed=11)
         state = {k: v.numpy() for k, v in self.hf.state_dict().items() if k != "lm_head.weight"}
         where = {k: np.arange(v.size).reshape(v.shape) for k, v in state.items()}
@@ -125,23 +129,6 @@ def group(words):
     return [len(words), *words]
 
 
-def config_words(c, kind=7, **changes):
-    """ModelConfig; changes name a field of it or of the layers."""
-    def get(name, value):
-        return changes.get(name, value)
-    layer = group([c.hidden_size, 0, c.intermediate_size, c.num_attention_heads,
-                   c.num_key_value_heads, c.head_dim, 0, get("ff_biases", 0), 0, 0,
-                   get("post_norm", 1), 0, 0, 0, get("qk_norm", 0)])
-    L, context = c.num_hidden_layers, c.max_position_embeddings
-    windows = get("windows", [c.sliding_window if k == "sliding_attention" else context
-                              for k in c.layer_types])
-    vit = [get("image_width", 0), 0, 0, 14, 224, 0, 1]
-    return group([2, *text_words("Gemma2_2B"), kind, 0, 3, L, c.hidden_size, c.vocab_size, context,
-                  0, real_word(c.attn_logit_softcapping), real_word(c.final_logit_softcapping),
-                  0, 0, get("by_width", 0), L, *layer * L, len(windows), *windows, 1,
-                  *group(vit), 1, 1, 107, 1, *text_words("att_ein")])
-
-
 def toc_words(data):
     words = []
     for name, (kind, raw, scale, rows, cols) in data.items():
@@ -173,13 +160,12 @@ def store(path, blobs, second=True):
         f.write(whole)
 
 
-def write_sbs(path, model, second=True, data=None, extra=None, kind=7, **changes):
-    data = model.data if data is None else data
+def write_sbs(path, data, second=True):
     blobs = {name: entry[1] for name, entry in data.items()}
-    blobs["config"] = np.array(config_words(model.config, kind, **changes), "<u4").tobytes()
+    blobs["config"] = bytes(400)  # what it says is known from the width
     blobs["tokenizer"] = make_golden.tiny_tokenizer()
     blobs["toc"] = np.array(toc_words(data), "<u4").tobytes()
-    store(path, {**blobs, **(extra or {})}, second)
+    store(path, blobs, second)
 
 
 # ---- tests ----------------------------------------------------------------------------
@@ -202,9 +188,9 @@ def test_good(engine, folder):
     for what, kind_of, joined, second, allowed in cases:
         model = Model(kind_of, joined)
         path = os.path.join(folder, what.replace(" ", "-") + ".sbs")
-        write_sbs(path, model, second)
-        f = check_same(path, model, folder, f"sbs {what}")
-        check(f.header["stop"] == [1, 107, 5], f"sbs: stops {f.header['stop']}")
+        write_sbs(path, {("" if second else PREFIX[e[0]]) + name: e  # as early in 2025
+                         for name, e in model.data.items()}, second)
+        check_same(path, model, folder, f"sbs {what}")
         ids = [2] + [random.Random(1).randrange(347) for _ in range(30)]
         got = logits(engine, path + ".bin", ids)
         off = abs(got - ref.hf_logits(model.hf, ids)).max()
@@ -237,8 +223,7 @@ def as_bf16(x):
 def old_file(path):
     """A file from before 2025, of 2B's width: what stands in it, and its values."""
     rng = np.random.default_rng(2)
-    c = ref.hf_config("LG", hidden_size=2304, num_attention_heads=8, num_key_value_heads=4,
-                      head_dim=256, intermediate_size=16)
+    c = ref.hf_config(**{**FACTS, "layers": "LG"})
     scales, blobs, want = rng.uniform(1, 2, (2, 4)).astype("<f4"), {}, {}
     for layer in range(2):
         scale = dict(zip(("att_ein", "qkv_ein", "gating_ein", "linear_w"), scales[layer]))
@@ -268,9 +253,9 @@ def test_old(folder):
         check(np.array_equal(have, w), f"old sbs: {name} differs")
     check((reader.model.L, reader.model.query_scale) == (2, 1 / 16), "old sbs: model")
     check(len(reader.tokenizer()[1]) == 347, "old sbs: tokenizer.spm")
-    for name, what in (("Bimg_emb_kernel", "PaliGemma"), ("$gr_lin_x_w_0", "Griffin")):
+    for name in "Bimg_emb_kernel", "$gr_lin_x_w_0":  # PaliGemma's, Griffin's
         store(path, {**blobs, name: bytes(1152), "Fscales": bytes(848)}, second=False)
-        refused(export.Sbs, path, "old sbs of another model", what)
+        refused(export.Sbs, path, "old sbs of another model", name)
     store(path, {**blobs, "Fscales": blobs["Fscales"][:-4]}, second=False)
     refused(export.Sbs, path, "old sbs, scales", "scales")
     blobs["2linear_w_0"] = blobs.pop("$linear_w_0")
@@ -281,55 +266,47 @@ def test_old(folder):
     os.remove(os.path.join(folder, "tokenizer.spm"))
 
 
-def test_facts(folder):
-    path = os.path.join(folder, "facts.sbs")
-    model = Model(by_size("BF16"), hidden_size=512, layers="GL")
-    write_sbs(path, model, by_width=1)
-    m = export.Sbs(path).model
-    check(m.query_scale == float(np.float32(128 ** -0.5)), "sbs: scale by width")
-    check(m.local == (False, True) and (m.window, m.context) == (8, 512), "sbs: windows")
-    prefixed = {PREFIX[e[0]] + name: e for name, e in model.data.items()}
-    write_sbs(path, model, data=prefixed)  # as written early in 2025
-    export.check_shapes(export.Sbs(path))
-    write_sbs(path, model, windows=[8, 9])
-    refused(export.Sbs, path, "sbs of two windows", "[8, 9]")
-
-
 def test_bad(folder):
     path = os.path.join(folder, "bad.sbs")
-    model = Model(by_size("BF16"), layers="L", hidden_size=64, intermediate_size=16, head_dim=16)
+    model = Model(by_size("BF16"), hidden_size=64, num_attention_heads=4, num_key_value_heads=2,
+                  head_dim=16)
+    data = model.data
+    write_sbs(path, data)
+    refused(export.Sbs, path, "sbs of another width", "width 64")
+    with unittest.mock.patch.dict(export.RELEASED, {64: (4, 2, 16)}):
+        test_bad_tensors(path, data)
 
-    def no(what, *words, data=None, **options):
-        data = {k: v for k, v in {**model.data, **(data or {})}.items() if v is not None}
-        write_sbs(path, model, data=data, **options)
+
+def test_bad_tensors(path, good):
+    def no(what, *words, data):
+        write_sbs(path, {k: v for k, v in {**good, **data}.items() if v is not None})
         refused(export.Sbs, path, "sbs " + what, *words)
 
-    kind, raw, scale, rows, cols = q = model.data["qkv_ein_0"]
-    no("PaliGemma", "PaliGemma", kind=10)
-    no("Gemma 3", "Gemma 3", kind=15)
-    no("post-norms", "post-norms", post_norm=0)
-    no("norms of queries", "qk_norm", qk_norm=1)
-    no("images", "image", image_width=1152)
-    no("windows and layers", "go together", windows=[8, 9])
+    kind, raw, scale, rows, cols = q = good["qkv_ein_0"]
+    no("PaliGemma", "img_emb_bias", data={"img_emb_bias": q})
+    no("post-norms", "post_ffn_norm", data={"post_ff_ns_0": None})
+    no("norms of queries", "key_norm", data={"key_norm_0": q})
     no("missing tensor", "layers.0.q", data={"qkv_ein_0": None})
     no("unknown tensor", "surprise", data={"surprise_0": q})
-    no("layer too many", "layers.7.q", data={"qkv_ein_7": q})
+    no("layer too many", "layers.1.attn_norm", data={"qkv_ein_7": q})
     no("wrong shape", "qkv_ein_0", data={"qkv_ein_0": (kind, raw, scale, rows - 1, cols)})
     no("size of a blob", "qkv_ein_0", data={"qkv_ein_0": (kind, raw[:-2], scale, rows, cols)})
     no("two forms", "twice", data={"gating1_w_0": (kind, bytes(16 * 64 * 2), scale, 16, 64)})
     for other in "NUQ", "INT8":
         no(other, other, "SFP", data={"qkv_ein_0": (other, raw, scale, rows, cols)})
     no("type", "F64", data={"qkv_ein_0": ("F64", raw, scale, rows, cols)})
-    no("scale", "scale", data={"qkv_ein_0": (kind, raw, float("inf"), rows, cols)})
-    write_sbs(path, model, data={k: v for k, v in model.data.items() if k != "linear_w_0"} | {
-        "linear_w_0": ("F32", np.full((64, 16), np.nan, "<f4").tobytes(), 1.0, 64, 16)})
-    bad(path, "sbs NaN", "layers.0.down", "NaN")
+    no("scale", "table of tensors", data={"qkv_ein_0": (kind, raw, float("inf"), rows, cols)})
+    write_sbs(path, {**good, "linear_w_0": (
+        "F32", np.full((64, 16), np.nan, "<f4").tobytes(), 1.0, 64, 16)})
+    run = convert_here(path, path + ".bin")
+    check(run.returncode == 1 and "layers.0.down" in run.stderr and "NaN" in run.stderr,
+          f"sbs NaN: {run.stderr}")
     for second in (False, True):
-        write_sbs(path, model, second)
+        write_sbs(path, good, second)
         test_damage(path, second)
-    write_sbs(path, model)
+    write_sbs(path, good)
     os.truncate(path, os.path.getsize(path) - 100)
-    bad(path, "truncated sbs", "truncated")
+    refused(export.Sbs, path, "truncated sbs", "truncated")
 
 
 def test_damage(path, second):
@@ -351,7 +328,7 @@ def test_damage(path, second):
         damaged(path, whole[:head + 4] + struct.pack("<I", count) + whole[head + 8:],
                 f"sbs of {count} blobs", True, export.Sbs)
     rng, blobs = random.Random(6), export.read_sbs_blobs(write_back(path, whole))
-    places = [(directory, 32 * n), blobs["config"], blobs["toc"]]
+    places = [(directory, 32 * n), blobs["toc"]]
     for _ in range(200):
         start, length = rng.choice(places)
         i = start + rng.randrange(length)
@@ -371,6 +348,5 @@ def test_sbs(engine, folder):
     test_values()
     told = test_good(engine, folder)
     test_old(folder)
-    test_facts(folder)
     test_bad(folder)
     print(f"sbs: logits moved by {told}")

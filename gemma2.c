@@ -4485,13 +4485,11 @@ struct node {
 
 struct tree {
     struct node *nodes;
-    uint32_t *first; /* [n + 1] plain tokens before each node; NULL in the tree of the others */
     uint32_t n;
 };
 
 struct vocabulary {
     struct tree all, rest; /* all tokens of text, and those that are not plain */
-    uint32_t *order;       /* plain tokens in the order of the tree */
     uint32_t *plain;       /* [PLAIN_CHARS] masks: tokens of 1, up to 2, ... plain characters */
     uint32_t *text;        /* mask of the tokens that are whole characters */
     uint32_t n_words;
@@ -4533,13 +4531,12 @@ static uint32_t text_kind(struct text s)
  * brothers.  0: no memory. */
 static int build_tree(struct tree *tree, const struct token_text *t, uint32_t n, int all)
 {
-    uint32_t stack[MAX_TOKEN_BYTES + 1], depth = 0, n_plain = 0, same;
+    uint32_t stack[MAX_TOKEN_BYTES + 1], depth = 0, same;
     const struct text *last = NULL;
     size_t bytes = 1;
     for (uint32_t i = 0; i < n; i++)
         bytes += all || text_kind(t[i].bytes) <= 1 ? t[i].bytes.n : 0;
-    if (bytes >= NO_TOKEN || !(tree->nodes = malloc(bytes * sizeof *tree->nodes)) ||
-        (all && !(tree->first = malloc(bytes * sizeof *tree->first))))
+    if (bytes >= NO_TOKEN || !(tree->nodes = malloc(bytes * sizeof *tree->nodes)))
         return 0;
     for (uint32_t i = 0; i <= n; i++) {
         const struct text *s = &t[i].bytes;
@@ -4553,26 +4550,20 @@ static int build_tree(struct tree *tree, const struct token_text *t, uint32_t n,
         if (i == n)
             break;
         while (depth < s->n) {
-            if (all)
-                tree->first[tree->n] = n_plain;
             stack[++depth] = tree->n;
             tree->nodes[tree->n++] = (struct node){s->p[depth - 1],
                                                    (uint32_t)NO_TOKEN << 8 | depth};
         }
         tree->nodes[tree->n - 1].token = t[i].id << 8 | depth;
-        n_plain += text_kind(*s) > 1;
         last = s;
     }
-    if (all)
-        tree->first[tree->n] = n_plain;
     return 1;
 }
 
 static void free_vocabulary(struct vocabulary *v)
 {
     if (v)
-        free(v->all.nodes), free(v->all.first), free(v->rest.nodes), free(v->order),
-        free(v->plain);
+        free(v->all.nodes), free(v->rest.nodes), free(v->plain);
     free(v);
 }
 
@@ -4597,9 +4588,8 @@ static struct vocabulary *make_vocabulary(const gemma2_model *m)
     struct token_text *texts = malloc((t->n + (size_t)1) * sizeof *texts);
     uint8_t *bytes = malloc(blob + 1);
     if (v)
-        v->order = malloc((t->n + (size_t)1) * sizeof *v->order),
         v->plain = calloc((PLAIN_CHARS + 1) * (size_t)words, sizeof *v->plain);
-    int ok = v && texts && bytes && v->order && v->plain;
+    int ok = v && texts && bytes && v->plain;
     if (ok) {
         v->n_words = words, v->text = v->plain + PLAIN_CHARS * (size_t)words;
         for (uint32_t id = 0; id < t->n; id++) {
@@ -4616,9 +4606,6 @@ static struct vocabulary *make_vocabulary(const gemma2_model *m)
                 v->plain[k * (size_t)words + id / 32] |= bit;
         }
         qsort(texts, n, sizeof *texts, compare_tokens);
-        for (uint32_t i = 0, at = 0; i < n; i++)
-            if (text_kind(texts[i].bytes) > 1)
-                v->order[at++] = texts[i].id;
     }
     if (!ok || !build_tree(&v->all, texts, n, 1) || !build_tree(&v->rest, texts, n, 0))
         free_vocabulary(v), v = NULL;
@@ -4653,8 +4640,6 @@ struct set {
     uint32_t sought; /* that is all a search found */
     uint32_t mark;   /* of the search that saw it last */
     uint32_t refers; /* an OP_TOKEN may follow */
-    uint32_t plain;  /* 2 + tokens that end the reply behind any plain text, at most; 1 where not
-                      * every plain text may follow; 0: not known yet */
 };
 
 struct gemma2_matcher {
@@ -4860,11 +4845,9 @@ struct walk {
     uint32_t worst; /* most tokens that an allowed one needs behind it, at most */
     uint32_t below; /* fewest that a token cut by the limit needs, at least */
     uint32_t n_found, nodes, most_nodes;
-    int is_partial; /* tokens that are not plain were left out of a subtree */
 };
 
 static uint32_t tokens_of(gemma2_matcher *m, uint32_t set, uint32_t limit);
-static uint32_t plain_chars(gemma2_matcher *m, uint32_t set, struct walk *w);
 
 /* The token leads to the set: allows it, or notes the set. */
 static void take_token(gemma2_matcher *m, struct walk *w, uint32_t token, uint32_t set)
@@ -4884,25 +4867,10 @@ static void take_token(gemma2_matcher *m, struct walk *w, uint32_t token, uint32
     }
 }
 
-/* Whether any plain text may follow the set, with enough tokens left behind it. */
-static int takes_plain(gemma2_matcher *m, uint32_t set, struct walk *w)
-{
-    struct set *s = &m->sets[set];
-    struct walk any = {.limit = MAX_COST, .below = NOWHERE};
-    if (!s->plain)
-        s->plain = plain_chars(m, set, &any) == PLAIN_CHARS && any.below == NOWHERE
-                 ? 2 + any.worst : 1;
-    if (s->plain == 1 || s->plain - 2 > w->limit)
-        return 0;
-    w->worst = s->plain - 2 > w->worst ? s->plain - 2 : w->worst;
-    return 1;
-}
-
-/* All tokens of the tree that may follow the set.  A subtree in which any plain text may follow
- * gives its plain tokens at once.  The others are a tree of their own. */
+/* All tokens of the tree that may follow the set. */
 static void walk_tree(gemma2_matcher *m, const struct tree *tree, uint32_t set, struct walk *w)
 {
-    const uint32_t *rows[MAX_TOKEN_BYTES + 1], *order = m->vocabulary->order;
+    const uint32_t *rows[MAX_TOKEN_BYTES + 1];
     rows[0] = sets_after(m, set);
     for (uint32_t i = 0; rows[0] && i < tree->n && w->nodes <= w->most_nodes; w->nodes++) {
         struct node node = tree->nodes[i];
@@ -4910,11 +4878,7 @@ static void walk_tree(gemma2_matcher *m, const struct tree *tree, uint32_t set, 
         uint32_t next = rows[depth - 1][node.skip & 255];
         if (next && node.token >> 8 != NO_TOKEN)
             take_token(m, w, node.token >> 8, next);
-        if (next && w->mask && tree->first && end - i > 8 && takes_plain(m, next, w)) {
-            for (uint32_t k = tree->first[i]; k < tree->first[end]; k++)
-                w->mask[order[k] / 32] |= 1u << order[k] % 32;
-            w->is_partial = 1, next = 0;
-        } else if (next && end - i > 1)
+        if (next && end - i > 1)
             next = (rows[depth] = sets_after(m, next)) != NULL;
         i = next ? i + 1 : end;
     }
@@ -5131,8 +5095,6 @@ static void fill_mask(gemma2_matcher *m, uint32_t set, uint32_t left, uint32_t *
     else if (left) {
         w.worst = 0, w.below = NOWHERE;
         walk_tree(m, &v->all, set, &w);
-        if (w.is_partial)
-            walk_tree(m, &v->rest, set, &w);
     }
     if (left && m->sets[set].refers)
         add_tokens(m, set, &w);

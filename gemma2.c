@@ -85,17 +85,21 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
-#if defined(__unix__) || defined(__APPLE__)
-#define HAVE_MMAP 1
 #include <fcntl.h>
-#include <sched.h>
-#include <sys/mman.h>
 #include <sys/stat.h>
-#include <unistd.h>
-#elif defined(_WIN32)
+#if defined(_WIN32)
 #define WIN32_LEAN_AND_MEAN
 #define NOMINMAX
+#include <io.h>
+#include <share.h>
 #include <windows.h>
+#else
+#include <unistd.h>
+#endif
+#if defined(__unix__) || defined(__APPLE__)
+#define HAVE_MMAP 1
+#include <sched.h>
+#include <sys/mman.h>
 #endif
 #if defined(__x86_64__) && defined(__GNUC__)
 #define HAVE_X86 1
@@ -6551,11 +6555,31 @@ int gemma2_ahead_count(const gemma2_ahead *a, gemma2_ahead_counts *counts)
 
 /* ---- files ---- */
 
-#define A_DIRECTORY \
-    "a directory; convert the checkpoint that it holds, or give the path of a model file"
-#define A_DEVICE "a device or pipe; give the path of a model file"
-#define EMPTY "the file is empty; copy or make it again"
-#define TOO_LARGE "has %llu bytes, too large for this %d-bit program"
+#ifdef _WIN32
+typedef struct _stat64 file_facts;
+#define fstat _fstat64
+#define read _read
+#define close _close
+#else
+typedef struct stat file_facts;
+#endif
+
+/* A descriptor, or -1 and errno.  path is UTF-8, on Windows too.  A pipe that nobody writes to is
+ * not waited for. */
+static int open_file(const char *path)
+{
+#ifdef _WIN32
+    WCHAR wide[4096];
+    if (!MultiByteToWideChar(CP_UTF8, MB_ERR_INVALID_CHARS, path, -1, wide, 4096))
+        return errno = EILSEQ, -1;
+    DWORD kind = GetFileAttributesW(wide);
+    if (kind != INVALID_FILE_ATTRIBUTES && kind & FILE_ATTRIBUTE_DIRECTORY)
+        return errno = EISDIR, -1;
+    return _wsopen(wide, _O_RDONLY | _O_BINARY | _O_NOINHERIT, _SH_DENYWR);
+#else
+    return open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
+#endif
+}
 
 static void file_close(struct file *f)
 {
@@ -6570,160 +6594,76 @@ static void file_close(struct file *f)
     memset(f, 0, sizeof *f);
 }
 
-#ifdef HAVE_MMAP
-static int read_all(int fd, uint8_t *to, size_t n)
+/* Reads the file into memory aligned to 64 that asks for huge pages. */
+static int read_file(struct file *f, int fd, struct errbuf *err)
 {
-    while (n) {
-        errno = 0; /* what is left tells an error from an early end */
-        ssize_t got = read(fd, to, n < 1u << 30 ? n : 1u << 30);
-        if (got < 0 && errno == EINTR)
-            continue;
-        if (got <= 0)
-            return 0;
-        to += got, n -= (size_t)got;
-    }
-    return 1;
-}
-
-/* Maps the open file, or reads it into anonymous memory that asks for huge pages. */
-static int file_load(struct file *f, int fd, int read_in, struct errbuf *err)
-{
-    int protection = read_in ? PROT_READ | PROT_WRITE : PROT_READ;
-    int flags = read_in ? MAP_PRIVATE | MAP_ANONYMOUS : MAP_SHARED;
-    void *p = mmap(NULL, f->size, protection, flags, read_in ? -1 : fd, 0);
-    if (p == MAP_FAILED)
-        return fail(err, "cannot map %zu bytes: %s", f->size, strerror(errno));
-    f->mapping = p;
-    f->data = p;
-    if (!read_in)
-        return 1;
-#ifdef MADV_HUGEPAGE
-    madvise(p, f->size, MADV_HUGEPAGE);
-#endif
-    if (!read_all(fd, p, f->size))
-        return fail(err, "cannot read %zu bytes: %s", f->size,
-                    errno ? strerror(errno) : "the file became shorter");
-    return 1;
-}
-
-static int file_open(struct file *f, const char *path, int read_in, struct errbuf *err)
-{
-    struct stat st;
-    int fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
-    if (fd < 0)
-        return fail(err, "cannot open: %s; give the path of a model file", strerror(errno));
-    int ok = 0;
-    if (fstat(fd, &st) < 0)
-        fail(err, "cannot read: %s", strerror(errno));
-    else if (!S_ISREG(st.st_mode))
-        fail(err, "this is %s", S_ISDIR(st.st_mode) ? A_DIRECTORY : A_DEVICE);
-    else if (st.st_size == 0)
-        fail(err, EMPTY);
-    else if ((uint64_t)st.st_size > SIZE_MAX / 2)
-        fail(err, TOO_LARGE, (unsigned long long)st.st_size, (int)sizeof(size_t) * 8);
-    else {
-        f->size = (size_t)st.st_size;
-        ok = file_load(f, fd, read_in, err);
-    }
-    close(fd);
-    return ok;
-}
-#elif defined(_WIN32)
-static int fail_windows(struct errbuf *err, const char *doing)
-{
-    unsigned long code = GetLastError();
-    if (code == ERROR_FILE_NOT_FOUND || code == ERROR_PATH_NOT_FOUND)
-        return fail(err, "cannot %s: there is no such file; give the path of a model file", doing);
-    return fail(err, "cannot %s: %s (Windows error %lu)", doing,
-                code == ERROR_ACCESS_DENIED ? "access is denied" :
-                code == ERROR_NOT_ENOUGH_MEMORY ? "not enough memory" : "the system declined",
-                code);
-}
-
-/* Memory that starts on a multiple of 64, and in which it starts. */
-static int file_read(struct file *f, HANDLE in, struct errbuf *err)
-{
-    DWORD got;
     f->memory = malloc(f->size + 63);
     if (!f->memory)
         return err->code = GEMMA2_ERR_MEMORY, fail(err, "out of memory reading %zu bytes", f->size);
     uint8_t *to = (uint8_t *)f->memory + (-(uintptr_t)f->memory & 63);
     f->data = to;
-    for (size_t left = f->size; left; to += got, left -= got)
-        if (!ReadFile(in, to, left < 1u << 30 ? (DWORD)left : 1u << 30, &got, NULL) || !got)
-            return fail_windows(err, "read");
+#ifdef MADV_HUGEPAGE
+    enum { HUGE_PAGE = 1 << 21 };
+    size_t before = -(uintptr_t)to & (HUGE_PAGE - 1);
+    if (f->size > before + HUGE_PAGE)
+        madvise(to + before, f->size - before, MADV_HUGEPAGE);
+#endif
+    for (size_t left = f->size; left;) {
+        errno = 0; /* what is left tells an error from an early end */
+        int64_t got = read(fd, to, left < 1u << 30 ? (unsigned)left : 1u << 30);
+        if (got > 0)
+            to += got, left -= (size_t)got;
+        else if (got == 0 || errno != EINTR)
+            return fail(err, "cannot read %zu bytes: %s", f->size,
+                        errno ? strerror(errno) : "the file became shorter");
+    }
     return 1;
 }
 
-static int file_map(struct file *f, HANDLE in, struct errbuf *err)
+static int map_file(struct file *f, int fd, struct errbuf *err)
 {
-    HANDLE section = CreateFileMappingW(in, NULL, PAGE_READONLY, 0, 0, NULL);
+#if defined(HAVE_MMAP)
+    void *p = mmap(NULL, f->size, PROT_READ, MAP_SHARED, fd, 0);
+    f->mapping = p == MAP_FAILED ? NULL : p;
+#elif defined(_WIN32)
+    HANDLE section = CreateFileMappingW((HANDLE)_get_osfhandle(fd), NULL, PAGE_READONLY, 0, 0, NULL);
     f->mapping = section ? MapViewOfFile(section, FILE_MAP_READ, 0, 0, 0) : NULL;
-    f->data = f->mapping;
-    int ok = f->mapping || fail_windows(err, "map");
     if (section)
         CloseHandle(section);
-    return ok;
-}
-
-static int file_load(struct file *f, HANDLE in, int read_in, struct errbuf *err)
-{
-    LARGE_INTEGER size;
-    if (GetFileType(in) != FILE_TYPE_DISK)
-        return fail(err, "this is %s", A_DEVICE);
-    if (!GetFileSizeEx(in, &size))
-        return fail_windows(err, "read");
-    if (size.QuadPart == 0)
-        return fail(err, EMPTY);
-    if ((uint64_t)size.QuadPart > SIZE_MAX / 2)
-        return fail(err, TOO_LARGE, (unsigned long long)size.QuadPart, (int)sizeof(size_t) * 8);
-    f->size = (size_t)size.QuadPart;
-    return read_in ? file_read(f, in, err) : file_map(f, in, err);
-}
-
-/* path is UTF-8, whatever the system's code page. */
-static int file_open(struct file *f, const char *path, int read_in, struct errbuf *err)
-{
-    WCHAR wide[4096];
-    if (!MultiByteToWideChar(CP_UTF8, MB_ERR_INVALID_CHARS, path, -1, wide, 4096))
-        return fail(err, "cannot open: the path is not UTF-8, or too long");
-    DWORD kind = GetFileAttributesW(wide);
-    if (kind != INVALID_FILE_ATTRIBUTES && kind & FILE_ATTRIBUTE_DIRECTORY)
-        return fail(err, "this is %s", A_DIRECTORY);
-    HANDLE in = CreateFileW(wide, GENERIC_READ, FILE_SHARE_READ, NULL, OPEN_EXISTING,
-                            FILE_ATTRIBUTE_NORMAL, NULL);
-    if (in == INVALID_HANDLE_VALUE)
-        return fail_windows(err, "open");
-    int ok = file_load(f, in, read_in, err);
-    CloseHandle(in);
-    return ok;
-}
-#else /* plain C */
-static int file_open(struct file *f, const char *path, int read_in, struct errbuf *err)
-{
-    (void)read_in; /* there is no other way here */
-    FILE *in = fopen(path, "rb");
-    if (!in)
-        return fail(err, "cannot open: %s; give the path of a model file", strerror(errno));
-    for (size_t room = 1 << 20;; room *= 2) {
-        void *memory = room <= SIZE_MAX / 4 ? realloc(f->memory, room + 63) : NULL;
-        if (!memory)
-            break;
-        f->memory = memory;
-        f->size += fread((char *)memory + f->size, 1, room - f->size, in);
-        if (f->size < room)
-            break;
-    }
-    int ok = !ferror(in) && feof(in) && f->size;
-    fclose(in);
-    if (!ok)
-        return fail(err, "this is a directory, is empty, or is too large to read; give the path of "
-                         "a model file");
-    uint8_t *aligned = (uint8_t *)f->memory + (-(uintptr_t)f->memory & 63);
-    f->data = memmove(aligned, f->memory, f->size);
-    return 1;
-}
+    errno = ENOMEM; /* for want of a better word */
+#else
+    return read_file(f, fd, err);
 #endif
+    f->data = f->mapping;
+    return f->data || fail(err, "cannot map %zu bytes: %s", f->size, strerror(errno));
+}
+
+static int file_open(struct file *f, const char *path, int read_in, struct errbuf *err)
+{
+    file_facts facts = {0};
+    int fd = open_file(path), ok = 0, reason = errno;
+    if (fd < 0 && reason != EISDIR)
+        return fail(err, "cannot open: %s; give the path of a model file", strerror(reason));
+    if (fd >= 0 && fstat(fd, &facts) < 0)
+        fail(err, "cannot read: %s", strerror(errno));
+    else if (fd < 0 || (facts.st_mode & S_IFMT) == S_IFDIR)
+        fail(err, "this is a directory; convert the checkpoint that it holds, or give the path of "
+                  "a model file");
+    else if ((facts.st_mode & S_IFMT) != S_IFREG)
+        fail(err, "this is a device or pipe; give the path of a model file");
+    else if (facts.st_size == 0)
+        fail(err, "the file is empty; copy or make it again");
+    else if ((uint64_t)facts.st_size > SIZE_MAX / 2)
+        fail(err, "has %llu bytes, too large for this %d-bit program",
+             (unsigned long long)facts.st_size, (int)sizeof(size_t) * 8);
+    else {
+        f->size = (size_t)facts.st_size;
+        ok = (read_in ? read_file : map_file)(f, fd, err);
+    }
+    if (fd >= 0)
+        close(fd);
+    return ok;
+}
 
 /* ---- SHA-256, FIPS 180-4 ---- */
 

@@ -310,7 +310,7 @@ static void test_library(void)
     } ways[2][2] = {
         {{MEMORY, ENOMEM, {"out of memory", "out of memory", "out of memory"}},
          {FILES, EIO, {"cannot open", "cannot read", "cannot map"}}},
-        {{MEMORY, ENOMEM, {"cannot map", "out of memory", "out of memory", "out of memory"}},
+        {{MEMORY, ENOMEM, {"out of memory", "out of memory", "out of memory", "out of memory"}},
          {FILES, EIO, {"cannot open", "cannot read", "cannot read"}}}};
     static float truth[N_VOCAB], logits[N_VOCAB];
     char err[256];

@@ -6643,7 +6643,8 @@ static int file_open(struct file *f, const char *path, int read_in, struct errbu
     file_facts facts = {0};
     int fd = open_file(path), ok = 0, reason = errno;
     if (fd < 0 && reason != EISDIR)
-        return fail(err, "cannot open: %s; give the path of a model file", strerror(reason));
+        return fail(err, "cannot open: %s; give the path of a model file",
+                    reason == EILSEQ ? "the path is not UTF-8, or too long" : strerror(reason));
     if (fd >= 0 && fstat(fd, &facts) < 0)
         fail(err, "cannot read: %s", strerror(errno));
     else if (fd < 0 || (facts.st_mode & S_IFMT) == S_IFDIR)

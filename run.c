@@ -3433,33 +3433,28 @@ static uint64_t longest_session(const program *p)
     return (uint64_t)gemma2_context(p->session) * 4 * (numbers + 1) + 4096;
 }
 
-/* Reads the first bytes of a file, and says so where there are some and they are not those of
- * `what`. */
-static int read_head(FILE *file, const char *path, const char *magic, const char *what, array *head)
-{
-    char *bytes = extend(head, HEAD_BYTES, 1);
-    if (!bytes)
-        return out_of_memory();
-    head->n = fread(bytes, 1, HEAD_BYTES, file);
-    if (head->n >= MAGIC_BYTES && memcmp(bytes, magic, MAGIC_BYTES) == 0)
-        return DONE;
-    return ferror(file) ? fail(FAILED, "cannot read %s: %s", path, strerror(errno))
-                        : fail(FAILED, "%s is not %s: it seems to be %s; give another name", path,
-                               what, kind_of(bytes, head->n)->what);
-}
-
-/* All of a file that begins with the magic of `what`; nothing where there is none yet and
- * may_be_new. */
+/* Reads a file that begins with the magic of `what`, at most so many bytes; 0: the first ones
+ * alone, if there are any.  Nothing where may_be_new and no file is there yet. */
 static int read_kept(const char *path, const char *magic, const char *what, uint64_t most,
                      int may_be_new, array *bytes)
 {
+    if (is_special(path))
+        return fail(FAILED, "%s is not a file that can hold %s", path, what);
     FILE *file = open_path(path, "rb");
     if (!file && errno == ENOENT && may_be_new)
-        return DONE; /* the first time */
+        return DONE;
     if (!file)
         return fail(FAILED, "cannot open %s: %s", path, strerror(errno));
-    int status = read_head(file, path, magic, what, bytes);
-    if (status == DONE)
+    char *head = extend(bytes, HEAD_BYTES, 1);
+    bytes->n = head ? fread(head, 1, HEAD_BYTES, file) : 0;
+    int status = head ? DONE : out_of_memory();
+    if (head && ferror(file))
+        status = fail(FAILED, "cannot read %s: %s", path, strerror(errno));
+    else if (head && (most || bytes->n) &&
+             (bytes->n < MAGIC_BYTES || memcmp(head, magic, MAGIC_BYTES) != 0))
+        status = fail(FAILED, "%s is not %s: it seems to be %s; give another name", path, what,
+                      kind_of(head, bytes->n)->what);
+    else if (head && most)
         status = read_file(file, path, most, bytes);
     fclose(file);
     return status;
@@ -3472,9 +3467,7 @@ static int load_session(program *p, const char *path, int may_be_new)
     array bytes = {0};
     if (!path)
         return DONE;
-    if (is_special(path))
-        return fail(FAILED, "%s is not a file that can hold a session", path);
-    int status = may_be_new ? save_file("the session", path, NULL, 0) : DONE;
+    int status = may_be_new && !is_special(path) ? save_file("the session", path, NULL, 0) : DONE;
     if (status == DONE)
         status = read_kept(path, SESSION_MAGIC, "a saved session", longest_session(p), may_be_new,
                            &bytes);
@@ -3609,20 +3602,14 @@ static int decode_ids(program *p, const int32_t *ids, size_t n_ids, array *text)
     return DONE;
 }
 
-/* The prompt as it came, or the text of its ids; in a chat on lines of its own. */
+/* The prompt as it came, or the text of its ids; in a chat with a newline, which ends a message and
+ * is no part of a text. */
 static int load_echo(program *p)
 {
     if (p->opts->ids)
         return decode_ids(p, p->ids.items, p->ids.n, &p->echo);
-    size_t n = p->prompt.n;
-    char *copy = extend(&p->echo, n + 1, 1);
-    if (!copy)
-        return out_of_memory();
-    if (n)
-        memcpy(copy, p->prompt.items, n);
-    copy[n] = '\n'; /* ends a message, and is no part of a text */
-    p->echo.n = p->opts->chat ? n + 1 : n;
-    return DONE;
+    int status = append(&p->echo, p->prompt.items, p->prompt.n);
+    return status || !p->opts->chat ? status : append(&p->echo, "\n", 1);
 }
 
 static int generate(program *p)
@@ -3747,9 +3734,9 @@ static size_t step_after(const editor *e)
     return e->at < e->text.n ? step_behind(e, place_of(e, e->at)).byte : e->at;
 }
 
-/* Sends the rows from `top` to `bottom` and returns where the cursor then is.  A full row is left
- * by a blank that the terminal wraps, once nothing more joins its last character. */
-static spot send_rows(editor *e, size_t top, size_t bottom)
+/* Sends the rows from `top` to `bottom` and returns the row that the cursor is then on.  A full
+ * row is left by a blank that the terminal wraps, once nothing more joins its last character. */
+static size_t send_rows(editor *e, size_t top, size_t bottom)
 {
     const char *text = e->text.items;
     spot at = {0, 0, SIGN}, next;
@@ -3760,7 +3747,7 @@ static spot send_rows(editor *e, size_t top, size_t bottom)
         next = behind(e, at, &code);
         size_t width = code == '\n' ? 1 : columns(code);
         size_t row = at.row + (code != '\n' && at.column + width > e->width);
-        shown = width ? row >= top && row <= bottom : shown;
+        shown = width ? row >= top : shown;
         if (row > bottom || (code == '\n' && row == bottom))
             break;
         if (full && width)
@@ -3775,7 +3762,7 @@ static spot send_rows(editor *e, size_t top, size_t bottom)
     }
     if (full && at.row <= bottom)
         put_format(&e->out, " \r");
-    return at.row > bottom ? (spot){at.byte, bottom, e->width} : at;
+    return at.row < bottom ? at.row : bottom;
 }
 
 /* Shows the text anew, on at most so many rows around the cursor; SIZE_MAX: all of it. */
@@ -3788,12 +3775,11 @@ static void draw(editor *e, size_t rows)
     put_format(&e->out, "\033[J");
     e->top = rows == SIZE_MAX ? 0 : cursor.row < e->top ? cursor.row : e->top;
     e->top = cursor.row - e->top < rows ? e->top : cursor.row - rows + 1;
-    spot end = send_rows(e, e->top, e->top + rows - 1);
-    if (end.row > cursor.row)
-        put_format(&e->out, "\033[%zuA", end.row - cursor.row);
-    if (end.row != cursor.row || end.column != cursor.column)
-        put_format(&e->out, "\r");
-    if (cursor.column && (end.row != cursor.row || end.column != cursor.column))
+    size_t end = send_rows(e, e->top, e->top + rows - 1);
+    put_format(&e->out, "\r");
+    if (end > cursor.row)
+        put_format(&e->out, "\033[%zuA", end - cursor.row);
+    if (cursor.column)
         put_format(&e->out, "\033[%zuC", cursor.column);
     e->row = cursor.row;
 }
@@ -4350,8 +4336,6 @@ static int open_history(program *p)
     array *history = &p->editor.history, bytes = {0};
     if (!path)
         return DONE;
-    if (is_special(path))
-        return fail(FAILED, "%s is not a file that can hold a history", path);
     int status = read_kept(path, HISTORY_MAGIC, "a history of messages", MOST_BYTES, 1, &bytes);
     size_t n = bytes.n;
     const char *text = bytes.items;
@@ -4518,10 +4502,7 @@ static int show(program *p, const char *rest)
 static int save(program *p, const char *path)
 {
     array head = {0};
-    FILE *file = open_path(path, "rb");
-    int status = file ? read_head(file, path, SESSION_MAGIC, "a saved session", &head) : DONE;
-    if (file)
-        fclose(file);
+    int status = read_kept(path, SESSION_MAGIC, "a saved session", 0, 1, &head);
     free(head.items);
     if (status == DONE && !p->ids.n)
         status = fail(FAILED, "there is nothing to save yet");
@@ -4687,31 +4668,21 @@ static int converse(program *p)
     return status;
 }
 
-static void print_pieces(program *p)
-{
-    const int32_t *ids = p->ids.items;
-    put_format(&p->out, "{\"ids\": [");
-    put_ids(&p->out, ids, p->ids.n, ", ");
-    put_format(&p->out, "], \"pieces\": [");
-    for (size_t i = 0; i < p->ids.n; i++) {
-        put_format(&p->out, i ? ", " : "");
-        put_piece(p, ids[i]);
-    }
-    put_format(&p->out, "]}\n");
-}
-
 static int tokenize(program *p)
 {
     int status = load_prompt(p);
     if (status != DONE)
         return status;
     warn_of_prompt(p);
-    if (p->opts->json)
-        print_pieces(p);
-    else {
-        put_ids(&p->out, p->ids.items, p->ids.n, " ");
-        put_bytes(&p->out, "\n", 1);
+    const int32_t *ids = p->ids.items;
+    put_format(&p->out, p->opts->json ? "{\"ids\": [" : "");
+    put_ids(&p->out, ids, p->ids.n, p->opts->json ? ", " : " ");
+    put_format(&p->out, p->opts->json ? "], \"pieces\": [" : "");
+    for (size_t i = 0; p->opts->json && i < p->ids.n; i++) {
+        put_format(&p->out, i ? ", " : "");
+        put_piece(p, ids[i]);
     }
+    put_format(&p->out, p->opts->json ? "]}\n" : "\n");
     return DONE;
 }
 
@@ -5090,16 +5061,7 @@ static int check_target(const program *p)
 {
     const char *path = p->opts->subject;
     array head = {0};
-    if (is_special(path))
-        return fail(FAILED, "%s is not a file that can hold the importance", path);
-    FILE *file = open_path(path, "rb");
-    int c = file ? getc(file) : EOF, status = DONE;
-    if (c != EOF) {
-        rewind(file);
-        status = read_head(file, path, IMPORTANCE_MAGIC, "an importance file", &head);
-    }
-    if (file)
-        fclose(file);
+    int status = read_kept(path, IMPORTANCE_MAGIC, "an importance file", 0, 1, &head);
     free(head.items);
     return status ? status : save_file("the importance", path, NULL, 0);
 }

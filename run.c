@@ -4255,16 +4255,13 @@ static int drop_oldest(program *p, int *status)
         return 0;
     do {
         exchange *turns = p->turns.items;
-        size_t first = p->first_stays && p->turns.n > 2 && turns[1].start <= context / 2;
-        size_t from = first ? turns[1].start : 0, to = first;
-        size_t n = first ? 0 : p->first.before, skipped = first ? 0 : p->later.before;
+        size_t stay = p->first_stays && p->turns.n > 2 && turns[1].start <= context / 2;
+        size_t from = stay ? turns[1].start : 0, n = stay ? 0 : p->first.before, to = stay, end;
         do
-            to++;
-        while (to + 1 < p->turns.n &&
-               from + n + p->ids.n - turns[to].start - skipped > context / 4 * 3);
-        size_t end = turns[to].start + skipped;
-        p->turns.n -= to - first;
-        memmove(turns + first, turns + to, (p->turns.n - first) * sizeof *turns);
+            end = turns[++to].start + (stay ? 0 : p->later.before);
+        while (to + 1 < p->turns.n && from + n + p->ids.n - end > context / 4 * 3);
+        p->turns.n -= to - stay;
+        memmove(turns + stay, turns + to, (p->turns.n - stay) * sizeof *turns);
         *status = retell(p, from, end, n);
     } while (*status == DONE && p->turns.n > 1 && p->ids.n >= context);
     if (*status == DONE && p->reply.finish == AT_CONTEXT)
@@ -4363,12 +4360,14 @@ static int open_history(program *p)
 /* Adds a message to the history and to its file. */
 static int keep_in_history(program *p, const char *text, size_t n)
 {
+    const array *history = &p->editor.history;
     const char *path = p->opts->history;
+    size_t held = history->n;
     int status = remember(&p->editor, text, n);
-    if (!path || !n || status != DONE)
+    if (!path || history->n == held)
         return status;
     FILE *file = open_path(path, "ab");
-    int written = file && fwrite(text, 1, n, file) == n && fputc('\0', file) == 0;
+    int written = file && fwrite((char *)history->items + held, 1, n + 1, file) == n + 1;
     if (file)
         written &= fclose(file) == 0;
     if (!written)

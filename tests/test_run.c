@@ -3,9 +3,11 @@
  *   cc -O2 -ffp-contract=off tests/test_run.c gemma2.c -lm && ./a.out */
 #define main run_main
 #define check run_check /* its own is a mode */
+#define gemma2_encode_chat other_chat
 #include "../run.c"
 #undef main
 #undef check
+#undef gemma2_encode_chat
 
 #include "check.h"
 
@@ -225,8 +227,89 @@ static void test_schemas(void)
     gemma2_close(words);
 }
 
+/* ---- conversations ---- */
+
+static int has_system_turn; /* else system text stands before the first user's text */
+
+/* A chat template that is not Gemma's, whose ids stand for themselves. */
+int64_t other_chat(const gemma2_model *m, const gemma2_message *messages, size_t n, unsigned flags,
+                   int32_t *ids, size_t max_ids, void *scratch, size_t scratch_bytes)
+{
+    enum { BOS = 1, OPEN, CLOSE, SYSTEM, USER, MODEL, JOIN, LETTER = 100 };
+    int32_t all[500];
+    size_t at = 0;
+    (void)m, (void)scratch, (void)scratch_bytes;
+    all[at++] = flags & GEMMA2_CHAT_CONTINUE ? CLOSE : BOS;
+    for (size_t i = 0; i < n; i++) {
+        int is_system = messages[i].role == GEMMA2_ROLE_SYSTEM;
+        if (has_system_turn || i == 0)
+            all[at++] = OPEN, all[at++] = is_system && has_system_turn ? SYSTEM : USER;
+        size_t size = messages[i].size < 0 ? strlen(messages[i].text) : (size_t)messages[i].size;
+        for (size_t k = 0; k < size; k++)
+            all[at++] = LETTER + messages[i].text[k];
+        all[at++] = is_system && !has_system_turn ? JOIN : CLOSE;
+    }
+    all[at++] = OPEN, all[at++] = MODEL;
+    for (size_t i = 0; i < at && i < max_ids; i++)
+        ids[i] = all[i];
+    return (int64_t)at;
+}
+
+/* Turns from `from` on, each with a reply of one token. */
+static void tell(program *p, int from)
+{
+    static const char *const texts[] = {"one", "", "three"};
+    p->ids.n = p->turns.n = 0;
+    for (int i = from; i < 3; i++)
+        check(add_turn(p, texts[i], strlen(texts[i])) == DONE && push_id(p, 50 + i) == DONE,
+              "turn %d", i);
+}
+
+/* Turns are found by their ids and told anew with another system text, whatever the template. */
+static void test_turns(void)
+{
+    options opts;
+    init_options(&opts);
+    program p = {.opts = &opts, .settings = &opts}, fresh = p;
+    p.model = fresh.model = gemma2_open("tests/demo/story-q8.bin", NULL, NULL, 0);
+    p.session = fresh.session = gemma2_session_new(p.model, NULL, NULL, 0);
+    opts.quiet = 1;
+    for (int i = 0; p.session && i < 4; i++) {
+        exchange was[3], *turns;
+        has_system_turn = i / 2;
+        opts.system = i % 2 ? "Be kind." : NULL;
+        check(learn_frames(&p) == DONE, "frames");
+        tell(&p, 0);
+        memcpy(was, p.turns.items, sizeof was);
+        check(find_turns(&p) == DONE && p.turns.n == 3 &&
+              memcmp(was, p.turns.items, sizeof was) == 0 && !opts.system == !(i % 2),
+              "template %d: %zu turns are found", i, p.turns.n);
+        size_t before = p.first.before;
+        opts.system = i == 1 ? NULL : "Say less.";
+        check(learn_frames(&p) == DONE && retell(&p, 0, before, p.first.before) == DONE, "told");
+        tell(&fresh, 0);
+        check(p.ids.n == fresh.ids.n && !memcmp(p.ids.items, fresh.ids.items, 4 * p.ids.n) &&
+              !memcmp(p.turns.items, fresh.turns.items, sizeof was), "template %d: system", i);
+        turns = p.turns.items;
+        before = turns[1].start + p.later.before;
+        memmove(turns, turns + 1, 2 * sizeof *turns);
+        p.turns.n = 2;
+        check(retell(&p, 0, before, p.first.before) == DONE, "dropped");
+        tell(&fresh, 1);
+        check(p.ids.n == fresh.ids.n && !memcmp(p.ids.items, fresh.ids.items, 4 * p.ids.n) &&
+              !memcmp(turns, fresh.turns.items, 2 * sizeof *turns), "template %d: dropped", i);
+        opts.system = "Another one.";
+        check(learn_frames(&p) == DONE && find_turns(&p) == DONE && !opts.system &&
+              p.turns.n == (i == 3 || i == 2 ? 0 : 2), "template %d: another system text", i);
+    }
+    free(p.ids.items), free(p.turns.items), free(fresh.ids.items), free(fresh.turns.items);
+    free(p.first.ids.items), free(p.later.ids.items);
+    gemma2_session_free(p.session), gemma2_close(p.model);
+}
+
 int main(void)
 {
+    test_turns();
     test_schemas();
     test_json_refusals();
     test_json_sizes();

@@ -3958,24 +3958,20 @@ static void refuse(struct parser *p, uint32_t at, const char *format, ...)
 }
 
 /* Appends an instruction; after a failure it is always the first one. */
-static uint32_t add_inst(struct parser *p, int op, uint32_t other, uint32_t low, uint32_t high)
+static struct fragment single(struct parser *p, int op, uint32_t other, uint32_t low, uint32_t high)
 {
     gemma2_grammar *g = p->g;
-    if (g->n_insts == MAX_INSTS)
+    uint32_t at = g->n_insts;
+    if (at == MAX_INSTS)
         refuse(p, p->at, "up to here the grammar takes more than %d instructions", MAX_INSTS);
     if (p->failed)
-        return 0;
-    g->insts[g->n_insts] = (struct inst){(uint8_t)op, (uint8_t)low, (uint8_t)high, NOWHERE, other};
-    return g->n_insts++;
-}
-
-static struct fragment single(struct parser *p, int op, uint32_t other)
-{
-    uint32_t at = add_inst(p, op, other, 0, 0);
+        return (struct fragment){0, 0};
+    g->insts[g->n_insts++] = (struct inst){(uint8_t)op, (uint8_t)low, (uint8_t)high, NOWHERE,
+                                           other};
     return (struct fragment){at, at};
 }
 
-static struct fragment nothing(struct parser *p) { return single(p, OP_SPLIT, NOWHERE); }
+static struct fragment nothing(struct parser *p) { return single(p, OP_SPLIT, NOWHERE, 0, 0); }
 
 static struct fragment join(struct parser *p, struct fragment f, struct fragment g)
 {
@@ -3988,7 +3984,7 @@ static struct fragment either(struct parser *p, struct fragment f, struct fragme
 {
     if (f.first == NOWHERE)
         return join(p, g, nothing(p));
-    struct fragment split = single(p, OP_SPLIT, g.first);
+    struct fragment split = single(p, OP_SPLIT, g.first, 0, 0);
     p->g->insts[split.first].next = f.first;
     p->g->insts[g.last].next = f.last;
     return (struct fragment){split.first, f.last};
@@ -3998,10 +3994,8 @@ static struct fragment add_bytes(struct parser *p, const uint8_t *low, const uin
                                  uint32_t n)
 {
     struct fragment f = nothing(p);
-    for (uint32_t i = 0; i < n; i++) {
-        uint32_t at = add_inst(p, OP_BYTE, NOWHERE, low[i], high[i]);
-        f = join(p, f, (struct fragment){at, at});
-    }
+    for (uint32_t i = 0; i < n; i++)
+        f = join(p, f, single(p, OP_BYTE, NOWHERE, low[i], high[i]));
     return f;
 }
 
@@ -4208,8 +4202,7 @@ static struct fragment read_token(struct parser *p)
         refuse(p, start, "this token ends replies, so it cannot be a part of them");
     else if (!negated && m->tokenizer.kinds[id] == GEMMA2_PIECE_BYTE)
         refuse(p, start, "this token is a single byte, which may be no character");
-    uint32_t at = add_inst(p, OP_TOKEN, id, negated, 0);
-    return (struct fragment){at, at};
+    return single(p, OP_TOKEN, id, negated, 0);
 }
 
 /* The rule of that name, which may be defined later. */
@@ -4236,7 +4229,7 @@ static uint32_t read_name(struct parser *p)
 
 static void define_rule(struct parser *p, struct rule *r, struct fragment body)
 {
-    struct fragment whole = join(p, body, single(p, OP_END, NOWHERE));
+    struct fragment whole = join(p, body, single(p, OP_END, NOWHERE, 0, 0));
     r->start = whole.first;
 }
 
@@ -4271,10 +4264,10 @@ static struct fragment read_repeat(struct parser *p, struct fragment f)
         define_rule(p, &g->rules[item], f);
     }
     for (uint32_t i = 0; i < least && counted && !p->failed; i++)
-        whole = join(p, whole, single(p, OP_CALL, item));
+        whole = join(p, whole, single(p, OP_CALL, item, 0, 0));
     for (uint32_t i = least; i < most && !p->failed; i++) {
-        struct fragment more = counted ? single(p, OP_CALL, item) : f;
-        split = single(p, OP_SPLIT, end.first);
+        struct fragment more = counted ? single(p, OP_CALL, item, 0, 0) : f;
+        split = single(p, OP_SPLIT, end.first, 0, 0);
         whole = join(p, whole, join(p, split, more));
         if (most == NOWHERE) { /* a loop; + enters it behind the split */
             g->insts[more.last].next = split.first;
@@ -4314,7 +4307,7 @@ static struct fragment read_item(struct parser *p)
     uint32_t rule = read_name(p);
     if (p->at == start)
         refuse(p, start, "nothing of a grammar begins with this character");
-    return single(p, OP_CALL, rule);
+    return single(p, OP_CALL, rule, 0, 0);
 }
 
 /* Alternatives, up to the ')' or the end of the rule. */
@@ -4431,47 +4424,38 @@ static int find_costs(gemma2_grammar *g)
     return ok;
 }
 
-/* A rule that can begin with itself, NOWHERE for none, or n_rules for no memory.  Walks what
- * rules begin with; a rule is open while its end mark lies on the stack. */
+/* A rule that can begin with itself, NOWHERE for none, or n_rules for no memory.  Walks, depth
+ * first, what is reached without reading; an instruction is open while its end mark lies on the
+ * stack. */
 static uint32_t left_recursive(const gemma2_grammar *g)
 {
-    enum { UNSEEN, OPEN, CLOSED, IS_END = 1 << 30 };
+    enum { UNSEEN, OPEN, CLOSED, END_MARK = 1 << 30 };
     uint32_t found = NOWHERE;
-    uint8_t *seen = calloc(g->n_insts + (size_t)g->n_rules, 1);
-    uint32_t *stack = malloc((2 * ((size_t)g->n_insts + g->n_rules) + 2) * sizeof *stack);
-    uint8_t *state = seen ? seen + g->n_insts : NULL;
-    if (!seen || !stack)
+    uint8_t *state = calloc(g->n_insts, 1);
+    uint32_t *stack = malloc((3 * (size_t)g->n_insts + 1) * sizeof *stack);
+    if (!state || !stack)
         found = g->n_rules;
-    for (uint32_t r = 0, n = 0; state && stack && r < g->n_rules && found == NOWHERE; r++) {
-        uint32_t enter = state[r] == UNSEEN ? r : NOWHERE;
-        do {
-            if (enter != NOWHERE) {
-                state[enter] = OPEN;
-                stack[n++] = IS_END | enter;
-                stack[n++] = g->rules[enter].start;
-            } else if (!n)
-                break;
+    for (uint32_t r = 0; r < g->n_rules && found == NOWHERE; r++) {
+        uint32_t n = 0;
+        for (stack[n++] = g->rules[r].start; n && found == NOWHERE;) {
             uint32_t at = stack[--n];
-            enter = NOWHERE;
-            if (at & IS_END)
-                state[at & ~(uint32_t)IS_END] = CLOSED;
-            else if (!seen[at]) {
-                const struct inst *i = &g->insts[at];
-                seen[at] = 1;
-                int passes = i->op == OP_SPLIT ||
-                             (i->op == OP_CALL && g->cost[second(g, i)] == 0);
-                if (passes && i->next != NOWHERE)
-                    stack[n++] = i->next;
-                if (i->op == OP_SPLIT && i->other != NOWHERE)
-                    stack[n++] = i->other;
-                if (i->op == OP_CALL && state[i->other] == OPEN)
-                    found = i->other;
-                if (i->op == OP_CALL && state[i->other] == UNSEEN)
-                    enter = i->other;
-            }
-        } while (found == NOWHERE);
+            if (at & END_MARK)
+                state[at - END_MARK] = CLOSED;
+            if (at & END_MARK || state[at] != UNSEEN)
+                continue;
+            const struct inst *i = &g->insts[at];
+            uint32_t to = second(g, i);
+            state[at] = OPEN;
+            stack[n++] = END_MARK | at;
+            if (i->next != NOWHERE && (i->op == OP_SPLIT || (i->op == OP_CALL && !g->cost[to])))
+                stack[n++] = i->next;
+            if (to != NOWHERE)
+                stack[n++] = to;
+            if (i->op == OP_CALL && state[to] == OPEN)
+                found = i->other;
+        }
     }
-    free(seen), free(stack);
+    free(state), free(stack);
     return found;
 }
 
@@ -4664,7 +4648,7 @@ struct gemma2_matcher {
     uint64_t seen[SEEN_SLOTS]; /* hash of the closure */
     uint32_t seen_at[MAX_CLOSURE], n_closure, n_leaves, n_calls, n_gathered;
     uint64_t closure[MAX_CLOSURE], leaves[MAX_CLOSURE], calls[MAX_CLOSURE];
-    uint64_t gathered[MAX_CLOSURE], last[MAX_CLOSURE];
+    uint64_t gathered[MAX_CLOSURE];
     uint32_t queue[SEARCH_NODES + 2];
 };
 
@@ -4805,7 +4789,6 @@ static const uint32_t *sets_after(gemma2_matcher *m, uint32_t set)
 {
     const struct inst *insts = m->grammar->insts;
     uint8_t edge[257] = {0};
-    uint32_t n_last = 0, id = 0;
     if (m->sets[set].row)
         return m->rows[m->sets[set].row - 1];
     if (m->n_rows == MAX_ROWS)
@@ -4826,15 +4809,9 @@ static const uint32_t *sets_after(gemma2_matcher *m, uint32_t set)
             if (leaf->op == OP_BYTE && leaf->low <= byte && byte <= leaf->high)
                 collect(m, leaf->next, (uint32_t)(m->leaves[i] >> 32));
         }
-        size_t size = m->n_gathered * sizeof *m->last;
-        if (m->n_gathered != n_last || memcmp(m->last, m->gathered, size)) {
-            n_last = m->n_gathered;
-            memcpy(m->last, m->gathered, size);
-            id = intern(m);
-        }
-        m->n_gathered = 0;
+        uint32_t next = intern(m);
         for (uint32_t i = byte; i < end; i++)
-            row[i] = id;
+            row[i] = next;
     }
     if (m->full)
         return NULL;
@@ -5272,16 +5249,9 @@ static int32_t propose_draft(void *context, const int32_t *ids, int32_t n, int32
 /* Whether two models call the same pieces by the same ids. */
 static int same_vocabulary(const gemma2_model *a, const gemma2_model *b)
 {
-    int32_t n = a->config.n_vocab;
-    if (b->config.n_vocab != n || memcmp(a->tokenizer.kinds, b->tokenizer.kinds, (size_t)n))
-        return 0;
-    for (int32_t id = 0; id < n; id++) {
-        struct text x = piece_text(&a->tokenizer, (uint32_t)id);
-        struct text y = piece_text(&b->tokenizer, (uint32_t)id);
-        if (x.n != y.n || memcmp(x.p, y.p, x.n))
-            return 0;
-    }
-    return 1;
+    const struct tokenizer *x = &a->tokenizer, *y = &b->tokenizer; /* kinds follow ends there */
+    return x->n == y->n && !memcmp(x->ends, y->ends, 5 * (size_t)x->n) &&
+           !memcmp(x->blob, y->blob, get_u32(x->ends + 4 * (size_t)(x->n - 1)));
 }
 
 /* ---- how many ---- */
@@ -6626,7 +6596,8 @@ static int map_file(struct file *f, int fd, struct errbuf *err)
     void *p = mmap(NULL, f->size, PROT_READ, MAP_SHARED, fd, 0);
     f->mapping = p == MAP_FAILED ? NULL : p;
 #elif defined(_WIN32)
-    HANDLE section = CreateFileMappingW((HANDLE)_get_osfhandle(fd), NULL, PAGE_READONLY, 0, 0, NULL);
+    HANDLE file = (HANDLE)_get_osfhandle(fd);
+    HANDLE section = CreateFileMappingW(file, NULL, PAGE_READONLY, 0, 0, NULL);
     f->mapping = section ? MapViewOfFile(section, FILE_MAP_READ, 0, 0, 0) : NULL;
     if (section)
         CloseHandle(section);

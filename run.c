@@ -2717,6 +2717,7 @@ typedef struct {
     output out;             /* to the screen */
     array history, draft;   /* char: messages, each with a NUL, oldest first; the new one meanwhile */
     size_t recalled;        /* where in the history the shown one begins; history.n: the new one */
+    size_t oldest;          /* where the first begins */
     size_t at;              /* the cursor, in bytes of the text */
     size_t width;           /* columns of the terminal */
     size_t row, top;        /* of the text: where the cursor is shown, the first that is visible */
@@ -3465,8 +3466,6 @@ static int read_kept(const char *path, const char *magic, const char *what, uint
 static int load_session(program *p, const char *path, int may_be_new)
 {
     array bytes = {0};
-    if (!path)
-        return DONE;
     int status = may_be_new && !is_special(path) ? save_file("the session", path, NULL, 0) : DONE;
     if (status == DONE)
         status = read_kept(path, SESSION_MAGIC, "a saved session", longest_session(p), may_be_new,
@@ -3861,7 +3860,7 @@ static int move_row(editor *e, int down)
         e->at = find_place(e, SIZE_MAX, down ? at.row + 1 : at.row - 1, at.column).byte;
     else if (down && e->recalled < e->history.n)
         return recall(e, e->recalled + strlen(history + e->recalled) + 1);
-    else if (!down && e->recalled > 0)
+    else if (!down && e->recalled > e->oldest)
         return recall(e, message_before(e, e->recalled));
     return DONE;
 }
@@ -4199,15 +4198,10 @@ static int find_turns(program *p)
     return DONE;
 }
 
-static exchange *last_turn(program *p)
-{
-    return p->turns.n ? (exchange *)p->turns.items + p->turns.n - 1 : NULL;
-}
-
 static void forget_last_turn(program *p)
 {
-    forget_after(p, last_turn(p)->start);
-    p->turns.n--;
+    const exchange *turns = p->turns.items;
+    forget_after(p, turns[--p->turns.n].start);
 }
 
 /* Adds a turn to the conversation: its ids up to where the reply begins. */
@@ -4325,36 +4319,28 @@ static void show_where(program *p, const char *path)
     fprintf(stderr, "%s: %zu of %" PRId32 " tokens.\n", path, p->ids.n, gemma2_context(p->session));
 }
 
-/* Reads the history's file and keeps its last messages there, readable by its owner only. */
+/* Reads the history's file, which is the history with a magic before it, and keeps its last
+ * messages there, readable by its owner only. */
 static int open_history(program *p)
 {
     enum { MOST_MESSAGES = 1000, MOST_BYTES = 1 << 24 };
     const char *path = p->opts->history;
-    array *history = &p->editor.history, bytes = {0};
-    if (!path)
-        return DONE;
-    int status = read_kept(path, HISTORY_MAGIC, "a history of messages", MOST_BYTES, 1, &bytes);
-    size_t n = bytes.n;
-    const char *text = bytes.items;
-    if (status == DONE && n > MAGIC_BYTES) {
-        status = append(history, text + MAGIC_BYTES, n - MAGIC_BYTES);
-        history->n += status == DONE && text[n - 1]; /* the NUL of a torn message */
-    }
-    free(bytes.items);
+    array *history = &p->editor.history;
+    int status = read_kept(path, HISTORY_MAGIC, "a history of messages", MOST_BYTES, 1, history);
+    if (status == DONE && !history->n)
+        status = append(history, HISTORY_MAGIC, MAGIC_BYTES);
+    if (status == DONE && ((char *)history->items)[history->n - 1]) /* a torn message */
+        status = append(history, "", 1);
+    if (status != DONE)
+        return status;
     size_t at = history->n, kept = 0;
-    while (at > 0 && kept++ < MOST_MESSAGES)
+    p->editor.oldest = MAGIC_BYTES;
+    while (at > MAGIC_BYTES && kept++ < MOST_MESSAGES)
         at = message_before(&p->editor, at);
-    history->n -= at;
-    if (at)
-        memmove(history->items, (char *)history->items + at, history->n);
-    bytes = (array){0};
-    status = status ? status : append(&bytes, HISTORY_MAGIC, MAGIC_BYTES);
-    if (status == DONE && history->n)
-        status = append(&bytes, history->items, history->n);
-    if (status == DONE)
-        status = save_file("the history", path, bytes.items, bytes.n);
-    free(bytes.items);
-    return status;
+    char *text = history->items;
+    memmove(text + MAGIC_BYTES, text + at, history->n - at);
+    history->n -= at - MAGIC_BYTES;
+    return save_file("the history", path, text, history->n);
 }
 
 /* Adds a message to the history and to its file. */
@@ -4398,12 +4384,13 @@ static int undo(program *p, const char *rest)
 
 static int regenerate(program *p, const char *rest)
 {
-    exchange *t = last_turn(p);
+    const exchange *turns = p->turns.items;
     (void)rest;
-    if (!t)
+    if (!p->turns.n)
         return fail(DONE, "there is no reply to make again");
-    forget_after(p, t->reply - 1); /* its last token is evaluated again, to have logits */
-    p->ids.n = t->reply;
+    size_t end = turns[p->turns.n - 1].reply;
+    forget_after(p, end - 1); /* its last token is evaluated again, to have logits */
+    p->ids.n = end;
     return reply_to_turn(p);
 }
 
@@ -4615,15 +4602,13 @@ static int edit(program *p, const char *rest)
     int status = failed ? fail(FAILED, "the editor failed, so nothing is sent; $EDITOR names "
                                        "another") : read_path(name, &text);
     remove_path(name);
-    const char *bytes = text.items;
-    while (status == DONE && text.n && (bytes[text.n - 1] == '\n' || bytes[text.n - 1] == '\r'))
-        text.n--;
-    if (status == DONE && text.n) {
-        fprintf(stderr, "> (%zu bytes)\n", text.n);
-        status = keep_in_history(p, text.items, text.n);
-        status = status ? status : answer(p, text.items, text.n);
-    } else
-        status = DONE;
+    size_t n = status == DONE ? text.n : 0;
+    const char *message = trim(text.items, &n);
+    if (n)
+        fprintf(stderr, "> (%zu bytes)\n", n);
+    status = keep_in_history(p, message, n);
+    if (n && status == DONE)
+        status = answer(p, message, n);
     free(text.items);
     return status;
 }
@@ -4632,7 +4617,7 @@ static int edit(program *p, const char *rest)
 static int converse(program *p)
 {
     p->editor.raw = terminal_raw();
-    int status = open_history(p);
+    int status = p->opts->history ? open_history(p) : DONE;
     if (status != DONE)
         return status;
     if (!p->opts->quiet)

@@ -2715,7 +2715,7 @@ typedef struct {
 typedef struct {
     array text, screen;     /* char: the message; what the terminal is to be sent */
     output out;             /* to the screen */
-    array history, draft;   /* char: messages, each with a NUL, oldest first; the new one meanwhile */
+    array history, draft;   /* char: messages, a NUL behind each; the new one meanwhile */
     size_t recalled;        /* where in the history the shown one begins; history.n: the new one */
     size_t oldest;          /* where the first begins */
     size_t at;              /* the cursor, in bytes of the text */

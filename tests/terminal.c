@@ -50,7 +50,7 @@ typedef struct {
 
 static struct {
     int master, width, height, row, column;
-    int full;                 /* the cursor stands on the last column's character, as if behind it */
+    int full;                 /* the cursor is on the last column's character, as if behind it */
     cell cells[MOST_ROWS][MOST_COLUMNS];
     int goes_on[MOST_ROWS];   /* a row that was full: the next belongs to its line */
     char bytes[16];           /* of a sequence or a character so far */
@@ -294,7 +294,8 @@ static int asks_behind(const char *name, const char *text)
         size_t n = strlen(all), m = strlen(want);
         ok = n >= m && strcmp(all + n - m, want) == 0 && t.column == 2;
     } while (!ok && more);
-    return check(ok, "%.60s: there is no '%s' and a prompt at the end of\n%s", name, text, screen());
+    return check(ok, "%.60s: there is no '%s' and a prompt at the end of\n%s", name, text,
+                 screen());
 }
 
 /* ---- the program ---- */
@@ -386,90 +387,98 @@ static const char *last_message(void)
 
 /* On an empty screen: what keys show, where the cursor is, and the message that Enter sends as
  * the history has it. */
-static const struct {
-    const char *name;
-    int width, height;
-    const char *keys, *screen;
+typedef struct {
+    const char *name, *keys, *screen;
     int row, column;
-    const char *message;
-} KEYS[] = {
-    {"a paste", 20, 6, "\033[200~one\ntwo\r\nthree\rfour\033[201~!", "> one\n. two\n. three\n. four!", 3,
+    const char *message; /* NULL: Enter does not end it */
+} typing;
+
+static const typing KEYS[] = { /* on 20 columns and 6 rows */
+    {"a paste", "\033[200~one\ntwo\r\nthree\rfour\033[201~!", "> one\n. two\n. three\n. four!", 3,
      7, "one\ntwo\nthree\nfour!"},
-    {"typing", 20, 6, "abc", "> abc", 0, 5, "abc"},
-    {"left", 20, 6, "abc\033[D\033ODX", "> aXbc", 0, 4, "aXbc"},
-    {"right", 20, 6, "abc\001\033[C\033OCX", "> abXc", 0, 5, "abXc"},
-    {"Ctrl-B and Ctrl-F", 20, 6, "abc\002\002\002\006X", "> aXbc", 0, 4, "aXbc"},
-    {"Home", 20, 6, "abc\033[H", "> abc", 0, 2, "abc"},
-    {"Home of others", 20, 6, "abc\033[1~X", "> Xabc", 0, 3, "Xabc"},
-    {"Home of rxvt", 20, 6, "abc\033[7~X", "> Xabc", 0, 3, "Xabc"},
-    {"Home in keypad mode", 20, 6, "abc\033OHX", "> Xabc", 0, 3, "Xabc"},
-    {"Ctrl-A", 20, 6, "abc\001X", "> Xabc", 0, 3, "Xabc"},
-    {"End", 20, 6, "abc\001\033[F", "> abc", 0, 5, "abc"},
-    {"End of others", 20, 6, "abc\001\033[4~X", "> abcX", 0, 6, "abcX"},
-    {"End of rxvt", 20, 6, "abc\001\033[8~X", "> abcX", 0, 6, "abcX"},
-    {"End in keypad mode", 20, 6, "abc\001\033OFX", "> abcX", 0, 6, "abcX"},
-    {"Ctrl-E", 20, 6, "abc\001\005X", "> abcX", 0, 6, "abcX"},
-    {"Delete", 20, 6, "abc\001\033[3~", "> bc", 0, 2, "bc"},
-    {"Ctrl-D amid the text", 20, 6, "abc\001\004", "> bc", 0, 2, "bc"},
-    {"backspace", 20, 6, "abc\177", "> ab", 0, 4, "ab"},
-    {"backspace in the middle", 20, 6, "abc\002\010", "> ac", 0, 3, "ac"},
-    {"Ctrl-K", 20, 6, "abc def\001\006\006\006\013", "> abc", 0, 5, "abc"},
-    {"Ctrl-U", 20, 6, "abc def\002\002\002\025", "> def", 0, 2, "def"},
-    {"Ctrl-W", 20, 6, "abc def \027", "> abc", 0, 6, "abc "},
-    {"words", 20, 6, "abc def\033[1;5DX\033b\033bY\033fZ", "> YabcZ Xdef", 0, 7, "YabcZ Xdef"},
-    {"keys that are not known", 20, 6, "a\033[15~\033[1;2Pb\033Oq\033[[Ac\033xd", "> abcd", 0, 6, "abcd"},
-    {"a tab", 20, 6, "a\tb", "> a b", 0, 5, "a\tb"},
-    {"bytes that are no UTF-8", 20, 6, "a\xC3(\xFFz", "> a?(?z", 0, 7, "a\xC3(\xFFz"},
-    {"wide", 20, 6, "a" WIDE "b", "> a" WIDE "b", 0, 6, "a" WIDE "b"},
-    {"left of wide", 20, 6, "a" WIDE "b\033[D\033[D", "> a" WIDE "b", 0, 3, "a" WIDE "b"},
-    {"wide taken back", 20, 6, "a" WIDE "b\033[D\177", "> ab", 0, 3, "ab"},
-    {"combining", 20, 6, "x" ACUTE "y", "> x" ACUTE "y", 0, 5, "x" ACUTE "y"},
-    {"left of combining", 20, 6, "x" ACUTE "y\033[D\033[D", "> x" ACUTE "y", 0, 3, "x" ACUTE "y"},
-    {"combining taken back", 20, 6, "x" ACUTE "\177", "> x", 0, 3, "x"},
-    {"joined", 20, 6, FAMILY "x\002\177", "> x", 0, 2, "x"},
-    {"a full row", 20, 6, "abcdefghijklmnopqr", "> abcdefghijklmnopqr", 1, 0, "abcdefghijklmnopqr"},
-    {"one more", 20, 6, TWENTY, "> abcdefghijklmnopqr\nst", 1, 2, TWENTY},
-    {"two full rows", 20, 6, TWENTY "abcdefghijklmnopqr", "> abcdefghijklmnopqr\nst"
-     "abcdefghijklmnopqr", 2, 0, TWENTY "abcdefghijklmnopqr"},
-    {"a longer row", 20, 6, TWENTY "\001X", "> Xabcdefghijklmnopq\nrst", 0, 3, "X" TWENTY},
-    {"a shorter row", 20, 6, TWENTY "\001\033[3~", "> bcdefghijklmnopqrs\nt", 0, 2,
+    {"typing", "abc", "> abc", 0, 5, "abc"},
+    {"left", "abc\033[D\033ODX", "> aXbc", 0, 4, "aXbc"},
+    {"right", "abc\001\033[C\033OCX", "> abXc", 0, 5, "abXc"},
+    {"Ctrl-B and Ctrl-F", "abc\002\002\002\006X", "> aXbc", 0, 4, "aXbc"},
+    {"Home", "d\033[Hc\033[1~b\033[7~a\033OHX", "> Xabcd", 0, 3, "Xabcd"},
+    {"Ctrl-A", "abc\001X", "> Xabc", 0, 3, "Xabc"},
+    {"End", "a\001\033[Fb\001\033[4~c\001\033[8~d\001\033OFe", "> abcde", 0, 7, "abcde"},
+    {"Ctrl-E", "abc\001\005X", "> abcX", 0, 6, "abcX"},
+    {"Delete", "abc\001\033[3~", "> bc", 0, 2, "bc"},
+    {"Ctrl-D amid the text", "abc\001\004", "> bc", 0, 2, "bc"},
+    {"backspace", "abc\177", "> ab", 0, 4, "ab"},
+    {"backspace in the middle", "abc\002\010", "> ac", 0, 3, "ac"},
+    {"Ctrl-K", "abc def\001\006\006\006\013", "> abc", 0, 5, "abc"},
+    {"Ctrl-U", "abc def\002\002\002\025", "> def", 0, 2, "def"},
+    {"Ctrl-W", "abc def \027", "> abc", 0, 6, "abc "},
+    {"words", "abc def\033[1;5DX\033b\033bY\033fZ", "> YabcZ Xdef", 0, 7, "YabcZ Xdef"},
+    {"keys that are not known", "a\033[15~\033[1;2Pb\033Oq\033[[Ac\033xd", "> abcd", 0, 6,
+     "abcd"},
+    {"a tab", "a\tb", "> a b", 0, 5, "a\tb"},
+    {"bytes that are no UTF-8", "a\xC3(\xFFz", "> a?(?z", 0, 7, "a\xC3(\xFFz"},
+    {"wide", "a" WIDE "b", "> a" WIDE "b", 0, 6, "a" WIDE "b"},
+    {"left of wide", "a" WIDE "b\033[D\033[D", "> a" WIDE "b", 0, 3, "a" WIDE "b"},
+    {"wide taken back", "a" WIDE "b\033[D\177", "> ab", 0, 3, "ab"},
+    {"combining", "x" ACUTE "y", "> x" ACUTE "y", 0, 5, "x" ACUTE "y"},
+    {"left of combining", "x" ACUTE "y\033[D\033[D", "> x" ACUTE "y", 0, 3, "x" ACUTE "y"},
+    {"combining taken back", "x" ACUTE "\177", "> x", 0, 3, "x"},
+    {"joined", FAMILY "x\002\177", "> x", 0, 2, "x"},
+    {"a full row", "abcdefghijklmnopqr", "> abcdefghijklmnopqr", 1, 0, "abcdefghijklmnopqr"},
+    {"one more", TWENTY, "> abcdefghijklmnopqr\nst", 1, 2, TWENTY},
+    {"two full rows", TWENTY "abcdefghijklmnopqr", "> abcdefghijklmnopqr\nstabcdefghijklmnopqr",
+     2, 0, TWENTY "abcdefghijklmnopqr"},
+    {"a longer row", TWENTY "\001X", "> Xabcdefghijklmnopq\nrst", 0, 3, "X" TWENTY},
+    {"a shorter row", TWENTY "\001\033[3~", "> bcdefghijklmnopqrs\nt", 0, 2,
      "bcdefghijklmnopqrst"},
-    {"back to a full row", 20, 6, "abcdefghijklmnopqrs\177", "> abcdefghijklmnopqr", 1, 0,
+    {"back to a full row", "abcdefghijklmnopqrs\177", "> abcdefghijklmnopqr", 1, 0,
      "abcdefghijklmnopqr"},
-    {"across rows", 20, 6, TWENTY "\033[D\033[D\033[D", "> abcdefghijklmnopqr\nst", 0, 19, TWENTY},
-    {"up a row", 20, 6, TWENTY "\033[AX", "> Xabcdefghijklmnopq\nrst", 0, 3,
-     "X" TWENTY},
-    {"wide at the edge", 20, 6, "abcdefghijklmnopq" WIDE "r", "> abcdefghijklmnopq\n" WIDE "r", 1, 3,
+    {"across rows", TWENTY "\033[D\033[D\033[D", "> abcdefghijklmnopqr\nst", 0, 19, TWENTY},
+    {"up a row", TWENTY "\033[AX", "> Xabcdefghijklmnopq\nrst", 0, 3, "X" TWENTY},
+    {"wide at the edge", "abcdefghijklmnopq" WIDE "r", "> abcdefghijklmnopq\n" WIDE "r", 1, 3,
      "abcdefghijklmnopq" WIDE "r"},
-    {"wide fills the row", 20, 6, "abcdefghijklmnop" WIDE, "> abcdefghijklmnop" WIDE, 1, 0,
+    {"wide fills the row", "abcdefghijklmnop" WIDE, "> abcdefghijklmnop" WIDE, 1, 0,
      "abcdefghijklmnop" WIDE},
-    {"combining at the edge", 20, 6, "abcdefghijklmnopq" ACUTE "x",
-     "> abcdefghijklmnopq" ACUTE "\nx", 1, 1, "abcdefghijklmnopq" ACUTE "x"},
-    {"Alt-Enter", 20, 6, "one\033\rtwo", "> one\n. two", 1, 5, "one\ntwo"},
-    {"Alt-Enter of others", 20, 6, "one\033[13;2utwo\033[27;2;13~x", "> one\n. two\n. x", 2, 3,
+    {"combining at the edge", "abcdefghijklmnopq" ACUTE "x", "> abcdefghijklmnopq" ACUTE "\nx", 1,
+     1, "abcdefghijklmnopq" ACUTE "x"},
+    {"Alt-Enter", "one\033\rtwo", "> one\n. two", 1, 5, "one\ntwo"},
+    {"Alt-Enter of others", "one\033[13;2utwo\033[27;2;13~x", "> one\n. two\n. x", 2, 3,
      "one\ntwo\nx"},
-    {"up to a shorter line", 20, 6, "a\033\rbcd\033[A!", "> a!\n. bcd", 0, 4, "a!\nbcd"},
-    {"down to a line", 20, 6, "abc\033\rd\033[A\033[H\033[B!", "> abc\n. !d", 1, 3, "abc\n!d"},
-    {"Ctrl-A in a second line", 20, 6, "abc\033\rd\001!", "> abc\n. !d", 1, 3, "abc\n!d"},
-    {"Ctrl-K joins lines", 20, 6, "ab\033\rcd\033[A\005\013", "> abcd", 0, 4, "abcd"},
-    {"backspace joins lines", 20, 6, "ab\033\rcd\001\177", "> abcd", 0, 4, "abcd"},
-    {"a newline in a full row", 20, 6, "abcdefghijklmnopqr\033\rs", "> abcdefghijklmnopqr\n\n. s", 2, 3,
+    {"up to a shorter line", "a\033\rbcd\033[A!", "> a!\n. bcd", 0, 4, "a!\nbcd"},
+    {"down to a line", "abc\033\rd\033[A\033[H\033[B!", "> abc\n. !d", 1, 3, "abc\n!d"},
+    {"Ctrl-A in a second line", "abc\033\rd\001!", "> abc\n. !d", 1, 3, "abc\n!d"},
+    {"Ctrl-K joins lines", "ab\033\rcd\033[A\005\013", "> abcd", 0, 4, "abcd"},
+    {"backspace joins lines", "ab\033\rcd\001\177", "> abcd", 0, 4, "abcd"},
+    {"a newline in a full row", "abcdefghijklmnopqr\033\rs", "> abcdefghijklmnopqr\n\n. s", 2, 3,
      "abcdefghijklmnopqr\ns"},
-    {"keys in a paste", 20, 6, "\033[200~a\001\177\033[Ab\033[201~", "> a???[Ab", 0, 9,
+    {"keys in a paste", "\033[200~a\001\177\033[Ab\033[201~", "> a???[Ab", 0, 9,
      "a\001\177\033[Ab"},
-    {"a paste in the middle", 20, 6, "ab\002\033[200~x\ny\033[201~!", "> ax\n. y!b", 1, 4, "ax\ny!b"},
-    {"a backslash", 20, 6, "one\\\rtwo", "> one\n. two", 1, 5, "one\ntwo"},
-    {"quotes", 20, 6, "\"\"\"one\rtwo", "> \"\"\"one\n. two", 1, 5, NULL},
-    {"a screen of 10", 10, 4, "abcdefghijkl", "> abcdefgh\nijkl", 1, 4, "abcdefghijkl"},
-    {"more rows than there are", 10, 3, "one\033\rtwo\033\rthree\033\rfour", ". two\n. three\n. four", 2, 6,
-     "one\ntwo\nthree\nfour"},
-    {"up in them", 10, 3, "one\033\rtwo\033\rthree\033\rfour\033[A\033[A\033[A\001!",
+    {"a paste in the middle", "ab\002\033[200~x\ny\033[201~!", "> ax\n. y!b", 1, 4, "ax\ny!b"},
+    {"a backslash", "one\\\rtwo", "> one\n. two", 1, 5, "one\ntwo"},
+    {"quotes", "\"\"\"one\rtwo", "> \"\"\"one\n. two", 1, 5, NULL},
+};
+static const typing NARROW[] = { /* on 10 columns and 3 rows */
+    {"a screen of 10", "abcdefghijkl", "> abcdefgh\nijkl", 1, 4, "abcdefghijkl"},
+    {"more rows than there are", "one\033\rtwo\033\rthree\033\rfour", ". two\n. three\n. four", 2,
+     6, "one\ntwo\nthree\nfour"},
+    {"up in them", "one\033\rtwo\033\rthree\033\rfour\033[A\033[A\033[A\001!",
      "> !one\n. two\n. three", 0, 3, "!one\ntwo\nthree\nfour"},
-    {"up and down in them", 10, 3,
+    {"up and down in them",
      "one\033\rtwo\033\rthree\033\rfour\033[A\033[A\033[A\033[B\033[B\033[B\005!",
      ". two\n. three\n. four!", 2, 7, "one\ntwo\nthree\nfour!"},
-    {"2 columns", 2, 5, "ab", NULL, 0, 0, "ab"},
 };
+
+static void test_typing(const typing *k)
+{
+    type("\014");
+    if (!shows(k->name, ">", 0, 2))
+        return;
+    type(k->keys);
+    shows(k->name, k->screen, k->row, k->column);
+    type(k->message ? "\r" : "\"\"\"\r");
+    asks_behind(k->name, "ok");
+    check(!k->message || strcmp(last_message(), k->message) == 0,
+          "%s: the message is '%s', not '%s'", k->name, last_message(), k->message);
+}
 
 static void test_keys(void)
 {
@@ -477,26 +486,14 @@ static void test_keys(void)
     if (!check(start(20, 6, options), "no start"))
         return;
     shows("start", ">", 0, 2);
-    for (size_t i = 0; i < sizeof KEYS / sizeof *KEYS && !t.ended; i++) {
-        const char *message = KEYS[i].message;
-        resize(KEYS[i].width, KEYS[i].height);
-        type("\014");
-        if (KEYS[i].width > 2 && !shows(KEYS[i].name, ">", 0, 2))
-            continue;
-        type(KEYS[i].keys);
-        if (KEYS[i].screen)
-            shows(KEYS[i].name, KEYS[i].screen, KEYS[i].row, KEYS[i].column);
-        type(message ? "\r" : "\"\"\"\r");
-        if (KEYS[i].width == 2)
-            resize(20, 6);
-        asks_behind(KEYS[i].name, "ok");
-        check(!message || strcmp(last_message(), message) == 0, "%s: the message is '%s', not '%s'",
-              KEYS[i].name, last_message(), message);
-    }
-    type("\004");
-    ends("Ctrl-D", 0);
+    for (size_t i = 0; i < sizeof KEYS / sizeof *KEYS && !t.ended; i++)
+        test_typing(&KEYS[i]);
+    resize(10, 3);
+    for (size_t i = 0; i < sizeof NARROW / sizeof *NARROW && !t.ended; i++)
+        test_typing(&NARROW[i]);
+    resize(2, 5), type("\014ab\r"), resize(20, 6), asks_behind("2 columns", "ok");
+    type("\004"), ends("Ctrl-D", 0);
 }
-
 
 /* Starts a conversation whose every reply is "ok", with up to four more options. */
 static int talk(int width, int height, const char *a, const char *b, const char *c, const char *d)
@@ -555,12 +552,13 @@ static void test_history(void)
     check(in && fseek(in, 8, SEEK_SET) == 0 && fread(oldest, 1, 5, in) == 5, "no history");
     for (int c = 0; in && (c = fgetc(in)) != EOF;)
         messages += c == 0;
-    check(messages == 999 && strcmp(oldest, "m101") == 0, "%d messages behind %s", messages, oldest);
+    check(messages == 999 && !strcmp(oldest, "m101"), "%d messages behind %s", messages, oldest);
     if (in)
         fclose(in);
     const char *const elsewhere[] = {"--history", MODEL, NULL};
     if (check(start(99, 9, elsewhere), "no start"))
-        has("elsewhere", "is not a history of messages: it seems to be a model"), ends("elsewhere", 1);
+        has("elsewhere", "is not a history of messages: it seems to be a model"),
+            ends("elsewhere", 1);
 }
 
 static void test_sizes(void)
@@ -592,8 +590,8 @@ static void test_signals(void)
         return;
     type("a message"), shows("a message", "> a message", 0, 11), type("\003");
     shows("Ctrl-C", "> a message\nCtrl-C once more leaves, and so does /ex\nit.\n>", 3, 2);
-    type("\033[A"), shows("it is kept", "> a message\nCtrl-C once more leaves, and so does /ex\nit.\n"
-                                        "> a message", 3, 11);
+    type("\033[A"), shows("it is kept", "> a message\nCtrl-C once more leaves, and so does /ex\n"
+                                        "it.\n> a message", 3, 11);
     type("\014"), shows("alone", "> a message", 0, 11), type("\003");
     shows("again", "> a message\nCtrl-C once more leaves, and so does /ex\nit.\n>", 3, 2);
     type("\003"), ends("Ctrl-C twice", 130);
@@ -735,7 +733,8 @@ static const char *const COMMANDS[][2] = {
     {"/undo", "The last message and its reply are forgotten."},
     {"/undo", "The last message and its reply are forgotten."},
     {"/undo", "run: there is no turn to take back"},
-    {"/undoo", "run: unknown command /undoo; the nearest is /undo; /help lists all, and //undoo sends /undoo"},
+    {"/undoo", "run: unknown command /undoo; the nearest is /undo; /help lists all, and //undoo "
+     "sends /undoo"},
     {"/", "run: unknown command /; /help lists all, and // sends /"},
     {"/xyzzy plugh", "run: unknown command /xyzzy; /help lists all, and //xyzzy sends /xyzzy"},
     {"/EXIT", "run: unknown command /EXIT; /help lists all, and //EXIT sends /EXIT"},
@@ -744,15 +743,18 @@ static const char *const COMMANDS[][2] = {
     {"/load", "run: /load needs FILE"},
     {"/read @/none", "run: cannot open @/none: No such file or directory"},
     {"/read @", "run: @ is a directory"},
-    {"/read tests/demo/story-q8.bin", "run: tests/demo/story-q8.bin seems to be a model of gemma2.c, not text"},
+    {"/read tests/demo/story-q8.bin",
+     "run: tests/demo/story-q8.bin seems to be a model of gemma2.c, not text"},
     {"/read @/script", "45 bytes of @/script go before the next message."},
     {"/clear", ""},
     {"one", "ok"},
     {"/system", "There is no system text now."},
     {"/system Speak in rhyme.", "The system text is changed."},
     {"/set", "run: /set needs NAME VALUE"},
-    {"/set top-k", "run: /set NAME VALUE takes the options about choosing tokens; /show lists them"},
-    {"/set context 5", "run: /set NAME VALUE takes the options about choosing tokens; /show lists them"},
+    {"/set top-k",
+     "run: /set NAME VALUE takes the options about choosing tokens; /show lists them"},
+    {"/set context 5",
+     "run: /set NAME VALUE takes the options about choosing tokens; /show lists them"},
     {"/set topk 5", "run: unknown option --topk; the nearest is --top-k (--help lists all)"},
     {"/set top-k five", "run: /set top-k 'five': it takes a whole number from 0 to 2147483647"},
     {"/set top_k 5", ""},
@@ -765,12 +767,14 @@ static const char *const COMMANDS[][2] = {
      "max-tokens        99\ntemperature       0.5\nseed              7\ntop-k             5\n"
      "top-p             0.95\nmin-p             0\nrepeat-penalty    1\npresence-penalty  0\n"
      "frequency-penalty 0\nrepeat-last-n     64"},
-    {"/save @/script", "run: @/script is not a saved session: it seems to be text; give another name"},
+    {"/save @/script",
+     "run: @/script is not a saved session: it seems to be text; give another name"},
     {"/save @/none/file", "run: cannot save the session as @/none/file: No such file or directory"},
     {"/save @/file", "Saved as @/file; /load, --load and --session go on from it."},
     {"/save @/file", "Saved as @/file; /load, --load and --session go on from it."},
     {"/load @/none", "run: cannot open @/none: No such file or directory"},
-    {"/load @/script", "run: @/script is not a saved session: it seems to be text; give another name"},
+    {"/load @/script",
+     "run: @/script is not a saved session: it seems to be text; give another name"},
     {"two", "ok"},
     {"/load @/file", "@/file: 24 of 20000 tokens."},
     {"/undo", "The last message and its reply are forgotten."},
@@ -826,39 +830,34 @@ static int same_files(const char *a, const char *b)
 /* A conversation that was loaded gives what it would have given without a pause. */
 static void test_loading(void)
 {
-    static const char *const systems[] = {NULL, "Speak in rhyme.\nAlways."};
+    static const char system[] = "Speak in rhyme.\nAlways.";
     char save[2][80];
     snprintf(save[0], sizeof save[0], "/save %s", file);
     snprintf(save[1], sizeof save[1], "/save %s", script);
-    for (int i = 0; i < 3; i++) {
-        const char *system = i ? systems[1] : NULL, *option = i ? "-S" : NULL;
-        const char *const first[] = {"--choice", "ok", "--exact", option, system, NULL};
-        const char *const again[] = {"--choice", "ok", "--exact", "--load", file,
-                                     i == 1 ? option : NULL,
-                                     system, NULL};
-        unlink(file), unlink(script);
-        if (!check(start(110, 20, first), "no start"))
+    for (int i = 0; i < 6; i++) {
+        int again = i % 2, has_system = i > 1 && i < 5; /* the last loads it without the option */
+        const char *const options[] = {
+            "--choice", "ok", "--exact", has_system ? "-S" : "-q", has_system ? system : "-q",
+            again ? "--load" : NULL, file, NULL};
+        if (!check(start(110, 20, options), "no start"))
             return;
-        enter("one", "ok"), enter("/read tests/requirements.txt", "the next message.");
-        enter("two\033\r  lines", "ok"), enter("three", "ok");
-        enter(save[0], "go on from it.");
-        enter("/undo", "forgotten."), enter("/undo", "forgotten.");
-        enter("/regen", "ok"), enter("more", "ok");
-        if (i < 2)
-            enter("/system Say less.", "is changed."), enter("/undo", "forgotten."), enter("end", "ok");
-        enter(save[1], "go on from it.");
-        type("\004"), ends("the first", 0);
-        if (!check(start(110, 20, again), "no start"))
-            return;
+        if (!again) {
+            unlink(file), unlink(script);
+            enter("one", "ok"), enter("/read tests/requirements.txt", "the next message.");
+            enter("two\033\r  lines", "ok"), enter("three", "ok");
+            enter(save[0], "go on from it.");
+        }
         enter("/show", "repeat-last-n     64");
         check(strstr(screen(), "3 turns,") != NULL, "the turns are not known:\n%s", screen());
         enter("/undo", "forgotten."), enter("/undo", "forgotten.");
         enter("/regen", "ok"), enter("more", "ok");
-        if (i < 2)
-            enter("/system Say less.", "is changed."), enter("/undo", "forgotten."), enter("end", "ok");
-        enter(save[0], "go on from it.");
-        type("\004"), ends("the second", 0);
-        check(same_files(file, script), "%d: a loaded conversation went on in another way", i);
+        if (i < 4) {
+            enter("/system Say less.", "is changed."), enter("/undo", "forgotten.");
+            enter("end", "ok");
+        }
+        enter(save[again ? 0 : 1], "go on from it.");
+        type("\004"), ends("loading", 0);
+        check(!again || same_files(file, script), "%d: it went on in another way", i);
     }
 }
 
@@ -885,14 +884,15 @@ static void test_full(void)
     if (!check(start(90, 20, stop), "no start"))
         return;
     for (int k = 0; k < 4; k++)
-        enter("a message", k < 3 ? "ok" : "With this turn the conversation has 69 tokens; the context "
-                                          "holds 64.  Say less, or /clear\nto start over.");
+        enter("a message", k < 3 ? "ok" : "With this turn the conversation has 69 tokens; the "
+                                          "context holds 64.  Say less, or /clear\nto start over.");
     type("\004"), ends("--full stop", 0);
     if (!check(start(90, 20, long_ones), "no start"))
         return;
     enter("/stats", "after each reply.");
     for (int k = 0; k < 2; k++) {
-        type("\014"), shows("full", ">", 0, 2), type("a message\r"), has("full", "; reply 30 tokens,");
+        type("\014"), shows("full", ">", 0, 2);
+        type("a message\r"), has("full", "; reply 30 tokens,");
         check(!k == !strstr(screen(), "so the oldest turns are dropped: 1 of 2.\n"),
               "turn %d:\n%s", k, screen());
     }

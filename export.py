@@ -884,7 +884,7 @@ def is_norm(name):
 #              rows(start, stop)  f32 [stop - start, cols], norms as trained (x is scaled by 1 + w)
 #            Stored reads rows of a plain type, Scaled, Turned and Flat4 those of quantised
 #            matrices, Blocks those of GGUF and gemma.cpp, Rearranged those of arrays with more
-#            axes.  Slice, LowRank and others stand on top of another tensor
+#            axes.  Ranges, LowRank and others stand on top of another tensor
 #   values   read_at() brings the bytes of these rows alone, numpy makes them f32, check_values()
 #            refuses what is not finite
 #   pack     pack_rows() in a worker process gives a slab of them to pack() of its type
@@ -985,15 +985,20 @@ def read_at(path, offset, size):
     return raw
 
 
-class Slice:
-    """Rows start .. stop of another tensor, as in fused projections."""
+class Ranges:
+    """Ranges of another tensor's rows, one after the other, as in fused projections."""
 
-    def __init__(self, tensor, start, stop):
-        self.tensor, self.start = tensor, start
-        self.shape = stop - start, tensor.shape[1]
+    def __init__(self, tensor, *ranges):
+        self.tensor, self.ranges = tensor, ranges
+        self.shape = sum(b - a for a, b in ranges), tensor.shape[1]
 
     def rows(self, start, stop):
-        return self.tensor.rows(self.start + start, self.start + stop)
+        parts = []
+        for a, b in self.ranges:
+            if start < b - a and stop > 0:
+                parts.append(self.tensor.rows(a + max(start, 0), min(b, a + stop)))
+            start, stop = start - (b - a), stop - (b - a)
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 kept = {}  # of this process, by place: a key and what was last made there
@@ -1006,6 +1011,18 @@ def keep(place, key, make):
         kept.pop(place, None)  # not two at once
         kept[place] = key, make()
     return kept[place][1]
+
+
+def attempt(where, action):
+    """action(), and one sentence where a library fails, whatever hostile bytes make of it."""
+    try:
+        return action()
+    except ExportError:
+        raise
+    except Exception as e:
+        said = re.sub(r"\s*\[.*", "", (str(e).strip() or type(e).__name__).split("\n")[0])[:300]
+        raise ExportError("%s cannot be read (%s): fetch the checkpoint again" % (where, said)
+                          ) from None
 
 
 def library(name, package, what):
@@ -1540,7 +1557,7 @@ class HuggingFace(Checkpoint):
                                   "not belong together"
                                   % (name, list(fused.shape), [ends["v"], m.D]))
             for c, end in ends.items():
-                tensors.add(name[:-3] + c, Slice(fused, start, end), name)
+                tensors.add(name[:-3] + c, Ranges(fused, (start, end)), name)
                 start = end
 
     def tokenizer(self):
@@ -1555,13 +1572,15 @@ class HuggingFace(Checkpoint):
 
 def stored_members(path):
     """Name to (offset, size) of an archive whose members are stored as they are, every claim
-    checked; None for a file that is no archive."""
+    checked."""
     size, found = os.path.getsize(path), {}
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
     except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error, OverflowError):
-        return None
+        raise ExportError("%s is no PyTorch checkpoint, or damaged, or older than PyTorch 1.6 (no "
+                          "zip archive): fetch it again, or load and save it with a new torch"
+                          % path) from None
     with open(path, "rb") as f:
         for m in members:
             at = m.header_offset if 0 <= m.header_offset < size else size
@@ -1569,11 +1588,9 @@ def stored_members(path):
             local = f.read(30)
             at += 30 + (sum(struct.unpack("<26x2H", local))
                         if local[:4] == b"PK\3\4" and len(local) == 30 else size)
-            if m.compress_type or m.file_size != m.compress_size or at + m.file_size > size:
+            if (m.compress_type or m.file_size != m.compress_size or at + m.file_size > size
+                    or m.filename in found):
                 raise ExportError("%s is damaged, or compressed (its member %r): fetch it again"
-                                  % (path, m.filename))
-            if m.filename in found:
-                raise ExportError("%s holds its member %r twice: fetch it again"
                                   % (path, m.filename))
             found[m.filename] = at, m.file_size
     return found
@@ -1656,37 +1673,21 @@ class Unpickler(pickle._Unpickler):
         return TORCH_TYPES.get(kind.name.split(".")[-1].replace("Storage", "")), key
 
 
-def torch_pickle(path, offset, size):
-    """The object in a file, its tensors without data; nothing that the file names is run."""
-    if size > 1 << 26:
-        raise ExportError("%s has a pickle of %d bytes, too long for a checkpoint: save the "
-                          "model's state_dict() alone" % (path, size))
-    try:
-        return Unpickler(io.BytesIO(path_bytes(path, offset, size))).load()
-    except Exception as e:  # whatever hostile bytes make of it
-        raise ExportError("%s is no PyTorch checkpoint, or damaged (its pickle: %s): fetch it again"
-                          % (path, (str(e).strip() or type(e).__name__).split("\n")[0][:200])
-                          ) from None
-
-
 def torch_tensors(path):
     """Name to Stored for the file of a state dict."""
     members = stored_members(path)
-    if members is None:
-        with open(path, "rb") as f:
-            ours = f.read(len(MAGIC)) == MAGIC
-        raise ExportError("%s is %s" % (
-            path, "a file of gemma2.c already: convert the original checkpoint" if ours else
-            "no PyTorch checkpoint, or damaged, or older than PyTorch 1.6 (no zip archive): fetch "
-            "it again, or load and save it with a new torch"))
     pickles = [n for n in members if n.count("/") == 1 and n.endswith("/data.pkl")]
     if len(pickles) != 1:
         raise ExportError("%s is no PyTorch checkpoint, or damaged (it holds %d data.pkl): fetch "
                           "it again" % (path, len(pickles)))
     place = pickles[0][:-len("data.pkl")]
-    if path_bytes(path, *members.get(place + "byteorder", (0, 0))) not in (b"", b"little"):
-        raise ExportError("%s was written on a big-endian machine: save it on another" % path)
-    found = torch_pickle(path, *members[pickles[0]])
+    order = read_at(path, *members.get(place + "byteorder", (0, 0))).tobytes()
+    offset, size = members[pickles[0]]
+    if order not in (b"", b"little") or size > 1 << 26:
+        raise ExportError("%s was written on a big-endian machine, or its pickle is too long (%d "
+                          "bytes): save the model's state_dict() alone" % (path, size))
+    found = attempt("the pickle of " + path, Unpickler(
+        io.BytesIO(read_at(path, offset, size))).load)  # nothing that it names is run
     for key in STATES:
         if isinstance(found, dict) and isinstance(found.get(key), dict):
             found = found[key]
@@ -1700,12 +1701,6 @@ def torch_tensors(path):
 def runs(path, named):
     return ExportError("%s asks to run %s, which no checkpoint needs; nothing was run: get the "
                        "weights from someone you trust, as safetensors" % (path, named.name))
-
-
-def path_bytes(path, offset, size):
-    with open(path, "rb") as f:
-        f.seek(offset)
-        return f.read(size)
 
 
 def torch_stored(path, name, t, members, place):
@@ -2349,8 +2344,9 @@ class GgufHeader:
             raise self.bad("is no GGUF file (git lfs pull, if it is a pointer)")
         version, = self.numbers("<u4")
         if version not in (2, 3):
-            raise ExportError("%s is GGUF version %d, or big-endian; little-endian files of 2 and 3 "
-                              "can be read: convert the original checkpoint" % (self.path, version))
+            raise ExportError("%s is GGUF version %d, or big-endian; little-endian files of 2 and "
+                              "3 can be read: convert the original checkpoint"
+                              % (self.path, version))
         return self.numbers("<u8", 2)
 
     def named(self, count, what, read):
@@ -2579,23 +2575,6 @@ SBS_LAYER = re.compile(r"(.+)_(0|[1-9]\d{0,3})")
 SBS_SCALED = "att_ein", "qkv_ein", "gating_ein", "linear_w"  # in the order of old files' scales
 
 
-class KvHeads:
-    """k or v of heads that lie as k v k v: H rows each, from row base on."""
-
-    def __init__(self, tensor, base, K, H):
-        self.tensor, self.base, self.H = tensor, base, H
-        self.shape = K * H, tensor.shape[1]
-
-    def rows(self, start, stop):
-        parts = []
-        while start < stop:
-            end = min(stop, start - start % self.H + self.H)
-            at = self.base + start // self.H * 2 * self.H + start % self.H
-            parts.append(self.tensor.rows(at, at + end - start))
-            start = end
-        return np.concatenate(parts)
-
-
 class HeadColumns:
     """[D, N * H] of a tensor [N * D, H]."""
 
@@ -2757,11 +2736,14 @@ class Sbs(Checkpoint):
     def split(self, layer):
         """Puts what lies together in theirs under our names."""
         N, K, H, F = (getattr(self.model, n) for n in "NKHF")
+
+        def heads(t, base):  # k and v lie as k v k v
+            return Ranges(t, *((at, at + H) for at in range(base, base + 2 * K * H, 2 * H)))
         parts = {
-            "qkv": lambda t: {"q": Slice(t, 0, N * H), "k": KvHeads(t, N * H, K, H),
-                              "v": KvHeads(t, N * H + H, K, H)},
-            "kv": lambda t: {"k": KvHeads(t, 0, K, H), "v": KvHeads(t, H, K, H)},
-            "gating": lambda t: {"gate": Slice(t, 0, F), "up": Slice(t, F, 2 * F)},
+            "qkv": lambda t: {"q": Ranges(t, (0, N * H)), "k": heads(t, N * H),
+                              "v": heads(t, N * H + H)},
+            "kv": lambda t: {"k": heads(t, 0), "v": heads(t, H)},
+            "gating": lambda t: {"gate": Ranges(t, (0, F)), "up": Ranges(t, (F, 2 * F))},
             "o_heads": lambda t: {"o": HeadColumns(t, N)},
         }
         for name in parts:
@@ -2883,16 +2865,12 @@ class Axes:
             raise ExportError("%s has shape %s and not %d axes: is this a Gemma 2 checkpoint?"
                               % (where, list(array.dims), len(letters)))
         for axis, letter in enumerate(letters):
-            if axis not in fixed:
-                self.measure(letter, array.dims[axis], where)
+            known, first = self.sizes.setdefault(letter, (array.dims[axis], where))
+            if known != array.dims[axis] and axis not in fixed:
+                raise ExportError("%s makes %s %d, but %s makes it %d: the files do not belong "
+                                  "together" % (where, letter, array.dims[axis], first, known))
         rows, cols = ROLE_AXES[name.split(".")[-1]]
         self.tensors.add(name, Rearranged(array, letters, rows, cols, fixed), where)
-
-    def measure(self, letter, size, where):
-        known, first = self.sizes.setdefault(letter, (size, where))
-        if known != size:
-            raise ExportError("%s makes %s %d, but %s makes it %d: the files do not belong together"
-                              % (where, letter, size, first, known))
 
     def model(self):
         refuse_gemma_1(self.tensors, self.what)
@@ -2952,14 +2930,11 @@ def h5_arrays(path):
         if isinstance(item, h5py.Dataset):
             name = str(name)  # b'...' where it is no UTF-8
             found[name] = h5_array(path, name, item)
-    try:
+
+    def visit_all():
         with open(path, "rb") as f, h5py.File(f, "r") as h5:
             h5.visititems(visit)
-    except ExportError:
-        raise
-    except Exception as e:  # whatever hostile bytes make of the HDF5 library
-        raise ExportError("%s is no HDF5 file, or damaged (%s): fetch it again" % (
-            path, (str(e).strip() or type(e).__name__).split("\n")[0][:200])) from None
+    attempt(path, visit_all)
     return found
 
 
@@ -3114,15 +3089,6 @@ def tensorstore_library():
     return library("tensorstore", "tensorstore", "a Flax checkpoint")
 
 
-def attempt(where, action):
-    """action(), and one sentence where tensorstore fails."""
-    try:
-        return action()
-    except Exception as e:
-        raise ExportError("%s cannot be read (%s): fetch the checkpoint again" % (
-            where, re.sub(r"\s*\[.*", "", str(e).split("\n")[0])[:300])) from None
-
-
 def is_orbax(path):
     return os.path.isdir(path) and any(os.path.isfile(os.path.join(path, n)) for n in (
         "_METADATA", "manifest.ocdbt", "checkpoint"))
@@ -3167,7 +3133,7 @@ class Orbax(Checkpoint):
         self.most_jobs = max(1, self.CACHES // (2 * max(a.cache for a in arrays.values())))
         embedding = self.tensors.get("embedding")
         if embedding and embedding.shape[0] == PADDED_ROWS:
-            self.tensors["embedding"] = Slice(embedding, 0, REAL_ROWS)
+            self.tensors["embedding"] = Ranges(embedding, (0, REAL_ROWS))
 
     def arrays(self):
         """Parameter name to Zarr."""
@@ -4236,24 +4202,21 @@ def finish_tokenizer(tokenizer, n_vocab, path):
 
 
 def check_tokenizer(t, path):
-    def bad(what):
-        return ExportError("the tokenizer %s %s: fetch it again" % (path, what))
     for i, (piece, score, kind) in enumerate(zip(t.pieces, t.scores, t.kinds)):
-        if kind not in range(NORMAL, MARKER + 1):
-            raise bad("has a piece of unknown kind, %s (id %d)" % (kind, i))
-        if not piece and kind != UNUSED:
-            raise bad("has an empty piece (id %d)" % i)
-        if len(piece.encode("utf-8", "surrogatepass")) > 4096:
-            raise bad("has a piece of more than 4096 bytes (id %d)" % i)
-        if re.search("[\ud800-\udfff]", piece):
-            raise bad("has a piece that is no text (id %d)" % i)
-        if kind == BYTE and piece not in BYTE_SET:
-            raise bad("has the byte piece %r (id %d)" % (piece, i))
-        if not math.isfinite(score):
-            raise bad("has a score that is not finite (id %d)" % i)
+        wrong = [what for what, found in (
+            ("of the unknown kind %s" % kind, kind not in range(NORMAL, MARKER + 1)),
+            ("that is empty", not piece and kind != UNUSED),
+            ("of more than 4096 bytes", len(piece.encode("utf-8", "surrogatepass")) > 4096),
+            ("that is no text", re.search("[\ud800-\udfff]", piece)),
+            ("that is no byte, of the kind of bytes", kind == BYTE and piece not in BYTE_SET),
+            ("whose score is not finite", not math.isfinite(score))) if found]
+        if wrong:
+            raise ExportError("the tokenizer %s has a piece %s (id %d, %r): fetch it again"
+                              % (path, wrong[0], i, piece[:40]))
     spelled = {p for p, k in zip(t.pieces, t.kinds) if k == BYTE}
     if t.ids.get("unk") is None and len(spelled) < 256:
-        raise bad("has neither an unknown piece nor all 256 byte pieces")
+        raise ExportError("the tokenizer %s has neither an unknown piece nor all 256 byte pieces: "
+                          "fetch it again" % path)
 
 
 BYTE_SET = set(BYTES)
@@ -5012,9 +4975,7 @@ def start_worker(job):
     """Workers leave signals to the parent and never outlive it."""
     global worker_job
     worker_job = job
-    for name in ("SIGINT", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    ignore_signals()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     parent = multiprocessing.parent_process()
 

@@ -518,7 +518,7 @@ def test_torch_files(folder, state):
         f.seek(at), f.write(struct.pack("<Q", struct.unpack_from("<Q", data, at)[0] + (1 << 20)))
     refused(path, "members before the file", "damaged")
     shutil.copy(os.path.join(ref.ROOT, "tokenizer.bin"), file)
-    refused(path, "a file of ours", "already")
+    refused(path, "a file of ours", "no zip archive")
     path = save(folder, state)
     shutil.copy(file, os.path.join(path, "other.ckpt"))
     refused(path, "two files", "several")

@@ -315,8 +315,7 @@ def undisturbed():
 def unique_keys(pairs):
     found = dict(pairs)
     if len(found) != len(pairs):
-        seen = collections.Counter(key for key, _ in pairs)
-        raise ValueError("the key %r occurs twice" % seen.most_common(1)[0][0])
+        raise ValueError("a key occurs twice")
     return found
 
 
@@ -2438,6 +2437,7 @@ GGUF_SIZES = {
 GGUF_FIXED = [  # facts that llama.cpp would follow, and what they are wherever they are told
     ("attention.value_length", "H"), ("rope.dimension_count", "H"),
     ("attention.key_length_swa", "H"), ("attention.value_length_swa", "H"),
+    ("rope.freq_base_swa", "theta"),
     ("rope.dimension_count_swa", "H"), ("attention.causal", True), ("rope.scaling.type", "none"),
     ("rope.scaling.factor", 1), ("rope.scale_linear", 1),
 ]
@@ -2461,8 +2461,9 @@ def model_of_gguf(config):
     sizes = {letter: config.number((prefix + key,), None, *LIMITS[letter], int)
              for letter, key in GGUF_SIZES.items()}
     model = model_of_sizes(sizes, config.path)
+    model.rope_theta = float(config.number((prefix + "rope.freq_base",), 10000.0, 1e-30, 1e30))
     for key, want in GGUF_FIXED:
-        want = sizes.get(want, want)
+        want = {**sizes, "theta": model.rope_theta}.get(want, want)
         if config.doc.get(prefix + key, want) != want:
             raise config.bad(prefix + key, config.doc[prefix + key], json.dumps(want))
     model.context = config.number((prefix + "context_length",), 8192, 1, 1 << 30, int)
@@ -2470,17 +2471,8 @@ def model_of_gguf(config):
     model.eps = config.number((prefix + "attention.layer_norm_rms_epsilon",), 1e-6, 0, 1)
     for name, key, default in SOFTCAPS:  # files of the first days lack them
         setattr(model, name, config.softcap(prefix + key, default))
-    model.rope_theta = gguf_rope_theta(config)
     model.local = gguf_local_layers(config, model.L)
     return model
-
-
-def gguf_rope_theta(config):
-    theta = config.number(("gemma2.rope.freq_base",), 10000.0, 1e-30, 1e30)
-    local = config.number(("gemma2.rope.freq_base_swa",), theta, 1e-30, 1e30)
-    if local != theta:
-        raise config.bad("gemma2.rope.freq_base_swa", local, "freq_base, %g" % theta)
-    return float(theta)
 
 
 def gguf_local_layers(config, n_layers):
@@ -3170,13 +3162,6 @@ ZARR_DRIVERS = {".zarray": "zarr", "zarr.json": "zarr3"}  # by the file that des
 
 READERS = [HuggingFace, Gguf, Sbs, Keras, Orbax, PyTorch]  # the first that suits a path reads it
 
-def is_adapter(path):
-    """A directory with an adapter and no model's weights."""
-    return os.path.isfile(os.path.join(path, "adapter_config.json")) and not any(
-        n.endswith(tuple(WEIGHTS)) and not n.startswith("adapter_model.")
-        for n in os.listdir(path))
-
-
 # ---- Hugging Face's hub ---------------------------------------------------------------
 
 HUB_NAME = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w./-]*))?", re.ASCII)
@@ -3241,7 +3226,9 @@ def located(path, what, with_weights=True):
 
 def open_checkpoint(path):
     path = located(path, "the directory of a Gemma 2 checkpoint, its file")
-    if is_adapter(path):
+    names = os.listdir(path) if os.path.isdir(path) else []
+    if "adapter_config.json" in names and not any(
+            n.endswith(tuple(WEIGHTS)) and not n.startswith("adapter_model.") for n in names):
         raise ExportError("%s is a LoRA adapter: give the directory of its base model, and the "
                           "adapter with --lora" % path)
     for reader in READERS:
@@ -4094,13 +4081,12 @@ SIDE_FILES = (*PIECE_FILES, "tokenizer.json", "added_tokens.json", "tokenizer_co
               "generation_config.json")
 
 
+A_TOKENIZER = "a tokenizer.model, a tokenizer.json or their directory"
+
+
 def side_files(directory):
     """Paths of what is read beside the weights, whether it is there or not."""
     return [os.path.join(directory, name) for name in SIDE_FILES]
-
-
-def tokenizer_files(path):
-    return [path, *side_files(os.path.dirname(path))]
 
 
 def tokenizer_of_file(path):
@@ -4147,17 +4133,10 @@ def tokenizer_of_directory(directory):
     return path, tokenizer
 
 
-def located_tokenizer(path):
-    if path.endswith((".model", ".json", ".bin")) and not os.path.exists(path):
-        raise ExportError("%s does not exist: give a tokenizer.model or tokenizer.json" % path)
-    return located(path, "a tokenizer.model, tokenizer.json or their directory",
-                   with_weights=False)
-
-
 def find_tokenizer(given, reader, n_vocab):
     """The tokenizer that --tokenizer gives, or the checkpoint's, or Gemma 2's own."""
     if given:
-        given = located_tokenizer(given)
+        given = located(given, A_TOKENIZER, with_weights=False)
         path, tokenizer = (tokenizer_of_directory(given) if os.path.isdir(given)
                            else (given, tokenizer_of_file(given)))
     else:
@@ -4484,7 +4463,8 @@ class Renderings:
     def with_trim(self, facts, systems, roles):
         """The facts with the chat.trim that gives all conversations which begin so."""
         fold = ["", " fold"] if "chat.system.join" in facts else [""]
-        for names, fold in itertools.product(subsets(roles), fold):
+        parts = [p for n in range(len(roles), -1, -1) for p in itertools.combinations(roles, n)]
+        for names, fold in itertools.product(parts, fold):
             trim = " ".join(names) + fold
             found = {**facts, "chat.trim": {"": "0", " ".join(roles): "1"}.get(trim, trim)}
             if all(written(found, c, g, p) == self.text(c, g, p) for c, g, p in self.found
@@ -4509,10 +4489,6 @@ class Renderings:
         except Inexpressible as e:
             warn("the chat template is used without its system text: %s" % e)
             return found
-
-
-def subsets(names):
-    return [part for n in range(len(names), -1, -1) for part in itertools.combinations(names, n)]
 
 
 def without_end(text, end):
@@ -5145,7 +5121,8 @@ def convert(options, progress):
         if not options.quiet:
             say(plan_lines(plan, model))
     sections += [s for s, _ in plan]
-    inputs = [*reader.files, *side_files(reader.directory), *tokenizer_files(tokenizer_path)]
+    inputs = [*reader.files, *side_files(reader.directory), tokenizer_path,
+              *side_files(os.path.dirname(tokenizer_path))]
     inputs += [options.importance] if importance else []
     with Container(options.output, sections, align, inputs) as out:
         for section in sections[:2]:
@@ -5173,7 +5150,7 @@ def report(path, file_bytes, sections, errors, seconds):
 
 def convert_tokenizer(options, _progress):
     """A file of ours with nothing but facts and tokenizer."""
-    place = located_tokenizer(options.input)
+    place = located(options.input, A_TOKENIZER, with_weights=False)
     path, tokenizer = find_tokenizer(place, None, 0)
     finish_tokenizer(tokenizer, 0, path)
     model = Model()
@@ -5185,7 +5162,8 @@ def convert_tokenizer(options, _progress):
                          os.path.basename(path), False, chat, "--tokenizer-only")
     sections = [bytes_section("facts", FACTS, facts_section(facts)),
                 bytes_section("tokenizer", TOKENIZER, tokenizer_section(tokenizer))]
-    with Container(options.output, sections, options.align or 64, tokenizer_files(path)) as out:
+    with Container(options.output, sections, options.align or 64, [
+            path, *side_files(os.path.dirname(path))]) as out:
         for section in sections:
             out.write_section([section.data])
         out.finish(model)

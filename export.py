@@ -881,7 +881,7 @@ def is_norm(name):
 #   rows     a tensor has
 #              shape              (rows, cols); a norm is (D, 1)
 #              rows(start, stop)  f32 [stop - start, cols], norms as trained (x is scaled by 1 + w)
-#            Stored reads rows of a plain type, Scaled, Turned and Flat4 those of quantised
+#            Stored reads rows of a plain type, Scaled, Turned and Mapped those of quantised
 #            matrices, Blocks those of GGUF and gemma.cpp, Rearranged those of arrays with more
 #            axes.  Ranges, LowRank and others stand on top of another tensor
 #   values   read_at() brings the bytes of these rows alone, numpy makes them f32, check_values()
@@ -1313,6 +1313,11 @@ def read_safetensors_header(path):
     tensors = {name: stored_tensor(path, name, entry, 8 + n) for name, entry in header.items()}
     check_layout(path, tensors, 8 + n, size)
     return tensors
+
+
+def typed(value, kind):
+    """What a stranger wrote, if it is of that kind, else an empty one."""
+    return value if isinstance(value, kind) else kind()
 
 
 def is_size(n):
@@ -1824,40 +1829,25 @@ class Int8(Scaled):
         return super().rows(start, stop) * np.float32(1 / 127)
 
 
-def spread_runs(scales, run, start, stop):
-    """The scales of the numbers start .. stop, of which every run shares one."""
-    first = start // run
-    return scales.rows(first, -(-stop // run))[np.arange(start, stop) // run - first, 0]
+class Mapped:
+    """bitsandbytes' w = map[code] * scale + offset: the matrix is one array, cut into runs, which
+    share a scale, without regard to rows.  Of two codes in a byte the high one is first."""
 
-
-class Flat4:
-    """bitsandbytes' 4 bits: the matrix is one array, cut into runs without regard to rows."""
-
-    def __init__(self, codes, code_map, run, absmax, shape):
-        self.codes, self.map, self.run = codes, code_map, run
-        self.absmax, self.shape = absmax, shape
+    def __init__(self, codes, bits, code_map, run, scales, shape, offset=None):
+        self.codes, self.bits, self.map, self.run = codes, bits, code_map, run
+        self.scales, self.shape, self.offset = scales, shape, offset
 
     def rows(self, start, stop):
-        cols = self.shape[1]
+        cols, run = self.shape[1], self.run
         a, b = start * cols, stop * cols
-        raw = read_at(self.codes.path, self.codes.offset + a // 2, (b + 1) // 2 - a // 2)
-        codes = np.stack((raw >> 4, raw & 15), axis=1).reshape(-1)[a % 2:a % 2 + b - a]
-        w = self.map.rows(0, 16)[:, 0][codes] * spread_runs(self.absmax, self.run, a, b)
+        first, last = a * self.bits // 8, (b * self.bits + 7) // 8
+        codes = read_at(self.codes.path, self.codes.offset + first, last - first)
+        if self.bits == 4:
+            codes = np.stack((codes >> 4, codes & 15), axis=1).reshape(-1)[a % 2:a % 2 + b - a]
+        scales = self.scales.rows(a // run, -(-b // run))[np.arange(a, b) // run - a // run, 0]
+        w = self.map.rows(0, 1 << self.bits)[:, 0][codes] * scales
+        w = w if self.offset is None else w + np.float32(self.offset)
         return w.reshape(stop - start, cols)
-
-
-class NestedScales:
-    """Scales that are quantised themselves: map[code] * the scale of a run of them + offset."""
-
-    def __init__(self, codes, code_map, run, absmax, offset):
-        self.codes, self.map, self.run, self.absmax, self.offset = (
-            codes, code_map, run, absmax, offset)
-        self.shape = codes.shape
-
-    def rows(self, start, stop):
-        codes = self.codes.raw(start, stop)[:, 0]
-        s = self.map.rows(0, 256)[:, 0][codes] * spread_runs(self.absmax, self.run, start, stop)
-        return (s + np.float32(self.offset)).reshape(-1, 1)
 
 
 class Turned:
@@ -2049,10 +2039,8 @@ def block_of(parts, shape, grid):
 def compressed_matrix(parts, settings):
     """Symmetric: zero points, where there are any, are 0."""
     zeros = parts.get("weight_zero_point")
-    groups = settings.doc.get("config_groups")
-    groups = groups.values() if isinstance(groups, dict) else []
-    said = [g["weights"] for g in groups if isinstance(g, dict) and isinstance(
-        g.get("weights"), dict)]
+    groups = typed(settings.doc.get("config_groups"), dict).values()
+    said = [w for w in (typed(typed(g, dict).get("weights"), dict) for g in groups) if w]
     if (zeros is None and said and all(w.get("symmetric") is False for w in said)
             or zeros is not None and zeros.raw(0, zeros.shape[0]).any()):
         raise parts.bad("has zero points other than 0 (it is not symmetric), which cannot be read")
@@ -2129,14 +2117,14 @@ def four_bit_matrix(parts, settings):
     run = run_of(parts, state, "blocksize", n, absmax)
     if parts.get("weight.nested_absmax") is not None:
         n, outer = absmax.shape[0], parts.need("weight.nested_absmax", FLOATS)
-        absmax = NestedScales(
-            parts.need("weight.absmax", ("U8",)),
+        absmax = Mapped(
+            parts.need("weight.absmax", ("U8",)), 8,
             parts.need("weight.nested_quant_map", FLOATS, (256,)),
-            run_of(parts, state, "nested_blocksize", n, outer), outer,
+            run_of(parts, state, "nested_blocksize", n, outer), outer, absmax.shape,
             state.number(("nested_offset",), None, -1e30, 1e30))
     elif absmax.dtype == "U8":
         raise parts.bad("lacks its part weight.nested_absmax")
-    return Flat4(codes, parts.need("weight.quant_map", FLOATS, (16,)), run, absmax, shape)
+    return Mapped(codes, 4, parts.need("weight.quant_map", FLOATS, (16,)), run, absmax, shape)
 
 
 # ---- Methods --------------------------------------------------------------------------
@@ -3889,16 +3877,16 @@ def json_scores(bpe, pieces, kinds, path):
 def added_tokens(doc, directory=None):
     """id to description of the added tokens in tokenizer.json, and in all the places in a directory
     where fine-tunes put them."""
-    beside, decoder, listed = {}, {}, doc.get("added_tokens")
+    beside, settings = {}, {}
     if directory is not None:
         beside = optional_json(directory, "added_tokens.json")
-        decoder = optional_json(directory, "tokenizer_config.json").get("added_tokens_decoder")
+        settings = optional_json(directory, "tokenizer_config.json")
     given = [(i, {"content": content}) for content, i in beside.items()]
-    given += [(t.get("id"), t) for t in (listed if isinstance(listed, list) else [])
-              if isinstance(t, dict)]
-    given += [(int(i), t) for i, t in (decoder if isinstance(decoder, dict) else {}).items()
-              if re.fullmatch("[0-9]{1,9}", i) and isinstance(t, dict)]
-    return {i: t for i, t in given if is_size(i) and token_text(t) is not None}
+    given += [(typed(t, dict).get("id"), t) for t in typed(doc.get("added_tokens"), list)]
+    given += [(int(i), t) for i, t in typed(settings.get("added_tokens_decoder"), dict).items()
+              if re.fullmatch("[0-9]{1,9}", i)]
+    return {i: t for i, t in given
+            if is_size(i) and isinstance(typed(t, dict).get("content"), str)}
 
 
 def token_settings(directory):
@@ -4117,8 +4105,7 @@ def tokenizer_of_directory(directory):
     path = next(filter(os.path.isfile, (os.path.join(directory, n) for n in PIECE_FILES)), None)
     if path:
         tokenizer = tokenizer_of_file(path)
-        bpe = doc.get("model") if isinstance(doc.get("model"), dict) else {}
-        vocab = bpe.get("vocab") if isinstance(bpe.get("vocab"), dict) else {}
+        vocab = typed(typed(doc.get("model"), dict).get("vocab"), dict)
         others = [i for piece, i in vocab.items() if is_size(i) and i not in added and (
             i >= len(tokenizer) or tokenizer.kinds[i] != BYTE and tokenizer.pieces[i] != piece)]
         if others:  # new merges or names, which only tokenizer.json knows

@@ -2901,42 +2901,22 @@ def keras_name(path):
     raise stranger(path, "Keras's Gemma 2")
 
 
-def h5_arrays(path):
-    """Path to Packed of the datasets of an HDF5 file."""
-    h5py = library("h5py", "h5py", "a Keras checkpoint")
-    found = {}
-
-    def visit(name, item):  # follows no link that leads elsewhere
-        if isinstance(item, h5py.Dataset):
-            name = str(name)  # b'...' where it is no UTF-8
-            found[name] = h5_array(path, name, item)
-
-    def visit_all():
-        with open(path, "rb") as f, h5py.File(f, "r") as h5:
-            h5.visititems(visit)
-    attempt(path, visit_all)
-    return found
-
-
-def h5_array(path, name, item):
-    """One dataset; Keras keeps bf16 as two opaque bytes and says so beside them."""
-    kind = item.dtype.str
-    if kind == "|V2" and "dtype" in item.attrs and item.attrs["dtype"] == "bfloat16":
+def h5_add(axes, path, name, item):
+    """Takes one dataset.  Keras keeps bf16 as two opaque bytes and says so beside them."""
+    ours, letters = keras_name(name) or (None, None)
+    if ours is None:
+        return
+    dtype = {"<f4": "F32", "<f2": "F16"}.get(item.dtype.str, item.dtype.str)
+    if dtype == "|V2" and "dtype" in item.attrs and item.attrs["dtype"] == "bfloat16":
         dtype = "BF16"
-    else:
-        dtype = {"<f4": "F32", "<f2": "F16", "|i1": "I8", "<i4": "I32", "<i8": "I64",
-                 "<f8": "F64"}.get(kind)
-    if dtype is None:
-        raise ExportError("%s: %s has type %s: convert the original checkpoint, in f32, bf16 or "
-                          "f16" % (path, name, kind))
     dims, at = tuple(map(int, item.shape or ())), item.id.get_offset()
     if at is None or item.chunks or item.external or item.is_virtual:
         raise ExportError("%s: %s does not lie in the file as one piece, as Keras writes it: load "
                           "and save it with Keras" % (path, name))
-    if not 0 <= at <= os.path.getsize(path) - math.prod(dims) * WIDTHS[dtype]:
+    if not 0 <= at <= os.path.getsize(path) - math.prod(dims) * item.dtype.itemsize:
         raise ExportError("%s is truncated: %s needs bytes that it does not have: fetch it again"
                           % (path, name))
-    return Packed(path, dtype, dims, at)
+    axes.add(ours, "%s: %s" % (path, name), Packed(path, dtype, dims, at), letters)
 
 
 class Keras(Checkpoint):
@@ -2952,15 +2932,22 @@ class Keras(Checkpoint):
         self.source = "%s, Keras" % self.name()
         axes = Axes(files[0])
         for file in files:
-            for where, array in h5_arrays(file).items():
-                named = keras_name(where)
-                if named:
-                    axes.add(named[0], "%s: %s" % (file, where), array, named[1])
+            attempt(file, lambda: self.read(axes, file))
         config = os.path.join(self.directory, "config.json")
         self.files = [*files, config, os.path.join(self.directory, self.index)]
         self.tensors, self.model = axes.tensors, axes.model()
         if os.path.isfile(config):
             self.check_facts(config, read_json(config))
+
+    @staticmethod
+    def read(axes, path):
+        h5py = library("h5py", "h5py", "a Keras checkpoint")
+
+        def visit(name, item):  # follows no link that leads elsewhere
+            if isinstance(item, h5py.Dataset):
+                h5_add(axes, path, str(name), item)  # b'...' where it is no UTF-8
+        with open(path, "rb") as f, h5py.File(f, "r") as h5:
+            h5.visititems(visit)
 
     def check_facts(self, path, doc):
         backbone = find_backbone(doc)
@@ -3174,7 +3161,7 @@ def hub_files(name, names, with_weights):
 
 
 def hub_snapshot(name, revision, with_weights):
-    """Fetches a repository or finds it in the cache.  Returns its directory, or its GGUF file."""
+    """The directory of a repository that is fetched, or found in the cache."""
     hub = library("huggingface_hub", "huggingface_hub",
                   name + " is no path here and, as a name on huggingface.co,")
     wanted, offline = ["config.json"], {"local_files_only": True}
@@ -3187,7 +3174,7 @@ def hub_snapshot(name, revision, with_weights):
     except Exception as e:  # no network, or no leave: the cache may do
         refused = e
     try:
-        found = hub.snapshot_download(name, revision=revision, allow_patterns=wanted, **offline)
+        return hub.snapshot_download(name, revision=revision, allow_patterns=wanted, **offline)
     except Exception as e:  # the library's own, httpx's or requests', the system's
         e = refused if offline else e
         said = " ".join(str(e).split())[:300]
@@ -3196,9 +3183,6 @@ def hub_snapshot(name, revision, with_weights):
             "check the spelling, accept its licence at https://huggingface.co/%s and `hf auth "
             "login` if it is gated or private, or give a directory"
             % (name, type(e).__name__, said, name)) from None
-    weights, _ = hub_files(name, os.listdir(found), with_weights)
-    is_gguf = weights and weights[0].endswith(".gguf")
-    return os.path.join(found, weights[0]) if is_gguf else found
 
 
 def located(path, what, with_weights=True):

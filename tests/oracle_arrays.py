@@ -681,7 +681,7 @@ def test_keras_bad(folder):
     spoilt("missing variable", lambda a: a.pop(query), "layers.1.q")
     spoilt("wrong shape", put(query, torch.ones(6, 41, 10)), "D 41", "42")
     spoilt("wrong axes", put(query, torch.ones(60, 42)), "3 axes")
-    spoilt("f64", put(query, torch.ones(6, 42, 10).double()), "F64")
+    spoilt("f64", put(query, torch.ones(6, 42, 10).double()), "<f8")
     spoilt("bool", put(query, torch.ones(6, 42, 10).bool()), "type")
     spoilt("two paths", put(query.replace("layers", "_layer_checkpoint_dependencies", 1),
                             good[query]), "twice")

@@ -3020,7 +3020,6 @@ def flax_gating(path, array, axes):
 
 class Zarr:
     """An array in a store that tensorstore reads: chunk files, or entries of an OCDBT store."""
-
     cache = 0  # bytes of decoded chunks to keep, as blocks are smaller
 
     def __init__(self, store, name, driver):
@@ -3056,17 +3055,12 @@ def tensorstore_library():
     return library("tensorstore", "tensorstore", "a Flax checkpoint")
 
 
-def is_orbax(path):
-    return os.path.isdir(path) and any(os.path.isfile(os.path.join(path, n)) for n in (
-        "_METADATA", "manifest.ocdbt", "checkpoint"))
-
-
 def orbax_directories(path):
     """Where a checkpoint lies: here, or in a directory of this one, as Kaggle ships it."""
-    if is_orbax(path):
-        return [path]
-    inside = [os.path.join(path, n) for n in sorted(os.listdir(path))]
-    return [p for p in inside if is_orbax(p)]
+    places = [path] + [os.path.join(path, n) for n in sorted(os.listdir(path))]
+    found = [p for p in places if any(os.path.isfile(os.path.join(p, n)) for n in (
+        "_METADATA", "manifest.ocdbt", "checkpoint"))]
+    return found[:1] if path in found else found
 
 
 class Orbax(Checkpoint):
@@ -3076,9 +3070,7 @@ class Orbax(Checkpoint):
     ROOM = 1 << 25          # for what else a cache holds, as a full one keeps nothing
     SPARE = 1 << 26         # bytes by which a chunk may be larger than its array
 
-    @staticmethod
-    def suits(path):
-        return os.path.isdir(path) and bool(orbax_directories(path))
+    files_of = staticmethod(orbax_directories)
 
     def __init__(self, path):
         found = orbax_directories(path)

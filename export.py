@@ -3718,31 +3718,26 @@ def sentencepiece_tokenizer(data, path):
     if not pieces:
         raise ExportError("%s is no SentencePiece model, or is cut short: fetch it again (git lfs "
                           "pull, if it is a pointer)" % path)
-    check_sentencepiece(path, trainer, normalizer)
+    refuse_steps(path, [
+        ("a model that is no BPE", trainer.get(MODEL_TYPE, 1) != 2),
+        ("a normaliser (precompiled_charsmap)", normalizer.get(CHARSMAP)),
+        ("add_dummy_prefix", normalizer.get(DUMMY_PREFIX, 1) != 0),
+        ("remove_extra_whitespaces", normalizer.get(EXTRA_SPACES, 1) != 0),
+        ("escape_whitespaces off", normalizer.get(ESCAPE, 1) == 0),
+        ("a byte_fallback that does not agree with its byte pieces",
+         bool(trainer.get(BYTE_FALLBACK, 0)) != any(kind == BYTE for _, _, kind in pieces)),
+    ])
     ids = {}
     for name, (field, default) in ID_FIELDS.items():
         i = trainer.get(field, default)
         if isinstance(i, int) and 0 <= i < len(pieces) and pieces[i][2] in (CONTROL, UNKNOWN):
             ids[name] = i
     texts, scores, kinds = map(list, zip(*pieces))
-    has_bytes = BYTE in kinds
-    if bool(trainer.get(BYTE_FALLBACK, 0)) != has_bytes:
-        raise ExportError("%s: byte_fallback does not agree with its byte pieces: fetch it again"
-                          % path)
     return Tokenizer(texts, scores, kinds, ids)
 
 
-def check_sentencepiece(path, trainer, normalizer):
-    if trainer.get(MODEL_TYPE, 1) != 2:
-        kind = {1: "unigram", 3: "word", 4: "char"}.get(trainer.get(MODEL_TYPE, 1), "unknown")
-        raise ExportError("%s is a %s model; Gemma's are BPE: is this the right tokenizer?"
-                          % (path, kind))
-    wrong = [
-        ("a normaliser (precompiled_charsmap)", bool(normalizer.get(CHARSMAP))),
-        ("add_dummy_prefix", normalizer.get(DUMMY_PREFIX, 1) != 0),
-        ("remove_extra_whitespaces", normalizer.get(EXTRA_SPACES, 1) != 0),
-        ("escape_whitespaces off", normalizer.get(ESCAPE, 1) == 0),
-    ]
+def refuse_steps(path, wrong):
+    """wrong: pairs of what a tokenizer may do to texts unlike Gemma 2's, and whether it does."""
     for what, found in wrong:
         if found:
             raise ExportError("%s has %s, which Gemma 2's tokenizer does not and gemma2.c does not "
@@ -3790,17 +3785,13 @@ def check_json_tokenizer(doc, path):
         raise ExportError("%s holds no BPE vocabulary: is this the right tokenizer?" % path)
     affixes = bpe.get("continuing_subword_prefix"), bpe.get("end_of_word_suffix")
     steps = json.dumps([doc.get("normalizer"), doc.get("pre_tokenizer")])
-    wrong = [
+    refuse_steps(path, [
         ("no byte_fallback", not bpe.get("byte_fallback")),
         ("ignore_merges", bpe.get("ignore_merges")),
         ("a prefix or suffix of words", any(affixes)),
         ("a normaliser or pre-tokeniser of its own", OTHER_STEPS.search(steps)),
         ("a dummy prefix", DUMMY.search(steps)),
-    ]
-    for what, found in wrong:
-        if found:
-            raise ExportError("%s has %s, unlike Gemma 2's: is this the right tokenizer?"
-                              % (path, what))
+    ])
     return bpe
 
 
@@ -3994,13 +3985,10 @@ def gguf_tokenizer(config, facts):
 
 
 def gguf_pieces(config, tokens):
-    if not isinstance(tokens, list) or not tokens or not isinstance(tokens[0], bytes):
-        raise ExportError("%s: tokenizer.ggml.tokens is no list of texts: fetch it again"
-                          % config.path)
     try:
-        return [t.decode("utf-8").replace(" ", SPACE) for t in tokens]
-    except UnicodeDecodeError:
-        raise ExportError("%s: tokenizer.ggml.tokens holds a piece that is no UTF-8: fetch it again"
+        return [t.decode("utf-8").replace(" ", SPACE) for t in tokens or None]
+    except (TypeError, AttributeError, UnicodeDecodeError):  # no list, no texts, no UTF-8
+        raise ExportError("%s: tokenizer.ggml.tokens is no list of UTF-8 texts: fetch it again"
                           % config.path) from None
 
 

@@ -3350,7 +3350,7 @@ class Adapter:
         self.config = Config(path)
         self.check_settings()
         self.path, stored = self.stored_tensors()
-        self.files = [path, self.path, *side_files(directory)]
+        self.files = [path, self.path]
         self.parts, self.modules = collections.defaultdict(dict), {}
         for key in sorted(stored):
             self.sort_in(key, stored[key])
@@ -4036,11 +4036,6 @@ SIDE_FILES = (*PIECE_FILES, "tokenizer.json", "added_tokens.json", "tokenizer_co
 A_TOKENIZER = "a tokenizer.model, a tokenizer.json or their directory"
 
 
-def side_files(directory):
-    """Paths of what is read beside the weights, whether it is there or not."""
-    return [os.path.join(directory, name) for name in SIDE_FILES]
-
-
 def tokenizer_of_file(path):
     if not os.path.isfile(path):
         raise ExportError("%s is no ordinary file: give a tokenizer.model or tokenizer.json" % path)
@@ -4564,7 +4559,10 @@ class Container:
         if os.path.exists(self.path):
             if not stat.S_ISREG(os.stat(self.path).st_mode):
                 raise ExportError("%s is no ordinary file: name the file to write" % self.path)
-            if any(os.path.samefile(self.path, i) for i in inputs if os.path.exists(i)):
+            beside = [os.path.join(d, n) for d in {os.path.dirname(i) for i in inputs}
+                      for n in SIDE_FILES]
+            if any(os.path.samefile(self.path, i) for i in [*inputs, *beside]
+                   if os.path.exists(i)):
                 raise ExportError("%s is an input of this conversion: choose another name for the "
                                   "output" % self.path)
         elif not os.path.isdir(self.directory):
@@ -5072,9 +5070,7 @@ def convert(options, progress):
         if not options.quiet:
             say(plan_lines(plan, model))
     sections += [s for s, _ in plan]
-    inputs = [*reader.files, *side_files(reader.directory), tokenizer_path,
-              *side_files(os.path.dirname(tokenizer_path))]
-    inputs += [options.importance] if importance else []
+    inputs = [*reader.files, tokenizer_path, *([options.importance] if importance else [])]
     with Container(options.output, sections, align, inputs) as out:
         for section in sections[:2]:
             out.write_section([section.data])
@@ -5113,8 +5109,7 @@ def convert_tokenizer(options, _progress):
                          os.path.basename(path), False, chat, "--tokenizer-only")
     sections = [bytes_section("facts", FACTS, facts_section(facts)),
                 bytes_section("tokenizer", TOKENIZER, tokenizer_section(tokenizer))]
-    with Container(options.output, sections, options.align or 64, [
-            path, *side_files(os.path.dirname(path))]) as out:
+    with Container(options.output, sections, options.align or 64, [path]) as out:
         for section in sections:
             out.write_section([section.data])
         out.finish(model)

@@ -17,9 +17,6 @@
 #if !defined(_WIN32) && !defined(_XOPEN_SOURCE)
 #define _XOPEN_SOURCE 700
 #endif
-#ifdef _WIN32
-#define _CRT_RAND_S
-#endif
 
 #include "gemma2.h"
 
@@ -78,7 +75,6 @@ static void catch_interrupts(int ends_reading);
 /* Arguments in UTF-8, to the end of the program.  NULL without memory. */
 static char **utf8_arguments(int *argc, char **argv);
 static double seconds(void);
-static int random_bits(uint32_t *bits); /* 1, or 0 where there is no source */
 
 /* fopen and remove; the path is UTF-8. */
 static FILE *open_path(const char *path, const char *mode);
@@ -564,7 +560,9 @@ static const struct {
 } FOREIGN[] = {
     {" --temp ", "--temperature"},
     {" --ctx-size --num-ctx --n-ctx --max-seq-len --max-model-len ", "--context"},
-    {" --n-predict --predict --num-predict --max-new-tokens ", "--max-tokens"},
+    {" --n-predict --predict --num-predict --max-new-tokens --max-completion-tokens ",
+     "--max-tokens"},
+    {" --logprobs ", "--top-logprobs"},
     {" --num-thread --num-threads --n-threads ", "--threads"},
     {" --repetition-penalty ", "--repeat-penalty"},
     {" -l ", "--logit-bias"},
@@ -2985,17 +2983,22 @@ static int read_prompt(program *p)
     return DONE;
 }
 
+/* Appends the ids of a prompt, in a chat as a turn. */
+static int push_prompt(program *p, const char *text, size_t n)
+{
+    if (p->opts->chat)
+        return push_turn(p, text, n);
+    int status = p->config->bos >= 0 && !p->ids.n ? push_id(p, p->config->bos) : DONE;
+    return status ? status : push_text(p, text, n, 0);
+}
+
 static int load_prompt(program *p)
 {
     const options *opts = p->opts;
     if (opts->ids)
         return push_list(p, opts->ids);
     int status = read_prompt(p);
-    if (status == DONE && opts->chat)
-        return push_turn(p, p->prompt.items, p->prompt.n);
-    if (status == DONE && p->config->bos >= 0 && !p->ids.n)
-        status = push_id(p, p->config->bos);
-    return status ? status : push_text(p, p->prompt.items, p->prompt.n, 0);
+    return status ? status : push_prompt(p, p->prompt.items, p->prompt.n);
 }
 
 /* ===================================================================================
@@ -5056,13 +5059,12 @@ static int importance(program *p, size_t length)
     size_t columns = 0, n = 0;
     uint32_t block = p->opts->block ? (uint32_t)p->opts->block : 1;
     int status = check_target(p);
+    if (status == DONE)
+        status = load_prompt(p);
     if (status != DONE)
         return status;
     while (gemma2_get_input(p->model, n++, &last))
         columns = (size_t)last.first + last.cols;
-    status = load_prompt(p);
-    if (status != DONE)
-        return status;
     if (p->ids.n < 2)
         return fail(USAGE, "--importance needs a text: give a file of some 100 KB with -f");
     size_t header = IMPORTANCE_HEADER / sizeof(double);
@@ -5337,14 +5339,13 @@ static int check(program *p)
     return DONE;
 }
 
-/* 32 bits: easy to type again, and exact as a number in any reader of JSON. */
+/* 32 bits of the clocks and of where the stack is: easy to type again, and exact as a number in any
+ * reader of JSON. */
 static uint64_t random_seed(void)
 {
-    uint32_t bits;
-    if (random_bits(&bits))
-        return bits;
-    uint64_t mix = (uint64_t)time(NULL) ^ (uint64_t)(seconds() * 1e9) ^ (uintptr_t)&bits;
-    return (mix * 6364136223846793005u) >> 32;
+    uint64_t mix = (uint64_t)time(NULL) << 32 ^ (uint64_t)(seconds() * 1e9);
+    mix = (mix ^ (uintptr_t)&mix) * 6364136223846793005u;
+    return (mix ^ mix >> 29) * 6364136223846793005u >> 32;
 }
 
 static void init_sampler(program *p)
@@ -5539,22 +5540,16 @@ static int take_stops(batch_slot *s, const json *j, const json_node *value, cons
     return status;
 }
 
-static int add_message(batch_slot *s, int32_t role, const char *text, size_t n)
-{
-    gemma2_message *m = extend(&s->messages, 1, sizeof *m);
-    if (!m)
-        return out_of_memory();
-    *m = (gemma2_message){role, text, (int64_t)n};
-    return DONE;
-}
-
 static int take_messages(batch_slot *s, const json *j, const json_node *list, const char *key)
 {
     static const char *const roles[] = {"system", "user", "assistant"};
     const char *system = s->opts.system;
     if (list->kind != JSON_ARRAY || !list->n)
         return fail(USAGE, "\"%s\" must be a list of messages", key);
+    gemma2_message *first = extend(&s->messages, list->n + 1, sizeof *first), *m = first;
     const json_node *each = list + 1;
+    if (!first)
+        return out_of_memory();
     for (size_t i = 0; i < list->n; i++, each = json_next(j, each)) {
         const json_node *role = json_get(j, each, "role"), *content = json_get(j, each, "content");
         int32_t r = 0;
@@ -5565,13 +5560,11 @@ static int take_messages(batch_slot *s, const json *j, const json_node *list, co
         if (!text)
             return fail(USAGE, "message %zu needs a \"role\", which is system, user or assistant, "
                         "and a \"content\", which is text", i + 1);
-        int status = i == 0 && system && r != GEMMA2_ROLE_SYSTEM
-            ? add_message(s, GEMMA2_ROLE_SYSTEM, system, strlen(system)) : DONE;
-        if (status == DONE)
-            status = add_message(s, r, text, n);
-        if (status != DONE)
-            return status;
+        if (i == 0 && system && r != GEMMA2_ROLE_SYSTEM)
+            *m++ = (gemma2_message){GEMMA2_ROLE_SYSTEM, system, -1};
+        *m++ = (gemma2_message){r, text, (int64_t)n};
     }
+    s->messages.n = (size_t)(m - first);
     s->opts.chat = 1;
     return DONE;
 }
@@ -5645,8 +5638,7 @@ static int take_number(batch_slot *s, const json *j, const json_node *value, con
     char name[40], text[64];
     const char *unused, *meaning;
     size_t n = value->end - value->start;
-    snprintf(name, sizeof name, "--%s", strcmp(key, "max_completion_tokens") == 0 ? "max_tokens"
-                                        : strcmp(key, "logprobs") == 0 ? "top_logprobs" : key);
+    snprintf(name, sizeof name, "--%s", key);
     meaning = foreign_meaning(name);
     const option *o = find_option(meaning ? meaning : name, &unused);
     snprintf(text, sizeof text, "%.*s", (int)(n < sizeof text ? n : 0), j->text + value->start);
@@ -5730,17 +5722,12 @@ static int read_request(batch_slot *s, const json *j, const json_node *request)
     if (!text)
         return fail(USAGE, "\"prompt\" must be a text");
     int status = open_chat(p);
-    if (status == DONE && !prompt) {
-        if (gemma2_chat_check(p->model, s->messages.items, s->messages.n, GEMMA2_CHAT_GENERATE, err,
-                              sizeof err) < 0)
-            return fail(USAGE, "%s", err);
-        return push_encoded(p, s->messages.items, s->messages.n, GEMMA2_CHAT_GENERATE);
-    }
-    if (status == DONE && s->opts.chat)
-        return push_turn(p, text, n);
-    if (status == DONE && p->config->bos >= 0)
-        status = push_id(p, p->config->bos);
-    return status ? status : push_text(p, text, n, 0);
+    if (status != DONE || prompt)
+        return status ? status : push_prompt(p, text, n);
+    if (gemma2_chat_check(p->model, s->messages.items, s->messages.n, GEMMA2_CHAT_GENERATE, err,
+                          sizeof err) < 0)
+        return fail(USAGE, "%s", err);
+    return push_encoded(p, s->messages.items, s->messages.n, GEMMA2_CHAT_GENERATE);
 }
 
 /* The wrapping of OpenAI's lines, and what is inside. */
@@ -5932,6 +5919,8 @@ static void put_completion_logprobs(batch_slot *s, const int32_t *ids)
  * line gives the same bytes: that is why "created" is 0. */
 #define OPENAI(status, body) "{'id': 'batch_req_@I', 'custom_id': '@I', 'response': " \
     "{'status_code': " status ", 'request_id': 'req_@I', 'body': {" body "}}, 'error': null}\n"
+#define REFUSED \
+    OPENAI("400", "'error': {'message': @e, 'type': 'invalid_request_error', 'code': null}")
 #define USED "'usage': {'prompt_tokens': @p, 'completion_tokens': @c"
 static const char *const RESULT[2][3] = {
     {"{'id': @i, 'text': @t, 'finish_reason': '@f', 'seed': @s, " USED "}@d}\n",
@@ -5942,8 +5931,7 @@ static const char *const RESULT[2][3] = {
             "'choices': [{'index': 0, 'message': {'role': 'assistant', 'content': @t}, "
             "'logprobs': @l, 'finish_reason': '@F'}], " USED ", 'total_tokens': @a}, 'seed': @s")},
     {"{'id': @i, 'error': {'message': @e}}\n",
-     OPENAI("400", "'error': {'message': @e, 'type': 'invalid_request_error', 'code': null}"),
-     OPENAI("400", "'error': {'message': @e, 'type': 'invalid_request_error', 'code': null}")},
+     REFUSED, REFUSED},
 };
 
 static void put_field(batch_slot *s, char what, const char *error)
@@ -5988,7 +5976,7 @@ static void put_field(batch_slot *s, char what, const char *error)
 static int end_line(batch *b, batch_slot *s, const char *error)
 {
     output *line = &s->p.out;
-    int openai = s->openai && s->id.n && *(char *)s->id.items == '"';
+    int openai = s->openai && *(char *)s->id.items == '"';
     const char *form = RESULT[error != NULL][openai ? 1 + s->opts.chat : 0];
     for (b->line.n = 0; *form; form++)
         if (*form == '@')
@@ -6670,13 +6658,10 @@ int main(int argc, char **argv)
     opts.stops = malloc(sizeof *opts.stops * (size_t)argc);
     opts.choices = malloc(sizeof *opts.choices * (size_t)argc);
     opts.biases = malloc(sizeof *opts.biases * ((size_t)argc + 16));
-    if (!opts.stops || !opts.choices || !opts.biases) {
-        free(opts.stops), free(opts.choices), free(opts.biases);
-        return out_of_memory();
-    }
     p.out.terminal = is_terminal(stdout);
     mid_line = p.out.terminal;
-    int status = parse_options(&opts, argc, argv);
+    int status = opts.stops && opts.choices && opts.biases ? parse_options(&opts, argc, argv)
+                                                           : out_of_memory();
     p.shows_progress = !opts.quiet && is_terminal(stderr);
     if (status == DONE && opts.help)
         print_help(&p.out);
@@ -6788,17 +6773,6 @@ static double seconds(void)
     struct timespec now = {0};
     clock_gettime(CLOCK_MONOTONIC, &now);
     return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
-}
-
-static int random_bits(uint32_t *bits)
-{
-    FILE *source = fopen("/dev/urandom", "rb");
-    if (!source)
-        return 0;
-    setvbuf(source, NULL, _IONBF, 0);
-    size_t got = fread(bits, sizeof *bits, 1, source);
-    fclose(source);
-    return got == 1;
 }
 
 static FILE *open_path(const char *path, const char *mode) { return fopen(path, mode); }
@@ -7040,14 +7014,6 @@ static double seconds(void)
     LARGE_INTEGER ticks, a_second;
     QueryPerformanceCounter(&ticks), QueryPerformanceFrequency(&a_second);
     return (double)ticks.QuadPart / (double)a_second.QuadPart;
-}
-
-static int random_bits(uint32_t *bits)
-{
-    unsigned number = 0;
-    int failed = rand_s(&number);
-    *bits = number;
-    return !failed;
 }
 
 /* A path as Windows takes it; 0 where it is not UTF-8 or too long. */

@@ -5917,7 +5917,7 @@ int gemma2_read_out(gemma2_session *s, const float *state, float *logits)
     memcpy(work->x, state, (size_t)s->model->config.d_model * sizeof *state);
     work->rows[0] = (struct row){s, logits, 0};
     work->wanted[0] = work->rows;
-    run_team(work, useful_threads(work, 1), run_head,
+    run_team(work, s->model->is_reference ? 1 : useful_threads(work, 1), run_head,
              &(struct pass){.model = s->model, .worker = work, .n = 1, .n_wanted = 1,
                              .n_exact = 1, .wanted_exact = 1});
     work->hook = hook;

@@ -320,7 +320,7 @@ struct text {
 struct tokenizer {
     const uint8_t *scores, *ends, *kinds, *blob;
     uint32_t n;
-    uint32_t *slots, mask; /* hash of matchable pieces, see piece_insert */
+    uint32_t *slots, mask; /* hash of matchable pieces, see find_slot */
     uint32_t *whole, n_whole; /* ids of pieces found whole, sorted by bytes; and the place */
     uint32_t *whole_prefix;   /* in that list of the longest other that each starts with */
     uint32_t whole_first[257]; /* pieces in it that begin with byte c: [c] .. [c + 1] */
@@ -4486,7 +4486,7 @@ struct vocabulary {
 struct token_text {
     uint64_t start; /* the first bytes, big-endian */
     struct text bytes;
-    uint32_t id;
+    uint32_t id, kind; /* see text_kind */
 };
 
 static int compare_tokens(const void *left, const void *right)
@@ -4515,21 +4515,18 @@ static uint32_t text_kind(struct text s)
     return plain && chars <= PLAIN_CHARS ? 1 + chars : 1;
 }
 
-/* A tree of sorted tokens, all or those that are not plain.  Tokens of equal bytes become
- * brothers.  0: no memory. */
-static int build_tree(struct tree *tree, const struct token_text *t, uint32_t n, int all)
+/* A tree of sorted tokens.  Tokens of equal bytes become brothers.  0: no memory. */
+static int build_tree(struct tree *tree, const struct token_text *t, uint32_t n)
 {
     uint32_t stack[MAX_TOKEN_BYTES + 1], depth = 0, same;
     const struct text *last = NULL;
     size_t bytes = 1;
     for (uint32_t i = 0; i < n; i++)
-        bytes += all || text_kind(t[i].bytes) <= 1 ? t[i].bytes.n : 0;
+        bytes += t[i].bytes.n;
     if (bytes >= NO_TOKEN || !(tree->nodes = malloc(bytes * sizeof *tree->nodes)))
         return 0;
     for (uint32_t i = 0; i <= n; i++) {
         const struct text *s = &t[i].bytes;
-        if (i < n && !all && text_kind(*s) > 1)
-            continue;
         for (same = 0; i < n && last && same < last->n && same + 1 < s->n &&
                        last->p[same] == s->p[same];)
             same++;
@@ -4584,18 +4581,23 @@ static struct vocabulary *make_vocabulary(const gemma2_model *m)
             struct text s = {bytes + used, token_bytes(t, id, bytes + used)};
             if (!s.n || s.n > MAX_TOKEN_BYTES || gemma2_is_stop(m, (int32_t)id))
                 continue;
-            texts[n] = (struct token_text){0, s, id};
+            uint32_t bit = 1u << id % 32, kind = text_kind(s);
+            texts[n] = (struct token_text){0, s, id, kind};
             for (uint32_t i = 0; i < 8; i++)
                 texts[n].start = texts[n].start << 8 | (i < s.n ? s.p[i] : 0);
             used += s.n, n++;
-            uint32_t bit = 1u << id % 32, kind = text_kind(s);
             v->text[id / 32] |= kind ? bit : 0;
             for (uint32_t k = kind > 1 ? kind - 2 : PLAIN_CHARS; k < PLAIN_CHARS; k++)
                 v->plain[k * (size_t)words + id / 32] |= bit;
         }
         qsort(texts, n, sizeof *texts, compare_tokens);
     }
-    if (!ok || !build_tree(&v->all, texts, n, 1) || !build_tree(&v->rest, texts, n, 0))
+    ok = ok && build_tree(&v->all, texts, n);
+    uint32_t n_rest = 0;
+    for (uint32_t i = 0; ok && i < n; i++)
+        if (texts[i].kind <= 1)
+            texts[n_rest++] = texts[i];
+    if (!ok || !build_tree(&v->rest, texts, n_rest))
         free_vocabulary(v), v = NULL;
     free(texts), free(bytes);
     return v;
@@ -4641,7 +4643,7 @@ struct gemma2_matcher {
     uint32_t (*rows)[256]; /* what each byte makes of a set */
     uint32_t *masks;       /* [MAX_MASKS][words] */
     struct ready_mask {
-        uint32_t set, used, worst, below; /* good while worst <= tokens that may follow < below */
+        uint32_t set, used, worst; /* good while worst tokens may follow */
     } ready[MAX_MASKS];
     uint32_t row_set[MAX_ROWS];
     /* scratch */
@@ -4824,8 +4826,8 @@ struct walk {
     uint32_t limit; /* most tokens that may follow the one allowed */
     uint32_t *mask; /* NULL: sets are collected in the matcher's queue */
     uint32_t worst; /* most tokens that an allowed one needs behind it, at most */
-    uint32_t below; /* fewest that a token cut by the limit needs, at least */
     uint32_t n_found, nodes, most_nodes;
+    int is_cut;     /* some token needs more than the limit */
 };
 
 static uint32_t tokens_of(gemma2_matcher *m, uint32_t set, uint32_t limit);
@@ -4840,12 +4842,12 @@ static void take_token(gemma2_matcher *m, struct walk *w, uint32_t token, uint32
         return;
     }
     uint32_t need = tokens_of(m, set, w->limit);
-    if (need > w->limit)
-        w->below = min_u32(w->below, need);
-    else {
-        w->worst = need > w->worst ? need : w->worst;
-        w->mask[token / 32] |= 1u << token % 32;
+    if (need > w->limit) {
+        w->is_cut = 1;
+        return;
     }
+    w->worst = need > w->worst ? need : w->worst;
+    w->mask[token / 32] |= 1u << token % 32;
 }
 
 /* All tokens of the tree that may follow the set. */
@@ -4883,20 +4885,14 @@ static uint32_t plan_tokens(gemma2_matcher *m, uint32_t set)
     }
     best[n] = 0;
     for (uint32_t i = n; i-- > 0;) {
-        uint32_t at = 0, end = tree->n;
         best[i] = NOWHERE;
-        for (uint32_t k = i; k < n; k++) {
-            while (at < end && (tree->nodes[at].skip & 255) != way[k])
-                at += tree->nodes[at].skip >> 8;
-            if (at >= end)
-                break;
-            if (tree->nodes[at].token >> 8 != NO_TOKEN)
-                best[i] = min_u32(best[i], best[k + 1] + 1);
-            uint32_t twin = at + (tree->nodes[at].skip >> 8);
-            while (tree->nodes[at].skip >> 8 == 1 && twin < end && /* the last has the children */
-                   (tree->nodes[twin].skip & 255) == way[k])
-                at = twin, twin += tree->nodes[at].skip >> 8;
-            end = twin, at++;
+        for (uint32_t at = 0; at < tree->n;) {
+            struct node node = tree->nodes[at];
+            uint32_t end = i + (node.token & 255);
+            int fits = end <= n && (node.skip & 255) == way[end - 1];
+            if (fits && node.token >> 8 != NO_TOKEN)
+                best[i] = min_u32(best[i], best[end] + 1);
+            at += fits ? 1 : node.skip >> 8;
         }
     }
     return best[0];
@@ -5006,7 +5002,7 @@ static uint32_t plain_chars(gemma2_matcher *m, uint32_t set, struct walk *w)
         for (uint32_t i = 0; i < n_next; i++) {
             uint32_t need = tokens_of(m, next[i], w->limit);
             if (need > w->limit)
-                w->below = min_u32(w->below, need);
+                w->is_cut = 1;
             else
                 w->worst = need > w->worst ? need : w->worst, w->n_found = 1;
         }
@@ -5025,31 +5021,30 @@ static void keep_mask(gemma2_matcher *m, uint32_t set, const struct walk *w)
         at = m->ready[i].used < m->ready[at].used ? i : at;
     if (m->n_masks < MAX_MASKS)
         at = m->n_masks++;
-    m->ready[at] = (struct ready_mask){set, ++m->clock, w->worst, w->below};
+    m->ready[at] = (struct ready_mask){set, ++m->clock, w->worst};
     memcpy(m->masks + (size_t)at * words, w->mask, words * sizeof *w->mask);
 }
 
-/* The set after one token that the grammar asks for, or any other token, by instruction. */
-static uint32_t after_leaf(gemma2_matcher *m, uint64_t leaf)
+/* Whether an OP_TOKEN takes the token. */
+static int is_meant(const gemma2_matcher *m, const struct inst *leaf, uint32_t id)
 {
-    collect(m, m->grammar->insts[(uint32_t)leaf].next, (uint32_t)(leaf >> 32));
-    return intern(m);
+    int is_text = m->vocabulary->text[id / 32] >> id % 32 & 1;
+    return leaf->low ? id != leaf->other && is_text : id == leaf->other;
 }
 
 /* Adds to the mask the tokens that the grammar itself speaks of. */
 static void add_tokens(gemma2_matcher *m, uint32_t set, struct walk *w)
 {
     close_set(m, set);
-    for (uint32_t i = 0, to; i < m->n_leaves; i++) {
+    for (uint32_t i = 0; i < m->n_leaves; i++) {
         const struct inst *leaf = &m->grammar->insts[(uint32_t)m->leaves[i]];
-        if (leaf->op != OP_TOKEN || !(to = after_leaf(m, m->leaves[i])))
+        if (leaf->op != OP_TOKEN)
             continue;
-        for (uint32_t id = leaf->low ? 0 : leaf->other; id < m->vocabulary->n_words * 32; id++) {
-            if (!leaf->low || (id != leaf->other && m->vocabulary->text[id / 32] >> id % 32 & 1))
+        collect(m, leaf->next, (uint32_t)(m->leaves[i] >> 32));
+        uint32_t to = intern(m), n_ids = to ? m->grammar->model->tokenizer.n : 0;
+        for (uint32_t id = 0; id < n_ids; id++)
+            if (is_meant(m, leaf, id))
                 take_token(m, w, id, to);
-            if (!leaf->low)
-                break;
-        }
     }
 }
 
@@ -5058,30 +5053,30 @@ static void fill_mask(gemma2_matcher *m, uint32_t set, uint32_t left, uint32_t *
 {
     const struct vocabulary *v = m->vocabulary;
     const gemma2_config *c = &m->grammar->model->config;
-    struct walk w = {.limit = left - 1, .mask = mask, .below = NOWHERE, .most_nodes = NOWHERE};
+    struct walk w = {.limit = left - 1, .mask = mask, .most_nodes = NOWHERE};
     uint32_t chars = 0;
     for (uint32_t i = 0; i < m->n_masks && left; i++) {
         struct ready_mask *kept = &m->ready[i];
-        if (kept->set == set && kept->worst <= w.limit && w.limit < kept->below) {
+        if (kept->set == set && kept->worst <= w.limit) {
             kept->used = ++m->clock;
             memcpy(mask, m->masks + (size_t)i * v->n_words, v->n_words * sizeof *mask);
             return;
         }
     }
     memset(mask, 0, v->n_words * sizeof *mask);
-    if (left && (chars = plain_chars(m, set, &w)) > 0 && w.below == NOWHERE)
+    if (left && (chars = plain_chars(m, set, &w)) > 0 && !w.is_cut)
         memcpy(mask, v->plain + (chars - 1) * (size_t)v->n_words, v->n_words * sizeof *mask);
-    if (chars && (w.below == NOWHERE || !w.n_found))
+    if (chars && (!w.is_cut || !w.n_found))
         walk_tree(m, &v->rest, set, &w);
     else if (left) {
-        w.worst = 0, w.below = NOWHERE;
+        w.worst = 0, w.is_cut = 0;
         walk_tree(m, &v->all, set, &w);
     }
     if (left && m->sets[set].refers)
         add_tokens(m, set, &w);
     for (int32_t i = 0; i < c->n_stop && m->sets[set].cost == 0; i++)
         mask[c->stop[i] / 32] |= 1u << c->stop[i] % 32;
-    if (left && !m->full)
+    if (left && !w.is_cut && !m->full)
         keep_mask(m, set, &w);
 }
 
@@ -5090,7 +5085,6 @@ static uint32_t after_token(gemma2_matcher *m, uint32_t set, uint32_t id)
 {
     uint8_t bytes[MAX_PIECE_BYTES];
     uint32_t n = token_bytes(&m->grammar->model->tokenizer, id, bytes);
-    uint32_t is_text = m->vocabulary->text[id / 32] >> id % 32 & 1;
     uint32_t to = n && n <= MAX_TOKEN_BYTES ? set : 0;
     const uint32_t *row;
     for (uint32_t i = 0; i < n && to; i++)
@@ -5101,7 +5095,7 @@ static uint32_t after_token(gemma2_matcher *m, uint32_t set, uint32_t id)
     add_items(m, m->items + m->sets[to].first, m->sets[to].n);
     for (uint32_t i = 0; i < m->n_leaves; i++) {
         const struct inst *leaf = &m->grammar->insts[(uint32_t)m->leaves[i]];
-        if (leaf->op == OP_TOKEN && (leaf->low ? id != leaf->other && is_text : id == leaf->other))
+        if (leaf->op == OP_TOKEN && is_meant(m, leaf, id))
             collect(m, leaf->next, (uint32_t)(m->leaves[i] >> 32));
     }
     return intern(m);
@@ -6265,16 +6259,16 @@ static int compile(gemma2_grammar *g, const char *text, uint32_t size, struct er
     g->insts[g->n_insts++] = (struct inst){.op = OP_ACCEPT, .next = NOWHERE, .other = NOWHERE};
     read_rules(&p);
     free(p.slots);
-    if (!p.failed && (!(g->cost = malloc(g->n_insts * sizeof *g->cost)) || !find_costs(g)))
-        refuse(&p, NOWHERE, "out of memory for the grammar");
-    if (!p.failed && g->cost[g->rules[g->root].start] == NOWHERE)
+    g->cost = p.failed ? NULL : malloc(g->n_insts * sizeof *g->cost);
+    int has_memory = p.failed || (g->cost && find_costs(g));
+    if (!p.failed && has_memory && g->cost[g->rules[g->root].start] == NOWHERE)
         refuse(&p, NOWHERE, "the grammar has no sentence of at most %d bytes", MAX_COST);
-    uint32_t rule = p.failed ? NOWHERE : left_recursive(g);
+    uint32_t rule = p.failed || !has_memory ? NOWHERE : left_recursive(g);
     if (rule < g->n_rules)
         refuse(&p, g->rules[rule].name_at, "the rule '%.*s' can begin with itself (left "
                "recursion): let it end with itself", (int)min_u32(g->rules[rule].name_n, 60),
                text + g->rules[rule].name_at);
-    else if (rule != NOWHERE)
+    else if (rule != NOWHERE || !has_memory)
         refuse(&p, NOWHERE, "out of memory for the grammar");
     return !p.failed;
 }
@@ -6358,6 +6352,8 @@ int gemma2_matcher_start(gemma2_matcher *m, gemma2_grammar_state *state)
 /* Checks the state, which may hold anything, and makes room for rows. */
 static int enter_state(gemma2_matcher *m, const gemma2_grammar_state *state)
 {
+    if (!m || !state)
+        return GEMMA2_ERR_ARGUMENT;
     if (state->tag != m->tag || !state->set || state->set >= m->n_sets)
         return GEMMA2_ERR_MISMATCH;
     if (m->full || m->n_rows > MAX_ROWS / 2) {
@@ -6371,9 +6367,7 @@ static int enter_state(gemma2_matcher *m, const gemma2_grammar_state *state)
 int gemma2_matcher_allowed(gemma2_matcher *m, const gemma2_grammar_state *state, int64_t left,
                            uint32_t *mask)
 {
-    if (!m || !state || !mask || left < -1)
-        return GEMMA2_ERR_ARGUMENT;
-    int status = enter_state(m, state);
+    int status = mask && left >= -1 ? enter_state(m, state) : GEMMA2_ERR_ARGUMENT;
     if (status < 0)
         return status;
     fill_mask(m, state->set, left < 0 || left > 1 << 30 ? 1u << 30 : (uint32_t)left, mask);
@@ -6382,8 +6376,6 @@ int gemma2_matcher_allowed(gemma2_matcher *m, const gemma2_grammar_state *state,
 
 int gemma2_matcher_accept(gemma2_matcher *m, gemma2_grammar_state *state, int32_t id)
 {
-    if (!m || !state)
-        return GEMMA2_ERR_ARGUMENT;
     int status = enter_state(m, state);
     if (status < 0)
         return status;
@@ -6402,8 +6394,6 @@ int gemma2_matcher_accept(gemma2_matcher *m, gemma2_grammar_state *state, int32_
 
 int64_t gemma2_matcher_shortest(gemma2_matcher *m, const gemma2_grammar_state *state)
 {
-    if (!m || !state)
-        return GEMMA2_ERR_ARGUMENT;
     int status = enter_state(m, state);
     return status < 0 ? status : (int64_t)tokens_of(m, state->set, 1);
 }
@@ -7440,28 +7430,25 @@ static void copy_session(gemma2_session *to, const gemma2_session *from)
 
 /* ---- the system's limit on processors ---- */
 
-/* The first number in a file of a control group; 0 where there is none. */
-static double read_limit(const char *folder, const char *name, double *second)
+/* Reads up to two numbers from a file of a control group; those that it lacks stay. */
+static void read_limit(const char *folder, const char *name, double *first, double *second)
 {
     char path[8192 + 32];
-    double first = 0;
     snprintf(path, sizeof path, "%s/%s", folder, name);
     FILE *f = fopen(path, "r");
-    if (!f)
-        return 0;
-    if (fscanf(f, "%lf %lf", &first, second) < 1)
-        first = 0;
-    fclose(f);
-    return first;
+    if (f && fscanf(f, "%lf %lf", first, second) < 1)
+        *first = 0;
+    if (f)
+        fclose(f);
 }
 
 /* Processors' time that the control group at folder allows; 0: no limit of its own. */
 static double group_quota(const char *folder, int v2)
 {
-    double period = 0, none;
-    double quota = read_limit(folder, v2 ? "cpu.max" : "cpu.cfs_quota_us", &period);
+    double quota = 0, period = 0, none = 0;
+    read_limit(folder, v2 ? "cpu.max" : "cpu.cfs_quota_us", &quota, &period);
     if (!v2)
-        period = read_limit(folder, "cpu.cfs_period_us", &none);
+        read_limit(folder, "cpu.cfs_period_us", &period, &none);
     return quota > 0 && period > 0 ? quota / period : 0;
 }
 

@@ -4316,10 +4316,11 @@ static int answer(program *p, const char *text, size_t n)
     return reply_to_turn(p);
 }
 
-/* Where a conversation stands that goes on: what was said last. */
-static void show_where(program *p, const char *path)
+/* Where the conversation stands, behind the name of the file that it comes from. */
+static void show_where(const program *p, const char *path)
 {
-    fprintf(stderr, "%s: %zu of %" PRId32 " tokens.\n", path, p->ids.n, gemma2_context(p->session));
+    remark("%s%s%zu turn%s, %zu of %" PRId32 " tokens of context", path, *path ? ": " : "",
+           p->turns.n, p->turns.n == 1 ? "" : "s", p->ids.n, gemma2_context(p->session));
 }
 
 /* Reads the history's file, which is the history with a magic before it, and keeps its last
@@ -4471,9 +4472,7 @@ static int show(program *p, const char *rest)
 {
     (void)rest;
     const options *opts = p->opts;
-    fprintf(stderr, "%zu turn%s, %zu of %" PRId32 " tokens of context\n", p->turns.n,
-            p->turns.n == 1 ? "" : "s", p->ids.n,
-            gemma2_context(p->session));
+    show_where(p, "");
     if (opts->system)
         remark("system            %s", opts->system);
     for (const option *o = OPTIONS; o < OPTIONS + N_OPTIONS; o++) {
@@ -4504,8 +4503,10 @@ static int load(program *p, const char *path)
 {
     if (load_session(p, path, 0) != DONE)
         return DONE;
-    show_where(p, path);
-    return find_turns(p);
+    int status = find_turns(p);
+    if (status == DONE)
+        show_where(p, path);
+    return status;
 }
 
 static int stats(program *p, const char *rest)
@@ -4628,11 +4629,11 @@ static int converse(program *p)
                         "pasted text is one\nmessage.\n");
     if (!p->opts->quiet && p->sampler.temperature > 0)
         fprintf(stderr, "seed %" PRIu64 "\n", p->seed);
-    if (!p->opts->quiet && p->ids.n)
-        show_where(p, p->opts->kept ? p->opts->kept : p->opts->loaded);
     status = learn_frames(p);
     if (status == DONE && p->ids.n)
         status = find_turns(p);
+    if (status == DONE && p->ids.n && !p->opts->quiet)
+        show_where(p, p->opts->kept ? p->opts->kept : p->opts->loaded);
     while (status == DONE && !p->out.error && !p->leaves) {
         int at_end = 0;
         status = read_message(p, &at_end);
@@ -4642,14 +4643,14 @@ static int converse(program *p)
             break;
         size_t size = p->editor.text.n, n;
         const char *text = without_quotes(p->editor.text.items, &size);
-        int is_line = !memchr(text, '\n', size) && size == p->editor.text.n;
+        size_t slash = *text == '/' && size == p->editor.text.n && !memchr(text, '\n', size);
         status = keep_in_history(p, text, size);
         if (status != DONE)
             break;
-        if (is_line && *text == '/' && text[1] != '/')
+        if (slash && text[1] != '/')
             status = run_command(p, text + 1);
         else if (n = size, trim(text, &n), n > 0)
-            status = answer(p, text + (is_line && *text == '/'), size - (is_line && *text == '/'));
+            status = answer(p, text + slash, size - slash);
     }
     terminal_restore();
     return status;

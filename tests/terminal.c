@@ -147,7 +147,7 @@ static void put_byte(char byte)
     if (first >= 0xC0) {
         uint32_t code = first & (0x7Fu >> t.n);
         for (size_t i = 1; i < t.n; i++)
-            code = code << 6 | (t.bytes[i] & 0x3Fu);
+            code = code << 6 | ((unsigned char)t.bytes[i] & 0x3Fu);
         put_char(t.bytes, t.n, code);
     } else if (first == '\r')
         t.column = t.full = 0;
@@ -776,7 +776,7 @@ static const char *const COMMANDS[][2] = {
     {"/load @/script",
      "run: @/script is not a saved session: it seems to be text; give another name"},
     {"two", "ok"},
-    {"/load @/file", "@/file: 24 of 20000 tokens."},
+    {"/load @/file", "@/file: 1 turn, 24 of 20000 tokens of context"},
     {"/undo", "The last message and its reply are forgotten."},
     {"/edit", "ok"},
     {"/edit and fail", "run: the editor failed, so nothing is sent; $EDITOR names another"},
@@ -859,6 +859,13 @@ static void test_loading(void)
         type("\004"), ends("loading", 0);
         check(!again || same_files(file, script), "%d: it went on in another way", i);
     }
+    char odd[80];
+    snprintf(odd, sizeof odd, "%s/\001", folder);
+    if (rename(file, odd) == 0 && talk(110, 20, NULL, NULL, NULL, NULL)) {
+        type("\033[200~/load "), type(odd), type("\033[201~\r"), has("an odd name", ": 2 turns, ");
+        type("\004"), ends("an odd name", 0);
+    }
+    unlink(odd);
 }
 
 /* The oldest turns go: before a message, and amid a reply, which goes on. */

@@ -256,7 +256,7 @@ int64_t other_chat(const gemma2_model *m, const gemma2_message *messages, size_t
 }
 
 /* Turns from `from` on, each with a reply of one token. */
-static void tell(program *p, int from)
+static void add_turns(program *p, int from)
 {
     static const char *const texts[] = {"one", "", "three"};
     p->ids.n = p->turns.n = 0;
@@ -279,7 +279,7 @@ static void test_turns(void)
         has_system_turn = i / 2;
         opts.system = i % 2 ? "Be kind." : NULL;
         check(learn_frames(&p) == DONE, "frames");
-        tell(&p, 0);
+        add_turns(&p, 0);
         memcpy(was, p.turns.items, sizeof was);
         check(find_turns(&p) == DONE && p.turns.n == 3 &&
               memcmp(was, p.turns.items, sizeof was) == 0 && !opts.system == !(i % 2),
@@ -287,7 +287,7 @@ static void test_turns(void)
         size_t before = p.first.before;
         opts.system = i == 1 ? NULL : "Say less.";
         check(learn_frames(&p) == DONE && retell(&p, 0, before, p.first.before) == DONE, "told");
-        tell(&fresh, 0);
+        add_turns(&fresh, 0);
         check(p.ids.n == fresh.ids.n && !memcmp(p.ids.items, fresh.ids.items, 4 * p.ids.n) &&
               !memcmp(p.turns.items, fresh.turns.items, sizeof was), "template %d: system", i);
         turns = p.turns.items;
@@ -295,7 +295,7 @@ static void test_turns(void)
         memmove(turns, turns + 1, 2 * sizeof *turns);
         p.turns.n = 2;
         check(retell(&p, 0, before, p.first.before) == DONE, "dropped");
-        tell(&fresh, 1);
+        add_turns(&fresh, 1);
         check(p.ids.n == fresh.ids.n && !memcmp(p.ids.items, fresh.ids.items, 4 * p.ids.n) &&
               !memcmp(turns, fresh.turns.items, 2 * sizeof *turns), "template %d: dropped", i);
         opts.system = "Another one.";

@@ -1113,17 +1113,10 @@ class Config:
         return ExportError("%s: %s is %s, but must be %s"
                            % (self.path, key, json.dumps(value)[:80], want))
 
-    def first(self, keys, default):
-        """Key and value of the first of keys that is there."""
-        for key in keys:
-            if key in self.doc:
-                return key, self.doc[key]
-        if default is None:
-            raise ExportError("%s lacks %s: fetch the file again" % (self.path, keys[0]))
-        return keys[0], default
-
-    def number(self, keys, default, least, most, kinds=(int, float)):
-        return self.checked(*self.first(keys, default), least, most, kinds)
+    def number(self, key, default, least, most, kinds=(int, float)):
+        if default is None and key not in self.doc:
+            raise ExportError("%s lacks %s: fetch the file again" % (self.path, key))
+        return self.checked(key, self.doc.get(key, default), least, most, kinds)
 
     def checked(self, key, value, least, most, kinds=(int, float)):
         if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value <= most:
@@ -1133,19 +1126,19 @@ class Config:
 
     def softcap(self, key, default):
         value = self.doc.get(key, default)
-        return self.number((key,), default, 0.01, 10000) if value else 0.0
+        return self.number(key, default, 0.01, 10000) if value else 0.0
 
 
 def model_of_config(config):
     """Every variant of Gemma 2's config.json to a Model; what it cannot mean is refused."""
     refuse_other_models(config)
     model = model_of_sizes({
-        letter: config.number((key,), 256 if letter == "H" else None, *LIMITS[letter], int)
+        letter: config.number(key, 256 if letter == "H" else None, *LIMITS[letter], int)
         for letter, key in SIZE_NAMES.items()}, config.path)
-    model.context = config.number(("max_position_embeddings",), 8192, *LIMITS["context"], int)
+    model.context = config.number("max_position_embeddings", 8192, *LIMITS["context"], int)
     for name, key, default in SOFTCAPS:
         setattr(model, name, config.softcap(key, default))
-    model.eps = config.number(("rms_norm_eps",), 1e-6, 0, 1)
+    model.eps = config.number("rms_norm_eps", 1e-6, 0, 1)
     model.rope_theta = rope_theta(config)
     model.local = local_layers(config, model.L)
     model.window = sliding_window(config, model)
@@ -1217,14 +1210,14 @@ def local_layers(config, n_layers):
 
 
 def sliding_window(config, model):
-    keys = "sliding_window", "sliding_window_size"
-    if not any(model.local) and config.first(keys, 4096)[1] is None:
+    key = "sliding_window" if "sliding_window" in config.doc else "sliding_window_size"
+    if not any(model.local) and config.doc.get(key, 4096) is None:
         return model.context
-    return config.number(keys, 4096, 1, 1 << 30, int)
+    return config.number(key, 4096, 1, 1 << 30, int)
 
 
 def query_scale(config, model):
-    scalar = config.number(("query_pre_attn_scalar",), 256, 1e-6, 1e9)
+    scalar = config.number("query_pre_attn_scalar", 256, 1e-6, 1e9)
     if scalar == 224 and model.H != 224:
         warn("query_pre_attn_scalar is 224 and is kept; Google corrected this value of early 9B "
              "files to 256, so if answers are poor, write 256 into %s and convert again"
@@ -1965,8 +1958,8 @@ def mlx_matrix(parts, settings):
     if isinstance(own, dict):
         settings = Config(settings.path, {**settings.doc, **own})
     check_form(settings, METHODS["mlx"])
-    bits = settings.number(("bits",), None, 1, 8, int)
-    group = settings.number(("group_size",), None, 1, 1 << 20, int)
+    bits = settings.number("bits", None, 1, 8, int)
+    group = settings.number("group_size", None, 1, 1 << 20, int)
     words, scales = parts.matrix("weight", WORDS), parts.matrix("scales", FLOATS)
     cols = scales.shape[1] * group
     if words.dims != (scales.shape[0], cols * bits / 32):
@@ -1985,7 +1978,7 @@ def refuse_bias(parts):
 
 def group_size(parts, settings, cols, groups):
     """config.json's if it fits, as matrices may differ, else the columns divided by the groups."""
-    size = settings.first(("group_size", "q_group_size"), -1)[1]
+    size = settings.doc.get("group_size", settings.doc.get("q_group_size"))
     if is_size(size) and size > 0 and -(-cols // size) == groups:
         return size
     if cols % groups:
@@ -2101,7 +2094,7 @@ def quant_state(parts):
 
 def run_of(parts, state, key, n, scales):
     """How many numbers share a scale, which n numbers must need as many of as there are."""
-    run = state.number((key,), None, 1, 1 << 30, int)
+    run = state.number(key, None, 1, 1 << 30, int)
     if -(-n // run) != scales.shape[0] or scales.shape[1] != 1:
         raise parts.bad("has %d scales for %d weights in runs of %d" % (scales.shape[0], n, run))
     return run
@@ -2121,7 +2114,7 @@ def four_bit_matrix(parts, settings):
             parts.need("weight.absmax", ("U8",)), 8,
             parts.need("weight.nested_quant_map", FLOATS, (256,)),
             run_of(parts, state, "nested_blocksize", n, outer), outer, absmax.shape,
-            state.number(("nested_offset",), None, -1e30, 1e30))
+            state.number("nested_offset", None, -1e30, 1e30))
     elif absmax.dtype == "U8":
         raise parts.bad("lacks its part weight.nested_absmax")
     return Mapped(codes, 4, parts.need("weight.quant_map", FLOATS, (16,)), run, absmax, shape)
@@ -2446,17 +2439,17 @@ def model_of_gguf(config):
     """GGUF knows no query scale: it follows from the shapes."""
     refuse_other_ggufs(config)
     prefix = "gemma2."
-    sizes = {letter: config.number((prefix + key,), None, *LIMITS[letter], int)
+    sizes = {letter: config.number(prefix + key, None, *LIMITS[letter], int)
              for letter, key in GGUF_SIZES.items()}
     model = model_of_sizes(sizes, config.path)
-    model.rope_theta = float(config.number((prefix + "rope.freq_base",), 10000.0, 1e-30, 1e30))
+    model.rope_theta = float(config.number(prefix + "rope.freq_base", 10000.0, 1e-30, 1e30))
     for key, want in GGUF_FIXED:
         want = {**sizes, "theta": model.rope_theta}.get(want, want)
         if config.doc.get(prefix + key, want) != want:
             raise config.bad(prefix + key, config.doc[prefix + key], json.dumps(want))
-    model.context = config.number((prefix + "context_length",), 8192, 1, 1 << 30, int)
-    model.window = config.number((prefix + "attention.sliding_window",), 4096, 1, 1 << 30, int)
-    model.eps = config.number((prefix + "attention.layer_norm_rms_epsilon",), 1e-6, 0, 1)
+    model.context = config.number(prefix + "context_length", 8192, 1, 1 << 30, int)
+    model.window = config.number(prefix + "attention.sliding_window", 4096, 1, 1 << 30, int)
+    model.eps = config.number(prefix + "attention.layer_norm_rms_epsilon", 1e-6, 0, 1)
     for name, key, default in SOFTCAPS:  # files of the first days lack them
         setattr(model, name, config.softcap(prefix + key, default))
     model.local = gguf_local_layers(config, model.L)
@@ -2469,7 +2462,7 @@ def gguf_local_layers(config, n_layers):
     pattern = config.doc.get(key, 2)
     if isinstance(pattern, list) and len(pattern) == n_layers:
         return tuple(bool(p) for p in pattern)
-    pattern = config.number((key,), 2, 1, 1024, int)
+    pattern = config.number(key, 2, 1, 1024, int)
     return tuple(i % pattern < pattern - 1 for i in range(n_layers))
 
 
@@ -3403,7 +3396,7 @@ class Adapter:
             except (re.error, RecursionError, OverflowError) as e:
                 raise self.config.bad("a key of " + patterns, pattern,
                                       "a regular expression (%s)" % e) from None
-        return self.config.number((key,), default, *limits)
+        return self.config.number(key, default, *limits)
 
     def is_saved_module(self, name):
         """Whether PEFT trained a copy of the module.  A tied partner keeps the original."""
@@ -4018,7 +4011,7 @@ def gguf_stop_ids(config, tokenizer):
         key = "tokenizer.ggml.%s_token_id" % name
         i = config.doc.get(key)
         if i is not None and tokenizer is not None:
-            i = config.number((key,), None, 0, len(tokenizer) - 1, int)
+            i = config.number(key, None, 0, len(tokenizer) - 1, int)
             found += [i] if not GEMMA_TAGS.fullmatch(tokenizer.pieces[i]) else []
     return tuple(found)
 

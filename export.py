@@ -1603,16 +1603,19 @@ STATES = "model_state_dict", "state_dict", "model", "module"  # keys of a state 
 
 
 class Named:
-    """Stands for whatever a pickle names: made of anything, it takes any contents, and does
-    nothing."""
-    name = ""
+    """Stands for whatever a pickle names, and for what would come of calling it: it takes any
+    contents, and does nothing."""
+    __slots__ = "name",
 
-    def __new__(cls, *_given, **_named):
-        return object.__new__(cls)
+    def __init__(self, name):
+        self.name = name
+
+    def __call__(self, *_given):
+        return self
 
     def ignore(self, *_given):
         pass
-    __init__ = __setitem__ = append = extend = add = ignore
+    __setitem__ = append = extend = add = ignore
 
 
 class State(dict):
@@ -1655,14 +1658,16 @@ class Unpickler(pickle._Unpickler):
     dispatch = {
         **pickle._Unpickler.dispatch,
         pickle.EMPTY_DICT[0]: lambda self: self.append(State()),
-        pickle.EMPTY_SET[0]: lambda self: self.append(Named()),
-        pickle.BUILD[0]: lambda self: self.stack.pop(),  # attributes mean nothing here
+        pickle.EMPTY_SET[0]: lambda self: self.append(Named("set")),
+        pickle.NEWOBJ[0]: lambda self: self.stack.pop(),  # made of what, is nothing here
+        pickle.NEWOBJ_EX[0]: lambda self: self.stack.__delitem__(slice(-2, None)),
+        pickle.BUILD[0]: lambda self: self.stack.pop(),  # nor what attributes it has
     }
     del dispatch[pickle.DICT[0]], dispatch[pickle.FROZENSET[0]]  # which hash and no torch writes
 
     def find_class(self, module, name):
         name = "%s.%s" % (module, name)
-        return self.CALLED.get(name) or type("Named", (Named,), {"name": name})
+        return self.CALLED.get(name) or Named(name)
 
     def persistent_load(self, given):
         """The type, None where the tensor tells it, and the key of a storage."""
@@ -1680,7 +1685,7 @@ def torch_tensors(path):
     place = pickles[0][:-len("data.pkl")]
     order = read_at(path, *members.get(place + "byteorder", (0, 0))).tobytes()
     offset, size = members[pickles[0]]
-    if order not in (b"", b"little") or size > 1 << 26:
+    if order not in (b"", b"little") or size > 1 << 24:
         raise ExportError("%s was written on a big-endian machine, or its pickle is too long (%d "
                           "bytes): save the model's state_dict() alone" % (path, size))
     found = attempt("the pickle of " + path, Unpickler(

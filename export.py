@@ -1391,7 +1391,7 @@ def weight_files(path, pattern, single, index):
     names = found[given[0]] if given else next(iter(found.values()), [])
     numbered = [series(n) for n in names if series(n)]
     count = numbered[0][2] or len(names) if numbered else 0
-    if sorted(n for _, n, _ in numbered) != list(range(1, count + 1)):
+    if len(numbered) != count or sorted(n for _, n, _ in numbered) != list(range(1, count + 1)):
         raise ExportError("%s holds %d of the files that %s belongs to, and their numbers are not "
                           "1 to %d: fetch the others" % (directory, len(names), names[0], count))
     return [os.path.join(directory, n) for n in names]

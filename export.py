@@ -1081,18 +1081,7 @@ def embedding_scale(D):
 
 # ---- config.json ----------------------------------------------------------------------
 
-OTHER_MODELS = [  # pattern of model_type, what it is
-    ("gemma", "Gemma 1 (as CodeGemma is)"),
-    ("gemma3n.*", "Gemma 3n"), ("gemma3(_.*)?", "Gemma 3 (as MedGemma and FunctionGemma are)"),
-    ("gemma4.*", "Gemma 4"),
-    ("paligemma.*", "PaliGemma, whose text part attends in both directions to an image"),
-    ("recurrent_gemma", "RecurrentGemma, which is no transformer"),
-    ("t5_?gemma.*", "T5Gemma, an encoder-decoder"),
-    ("shieldgemma2", "ShieldGemma 2, which is a Gemma 3"),
-    ("vaultgemma", "VaultGemma, which lacks the post-norms"),
-    ("embedding_?gemma.*|gemma_embedding", "EmbeddingGemma, which attends in both directions"),
-    ("diffusion_gemma.*", "a diffusion model"),
-]
+ONLY = '"gemma2", as only Gemma 2 can be converted'
 HEADS = re.compile(r".*ForTokenClassification|.*Reward.*|.*ForQuestionAnswering")
 
 SIZE_NAMES = {  # as config.json has them
@@ -1150,18 +1139,10 @@ def model_of_config(config):
     return model
 
 
-def other_model(kind):
-    return next((what for pattern, what in OTHER_MODELS if re.fullmatch(pattern, kind)),
-                "not Gemma 2")
-
-
 def refuse_other_models(config):
     doc = config.doc
-    kind = doc.get("model_type")
-    if kind != "gemma2":
-        what = other_model(str(kind))
-        raise ExportError("%s: model_type is %s: %s; only Gemma 2 (\"gemma2\") can be converted"
-                          % (config.path, json.dumps(kind), what))
+    if doc.get("model_type") != "gemma2":
+        raise config.bad("model_type", doc.get("model_type"), ONLY)
     named = doc.get("architectures")
     for name in named if isinstance(named, list) else []:
         if HEADS.fullmatch(str(name)):
@@ -2435,9 +2416,7 @@ def refuse_other_ggufs(config):
         raise ExportError("%s holds no model (general.type is %s): give the model's file"
                           % (config.path, json.dumps(kind)))
     if arch != "gemma2":
-        raise ExportError("%s: general.architecture is %s: %s; only Gemma 2 (\"gemma2\") can be "
-                          "converted" % (config.path, json.dumps(arch)[:40],
-                                         other_model(str(arch).replace("-", "_"))))
+        raise config.bad("general.architecture", arch, ONLY)
 
 
 def model_of_gguf(config):

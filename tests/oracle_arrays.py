@@ -318,7 +318,7 @@ def test_torch_kaggle(folder):
         write_json(os.path.join(path, "generation_config.json"), {"eos_token_id": [1, 7]})
         exact(path, source, f"config.json {little}", expect=dict(W=4096, stop=[1, 7, 5]))
     write_json(os.path.join(path, "config.json"), {"model_type": "gemma"})
-    refused(path, "config.json of Gemma 1", "Gemma 1")
+    refused(path, "config.json of Gemma 1", '"gemma", but', "only Gemma 2")
     path = save_shards(folder, gemma_pytorch(source), ending=".ckpt")
     exact(path, source, "shards that end in .ckpt")
     exact(os.path.join(path, "pytorch_model-00002-of-00003.ckpt"), source, "one shard for all")

@@ -454,8 +454,7 @@ def test_bad(folder):
 
 def bad_facts(no):
     no("llama", "llama", "only Gemma 2", arch="llama")
-    no("gemma3", "Gemma 3", arch="gemma3")
-    no("gemma-embedding", "EmbeddingGemma", arch="gemma-embedding")
+    no("gemma3", '"gemma3"', "only Gemma 2", arch="gemma3")
     no("adapter", "general.type", "adapter", edit=lambda w: w.add_type("adapter"))
     no("big-endian", "big-endian", big=True)
     no("key missing", "block_count", drop=["gemma2.block_count"])

@@ -4008,8 +4008,6 @@ PIECE_FILES = "tokenizer.model", "tokenizer.spm", "assets/tokenizer/vocabulary.s
 SIDE_FILES = (*PIECE_FILES, "tokenizer.json", "added_tokens.json", "tokenizer_config.json",
               "special_tokens_map.json", "chat_template.jinja", "chat_template.json",
               "generation_config.json")
-
-
 A_TOKENIZER = "a tokenizer.model, a tokenizer.json or their directory"
 
 
@@ -4019,11 +4017,11 @@ def tokenizer_of_file(path):
     with open(path, "rb") as f:
         if f.read(len(MAGIC)) == MAGIC:
             return container_tokenizer(f, path)
-        if os.fstat(f.fileno()).st_size > MAX_TOKENIZER:
-            raise ExportError("%s is too large for a tokenizer: give a tokenizer.model or "
-                              "tokenizer.json" % path)
-    with open(path, "rb") as f:
-        data = f.read()
+        f.seek(0)
+        data = f.read(MAX_TOKENIZER + 1)
+    if len(data) > MAX_TOKENIZER:
+        raise ExportError("%s is too large for a tokenizer: give a tokenizer.model or "
+                          "tokenizer.json" % path)
     if data.lstrip()[:1] == b"{":
         doc = parse_json(data, path)
         tokenizer = json_tokenizer(doc, path)

@@ -1186,7 +1186,7 @@ typedef struct {
 } json_node;
 
 typedef struct {
-    char *text;
+    char *text; /* NUL-terminated, whatever else it holds */
     size_t size, at;
     array nodes;     /* json_node; the first is the whole */
     const char *why; /* what is wrong at byte `at`, or NULL */
@@ -1201,18 +1201,13 @@ static int json_wrong(json *j, const char *why)
 }
 
 /* Four hexadecimal digits, or UINT32_MAX. */
-static uint32_t json_hex(const char *text, size_t n)
+static uint32_t json_hex(const char *text)
 {
-    uint32_t value = 0;
-    for (size_t i = 0; i < 4; i++) {
-        const char *digits = "0123456789abcdef", *digit = NULL;
-        if (i < n && text[i])
-            digit = strchr(digits, tolower((unsigned char)text[i]));
-        if (!digit)
-            return UINT32_MAX;
-        value = value << 4 | (uint32_t)(digit - digits);
-    }
-    return value;
+    char digits[5] = "";
+    if (strspn(text, "0123456789abcdefABCDEF") < 4)
+        return UINT32_MAX;
+    memcpy(digits, text, 4);
+    return (uint32_t)strtoul(digits, NULL, 16);
 }
 
 /* The character that the n >= 1 bytes inside a string begin with, and how many of them it takes;
@@ -1228,16 +1223,16 @@ static uint32_t json_char(const char *text, size_t n, size_t *length, const char
     if (code != '\\')
         return code;
     *length = 2;
-    const char *name = n > 1 && text[1] ? strchr(names, text[1]) : NULL;
+    const char *name = text[1] ? strchr(names, text[1]) : NULL;
     if (name)
         return (unsigned char)meanings[name - names];
-    code = n > 1 && text[1] == 'u' ? json_hex(text + 2, n - 2) : UINT32_MAX;
+    code = text[1] == 'u' ? json_hex(text + 2) : UINT32_MAX;
     *length = 6;
     if (code == UINT32_MAX)
         *why = "there is no such escape; a backslash itself is \\\\";
     if (code < 0xD800 || code > 0xDFFF)
         return code;
-    low = n > 7 && text[6] == '\\' && text[7] == 'u' ? json_hex(text + 8, n - 8) : UINT32_MAX;
+    low = text[6] == '\\' && text[7] == 'u' ? json_hex(text + 8) : UINT32_MAX;
     *length = 12;
     if (code > 0xDBFF || low < 0xDC00 || low > 0xDFFF)
         *why = "half of a surrogate pair stands alone here";
@@ -1277,16 +1272,15 @@ static int json_string(json *j)
 
 static size_t json_digits(json *j)
 {
-    size_t start = j->at;
-    while (j->at < j->size && j->text[j->at] >= '0' && j->text[j->at] <= '9')
-        j->at++;
-    return j->at - start;
+    size_t n = strspn(j->text + j->at, "0123456789");
+    j->at += n;
+    return n;
 }
 
 /* Takes the character at hand if it is one of these. */
 static int json_take(json *j, const char *characters)
 {
-    int found = j->at < j->size && j->text[j->at] && strchr(characters, j->text[j->at]);
+    int found = j->text[j->at] && strchr(characters, j->text[j->at]);
     j->at += (size_t)found;
     return found;
 }
@@ -1312,14 +1306,14 @@ static int json_scan_number(json *j)
 static int json_scalar(json *j)
 {
     static const char *const words[] = {"null", "false", "true"};
-    char c = j->at < j->size ? j->text[j->at] : '\0';
+    char c = j->text[j->at];
     if (c == '"')
         return json_string(j);
     if (c == '-' || (c >= '0' && c <= '9'))
         return json_scan_number(j);
     for (int i = 0; i < 3; i++) {
         size_t n = strlen(words[i]), start = j->at;
-        if (j->size - start >= n && memcmp(j->text + start, words[i], n) == 0) {
+        if (strncmp(j->text + start, words[i], n) == 0) {
             j->at += n;
             return json_push(j, (json_kind)(JSON_NULL + i), start) != NULL;
         }
@@ -1350,28 +1344,26 @@ static int by_key(const void *left, const void *right)
 /* Whether every object has each of its keys once. */
 static int json_keys_differ(json *j)
 {
-    const json_node *nodes = j->nodes.items;
+    const json_node *object = j->nodes.items, *end = object + j->nodes.n;
     array keys = {0};
-    for (size_t i = 0; i < j->nodes.n; i++) {
-        const json_node *key = nodes + i + 1;
-        for (size_t k = 0; nodes[i].kind == JSON_OBJECT && nodes[i].n > 1 && k < nodes[i].n; k++) {
+    for (; object < end && !j->why; object++)
+        for (const json_node *key = object + 1; object->kind == JSON_OBJECT && object->n > 1 &&
+                                                key < json_next(j, object) && !j->why;
+             key = json_next(j, key + 1)) {
             json_key *item = extend(&keys, 1, sizeof *item);
-            if (!item) {
-                free(keys.items);
-                return json_wrong(j, "there is not enough memory to read it");
-            }
-            *item = (json_key){j->text + key->start, key->end - key->start, i};
-            key = json_next(j, key + 1);
+            if (item)
+                *item = (json_key){j->text + key->start, key->end - key->start,
+                                   (size_t)(end - object)};
+            else
+                j->why = "there is not enough memory to read it";
         }
-    }
     const json_key *sorted = keys.items;
     if (keys.n)
         qsort(keys.items, keys.n, sizeof *sorted, by_key);
     for (size_t i = 1; i < keys.n && !j->why; i++)
         if (by_key(sorted + i - 1, sorted + i) == 0) {
-            const char *later = sorted[i].text > sorted[i - 1].text ? sorted[i].text
-                                                                    : sorted[i - 1].text;
-            j->at = (size_t)(later - j->text) - 1;
+            const char *a = sorted[i - 1].text, *b = sorted[i].text;
+            j->at = (size_t)((a > b ? a : b) - j->text) - 1;
             j->why = "this key stands twice in its object";
         }
     free(keys.items);
@@ -1380,9 +1372,8 @@ static int json_keys_differ(json *j)
 
 static char json_skip(json *j)
 {
-    while (json_take(j, " \t\r\n"))
-        ;
-    return j->at < j->size ? j->text[j->at] : '\0';
+    j->at += strspn(j->text + j->at, " \t\r\n");
+    return j->text[j->at];
 }
 
 /* What stands before a value: nothing in an array, a key and a colon in an object. */
@@ -1413,11 +1404,12 @@ static void json_free(json *j)
 static int json_read(json *j, const char *text, size_t size)
 {
     size_t open[JSON_DEPTH], depth = 0; /* the nodes that are not closed yet */
-    *j = (json){malloc(size ? size : 1), size, 0, {0}, NULL};
+    *j = (json){malloc(size + 1), size, 0, {0}, NULL};
     if (!j->text)
         return json_wrong(j, "there is not enough memory to read it");
     if (size)
         memcpy(j->text, text, size);
+    j->text[size] = '\0';
     for (;;) {
         char c = json_skip(j);
         int opens = c == '[' || c == '{';
@@ -1450,24 +1442,25 @@ static int json_read(json *j, const char *text, size_t size)
     return j->at < size ? json_wrong(j, "nothing may follow the value") : json_keys_differ(j);
 }
 
+/* Whether a string is these n bytes. */
 static int json_equal(const json *j, const json_node *node, const char *text, size_t n)
 {
     return node->kind == JSON_STRING && node->end - node->start == n &&
            memcmp(j->text + node->start, text, n) == 0;
 }
 
-/* Whether a string is that text. */
 static int json_is(const json *j, const json_node *node, const char *text)
 {
     return json_equal(j, node, text, strlen(text));
 }
 
-/* The value of a key of n bytes, or NULL. */
+/* The value of a key of n bytes; NULL without it, or without an object. */
 static const json_node *json_find(const json *j, const json_node *object, const char *name,
                                   size_t n)
 {
-    const json_node *key = object + 1, *end = json_next(j, object);
-    for (; object->kind == JSON_OBJECT && key < end; key = json_next(j, key + 1))
+    if (!object || object->kind != JSON_OBJECT)
+        return NULL;
+    for (const json_node *key = object + 1; key < json_next(j, object); key = json_next(j, key + 1))
         if (json_equal(j, key, name, n))
             return key + 1;
     return NULL;
@@ -1771,6 +1764,17 @@ enum { N_TYPES = sizeof TYPES / sizeof *TYPES };
 static size_t index_of(const schema *s, const json_node *node)
 {
     return (size_t)(node - (const json_node *)s->j->nodes.items);
+}
+
+static int same_string(const schema *s, const json_node *a, const json_node *b)
+{
+    return json_equal(s->j, a, s->j->text + b->start, b->end - b->start);
+}
+
+/* The value that an object has of the same key; NULL without it, or without an object. */
+static const json_node *value_of(const schema *s, const json_node *object, const json_node *key)
+{
+    return json_find(s->j, object, s->j->text + key->start, key->end - key->start);
 }
 
 /* The schema of that number in the view. */
@@ -2151,7 +2155,7 @@ static const json_node *only_with(schema *s, const view *v, const char *key)
     size_t i = 0;
     const json_node *first = next_with(s, v, &i, key), *node;
     while ((node = next_with(s, v, &i, key)) != NULL)
-        if (!json_equal(s->j, node, s->j->text + first->start, first->end - first->start))
+        if (!same_string(s, node, first))
             refuse_node(s, node, "two different '%s' meet here, which is not known", key);
     return first;
 }
@@ -2236,8 +2240,7 @@ static void add_property(schema *s, array *keys, const json_node *name, int must
 {
     property *known = keys->items;
     for (size_t i = 0; i < keys->n; i++)
-        if (json_equal(s->j, name, s->j->text + known[i].name->start,
-                       known[i].name->end - known[i].name->start)) {
+        if (same_string(s, name, known[i].name)) {
             known[i].must |= must;
             return;
         }
@@ -2267,11 +2270,10 @@ static void put_property(schema *s, const view *v, const json_node *name)
 {
     view all = {.n = 0};
     for (size_t i = 0; i < v->n; i++) {
-        const json_node *in = json_get(s->j, schema_at(s, v, i), "properties");
-        const json_node *value = in ? json_find(s->j, in, s->j->text + name->start,
-                                                name->end - name->start) : NULL;
+        const json_node *node = schema_at(s, v, i);
+        const json_node *value = value_of(s, json_get(s->j, node, "properties"), name);
         if (!value)
-            value = json_get(s->j, schema_at(s, v, i), "additionalProperties");
+            value = json_get(s->j, node, "additionalProperties");
         if (value)
             view_add(s, &all, value);
     }
@@ -2412,12 +2414,12 @@ static int same_value(const schema *s, const json_node *a, const json_node *b)
     if (a->kind != b->kind || a->n != b->n)
         return 0;
     if (a->kind == JSON_STRING)
-        return json_equal(s->j, a, s->j->text + b->start, b->end - b->start);
+        return same_string(s, a, b);
     if (a->kind == JSON_NUMBER)
         return strtod(s->j->text + a->start, NULL) == strtod(s->j->text + b->start, NULL);
     for (x = a + 1, y = b + 1; x < end; x = json_next(s->j, x), y = json_next(s->j, y)) {
         if (a->kind == JSON_OBJECT) {
-            y = json_find(s->j, b, s->j->text + x->start, x->end - x->start);
+            y = value_of(s, b, x);
             x++;
         }
         if (!y || !same_value(s, x, y))
@@ -2481,15 +2483,11 @@ static int disjoint(schema *s, const json_node *a, const json_node *b, unsigned 
     for (int turn = 0; turn < 2 && objects && depth; turn++) {
         const json_node *one = turn ? b : a, *other = turn ? a : b;
         const json_node *must = json_get(s->j, one, "required");
-        const json_node *in_one = json_get(s->j, one, "properties");
-        const json_node *in_other = json_get(s->j, other, "properties");
+        const json_node *more = json_get(s->j, other, "additionalProperties");
         end = must ? json_next(s->j, must) : NULL;
         for (each = must ? must + 1 : NULL; each < end; each = json_next(s->j, each)) {
-            const char *name = s->j->text + each->start;
-            size_t n = each->end - each->start;
-            const json_node *x = in_one ? json_find(s->j, in_one, name, n) : NULL;
-            const json_node *y = in_other ? json_find(s->j, in_other, name, n) : NULL;
-            const json_node *more = json_get(s->j, other, "additionalProperties");
+            const json_node *x = value_of(s, json_get(s->j, one, "properties"), each);
+            const json_node *y = value_of(s, json_get(s->j, other, "properties"), each);
             if (x && y ? disjoint(s, x, y, ALL_TYPES, depth - 1)
                        : !y && more && more->kind == JSON_FALSE &&
                          !json_get(s->j, other, "patternProperties"))

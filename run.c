@@ -2281,73 +2281,85 @@ static void put_property(schema *s, const view *v, const json_node *name)
     put_set(s, &all);
 }
 
-/* Writes least to most members whose keys no schema names. */
-static void put_members(schema *s, const view *v, int64_t least, int64_t most)
+/* Writes a key that no schema names, and its value. */
+static void put_other(schema *s, const view *v)
 {
-    const json_node *pattern = NULL, *list, *more;
+    const json_node *pattern = NULL, *list, *value;
     view all = {.n = 0};
     for (size_t i = 0; i < v->n; i++) {
         list = json_get(s->j, schema_at(s, v, i), "patternProperties");
-        more = json_get(s->j, schema_at(s, v, i), "additionalProperties");
-        if (list && list->n && (list->n > 1 || pattern))
-            refuse_node(s, list, "more than one pattern of keys is not known");
-        pattern = list && list->n ? list + 1 : pattern;
-        more = list && list->n ? list + 2 : more;
-        if (more)
-            view_add(s, &all, more);
+        value = json_get(s->j, schema_at(s, v, i), "additionalProperties");
+        if (list && list->n) {
+            if (list->n > 1 || pattern)
+                refuse_node(s, list, "more than one pattern of keys is not known");
+            pattern = list + 1;
+            value = list + 2;
+        }
+        if (value)
+            view_add(s, &all, value);
     }
-    for (int twice = 0; twice < 2 && most; twice++) {
-        put_format(&s->out, twice ? "(comma " : "(");
-        if (pattern)
-            put_format(&s->out, "\"\\\"\" "), put_pattern(s, pattern);
-        put_format(&s->out, pattern ? "\"\\\"\" colon " : "string colon ");
-        put_set(s, &all);
-    }
+    if (pattern)
+        put_format(&s->out, "\"\\\"\" "), put_pattern(s, pattern);
+    put_format(&s->out, pattern ? "\"\\\"\" colon " : "string colon ");
+    put_set(s, &all);
+}
+
+/* "{" and "}" around keys that no schema names; rule 0 of the object is one of them. */
+static void put_open_object(schema *s, const view *v, size_t id, int64_t least, int64_t most)
+{
+    put_format(&s->out, "\"{\" (\"\" ");
     if (most) {
-        put_format(&s->out, ")");
+        put_format(&s->out, "(s%zu-0 (comma s%zu-0)", id, id);
         put_times(s, least - 1, most < 0 ? -1 : most - 1);
         put_format(&s->out, least ? ")" : ")?");
     }
+    put_format(&s->out, ") \"}\"\ns%zu-0 ::= ", id);
+    put_other(s, v);
 }
 
-/* "{", then the properties in order: each that may come first, and what may follow it, for which
- * there are rules of their own behind this one. */
-static void put_object(schema *s, const view *v, size_t id)
+/* "{" and "}" around the keys in their order: each that may come first, with the rule of what may
+ * follow it.  These rules stand behind this one. */
+static void put_named_object(schema *s, const view *v, size_t id, const array *found,
+                             int may_be_empty)
 {
-    array found = {0};
-    const json_node *node;
-    int64_t least, most;
-    count_range(s, v, "minProperties", "maxProperties", &least, &most);
-    gather_properties(s, v, &found);
-    const property *keys = found.items;
-    size_t n = found.n, first = 0, n_must = 0;
-    put_format(&s->out, "\"{\" ");
-    for (size_t i = 0; i < n; i++)
-        n_must += keys[i].must != 0;
-    if (n == 0)
-        put_members(s, v, least, most);
-    else if ((most >= 0 && most < (int64_t)n) || (least > 1 && least > (int64_t)n_must))
-        refuse_node(s, schema_at(s, v, 0), "this 'minProperties' or 'maxProperties' beside named "
-                    "keys is not known");
-    for (size_t i = 0; n && (node = next_with(s, v, &i, "patternProperties")) != NULL;)
-        if (node->n)
-            refuse_node(s, node, "it is not known beside named keys");
-    put_format(&s->out, n ? "(never " : "");
-    for (; first < n && (first == 0 || !keys[first - 1].must); first++) {
+    const property *keys = found->items;
+    size_t n = found->n, i;
+    put_format(&s->out, "\"{\" (never ");
+    for (i = 0; i < n && (i == 0 || !keys[i - 1].must); i++) {
         put_format(&s->out, "| ");
-        put_property(s, v, keys[first].name);
-        put_format(&s->out, "s%zu-%zu ", id, first + 1);
+        put_property(s, v, keys[i].name);
+        put_format(&s->out, "s%zu-%zu ", id, i + 1);
     }
-    put_format(&s->out, "%s%s\"}\"", n && !n_must && !least ? "| \"\"" : "", n ? ") " : "");
-    for (size_t i = 1; i < n; i++) {
+    put_format(&s->out, "%s) \"}\"", i == n && !keys[n - 1].must && may_be_empty ? "| \"\"" : "");
+    for (i = 1; i < n; i++) {
         put_format(&s->out, "\ns%zu-%zu ::= comma ", id, i);
         put_property(s, v, keys[i].name);
         put_format(&s->out, "s%zu-%zu ", id, i + 1);
         if (!keys[i].must)
             put_format(&s->out, "| s%zu-%zu", id, i + 1);
     }
-    if (n)
-        put_format(&s->out, "\ns%zu-%zu ::= \"\"", id, n);
+    put_format(&s->out, "\ns%zu-%zu ::= \"\"", id, n);
+}
+
+static void put_object(schema *s, const view *v, size_t id)
+{
+    array found = {0};
+    const json_node *node;
+    int64_t least, most, n_must = 0;
+    count_range(s, v, "minProperties", "maxProperties", &least, &most);
+    gather_properties(s, v, &found);
+    for (size_t i = 0; i < found.n; i++)
+        n_must += ((property *)found.items)[i].must;
+    if (found.n == 0)
+        put_open_object(s, v, id, least, most);
+    else if ((most >= 0 && most < (int64_t)found.n) || (least > 1 && least > n_must))
+        refuse_node(s, schema_at(s, v, 0), "this 'minProperties' or 'maxProperties' beside named "
+                    "keys is not known");
+    for (size_t i = 0; found.n && (node = next_with(s, v, &i, "patternProperties")) != NULL;)
+        if (node->n)
+            refuse_node(s, node, "it is not known beside named keys");
+    if (found.n)
+        put_named_object(s, v, id, &found, least == 0);
     free(found.items);
 }
 
@@ -2545,7 +2557,7 @@ static int put_values(schema *s, const view *v)
         }
     }
     if (first && !n_put && v->n == 1)
-        refuse_node(s, first, "no listed value fits the other keywords");
+        refuse_node(s, schema_at(s, v, 0), "no listed value fits the other keywords");
     if (first && !n_put)
         put_format(&s->out, "never");
     return first != NULL;

@@ -891,6 +891,7 @@ schema '{"pattern": "a", "maxLength": 3}' "#/pattern: 'pattern', 'format' and a 
 schema '{"pattern": "[é]"}' "#/pattern: the part of 'pattern' before byte 2 is not known"
 schema '{"properties": {"a": {}}, "patternProperties": {"b": {}}}' \
     "#/patternProperties: it is not known beside named keys"
+schema '{"items": {"enum": []}}' "#/items: no listed value fits the other keywords"
 schema '{"enum": ["a"], "minLength": 2}' "#/enum/0: 'minLength' beside listed values is not known"
 schema '{"allOf": [{"pattern": "a"}, {"pattern": "b"}]}' "#/allOf/1/pattern: two different"
 schema '{"type": ["object", "any"]}' "#/type: 'type' is one or a list of string, integer"

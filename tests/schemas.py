@@ -8,10 +8,8 @@
 FOLDER is fetched, not kept here.  A schema is refused by name, or takes every valid text and no
 other.  Texts are spelled as replies are: compact, with the keys in the schema's order or their
 own.  In the suite a schema without a type means the type that its keywords speak of.  --every N
-takes each Nth schema, --open adds what a schema leaves unsaid (other keys may come, where replies
-have none unless the schema says so), --masks also times a mask before every token of the valid
-texts, --list names what was refused and what was answered wrongly.  Wrong answers make the exit
-status 1."""
+takes each Nth schema, --masks also times a mask before every token of the valid texts, --list names
+what was refused and what was answered wrongly.  Wrong answers make the exit status 1."""
 import argparse
 import collections
 import glob
@@ -108,11 +106,11 @@ def spelled(value):
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
-KINDS = [("string", "minLength maxLength pattern format"),
-         ("number", "minimum maximum exclusiveMinimum exclusiveMaximum"),
+KINDS = [("object", "properties required additionalProperties patternProperties minProperties "
+                    "maxProperties"),
          ("array", "items prefixItems minItems maxItems"),
-         ("object", "properties required additionalProperties patternProperties minProperties "
-                    "maxProperties")]
+         ("number", "minimum maximum exclusiveMinimum exclusiveMaximum"),
+         ("string", "minLength maxLength pattern format")]
 
 
 def typed(schema):
@@ -128,20 +126,6 @@ def typed(schema):
     for kind, words in KINDS:
         if set(words.split()) & set(new) and not {"enum", "const"} & set(new):
             new.setdefault("type", kind)
-    return new
-
-
-def opened(schema):
-    """The same schema with said what it leaves unsaid: other keys may come."""
-    if isinstance(schema, list):
-        return [opened(each) for each in schema]
-    if not isinstance(schema, dict):
-        return schema
-    new = {key: each if key in ("enum", "const", "default", "examples") else opened(each)
-           for key, each in schema.items()}
-    if isinstance(new.get("properties"), dict) and "type" not in new["properties"].get(
-            "properties", {}):
-        new.setdefault("additionalProperties", True)
     return new
 
 
@@ -202,7 +186,7 @@ def schemas(cases, options):
         if i % options.every:
             continue
         total += 1
-        schema, validator = opened(schema) if options.open else schema, None
+        validator = None
         if options.kind == "suite":
             schema = whole(schema)
             validator = jsonschema.Draft202012Validator(
@@ -274,7 +258,6 @@ def main():
     parser.add_argument("kind", choices=["suite", "maskbench", "grammars", "numbers"])
     parser.add_argument("folder")
     parser.add_argument("--every", type=int, default=1)
-    parser.add_argument("--open", action="store_true")
     parser.add_argument("--masks", action="store_true")
     parser.add_argument("--list", action="store_true")
     options = parser.parse_args()

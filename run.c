@@ -628,8 +628,8 @@ static const char *foreign_meaning(const char *argument)
  * and the shell completions of this text, so its form counts: a heading begins its line, all
  * else stands two blanks or more from the left. ---- */
 
-static const char USAGE_LINE[] = "usage: @ MODEL [options] [PROMPT]\n";
 static const char INTRODUCTION[] =
+    "usage: @ MODEL [options] [PROMPT]\n"
     "\nRuns a Gemma 2 model that export.py made.\n\n"
     "Examples\n"
     "  @ story.bin \"Once upon a time\"              continue a text\n"
@@ -645,16 +645,9 @@ static const char NOTES[] =
     "  \"\"\" and \"\"\".  A pasted text of several lines is one message.  The arrow keys move,\n"
     "  and bring back earlier messages.  Ctrl-C stops a reply, and at the prompt asks before\n"
     "  it leaves.  A message of one line that begins with / is a command; // says a /.\n"
-    "    /help               all commands\n"
-    "    /clear /undo        start over; take back the last message and its reply\n"
-    "    /regen              draw the last reply anew\n"
-    "    /edit               write a message in $EDITOR\n"
-    "    /read FILE          put a file's text before the next message\n"
-    "    /system TEXT        other instructions, from the first message on\n"
-    "    /set NAME VALUE     change --temperature, --top-k, --seed, --max-tokens and others\n"
-    "    /show /stats        these settings; speed and tokens after each reply\n"
-    "    /save FILE /load FILE  keep the conversation, go on from one\n"
-    "    /exit               leave, as Ctrl-D does\n"
+    "    /help               all commands: /clear, /undo, /regen, /edit, /read FILE,\n"
+    "                        /system TEXT, /set NAME VALUE, /show, /save FILE, /load FILE,\n"
+    "                        /stats, /exit\n"
     "\nPerplexity\n"
     "  --perplexity follows llama.cpp: the text, after one BOS, is cut into chunks of 512\n"
     "  tokens (-C N: of N; a shorter trained context: of that), a rest is dropped, BOS takes\n"
@@ -666,12 +659,11 @@ static const char NOTES[] =
     "  token.  About 100 KB of text are enough.\n"
     "\nSessions\n"
     "  A session's file holds ids, keys and values (as large as the cache, see --info) and\n"
-    "  fits one model, --window and --kv.  What it keeps is what was shown: a stop string\n"
-    "  and what came after it are not in it.  With -c it is a conversation, else a text;\n"
-    "  --system counts in the first turn only.  The file is replaced whole when all went\n"
-    "  well (and when Ctrl-C at its prompt, SIGTERM or SIGHUP ends a conversation).  It stays\n"
-    "  as it was after an error or an interrupted answer.  Under --exact what follows is the\n"
-    "  same, to the bit, as in one go.\n"
+    "  fits one model, --window and --kv.  It keeps what was shown, with -c as a conversation,\n"
+    "  else as a text; --system counts in the first turn only.  The file is replaced whole\n"
+    "  when all went well, and when a signal ends a conversation.  It stays as it was after\n"
+    "  an error or an interrupted answer.  Under --exact what follows is the same, to the\n"
+    "  bit, as in one go.\n"
     "\nBatches\n"
     "  A line of IN is {\"prompt\": TEXT} or {\"messages\": [{\"role\": \"user\", \"content\":\n"
     "  TEXT}, ...]}, and may have id, max_tokens, temperature, top_k, top_p, min_p, seed,\n"
@@ -703,7 +695,6 @@ static void put_indented(output *out, const char *text, int column)
 
 static void print_help(output *out)
 {
-    put_named(out, USAGE_LINE);
     put_named(out, INTRODUCTION);
     for (const option *o = OPTIONS; o < OPTIONS + N_OPTIONS; o++) {
         if (o->kind == HEADING) {
@@ -5163,24 +5154,21 @@ static int put_turns(program *p)
         return DONE;
     }
     int status = push_encoded(p, talk + bare, bare ? 2 : 3, 0);
-    array *text = &p->prompt, ids = p->ids;
-    for (size_t i = 0; i < ids.n && status == DONE; i++) {
+    put_bytes(&p->out, "\"", 1);
+    for (size_t i = 0; i < p->ids.n && status == DONE; i++) {
+        const int32_t *id = (const int32_t *)p->ids.items + i;
         int type;
         size_t n;
-        const char *name = gemma2_piece(p->model, ((int32_t *)ids.items)[i], &n, &type);
-        p->ids = (array){(int32_t *)ids.items + i, 1, 1};
-        if (type != GEMMA2_PIECE_CONTROL)
-            status = decode_ids(p, p->ids.items, p->ids.n, text);
-        else if ((status = extend(text, n, 1) ? DONE : out_of_memory()) == DONE)
-            memcpy((char *)text->items + text->n - n, name, n);
+        const char *text = gemma2_piece(p->model, *id, &n, &type);
+        if (type != GEMMA2_PIECE_CONTROL) {
+            p->prompt.n = 0;
+            status = decode_ids(p, id, 1, &p->prompt);
+            text = p->prompt.items, n = p->prompt.n;
+        }
+        put_json(&p->out, text, n);
     }
-    p->ids = ids;
-    if (status != DONE)
-        return status;
-    put_bytes(&p->out, "\"", 1);
-    put_json(&p->out, text->items, text->n);
     put_format(&p->out, bare ? "\", and no place for system text\n" : "\"\n");
-    return DONE;
+    return status;
 }
 
 /* One line for each type of section: how many, how many values, how many bytes. */
@@ -5207,6 +5195,12 @@ static void put_sections(program *p)
     }
 }
 
+static int plan_failed(int32_t context, int code)
+{
+    return fail(USAGE, "a context of %" PRId32 " tokens cannot be had: at most 1073741824 and what "
+                "memory can hold (%s)", context, gemma2_error_string(code));
+}
+
 /* "weights 2.6 GiB mapped, cache ...": what running will take. */
 static int memory_plan(const program *p, const gemma2_session_params *params, char text[160])
 {
@@ -5214,9 +5208,7 @@ static int memory_plan(const program *p, const gemma2_session_params *params, ch
     char weights[32], cache[32], scratch[32];
     int code = gemma2_session_plan(p->model, params, &plan);
     if (code < 0)
-        return fail(USAGE, "a context of %" PRId32 " tokens cannot be had: at most 1073741824 "
-                    "and what memory can hold (%s)", params->n_context,
-                    gemma2_error_string(code));
+        return plan_failed(params->n_context, code);
     format_bytes(weights, plan.weights);
     format_bytes(cache, plan.cache);
     format_bytes(scratch, plan.scratch);
@@ -5394,9 +5386,10 @@ typedef struct {
 typedef struct {
     size_t at, n; /* in batch.names */
     size_t next;  /* of those with this hash: its number from 1, or 0 */
-    enum { NEW, HAS_RESULT, TAKEN } state; /* of an earlier run; by a line of the input */
+    int state;    /* of these */
     uint64_t seed; /* of that result */
 } line_id;
+enum { NEW, HAS_RESULT, TAKEN }; /* from an earlier run; by a line of the input */
 enum { N_HASHES = 1 << 16 };
 
 /* A place for one line.  Its program is a whole one, for one reply, without output. */
@@ -6348,8 +6341,7 @@ static int open_slots(batch *b)
     if (code == GEMMA2_OK)
         code = gemma2_session_plan(p->model, &params, &plan);
     if (code < 0)
-        return fail(USAGE, "a context of %" PRId32 " tokens cannot be had (%s)", params.n_context,
-                    gemma2_error_string(code));
+        return plan_failed(params.n_context, code);
     uint64_t logits = 4 * (uint64_t)p->config->n_vocab, one = plan.total + logits;
     while (!opts->parallel && b->n_slots > 1 && b->n_slots * one > memory_bytes() / 2)
         b->n_slots--;
@@ -6705,6 +6697,13 @@ int main(int argc, char **argv)
  * =================================================================================== */
 #ifndef _WIN32
 
+/* On standard error; a signal handler may call it. */
+static void show_bytes(const char *bytes, size_t n)
+{
+    ssize_t written = write(STDERR_FILENO, bytes, n);
+    (void)written; /* there is nothing to be done about it */
+}
+
 /* Calls nothing but what a signal handler may. */
 static void on_interrupt(int signal_number)
 {
@@ -6716,8 +6715,7 @@ static void on_interrupt(int signal_number)
         gemma2_cancel(interruptible, 1); /* NULL is refused, and that is all */
         return;
     }
-    ssize_t written = write(STDERR_FILENO, "\n", 1); /* the terminal stands behind ^C */
-    (void)written;
+    show_bytes("\n", 1); /* the terminal stands behind ^C */
     terminal_restore();
     _Exit(128 + signal_number);
 }
@@ -6736,10 +6734,9 @@ static void on_lost_page(int signal_number, siginfo_t *info, void *context)
         raise(signal_number);
         return;
     }
-    ssize_t written = mid_line ? write(STDERR_FILENO, "\n", 1) : 0;
-    written += write(STDERR_FILENO, program_name, strlen(program_name));
-    written += write(STDERR_FILENO, sentence, sizeof sentence - 1);
-    (void)written;
+    show_bytes("\n", mid_line != 0);
+    show_bytes(program_name, strlen(program_name));
+    show_bytes(sentence, sizeof sentence - 1);
     _Exit(BAD_MODEL);
 }
 
@@ -6839,8 +6836,7 @@ static volatile sig_atomic_t size_changed; /* RESIZED or COVERED */
 /* The settings, and whether pastes are marked (bracketed paste). */
 static void set_terminal(const struct termios *settings, int marks_pastes)
 {
-    ssize_t written = write(STDERR_FILENO, marks_pastes ? "\033[?2004h" : "\033[?2004l", 8);
-    (void)written;
+    show_bytes(marks_pastes ? "\033[?2004h" : "\033[?2004l", 8);
     tcsetattr(STDIN_FILENO, TCSANOW, settings);
 }
 
@@ -6859,8 +6855,7 @@ static void on_suspend(int signal_number)
     int reason = errno;
     (void)signal_number;
     if (is_raw) {
-        ssize_t written = write(STDERR_FILENO, "\033[J", 3);
-        (void)written;
+        show_bytes("\033[J", 3);
         set_terminal(&lines, 0);
     }
     raise(SIGSTOP);

@@ -5165,9 +5165,11 @@ static int put_turns(program *p)
             status = decode_ids(p, id, 1, &p->prompt);
             text = p->prompt.items, n = p->prompt.n;
         }
-        put_json(&p->out, text, n);
+        if (status == DONE)
+            put_json(&p->out, text, n);
     }
-    put_format(&p->out, bare ? "\", and no place for system text\n" : "\"\n");
+    if (status == DONE)
+        put_format(&p->out, bare ? "\", and no place for system text\n" : "\"\n");
     return status;
 }
 

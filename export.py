@@ -1252,6 +1252,7 @@ class Stored:
 
     def __init__(self, path, dtype, dims, offset):
         self.path, self.dtype, self.dims, self.offset = path, dtype, dims, offset
+        self.key = path, offset
 
     @property
     def shape(self):
@@ -1268,6 +1269,22 @@ class Stored:
     def rows(self, start, stop):
         numpy_type, values_of = NUMBERS[self.dtype]
         return values_of(self.raw(start, stop).view(numpy_type))
+
+    def read(self, box):
+        """Of all axes a (start, stop), in the stored type; what lies together is read at once."""
+        numpy_type = np.dtype(FLOATS[self.dtype][0])
+        out = np.empty([b - a for a, b in box], numpy_type)
+        run = len(box)  # this axis and those after it are one piece
+        while run and box[run - 1] == (0, self.dims[run - 1]):
+            run -= 1
+        run = max(run - 1, 0)
+        strides = [math.prod(self.dims[i + 1:]) for i in range(len(box))]
+        first = sum(a * stride for (a, _), stride in zip(box, strides))
+        for index in np.ndindex(out.shape[:run]):
+            at = first + sum(i * stride for i, stride in zip(index, strides))
+            part = read_at(self.path, self.offset + at * numpy_type.itemsize, out[index].nbytes)
+            out[index] = part.view(numpy_type).reshape(out.shape[run:])
+        return out
 
 
 def read_safetensors_header(path):
@@ -1778,20 +1795,20 @@ def column_groups(g_idx, size, cols):
 
 
 class Scaled:
-    """w = q * scale + bias.  q is a tensor of codes; each of the others has one number for a
-    block (rows, columns) of them, or is None.  With g_idx, column c uses the numbers of group
-    g_idx[c]."""
+    """w = (q * scale + bias) * factor.  q is a tensor of codes; scale and bias have one number for
+    a block (rows, columns) of them; factor, a number, is of bitsandbytes' int8.  With g_idx, column
+    c uses the numbers of group g_idx[c]."""
 
-    def __init__(self, codes, block, scale, bias=None, g_idx=None):
+    def __init__(self, codes, block, scale, bias=None, g_idx=None, factor=None):
         self.codes, self.block, self.shape = codes, block, codes.shape
-        self.scale, self.bias, self.g_idx = scale, bias, g_idx
+        self.scale, self.bias, self.g_idx, self.factor = scale, bias, g_idx, factor
 
     def rows(self, start, stop):
         w = self.codes.rows(start, stop)
         w *= self.spread(self.scale, start, stop)
         if self.bias is not None:
             w += self.spread(self.bias, start, stop)
-        return w
+        return w if self.factor is None else w * self.factor
 
     def spread(self, grid, start, stop):
         """The number of each weight in these rows."""
@@ -1799,13 +1816,6 @@ class Scaled:
         first = start // tall
         numbers = grid.rows(first, (stop - 1) // tall + 1)[np.arange(start, stop) // tall - first]
         return numbers[:, column_groups(self.g_idx, wide, self.shape[1])]
-
-
-class Int8(Scaled):
-    """bitsandbytes' int8, in the order of its own arithmetic."""
-
-    def rows(self, start, stop):
-        return super().rows(start, stop) * np.float32(1 / 127)
 
 
 class Mapped:
@@ -1837,13 +1847,12 @@ class Turned:
             parts.get(n) for n in ("qweight", "qzeros", "scales", "g_idx"))
         self.bits, self.group = bits, group
         self.shape = self.scales.shape[1], self.columns()
-        self.key = self.qweight.path, self.qweight.offset
 
     def columns(self):
         return self.qweight.shape[0] * 32 // self.bits
 
     def rows(self, start, stop):
-        words, zeros, scales = keep("turned", self.key, self.load)
+        words, zeros, scales = keep("turned", self.qweight.key, self.load)
         group = column_groups(self.g_idx, self.group, self.shape[1])
         w = self.codes(words, start, stop).astype(np.float32, order="C")
         w -= zeros[:, start:stop].T[:, group]
@@ -2059,7 +2068,8 @@ def int8_matrix(parts, settings):
     layout = parts.get("weight_format")
     if layout is not None and layout.raw(0, layout.shape[0]).any():
         raise parts.bad("is laid out for one kind of GPU (weight_format is not 0, \"row\")")
-    return Int8(codes, (1, codes.shape[1]), parts.need("SCB", FLOATS, codes.dims[:1]))
+    scale = parts.need("SCB", FLOATS, codes.dims[:1])
+    return Scaled(codes, (1, codes.shape[1]), scale, factor=np.float32(1 / 127))
 
 
 STATE = "weight.quant_state.bitsandbytes__"
@@ -2731,30 +2741,6 @@ class Sbs(Checkpoint):
 # run over D.
 
 
-class Packed(Stored):
-    """An array that lies in a file as one piece and is read by boxes, a (start, stop) per axis."""
-
-    @property
-    def key(self):
-        return self.path, self.offset
-
-    def read(self, box):
-        """The box in its stored type; what lies together is read at once."""
-        numpy_type = np.dtype(FLOATS[self.dtype][0])
-        out = np.empty([b - a for a, b in box], numpy_type)
-        run = len(box)  # this axis and those after it are one piece
-        while run and box[run - 1] == (0, self.dims[run - 1]):
-            run -= 1
-        run = max(run - 1, 0)
-        strides = [math.prod(self.dims[i + 1:]) for i in range(len(box))]
-        first = sum(a * stride for (a, _), stride in zip(box, strides))
-        for index in np.ndindex(out.shape[:run]):
-            at = first + sum(i * stride for i, stride in zip(index, strides))
-            part = read_at(self.path, self.offset + at * numpy_type.itemsize, out[index].nbytes)
-            out[index] = part.view(numpy_type).reshape(out.shape[run:])
-        return out
-
-
 class Rearranged:
     """A matrix over the axes of an array.  letters names the axes of the array, rows and cols
     the axes that rows and columns run over; fixed {axis: index} picks one of the others.  The
@@ -2893,7 +2879,7 @@ def h5_add(axes, path, name, item):
     if not 0 <= at <= os.path.getsize(path) - math.prod(dims) * item.dtype.itemsize:
         raise ExportError("%s is truncated: %s needs bytes that it does not have: fetch it again"
                           % (path, name))
-    axes.add(ours, "%s: %s" % (path, name), Packed(path, dtype, dims, at), letters)
+    axes.add(ours, "%s: %s" % (path, name), Stored(path, dtype, dims, at), letters)
 
 
 class Keras(Checkpoint):

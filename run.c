@@ -2039,7 +2039,7 @@ static int in_letter(int letter, int c)
 /* One character, or a class in brackets. */
 static int put_pattern_item(schema *s, const char **at)
 {
-    char in[128] = {0};
+    int in[128] = {0}; /* the ASCII characters of the class */
     int brackets = **at == '[', negated, letters = 0, n = 0;
     *at += brackets;
     negated = brackets && **at == '^';

@@ -3099,20 +3099,20 @@ WEIGHTS = [".safetensors", ".gguf", ".bin", ".ckpt", ".pth", ".pt", ".h5", ".sbs
 BESIDE = ".json", ".jinja", ".model", ".spm"  # settings, indices, tokenizer
 
 def hub_files(name, names, with_weights):
-    """The weights among a repository's files, in one format, and the files that describe them.
-    A format that is a tree of directories needs all files."""
+    """Of a repository's files the weights in one format and what describes them; all files of a
+    format that is a tree of directories."""
     top = sorted(n for n in names if "/" not in n)
     beside = [n for n in top if n.endswith(BESIDE)] + [n for n in names if n in PIECE_FILES]
     if not with_weights:
-        return [], beside
+        return beside
     for ending in WEIGHTS:
         weights = [n for n in top if n.endswith(ending)]
         if len(weights) > 1 and ending == ".gguf" and not re.search(r"-of-\d+\.gguf", weights[0]):
             raise ExportError("%s holds %d GGUF files: fetch one (hf download %s %s) and give its "
                               "path" % (name, len(weights), name, weights[0]))
         if weights:
-            return weights, beside
-    return [], names
+            return weights + beside
+    return names
 
 
 def hub_snapshot(name, revision, with_weights):
@@ -3123,7 +3123,7 @@ def hub_snapshot(name, revision, with_weights):
     try:
         info = hub.HfApi().model_info(name, revision=revision)
         files = hub_files(name, [f.rfilename for f in info.siblings], with_weights)
-        wanted, offline = [n.replace("[", "[[]") for part in files for n in part], {}
+        wanted, offline = [n.replace("[", "[[]") for n in files], {}
     except ExportError:
         raise
     except Exception as e:  # no network, or no leave: the cache may do
@@ -3312,8 +3312,13 @@ class Adapter:
                               "of PEFT's" % directory)
         self.config = Config(path)
         self.check_settings()
-        self.path, stored = self.stored_tensors()
-        self.files = [path, self.path]
+        readers = {"adapter_model.safetensors": read_safetensors_header,
+                   "adapter_model.bin": torch_tensors}
+        found = [n for n in readers if os.path.isfile(os.path.join(directory, n))]
+        if not found:
+            raise self.bad("has no adapter_model.safetensors: fetch it")
+        self.path = os.path.join(directory, found[0])
+        self.files, stored = [path, self.path], readers[found[0]](self.path)
         self.parts, self.modules = collections.defaultdict(dict), {}
         for key in sorted(stored):
             self.sort_in(key, stored[key])
@@ -3376,21 +3381,6 @@ class Adapter:
 
     # -- what the tensors are --
 
-    def stored_tensors(self):
-        for name, read in (("adapter_model.safetensors", read_safetensors_header),
-                           ("adapter_model.bin", torch_tensors)):
-            path = os.path.join(self.directory, name)
-            if os.path.isfile(path):
-                break
-        else:
-            raise self.bad("has no adapter_model.safetensors: fetch it")
-        found = read(path)
-        for key, stored in found.items():
-            if stored.dtype not in FLOATS:
-                raise ExportError("%s: %s has dtype %s: save the adapter in F32, BF16 or F16"
-                                  % (path, key, stored.dtype))
-        return path, found
-
     def sort_in(self, key, stored):
         if key.endswith(".bias"):
             raise self.bad("holds %s, a bias, which Gemma 2 does not have" % key)
@@ -3405,9 +3395,9 @@ class Adapter:
         if kind in self.parts[name]:
             raise self.bad("holds the %s of %s twice, as %s and as %s: save one adapter alone"
                            % (kind, name, self.parts[name][kind].key, key))
-        if len(stored.dims) > 2 or 0 in stored.dims:
-            raise self.bad("holds %s with the shape %s, which is no matrix: fetch it again"
-                           % (key, list(stored.dims)))
+        if len(stored.dims) > 2 or 0 in stored.dims or stored.dtype not in FLOATS:
+            raise self.bad("holds %s with the shape %s in %s, which is no matrix of F32, BF16 or "
+                           "F16: fetch it again" % (key, list(stored.dims), stored.dtype))
         self.parts[name][kind] = Part(self.path, key, stored)
         self.modules[name] = module
 

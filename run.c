@@ -4100,7 +4100,7 @@ static int read_message(program *p, int *at_end)
         fit(e, width, height, changed);
         if (take_typed(e, &status) || status || e->ended)
             break;
-        if (e->raw)
+        if (e->raw && !input_waits(0)) /* a long paste is shown once */
             draw(e, height);
         flush_screen(e);
         status = wait_for_typed(e, &asked);

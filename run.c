@@ -4050,21 +4050,11 @@ static void fit(editor *e, size_t width, size_t height, int changed)
     }
 }
 
-/* Ctrl-C at the prompt puts the message away, which the arrow keys bring back. */
-static int ask_to_leave(editor *e)
-{
-    if (e->raw)
-        leave_text(e);
-    flush_screen(e);
-    fprintf(stderr, "%sCtrl-C once more leaves, and so does /exit.\n", e->raw ? "" : "\n");
-    int status = remember(e, e->text.items, e->text.n);
-    begin_text(e);
-    return status;
-}
-
-/* Waits until something was typed.  A second Ctrl-C in a row leaves. */
+/* Waits until something was typed.  Ctrl-C puts the message away, which the arrow keys bring back.
+ * A second Ctrl-C in a row leaves. */
 static int wait_for_typed(editor *e, int *asked)
 {
+    int status = DONE;
     patience = PATIENCE;
     long got = ended_by ? -1 : read_terminal(e->typed, sizeof e->typed);
     int reason = errno;
@@ -4074,17 +4064,19 @@ static int wait_for_typed(editor *e, int *asked)
     if (ended_by || (stop_asked && *asked))
         return INTERRUPTED;
     if (stop_asked) {
-        stop_asked = 0;
-        *asked = 1;
-        return ask_to_leave(e);
-    }
-    if (got >= 0)
-        *asked = 0;
-    else if (reason != EINTR)
-        return fail(FAILED, "cannot read standard input: %s", strerror(reason));
-    else if (e->n_sequence == 1) /* the key ESC itself */
+        if (e->raw)
+            leave_text(e);
+        flush_screen(e);
+        fprintf(stderr, "%sCtrl-C once more leaves, and so does /exit.\n", e->raw ? "" : "\n");
+        status = remember(e, e->text.items, e->text.n);
+        begin_text(e);
+    } else if (got < 0 && reason != EINTR)
+        status = fail(FAILED, "cannot read standard input: %s", strerror(reason));
+    else if (got < 0 && e->n_sequence == 1) /* the key ESC itself */
         e->n_sequence = 0;
-    return DONE;
+    *asked = stop_asked || (*asked && got < 0);
+    stop_asked = 0;
+    return status;
 }
 
 /* Reads a message, of any length, without its last newline; *at_end where there is none. */

@@ -29,7 +29,7 @@
 
 enum { MOST_ROWS = 50, MOST_COLUMNS = 120, CELL = 28 };
 
-static double patience = 20; /* seconds, until a first check fails */
+static double patience = 20; /* seconds */
 static const char *program = "./run";
 static const char MODEL[] = "tests/demo/story-q8.bin";
 static char folder[] = "/tmp/gemma2-terminal-XXXXXX", history[64], file[64], script[64];
@@ -203,13 +203,13 @@ static void pump(void)
         put_byte(bytes[i]);
 }
 
-/* Takes what comes; 0 where nothing more is to wait for.  A program that is wrong once is not given
- * as much time again. */
+/* Takes what comes; 0 where nothing more is to wait for.  A program that keeps a check waiting is
+ * given half the time from then on. */
 static int waits(double end)
 {
     pump();
     if (now() >= end)
-        patience = 1;
+        patience /= 2;
     return !t.ended && now() < end;
 }
 

@@ -5682,15 +5682,17 @@ static void put_row(struct pass *p, size_t at, gemma2_session *s, int32_t id, fl
     s->ahead = NULL;
 }
 
-/* Evaluates ids of one session in passes of n_batch rows, until one is cancelled; shape is
- * what the passes have in common.  With logprobs, targets are the ids that follow, and
+/* Checks and evaluates ids of one session in passes of n_batch rows, until one is cancelled.
+ * shape is what the passes have in common.  With logprobs, targets are the ids that follow, and
  * `next` for the last. */
 static int run_ids(gemma2_session *s, struct pass shape, const int32_t *ids, size_t n,
                    float *logits, int32_t next)
 {
+    int status = check_ids(s, ids, n);
+    if (status < 0)
+        return status;
     float_env env = float_env_enter();
     size_t most = (size_t)min_i32(s->n_batch, s->worker->n_batch);
-    int status = GEMMA2_OK;
     shape.model = s->model;
     shape.worker = s->worker;
     for (size_t done = 0; done < n && status == GEMMA2_OK;) {
@@ -5711,23 +5713,14 @@ static int run_ids(gemma2_session *s, struct pass shape, const int32_t *ids, siz
     return status;
 }
 
-static int evaluate_ids(gemma2_session *s, const int32_t *ids, size_t n,
-                        const struct matrix_kernels *matrix, float *logits)
-{
-    int status = check_ids(s, ids, n);
-    if (status < 0)
-        return status;
-    return run_ids(s, (struct pass){.matrix = matrix}, ids, n, logits, -1);
-}
-
 int gemma2_eval(gemma2_session *s, const int32_t *ids, size_t n, float *logits)
 {
-    return evaluate_ids(s, ids, n, NULL, logits);
+    return run_ids(s, (struct pass){.matrix = NULL}, ids, n, logits, -1);
 }
 
 int gemma2_prefill(gemma2_session *s, const int32_t *ids, size_t n, float *logits)
 {
-    return evaluate_ids(s, ids, n, s ? s->model->matrix : NULL, logits);
+    return run_ids(s, (struct pass){.matrix = s ? s->model->matrix : NULL}, ids, n, logits, -1);
 }
 
 /* Says in each row whether its session can do all the rows that it is given. */
@@ -5797,12 +5790,11 @@ int gemma2_eval_rows(gemma2_row *rows, size_t n)
 
 int gemma2_score(gemma2_session *s, const int32_t *ids, size_t n, int32_t next, float *logprobs)
 {
-    int status = check_ids(s, ids, n);
-    if (status < 0)
-        return status;
-    if (!logprobs || next < -1 || next >= s->model->config.n_vocab)
-        return next >= s->model->config.n_vocab ? GEMMA2_ERR_TOKEN : GEMMA2_ERR_ARGUMENT;
-    status = run_ids(s, (struct pass){.logprobs = logprobs}, ids, n, NULL, next);
+    if (!s || !logprobs || next < -1)
+        return GEMMA2_ERR_ARGUMENT;
+    if (next >= s->model->config.n_vocab)
+        return GEMMA2_ERR_TOKEN;
+    int status = run_ids(s, (struct pass){.logprobs = logprobs}, ids, n, NULL, next);
     if (status == GEMMA2_OK && !all_finite(logprobs, next < 0 ? n - 1 : n))
         status = GEMMA2_ERR_NONFINITE;
     return status;
@@ -5894,12 +5886,9 @@ int gemma2_read_out(gemma2_session *s, const float *state, float *logits)
 
 int gemma2_states(gemma2_session *s, const int32_t *ids, size_t n, float *states)
 {
-    int status = check_ids(s, ids, n);
-    if (status < 0)
-        return status;
     if (!states)
         return GEMMA2_ERR_ARGUMENT;
-    status = run_ids(s, (struct pass){.states = states}, ids, n, NULL, -1);
+    int status = run_ids(s, (struct pass){.states = states}, ids, n, NULL, -1);
     if (status == GEMMA2_OK && !all_finite(states, n * (size_t)s->model->config.d_model))
         status = GEMMA2_ERR_NONFINITE;
     return status;
@@ -5943,9 +5932,6 @@ int gemma2_get_input(const gemma2_model *m, size_t i, gemma2_input *out)
 int gemma2_importance(gemma2_session *s, const int32_t *ids, size_t n, uint32_t block,
                       double *sums)
 {
-    int status = check_ids(s, ids, n);
-    if (status < 0)
-        return status;
     if (!sums || (block != 1 && block != 32 && block != 64 && block != 128 && block != 256))
         return GEMMA2_ERR_ARGUMENT;
     return run_ids(s, (struct pass){.block = block, .sums = sums}, ids, n, NULL, -1);

@@ -1997,6 +1997,7 @@ struct product {
     const struct matrix *w[3]; /* NULL behind the last */
     float *y[3];               /* [n][rows of W[i]] */
     struct row *const *to;     /* or y[0] goes to the logits of these rows */
+    float cap;                 /* y[0] = cap * tanh(y[0] / cap), if above 0 */
     int gated;                 /* y[0] = gelu(W[0] x) * W[1] x */
     const struct matrix *post_norm; /* of leave(): what norms y[0] before it is added */
     struct input in;
@@ -2044,13 +2045,18 @@ static void multiply_tile(const struct product *job, const struct matrix *w,
     }
 }
 
-/* 16 outputs, from row `row` of W[which] on, of row t; padding is left out. */
+/* Outputs of row t from row `row` of W[which] on. */
+static float *output(const struct product *job, int which, size_t row, size_t t)
+{
+    return (job->to ? job->to[t]->logits : job->y[which] + t * job->w[which]->rows) + row;
+}
+
+/* 16 of them; padding is left out. */
 static void store_tile(const struct product *job, int which, size_t row, size_t t,
                        const float y[TILE])
 {
     size_t rows = job->w[which]->rows, n = rows - row < TILE ? rows - row : TILE;
-    float *to = job->to ? job->to[t]->logits : job->y[which] + t * rows;
-    memcpy(to + row, y, n * sizeof *y);
+    memcpy(output(job, which, row, t), y, n * sizeof *y);
 }
 
 /* What a pair of tiles, the first of them `tile` of W[which], gave for row t. */
@@ -2124,6 +2130,12 @@ static void product_task(void *context, size_t task)
         n = job->at_once < last - i ? job->at_once : last - i;
         n = pair >= whole ? 1 : n < whole - pair ? n : whole - pair;
         multiply_pairs(job, which, pair, (int)n);
+    }
+    if (job->cap > 0) {
+        size_t row = first * 2 * TILE, end = last * 2 * TILE, rows = job->w[0]->rows;
+        for (size_t t = 0; t < job->n; t++)
+            job->pass->model->isa->soft_cap(output(job, 0, row, t),
+                                            (end < rows ? end : rows) - row, job->cap);
     }
 }
 
@@ -2305,13 +2317,15 @@ static void move_slot(const gemma2_session *s, struct slot from, struct slot to)
 
 /* One head's key and value of a position into its slot.  A row that does not see the position
  * multiplies its value by 0, which must give 0.  So a value that is not finite is stored as 0
- * and its key as NaN: only rows that attend to it become NaN. */
+ * and its key as NaN: only rows that attend to it become NaN.  In 8 bits an infinite key would
+ * lose its sign, so it becomes NaN, too. */
 static void store_head(const gemma2_session *s, int layer, int head, int32_t position, float *key,
                        float *value)
 {
     const struct kernels *isa = s->model->isa;
     size_t h = (size_t)s->model->config.head_dim;
-    for (size_t i = 0, bad = !all_finite(value, h); bad && i < h; i++)
+    int bad = !all_finite(value, h) || (s->cache_type == GEMMA2_CACHE_Q8 && !all_finite(key, h));
+    for (size_t i = 0; bad && i < h; i++)
         key[i] = NAN, value[i] = 0;
     for (int values = 0; values < 2; values++) {
         const float *x = values ? value : key;
@@ -2462,7 +2476,7 @@ static void finish_attention(const struct partial *total, float *out, int n)
         out[h] *= inverse;
 }
 
-/* A block of positions, packed for the matrix class or not. */
+/* A block of positions, and where the matrix class has them packed. */
 struct block {
     int32_t first, last;
     const uint8_t *keys, *values;
@@ -2503,34 +2517,32 @@ static void attend_block(struct attention *a, int j, int n, const struct block *
                       head_dim);
 }
 
-/* All queries and the blocks of positions first .. last. */
-static void attend(struct attention *a, int32_t first, int32_t last)
+/* Keys and values of the block's positions from `first` on, as the matrix class reads them. */
+static void pack_block(const struct attention *a, int32_t first, const struct block *b,
+                       uint8_t *keys, uint8_t *values)
 {
-    float rows[MAX_QUERIES * MAX_HEAD_DIM];
-    for (int32_t base = first / KEY_BLOCK * KEY_BLOCK; base <= last; base += KEY_BLOCK) {
-        struct block b = {base, min_i32(last, base + KEY_BLOCK - 1), NULL, NULL};
-        for (int j = 0; j < a->n; j += MAX_QUERIES)
-            attend_block(a, j, min_i32(a->n - j, MAX_QUERIES), &b, rows);
+    const struct kv_head *kv = &a->kv;
+    size_t group_bytes = (size_t)kv->head_dim * TILE * sizeof(uint16_t);
+    for (int32_t at = max_i32(first, b->first) / TILE * TILE; at <= b->last; at += TILE) {
+        struct lines from = kv->keys, lines = kv->values;
+        from.data += at % kv->slots / TILE * from.strip_bytes;
+        lines.data += (size_t)(at % kv->slots) * lines.line_bytes;
+        a->matrix->pack_keys(&from, keys + (size_t)((at - b->first) / TILE) * group_bytes);
+        a->matrix->pack_values(&lines, min_i32(b->last + 1 - at, TILE), at - b->first, values);
     }
 }
 
-/* The same with the matrix class: a block is packed for all queries. */
-static void attend_packed(struct attention *a, int32_t first, int32_t last)
+/* All queries and the blocks of positions first .. last.  The matrix class packs a block for all
+ * queries. */
+static void attend(struct attention *a, int32_t first, int32_t last)
 {
     _Alignas(64) uint8_t keys[CACHE_PANEL], values[CACHE_PANEL];
-    float rows[MAX_QUERIES * MAX_PACKED_HEAD];
-    const struct kv_head *kv = &a->kv;
-    int32_t width = panel_positions(kv->head_dim);
-    size_t group_bytes = (size_t)kv->head_dim * TILE * sizeof(uint16_t);
+    float rows[MAX_QUERIES * MAX_HEAD_DIM];
+    int32_t width = a->matrix ? panel_positions(a->kv.head_dim) : KEY_BLOCK;
     for (int32_t base = first / width * width; base <= last; base += width) {
         struct block b = {base, min_i32(last, base + width - 1), keys, values};
-        for (int32_t at = max_i32(first, base) / TILE * TILE; at <= b.last; at += TILE) {
-            struct lines from = kv->keys, lines = kv->values;
-            from.data += at % kv->slots / TILE * from.strip_bytes;
-            lines.data += (size_t)(at % kv->slots) * lines.line_bytes;
-            a->matrix->pack_keys(&from, keys + (size_t)((at - base) / TILE) * group_bytes);
-            a->matrix->pack_values(&lines, min_i32(b.last + 1 - at, TILE), at - base, values);
-        }
+        if (a->matrix)
+            pack_block(a, first, &b, keys, values);
         for (int j = 0; j < a->n; j += MAX_QUERIES)
             attend_block(a, j, min_i32(a->n - j, MAX_QUERIES), &b, rows);
     }
@@ -2581,7 +2593,7 @@ static void attend_gathered(const struct attention_job *job, struct attention *a
         first = max_i32(first, (job->first_block + block) * KEY_BLOCK);
         last = min_i32(last, (job->first_block + block) * KEY_BLOCK + KEY_BLOCK - 1);
     }
-    (a->matrix ? attend_packed : attend)(a, first, last);
+    attend(a, first, last);
     for (int j = 0; j < a->n; j++)
         if (job->n_blocks)
             memcpy(a->query[j].out - TILE, &a->total[j], sizeof a->total[j]);
@@ -2816,17 +2828,6 @@ static int forward(struct pass *p)
 
 /* ---- the output head ---- */
 
-enum { CAP_CHUNK = 16384 };
-
-static void cap_logits_task(void *context, size_t task)
-{
-    const struct pass *p = context;
-    size_t v = (size_t)p->model->config.n_vocab, chunks = (v + CAP_CHUNK - 1) / CAP_CHUNK;
-    size_t first = task % chunks * CAP_CHUNK, n = v - first < CAP_CHUNK ? v - first : CAP_CHUNK;
-    p->model->isa->soft_cap(p->worker->wanted[task / chunks]->logits + first, n,
-                            p->model->config.final_softcap);
-}
-
 /* Logits of the rows that want them, into the callers' buffers:
  * logits = cap * tanh(norm(x) E^T / cap). */
 static void head(struct pass *p)
@@ -2841,12 +2842,11 @@ static void head(struct pass *p)
                        work->wanted[i]->logits);
     else {
         struct product logits = {.norm = &p->model->final_norm, .x = work->normed, .n = n,
-                                 .w = {&p->model->head}, .to = work->wanted};
+                                 .w = {&p->model->head}, .to = work->wanted,
+                                 .cap = p->model->config.final_softcap};
         prepare(p, &logits);
         trace(p, "final_norm", 0, work->normed, n, p->model->head.cols);
         multiply(p, logits);
-        if (p->model->config.final_softcap > 0)
-            share(p->me, n * ((v + CAP_CHUNK - 1) / CAP_CHUNK), cap_logits_task, p);
     }
     for (size_t i = 0; i < n; i++)
         trace(p, "logits", (int)i, work->wanted[i]->logits, 1, v);
@@ -2867,8 +2867,6 @@ static void score_block_task(void *context, size_t t)
     struct log_sum *sum = &job->pass->worker->sums[t];
     float *x = job->buf + t * job->n;
     size_t target = (size_t)job->pass->worker->targets[t];
-    if (m->config.final_softcap > 0)
-        m->isa->soft_cap(x, job->n, m->config.final_softcap);
     if (!job->first)
         *sum = (struct log_sum){-INFINITY, 0, 0};
     if (target >= job->first && target < job->first + job->n)
@@ -2880,7 +2878,7 @@ static void score_block_task(void *context, size_t t)
 static struct product head_inputs(const struct pass *p)
 {
     struct product job = {.norm = &p->model->final_norm, .x = p->worker->normed, .n = p->n,
-                          .w = {&p->model->head}};
+                          .w = {&p->model->head}, .cap = p->model->config.final_softcap};
     prepare(p, &job);
     return job;
 }

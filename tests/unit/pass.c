@@ -992,6 +992,29 @@ static void test_placed(void)
     }
 }
 
+/* A key that is not finite never comes back with another sign: in halves it saturates, in 8 bits
+ * it becomes NaN, which no row can mistake for a score. */
+static void test_endless_keys(void)
+{
+    static const float ends[] = {INFINITY, -INFINITY, NAN};
+    struct model x = make(&shapes[0]);
+    size_t h = (size_t)x.m->config.head_dim;
+    for (int type = GEMMA2_CACHE_F32; type <= GEMMA2_CACHE_Q8; type++)
+        for (int k = 0; k < 3; k++) {
+            gemma2_session *s = start(x.m, (struct setup){20, 4, 1, 0, type});
+            float key[MAX_HEAD_DIM], value[MAX_HEAD_DIM];
+            for (size_t i = 0; i < h; i++)
+                key[i] = value[i] = (float)(i + 1) / 8;
+            key[1] = ends[k];
+            store_head(s, 0, 0, 3, key, value);
+            float got = cached_key(s, 0, 0, 3, 1), first = cached_key(s, 0, 0, 3, 0);
+            int is_same = k < 2 && (got < 0) == (ends[k] < 0) && fabsf(got) >= 65504 && first > 0;
+            check(isnan(got) || is_same, "cache type %d holds %g as %g", type, ends[k], got);
+            gemma2_session_free(s);
+        }
+    unmake(&x);
+}
+
 /* gemma2_score says what logits and gemma2_logprob say, however it is cut. */
 static void test_score(void)
 {
@@ -1092,6 +1115,7 @@ static void test_model(void)
     test_refused_calls();
     test_session_params();
     test_placed();
+    test_endless_keys();
     test_score();
     test_large_vocabulary();
     test_far_apart();

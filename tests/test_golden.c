@@ -40,7 +40,7 @@ static void check(int ok, const char *format, ...)
 }
 
 /* The bytes of a golden file and a NUL, or the end of the test. */
-static char *read_file(const char *name, size_t *size)
+static char *golden_file(const char *name, size_t *size)
 {
     char path[1024];
     snprintf(path, sizeof path, "%s/%s", golden_dir, name);
@@ -98,7 +98,7 @@ static void load_golden(golden *g, const char *model)
     size_t size;
     snprintf(name, sizeof name, "%s.trace", model);
     memset(g, 0, sizeof *g);
-    g->bytes = read_file(name, &size);
+    g->bytes = golden_file(name, &size);
     for (size_t at = 8; at + 44 <= size && g->n_records < 256;) {
         record *r = &g->records[g->n_records++];
         read_record(g->bytes + at, r);
@@ -521,7 +521,7 @@ static void test_tokens(const char *tokenizer)
     if (!m)
         return;
     size_t size;
-    char *file = read_file("tokens.txt", &size), *at = file;
+    char *file = golden_file("tokens.txt", &size), *at = file;
     vector v;
     for (int line = 1; next_vector(&at, &v); line++) {
         if (v.kind == 'D')
@@ -565,7 +565,7 @@ static void test_story(const char *path)
     if (!m)
         return;
     size_t size;
-    char *file = read_file("story.txt", &size), *at = file;
+    char *file = golden_file("story.txt", &size), *at = file;
     vector prompt, story;
     if (next_vector(&at, &prompt) && next_vector(&at, &story)) {
         test_encode(m, &prompt, 1);
@@ -729,7 +729,7 @@ static int has_matrix(const struct kernels *row)
 static void test_tale(const char *path)
 {
     size_t size;
-    char *text = read_file("tale.txt", &size);
+    char *text = golden_file("tale.txt", &size);
     gemma2_model *q8 = open_exact(path);
     if (!q8)
         return;

@@ -3893,18 +3893,17 @@ static size_t word_end(const editor *e, int right)
 static uint32_t key_of(const char *bytes, size_t n)
 {
     static const struct {
-        const char *bytes;
+        const char *names;
         uint32_t key;
     } keys[] = {
-        {"[A", UP}, {"OA", UP}, {"[B", DOWN}, {"OB", DOWN}, {"[C", RIGHT}, {"OC", RIGHT},
-        {"[D", LEFT}, {"OD", LEFT}, {"[H", HOME}, {"OH", HOME}, {"[1~", HOME}, {"[7~", HOME},
-        {"[F", END}, {"OF", END}, {"[4~", END}, {"[8~", END}, {"[3~", ERASE},
-        {"[1;5C", WORD_RIGHT}, {"[1;3C", WORD_RIGHT}, {"f", WORD_RIGHT}, {"[1;5D", WORD_LEFT},
-        {"[1;3D", WORD_LEFT}, {"b", WORD_LEFT}, {"\177", 'W' & CTRL}, {"\r", NEW_LINE},
-        {"\n", NEW_LINE}, {"[13;2u", NEW_LINE}, {"[27;2;13~", NEW_LINE}, {"[200~", PASTE},
-        {"[201~", PASTED}};
+        {" [A OA ", UP}, {" [B OB ", DOWN}, {" [C OC ", RIGHT}, {" [D OD ", LEFT},
+        {" [H OH [1~ [7~ ", HOME}, {" [F OF [4~ [8~ ", END}, {" [3~ ", ERASE},
+        {" f [1;5C [1;3C ", WORD_RIGHT}, {" b [1;5D [1;3D ", WORD_LEFT}, {" \177 ", 'W' & CTRL},
+        {" \r \n [13;2u [27;2;13~ ", NEW_LINE}, {" [200~ ", PASTE}, {" [201~ ", PASTED}};
+    char name[20];
+    snprintf(name, sizeof name, " %.*s ", (int)n, bytes);
     for (size_t i = 0; i < sizeof keys / sizeof *keys; i++)
-        if (strlen(keys[i].bytes) == n && memcmp(keys[i].bytes, bytes, n) == 0)
+        if (strstr(keys[i].names, name))
             return keys[i].key;
     return NO_KEY;
 }

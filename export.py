@@ -1253,12 +1253,8 @@ class Stored:
     def __init__(self, path, dtype, dims, offset):
         self.path, self.dtype, self.dims, self.offset = path, dtype, dims, offset
         self.key = path, offset
-
-    @property
-    def shape(self):
-        if len(self.dims) < 2:
-            return math.prod(self.dims), 1
-        return math.prod(self.dims[:-1]), self.dims[-1]
+        rows, cols = (dims[:-1], dims[-1]) if len(dims) > 1 else (dims, 1)
+        self.shape = math.prod(rows), cols
 
     def raw(self, start, stop):
         """Bytes [stop - start, of a row]."""
@@ -2988,16 +2984,12 @@ class Zarr:
     def __init__(self, store, name, driver):
         self.spec = {"driver": driver, "kvstore": {**store, "path": store.get("path", "") + name},
                      "fill_missing_data_reads": False, "recheck_cached_data": False}
-        self.where = name.rstrip("/")
+        self.where, self.key = name.rstrip("/"), json.dumps(self.spec)
         array = self.open()
         self.dims = tuple(map(int, array.shape))
         self.chunk = tuple(map(int, array.chunk_layout.read_chunk.shape or ()))  # None: no axes
         self.dtype = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}.get(
             array.dtype.name, array.dtype.name)
-
-    @property
-    def key(self):
-        return json.dumps(self.spec)
 
     def open(self):
         """The array, with the cache of its chunks; a process keeps the last one open."""
@@ -3373,12 +3365,6 @@ class Adapter:
                                       "a regular expression (%s)" % e) from None
         return self.config.number(key, default, *limits)
 
-    def is_saved_module(self, name):
-        """Whether PEFT trained a copy of the module.  A tied partner keeps the original."""
-        named = self.config.doc.get("modules_to_save") or []
-        return isinstance(named, list) and any(
-            isinstance(n, str) and self.modules[name].endswith(n) for n in named)
-
     # -- what the tensors are --
 
     def sort_in(self, key, stored):
@@ -3403,7 +3389,10 @@ class Adapter:
 
     def settle(self, name, parts):
         """Sorts one tensor's parts into its base and its change."""
-        saved = self.is_saved_module(name) or "copy" in parts
+        # Whether PEFT trained a copy of the module.  A tied partner keeps the original
+        saved = "copy" in parts or any(
+            isinstance(n, str) and self.modules[name].endswith(n)
+            for n in typed(self.config.doc.get("modules_to_save"), list))
         if "copy" in parts:  # beside it, "whole" is the same once more
             parts["whole"] = parts.pop("copy")
         base = "whole" if not saved and set(parts) == {"whole"} else "base"
@@ -3524,7 +3513,7 @@ class Adapted(Checkpoint):
             if own is None and tokenizer is not None:
                 add_directory(tokenizer, directory, added_tokens({}, directory))
             elif own is not None:
-                if tokenizer is not None and not own.same(tokenizer):
+                if tokenizer and (own.pieces, own.kinds) != (tokenizer.pieces, tokenizer.kinds):
                     warn("the adapter %s brings another tokenizer than the model's, which is used"
                          % directory)
                 path, tokenizer = own_path, own
@@ -3598,9 +3587,6 @@ class Tokenizer:
 
     def text(self, i):
         return self.pieces[i].replace(SPACE, " ")
-
-    def same(self, other):
-        return self.pieces == other.pieces and self.kinds == other.kinds
 
     def append_unused(self, n_pieces):
         more = n_pieces - len(self)
@@ -3823,19 +3809,16 @@ def token_text(value):
     return value if isinstance(value, str) else None
 
 
-def special_texts(settings):
-    """Texts that the settings name as special tokens, whatever kinds the pieces have."""
-    more = settings.get("extra_special_tokens") or settings.get("additional_special_tokens")
-    more = more.values() if isinstance(more, dict) else more if isinstance(more, list) else []
-    named = [value for key, value in settings.items() if key.endswith("_token")]
-    texts = filter(None, map(token_text, [*named, *more]))
-    return {t for t in texts if t not in OWN_NAMES and not GEMMA_TAGS.fullmatch(t)}
-
-
 def add_directory(tokenizer, directory, added):
     """What the files of a directory add to a tokenizer, added tokens and more."""
     settings = token_settings(directory)
-    add_tokens(tokenizer, added, special_texts(settings))
+    more = settings.get("extra_special_tokens") or settings.get("additional_special_tokens")
+    more = more.values() if isinstance(more, dict) else typed(more, list)
+    named = [value for key, value in settings.items() if key.endswith("_token")]
+    texts = filter(None, map(token_text, [*named, *more]))
+    # Special whatever kinds the pieces have
+    add_tokens(tokenizer, added, {
+        t for t in texts if t not in OWN_NAMES and not GEMMA_TAGS.fullmatch(t)})
     flagged = {t["content"]: flag for t in added.values()
                for flag in ("lstrip", "rstrip", "single_word") if t.get(flag) is True}
     if flagged:  # which swallow spaces or match whole words only; like SentencePiece we do neither

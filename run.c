@@ -3166,27 +3166,24 @@ static int start_constraint(program *p)
 static int score_choice(program *p, const char *text, double *sum)
 {
     int32_t at = gemma2_position(p->session);
-    size_t scratch_size = gemma2_encode_scratch(strlen(text)), n_ids = strlen(text) + 1;
-    char *memory = malloc(scratch_size + n_ids * (sizeof(int32_t) + sizeof(float)));
-    int32_t *ids = (int32_t *)(void *)(memory + scratch_size);
-    float *logprobs = (float *)(ids + n_ids);
-    if (!memory || !scratch_size) {
-        free(memory);
-        return out_of_memory();
-    }
-    int64_t n = gemma2_encode(p->model, text, -1, GEMMA2_ENCODE_PLAIN, ids, n_ids, memory,
-                              scratch_size);
-    int code = n < 0 ? (int)n : GEMMA2_OK;
+    size_t before = p->ids.n;
+    int status = push_text(p, text, strlen(text), GEMMA2_ENCODE_PLAIN), code = GEMMA2_OK;
+    size_t n = p->ids.n - before;
+    const int32_t *ids = (const int32_t *)p->ids.items + before;
+    float *logprobs = status == DONE ? malloc((n + 1) * sizeof *logprobs) : NULL;
+    p->ids.n = before;
+    if (!logprobs)
+        return status ? status : out_of_memory();
     if (n > 0)
         code = gemma2_logprob(p->logits, (size_t)p->config->n_vocab, ids[0], logprobs);
     if (n > 1 && code == GEMMA2_OK)
-        code = gemma2_score(p->session, ids, (size_t)n - 1, ids[n - 1], logprobs + 1);
+        code = gemma2_score(p->session, ids, n - 1, ids[n - 1], logprobs + 1);
     if (n > 1 && code == GEMMA2_OK)
         code = gemma2_rewind(p->session, at);
     *sum = 0;
-    for (int64_t i = 0; i < n && code == GEMMA2_OK; i++)
+    for (size_t i = 0; i < n && code == GEMMA2_OK; i++)
         *sum += (double)logprobs[i];
-    free(memory);
+    free(logprobs);
     return code < 0 ? engine_failed(p, "weighing the choices", code) : DONE;
 }
 

@@ -4832,8 +4832,11 @@ static void walk_tree(gemma2_matcher *m, const struct tree *tree, uint32_t set, 
         uint32_t next = rows[depth - 1][node.skip & 255];
         if (next && node.token >> 8 != NO_TOKEN)
             take_token(m, w, node.token >> 8, next);
-        if (next && end - i > 1)
-            next = (rows[depth] = sets_after(m, next)) != NULL;
+        if (next && end - i > 1) {
+            uint32_t row = m->sets[next].row; /* a call for each node would double the time */
+            rows[depth] = row ? m->rows[row - 1] : sets_after(m, next);
+            next = rows[depth] != NULL;
+        }
         i = next ? i + 1 : end;
     }
 }

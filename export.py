@@ -662,15 +662,17 @@ def settle(x, S, grid, live, moments):
     row, and SWEEPS times each group's s is the best for its values, and each value the best for
     all others as they stand (coordinate descent on e M e^T, which never rises).
 
-    In blocks the shape is [blocks, inputs of one, rows].  pull = M e; the best real weight
+    In blocks the shape is [blocks, inputs of one, rows]; zeros fill the last block.  pull = M e; the best real weight
     of input i, all others as they are, is q_i + pull_i / M_ii.
     """
     tiles, per_block = len(S), len(moments) // GROUP
-    n_blocks = x.shape[1] // (tiles * TILE * per_block)
+    n_groups = x.shape[1] // (tiles * TILE)
+    n_blocks = -(-n_groups // per_block)
 
     def in_blocks(a):
-        split = a.reshape(-1, tiles, n_blocks, per_block, TILE).transpose(2, 3, 0, 1, 4)
-        return np.ascontiguousarray(split).reshape(n_blocks, -1, tiles * TILE)
+        out = np.zeros((n_blocks * per_block, GROUP, tiles, TILE), np.float32)
+        out[:n_groups] = a.reshape(GROUP, tiles, n_groups, TILE).transpose(2, 0, 1, 3)
+        return out.reshape(n_blocks, -1, tiles * TILE)
     M, U, cost, _ = keep("feedback", id(moments), lambda: (  # holds moments, so the id stays theirs
         *feedback(moments, n_blocks * len(moments)), moments))
     diagonal = np.einsum("bii->bi", M).copy()
@@ -712,7 +714,7 @@ def settle(x, S, grid, live, moments):
         pull -= M[:, :, group] @ (q[:, group] - old)
 
     def back(a):
-        a = a.reshape(n_blocks, per_block, -1, tiles, TILE).transpose(2, 3, 0, 1, 4)
+        a = a.reshape(n_blocks * per_block, -1, tiles, TILE)[:n_groups].transpose(1, 2, 0, 3)
         return np.ascontiguousarray(a)
     return (back(v).reshape(GROUP, -1), S.reshape(tiles, 1, TILE),
             back(s).reshape(tiles, -1, TILE), back(book).reshape(-1))
@@ -4649,39 +4651,38 @@ LADDER = "q3", "q4", "q6", "q8"
 # What a relative squared error of a matrix adds to the divergence of the next token (KL, nats),
 # of a layer's matrix times L.  Measured on the demo model with one role at a time at q3.
 # A tied embedding does both of its harms.
-HARM = {"q": 0.1, "k": 0.12, "v": 0.6, "o": 0.5, "gate": 0.3, "up": 0.25, "down": 0.5,
-        "embedding": 0.6, "head": 3.0, "tied": 5.0}
+HARM = {"q": 0.16, "k": 0.4, "v": 0.4, "o": 0.84, "gate": 0.46, "up": 0.31, "down": 0.7,
+        "embedding": 0.7, "head": 4.3, "tied": 10.0}
 SAMPLED_TILES = 4
 ROOMS = 1 << 16  # steps of bytes that best_levels tells apart
 
 
-def sample_tasks(section, source, key):
-    """A few tiles of rows from all over a tensor, in each type of the ladder."""
+def sampled_rows(section):
+    """A few tiles of rows from all over a tensor, as one slab."""
     last = (section.rows - 1) // TILE
     tiles = sorted({last * i // (SAMPLED_TILES - 1) for i in range(SAMPLED_TILES)})
-    return [(source, t, section.cols, i * TILE, min((i + 1) * TILE, section.rows), key)
-            for t in LADDER for i in tiles]
+    return [[(i * TILE, min((i + 1) * TILE, section.rows)) for i in tiles]]
 
 
 def measured_harm(job, free, tied, options, progress):
-    """For each (section, source, key) the harm of each type of the ladder."""
-    tasks = [sample_tasks(*f) for f in free]
-    progress.start(sum((t[4] - t[3]) * t[2] for part in tasks for t in part))
-    results = pack_all((t for part in tasks for t in part), [(f[0], None) for f in free], job,
-                       options.jobs)
+    """For each (section, source) the harm of each type of the ladder."""
+    tasks = []
+    for section, source in free:
+        key = job.importance.key(section.name, tied) if job.importance else None
+        tasks += [(source, t, sampled_rows(section), key) for t in LADDER]
+    progress.start(len(tasks))
+    results = pack_all(tasks, free, job, options.jobs)
     harm = []
     try:
-        for (section, _, key), part in zip(free, tasks):
-            power, error = collections.Counter(), collections.Counter()
-            for _, type_name, cols, start, stop, _ in part:
-                _, more, lost = next(results)
-                power[type_name] += more
-                error[type_name] += lost
-                progress.add((stop - start) * cols)
+        for section, _ in free:
             role = section.name.rsplit(".", 1)[-1]
             weight = HARM["tied" if role == "embedding" and tied else role]
             weight /= job.reader.model.L if section.name.startswith("layers.") else 1
-            harm.append([weight * error[t] / power[t] if power[t] > 0 else 0.0 for t in LADDER])
+            harm.append([])
+            for _ in LADDER:
+                _, power, error = next(results)
+                harm[-1].append(weight * error / power if power > 0 else 0.0)
+                progress.add(1)
     finally:
         results.close()
     return harm
@@ -4722,9 +4723,7 @@ def fit_types(job, plan, other_bytes, align, options, progress):
                        ("bits", "%.3f" % (options.bits * used / wish)))
         raise UsageError("--%s is too small: the least that can be made of this model is %s%s" % (
             what, least, " bits a weight" if options.bits else " (%d bytes)" % used))
-    harm = measured_harm(job, [(*plan[i], job.importance.key(plan[i][0].name, tied)
-                                if job.importance else None) for i in order], tied, options,
-                         progress)
+    harm = measured_harm(job, [plan[i] for i in order], tied, options, progress)
     extra = [[round_up(b, unit) - round_up(row[0], unit) for b in row] for row in sizes]
     level = best_levels(extra, harm, wish - used)
     plan = list(plan)
@@ -4754,7 +4753,6 @@ IMPORTANCE_HEADER = struct.Struct("<8s2I7IIQQ")
 
 class Importance:
     """Moments of the inputs of every matrix, read when they are needed."""
-    only_means = False
 
     def __init__(self, path, model):
         self.path = path
@@ -4765,7 +4763,7 @@ class Importance:
                               "-f TEXT" % path)
         _, version, self.block, *sizes, zero, self.tokens, more = IMPORTANCE_HEADER.unpack(head)
         sound = version == 1 and self.tokens and not zero and not more
-        if not sound or self.block not in (1, 32, 64, 128, 256):
+        if not sound or self.block not in (1, *range(32, 1025, 32)):
             raise ExportError("%s is damaged, or of another version: make it again" % path)
         self.check_sizes(sizes, model)
         self.offsets, at = {}, IMPORTANCE_HEADER.size
@@ -4796,12 +4794,6 @@ class Importance:
         layer, matrix = name.rsplit(".", 1)
         return "%s.%s" % (layer, INPUTS[matrix])
 
-    def means(self):
-        """The same, but for how inputs go together."""
-        found = copy.copy(self)
-        found.only_means = True
-        return found
-
     def moments(self, key):
         """[block, cols], damped."""
         def read():
@@ -4809,9 +4801,8 @@ class Importance:
             raw = read_at(self.path, offset, 4 * self.block * cols).view("<f4")
             found = raw.reshape(self.block, cols)
             self.check_moments(found, key)
-            c = np.arange(cols)
-            return damped(found[c % self.block, c][None] if self.only_means else found, self.tokens)
-        return keep("moments", (self.path, key, self.only_means), read)
+            return damped(found, self.tokens)
+        return keep("moments", (self.path, key), read)
 
     def check_moments(self, found, key):
         blocks = blocks_of(found, round_up(found.shape[1], self.block))
@@ -4845,17 +4836,16 @@ def start_worker(job):
 
 
 def pack_rows(task, job=None):
-    """Packs rows start .. stop of a tensor: bytes, sum w^2, sum (w - w')^2, these weighted
-    where the importance of the inputs is known."""
-    name, type_name, cols, start, stop, key = task
+    """Packs slabs of a tensor, each a list of (first row, end): bytes, sum w^2, sum (w - w')^2,
+    these weighted where the importance of the inputs is known."""
+    name, type_name, slabs, key = task
     job = job or worker_job
     moments = job.importance.moments(key) if key else None
     packed, power, error = [], 0.0, 0.0
-    blocks = moments is not None and len(moments) > 1  # so settle's many small steps take half
-    for i, j in row_blocks(stop - start, cols, 4 * SLAB if blocks else SLAB):
+    for slab in slabs:
         with np.errstate(all="ignore"):  # check_values finds what is not finite
-            w = job.reader.tensors[name].rows(start + i, start + j)
-        check_values(name, type_name, w, start + i)
+            w = np.concatenate([job.reader.tensors[name].rows(i, j) for i, j in slab])
+        check_values(name, type_name, w)
         data, lost = TYPES[type_name].pack(w, moments)
         packed.append(data)
         power += weighted_square(w, moments)
@@ -4863,22 +4853,23 @@ def pack_rows(task, job=None):
     return b"".join(packed), power, error
 
 
-def check_values(name, type_name, w, first_row):
+def check_values(name, type_name, w):
     top = max(float(w.max()), -float(w.min()))  # NaN where there is one
     if not math.isfinite(top):
-        row = int(np.argmin(np.isfinite(w).all(axis=1)))
-        raise ExportError("%s holds NaN or infinity (row %d): the checkpoint is damaged, or its "
-                          "training diverged" % (name, first_row + row))
+        raise ExportError("%s holds NaN or infinity: the checkpoint is damaged, or its training "
+                          "diverged" % name)
     if top > HUGE and type_name not in ("f32", "bf16"):
         raise ExportError("%s holds %g, too large to quantise: add --tensor %s=bf16"
                           % (name, top, name))
 
 
-def tasks_of(section, source, key):
-    """Parts of a tensor, each about eight slabs."""
-    step = row_blocks(section.rows, section.cols)[0][1] * 8
-    return [(source, section.type, section.cols, i, min(i + step, section.rows), key)
-            for i in range(0, section.rows, round_up(step, TILE))]
+def tasks_of(section, source, importance, tied):
+    """Parts of a tensor of about 2^20 weights."""
+    key = importance.key(section.name, tied) if importance else None
+    per_task = 2 if key and importance.block > 1 else 8  # settle's many small steps want more rows
+    slabs = [[rows] for rows in row_blocks(section.rows, section.cols, 8 * SLAB // per_task)]
+    return [(source, section.type, slabs[i:i + per_task], key)
+            for i in range(0, len(slabs), per_task)]
 
 
 def pack_all(tasks, plan, job, jobs):
@@ -4913,22 +4904,20 @@ def pack_all(tasks, plan, job, jobs):
 def write_tensors(out, job, plan, options, progress):
     """Packs and writes every tensor; returns the relative error of each."""
     tied = all(section.name != "head" for section, _ in plan)
-    tasks = [tasks_of(section, source,
-                      job.importance.key(section.name, tied) if job.importance else None)
-             for section, source in plan]
+    tasks = [tasks_of(section, source, job.importance, tied) for section, source in plan]
     progress.start(sum(s.rows * s.cols for s, _ in plan))
     results = pack_all((t for part in tasks for t in part), plan, job, options.jobs)
     errors = []
     try:
-        for part in tasks:
+        for (section, _), part in zip(plan, tasks):
             sums = [0.0, 0.0]
 
             def chunks():
-                for _, _, cols, start, stop, _ in part:
+                for _, _, slabs, _ in part:
                     data, power, error = next(results)
                     sums[0] += power
                     sums[1] += error
-                    progress.add((stop - start) * cols)
+                    progress.add((slabs[-1][-1][1] - slabs[0][0][0]) * section.cols)
                     yield data
             out.write_section(chunks())
             errors.append(math.sqrt(max(sums[1], 0) / sums[0]) if sums[0] > 0 else 0.0)
@@ -4998,8 +4987,7 @@ def convert(options, progress):
     if options.fits:
         other = round_up(HEADER_BYTES + ENTRY.size * (len(plan) + 2), align) + sum(
             round_up(s.size, align) for s in sections)
-        plan = fit_types(job._replace(importance=importance and importance.means()), plan, other,
-                         align, options, progress)
+        plan = fit_types(job, plan, other, align, options, progress)
         progress.clear()
         if not options.quiet:
             say(plan_lines(plan, model))

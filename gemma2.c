@@ -719,7 +719,7 @@ static void plain_head(const struct pass *p, const float *x, float *logits)
 /* ---- The importance file: what gemma2_importance summed over a text, for the converter ----
  *      0   u8[8] magic 89 47 45 4D 4D 41 49 0A "\x89GEMMAI\n"
  *      8   u32   version, 1
- *     12   u32   block B: 1, 32, 64, 128 or 256
+ *     12   u32   block B: 1, or a multiple of 32 up to 1024
  *     16   u32[7] L, D, N, K, H, F, V of the model, as in its header
  *     44   u32   zero
  *     48   u64   tokens T, 1 or more
@@ -5933,7 +5933,7 @@ int gemma2_get_input(const gemma2_model *m, size_t i, gemma2_input *out)
 int gemma2_importance(gemma2_session *s, const int32_t *ids, size_t n, uint32_t block,
                       double *sums)
 {
-    if (!sums || (block != 1 && block != 32 && block != 64 && block != 128 && block != 256))
+    if (!sums || (block != 1 && (!block || block % 32 || block > 1024)))
         return GEMMA2_ERR_ARGUMENT;
     return run_ids(s, (struct pass){.block = block, .sums = sums}, ids, n, NULL, -1);
 }
@@ -7463,12 +7463,17 @@ static void add_products(const struct gather_job *job, size_t r, size_t c, size_
     memcpy(job->sums + r * job->cols + c, sum, n * sizeof *sum);
 }
 
-/* 256 columns: what stands at or above the diagonal of a block, in pieces of 16, and its
- * mirror image. */
+static size_t columns_a_task(const struct gather_job *job)
+{
+    return job->block > 1 ? job->block : BLOCK_INPUTS;
+}
+
+/* A block, or 256 columns of means alone: what stands at or above the diagonal, in pieces of
+ * 16, and its mirror image. */
 static void gather_task(void *context, size_t task)
 {
     const struct gather_job *job = context;
-    size_t first = task * BLOCK_INPUTS, last = first + BLOCK_INPUTS;
+    size_t first = task * columns_a_task(job), last = first + columns_a_task(job);
     last = last < job->cols ? last : job->cols;
     for (size_t c = first; c < last; c += TILE)
         for (size_t r = 0; r < job->block && r < c % job->block + TILE; r++)
@@ -7498,7 +7503,7 @@ static void gather(const struct pass *p, int layer, int input, const float *x, s
         return;
     double *sums = p->sums + p->block * input_first(&p->model->config, layer, input);
     struct gather_job job = {x, p->n, cols, p->block, sums};
-    share(p->me, (cols + BLOCK_INPUTS - 1) / BLOCK_INPUTS, gather_task, &job);
+    share(p->me, (cols - 1) / columns_a_task(&job) + 1, gather_task, &job);
 }
 
 /* ===================================================================================

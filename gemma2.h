@@ -424,7 +424,7 @@ typedef struct {
 GEMMA2_API int gemma2_get_input(const gemma2_model *model, size_t i, gemma2_input *out);
 
 /* Appends n >= 1 tokens like gemma2_eval.  For each input e, and its values x at each token, adds
- * x[c]^2 to sums[block * e.first + c]: that is block 1.  With a block of 32, 64, 128 or 256 there
+ * x[c]^2 to sums[block * e.first + c]: that is block 1.  With a block of 32, 64, 96 ... 1024 there
  * are as many rows of sums, sums[block * e.first + r * e.cols + c], and row r adds
  * x[c] * x[c - c % block + r], or nothing where that lies past the end.  The same bits for any
  * threads and any way of cutting tokens into calls.  Set sums to 0 before the first call; after

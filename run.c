@@ -539,8 +539,8 @@ static const option OPTIONS[] = {
     {0, "importance", "OUT", "how large the inputs of every product are, over the\n"
      "text of the prompt, for export.py --importance OUT", ASKS(IMPORTANCE, TEXT, subject)},
     {0, "importance-block", "N", "also how N neighbouring inputs go together, so that\n"
-     "export.py rounds better: 32, 64, 128 or 256 (the\nfile grows N-fold; default 1)",
-     IN(WHOLE, block, "1, 32, 64, 128 or 256", 1, 256)},
+     "export.py rounds better: a multiple of 32 up to 1024\n(the file grows N-fold; default 1)",
+     IN(WHOLE, block, "1, or a multiple of 32 up to 1024", 1, 1024)},
     {0, "trace", NULL, "every step of the pass over a short prompt: shape, norm,\n"
      "first values, bytes, time, formula; after each layer\nits best next tokens",
      ASKS(TRACE, MODE, asked)},
@@ -1006,9 +1006,9 @@ static int check_options(options *opts)
         return fail(USAGE, "--importance and --chat do not go together: it takes plain text");
     if (opts->block && opts->mode != IMPORTANCE)
         return fail(USAGE, "--importance-block belongs to --importance OUT");
-    if (opts->block > 1 && (opts->block < 32 || opts->block & (opts->block - 1)))
-        return fail(USAGE, "--importance-block '%" PRId32 "': it takes 1, 32, 64, 128 or 256",
-                    opts->block);
+    if (opts->block > 1 && opts->block % 32)
+        return fail(USAGE, "--importance-block '%" PRId32 "': it takes 1, or a multiple of 32 up to "
+                    "1024", opts->block);
     if (opts->mode == EMBED && strcmp(opts->subject, "last") && strcmp(opts->subject, "mean"))
         return fail(USAGE, "--embed '%s': it takes last or mean", opts->subject);
     if ((opts->results || opts->parallel) && opts->mode != BATCH)

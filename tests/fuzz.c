@@ -116,7 +116,7 @@ static void text_comes_back(const gemma2_model *m, const char *text, size_t n, u
 /* Sums of squares over one more token, in exactly the memory they need. */
 static void weigh_inputs(gemma2_session *s, uint8_t wish)
 {
-    static const uint32_t blocks[] = {1, 32, 64, 256, 0, 33};
+    static const uint32_t blocks[] = {1, 32, 96, 1024, 0, 33};
     uint32_t block = blocks[wish % 6];
     int legal = wish % 6 < 4;
     gemma2_input input = {0};

@@ -70,7 +70,7 @@ def damped(M, block, tokens):
     return {k: m + part * np.trace(m) / len(m) * np.eye(len(m)) for k, m in M.items()}
 
 
-COMBINATIONS = {1: ("q4", "q6", "q8"), 32: ("q8",), 256: ("q4", "q6")}
+COMBINATIONS = {1: ("q4", "q6", "q8"), 32: ("q8",), 96: ("q3",), 256: ("q4", "q6")}
 
 
 def test_gain(c, folder):
@@ -127,7 +127,8 @@ def spoilt(data, what):
     return {
         "empty": b"", "header cut": data[:40], "cut": data[:-4], "longer": data + b"\0" * 4,
         "magic": b"X" + data[1:], "version": at(8, "<I", 2), "block 0": at(12, "<I", 0),
-        "block 2^31": at(12, "<I", 1 << 31), "block of another": at(12, "<I", 64),
+        "block 2^31": at(12, "<I", 1 << 31), "block 48": at(12, "<I", 48),
+        "block of another": at(12, "<I", 64),
         "layers": at(16, "<I", 3), "2^32 - 1 layers": at(16, "<I", 2 ** 32 - 1),
         "width": at(20, "<I", 7), "no tokens": at(48, "<Q", 0), "reserved": at(44, "<I", 1),
         "NaN": at(64, "<f", float("nan")), "infinity": at(64, "<f", float("inf")),
@@ -147,8 +148,8 @@ def contradicting(data, cols):
 
 
 REFUSED = ("empty", "header cut", "cut", "longer", "magic", "version", "block 0", "block 2^31",
-           "block of another", "layers", "2^32 - 1 layers", "width", "no tokens", "reserved",
-           "NaN", "infinity", "negative", "too large", "asymmetric")
+           "block 48", "block of another", "layers", "2^32 - 1 layers", "width", "no tokens",
+           "reserved", "NaN", "infinity", "negative", "too large", "asymmetric")
 
 
 def test_refused(c, folder):
@@ -320,7 +321,7 @@ def test_quality(engine, folder):
     os.makedirs(folder)
     c = Checkpoint(folder, hidden_size=300, num_attention_heads=6, num_key_value_heads=3,
                    head_dim=10, intermediate_size=290)
-    for kind in ("f32", "q4", "q6", "q8"):
+    for kind in ("f32", "q3", "q4", "q6", "q8"):
         name = "exact" if kind == "f32" else kind
         run = convert(c.path, os.path.join(folder, name + ".bin"), "--type", kind, "--head", kind)
         check(run.returncode == 0, f"quality: {run.stderr[-200:]}")

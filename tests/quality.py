@@ -41,7 +41,7 @@ import numpy as np
 import reference as ref
 
 CHUNK, BATCH = 512, 64
-MEANS, BLOCKS, WIDE = "means.imp", "blocks.imp", "wide.imp"  # of --importance
+MEANS, BLOCKS, BROAD = "means.imp", "blocks.imp", "broad.imp"
 
 # name, importance, options of export.py
 VARIANTS = [
@@ -54,8 +54,8 @@ VARIANTS = [
     ("q3 (head, v q6)", None, "--type q3"),
     ("q3, importance", MEANS, "--type q3"),
     ("q3, importance in blocks", BLOCKS, "--type q3"),
-    ("q4, importance in blocks of 768", WIDE, "--type q4"),
-    ("q3, importance in blocks of 768", WIDE, "--type q3"),
+    ("q4, importance in blocks of 768", BROAD, "--type q4"),
+    ("q3, importance in blocks of 768", BROAD, "--type q3"),
     ("q3, down q4, in blocks", BLOCKS, "--type q3 --tensor *.down=q4"),
     ("q3, down and o q4, in blocks", BLOCKS, "--type q3 --tensor *.down=q4 --tensor *.o=q4"),
     ("q4, gate and up q3, in blocks", BLOCKS, "--type q4 --tensor *.gate=q3 --tensor *.up=q3"),
@@ -302,7 +302,7 @@ def measure(args, folder):
     calibration, text = split_text(args)
     (folder / "calibration.txt").write_bytes(calibration)
     export(args.checkpoint, folder / "bf16.bin", "--type", "bf16")
-    for name, block in ((MEANS, 1), (BLOCKS, 256), (WIDE, 768)):
+    for name, block in ((MEANS, 1), (BLOCKS, 256), (BROAD, 768)):
         print("gathering importance, block", block, file=sys.stderr)
         quiet([args.run, folder / "bf16.bin", "--importance", folder / name, "--importance-block",
                block, "-f", folder / "calibration.txt"])

@@ -854,7 +854,7 @@ static void test_block(const gemma2_model *m, const int32_t *ids, uint32_t block
 
 static void test_importance(const char *path)
 {
-    static const uint32_t blocks[] = {1, 32, 256};
+    static const uint32_t blocks[] = {1, 96, 512};
     gemma2_model *m = open_exact(path);
     if (!m)
         return;

@@ -453,8 +453,8 @@ INLINE float float_weight(const struct matrix *w, size_t row, size_t col); /* se
 INLINE int32_t group_product(const struct matrix *w, size_t row, size_t g, const int8_t *q);
 static void read_row(const struct matrix *w, uint32_t row, float *y);
 INLINE float row_scale(const struct matrix *w, size_t row);
-static float cached_key(const gemma2_session *s, int layer, int head, int32_t position, int i);
-static float cached_value(const gemma2_session *s, int layer, int head, int32_t position, int i);
+static float cached(const gemma2_session *s, int layer, int head, char what, int32_t position,
+                    int i);
 static void store_head(const gemma2_session *s, int layer, int head, int32_t position, float *key,
                        float *value); /* section 4 */
 
@@ -526,7 +526,7 @@ static void plain_attend(const gemma2_session *s, int layer, int kv_head, int32_
             float *x = &score[p - from];
             *x = 0;
             for (int i = 0; i < h; i++)
-                *x = add_product(*x, q[i], cached_key(s, layer, kv_head, p, i));
+                *x = add_product(*x, q[i], cached(s, layer, kv_head, 'k', p, i));
             *x = cap > 0 ? cap * tanh_f32(*x * inverse) : *x;
             block_max = *x > block_max ? *x : block_max;
         }
@@ -537,7 +537,7 @@ static void plain_attend(const gemma2_session *s, int layer, int kv_head, int32_
             float weight = exp_f32(score[p - from] - block_max);
             lane[p % TILE] += weight;
             for (int i = 0; i < h; i++)
-                o[i] = add_product(o[i], weight, cached_value(s, layer, kv_head, p, i));
+                o[i] = add_product(o[i], weight, cached(s, layer, kv_head, 'v', p, i));
         }
         float new_max = block_max > max ? block_max : max;
         float keep = exp_f32(max - new_max), add = exp_f32(block_max - new_max);
@@ -2246,17 +2246,14 @@ static struct kv_head kv_head_of(const gemma2_session *s, int layer, int head)
     return kv;
 }
 
-static float cached_key(const gemma2_session *s, int layer, int head, int32_t position, int i)
+/* Number i of the key ('k') or the value ('v') of a position. */
+static float cached(const gemma2_session *s, int layer, int head, char what, int32_t position,
+                    int i)
 {
     struct kv_head kv = kv_head_of(s, layer, head);
     int slot = position % kv.slots;
-    return line_number(&kv.keys, slot / TILE, i, slot % TILE);
-}
-
-static float cached_value(const gemma2_session *s, int layer, int head, int32_t position, int i)
-{
-    struct kv_head kv = kv_head_of(s, layer, head);
-    return line_number(&kv.values, i / TILE, position % kv.slots, i % TILE);
+    return what == 'k' ? line_number(&kv.keys, slot / TILE, i, slot % TILE)
+                       : line_number(&kv.values, i / TILE, slot, i % TILE);
 }
 
 /* Where a key or a value of a head lies: its numbers and scales, each with the step between two. */

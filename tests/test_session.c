@@ -826,7 +826,7 @@ static void test_saved_layout(int32_t cache)
             float scale = from_half((uint16_t)(at[place - 2] | at[place - 1] << 8));
             float got = number == 4   ? get_f32(x_at)
                         : number == 2 ? from_half(half) : scale * (float)(int8_t)*x_at;
-            bad += got != cached_value(s, 1, 1, i, k);
+            bad += got != cached(s, 1, 1, 'v', i, k);
         }
     check(!bad, "%d ids and values of a saved session differ", bad);
     memcpy(digest, p + 96, 32);

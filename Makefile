@@ -30,7 +30,7 @@ demo: run
 # Runs the tests in C: no network, no Python; the sum comes last.
 test:
 	@$(MAKE) --no-print-directory $(JOBS) test-programs
-	@sh tests/add_up.sh $(addprefix build/,$(C_TESTS)) "sh tests/cli.sh ./run" \
+	@sh tests/add_up.sh $(addprefix build/,$(C_TESTS)) $(WHOLE) "sh tests/cli.sh ./run" \
 		"sh tests/batch.sh ./run" "build/terminal ./run" \
 		"sh tests/examples.sh build ./run"
 

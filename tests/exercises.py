@@ -1,7 +1,8 @@
-"""Makes each change of tests/exercises.md in a copy of gemma2.c, and holds what test_golden then
-says first against the page, up to the size of the deviation: `make test-exercises`, or
+"""Makes each change of tests/exercises.md in a copy of gemma2.c, and compares what the golden test
+then says first with the page, up to the size of the deviation: `make test-exercises`, or
 
   python3 tests/exercises.py [NUMBER ...]"""
+import glob
 import multiprocessing.pool
 import os
 import re
@@ -11,7 +12,8 @@ import sys
 import tempfile
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-BUILD = [os.environ.get("CC", "cc"), "-std=c11", "-O1", "-ffp-contract=off", "-w"]
+BUILD = [os.environ.get("CC", "cc"), "-std=c11", "-O0", "-ffp-contract=off", "-w",
+         "-DGOLDEN_ALONE"]
 
 
 def read_exercises():
@@ -24,18 +26,24 @@ def read_exercises():
             yield part.split("\n")[0], before, after, said
 
 
+def build_golden(folder, source):
+    """The golden test of this text of gemma2.c, built in folder."""
+    os.makedirs(os.path.join(folder, "tests/unit"), exist_ok=True)
+    for path in ("gemma2.h", "tests/unit/common.h", "tests/unit/golden.c",
+                 *glob.glob("tests/*.h", root_dir=ROOT)):
+        shutil.copy(os.path.join(ROOT, path), os.path.join(folder, path))
+    with open(os.path.join(folder, "gemma2.c"), "w") as f:
+        f.write(source)
+    program = os.path.join(folder, "golden")
+    subprocess.run([*BUILD, os.path.join(folder, "tests/unit/golden.c"), "-o", program, "-lm"],
+                   check=True)
+    return program
+
+
 def first_failure(source):
-    """What test_golden says first about this text of gemma2.c."""
+    """What the golden test says first about this text of gemma2.c."""
     with tempfile.TemporaryDirectory() as folder:
-        os.mkdir(os.path.join(folder, "tests"))
-        for name in ("gemma2.h", "tests/test_golden.c"):
-            shutil.copy(os.path.join(ROOT, name), os.path.join(folder, name))
-        with open(os.path.join(folder, "gemma2.c"), "w") as f:
-            f.write(source)
-        program = os.path.join(folder, "test_golden")
-        subprocess.run([*BUILD, os.path.join(folder, "tests/test_golden.c"), "-o", program, "-lm"],
-                       check=True)
-        p = subprocess.run([program, "--no-tale"], cwd=ROOT, capture_output=True, text=True)
+        p = subprocess.run([build_golden(folder, source)], cwd=ROOT, capture_output=True, text=True)
         return next((line for line in p.stdout.split("\n") if line.startswith("FAIL")), "nothing")
 
 

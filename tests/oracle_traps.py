@@ -1,6 +1,6 @@
 """The traps of Gemma 2, each set on purpose: a model file or a copy of gemma2.c is made
-wrong in the way that other engines were wrong, and test_golden must then fail, and say what
-the mistake would make it say.  A pass here is a caught mistake.
+wrong in the way that other engines were wrong. The golden test must then fail, and say what
+the mistake would make it say. A pass here is a caught mistake.
 
 Numbers are those of the project's list of known pitfalls:
   1 soft-caps missing              9 exact GELU instead of tanh      13 BOS missing
@@ -16,29 +16,12 @@ import subprocess
 import numpy as np
 
 import reference as ref
+from exercises import build_golden
 from reference import check
-
-COMPILE = [os.environ.get("CC", "cc"), "-std=c11", "-O1", "-ffp-contract=off", "-w"]
-
-
-def build(folder, source=None):
-    """test_golden, over gemma2.c or the text of a mutated copy."""
-    tree = os.path.join(folder, "tree")
-    os.makedirs(os.path.join(tree, "tests"), exist_ok=True)
-    for name in ("gemma2.h", "gemma2.c", "tests/test_golden.c"):
-        shutil.copy(os.path.join(ref.ROOT, name), os.path.join(tree, name))
-    if source:
-        with open(os.path.join(tree, "gemma2.c"), "w") as f:
-            f.write(source)
-    out = os.path.join(tree, "test_golden")
-    subprocess.run(COMPILE + [os.path.join(tree, "tests/test_golden.c"), "-o", out, "-lm"],
-                   check=True)
-    return out
-
 
 def run(program, golden):
     """(number of failed checks, output); tokenizer.bin is found from the root."""
-    p = subprocess.run([program, "--no-tale", golden], cwd=ref.ROOT, capture_output=True, text=True,
+    p = subprocess.run([program, golden], cwd=ref.ROOT, capture_output=True, text=True,
                        timeout=300)
     last = re.search(r"(\d+) passed, (\d+) failed\s*$", p.stdout)
     return (int(last.group(2)) if last else None), p.stdout
@@ -167,19 +150,19 @@ SOURCES = [  # trap, pattern that stands once in gemma2.c, replacement, words of
 ]
 
 
-def test_sources(folder):
-    with open(os.path.join(ref.ROOT, "gemma2.c")) as f:
-        source = f.read()
+def test_sources(folder, source):
     for trap, pattern, replacement, words in SOURCES:
         found = len(re.findall(pattern, source))
         if check(found == 1, f"trap {trap}: its pattern stands {found} times in gemma2.c"):
-            program = build(folder, re.sub(pattern, replacement, source))
+            program = build_golden(folder, re.sub(pattern, replacement, source))
             expect_caught(trap, program, ref.GOLDEN, words)
 
 
 def test_traps(engine, folder):
-    program = build(folder)
+    with open(os.path.join(ref.ROOT, "gemma2.c")) as f:
+        source = f.read()
+    program = build_golden(folder, source)
     failed, text = run(program, ref.GOLDEN)
-    check(failed == 0, f"test_golden itself fails: {text[-500:]}")
+    check(failed == 0, f"the golden test itself fails: {text[-500:]}")
     test_files(program, folder)
-    test_sources(folder)
+    test_sources(folder, source)

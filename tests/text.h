@@ -4,24 +4,30 @@
 #define TEXT_H
 
 /* In scratch of exactly the size that was asked for. */
-static int64_t encode(const gemma2_model *m, const char *text, size_t size, unsigned flags,
+static int64_t encode(const gemma2_model *m, const char *text, int64_t size, unsigned flags,
                       int32_t *ids, size_t max_ids)
 {
-    size_t n = gemma2_encode_scratch(size);
+    size_t n = gemma2_encode_scratch(size < 0 ? strlen(text) : (size_t)size);
     void *scratch = fresh(n);
-    int64_t count =
-        gemma2_encode(m, text, (int64_t)size, flags, ids, max_ids, scratch, n);
+    int64_t count = gemma2_encode(m, text, size, flags, ids, max_ids, scratch, n);
     free(scratch);
     return count;
 }
 
-/* The text of n ids, out having room for the longest piece behind its end. */
+/* The text of n ids, each decoded in exactly the room that it may need. */
 static size_t decode_all(const gemma2_model *m, const int32_t *ids, int64_t n, char *out)
 {
     gemma2_utf8 hold = {{0}, 0};
     size_t room = (size_t)gemma2_get_config(m)->max_piece_bytes + 12, at = 0;
-    for (int64_t i = 0; i <= n; i++)
-        at += (size_t)max_i32(0, gemma2_decode(m, &hold, i < n ? ids[i] : -1, out + at, room));
+    char *text = fresh(room);
+    for (int64_t i = 0; i <= n; i++) {
+        int bytes = gemma2_decode(m, &hold, i < n ? ids[i] : -1, text, room);
+        if (bytes < 0)
+            check(0, "decode %d: %d", i < n ? ids[i] : -1, bytes);
+        memcpy(out + at, text, (size_t)max_i32(bytes, 0));
+        at += (size_t)max_i32(bytes, 0);
+    }
+    free(text);
     return at;
 }
 

@@ -3,7 +3,9 @@
 # failure; .ci/run installs all of them and so names their packages.
 
 EXAMPLES = build/example_minimal build/example_chat build/example_sampler
-C_TESTS = test test_session test_header test_run test_golden hostile fault replay
+C_TESTS = test test_header test_run fault replay
+# The sections of build/test that it runs by name alone.
+WHOLE = "build/test hosts hostile" "build/test golden tale"
 
 # These use the library; the other tests include gemma2.c.
 LINKED = $(addprefix build/,test_header test_run check_model) $(EXAMPLES)
@@ -13,20 +15,19 @@ build/test_run: run.c
 JOBS = $(if $(filter -j%,$(MAKEFLAGS)),,-j$(shell getconf _NPROCESSORS_ONLN || echo 1))
 test-programs: run $(addprefix build/,$(C_TESTS) terminal) $(EXAMPLES)
 
-build/%: tests/%.c gemma2.c gemma2.h $(wildcard tests/*.h tests/unit/*)
+build/%: tests/%.c gemma2.c gemma2.h $(wildcard tests/*.[ch] tests/unit/*)
 	@mkdir -p build
-	$(BUILD) -pthread $< $(filter $(if $(filter $@,$(LINKED)),%.o),$^) -lm -o $@
+	$(BUILD) -pthread $< $(if $(filter $@,$(LINKED)),build/gemma2.o) -lm -o $@
 
 # Installs into a folder, builds C and C++ programs against it.
 test-install: run lib
 	@MAKE="$(MAKE)" CC="$(CC)" CXX="$(CXX)" sh tests/install.sh
 
-# Hostile input, failing calls, the corpus of the fuzzer: nothing where speed matters.
+# Failing calls, the corpus of the fuzzer: nothing where speed matters.
 FAULT = -pthread -D_GNU_SOURCE -Dmain=run_main -include tests/fault.h run.c gemma2.c tests/fault.c
 REPLAY = -pthread -DREPLAY -Dmain=run_main tests/fuzz_run.c tests/fuzz.c
-HOSTILE = -pthread tests/hostile.c
 
-build/hostile build/fault build/replay: run.c gemma2.c gemma2.h $(wildcard tests/*.[ch] tests/unit/*)
+build/fault build/replay: run.c gemma2.c gemma2.h $(wildcard tests/*.[ch] tests/unit/*)
 	@mkdir -p build
 	$(BUILD) -O1 $($(shell echo $(@F) | tr a-z A-Z)) -lm -o $@
 
@@ -40,12 +41,12 @@ fuzz:
 
 # Tests the AMX and AVX-VNNI kernels on any CPU with AVX-512.
 # AMX's six tile instructions are C there, AVX-VNNI's have AVX-512's encoding.
-test-emulated: build/test_emulated build/test_golden_emulated
-	@sh tests/add_up.sh build/test_emulated build/test_golden_emulated
+test-emulated: build/test_emulated
+	@sh tests/add_up.sh build/test_emulated
 
-build/%_emulated: tests/%.c gemma2.c gemma2.h $(wildcard tests/*.h tests/unit/*)
+build/test_emulated: gemma2.c gemma2.h $(wildcard tests/*.[ch] tests/unit/*)
 	@mkdir -p build
-	$(BUILD) -O1 -DGEMMA2_EMULATE $< -lm -o $@
+	$(BUILD) -O1 -DGEMMA2_EMULATE -pthread tests/test.c -lm -o $@
 
 # Tests against transformers and sentencepiece, and export.py.
 # They need the Python packages of tests/requirements.txt.
@@ -66,13 +67,12 @@ need = for tool in $(1); do command -v $$tool >/dev/null || \
 # foreign FOLDER COMPILER EMULATOR SECTIONS COMMANDS
 define foreign
 @mkdir -p build/$(1)
-@for t in test test_golden; do \
-	$(2) $(WARNINGS) -Werror tests/$$t.c -lm -o build/$(1)/$$t.exe || exit 1; done
+@$(2) $(WARNINGS) -Werror tests/test.c -lm -o build/$(1)/test.exe
 @$(2) $(WARNINGS) -Werror -c gemma2.c -o build/$(1)/gemma2.o
 @for t in tests/digest run; do \
 	$(2) $(WARNINGS) -Werror $$t.c build/$(1)/gemma2.o -lm -o build/$(1)/$${t##*/}.exe || exit 1; done
 @sh tests/add_up.sh "$(strip $(3) build/$(1)/test.exe $(4))" \
-	"$(strip $(3) build/$(1)/test_golden.exe --no-tale)" \
+	"$(strip $(3) build/$(1)/test.exe golden)" \
 	"sh tests/same_bits.sh build/digest $(strip $(3) build/$(1)/digest.exe)" $(5)
 endef
 
@@ -84,17 +84,15 @@ SANITIZE = $(CC) $(PLAIN) -O1 -g -fno-var-tracking -pthread -fsanitize=address,u
 	-fno-sanitize-recover=all
 
 # Repeats the tests under sanitizers (address, undefined).
+# One program has the emulated rows and all others.  `make fuzz` replays the fuzzer's corpus under
+# the same sanitizers.
 test-sanitize: build/terminal
 	@mkdir -p build/sanitize
-	@for t in test test_session test_golden; do \
-		$(SANITIZE) tests/$$t.c -lm -o build/sanitize/$$t || exit 1; done
-	@$(SANITIZE) -DGEMMA2_EMULATE tests/test.c -lm -o build/sanitize/test_emulated
-	@$(SANITIZE) $(HOSTILE) -lm -o build/sanitize/hostile
+	@$(SANITIZE) -DGEMMA2_EMULATE tests/test.c -lm -o build/sanitize/test
 	@$(SANITIZE) $(FAULT) -lm -o build/sanitize/fault
-	@$(SANITIZE) $(REPLAY) -lm -o build/sanitize/replay
 	@$(SANITIZE) run.c gemma2.c -lm -o build/sanitize/run
-	@sh tests/add_up.sh $(addprefix build/sanitize/,test test_session test_golden hostile fault \
-		replay) "build/sanitize/test_emulated kernels" "sh tests/cli.sh build/sanitize/run" \
+	@sh tests/add_up.sh "build/sanitize/test gemma2.c" "build/sanitize/test hosts hostile" \
+		"build/sanitize/test golden" build/sanitize/fault "sh tests/cli.sh build/sanitize/run" \
 		"build/terminal build/sanitize/run"
 
 ARCHER ?= $(firstword $(wildcard /usr/lib/llvm-*/lib/libarcher.so))

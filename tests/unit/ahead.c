@@ -232,7 +232,7 @@ static void test_ahead_refuses(void)
     }
     check(!gemma2_ahead_new(NULL, NULL, err, sizeof err) && !gemma2_ahead_bytes(NULL, NULL),
           "no model");
-    alloc_calls = 0, alloc_fails_at = 1;
+    fail_allocation(1);
     check(!gemma2_ahead_new(x.m, NULL, err, sizeof err) && strstr(err, "memory"), "no memory");
     alloc_fails_at = 0;
     gemma2_ahead *a = gemma2_ahead_new(x.m, NULL, NULL, 0);

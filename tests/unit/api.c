@@ -131,7 +131,7 @@ static void test_allocation_failures(void)
         const char *path = write_file("model", m.data, m.size);
         int live = alloc_live, ok = 0, at = 0;
         while (!ok && at < 100) {
-            alloc_calls = 0, alloc_fails_at = ++at;
+            fail_allocation(++at);
             ok = open_and_start(path, read_in);
             check(alloc_live == live, "failing at %d: %d not freed", at, alloc_live - live);
         }
@@ -170,7 +170,7 @@ static void test_open_codes(void)
     check(code_of("none", NULL, 0) == GEMMA2_ERR_FILE, "no such file");
     check(code_of("text", "hello world", 11) == GEMMA2_ERR_FOREIGN, "no model file");
     check(code_of("model", m.data, m.size - 1) == GEMMA2_ERR_CORRUPT, "cut short");
-    alloc_calls = 0, alloc_fails_at = 2; /* the first is the mapping */
+    fail_allocation(2); /* the first is the mapping */
     check(code_of("model", m.data, m.size) == GEMMA2_ERR_MEMORY, "out of memory");
     alloc_fails_at = 0;
     ((uint8_t *)m.data)[8] = 9;

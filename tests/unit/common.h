@@ -1,10 +1,13 @@
 /* What the sections of tests/test.c share: gemma2.c, included with an allocator that can fail and
  * counts what is not given back, random floats, and a way to use a model whole. */
+#ifndef UNIT_COMMON_H
+#define UNIT_COMMON_H
 #ifndef _DEFAULT_SOURCE
 #define _DEFAULT_SOURCE
 #endif
 #include <errno.h>
 #include <stdlib.h>
+#include <string.h>
 #ifdef _WIN32
 #include "../on_windows.h"
 #else
@@ -13,7 +16,14 @@
 
 /* ---- The engine, with an allocator that can fail and counts what is not given back ---- */
 
-static int alloc_calls, alloc_fails_at, alloc_live; /* fails_at 0: never */
+static _Atomic int alloc_calls, alloc_fails_at, alloc_live; /* fails_at 0: never */
+
+/* The nth allocation from now on fails. */
+static void fail_allocation(int n)
+{
+    alloc_calls = 0;
+    alloc_fails_at = n;
+}
 
 static void *count_alloc(void *p)
 {
@@ -75,14 +85,19 @@ static int test_munmap(void *p, size_t n)
 
 #ifdef GEMMA2_EMULATE
 #include "../emulate.h"
-enum { EMULATED = 1 };
+static int emulated_alone = 1; /* the rows that are emulated, no other */
 #else
-enum { EMULATED = 0 };
+static int emulated_alone = 0;
 #endif
+/* A thread's comparisons of bytes: every look-up of a piece needs some, so they count its work. */
+static _Thread_local unsigned long n_compared;
+
+#define memcmp(a, b, n) (n_compared++, memcmp(a, b, n))
 #define malloc test_malloc
 #define calloc test_calloc
 #define free test_free
 #include "../../gemma2.c"
+#undef memcmp
 #undef malloc
 #undef calloc
 #undef free
@@ -92,6 +107,7 @@ enum { EMULATED = 0 };
 
 #include "../model.h"
 #include "../team.h"
+#include "../text.h"
 
 static float *random_floats(size_t n, float scale)
 {
@@ -114,6 +130,22 @@ static void mix_in_special(float *x, size_t n, int finite)
     for (size_t i = 0; i < n; i++)
         if (below(3) == 0)
             x[i] = SPECIAL[below(N_SPECIAL - (finite ? 3 : 0))];
+}
+
+static int is_tested(const struct kernels *row)
+{
+    return !emulated_alone || !strcmp(row->name, "amx") || !strcmp(row->name, "avxvnni");
+}
+
+/* Whether a row's matrix class may be run here.  Asks for the permission that it needs. */
+static int has_matrix(const struct kernels *row)
+{
+    if (!is_tested(row) || !row->matrix || !row->available())
+        return 0;
+    if (permitted_matrix(row->matrix) == row->matrix)
+        return 1;
+    printf("not run: the matrix class of %s, this system refuses it\n", row->name);
+    return 0;
 }
 
 /* Uses a model in every way, with whatever its file says: nothing may crash or hang. */
@@ -166,3 +198,14 @@ static int opens(const struct image *m)
     gemma2_close(model);
     return 1;
 }
+
+/* Opening a path fails with a sentence that says the needle. */
+static void refused(const char *path, const char *needle)
+{
+    char err[256] = "";
+    gemma2_model *m = gemma2_open(path, NULL, err, sizeof err);
+    check(!m && strstr(err, needle), "%s: \"%s\" does not say \"%s\"", path, err, needle);
+    gemma2_close(m);
+}
+
+#endif

@@ -647,23 +647,6 @@ static void row_matrix_attention(const struct kernels *row)
     }
 }
 
-/* The emulation leaves the other rows to the program without it. */
-static int is_tested(const struct kernels *row)
-{
-    return !EMULATED || !strcmp(row->name, "amx") || !strcmp(row->name, "avxvnni");
-}
-
-/* Whether a row's matrix class may be run here.  Asks for the permission that it needs. */
-static int has_matrix(const struct kernels *row)
-{
-    if (!is_tested(row) || !row->matrix || !row->available())
-        return 0;
-    if (permitted_matrix(row->matrix) == row->matrix)
-        return 1;
-    printf("not run: the matrix class of %s, this system refuses it\n", row->name);
-    return 0;
-}
-
 static void test_rows(void)
 {
     for (int i = 0; i < N_KERNELS; i++) {

@@ -546,7 +546,8 @@ static void test_worker_params(void)
               gemma2_worker_plan(x.m, NULL, NULL) == GEMMA2_ERR_ARGUMENT, "worker: NULL");
     gemma2_worker_params_init(NULL), gemma2_worker_free(NULL);
     gemma2_worker_free(work);
-    alloc_calls = 0, alloc_fails_at = 1, err[0] = 0;
+    fail_allocation(1);
+    err[0] = 0;
     check(!gemma2_worker_new(x.m, NULL, err, sizeof err) && strstr(err, "memory"),
           "no memory for a worker: %s", err);
     alloc_fails_at = 0;
@@ -623,7 +624,7 @@ static void test_far_shared(void)
     unmake(&x);
 }
 
-/* ---- traps of Gemma 2, where a direct test is cheap (the others: test_golden.c) ---- */
+/* ---- traps of Gemma 2, where a direct test is cheap (the others: golden.c) ---- */
 
 /* In a local layer of window W, position p sees p - W + 1 and not p - W.  In a global layer it
  * sees all. */

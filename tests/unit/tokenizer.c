@@ -1,15 +1,5 @@
 /* Section 5, the tokenizer. */
 
-static int64_t encode(const gemma2_model *m, const char *text, int64_t size, unsigned flags,
-                      int32_t *ids, size_t max_ids)
-{
-    size_t n = gemma2_encode_scratch(size < 0 ? strlen(text) : (size_t)size);
-    void *scratch = fresh(n); /* exactly what was asked for */
-    int64_t count = gemma2_encode(m, text, size, flags, ids, max_ids, scratch, n);
-    free(scratch);
-    return count;
-}
-
 enum { BYTE_0 = 23 };
 
 /* Ids 4 .. 22 of a vocabulary that shows every rule.  The bytes come behind. */
@@ -256,22 +246,6 @@ static size_t random_text(char *text, size_t max)
         }
     }
     return n;
-}
-
-static size_t decode_all(const gemma2_model *m, const int32_t *ids, size_t n, char *out)
-{
-    gemma2_utf8 hold = {{0}, 0};
-    size_t room = (size_t)gemma2_get_config(m)->max_piece_bytes + 12, at = 0;
-    char *text = fresh(room);
-    for (size_t i = 0; i <= n; i++) {
-        int bytes = gemma2_decode(m, &hold, i < n ? ids[i] : -1, text, room);
-        if (bytes < 0)
-            check(0, "decode %d: %d", i < n ? ids[i] : -1, bytes);
-        memcpy(out + at, text, (size_t)max_i32(bytes, 0));
-        at += (size_t)max_i32(bytes, 0);
-    }
-    free(text);
-    return at;
 }
 
 static void test_round_trip(void)

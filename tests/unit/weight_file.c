@@ -490,14 +490,6 @@ static void test_check_values(void)
     }
 }
 
-static void refused(const char *path, const char *needle)
-{
-    char err[256] = "";
-    gemma2_model *m = gemma2_open(path, NULL, err, sizeof err);
-    check(!m && strstr(err, needle), "%s: \"%s\" does not say \"%s\"", path, err, needle);
-    gemma2_close(m);
-}
-
 static void test_foreign(void)
 {
     static const struct {

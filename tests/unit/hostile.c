@@ -3,45 +3,11 @@
  * merely unusual.  CLASSES, at the end, says for every class where it is tested; those without
  * a place elsewhere are tested here, in the order of their numbers.
  *
- *   cc -O2 -ffp-contract=off -pthread tests/hostile.c -lm && ./a.out
- *
- * Run it from the repository's root.  It takes a few seconds, some 700 MB of address space and no
- * large files on disk (two are sparse). */
-#ifndef _DEFAULT_SOURCE
-#define _DEFAULT_SOURCE
-#endif
-#include <string.h>
-
-/* Work is counted by comparisons of bytes, which every look-up of a piece needs. */
-static unsigned long n_compared;
-#define memcmp(a, b, n) (n_compared++, memcmp(a, b, n))
-#include "../gemma2.c"
-#undef memcmp
-#include "model.h"
-#include "text.h"
-
+ * It takes a few seconds, some 700 MB of address space and no large files on disk (two are
+ * sparse). */
 #include <pthread.h>
 #include <sys/wait.h>
 #include <time.h>
-
-/* Whether an image opens.  A refusal must have a sentence. */
-static int opens(const struct image *m)
-{
-    char err[256] = "";
-    gemma2_model *model = gemma2_open_memory(m->data, m->size, NULL, err, sizeof err);
-    if (!model)
-        check(err[0] != 0, "a refusal without a sentence");
-    gemma2_close(model);
-    return model != NULL;
-}
-
-static void refused(const char *path, const char *needle)
-{
-    char err[256] = "";
-    gemma2_model *m = gemma2_open(path, NULL, err, sizeof err);
-    check(!m && strstr(err, needle), "%s: \"%s\" does not say \"%s\"", path, err, needle);
-    gemma2_close(m);
-}
 
 /* A vocabulary of the test's own: opened, and its memory. */
 static gemma2_model *open_pieces(const struct pieces *p, struct image *image)
@@ -704,7 +670,7 @@ static void test_slow_template(const gemma2_model *tokenizer)
     free(image.data), free(from.data);
 }
 
-static void test_text(void)
+static void test_unusual_texts(void)
 {
     char err[256] = "";
     gemma2_model *m = gemma2_open("tokenizer.bin", NULL, err, sizeof err);
@@ -945,59 +911,59 @@ static const struct {
     {2, "shorter than the header", "unit/weight_file.c", "test_truncated"},
     {3, "wrong magic, HTML, gzip", "unit/weight_file.c", "test_foreign"},
     {4, "version 0 or future", "unit/weight_file.c", "test_header_limits"},
-    {5, "byte-swapped header", "hostile.c", "test_byte_swapped"},
+    {5, "byte-swapped header", "unit/hostile.c", "test_byte_swapped"},
     {6, "truncated anywhere", "unit/weight_file.c", "test_truncated"},
-    {7, "trailing bytes, holes, polyglots", "hostile.c", "test_holes"},
+    {7, "trailing bytes, holes, polyglots", "unit/hostile.c", "test_holes"},
     {7, "trailing bytes; padding not zero", "unit/weight_file.c", "test_truncated test_check"},
     {8, "directory, FIFO, device", "unit/weight_file.c", "test_foreign"},
-    {8, "unreadable, above 4 GiB, sparse", "hostile.c", "test_paths test_large_files"},
+    {8, "unreadable, above 4 GiB, sparse", "unit/hostile.c", "test_paths test_large_files"},
     {9, "cut short while mapped", "cli.sh", "shrinks"},
-    {9, "cut short after it was read", "hostile.c", "test_shrinks_in_memory"},
+    {9, "cut short after it was read", "unit/hostile.c", "test_shrinks_in_memory"},
     {10, "dimensions of zero", "unit/weight_file.c", "test_header_limits"},
     {11, "negative dimensions", "unit/weight_file.c", "test_header_limits test_hostile_words"},
-    {12, "products that overflow", "hostile.c", "test_wrapping_sizes test_largest_dimensions"},
-    {13, "alignment that wraps", "hostile.c", "test_wrapping_sizes"},
-    {14, "sum of sizes that wraps", "hostile.c", "test_wrapping_sizes test_wraps_around"},
-    {15, "size_t of 32 bits", "hostile.c", "test_largest_dimensions"},
+    {12, "products that overflow", "unit/hostile.c", "test_wrapping_sizes test_largest_dimensions"},
+    {13, "alignment that wraps", "unit/hostile.c", "test_wrapping_sizes"},
+    {14, "sum of sizes that wraps", "unit/hostile.c", "test_wrapping_sizes test_wraps_around"},
+    {15, "size_t of 32 bits", "unit/hostile.c", "test_largest_dimensions"},
     {16, "more layers than an array has", "unit/weight_file.c", "test_header_limits"},
     {17, "heads that do not divide, odd head_dim", "unit/weight_file.c", "test_consistent_lies"},
     {17, "dimensions no multiple of anything", "unit/pass.c", "test_models_on_rows"},
     {18, "a header its bytes belie", "unit/weight_file.c", "test_directory test_header_limits"},
-    {19, "windows and contexts at their ends", "hostile.c", "test_windows"},
+    {19, "windows and contexts at their ends", "unit/hostile.c", "test_windows"},
     {19, "windows and contexts out of range", "unit/weight_file.c", "test_header_limits"},
     {19, "windows and contexts out of range", "unit/pass.c", "test_session_params"},
     {20, "eps, theta, soft-caps, scales", "unit/weight_file.c", "test_header_limits"},
     {21, "offsets before, past, overlapping, unaligned", "unit/weight_file.c", "test_directory"},
-    {21, "offsets that wrap", "hostile.c", "test_wrapping_sizes"},
+    {21, "offsets that wrap", "unit/hostile.c", "test_wrapping_sizes"},
     {22, "unknown or negative types", "unit/weight_file.c", "test_directory"},
     {23, "more dimensions than a tensor has: the format has no such count", NULL, NULL},
     {24, "tensors missing, twice, unknown", "unit/weight_file.c",
      "test_missing test_consistent_lies"},
-    {24, "keys empty, long, twice", "hostile.c", "test_fact_keys"},
+    {24, "keys empty, long, twice", "unit/hostile.c", "test_fact_keys"},
     {25, "values not finite, by --check", "unit/weight_file.c", "test_check_values"},
-    {25, "values zero, denormal, huge, not finite, while running", "hostile.c", "test_values"},
-    {25, "a token of values not finite among others", "hostile.c", "test_spoiled_token"},
-    {26, "counts of 2^64 - 1", "hostile.c", "test_wrapping_sizes"},
+    {25, "values zero, denormal, huge, not finite, while running", "unit/hostile.c", "test_values"},
+    {25, "a token of values not finite among others", "unit/hostile.c", "test_spoiled_token"},
+    {26, "counts of 2^64 - 1", "unit/hostile.c", "test_wrapping_sizes"},
     {26, "counts of 2^32 - 1", "unit/weight_file.c", "test_header_limits test_facts"},
     {27, "nested arrays: the format nests nothing", NULL, NULL},
     {28, "a wrong type for a key: the format's keys have no types", NULL, NULL},
     {29, "a size function that fails", "unit/tokenizer.c", "test_encode_arguments"},
-    {30, "vocabularies of 1 and 2", "hostile.c", "test_small_vocabularies"},
+    {30, "vocabularies of 1 and 2", "unit/hostile.c", "test_small_vocabularies"},
     {30, "special ids outside, another size", "unit/weight_file.c", "test_tokenizer_section"},
     {31, "lengths of pieces (the longest is computed, not stored)", "unit/weight_file.c",
      "test_tokenizer_section"},
-    {31, "pieces that end behind the file", "hostile.c", "test_piece_ends"},
-    {32, "no U+2581, missing bytes", "hostile.c", "test_unusual_pieces"},
+    {31, "pieces that end behind the file", "unit/hostile.c", "test_piece_ends"},
+    {32, "no U+2581, missing bytes", "unit/hostile.c", "test_unusual_pieces"},
     {32, "no bytes, no unk", "unit/tokenizer.c", "test_encodings"},
     {32, "no bytes, no unk", "unit/weight_file.c", "test_tokenizer_section"},
     {33, "byte pieces misspelt", "unit/weight_file.c", "test_tokenizer_section"},
-    {34, "duplicates, NUL", "hostile.c", "test_unusual_pieces"},
+    {34, "duplicates, NUL", "unit/hostile.c", "test_unusual_pieces"},
     {34, "pieces that are no UTF-8", "unit/weight_file.c", "test_tokenizer_section"},
     {35, "scores NaN or infinite, too few", "unit/weight_file.c", "test_tokenizer_section"},
-    {36, "unusual text", "hostile.c", "test_texts test_linear"},
+    {36, "unusual text", "unit/hostile.c", "test_texts test_linear"},
     {36, "a megabyte of one letter", "unit/tokenizer.c", "test_long_runs"},
-    {36, "vocabularies made to be slow", "hostile.c", "test_slow_vocabularies"},
-    {36, "a chat template made to be slow", "hostile.c", "test_slow_template"},
+    {36, "vocabularies made to be slow", "unit/hostile.c", "test_slow_vocabularies"},
+    {36, "a chat template made to be slow", "unit/hostile.c", "test_slow_template"},
     {36, "facts that make no chat template", "unit/chat.c", "test_bad_templates"},
     {36, "a text above 2^28 bytes", "cli.sh", "268435457"},
     {37, "control strings in text", "unit/tokenizer.c", "test_round_trip"},
@@ -1009,15 +975,15 @@ static const struct {
     {40, "negative and excessive rewinds", "unit/pass.c", "test_rewind_edges"},
     {41, "prompts at the context's edge, rewinds past the ring", "unit/pass.c",
      "test_refused_calls test_rewind test_chunks"},
-    {41, "positions around 4096 and 8192", "hostile.c", "test_real_edges"},
+    {41, "positions around 4096 and 8192", "unit/hostile.c", "test_real_edges"},
     {42, "sampler out of range", "unit/sampler.c", "test_sampler_refuses test_bias"},
-    {42, "sampler at the ends of its range", "hostile.c", "test_sampler_extremes"},
+    {42, "sampler at the ends of its range", "unit/hostile.c", "test_sampler_extremes"},
     {43, "stop strings", "cli.sh", "stops STRAY"},
     {44, "grammars: there are none", NULL, NULL},
-    {45, "session files", "hostile.c", "test_saved_sessions"},
+    {45, "session files", "unit/hostile.c", "test_saved_sessions"},
     {46, "a turn of 100 KB", "cli.sh", "turn"},
     {47, "failing allocations and calls", "fault.c", "test_library test_program"},
-    {48, "handles: NULL, threads, fork", "hostile.c", "test_handles"},
+    {48, "handles: NULL, threads, fork", "unit/hostile.c", "test_handles"},
     {49, "arguments; paths that are not ASCII", "cli.sh", "number E_ACUTE"},
     {50, "the converter", "oracle_export.py", "test_bad test_interrupt"},
     {50, "pickles", "oracle_arrays.py", "test_torch_pickles"},
@@ -1043,8 +1009,8 @@ static void test_table(void)
         check(CLASSES[i].number == last || CLASSES[i].number == last + 1, "class %d is missing",
               last + 1);
         last = CLASSES[i].number;
-        char *text = CLASSES[i].file ? read_text(CLASSES[i].file) : NULL, words[128], *rest = words;
-        snprintf(words, sizeof words, "%s", text ? CLASSES[i].tests : "");
+        char *text = CLASSES[i].file ? read_text(CLASSES[i].file) : NULL, names[128], *rest = names;
+        snprintf(names, sizeof names, "%s", text ? CLASSES[i].tests : "");
         for (char *word; text && (word = strtok(rest, " ")) != NULL; rest = NULL)
             check(strstr(text, word) != NULL, "class %d: there is no %s in %s", last, word,
                   CLASSES[i].file);
@@ -1057,12 +1023,8 @@ static void test_table(void)
 const char *__asan_default_options(void);
 const char *__asan_default_options(void) { return "allocator_may_return_null=1"; }
 
-int main(void)
+static void test_hostile(void)
 {
-    snprintf(scratch_dir, sizeof scratch_dir, "/tmp/gemma2-hostile-XXXXXX");
-    if (!mkdtemp(scratch_dir))
-        return printf("cannot make %s\n", scratch_dir), 1;
-    unsetenv("GEMMA2_ISA");
     test_byte_swapped();
     test_holes();
     test_paths();
@@ -1078,14 +1040,11 @@ int main(void)
     test_small_vocabularies();
     test_unusual_pieces();
     test_piece_ends();
-    test_text();
+    test_unusual_texts();
     test_slow_vocabularies();
     test_real_edges();
     test_sampler_extremes();
     test_saved_sessions();
     test_handles();
     test_table();
-    rmdir(scratch_dir);
-    printf("%d passed, %d failed\n", n_passed, n_failed);
-    return n_failed > 0;
 }

@@ -1,43 +1,17 @@
 /* The engine against transformers and SentencePiece, from data that tests/make_golden.py
  * made and this repository holds: every traced activation of tiny random models, however
  * the prompt is cut into calls; token vectors; the demo model's story.
+ * test.c has it as "golden" and "tale".  -DGOLDEN_ALONE makes a program of this file:
  *
- *   cc -O2 -ffp-contract=off tests/test_golden.c -lm && ./a.out [-v] [tests/golden]
+ *   cc -O2 -ffp-contract=off -DGOLDEN_ALONE tests/unit/golden.c -lm && ./a.out [-v] [tests/golden]
  *
  * -v prints the largest deviations seen.  From the repository's root. */
-#include <stddef.h> /* and no libc header before gemma2.c, which chooses its features */
+#include "common.h"
 
-#ifdef GEMMA2_EMULATE /* the tale alone, with the "amx" row */
-#include "emulate.h"
-enum { EMULATED = 1 };
-#else
-enum { EMULATED = 0 };
-#endif
-#include "../gemma2.c"
+/* ---- Files --------------------------------------------------------------------------- */
 
-#include <math.h>
-#include <stdarg.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-
-/* ---- Checks and files --------------------------------------------------------------- */
-
-static int n_passed, n_failed, verbose, tale = 1;
+static int verbose;
 static const char *golden_dir = "tests/golden";
-
-static void check(int ok, const char *format, ...)
-{
-    ok ? n_passed++ : n_failed++;
-    if (ok)
-        return;
-    va_list args;
-    va_start(args, format);
-    printf("FAIL ");
-    vprintf(format, args);
-    printf("\n");
-    va_end(args);
-}
 
 /* The bytes of a golden file and a NUL, or the end of the test. */
 static char *golden_file(const char *name, size_t *size)
@@ -282,8 +256,8 @@ static int eval_all(gemma2_session *s, const int32_t *ids, size_t n, float *logi
 typedef struct {
     const char *name;
     int n_batch, n_threads, chunks[8];
-} cut;
-static const cut CUTS[] = {
+} cutting;
+static const cutting CUTS[] = {
     {"one pass", 300, 1, {300}},
     {"single steps", 1, 1, {1}},
     {"odd chunks", 17, 1, {3, 1, 7, 17, 2, 9, 8, 5}},
@@ -291,7 +265,7 @@ static const cut CUTS[] = {
 };
 
 /* Logits of all positions [n_ids, V]; 0 when a call failed. */
-static int eval_cut(gemma2_session *s, const golden *g, const cut *c, float *logits, size_t V)
+static int eval_cut(gemma2_session *s, const golden *g, const cutting *c, float *logits, size_t V)
 {
     for (int at = 0, i = 0; at < g->n_ids; i = (i + 1) % 8) {
         int n = c->chunks[i] ? c->chunks[i] : c->chunks[i = 0];
@@ -327,7 +301,7 @@ static void compare_logits(golden *g, const expectation *e, const char *way,
 }
 
 /* One way to evaluate a prompt.  Every way must give the bits of the first. */
-static void test_cut(const gemma2_model *m, golden *g, const expectation *e, const cut *c,
+static void test_cut(const gemma2_model *m, golden *g, const expectation *e, const cutting *c,
                      float *logits, const float *first)
 {
     size_t V = (size_t)gemma2_get_config(m)->n_vocab;
@@ -378,7 +352,7 @@ static void test_prefill(const gemma2_model *m, golden *g, const expectation *e,
 }
 
 /* Log-probabilities of the prompt's tokens, from transformers' logits in double. */
-static void test_score(const gemma2_model *m, golden *g, const expectation *e)
+static void test_scores(const gemma2_model *m, golden *g, const expectation *e)
 {
     const record *r = find_record(g, "logits", 0);
     float got[1024];
@@ -418,7 +392,7 @@ static void test_bos_and_stop(const gemma2_model *m, const char *name)
           "%s: ids that do not stop", name);
 }
 
-static void test_model(const expectation *e)
+static void test_traces(const expectation *e)
 {
     static golden g;
     gemma2_model *m = open_golden(e->name);
@@ -432,10 +406,10 @@ static void test_model(const expectation *e)
     for (size_t i = 0; i < sizeof CUTS / sizeof *CUTS; i++)
         test_cut(m, &g, e, &CUTS[i], i ? logits : first, first);
     m->is_reference = 1;
-    test_cut(m, &g, e, &(cut){"reference", 1, 1, {1}}, logits, first);
+    test_cut(m, &g, e, &(cutting){"reference", 1, 1, {1}}, logits, first);
     m->is_reference = 0;
     test_prefill(m, &g, e, logits, first);
-    test_score(m, &g, e);
+    test_scores(m, &g, e);
     test_bos_and_stop(m, e->name);
     test_caches(m, &g, e->name, logits, first);
     free(first), free(logits), free(g.bytes);
@@ -717,20 +691,14 @@ static void tale_q4(const gemma2_model *m, const struct kernels *row, const int3
     free_retyped(q4), free_retyped(f32);
 }
 
-static int has_matrix(const struct kernels *row)
-{
-    return row->matrix && row->available() && (!EMULATED || !strcmp(row->name, "amx")) &&
-           permitted_matrix(row->matrix) == row->matrix;
-}
-
 /* Divergence from f32 weights and exact arithmetic.  Next to what int8 inputs cost with q8
  * weights, the matrix class may add 5 %, or cost 40 % where it does not round to int8; with
  * bf16 weights it costs a fifth. */
-static void test_tale(const char *path)
+static void test_tale(void)
 {
     size_t size;
     char *text = golden_file("tale.txt", &size);
-    gemma2_model *q8 = open_exact(path);
+    gemma2_model *q8 = open_exact("tests/demo/story-q8.bin");
     if (!q8)
         return;
     size_t scratch_size = gemma2_encode_scratch(size), V = (size_t)q8->config.n_vocab;
@@ -867,27 +835,30 @@ static void test_importance(const char *path)
     gemma2_close(m);
 }
 
+static void test_golden(void)
+{
+    char mixed[1024]; /* dimensions that no block divides */
+    snprintf(mixed, sizeof mixed, "%s/mixed.bin", golden_dir);
+    for (size_t i = 0; i < sizeof MODELS / sizeof *MODELS; i++)
+        test_traces(&MODELS[i]);
+    test_importance(mixed);
+    test_importance("tests/demo/story-q8.bin");
+    test_tokens("tokenizer.bin");
+    test_story("tests/demo/story-q8.bin");
+}
+
+#ifdef GOLDEN_ALONE
 int main(int argc, char **argv)
 {
     for (int i = 1; i < argc; i++)
         if (!strcmp(argv[i], "-v"))
             verbose = 1;
-        else if (!strcmp(argv[i], "--no-tale"))
-            tale = 0;
         else
             golden_dir = argv[i];
-    for (size_t i = 0; i < sizeof MODELS / sizeof *MODELS && !EMULATED; i++)
-        test_model(&MODELS[i]);
-    if (!EMULATED) {
-        char mixed[1024]; /* dimensions that no block divides */
-        snprintf(mixed, sizeof mixed, "%s/mixed.bin", golden_dir);
-        test_importance(mixed);
-        test_importance("tests/demo/story-q8.bin");
-        test_tokens("tokenizer.bin");
-        test_story("tests/demo/story-q8.bin");
-    }
-    if (tale)
-        test_tale("tests/demo/story-q8.bin");
+    test_golden();
+    if (verbose)
+        test_tale();
     printf("%d passed, %d failed\n", n_passed, n_failed);
-    return n_failed != 0;
+    return n_failed > 0;
 }
+#endif

@@ -1,7 +1,7 @@
 #!/bin/sh
 # The same bits from every build: gcc with optimisation off, both compilers with it on, with the
 # host's own -march, OpenMP and without the flag against contraction; on every instruction set
-# this CPU has.  (-O3 is `make test`'s.  Foreign builds are compared with its digests.)  A build that
+# that cannot keep the bits does not compile, or opens no model.  sh tests/builds.sh
 # cannot keep the bits does not compile, or opens no model.  sh tests/builds.sh
 OUT=build/builds
 EXACT="-ffp-contract=off"

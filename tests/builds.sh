@@ -1,8 +1,8 @@
 #!/bin/sh
 # The same bits from every build: gcc with optimisation off, both compilers with it on, with the
 # host's own -march, OpenMP and without the flag against contraction; on every instruction set
-# that cannot keep the bits does not compile, or opens no model.  sh tests/builds.sh
-# cannot keep the bits does not compile, or opens no model.  sh tests/builds.sh
+# this CPU has.  A build that cannot keep the bits does not compile, or opens no model.
+#   sh tests/builds.sh
 OUT=build/builds
 EXACT="-ffp-contract=off"
 passed=0 failed=0

@@ -491,7 +491,8 @@ static void test_keys(void)
     resize(10, 3);
     for (size_t i = 0; i < sizeof NARROW / sizeof *NARROW && !t.ended; i++)
         test_typing(&NARROW[i]);
-    resize(2, 5), type("\014ab\r"), resize(20, 6), asks_behind("2 columns", "ok");
+    resize(2, 5), type("\014ab"), has("2 columns", "ab"), type("\r"), has("2 columns", "ok");
+    resize(20, 6), asks_behind("from 2 columns to 20", "ok");
     type("\004"), ends("Ctrl-D", 0);
 }
 

@@ -1136,7 +1136,7 @@ struct kernels {
     const char *name;
     int (*available)(void);
     add_lines_fn *add_lines;
-    product_fn *product, *panel; /* of quantised weights; panel NULL: product is as fast */
+    product_fn *product, *panel; /* of quantised weights; panel NULL: product does it */
     size_t product_rows; /* rows of a pass up to which products cost less than a panel */
     void (*quantise)(const float *x, uint32_t n, int8_t *q, float *scale, int32_t *sum);
     void (*rms_norm)(const float *x, const float *w, float eps, uint32_t n, float *y);
@@ -7713,15 +7713,18 @@ typedef void panel_tokens_fn(const int how, const uint32_t type, const int n,
                              size_t block, float (*y)[2][TILE]);
 
 INLINE void panel_of_type(unpack_panel_fn *unpack, panel_tokens_fn *tokens, const int how,
-                          const uint32_t type, struct panel_block *b, const struct tiles *w,
-                          const struct input *in, size_t t, int n, float (*y)[2][TILE])
+                          const int most, const uint32_t type, struct panel_block *b,
+                          const struct tiles *w, const struct input *in, size_t t, int n,
+                          float (*y)[2][TILE])
 {
     memset(y, 0, (size_t)n * sizeof *y);
     for (size_t block = 0; block < (w->cols + 255) / 256; block++) {
         unpack(how, type, w, block, b);
         for (int j = 0, rows; j < n; j += rows) {
-            rows = at_once(n - j, 4);
-            if (rows == 4)
+            rows = n - j >= 6 && most == 6 ? 6 : at_once(n - j, 4);
+            if (most == 6 && rows == 6)
+                tokens(how, type, 6, b, in, t + (size_t)j, block, y + j);
+            else if (rows == 4)
                 tokens(how, type, 4, b, in, t + (size_t)j, block, y + j);
             else if (rows == 2)
                 tokens(how, type, 2, b, in, t + (size_t)j, block, y + j);
@@ -7736,18 +7739,18 @@ INLINE void panel_of_type(unpack_panel_fn *unpack, panel_tokens_fn *tokens, cons
 }
 
 INLINE void panel_by_type(unpack_panel_fn *unpack, panel_tokens_fn *tokens, const int how,
-                          struct panel_block *b, const struct tiles *w, const struct input *in,
-                          size_t t, int n, float *y)
+                          const int most, struct panel_block *b, const struct tiles *w,
+                          const struct input *in, size_t t, int n, float *y)
 {
     float (*to)[2][TILE] = (float (*)[2][TILE])y;
     if (w->type == TYPE_Q8)
-        panel_of_type(unpack, tokens, how, TYPE_Q8, b, w, in, t, n, to);
+        panel_of_type(unpack, tokens, how, most, TYPE_Q8, b, w, in, t, n, to);
     else if (w->type == TYPE_Q6)
-        panel_of_type(unpack, tokens, how, TYPE_Q6, b, w, in, t, n, to);
+        panel_of_type(unpack, tokens, how, most, TYPE_Q6, b, w, in, t, n, to);
     else if (w->type == TYPE_Q4)
-        panel_of_type(unpack, tokens, how, TYPE_Q4, b, w, in, t, n, to);
+        panel_of_type(unpack, tokens, how, most, TYPE_Q4, b, w, in, t, n, to);
     else
-        panel_of_type(unpack, tokens, how, TYPE_Q3, b, w, in, t, n, to);
+        panel_of_type(unpack, tokens, how, most, TYPE_Q3, b, w, in, t, n, to);
 }
 
 #ifdef HAVE_X86
@@ -8128,14 +8131,14 @@ AVX2 static void panel_avx2(const struct tiles *w, const struct input *in, size_
                             float *y)
 {
     struct panel_block b;
-    panel_by_type(unpack_panel_avx2, panel_tokens_avx2, 0, &b, w, in, t, n, y);
+    panel_by_type(unpack_panel_avx2, panel_tokens_avx2, 0, 4, &b, w, in, t, n, y);
 }
 
 AVX2 static void panel_avxvnni(const struct tiles *w, const struct input *in, size_t t, int n,
                                float *y)
 {
     struct panel_block b;
-    panel_by_type(unpack_panel_avx2, panel_tokens_avx2, 1, &b, w, in, t, n, y);
+    panel_by_type(unpack_panel_avx2, panel_tokens_avx2, 1, 4, &b, w, in, t, n, y);
 }
 
 /* ---- AVX-512 with VNNI ---- */
@@ -8294,6 +8297,16 @@ AVX512 INLINE void operands_avx512(uint32_t type, const uint8_t *group, __m128i 
         w[i] = _mm512_shuffle_epi8(codebook, w[i]);
 }
 
+/* The same, with 4 added to q4's in rows whose group bit is 1: all are off by even_offset. */
+AVX512 INLINE void even_operands_avx512(uint32_t type, const uint8_t *group, __m128i scale_bytes,
+                                        __m512i w[8])
+{
+    const __m512i odd = _mm512_maskz_set1_epi32(odd_rows_avx512(scale_bytes), 0x04040404);
+    operands_avx512(type, group, scale_bytes, w);
+    for (int i = 0; i < 8 && type == TYPE_Q4; i++)
+        w[i] = _mm512_add_epi8(w[i], odd);
+}
+
 /* What the unsigned operands are off by, times -1, in the low 16 bits of each lane: q4's values
  * are 4 higher in rows whose group bit is 1. */
 AVX512 INLINE __m512i offset_avx512(uint32_t type, __m128i scale_bytes)
@@ -8343,9 +8356,10 @@ AVX512 INLINE void tile_avx512(const int how, const uint32_t type, const int n,
         __m128i raw = _mm_loadu_si128((const __m128i *)scale_bytes);
         __m512i v[8], offset = offset_avx512(type, raw);
         __m512 s = scales_avx512(type, raw);
-        operands_avx512(type, group, raw, v);
-        for (int i = 0; i < 8 && many && type == TYPE_Q4; i++)
-            v[i] = _mm512_add_epi8(v[i], _mm512_maskz_set1_epi32(odd_rows_avx512(raw), 0x04040404));
+        if (many)
+            even_operands_avx512(type, group, raw, v);
+        else
+            operands_avx512(type, group, raw, v);
         for (int i = 0; i < n; i++, at += ld) {
             __m512i zero = _mm512_setzero_si512(), sum[2] = {zero, zero};
             if (many)
@@ -8370,6 +8384,72 @@ AVX512 static void product_avx512(const struct tiles *w, const struct input *in,
                                   float *y)
 {
     tile_by_type(tile_avx512, 0, MAX_PRODUCT_ROWS, w, in, t, n, y);
+}
+
+AVX512 INLINE void unpack_panel_avx512(const int how, const uint32_t type, const struct tiles *w,
+                                       size_t block, struct panel_block *b)
+{
+    (void)how;
+    for (int g = 0; g < 8; g++)
+        for (int i = 0; i < 2; i++) {
+            const uint8_t *scale_bytes;
+            const uint8_t *group = group_at(type, w->data[i], block * 8 + (size_t)g, &scale_bytes);
+            __m128i raw = _mm_loadu_si128((const __m128i *)scale_bytes);
+            __m512i v[8];
+            prefetch_block(type, group);
+            even_operands_avx512(type, group, raw, v);
+            for (int step = 0; step < 8; step++)
+                _mm512_storeu_si512(b->operands[g][step][i], v[step]);
+            _mm512_storeu_ps(b->scales[g][i], scales_avx512(type, raw));
+        }
+}
+
+AVX512 INLINE void panel_tokens_avx512(const int how, const uint32_t type, const int n,
+                                       const struct panel_block *b, const struct input *in,
+                                       size_t t, size_t block, float (*y)[2][TILE])
+{
+    const int offset = even_offset(type);
+    size_t ld = in->ldq / GROUP, at = t * ld + block * 8;
+    __m512 acc[6][2];
+    (void)how;
+    for (int j = 0; j < n; j++)
+        for (int i = 0; i < 2; i++)
+            acc[j][i] = _mm512_loadu_ps(y[j][i]);
+    for (size_t g = 0; g < 8; g++, at++) {
+        const int8_t *q = in->q + at * GROUP;
+        __m512i sum[6][2];
+        for (int j = 0; j < n; j++) /* unsigned operands are too large by the offset */
+            sum[j][0] = sum[j][1] = _mm512_set1_epi32(-offset * in->sum[at + (size_t)j * ld]);
+        UNROLL
+        for (int step = 0; step < 8; step++) {
+            __m512i w0 = _mm512_loadu_si512(b->operands[g][step][0]);
+            __m512i w1 = _mm512_loadu_si512(b->operands[g][step][1]);
+            for (int j = 0; j < n; j++) {
+                int32_t four;
+                memcpy(&four, q + (size_t)j * in->ldq + 4 * step, 4);
+                __m512i x = _mm512_set1_epi32(four);
+                sum[j][0] = _mm512_dpbusd_epi32(sum[j][0], w0, x);
+                sum[j][1] = _mm512_dpbusd_epi32(sum[j][1], w1, x);
+            }
+        }
+        for (int j = 0; j < n; j++)
+            for (int i = 0; i < 2; i++) {
+                __m512 product = _mm512_mul_ps(_mm512_loadu_ps(b->scales[g][i]),
+                                               _mm512_cvtepi32_ps(sum[j][i]));
+                acc[j][i] = _mm512_fmadd_ps(_mm512_set1_ps(in->scale[at + (size_t)j * ld]),
+                                            product, acc[j][i]);
+            }
+    }
+    for (int j = 0; j < n; j++)
+        for (int i = 0; i < 2; i++)
+            _mm512_storeu_ps(y[j][i], acc[j][i]);
+}
+
+AVX512 static void panel_avx512(const struct tiles *w, const struct input *in, size_t t, int n,
+                                float *y)
+{
+    struct panel_block b;
+    panel_by_type(unpack_panel_avx512, panel_tokens_avx512, 0, 6, &b, w, in, t, n, y);
 }
 
 /* ---- the matrix class with AVX-512: dot products of bf16 pairs ---- */
@@ -8918,7 +8998,8 @@ static int may_use_tiles(void) { return !syscall(SYS_arch_prctl, REQ_XCOMP_PERM,
 
 /* A row of AVX-512, or of AVX2, apart from what differs. */
 #define AVX512_ROW                                                                            \
-    .add_lines = add_lines_avx512, .product = product_avx512,                                 \
+    .add_lines = add_lines_avx512, .product = product_avx512, .panel = panel_avx512,          \
+    .product_rows = 48,                                                                       \
     .quantise = quantise_avx512, .rms_norm = rms_norm_avx512, .geglu = geglu_avx512,          \
     .soft_cap = soft_cap_avx512, .exp_sum = exp_sum_avx512, .blend = blend_avx512,           \
     .to_half = to_half_avx512
@@ -9328,19 +9409,19 @@ INLINE void panel_tokens_neon(const int sums, const uint32_t type, const int n,
 static void panel_neon(const struct tiles *w, const struct input *in, size_t t, int n, float *y)
 {
     struct panel_block b;
-    panel_by_type(unpack_panel_neon, panel_tokens_neon, WIDENING, &b, w, in, t, n, y);
+    panel_by_type(unpack_panel_neon, panel_tokens_neon, WIDENING, 4, &b, w, in, t, n, y);
 }
 
 static void panel_dotprod(const struct tiles *w, const struct input *in, size_t t, int n, float *y)
 {
     struct panel_block b;
-    panel_by_type(unpack_panel_neon, panel_tokens_neon, SDOT, &b, w, in, t, n, y);
+    panel_by_type(unpack_panel_neon, panel_tokens_neon, SDOT, 4, &b, w, in, t, n, y);
 }
 
 static void panel_i8mm(const struct tiles *w, const struct input *in, size_t t, int n, float *y)
 {
     struct panel_block b;
-    panel_by_type(unpack_panel_neon, panel_tokens_neon, SMMLA, &b, w, in, t, n, y);
+    panel_by_type(unpack_panel_neon, panel_tokens_neon, SMMLA, 4, &b, w, in, t, n, y);
 }
 
 /* ---- which ARM is this ---- */

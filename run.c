@@ -1007,8 +1007,8 @@ static int check_options(options *opts)
     if (opts->block && opts->mode != IMPORTANCE)
         return fail(USAGE, "--importance-block belongs to --importance OUT");
     if (opts->block > 1 && opts->block % 32)
-        return fail(USAGE, "--importance-block '%" PRId32 "': it takes 1, or a multiple of 32 up to "
-                    "1024", opts->block);
+        return fail(USAGE, "--importance-block '%" PRId32 "': it takes 1, or a multiple of 32 up "
+                    "to 1024", opts->block);
     if (opts->mode == EMBED && strcmp(opts->subject, "last") && strcmp(opts->subject, "mean"))
         return fail(USAGE, "--embed '%s': it takes last or mean", opts->subject);
     if ((opts->results || opts->parallel) && opts->mode != BATCH)

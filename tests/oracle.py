@@ -1,11 +1,11 @@
-"""`make test-oracle`: the engine and export.py against the libraries that define them,
-live: transformers in float32 with eager attention, SentencePiece, and formats read by
-numpy straight from the byte tables.  Ends with one line "N passed, N failed".
+"""`make test-oracle` compares the engine and export.py with live references: transformers
+in float32 with eager attention, SentencePiece, and numpy code that reads the formats
+straight from the byte tables.  The last line is "N passed, N failed".
 
   python3 tests/oracle.py [NAME ...]        names as in SECTIONS at the end
 
-Without names all of it runs, in a few minutes on two cores.  CC names the compiler,
-ORACLE_SEED another seed for what is random."""
+Without names all sections run, in a few minutes on two cores.  CC names the compiler,
+ORACLE_SEED the seed of all that is random."""
 import os
 import random
 import re
@@ -41,14 +41,14 @@ import reference as ref
 from reference import check
 
 SEED = int(os.environ.get("ORACLE_SEED", "1"))
-F32_LOGITS = 1e-4  # of transformers' float32 logits, the promise of the README
+F32_LOGITS = 1e-4  # largest distance from transformers' float32 logits, as README promises
 
 
 # ---- random models --------------------------------------------------------------------
 
 
 def random_config(rng):
-    """Any shape the architecture allows, small; a third without each soft-cap."""
+    """Any small shape that the architecture allows.  Each soft-cap is off in a third."""
     group, K = rng.choice((1, 2, 3, 4)), rng.choice((1, 2, 3))
     N = K * group
     layers = "".join(rng.choice("LG") for _ in range(rng.randrange(1, 5)))
@@ -66,7 +66,7 @@ def random_config(rng):
 
 
 def cut(n, rng, most):
-    """n as a random sum of parts up to most."""
+    """Random parts of 1 to most that add up to n."""
     while n > 0:
         part = min(n, rng.randrange(1, most + 1))
         yield part
@@ -139,10 +139,10 @@ class Shadow:
         self.n_batch = rng.choice((1, 4, 16, 33))
         self.session = ref.Session(model, n_batch=self.n_batch, n_context=200,
                                    n_threads=rng.choice((1, 2, 3)), **self.params)
-        self.ids, self.high = [], 0  # high: how far it ever got
+        self.ids, self.high = [], 0  # high: the most tokens it ever held
 
     def expected(self, model, known):
-        """Logits after ids, from a fresh session in single steps; kept in known."""
+        """Logits after ids, from single steps of a fresh session.  known caches them."""
         key = (*self.params.values(), *self.ids)
         if key not in known:
             s = ref.Session(model, n_batch=1, n_context=200, **self.params)
@@ -154,8 +154,8 @@ class Shadow:
 
 
 def test_sessions(engine, folder, steps=150):
-    """Sessions of all kinds, appended to in turns and together, rewound and continued,
-    give the bits of single steps."""
+    """Sessions of all kinds append alone and together, rewind and continue.  Their logits
+    have the bits of single steps."""
     path, wrong = os.path.join(ref.GOLDEN, "mixed.bin"), []
     model, rng, known = ref.Model(engine, path, exact=True), random.Random(SEED), {}
     shadows = [Shadow(model, rng) for _ in range(6)]
@@ -179,8 +179,8 @@ def test_sessions(engine, folder, steps=150):
 
 
 def rewind(s, rng):
-    """Goes back, mostly a little; past n_batch from where the session ever was, the window
-    may have been overwritten and refusing is right."""
+    """Goes back, mostly a little.  The engine may refuse a position more than n_batch before
+    the session's furthest, as its window may be overwritten."""
     s.high = max(s.high, len(s.ids))
     back = min(len(s.ids), rng.choice((1, 2, s.n_batch, 20, 200)))
     status = s.session.lib.gemma2_rewind(s.session.handle, len(s.ids) - back)
@@ -193,7 +193,7 @@ def rewind(s, rng):
 
 
 def share_pass(model, a, b, known, rng):
-    """Rows of two sessions, or of one, in one pass; the logits of each last row."""
+    """A pass with rows of one session or two: each row has the logits of single steps."""
     rows = [(a, rng.randrange(337)) for _ in range(rng.randrange(1, a.n_batch + 1))]
     if b is not a and len(b.ids) < 190:
         n = min(a.n_batch - len(rows), b.n_batch, 9)
@@ -249,7 +249,7 @@ def divergence(p, q):
 
 
 def check_tensors(kind, f, state, limit):
-    """What is stored against what was exported."""
+    """The largest relative error of a stored tensor, which must not exceed limit."""
     worst = 0.0
     for (role, layer), s in f.sections.items():
         name = {"embedding": "model.embed_tokens.weight", "head": "lm_head.weight",
@@ -265,11 +265,11 @@ def check_tensors(kind, f, state, limit):
 
 
 def test_formats(engine, folder, prompts=30, length=8):
-    """Each number format: the engine against transformers running the dequantised weights
-    and, for quantised ones, the same int8 activations.  There a difference in the last bit
-    of a float can turn one rounding over, which moves the rest of its prompt by a quantum;
-    so the median of many short prompts is held to the f32 tolerance, the worst to a quantum
-    of these models, and the KL covers them all."""
+    """Each number format: the engine against transformers with the dequantised weights and,
+    in quantised formats, the same int8 activations.  With int8 a difference in the last bit
+    of a float can turn one rounding over, which moves the rest of its prompt by a quantum.
+    So the median of many short prompts must meet the f32 tolerance, the worst prompt may be
+    off by a quantum of these models, and the KL covers all prompts."""
     config = ref.hf_config(layers="LGL", hidden_size=300, num_attention_heads=6,
                            num_key_value_heads=3, head_dim=34, intermediate_size=523,
                            query_pre_attn_scalar=40, sliding_window=5)
@@ -328,8 +328,8 @@ def short_logits(engine, path, ids):
 
 
 def test_tokens(engine, folder, count=10000):
-    """10,000 random strings and id lists against SentencePiece with the vocabulary of
-    tokenizer.bin, which is first seen to be Gemma's."""
+    """10,000 random texts and id lists against SentencePiece with the vocabulary of
+    tokenizer.bin.  First that vocabulary must be Gemma's."""
     import sentencepiece
     path = os.path.join(ref.ROOT, "tokenizer.bin")
     ids, pieces = ref.Bin(path).vocabulary()
@@ -358,7 +358,7 @@ def test_tokens(engine, folder, count=10000):
 
 
 def check_markers(pieces):
-    """Control strings that strangers' text must never turn into; tags and runs may."""
+    """Markers are the control strings that a stranger's text must not form, not tags or runs."""
     want = {b"<mask>", b"<start_of_turn>", b"<end_of_turn>"}
     want |= {f"<unused{i}>".encode() for i in range(100)}
     have = {t for t, _, k in pieces if k == ref.MARKER}
@@ -371,8 +371,8 @@ def check_markers(pieces):
 
 
 def test_story(engine, folder):
-    """Greedy text of the demo model that `make test` expects: transformers, running the
-    dequantised weights, must choose the same token at every step, or one within rounding."""
+    """The greedy text of the demo model that `make test` expects.  With the dequantised weights
+    transformers must score each token highest, or within rounding of the highest."""
     path = os.path.join(ref.ROOT, "tests", "demo", "story-q8.bin")
     with open(os.path.join(ref.GOLDEN, "story.txt")) as f:
         prompt, ids = ([int(t) for t in line.split()[3:]] for line in f)
@@ -386,7 +386,7 @@ def test_story(engine, folder):
 
 
 def test_trace(engine, folder):
-    """The classes, their members and the functions that `run --trace` names are transformers'."""
+    """Every class, member and function that `run --trace` names exists in transformers."""
     from transformers.models.gemma2 import modeling_gemma2
     path = os.path.join(ref.GOLDEN, "both.bin")
     owners = {type(m).__name__: m for m in ref.hf_from_bin(ref.Bin(path)).modules()}

@@ -1,11 +1,11 @@
 """The exporter's readers of PyTorch, Keras and Flax checkpoints: the tensors of one random
-model, written in every layout that these libraries use, come out bit for bit; hostile files
-come out as one sentence.
+model, written in every layout of these libraries, come out bit for bit.  Hostile files are
+refused in one sentence.
 
-The PyTorch files are written by torch, Flax's by Orbax and, where they are to be odd or bad, by
-tensorstore.  Keras's are written by h5py in the layout of keras-hub 0.32 (Keras 3.15), whose own
-files were converted once with the same result: that package needs TensorFlow, too large to be
-installed for every test."""
+torch writes the PyTorch files.  Orbax and tensorstore write Flax's, tensorstore the odd and bad
+files.  h5py writes Keras's in the layout of keras-hub 0.32 (Keras 3.15).  That package needs
+TensorFlow, which is too large for every test.  Its own files were converted once, with the same
+result."""
 import argparse
 import contextlib
 import json
@@ -31,7 +31,7 @@ TYPES = {"float32": np.float32, "bfloat16": np.uint16, "float16": np.float16}
 
 
 class Source:
-    """A random model, whose tensors are asked for by the exporter's names."""
+    """A random model: source[the exporter's name] is a tensor."""
 
     def __init__(self, dtype="float32", **facts):
         import torch
@@ -41,7 +41,7 @@ class Source:
         self.facts, self.dtype, c = self.hf.config, dtype, self.hf.config
         self.N, self.K, self.H = c.num_attention_heads, c.num_key_value_heads, c.head_dim
         self.D, self.F, self.L = c.hidden_size, c.intermediate_size, c.num_hidden_layers
-        self.state = self.hf.state_dict()  # the model's own tensors: edits change both
+        self.state = self.hf.state_dict()  # the model's own tensors: an edit changes the model
 
     def __getitem__(self, name):
         layer, _, role = name.rpartition(".")
@@ -59,7 +59,7 @@ class Source:
 
 
 def plain(tensor):
-    """numpy's array of a tensor; bf16 as its bits."""
+    """A tensor as a numpy array, bf16 as its bits."""
     import torch
     if tensor.dtype == torch.bfloat16:
         return tensor.contiguous().view(torch.uint16).numpy()
@@ -67,14 +67,14 @@ def plain(tensor):
 
 
 def typed(tensor):
-    """numpy's array of a tensor; bf16 in ml_dtypes' type."""
+    """A tensor as a numpy array, bf16 in ml_dtypes' type."""
     import ml_dtypes
     data = plain(tensor)
     return data.view(ml_dtypes.bfloat16) if data.dtype == np.uint16 else data
 
 
 def fresh(folder, name="checkpoint", tokenizer=True):
-    """An empty directory, with the tests' tokenizer."""
+    """A new directory with nothing but the tests' tokenizer."""
     path = os.path.join(folder, name)
     shutil.rmtree(path, ignore_errors=True)
     os.makedirs(path)
@@ -89,19 +89,19 @@ def write_json(path, value):
         json.dump(value, f)
 
 
-# Every conversion is a process of its own, forked off one that has imported the libraries.
+# Each conversion runs in its own process, forked from a server that has imported the libraries.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["__main__", "export", "h5py", "tensorstore"])
 
 
 def run_export(arguments, log):
-    """export.py's main in this process, whatever it says going to a file."""
+    """export.py's main in this process, with all output in the file log."""
     with open(log, "w") as f, contextlib.redirect_stderr(f), contextlib.redirect_stdout(f):
         sys.exit(export.main(arguments))
 
 
 def converted(*arguments):
-    """(exit status, what was said) of export.py."""
+    """(exit status, output) of export.py."""
     log = arguments[0].rstrip("/") + ".log"
     process = FORKS.Process(target=run_export, args=(list(arguments), log))
     process.start()
@@ -111,7 +111,7 @@ def converted(*arguments):
 
 
 def exact(path, source, what, engine=None, expect=(), warns=""):
-    """Converts to f32: every weight as in the source; with an engine, the logits too."""
+    """Converts to f32: every weight is the source's and, with an engine, so are the logits."""
     out = path.rstrip("/") + ".out.bin"
     status, said = converted(path, out, "--type", "f32", "-q")
     if not check(status == 0, f"{what}: exit {status}: {said.strip()}"):
@@ -137,7 +137,7 @@ def refused(path, what, *words):
 
 
 def refused_without(path, library, *words, text="raise ImportError('not here')\n"):
-    """The same where a library is missing, or is what text says."""
+    """The same where a library is missing, or is a module of this text."""
     folder = os.path.dirname(path.rstrip("/"))
     place, stubs = (fresh(folder, n, tokenizer=False) for n in ("place", "stubs"))
     with open(os.path.join(stubs, library + ".py"), "w") as f:
@@ -177,10 +177,10 @@ def gemma_pytorch(source, angles=True):
 
 
 def quantised(source):
-    """The same in int8, a scale to each row; source becomes what that means."""
+    """The same state dict in int8, a scale for each row; source takes the dequantised weights."""
     import torch
     for name, w in source.state.items():
-        if w.ndim == 2 and name != "lm_head.weight":  # tied: embed_tokens changes both
+        if w.ndim == 2 and name != "lm_head.weight":  # lm_head is embed_tokens
             scale = w.abs().amax(1, keepdim=True) / 127
             w.copy_(torch.round(w / scale) * scale)
     out = {}
@@ -203,7 +203,7 @@ def save(folder, state, name="model.ckpt", wrap=True, **how):
 
 
 def save_parts(folder, state, names):
-    """The same cut into files of these names, without an index."""
+    """A directory with the state cut into files of these names, without an index."""
     import torch
     path = fresh(folder)
     for i, name in enumerate(names):
@@ -251,15 +251,15 @@ def test_torch_good(engine, folder):
     test_one_file(folder)
 
 
-PARTS = [  # torchtune's names, old and new, and others'
+PARTS = [  # names by torchtune, old and new, and by other programs
     ["hf_model_0001_0.pt", "hf_model_0002_0.pt"],
     ["ft-model-00001-of-00003.bin", "ft-model-00002-of-00003.bin", "ft-model-00003-of-00003.bin"],
     ["model-1-of-2.pth", "model-2-of-2.pth"], ["pytorch_model-00001-of-00001.bin"]]
 
 
 def test_torch_parts(folder):
-    """Numbered files without an index, given by their directory or by any of them, beside what
-    else a trainer leaves there."""
+    """Numbered files without an index.  The argument is their directory or any of the files, and
+    a trainer's other files lie beside them."""
     import torch
     source = Source(tie_word_embeddings=False)
     for names in PARTS:
@@ -339,9 +339,9 @@ def test_torch_kaggle(folder):
 
 
 def released(folder, D, N, K, H, F, L):
-    """A file as ComfyUI has it: f16 of zeros that take no room, the tokenizer as a tensor, and no
-    config.json."""
-    import oracle_memory  # which imports this
+    """A file as ComfyUI has it: the tokenizer is a tensor, and there is no config.json.  The
+    weights are zeros that take no room."""
+    import oracle_memory  # here, because it imports this file
     path = fresh(folder, tokenizer=False)
     widths = dict(D=D, N=N, K=K, H=H, F=F)
     shapes = {"model.embed_tokens.weight": [256000, D], "model.norm.weight": [D]}
@@ -356,7 +356,7 @@ def released(folder, D, N, K, H, F, L):
 
 
 def test_one_file(folder):
-    """The released sizes are known by their shapes, and a tensor is the tokenizer."""
+    """In one file shapes tell the released size, and a tensor is the tokenizer."""
     for D, N, K, H, F, L, scale in ((2304, 8, 4, 256, 9216, 26, 1 / 16),
                                     (3584, 16, 8, 256, 14336, 42, 1 / 16),
                                     (4608, 32, 16, 128, 36864, 46, 1 / 12)):
@@ -390,7 +390,7 @@ def test_head_dim():
         check(m.query_scale == np.float32(scalar ** -0.5), f"query scale of {D}: {m.query_scale}")
 
 
-PICKLES = [  # what, bytes, of what the sentence speaks
+PICKLES = [  # what, bytes, words of the refusal
     ("a gigabyte asked for", b"\x80\x02cbuiltins\nbytearray\nJ\0\0\0@\x85R.", "bytearray"),
     ("a large memo", b"\x80\x02Nr\xff\xff\xff\xff.", "no dictionary"),
     ("a large text", b"\x80\x04\x8d\xff\xff\xff\xff\xff\xff\xff\x7f.", "pickle"),
@@ -406,7 +406,7 @@ PICKLES = [  # what, bytes, of what the sentence speaks
 
 
 class Evil:
-    """Unpickled by a careless reader, it leaves a file behind."""
+    """An object that leaves a file behind when a careless reader unpickles it."""
 
     def __init__(self, path):
         self.path = path
@@ -416,7 +416,7 @@ class Evil:
 
 
 def rewritten(path, change, compression=zipfile.ZIP_STORED):
-    """Replaces members of a .ckpt: change(name, bytes) to bytes."""
+    """Replaces each member of a .ckpt by change(name, bytes)."""
     with zipfile.ZipFile(path) as z:
         members = [(i.filename, change(i.filename, z.read(i))) for i in z.infolist()]
     with zipfile.ZipFile(path, "w", compression) as z:
@@ -512,7 +512,7 @@ def test_torch_files(folder, state):
         os.truncate(file, keep)
         refused(path, f"{keep} of {size} bytes", "model.ckpt")
     save(folder, state)
-    with open(file, "r+b") as f:  # the directory lies later than it says: members before the file
+    with open(file, "r+b") as f:  # claims a directory 1 MiB later: members before the file
         data = f.read()
         at = data.rindex(b"PK\6\6") + 48
         f.seek(at), f.write(struct.pack("<Q", struct.unpack_from("<Q", data, at)[0] + (1 << 20)))
@@ -540,8 +540,8 @@ def test_torch_files(folder, state):
 
 
 def test_torch_bytes(path, times=1000):
-    """Any byte of the pickle changed: the same tensors or others that lie in the file, or one
-    sentence."""
+    """Any byte of the pickle changed: the reader finds tensors that lie in the file, or refuses in
+    one sentence."""
     path, rng = os.path.join(path, "model.ckpt"), np.random.default_rng(4)
     at, size = next(v for n, v in export.stored_members(path).items() if n.endswith("/data.pkl"))
     ends, most = {True: 0, False: 0}, os.path.getsize(path)
@@ -569,7 +569,7 @@ def test_torch_bytes(path, times=1000):
 
 
 def keras_arrays(source, prefix="layers/", inner="layers/"):
-    """Path of each dataset, as keras-hub's GemmaBackbone saves it, to tensor."""
+    """{path: tensor} of the datasets that keras-hub's GemmaBackbone saves."""
     out = {prefix + "reversible_embedding": source["embedding"],
            prefix + "rms_normalization": source["final_norm"]}
     for i in range(source.L):
@@ -585,7 +585,7 @@ def keras_arrays(source, prefix="layers/", inner="layers/"):
 
 
 def write_h5(path, arrays):
-    """As keras.saving.saving_lib.H5IOStore: bf16 as two opaque bytes and an attribute."""
+    """Writes as keras.saving.saving_lib.H5IOStore: bf16 as two opaque bytes and an attribute."""
     import h5py
     with h5py.File(path, "w") as f:
         for name, tensor in arrays.items():
@@ -614,7 +614,7 @@ def keras_config(source, **changes):
 
 
 def preset(folder, source, arrays=None, shards=1, **changes):
-    """A keras-hub preset; tokenizer.json is Keras's own and holds no vocabulary."""
+    """A keras-hub preset.  Its tokenizer.json is Keras's own and holds no vocabulary."""
     path = fresh(folder, tokenizer=False)
     place = os.path.join(path, "assets", "tokenizer")
     os.makedirs(place)
@@ -731,8 +731,8 @@ def test_keras_files(folder, source):
 
 
 def flax_arrays(source, layout="flat", first="2DF"):
-    """Tree keys, joined as Orbax joins them, to tensor.  layout is one of gemma's: flat (old
-    names with slashes), nested, or nested in a trainer's state."""
+    """{key: tensor}, with a tree's keys joined as Orbax joins them.  layout is flat (gemma's old
+    names with slashes), nested, or trainer (nested in a trainer's state)."""
     import torch
     out = {"embedder.input_embedding": source["embedding"],
            "final_norm.scale": source["final_norm"]}
@@ -754,7 +754,7 @@ def flax_arrays(source, layout="flat", first="2DF"):
 
 
 def flat_name(key):
-    """Flat trees have keys of a path and a last name; the MLP's last name is w."""
+    """A key of a flat tree is a path and a last name, which is w in the MLP."""
     path, _, last = key.rpartition(".")
     if last in ("gating_einsum", "linear"):
         path, last = key, "w"
@@ -762,7 +762,7 @@ def flat_name(key):
 
 
 def write_orbax(path, arrays, ocdbt=True, driver="zarr", rows=None):
-    """Arrays as Orbax has them: zstd, no fill value, one chunk unless rows cuts the first
+    """Writes arrays as Orbax does: zstd, no fill value, one chunk unless rows cuts the first
     axis."""
     import tensorstore
     os.makedirs(path, exist_ok=True)
@@ -810,8 +810,8 @@ def test_flax_good(engine, folder):
 
 
 def save_by_orbax(jobs):
-    """In a process of its own, as jax starts threads.  jobs: path, tree, options of the handler
-    (None: what the gemma library calls)."""
+    """Runs in its own process, because jax starts threads.  A job is a path, a tree and the
+    handler's options (None: the checkpointer that the gemma library uses)."""
     import logging
     import jax
     import orbax.checkpoint as ocp
@@ -826,7 +826,7 @@ def save_by_orbax(jobs):
 
 
 def tree_of(arrays, is_flat):
-    """What was saved, from Orbax's joined keys."""
+    """The saved tree, from Orbax's joined keys."""
     tree = {}
     for key, tensor in arrays.items():
         *path, last = key.rsplit(".", 1) if is_flat else key.split(".")
@@ -855,7 +855,7 @@ def test_orbax(folder):
 
 
 def test_padded(folder):
-    """Of 256,128 rows 256,000 are kept; of any other number all."""
+    """A vocabulary of 256,128 rows keeps 256,000.  Any other keeps all."""
     import torch
     source = Source(vocab_size=256128, hidden_size=6)
     path = kaggle(folder, flax_arrays(source), rows=30000)

@@ -1,5 +1,5 @@
-"""The exporter's command line, the pieces of fine-tunes and their chat templates, against
-transformers' own tokenizer: a part of oracle.py."""
+"""A part of oracle.py: the exporter's command line, and the pieces and chat templates of
+fine-tunes against transformers' own tokenizer."""
 import json
 import os
 import random
@@ -21,7 +21,7 @@ PLAIN, GENERATE = 2, 2  # GEMMA2_ENCODE_PLAIN, GEMMA2_CHAT_GENERATE
 
 
 def test_without_numpy(folder):
-    """Help and wrong usage need no library; the program's name is the one it was called by."""
+    """Help and usage errors need no library.  Messages name the program as it was called."""
     path = os.path.join(folder, "gemma2-export")
     shutil.copy(os.path.join(ref.ROOT, "export.py"), path)
     for arguments, status, words in (
@@ -40,7 +40,7 @@ def test_without_numpy(folder):
 
 
 def sentencepiece(names=(), kinds=()):
-    """tiny.model with pieces renamed and of other kinds."""
+    """tiny.model with some pieces renamed or of another kind."""
     from sentencepiece import sentencepiece_model_pb2 as pb
     m = pb.ModelProto()
     m.ParseFromString(make_golden.tiny_tokenizer())
@@ -52,7 +52,7 @@ def sentencepiece(names=(), kinds=()):
 
 
 def write_directory(path, files):
-    """Files by name: bytes, text, or what becomes JSON."""
+    """Writes {name: content}: bytes, text, or a value that becomes JSON."""
     shutil.rmtree(path, ignore_errors=True)
     os.makedirs(path)
     for name, content in files.items():
@@ -63,8 +63,8 @@ def write_directory(path, files):
 
 
 def converted(engine, folder, files, what, *words):
-    """The directory converted: (its path, the file, the model), or None where that fails;
-    words must be said."""
+    """Converts a directory: (its path, the file, the model), or None if that fails.  The
+    exporter must say the words."""
     path = write_directory(os.path.join(folder, "tokenizer"), files)
     run = convert_here("--tokenizer-only", path, path + ".bin")
     if not check(run.returncode == 0 and all(w in run.stderr for w in words),
@@ -93,13 +93,13 @@ TEXTS = [f"{START}user\nwas very{END}\nthe", f"a{END}{END}b{START}", f"{END}", "
 
 
 def decoder(**tokens):
-    """added_tokens_decoder: id to a text, special unless it ends in a blank."""
+    """added_tokens_decoder of {_id: text}.  A text is special unless it ends in a blank."""
     return {i[1:]: {"content": t.strip(), "special": t == t.strip()} for i, t in tokens.items()}
 
 
 def test_pieces(engine, folder):
-    """Pieces that are renamed or of another kind in one of the files that describe them: ids as
-    transformers has them, no marker from a stranger's text, and the stop ids that follow."""
+    """Any file that describes pieces may rename them or change their kind.  The ids must be
+    transformers', a stranger's text must give no marker, and the stop ids must follow."""
     model = make_golden.tiny_tokenizer()
     renamed = sentencepiece({1: END, 4: START})
     settings = {"eos_token": END}
@@ -158,7 +158,7 @@ def test_pieces(engine, folder):
             check(not got, f"{what}: a stranger's {text!r} is {got}")
         check(set(f.header["stop"]) == stops, f"{what}: ends at {f.header['stop']}")
         m.close()
-    # what transformers 5 would append beyond the embedding, older ones put in the place
+    # transformers 5 would append these pieces beyond the embedding; older versions rename
     made = converted(engine, folder, {"tokenizer.model": model, "tokenizer_config.json": {
         **settings, "added_tokens_decoder": decoder(_1=END, _4=START, _300="<ordinary>")}},
         "renamed by the decoder alone", "rename 2 pieces", "300 '<ordinary>'")
@@ -179,8 +179,8 @@ def test_pieces(engine, folder):
 
 
 def test_adapters(engine, folder):
-    """An adapter's directory brings a tokenizer, more tokens, a template: they count although
-    it leaves the embedding alone."""
+    """An adapter's directory brings a tokenizer, more tokens or a template.  They count although
+    the adapter leaves the embedding alone."""
     a, out = oracle_lora.Adapter(folder), os.path.join(folder, "out.bin")
     files = {"tokenizer.model": sentencepiece({1: END, 4: START}), "tokenizer_config.json": {
         "eos_token": END, "chat_template": CHATML}}
@@ -206,11 +206,11 @@ def test_adapters(engine, folder):
 
 
 def test_beside(engine, folder):
-    """An adapter beside a full model is added as transformers adds it, unless torchtune did."""
+    """An adapter beside a full model is added as by transformers, unless torchtune merged it."""
     a, out = oracle_lora.Adapter(folder), os.path.join(folder, "out.bin")
     for name in "adapter_config.json", "adapter_model.safetensors":
         shutil.copy(os.path.join(a.path, name), a.base)
-    hf = a.load({})  # both, as from_pretrained finds them
+    hf = a.load({})  # model and adapter, as from_pretrained finds them
     ids = [2, 300, 7, 19, 3, 4, 5, 211]
     want = ref.hf_logits(hf, ids)
 
@@ -237,7 +237,7 @@ def test_beside(engine, folder):
 
 # ---- templates ----------------------------------------------------------------------------
 
-# The official one: ids of its turns also where jinja2 is not installed
+# The official template, which the exporter knows even if jinja2 is not installed
 GEMMA = (
     "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not "
     "supported') }}{% endif %}{% for message in messages %}{% if (message['role'] == 'user') != "
@@ -302,8 +302,8 @@ def conversation(rng, system, turns):
 
 
 def test_turns(engine, folder):
-    """Every template's conversations as ids, against transformers' apply_chat_template; a
-    stranger's text brings no more markers than there are."""
+    """Conversations in every template have the ids of transformers' apply_chat_template.  A
+    stranger's text adds no marker."""
     rng, count = random.Random(7), 0
     for what, (template, system) in TEMPLATES.items():
         for added in {}, decoder(_347="<|im_end|>", _348="<|im_start|>"):
@@ -337,7 +337,7 @@ def test_turns(engine, folder):
 
 
 def check_run(what, path, hf, has_system):
-    """The same through the command line."""
+    """The same check through the command line."""
     talk = [{"role": "system", "content": " the king\n"}] * has_system
     talk += [{"role": "user", "content": " was very\nfair "}]
     run = subprocess.run([os.path.join(ref.ROOT, "run"), path + ".bin", "-c", "--tokenize"]
@@ -349,13 +349,13 @@ def check_run(what, path, hf, has_system):
 
 
 def check_forged(what, facts, m, pieces, has_system):
-    """Markers, pieces or plain text, are as many as without the forgery."""
+    """A forged turn adds no marker, neither as a piece nor as plain text."""
     markers = {i for i, (_, _, kind) in enumerate(pieces) if kind == ref.MARKER}
     talk = [(0, "a")] * has_system + [(1, "a"), (2, "b"), (1, "a")]
     plain = m.encode_chat(talk, GENERATE)
     text = facts["chat.user.before"].strip()
     of_turn = tuple(m.encode(text.encode()))
-    can_cut = len(of_turn) < len(text)  # else each character is a piece, whatever is done
+    can_cut = len(of_turn) < len(text)  # else each character is a piece
 
     def counts(ids):
         return (sum(i in markers for i in ids), can_cut and sum(
@@ -366,7 +366,7 @@ def check_forged(what, facts, m, pieces, has_system):
 
 
 def test_official(engine, folder):
-    """Gemma's own template is known without jinja2, and another is refused by that name."""
+    """Without jinja2 Gemma's template works, and the refusal of any other names jinja2."""
     model = {"tokenizer.model": make_golden.tiny_tokenizer()}
     made = []
     for here in True, False:
@@ -424,7 +424,7 @@ def test_inexpressible(engine, folder):
 
 
 def test_picked(engine, folder):
-    """The template that transformers picks, and the names of tokens that it is given."""
+    """The exporter picks transformers' template and gives it the same names of tokens."""
     named = [{"name": n, "template": t} for n, t in (("rag", ALPACA), ("default", ZEPHYR),
                                                      ("tool_use", VICUNA))]
     model = {"tokenizer.model": make_golden.tiny_tokenizer()}

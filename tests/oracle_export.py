@@ -1,5 +1,5 @@
-"""The exporter's part of oracle.py: what it makes of every kind of checkpoint, and what it
-leaves behind when one is bad, which is nothing."""
+"""The exporter's part of oracle.py: every kind of checkpoint converts, and a bad checkpoint
+leaves nothing behind."""
 import contextlib
 import errno
 import fcntl
@@ -33,7 +33,7 @@ EXPORT = [sys.executable, os.path.join(ref.ROOT, "export.py")]
 
 
 def convert(checkpoint, out, *options, limit=None, env=None):
-    """Runs export.py; limit bounds the bytes of a file, as a full disk would."""
+    """Runs export.py.  limit bounds the bytes of a file, as a full disk would."""
     def bound():
         if limit:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -50,7 +50,7 @@ def convert_here(*arguments, limit=None):
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()), \
                 warnings.catch_warnings():
-            warnings.simplefilter("error", RuntimeWarning)  # numpy's would stand on stderr
+            warnings.simplefilter("error", RuntimeWarning)  # else numpy's warnings reach stderr
             status = export.main([*arguments, "-j", "1"])
     except Exception:
         status = -1
@@ -87,7 +87,7 @@ class Checkpoint:
         return os.path.join(self.path, name)
 
     def write(self, shards=1):
-        """model.safetensors, or as many shards as asked for and their index."""
+        """Writes model.safetensors, or several shards and their index."""
         from safetensors.torch import save_file
         with open(self.file("config.json"), "w") as f:
             json.dump(self.config, f)
@@ -107,7 +107,7 @@ class Checkpoint:
 
 
 def check_exact(checkpoint, out, what):
-    """Every weight of an f32 file as in the model, bit for bit, and the layout's rules."""
+    """Every weight of an f32 file is the model's, bit for bit, and the layout keeps its rules."""
     f, state = ref.Bin(out), checkpoint.hf.state_dict()
     for (role, layer), s in f.sections.items():
         if s["type"] == "bytes":
@@ -144,7 +144,7 @@ def check_layout(f, what):
 
 def good(folder, what, edit=None, shards=1, dtype=None, expect=(), options=(), run=convert,
          **facts):
-    """Converts an edited checkpoint; expect holds header fields, None skips the weights."""
+    """Converts an edited checkpoint; expect holds header fields."""
     c = Checkpoint(folder, **facts)
     if dtype:
         c.hf = c.hf.to(getattr(c.torch, dtype))
@@ -205,8 +205,8 @@ def test_good(folder):
 
 
 def own_head(c):
-    """A head of its own beside a config.json that says the two are tied, which transformers keeps
-    (asked here), and which merges of adapters leave behind."""
+    """A head of its own, although config.json says that it is tied.  Merges of adapters leave such
+    a head, and transformers keeps it, as checked here."""
     head = c.tensors["model.embed_tokens.weight"] * 0.5 + 0.25
     c.tensors["lm_head.weight"] = head
     c.facts.tie_word_embeddings = False
@@ -218,7 +218,7 @@ def own_head(c):
 
 
 def test_heads(folder):
-    """A head that differs stays, in one value too; a head that does not goes."""
+    """A head that differs from the embedding stays, even by one value.  An equal head goes."""
     def one_value(c):
         own_head(c)
         c.tensors["lm_head.weight"].copy_(c.tensors["model.embed_tokens.weight"])
@@ -230,7 +230,7 @@ def test_heads(folder):
             check(not f or f.header and "is kept" in run.stderr, f"a head, {what}: {run.stderr!r}")
 
 
-# What programs put before the names of tensors
+# Prefixes that programs put before the names of tensors
 PREFIXES = ("_orig_mod.", "module.", "base_model.model.", "model.", "module._orig_mod.",
             "_forward_module.model.", "_orig_mod.base_model.model.", "model._orig_mod.module.")
 
@@ -254,7 +254,7 @@ def test_wrapped(folder):
 
 
 def test_extended(folder):
-    """More rows than the tokenizer has pieces: they become unused pieces, with a warning."""
+    """Rows beyond the tokenizer's pieces become unused pieces, with a warning."""
     f, run = good(folder, "extended vocabulary", vocab_size=360, expect=dict(V=360))
     if f:
         ids, pieces = f.vocabulary()
@@ -267,7 +267,7 @@ def test_extended(folder):
 
 
 def test_scalar_224(folder):
-    """Trap 3: a stale scalar is kept, and said."""
+    """Trap 3: a stale query_pre_attn_scalar is kept, with a warning."""
     f, run = good(folder, "scalar 224", query_pre_attn_scalar=224,
                   expect=dict(query_scale=float(np.float32(224 ** -0.5))))
     check(f and "224" in run.stderr, "scalar 224: no warning")
@@ -322,7 +322,7 @@ def overlong_header(c):
 
 
 def pointer(c):
-    """What git leaves in the place of a large file."""
+    """The pointer that git lfs leaves in the place of a large file."""
     with open(c.file("pointer"), "w") as f:
         f.write("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 17525357\n")
     return c.file("pointer")
@@ -410,7 +410,7 @@ def test_disks(folder):
 
 
 def test_instants(folder):
-    """Signals at the two ends of a temporary's life, and one that is not to be heard."""
+    """Signals once the temporary file is made, written and named, and an ignored SIGHUP."""
     c = Checkpoint(folder).write()
     place = os.path.join(folder, "place")
     os.makedirs(place)
@@ -439,7 +439,7 @@ def test_instants(folder):
 
 
 def test_no_process():
-    """A system that gives no process, or no thread, more."""
+    """A system that gives no more processes or no more threads."""
     reader = types.SimpleNamespace(most_jobs=2, start_method=None)
     plan = [(types.SimpleNamespace(rows=1 << 12, cols=1 << 12), "")]
     for holder, name, error in ((os, "fork", BlockingIOError(errno.EAGAIN, "again")),
@@ -494,7 +494,7 @@ def held(path):
 
 
 def start(checkpoint, out, *options):
-    """A conversion that has begun to write; its process and its temporary file."""
+    """Starts a conversion and waits until it writes: its process and its temporary file."""
     place, name = os.path.split(out)
     began, name = time.time(), f".{name}.tmp"
     p = subprocess.Popen(EXPORT + [checkpoint, out, *options], stderr=subprocess.DEVNULL,
@@ -505,8 +505,8 @@ def start(checkpoint, out, *options):
 
 
 def test_collisions(folder):
-    """Another conversion to the same output runs before the temporary is locked, and makes it its
-    output; or before it gets its name, and is refused."""
+    """A second conversion to the same output succeeds before the first locks the temporary file.
+    Before the first renames it, the second is refused."""
     path = shutil.move(Checkpoint(folder).write().path, os.path.join(folder, "small"))
     place = os.path.join(folder, "place")
     os.makedirs(place)
@@ -533,8 +533,8 @@ def test_collisions(folder):
 
 
 def test_leftovers(folder):
-    """What a killed conversion leaves is taken over by the next to the same output, and nothing
-    of one that lives."""
+    """A conversion takes over what a killed conversion to the same output left, but nothing of a
+    conversion that lives."""
     small = Checkpoint(folder).write().path
     small = shutil.move(small, os.path.join(folder, "small"))
     large = Checkpoint(folder, hidden_size=1024, num_attention_heads=4, intermediate_size=8192,
@@ -564,7 +564,7 @@ def test_leftovers(folder):
 
 
 def on_terminal(command):
-    """What a command writes to a terminal on standard error, and when it began to."""
+    """(status, what a command writes to a terminal on stderr, seconds until its first byte)."""
     ours, theirs = pty.openpty()
     began = time.time()
     p = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=theirs)
@@ -579,7 +579,7 @@ def on_terminal(command):
 
 
 def test_progress(folder):
-    """A terminal sees a bar at once, and in the end nothing of it; a file sees the report."""
+    """A terminal shows a bar at once and nothing of it in the end.  A file gets the report."""
     c = Checkpoint(folder, vocab_size=400).write()
     out, first, imports = os.path.join(folder, "out.bin"), [], []
     for _ in range(3):

@@ -1,6 +1,6 @@
-"""GGUF files for oracle.py: written by the gguf package as llama.cpp's converter names and
-shapes things, quantised by that package or filled with random blocks that it dequantises;
-the exporter must find the same values, bit for bit."""
+"""GGUF files for oracle.py.  The gguf package writes them with the names and shapes of
+llama.cpp's converter.  It quantises the weights, or dequantises random blocks of bytes.
+The exporter must find the same values, bit for bit."""
 import os
 import random
 import shutil
@@ -19,11 +19,11 @@ GGUF_NAMES = {"attn_norm": "attn_norm", "q": "attn_q", "k": "attn_k", "v": "attn
               "o": "attn_output", "post_attn_norm": "post_attention_norm", "ffn_norm": "ffn_norm",
               "gate": "ffn_gate", "up": "ffn_up", "down": "ffn_down",
               "post_ffn_norm": "post_ffw_norm"}
-# Every format of a released file, one for each matrix of a model of three layers.
+# Every format of released files, one for each matrix of a model of three layers.
 KINDS = ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K",
          "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S",
          "IQ3_XXS", "IQ3_S"]
-# Byte offsets in a block of the f16 scale and minimum
+# Byte offsets of the f16 scale and minimum in a block
 SCALES = {"Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,),
           "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,),
           **dict.fromkeys((k for k in KINDS if k.startswith("IQ")), (0,))}
@@ -35,14 +35,14 @@ FACTS = dict(layers="LG", hidden_size=256, intermediate_size=512, num_attention_
 
 
 def random_blocks(rng, kind, shape, std):
-    """Bytes of a tensor whose weights spread by about std: any bits but for the scales."""
+    """A tensor's bytes: random bits, but scales that make the weights spread by about std."""
     import gguf
     t = gguf.GGMLQuantizationType[kind]
     weights, size = gguf.GGML_QUANT_SIZES[t]
     raw = rng.integers(0, 256, (shape[0] * shape[1] // weights, size), dtype=np.uint8)
 
     def set_scales(d):
-        if kind == "IQ1_M":  # in the upper bits of four words
+        if kind == "IQ1_M":  # its scale is in the upper bits of four words
             bits = (d * rng.uniform(0.5, 1, len(raw))).astype("<f2").view("<u2")
             words = raw[:, 48:].view("<u2")
             words[:] = words & 0xFFF | (bits[:, None] >> np.arange(0, 16, 4, np.uint16)) << 12
@@ -73,7 +73,7 @@ def decoded(kind, data, shape):
 
 
 class Model:
-    """A random Hugging Face model whose weights are what some GGUF tensors hold:
+    """A random Hugging Face model with exactly the weights of its GGUF tensors,
     .data {GGUF name: (kind, array)}."""
 
     def __init__(self, kind_of, **facts):
@@ -174,8 +174,8 @@ def as_f32(path, out, *options):
 
 
 def check_same(path, model, folder, what, *options):
-    """The f32 file of path and that of the model as a Hugging Face directory: the same
-    sections and facts, bit for bit."""
+    """The f32 files of path and of the model's Hugging Face directory have the same sections
+    but for the facts, bit for bit, and the same header but for the stop ids."""
     hf = os.path.join(folder, "hf")
     ref.save_checkpoint(model.hf, hf, make_golden.tiny_tokenizer())
     as_f32(hf, hf + ".bin", *options)
@@ -198,8 +198,8 @@ def check_same(path, model, folder, what, *options):
 
 
 def test_blocks(folder):
-    """Any rows of a tensor are what the gguf package makes of all of it, for every format and
-    any bits, NaN and infinity in the scales too."""
+    """In every format any rows of a tensor equal the gguf package's rows of the whole tensor.
+    The bits are random, so scales may be NaN and infinite."""
     import gguf
     rng, path = np.random.default_rng(1), os.path.join(folder, "blocks")
     for t in gguf.GGMLQuantizationType:
@@ -256,7 +256,7 @@ def logits(engine, path, ids):
 
 
 def split_files(model, folder):
-    """Parts as gguf-split writes them, named by any one or by their directory."""
+    """Parts as gguf-split writes them.  The argument is any part or their directory."""
     place = os.path.join(folder, "split")
     os.makedirs(place)
     write_gguf(os.path.join(place, "m.gguf"), model, split_max_tensors=12)
@@ -277,7 +277,7 @@ def split_files(model, folder):
 
 
 def test_q8_0(engine, folder):
-    """What Q8_0 costs against the model before it was quantised."""
+    """How far Q8_0 moves the logits of the unquantised model."""
     model = Model(lambda role, layer: "Q8_0", num_attention_heads=2, head_dim=32,
                   num_key_value_heads=1, query_pre_attn_scalar=32)
     path = os.path.join(folder, "q8_0.gguf")
@@ -290,7 +290,7 @@ def test_q8_0(engine, folder):
 
 
 def test_norms():
-    """Less 1 is exact for every f32 that 1 + w can be: the engine's 1 + w restores it."""
+    """A GGUF norm is 1 + w.  Subtracting 1 loses nothing: the engine's 1 + w restores the norm."""
     rng = np.random.default_rng(5)
     w = np.concatenate([rng.normal(0, s, 20000) for s in (1e-3, 0.1, 1, 30)]).astype(np.float32)
     stored = w + np.float32(1)
@@ -302,7 +302,7 @@ def test_norms():
 
 
 def test_facts(folder):
-    """Keys that old files lack, and the query scale, which none has."""
+    """Keys that old files lack, and the query scale, which no file has."""
     model = Model(lambda role, layer: "BF16")
     path = os.path.join(folder, "old.gguf")
     keys = ("attn_logit_softcapping", "final_logit_softcapping", "attention.sliding_window")
@@ -330,8 +330,8 @@ def test_facts(folder):
 
 
 def converter_vocabulary(pieces, with_config):
-    """What llama.cpp's converter makes of Gemma's vocabulary: SentencePiece cannot tell it
-    which pieces are user-defined; tokenizer_config.json, if it is there, lists them."""
+    """Gemma's vocabulary as llama.cpp's converter writes it.  The converter learns which pieces
+    are user-defined from tokenizer_config.json alone, not from SentencePiece."""
     types = [ref.NORMAL if k in (ref.USER, ref.MARKER) else k for _, _, k in pieces]
     tokens, scores = [t for t, _, _ in pieces], [s for _, s, _ in pieces]
     for i in (*range(217), *range(255968, 256000)) if with_config else ():
@@ -345,7 +345,7 @@ def converter_vocabulary(pieces, with_config):
 
 
 def test_real_vocabulary(folder):
-    """The tokenizer section made from either is that of tokenizer.bin; </s> stops nothing."""
+    """With or without tokenizer_config.json the section is tokenizer.bin's.  </s> is no stop id."""
     ids, pieces = (f := ref.Bin(os.path.join(ref.ROOT, "tokenizer.bin"))).vocabulary()
     model, path = Model(lambda role, layer: "BF16", layers="L"), os.path.join(folder, "v.gguf")
     for with_config in (False, True):
@@ -364,7 +364,7 @@ def test_real_vocabulary(folder):
         export.finish_tokenizer(tokenizer, 256000, path)
         check(export.tokenizer_section(tokenizer) == bytes(f.bytes("tokenizer")),
               f"gguf: Gemma's vocabulary, listed {with_config}")
-    # a fine-tune that gives pieces other names, control pieces among them, and adds three
+    # a fine-tune renames pieces, control pieces among them, and adds three
     for i, name in (1, b"<|im_end|>"), (3, b"<|user|>"), (7, b"<|im_start|>"), (106, b"<|sys|>"):
         tokens[i], types[i] = name, ref.CONTROL
     more = [b"<tool>", b"word", b"new"], [-1000.0, -9.0, -1000.0], [ref.CONTROL, 1, ref.USER]
@@ -400,7 +400,7 @@ def bad(path, what, *words):
 
 
 def refused(reader, path, what, *words):
-    """The same, in this process and without the conversion."""
+    """The same refusal, in this process and without the conversion."""
     try:
         made = reader(path)
         export.check_shapes(made)
@@ -475,7 +475,7 @@ def bad_facts(no):
 
 
 def test_damage(folder, path):
-    """Truncated anywhere, counts and offsets of any size, any byte of the header changed."""
+    """Files cut anywhere, counts and offsets of any size, any byte of the header changed."""
     with open(path, "rb") as f:
         whole = f.read()
     base = len(whole) - sum(t.size(t.kind, t.shape) for t in export.Gguf(path).tensors.values())
@@ -497,7 +497,7 @@ def test_damage(folder, path):
                     f"gguf with {value} in a tensor", always=True)
     at = whole.index(b"general.name")
     damaged(path, whole[:at - 8] + struct.pack("<Q", 900) + whole[at:], "gguf, a long key", True)
-    with open(path, "wb") as f:  # lists that would take ten times their bytes
+    with open(path, "wb") as f:  # lists that would take ten times their bytes in memory
         f.write(b"GGUF" + struct.pack("<IQQ", 3, 0, 20))
         for i in range(20):
             f.write(struct.pack("<Q4sIIQ", 4, b"l%03d" % i, 9, 0, 1 << 22))
@@ -511,7 +511,7 @@ def test_damage(folder, path):
 
 
 def damaged(path, data, what, always=False, reader=export.Gguf):
-    """Such bytes are refused in a sentence, or (unless always) read as something else."""
+    """The bytes are refused in a sentence or, unless always is set, read as another file."""
     with open(path, "wb") as f:
         f.write(data)
     export.handles.clear()

@@ -1,4 +1,4 @@
-"""What --schema makes, against jsonschema's validator: a part of oracle.py."""
+"""A part of oracle.py: replies under --schema, against jsonschema's validator."""
 import json
 import os
 import subprocess
@@ -64,7 +64,7 @@ def reply(program, path, seed):
 
 
 def test_schema(engine, folder):
-    """Replies at a temperature at which the model says anything: each is a value that fits."""
+    """At a temperature where the model says anything, every reply fits its schema."""
     import jsonschema
     program = os.path.join(folder, "run-schema")
     subprocess.run([os.environ.get("CC", "cc"), "-std=c11", "-ffp-contract=off", "-O2", "-w",

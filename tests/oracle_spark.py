@@ -8,7 +8,7 @@ import time
 import reference as ref
 from reference import check
 
-# What the recipe runs: the program, which notes its process and, once ended, its exit status.
+# The recipe runs this script, which notes the program's process and, at its end, its status.
 WORKER = """#!/bin/sh
 cd {}; exec 3<&0
 {} "$@" <&3 &
@@ -42,7 +42,7 @@ def kill_first(folder):
 
 
 def test_spark(engine, folder):
-    """Two tasks at a time, each tried again when its worker dies: the results of one process."""
+    """Two tasks at a time, each retried when its worker dies, give the results of one process."""
     from pyspark.sql import SparkSession
     program = os.path.join(ref.ROOT, "run")
     story = os.path.join(ref.ROOT, "tests/demo/story-q8.bin")

@@ -1,6 +1,6 @@
-"""What lies between the layers, for oracle.py: states after the final norm, scores of reward
-models, and a residual stream that a hook reads and changes, against transformers and its hooks.
-The checkpoints are those of embedders and classifiers, without a head for text."""
+"""A part of oracle.py: states after the final norm, scores of reward models, and a residual
+stream that a hook reads and changes, against transformers and its hooks.  The checkpoints of
+embedders and classifiers have no head for text."""
 import ctypes as C
 import json
 import os
@@ -12,7 +12,7 @@ import make_golden
 import reference as ref
 from reference import check
 
-CLOSE = 1e-4  # f32 weights, as for logits
+CLOSE = 1e-4  # largest difference with f32 weights, as for logits
 RUN = os.path.join(ref.ROOT, "run")
 
 
@@ -46,7 +46,7 @@ def hf_states(model, ids, **options):
 
 
 def test_embedder(engine, folder, hf, ids):
-    """A tree without any head, as bge-multilingual-gemma2's."""
+    """A checkpoint without a head, like bge-multilingual-gemma2."""
     path = converted(folder, "embedder", hf.model)
     want = hf_states(hf.model, ids).last_hidden_state[0].numpy()
     model = ref.Model(engine, path)
@@ -86,7 +86,7 @@ def test_reward(engine, folder, ids):
 
 
 def test_steering(engine, folder, hf, ids):
-    """A vector added to the residual stream after a layer; what the hook reads there."""
+    """A hook reads the residual stream after a layer and adds a vector to it."""
     path, layer = converted(folder, "steered", hf), 1
     vector = np.random.default_rng(5).normal(0, 3, hf.config.hidden_size).astype(np.float32)
     seen = []

@@ -1,8 +1,8 @@
 """The traps of Gemma 2, each set on purpose: a model file or a copy of gemma2.c is made
-wrong in the way that other engines were wrong. The golden test must then fail, and say what
-the mistake would make it say. A pass here is a caught mistake.
+wrong in the way that other engines were wrong. The golden test must then fail, with the
+message that fits the mistake. A pass here is a caught mistake.
 
-Numbers are those of the project's list of known pitfalls:
+The traps have the numbers of the project's list of known pitfalls:
   1 soft-caps missing              9 exact GELU instead of tanh      13 BOS missing
   2 query scale by head_dim       10 angles of RoPE in bf16          14 BOS twice
   3 query scale by D / N          11 norms: w, or 1 + w added twice  15 <end_of_turn> no stop
@@ -20,7 +20,7 @@ from exercises import build_golden
 from reference import check
 
 def run(program, golden):
-    """(number of failed checks, output); tokenizer.bin is found from the root."""
+    """(number of failed checks, output).  It runs in the root, where tokenizer.bin is."""
     p = subprocess.run([program, golden], cwd=ref.ROOT, capture_output=True, text=True,
                        timeout=300)
     last = re.search(r"(\d+) passed, (\d+) failed\s*$", p.stdout)
@@ -47,7 +47,7 @@ def all_global(f):
 
 
 def add_one(role, layer):
-    """GGUF files hold 1 + w; whoever adds 1 again gets this."""
+    """GGUF files hold 1 + w.  An engine that adds 1 again gets this."""
     def edit(f):
         w = np.frombuffer(bytes(f.bytes(role, layer)), "<f4") + np.float32(1)
         w[f.sections[role, layer]["rows"]:] = 0  # padding
@@ -56,7 +56,7 @@ def add_one(role, layer):
 
 
 def fields(**values):
-    """Header fields; a value may be a function of the header."""
+    """Sets header fields.  A value may be a function of the header."""
     def edit(f):
         f.set(**{k: v(f.header) if callable(v) else v for k, v in values.items()})
     return edit
@@ -67,7 +67,7 @@ def only_eos(f):
     f.data[264:320] = bytes(56)
 
 
-FILES = [  # trap, golden model, edit, what the failure must speak of
+FILES = [  # trap, golden model, edit, words of the failure
     ("1 no soft-cap of scores", "both", fields(attn_softcap=0.0), "attn of layer 0"),
     ("1 no soft-cap of scores, 20", "untied", fields(attn_softcap=0.0), "attn of layer 0"),
     ("1 no soft-cap of logits", "both", fields(final_softcap=0.0), "logits at"),

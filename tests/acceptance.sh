@@ -1,7 +1,7 @@
 #!/bin/sh
-# How often guesses come true: sh tests/acceptance.sh ./run BENCH MODEL DRAFT, a table.  Replies to
-# tasks are given, as a large model would write them.  Prose is what MODEL writes, and DRAFT guesses
-# too.  Four guesses a pass.
+# Prints a table of how often guesses come true: sh tests/acceptance.sh ./run BENCH MODEL DRAFT.
+# Replies to tasks are given, as a large model would write them.  MODEL writes the prose, which
+# DRAFT guesses too.  Each pass takes four guesses.
 . "$(dirname "$0")/start.sh"
 BENCH=$2 MODEL=$3 DRAFT=$4
 cat >"$TMP/passage" <<'END'

@@ -8,7 +8,7 @@ trap 'rm -rf "$TMP"' EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 
-# By xargs, because what a script starts in the background is deaf to Ctrl-C.
+# xargs starts them: commands that a script starts in the background are deaf to Ctrl-C.
 for command; do
     n=$((n + 1))
     printf '%s\n' "$command" >"$TMP/$n.command"
@@ -20,7 +20,7 @@ done | xargs -P 2 -n 1 sh -c '
 n=0
 for command; do
     n=$((n + 1))
-    tr -d '\r' <"$TMP/$n.out" >"$TMP/out" # of a Windows program
+    tr -d '\r' <"$TMP/$n.out" >"$TMP/out" # a Windows program writes \r\n
     status=$(cat "$TMP/$n.status")
     sed "s|^|${command##*/}: |" "$TMP/out"
     line=$(grep -E '^[0-9]+ passed, [0-9]+ failed$' "$TMP/out" | tail -n 1)

@@ -1,16 +1,16 @@
 #!/bin/sh
-# Static analysis of gemma2.c and run.c: sh tests/analyze.sh.  Passes where a tool finds
-# nothing but what tests/analyze.known lists, with the reason why it is no mistake; a listed
-# finding that is not made any more fails too.
+# Static analysis of gemma2.c and run.c: sh tests/analyze.sh.  Passes if all tools find only what
+# tests/analyze.known lists, each finding with the reason why it is no mistake.  A listed
+# finding that no tool makes any more fails too.
 HERE=$(dirname "$0")
 OUT=build/analyze
 mkdir -p $OUT
 
-# Of clang-tidy's groups: bugprone, cert, portability, performance, the analyzer.  Off are those
+# clang-tidy's groups bugprone, cert, portability, performance and the analyzer.  Off are checks
 # that ask for C11 Annex K, for a check of every fprintf, for another style (swappable
-# parameters, memcmp without != 0, paddings, reserved _DEFAULT_SOURCE), the two that take a
-# product of small constants and indexes for one that could overflow int, and parentheses around
-# what a macro declares.
+# parameters, memcmp without != 0, paddings, reserved _DEFAULT_SOURCE) or for parentheses around
+# what a macro declares, and the two that fear overflow of int in a product of small constants
+# and indexes.
 TIDY='-*,bugprone-*,cert-*,portability-*,performance-*,clang-analyzer-*'
 TIDY=$TIDY,-clang-analyzer-security.insecureAPI.DeprecatedOrUnsafeBufferHandling
 TIDY=$TIDY,-clang-analyzer-optin.performance.Padding,-bugprone-easily-swappable-parameters
@@ -35,7 +35,7 @@ run() {
     fi
 }
 
-# The long ones of each tool at the same time.
+# gcc's analyzer runs beside the other two tools.
 rm -f $OUT/*
 for file in run.c gemma2.c; do
     run fanalyzer $file gcc -std=c11 -O1 -ffp-contract=off -fanalyzer -c $file -o $OUT/o &

@@ -1,6 +1,6 @@
 #!/bin/sh
-# The ARM program under qemu, against this machine's own: which instruction set each CPU
-# gets, and the demo's text and logits, in exact arithmetic.  sh tests/arm_demo.sh QEMU RUN ARM_RUN
+# Compares the ARM program under qemu with this machine's own: each CPU's instruction set, and the
+# demo's text and logits in exact arithmetic.  sh tests/arm_demo.sh QEMU RUN ARM_RUN
 QEMU=$1 RUN=$2 ARM_RUN=$3
 STORY=$(dirname "$0")/demo/story-q8.bin
 PROMPT="Once upon a time there was a little girl who lived with her grandmother in a wood, and"

@@ -8,12 +8,12 @@ claim() { if [ "$1" "$2" "$3" ]; then passed=$((passed + 1)); else
 same() { cmp -s "$1" "$2"; claim $? -eq 0 "$3"; }
 batch() { "$RUN" "$STORY" --batch "$@" 2>"$TMP/err"; }
 
-# ---- The same bits as alone, for any company, order and threads --------------------------
+# ---- The same bits as alone, in any batch, order and number of threads -------------------
 long='Once upon a time there was a king who had three daughters, and the youngest was so good that'
 for i in 1 2 3 4 5; do long="$long $long"; [ ${#long} -gt 1600 ] && break; done
 : >"$TMP/in"; : >"$TMP/alone"
 n=0
-# line JSON ARGUMENT...: a line, and what run says to the same.  PROMPT is the prompt of both.
+# line JSON ARGUMENT...: adds a line, and run's answer to the same.  PROMPT is the prompt of both.
 line() {
     members=$1
     shift
@@ -22,7 +22,7 @@ line() {
     "$RUN" "$STORY" --json -q -j 1 -s 7 "$@" -p "$PROMPT" |
         sed 's/^{"text": "\(.*\)", "prompt_ids": .*, "ids": \(\[.*\]\), "finish_reason": \(.*\), "timings.*/'$n' "\1", \3, \2/' >>"$TMP/alone"
 }
-# Its lines in the same form and the order of their numbers.
+# Result lines in the form of $TMP/alone, in the order of their numbers.
 results() {
     sed 's/^{"id": \([0-9]*\), "text": \(".*"\), "finish_reason": \(.*\), "usage": {[^}]*}, "ids": \(.*\)}$/\1 \2, \3, \4/' |
         sort -n
@@ -73,7 +73,7 @@ batch "$TMP/in" --json -s 7 --choice ' is' --choice ' was' | results >"$TMP/got"
 same "$TMP/alone" "$TMP/got" "--choice of a batch"
 batch "$TMP/in" --schema "$TMP/grammar" >"$TMP/got"; claim $? -eq 2 "exit status of a bad schema"
 
-# A conversation is what -c -S says, and a common beginning is read once.
+# A conversation gives what -c -S gives, and a common beginning is read once.
 printf '{"messages": [{"role": "system", "content": "Rhyme."}, {"role": "user", "content": "Hi"}], "max_tokens": 9}\n' >"$TMP/in"
 batch "$TMP/in" -s 2 --json | results | sed 's/^1 \(".*"\), "length".*/\1/' >"$TMP/got"
 "$RUN" "$STORY" -q --json -c -S Rhyme. -s 2 -n 9 Hi | sed 's/^{"text": \(".*"\), "prompt_ids.*/\1/' >"$TMP/alone"
@@ -162,7 +162,7 @@ for part in '"custom_id": "c\\"1", "response": {"status_code": 200' '"object": "
     claim "$(grep -c "$part" "$TMP/got")" -ge 1 "lines with $part"
 done
 
-# Log-probabilities are those of --json --top-logprobs, and the others in their order.
+# Log-probabilities are those of --json --top-logprobs.
 cat >"$TMP/in" <<'END'
 {"custom_id": "a", "url": "/v1/chat/completions", "body": {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2, "logprobs": true, "top_logprobs": 2}}
 {"custom_id": "b", "url": "/v1/completions", "body": {"prompt": "Once \u4e16 upon", "max_tokens": 20, "logprobs": 1, "temperature": 0, "response_format": {"type": "json_schema", "json_schema": {"schema": {"const": "世a"}}}}}
@@ -208,13 +208,13 @@ claim "$(grep -c '^{"id": .*}}$' "$TMP/out")" -eq "$(wc -l <"$TMP/out")" "whole 
 batch "$TMP/in" -q -s 5 -o "$TMP/out"
 sort "$TMP/out" >"$TMP/got"; same "$TMP/want" "$TMP/got" "results after SIGTERM"
 
-# Without -s the second run takes the seed that the first one drew, though some line has its own.
+# Without -s the second run takes the seed that the first run drew, even if lines have their own.
 for i in 1 2 3 4 5; do printf '{"id": %s, "prompt": "The %s", "max_tokens": 5%s}\n' $i $i "$([ $i -lt 4 ] && echo ', "seed": 8')"; done >"$TMP/seeds"
 "$RUN" "$STORY" --batch "$TMP/seeds" -q -o "$TMP/whole"
 sort "$TMP/whole" >"$TMP/want"; grep -v '"id": [15]' "$TMP/whole" >"$TMP/out"
 batch "$TMP/seeds" -q -o "$TMP/out"
 sort "$TMP/out" >"$TMP/got"; same "$TMP/want" "$TMP/got" "results with a seed that was drawn"
-# An output that holds something else stays as it is.
+# An output file that holds anything but results stays as it is.
 cp "$TMP/seeds" "$TMP/out"
 batch "$TMP/seeds" -q -o "$TMP/out"; claim $? -eq 2 "exit status where OUT holds no results"
 same "$TMP/seeds" "$TMP/out" "OUT that holds no results"
@@ -224,7 +224,7 @@ same "$TMP/seeds" "$TMP/out" "OUT that holds no results"
 claim "$(cat "$TMP/status")" -eq 0 "exit status when the reader leaves"
 sed 1d "$TMP/in" | batch - -q -s 5 >"$TMP/got"; claim "$(wc -l <"$TMP/got")" -eq 12 "results of standard input"
 : >"$TMP/got"
-# A program that waits for each result before it sends the next line gets it.
+# A program may wait for each result before it sends the next line.
 { for i in 1 2; do
     printf '{"prompt": "a", "max_tokens": 1}\n'
     for wait in $(seq 500); do [ "$(wc -l <"$TMP/got")" -ge $i ] && break; sleep 0.02; done
@@ -235,7 +235,7 @@ batch "$TMP/none" >/dev/null; claim $? -eq 1 "exit status without a file"
 batch "$TMP/in" --parallel 0 >/dev/null; claim $? -eq 2 "exit status of --parallel 0"
 : >"$TMP/in"; batch "$TMP/in" -q >"$TMP/got"; claim $? -eq 0 "exit status of no lines"
 
-# ---- README's recipes for many machines, with the names of here ---------------------------
+# ---- README's recipes for many machines, with this test's names ---------------------------
 README=$(dirname "$0")/../README.md
 for i in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do
     printf '{"id": "%d", "prompt": "A fox and %d", "max_tokens": 5}\n' $i $i

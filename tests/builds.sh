@@ -1,7 +1,7 @@
 #!/bin/sh
-# The same bits from every build: gcc with optimisation off, both compilers with it on, with the
-# host's own -march, OpenMP and without the flag against contraction; on every instruction set
-# this CPU has.  A build that cannot keep the bits does not compile, or opens no model.
+# Every build gives the same bits on every instruction set of this CPU: gcc with optimisation off,
+# both compilers with it on, with the host's own -march, with OpenMP, and without the flag against
+# contraction.  A build that cannot keep the bits does not compile, or opens no model.
 #   sh tests/builds.sh
 OUT=build/builds
 EXACT="-ffp-contract=off"
@@ -11,7 +11,7 @@ mkdir -p $OUT
 pass() { passed=$((passed + 1)); }
 fail() { failed=$((failed + 1)); echo "FAIL $1"; }
 
-# digests NAME: of build NAME for every instruction set, into $OUT/NAME.txt
+# digests NAME: writes build NAME's digests on every instruction set to $OUT/NAME.txt
 digests() {
     for isa in scalar avx2 avxvnni avx512 avx512bf16 amx neon dotprod i8mm; do
         GEMMA2_ISA=$isa $OUT/"$1" >$OUT/one 2>&1 && sed "s/^/$isa /" $OUT/one
@@ -60,7 +60,7 @@ for flag in -ffast-math -Ofast -funsafe-math-optimizations -ffinite-math-only -f
     unsafe gcc -O2 $flag gemma2.c
     unsafe clang -O2 $flag gemma2.c
 done
-# The check at opening is what finds the flags that no macro shows: here the last, by clang.
+# The check at opening finds the flags that no macro shows: here clang's -freciprocal-math.
 $OUT/unsafe | grep -q "flag that changes results" && pass || fail "reciprocals open a model"
 for flags in -fassociative-math "-fassociative-math -fno-signed-zeros -fno-trapping-math" \
     -fsingle-precision-constant "-mrecip -fno-math-errno" "-flto -fno-math-errno"; do
@@ -71,8 +71,8 @@ for flags in -ffp-model=fast \
     unsafe clang -O2 $flags gemma2.c
 done
 
-# A host that includes gemma2.c behind a pragma of its own, and one that links with fast maths
-# and so starts with denormals off.
+# One host includes gemma2.c after a pragma of its own.  Another links with fast maths and so
+# starts with denormals off.
 pragma() { # COMPILER PRAGMA
     printf '#pragma %s\n#include "../../gemma2.c"\n' "$2" >$OUT/pragma.c
     unsafe "$1" -O2 $OUT/pragma.c
@@ -84,7 +84,7 @@ pragma clang 'float_control(precise, off, push)'
 pragma clang 'clang fp contract(fast)'
 gcc -O2 $EXACT -c gemma2.c -o $OUT/gemma2.o && unsafe gcc -O2 -ffast-math $OUT/gemma2.o
 
-# A compiler without GNU C is told what works.
+# A compiler without GNU C gets a message that says what works.
 for cc in "g++ -x c++" "gcc -U__GNUC__"; do
     $cc -fsyntax-only gemma2.c 2>&1 | grep -q "with gcc or clang" && pass || fail "$cc"
 done

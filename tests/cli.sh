@@ -30,7 +30,7 @@ err_has() { if grep -qe "$1" "$TMP/err"; then pass; else
     fail "standard error has no '$1': $(head -c 200 "$TMP/err")"; fi; }
 out_empty() { if [ -s "$TMP/out" ]; then fail "standard output is not empty"; else pass; fi; }
 err_empty() { if [ -s "$TMP/err" ]; then fail "standard error: $(cat "$TMP/err")"; else pass; fi; }
-# One sentence on standard error, in which the pattern stands, nothing on standard output.
+# refuses SAID NAME ...: one sentence with SAID on standard error, nothing on standard output.
 refuses() {
     said=$1
     shift
@@ -78,7 +78,7 @@ refuses "add -c" "--system without --chat" 2 "$STORY" -S Rhyme. x
 refuses "not empty" "empty stop string" 2 "$STORY" --stop "" x
 refuses "f32, f16 or q8" "cache type" 2 "$STORY" --kv q9 x
 
-# ---- Other programs' spellings: ours where the meaning is the same, else a sentence -------
+# ---- Other programs' spellings: taken if they mean the same as ours, else a sentence ------
 explains() { # SAID ARGUMENT...
     explained=$1
     shift
@@ -170,7 +170,7 @@ for bytes in 1 8 511 512 600 100000 $((size - 1)); do
 done
 err_has "$((size - 1)) bytes.*$size: it was cut short"
 { cat "$STORY"; echo; } >"$TMP/model";              refuses "$size: it was added to" "trailing byte" 3 "$TMP/model" x
-# One bit of the last weights: only --check can see it.
+# The file's last bytes are zeros: only --check can see it.
 { head -c $((size - 4096)) "$STORY"; head -c 4096 /dev/zero; } >"$TMP/model"
 run "damaged weights open" 0 "$TMP/model" --info
 refuses "" "damaged weights are found" 3 "$TMP/model" --check
@@ -358,7 +358,7 @@ for newline in '\n' '\r\n'; do
     run "and of its echo" 0 "$STORY" -q -n 0 --echo -c -f "$TMP/file"; out_is 'Hello\n\n'
 done
 printf 'Hello\n' >"$TMP/in"; run "outside a chat it counts" 0 "$STORY" -q -n 0 --echo; out_is 'Hello\n\n'
-warns() { # SAID NAME: of the prompt $TMP/file, in one line, unless quiet; it is taken all the same
+warns() { # SAID NAME: the prompt $TMP/file gives a warning unless quiet, and is used
     for way in "--tokenize" "-n 1" "-n 1 -c" "--score"; do
         run "$2, $way" 0 "$STORY" $way -C 4000 -f "$TMP/file"; err_has "^warning: $TMP/file $1"
         run "$2, quiet" 0 "$STORY" $way -C 4000 -q -f "$TMP/file"; err_empty
@@ -409,8 +409,8 @@ same "$TMP/half" "$TMP/same" "--load writes its file"
 name="a session in a smaller batch, on the scalar kernels"
 GEMMA2_ISA=scalar said -n 25 -C 300 -j 1 --load "$TMP/half" -p "" >"$TMP/out"
 said -n 25 --load "$TMP/half" -p "" >"$TMP/want"; same "$TMP/out" "$TMP/want" "it goes on otherwise"
-# A stop string, wherever it falls in tokens, how they end, and what follows it is not kept.
-keeps() { # WANTED ARGUMENT...: what a session holds, as text
+# A session keeps neither a stop string, wherever it falls in tokens, nor what follows it.
+keeps() { # WANTED ARGUMENT...: the session's text is WANTED
     wanted=$1
     shift
     rm -f "$TMP/stopped"
@@ -444,7 +444,7 @@ accents shown -n 7 -k 0 # half a character is shown as U+FFFD, and kept
 accents "$P" -n 8 --stop "$(printf '\303\251')"
 accents "$P$(printf '\303\251\303\251\303\251')" -n 7 --stop "$(printf '\357\277\275')"
 accents shown -C 12 -k 0
-# In a chat the reply's turn is closed behind what was shown.
+# In a chat the reply's turn is closed after the text that was shown.
 rm -f "$TMP/stopped"
 said -c -n 20 --session "$TMP/stopped" --stop e Hello >"$TMP/shown"
 said -c -n 0 --json --load "$TMP/stopped" x >"$TMP/out"
@@ -495,7 +495,7 @@ printf 'Some notes of mine, in a file.\n' >"$TMP/cut"; foreign "text"
 head -c 300 /dev/zero >"$TMP/cut";                    foreign "binary data"
 printf '\377\376h\000i\000' >"$TMP/cut";              foreign "UTF-16"
 same "$S" "$TMP/same" "a refused session was changed"
-for path in "$TMP/none/kept" ""; do # before the work, not after it
+for path in "$TMP/none/kept" ""; do # refused before the work, not after it
     refuses "cannot save" "session in '$path'" 1 "$STORY" -n 1 -q --session "$path" x
 done
 cp "$TMP/half" "$TMP/cut"; dd if=/dev/zero of="$TMP/cut" bs=1 count=0 seek=67108864 2>/dev/null
@@ -514,7 +514,7 @@ cp "$TMP/in" "$TMP/want"; echo >>"$TMP/want"
 run "control characters through a pipe" 0 "$STORY" -q -n 0 --echo
 same "$TMP/out" "$TMP/want" "output is not raw"
 
-# What comes before the earliest stop string, wherever tokens end.
+# Output ends before the earliest stop string, wherever tokens end.
 text=$(cat "$TMP/greedy")
 stops() {
     name="stop strings $*"
@@ -548,7 +548,7 @@ run "paths of other letters" 0 "$TMP/m$E_ACUTE" -q -n 1 --session "$TMP/s$E_ACUT
 err_empty
 run "a session of such a path" 0 "$STORY" -q -n 1 --load "$TMP/s$E_ACUTE" -p ""
 claim "$(ls "$TMP" | grep -c "^[mps]$E_ACUTE$")" -eq 3 "files of that name"
-if [ "$SYSTEM" != windows ]; then # which takes no such characters, nor 32 KB of arguments
+if [ "$SYSTEM" != windows ]; then # Windows takes neither such characters nor 32 KB of arguments
     UNUSUAL="$TMP/m$E_ACUTE %s 'x\""
     cp "$STORY" "$UNUSUAL"
     run "unusual path" 0 "$UNUSUAL" --check; out_has "^ok"
@@ -616,7 +616,7 @@ claim "$(wc -l <"$TMP/out")" -eq 5 "lines"
 claim "$(head -1 "$TMP/out" | cut -f 1,3)" = "538	\"▁time\"" "best token"
 name="logits descend"; sort -s -t '	' -k 2,2gr "$TMP/out" >"$TMP/want"; same "$TMP/out" "$TMP/want" "they do not"
 run "all logits" 0 "$STORY" --logits 2147483647 x; claim "$(wc -l <"$TMP/out")" -eq 4096 "lines"
-# A trace: the state after the last layer says what the model says.  A layer in full is the same.
+# A trace: the last layer's state gives the model's best tokens.  A layer in full agrees.
 run "logits, exact" 0 "$STORY" --exact --logits 5 "Once upon a"; keep best
 run "trace" 0 "$STORY" --trace "Once upon a"; err_empty; keep trace
 claim "$(grep -c '^layer [0-5], local\|^layer [0-5], global' "$TMP/out")" -eq 6 "layers"
@@ -714,7 +714,7 @@ name="closed output"
 claim $? -eq 1 "exit status"; err_has "cannot write"
 if timeout --preserve-status 5 true 2>/dev/null; then
     name="interrupt"
-    for after in 0.3 1 3 10; do # later on a busy machine: it may not have begun
+    for after in 0.3 1 3 10; do # longer on a busy machine: run may not have begun
         timeout --preserve-status -s INT $after "$RUN" "$STORY" -q --json -C 200000 --ignore-eos x \
             </dev/null >"$TMP/out" 2>"$TMP/err"
         status=$?
@@ -738,7 +738,7 @@ if timeout --preserve-status 5 true 2>/dev/null; then
 else
     echo "not run: interrupts, there is no timeout with --preserve-status"
 fi
-if [ "$SYSTEM" = posix ]; then # others do not map it, or do not let it shrink
+if [ "$SYSTEM" = posix ]; then # other systems do not map the file, or do not let it shrink
     name="a model that shrinks while it is mapped"
     cp "$STORY" "$TMP/model"
     mkfifo "$TMP/fifo"
@@ -754,8 +754,8 @@ if [ "$SYSTEM" = posix ]; then # others do not map it, or do not let it shrink
     claim $? -eq 3 "exit status"; out_empty
     claim "$(grep -c '^run: .* it became shorter' "$TMP/err")" -eq 1 "sentences"
 fi
-# terminal NAME COMMAND TYPIST: runs a command on a pseudo-terminal on which the typist's
-# output is typed.  That nothing comes out is a failure where a trial showed that it works.
+# terminal NAME COMMAND TYPIST: runs a command on a pseudo-terminal and types the typist's output
+# there.  No output is a failure if a trial showed that the terminal works.
 terminal() {
     name=$1
     : >"$TMP/notes" >"$TMP/raw"
@@ -763,7 +763,7 @@ terminal() {
     tr -d '\r' <"$TMP/raw" >"$TMP/out"
     [ -s "$TMP/out" ]
 }
-# prompts N: a typist waits until the conversation has asked so often, on the terminal or in notes.
+# prompts N: a typist waits until the conversation has asked N times, on the terminal or in notes.
 prompts() {
     tries=0
     until [ "$(cat "$TMP/raw" "$TMP/notes" | grep -o '> ' | wc -l)" -ge "$1" ] || [ $tries -gt 200 ]; do
@@ -794,7 +794,7 @@ elif terminal "a terminal" "echo x" : && [ "$(cat "$TMP/out")" = x ]; then
     terminal "conversation" "'$RUN' '$STORY' -c -n 5; echo status \$?" \
         "sleep 0.5; echo hello; sleep 0.5; echo /exit; sleep 0.2"
     out_has "status 0"; out_has "^> "; out_has "^seed [0-9]"
-    chat() { # TYPIST: what the session's file then holds goes to $TMP/out
+    chat() { # TYPIST: the ids in the session's file go to $TMP/ids
         terminal "$name" "trap : INT; '$RUN' '$STORY' -c -n 5 --session '$TMP/talk'; echo status \$?" \
             "sleep 0.5; $1; sleep 0.5"
         keep said
@@ -808,8 +808,8 @@ elif terminal "a terminal" "echo x" : && [ "$(cat "$TMP/out")" = x ]; then
     name="/clear clears the session's file"
     chat "echo /clear; printf '\004'"
     claim "$(wc -l <"$TMP/ids")" -lt 20 "ids of one turn"
-    # talk NAME TYPIST MESSAGE TURNS: that the first turn is the message, and how many there are.
-    # The terminal is afterwards as it was.  Keys and commands are tests/terminal.c's.
+    # talk NAME TYPIST MESSAGE TURNS: the first turn is MESSAGE, and there are TURNS turns.  The
+    # terminal is afterwards as it was.  tests/terminal.c tests keys and commands.
     talk() {
         rm -f "$TMP/talk"
         terminal "$1" "stty -g >'$TMP/before'; '$RUN' '$STORY' -c -n 1 -t 0 -C 20000 --session '$TMP/talk'

@@ -1,6 +1,6 @@
 """Lines and branches of gemma2.c and run.c that the C tests reach on this CPU: gcc --coverage,
-gcov's JSON, a table by section, and with -v the lines whose branches were never taken either
-way.  `make coverage`; what is printed are measurements, so nothing fails but a failing test."""
+gcov's JSON, a table by section, and with -v the lines not reached or with a branch not taken.
+`make coverage` runs it.  It only measures: it fails only if a test fails."""
 import gzip
 import json
 import multiprocessing.pool
@@ -12,7 +12,7 @@ import sys
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 OUT = os.path.join(ROOT, "build", "coverage")
-# -O1 folds what is constant in the copies of a kernel's body; each copy counts for itself.
+# -O1 folds the constants in each copy of a kernel's body.  Each copy counts for itself.
 FLAGS = ["-std=c11", "-ffp-contract=off", "-fopenmp", "-pthread", "-O1", "-I.", "--coverage",
          "-fprofile-abs-path", "-fprofile-update=atomic"]
 PROGRAMS = {  # name: what it is built from, the command that runs it
@@ -26,7 +26,7 @@ PROGRAMS = {  # name: what it is built from, the command that runs it
 
 
 def measure(name):
-    """Builds and runs one program; its last line, and whether its tests pass."""
+    """Builds and runs one program; returns its last line and whether its tests pass."""
     sources, command = PROGRAMS[name]
     folder = os.path.join(OUT, name)
     shutil.rmtree(folder, ignore_errors=True)

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Runs the examples on the demo model and holds what they say against the command line:
-# sh tests/examples.sh FOLDER [./run], the folder being where example_* were built.
+# Runs the examples on the demo model and compares their output with the command line's:
+# sh tests/examples.sh FOLDER [./run], where FOLDER holds the built example_*.
 DIR=${1:-build}
 [ $# -eq 0 ] || shift
 . "$(dirname "$0")/start.sh"
@@ -16,7 +16,7 @@ claim() { # WHAT COMMAND...: the command succeeds
     fi
 }
 same() { claim "$1 differs from run" cmp -s "$TMP/out" "$TMP/want"; }
-# Runs of 5 words that stand twice in a text.
+# repeated FILE: how many runs of 5 words occur more than once.
 repeated() { tr -s ' \n' '\n\n' <"$1" | awk '{ w[NR] = $0 }
     END { for (i = 5; i <= NR; i++) n[w[i-4] " " w[i-3] " " w[i-2] " " w[i-1] " " w[i]]++
           for (k in n) twice += n[k] > 1; print twice + 0 }'; }

@@ -1,5 +1,5 @@
-"""Makes each change of tests/exercises.md in a copy of gemma2.c, and compares what the golden test
-then says first with the page, up to the size of the deviation: `make test-exercises`, or
+"""Makes each change of tests/exercises.md in a copy of gemma2.c.  The golden test's first failure
+must be the page's, except for the size of the deviation: `make test-exercises`, or
 
   python3 tests/exercises.py [NUMBER ...]"""
 import glob
@@ -41,7 +41,7 @@ def build_golden(folder, source):
 
 
 def first_failure(source):
-    """What the golden test says first about this text of gemma2.c."""
+    """The golden test's first failure with this text of gemma2.c."""
     with tempfile.TemporaryDirectory() as folder:
         p = subprocess.run([build_golden(folder, source)], cwd=ROOT, capture_output=True, text=True)
         return next((line for line in p.stdout.split("\n") if line.startswith("FAIL")), "nothing")

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Sizes of files and sessions, and what to take for a machine: README's tables.
+"""README's tables: sizes of files and sessions, and the file to take for a machine.
 
     make build/bench && python3 tests/fits.py
 
-Asks build/bench for its plans (no weights are made).  A machine of 8 GB has 2^33 bytes, of
-which 1.5 GB are left to the system; the rest holds file and session.
+Asks build/bench for its plans (no weights are made).  A machine of 8 GB has 2^33 bytes:
+1.5 GB are left to the system, and the rest holds file and session.
 """
 import re
 import subprocess
@@ -23,7 +23,7 @@ def plan(shape, kind):
 
 
 def choice(plans, machine, context):
-    """q8 where it fits, since it loses nothing; else the size that does, for export.py --size."""
+    """q8 if it fits, because it loses nothing.  Otherwise the size to give export.py --size."""
     session = plans["q8"][1 + CONTEXTS.index(context)]
     room = machine * 2 ** 30 / 1e9 - SYSTEM - session
     if plans["q8"][0] <= room:

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Fuzzes each target of tests/fuzz.c for some seconds: sh tests/fuzz.sh PROGRAM SECONDS
-# [TARGET...].  Starts from tests/fuzz/TARGET and what build/fuzz-corpus holds of earlier runs;
-# what breaks something is left in build/.  Prints executions by target and their sum, then
+# [TARGET...].  Starts from tests/fuzz/TARGET and the inputs of earlier runs in build/fuzz-corpus.
+# Inputs that break something are left in build/.  Prints executions by target and their sum, then
 # "N passed, N failed".
 program=$1 seconds=$2
 shift 2

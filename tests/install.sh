@@ -1,8 +1,8 @@
 #!/bin/sh
-# What `make install` leaves, from outside: make test-install, or sh tests/install.sh from the
+# Tests what `make install` leaves, from outside: make test-install, or sh tests/install.sh from the
 # root.  Programs are built against the staged library as C11 and C++17, static and shared.
-# It needs a C++ compiler, pkg-config, nm, groff and the shells that completions are for:
-# what is missing is a failure.
+# It needs a C++ compiler, pkg-config, nm, groff and the shells that completions are for.
+# A missing tool is a failure.
 MAKE=${MAKE:-make} CC=${CC:-cc} CXX=${CXX:-c++}
 HERE=$(dirname "$0")
 TMP=${TMPDIR:-/tmp}/gemma2-install.$$
@@ -24,7 +24,7 @@ files() { (cd "$1" && find . ! -type d | sort); }
 # ---- What is there -------------------------------------------------------------------
 D=$TMP/stage
 ROOT=$D/opt/gemma
-umask 077 # of the installer alone: what is installed is for all
+umask 077 # the installer's own: all may still read what it installs
 claim "install" $MAKE -s install DESTDIR="$D" PREFIX=/opt/gemma
 claim "all can read it" test -z "$(find "$D" ! -perm -444 -o -type d ! -perm -555)"
 files "$ROOT" >"$TMP/files"
@@ -126,8 +126,8 @@ claim "completes no number" completes "m.bin -n 1" ""
 claim "make help in whole lines" sh -c "$MAKE -s help | awk 'length > 79 || !/^[a-z0-9-]+  *[A-Z].*[.]$/ { exit 1 }'"
 cp -R Makefile gemma2.c gemma2.h run.c "$TMP"; mkdir "$TMP/tests"; cp tests/tools.mk "$TMP/tests"
 claim "says what it built" sh -c "cd '$TMP' && $MAKE run CFLAGS=-O0 OPENMP= CC='$CC' | grep -q 'Built ./run with .*without OpenMP'"
-# A compiler like tcc takes any flag and removes its output before it fails: run by root, it
-# removes a device.
+# A compiler like tcc takes any flag and removes its output before it fails.  If the output is a
+# device and root runs it, the device is gone.
 printf '#!/bin/sh\nfor a; do [ "$last" = -o ] && echo "$a" >>outputs; last=$a; done\nexit 1\n' >"$TMP/bad"
 chmod +x "$TMP/bad"
 claim "a failed build names compilers" sh -c "cd '$TMP' && rm run && $MAKE run CC=./bad 2>&1 | grep -q 'CC=gcc or CC=clang'"

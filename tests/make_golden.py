@@ -1,12 +1,12 @@
-"""Writes tests/golden/, which `make test` compares the engine with and which is committed.
-Needs torch (CPU), transformers, sentencepiece and numpy; nobody needs to run it again
-unless the weight file's layout or the list of traced activations changes.
+"""Writes tests/golden/, the committed data that `make test` compares the engine with.
+Needs torch (CPU), transformers, sentencepiece and numpy.  Run it again only if the weight
+file's layout or the list of traced activations changes.
 
   python3 tests/make_golden.py            everything
   python3 tests/make_golden.py both long  the models of these names only
 
-tiny.model      a SentencePiece BPE vocabulary of 347 pieces, set up as Gemma's is; kept
-                once trained, so that the rest stays the same
+tiny.model      a SentencePiece BPE vocabulary of 347 pieces, set up as Gemma's is;
+                trained once and kept, so that the other files stay the same
 
 NAME.bin        a random Gemma 2 model of odd shape: written as a checkpoint by
                 transformers, converted by export.py --align 64
@@ -17,18 +17,18 @@ NAME.trace      what transformers computes for it in float32 with eager attentio
                   i32  layer      0 where the activation belongs to none
                   u32  rows, cols
                   f32  data[rows][cols]
-                The first record, "tokens" [1, T], holds the prompt's ids; the second,
-                "rows" [1, R], the positions that the records after it have rows for.
-                These are named as gemma2_set_hook in gemma2.h names them.
+                The first record, "tokens" [1, T], holds the prompt's ids.  The second,
+                "rows" [1, R], holds the positions of the rows in all later records.
+                Those records have the names that gemma2_set_hook in gemma2.h uses.
 
 story.txt       the demo model's greedy text: a line E with the prompt, a line D with the
-                continuation, in the format of tokens.txt; made by the engine, checked
-                against transformers by oracle.py
+                continuation, in the format of tokens.txt.  The engine writes it, and
+                oracle.py checks it against transformers
 
 tokens.txt      vectors for tokenizer.bin, a line each, bytes in hexadecimal, - for none:
                   E bytes n ids    what SentencePiece makes of the text
-                  P bytes n ids    GEMMA2_ENCODE_PLAIN: the same algorithm with the marker
-                                   pieces taken away (reference.py, checked against
+                  P bytes n ids    GEMMA2_ENCODE_PLAIN: the same algorithm without the
+                                   marker pieces (reference.py, checked against
                                    SentencePiece with all pieces)
                   D bytes n ids    what SentencePiece decodes the ids to
 """
@@ -44,7 +44,7 @@ import numpy as np
 
 import reference as ref
 
-# Widths whose square root is no bf16 number; every dimension off the multiples of 16.
+# No width has a square root in bf16, and no dimension is a multiple of 16.
 MODELS = {
     # Both soft-caps, irregular layers, head_dim != D / N, two query heads a kv head.
     "both": dict(layers="LGGL", vocab_size=347, hidden_size=42, num_attention_heads=6,
@@ -79,7 +79,7 @@ EXPORT_OPTIONS = {"mixed": ["--type", "q8", "--head", "q6", "--tensor", "*.q=q4"
                             "--tensor", "*.up=q4", "--tensor", "*.k=bf16",
                             "--tensor", "*.down=q6"],
                   "three": ["--type", "q3", "--head", "q3", "--tensor", "*.v=q3"]}
-# Positions kept of the activations: the window filling, full and far past its first wrap.
+# Positions whose activations are kept: window filling, full, and far past its first wrap.
 ROWS = {"both": [0, 1, 6, 7, 8, 9, 15, 16, 17, 23, 24, 31, 32, 33, 40, 43],
         "long": [0, 7, 8, 9, 63, 127, 128, 200, 255, 256, 257, 258, 297, 298, 299]}
 LENGTH = {"long": 300}
@@ -114,7 +114,7 @@ def tiny_tokenizer():
 
 
 def cut_tokenizer(model, size):
-    """The first size pieces of it."""
+    """The model with its first size pieces only."""
     from sentencepiece import sentencepiece_model_pb2 as pb
     m = pb.ModelProto()
     m.ParseFromString(model)

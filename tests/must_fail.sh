@@ -1,6 +1,6 @@
 #!/bin/sh
-# Passes when a command fails as it must: sh tests/must_fail.sh STATUS LINES PATTERN COMMAND...
-# with that exit status and, in at most LINES lines (0: any number), the pattern.
+# Passes if a command fails as it must: sh tests/must_fail.sh STATUS LINES PATTERN COMMAND...
+# It must exit with STATUS and print PATTERN, in at most LINES lines (0: any number).
 status=$1 lines=$2 pattern=$3
 shift 3
 out=$("$@" 2>&1)

@@ -1,8 +1,8 @@
 """Adapters, for oracle.py: what export.py --lora makes of everything that PEFT saves.
 
-PEFT wraps a random model and all that it could train is drawn at random.  The file made from
-the model and the saved adapter must then hold the weights of PEFT's merge_and_unload(), and
-the engine must give the logits of PEFT's model as it is trained, unmerged."""
+PEFT wraps a random model, and every trainable parameter is drawn at random.  The file made
+from the model and the saved adapter must hold the weights of PEFT's merge_and_unload(), and
+the engine must give the logits of PEFT's model before it is merged."""
 import contextlib
 import copy
 import json
@@ -17,8 +17,8 @@ import reference as ref
 from oracle_export import Checkpoint, convert, convert_here
 from reference import check
 
-U = 2.0 ** -24   # what one rounding to f32 loses, relatively
-LOGITS = 1e-4    # of float32 logits, as for every model
+U = 2.0 ** -24   # the relative error of one rounding to f32
+LOGITS = 1e-4    # the largest error of a logit, the same for every model
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -61,7 +61,7 @@ class Adapter:
         return [(n, p) for n, p in self.peft.named_parameters() if p.requires_grad]
 
     def draw(self, number):
-        """Factors that change weights by half their size; lengths near the true ones."""
+        """Draws factors that change weights by half their size, and lengths near the true ones."""
         g = self.torch.Generator().manual_seed(100 + number)
         with self.torch.no_grad():
             for name, p in self.trained():
@@ -92,7 +92,7 @@ class Adapter:
             json.dump(doc, f)
 
     def untie(self):
-        """As PEFT advises before merging: else adding to the one adds to the other, too."""
+        """PEFT advises this before merging: a change of one tied matrix changes the other too."""
         emb, head = map(innermost, (self.hf.model.embed_tokens, self.hf.lm_head))
         if emb.weight is head.weight:
             head.weight = self.torch.nn.Parameter(head.weight.detach().clone())
@@ -123,9 +123,9 @@ def quiet():
 def bounds(adapter):
     """{HF name: elementwise bound of |ours - PEFT's|}, beyond 4 U of the weight itself.
 
-    Both round a sum of r products, in an order of their own, and multiply by s: each is off
-    by (r + 1) U s |B||A| at most.  DoRA divides by a length that PEFT sums in f32, over n
-    numbers in at least 8 parts: (n / 8 + 8) U of the weight, as (1 + x)^1/2 halves it."""
+    Both sides round a sum of r products, each in its own order, and multiply by s: each is off
+    by (r + 1) U s |B||A| at most.  DoRA divides by a length.  PEFT sums its n squares in f32,
+    in at least 8 parts: (n / 8 + 8) U of the weight, because the square root halves an error."""
     from peft.tuners.lora.layer import LoraLayer
     found = {}
     for name, module in adapter.hf.named_modules():
@@ -176,14 +176,14 @@ def compare(what, f, adapter, limits, has_head):
 # ---- what PEFT saves --------------------------------------------------------------------
 
 TIED, UNTIED = {}, {"tie_word_embeddings": False}
-# what, does the file get a head of its own, the base model, settings
+# name, whether the file gets a head of its own, facts of the base model, settings
 GOOD = [
     ("plain", False, TIED, {}),
     ("rsLoRA", False, TIED, dict(use_rslora=True)),
     ("DoRA", False, TIED, dict(use_dora=True)),
     ("rsLoRA and DoRA, untied", True, UNTIED, dict(use_dora=True, use_rslora=True)),
     ("patterns", False, TIED, dict(
-        # sorted, as PEFT saves them; the first that matches counts
+        # PEFT saves patterns sorted, and the first match counts
         rank_pattern={"1.self_attn.q_proj": 6, "^model.layers.0.self_attn.k_proj": 8,
                       "mlp.up_proj": 2, r"model\.layers\.\d\.mlp.*": 5, "proj": 9, "q_proj": 3},
         alpha_pattern={"(k|v)_proj": 3, "layers.0.self_attn.o_proj": 20.5, "o_pro": 90})),
@@ -224,7 +224,7 @@ GOOD = [
 
 
 def good(engine, folder, what, has_head, adapter, options=None):
-    """Converts the adapter's model with it; weights and logits."""
+    """Converts the base model with the adapter, and checks weights and logits."""
     out = os.path.join(folder, "out.bin")
     options = options or ["--lora", adapter.path]
     run = convert(adapter.base, out, "--type", "f32", *options)
@@ -248,7 +248,7 @@ def good(engine, folder, what, has_head, adapter, options=None):
 
 
 def second(adapter, number, scale=1.0, **config):
-    """Another adapter beside the first, both active; returns its directory."""
+    """Adds another adapter, active together with the first, and returns its directory."""
     import peft
     with quiet():
         name = "default%d" % number
@@ -288,7 +288,7 @@ def renamed(before, after):
 
 
 def test_spellings(engine, folder):
-    """Keys as other tools leave them: an adapter's name in them, no prefix."""
+    """Other tools write other keys: with an adapter's name inside, or without the prefix."""
     dora = dict(use_dora=True, target_modules=["v_proj", "lm_head"], modules_to_save=["norm"])
     for what, change in (
             ("names of adapters", lambda t: {
@@ -302,10 +302,10 @@ def test_spellings(engine, folder):
 
 
 def test_converted(engine, folder):
-    """PiSSA takes out of the base what it starts with; converted, it adds it to its factors."""
+    """PiSSA subtracts its first factors from the base.  A converted adapter does so itself."""
     import peft
     a = Adapter(folder, target_modules=["q_proj"], init_lora_weights="pissa")
-    base = a.load({})  # the original: the comparison is with the changed one plus the adapter
+    base = a.load({})  # the original base; PEFT's is the changed base plus the adapter
     start = os.path.join(folder, "start")
     with quiet():
         hf = a.load({})
@@ -319,7 +319,7 @@ def test_converted(engine, folder):
         p.save_pretrained(a.path, path_initial_model_for_weight_conversion=start)
     limits = bounds(a)
     name = "model.layers.%d.self_attn.q_proj"
-    for i in range(2):  # what was taken out was rounded, and so is its return
+    for i in range(2):  # the subtraction rounds, and so does adding back
         w = base.state_dict()[name % i + ".weight"].abs().numpy()
         limits[name % i] = 4 * limits[name % i] + 8 * U * (w + w.max())
     out = os.path.join(folder, "out.bin")
@@ -360,7 +360,7 @@ def test_side_files(folder):
 
 
 def test_eos_token(folder):
-    """An adapter that renamed a token, and left the embedding alone, ends its texts with it."""
+    """An adapter may rename a token with the embedding unchanged: that token ends its texts."""
     a = Adapter(folder)
     with open(os.path.join(a.path, "tokenizer_config.json"), "w") as f:
         json.dump({"eos_token": "<|im_end|>",
@@ -382,7 +382,7 @@ def test_gguf_base(folder):
 
 
 def test_workers(folder):
-    """Worker processes make of it what one process does."""
+    """Three worker processes write the same file as one."""
     a = Adapter(folder, dict(hidden_size=1024, num_attention_heads=4, intermediate_size=3072,
                              num_key_value_heads=2, head_dim=256), use_dora=True)
     made = []
@@ -442,7 +442,7 @@ class Hostile:
         return os.system, ("touch /tmp/gemma2-executed-a-pickle",)
 
 
-# settings, what to do to the saved adapter, words of the sentence
+# settings, an edit of the saved adapter, words of the error message
 NAN = float("nan")
 BAD = [
     ({}, without(Q + "lora_B.weight"), "lora_A", "neither"),
@@ -539,7 +539,7 @@ def test_refused(folder):
 
 
 def test_refused_together(folder):
-    """Adapters that do not just add up; inputs of the wrong kind; usage."""
+    """Adapters that cannot be added, inputs of the wrong kind, and wrong usage."""
     place = os.path.join(folder, "together")
     os.makedirs(place)
     out = os.path.join(place, "out.bin")
@@ -567,7 +567,7 @@ def test_refused_together(folder):
 def test_lora(engine, folder):
     import torch
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # these models are too small for more
+    torch.set_num_threads(1)  # these models are too small for more threads
     worst = []
     for what, has_head, facts, config in GOOD:
         worst.append(good(engine, folder, what, has_head, Adapter(folder, facts, **config)))

@@ -1,8 +1,8 @@
 """Memory of a conversion, for oracle.py: a model as wide as 27B, with an adapter of rank 64 on
 all its matrices, converts in less than the 400 MB that README promises for any Gemma 2.
 
-By hand, with two layers and all 256,000 rows, from any form, in a few minutes and up to 12 GB
-of disk and memory (what is measured is export.py alone):
+Run by hand, it converts two layers and all 256,000 rows, from any form.  That takes a few
+minutes and up to 12 GB of disk and memory.  Only export.py is measured:
 
   python3 tests/oracle_memory.py safetensors|gguf|sbs|torch|keras|flax [options of export.py]"""
 import json
@@ -28,11 +28,11 @@ WIDTHS = dict(D=4608, N=32, K=16, H=128, F=36864)
 GB = 1e9
 
 
-# ---- files of the right size, which take no room ------------------------------------------
+# ---- files of the right size that take no disk space --------------------------------------
 
 
 def sparse_safetensors(path, dtype, shapes, first=None):
-    """{name: shape} as zeros: a header, then a hole; first is {name: bytes} before the hole."""
+    """Writes {name: shape} as zeros: a header, the {name: bytes} of first, then a hole."""
     width, at, header, first = {"BF16": 2, "F32": 4}[dtype], 0, {}, first or {}
     for name, data in first.items():
         header[name] = {"dtype": "U8", "shape": [len(data)], "data_offsets": [at, at + len(data)]}
@@ -112,7 +112,7 @@ class Wide(oracle_arrays.Source):
 
 
 def as_gguf(folder):
-    """Q4_K, as most are."""
+    """Q4_K, the most common type."""
     rng, data = np.random.default_rng(1), {}
     model = types.SimpleNamespace(config=wide_config(2, 256000), data=data)
     shapes = dict(zip(("q", "k", "v", "o", "gate", "up", "down"), matrices(**WIDTHS).values()))
@@ -159,7 +159,7 @@ FORMS = {
 
 
 def descendants(pid):
-    """The process and all that it started."""
+    """The process and all its descendants."""
     found = [pid]
     for p in found:
         try:
@@ -172,7 +172,7 @@ def descendants(pid):
 
 
 def resident(family):
-    """Bytes resident in several processes; what they share counts once."""
+    """Resident bytes of several processes.  Shared pages count once."""
     total = 0
     for p in family:
         try:
@@ -207,8 +207,8 @@ def measure(folder, layers, model, bound, options):
 
 
 def test_memory(engine, folder):
-    """One layer and few rows, as a conversion holds some slabs of a few tensors at a time: 0.15
-    GB.  By hand, with all rows and so all pieces, it is 0.25 GB; more layers add nothing."""
+    """One layer and few rows take 0.15 GB: a conversion holds some slabs of a few tensors at a
+    time.  Run by hand, all rows and pieces take 0.25 GB.  More layers add nothing."""
     path = os.path.join(folder, "27b")
     checkpoint(path, 1, 512)
     measure(folder, 1, path, 0.4 * GB, ["--type", "bf16", "-j", "2"])

@@ -1,9 +1,9 @@
 """The part of oracle.py about quantised Hugging Face directories, hub names and derivatives.
 
-What a quantised matrix means is asked of the library that writes it (bitsandbytes, mlx,
-compressed-tensors), in float32, and compared bit for bit.  GPTQ and
-AWQ come from the writers below, as their libraries want a GPU; AutoGPTQ's QuantLinear.pack
-and AutoAWQ's dequantize_gemm were run beside them once and agreed."""
+The library that writes a quantised matrix (bitsandbytes, mlx, compressed-tensors) decodes it
+in float32, and the values must be equal to the bit.  The libraries of GPTQ and AWQ want a GPU,
+so the writers below take their place.  AutoGPTQ's QuantLinear.pack and AutoAWQ's
+dequantize_gemm were run beside the writers once and agreed."""
 import contextlib
 import functools
 import http.server
@@ -27,7 +27,7 @@ from reference import check
 
 import export
 
-# Every width a multiple of 32, as the packing of GPTQ wants
+# Every width is a multiple of 32, because GPTQ's packing wants it
 WIDTHS = dict(hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2,
               head_dim=16)
 Q, DOWN = "model.layers.1.self_attn.q_proj", "model.layers.0.mlp.down_proj"
@@ -35,7 +35,7 @@ SEED = int(os.environ.get("ORACLE_SEED", "1"))
 STATE = Q + ".weight.quant_state.bitsandbytes__nf4"
 
 
-# Many small conversions: in this process
+# Conversions here are small and many: they run in this process
 good = functools.partial(oracle_export.good, run=convert_here)
 bad = functools.partial(oracle_export.bad, run=convert_here)
 
@@ -48,7 +48,7 @@ def by_group(w, group):
 
 
 def affine(w, bits, group, rng):
-    """Codes, scales and zeros [out, groups] of an uneven quantisation, zeros at both ends."""
+    """Codes, scales and zeros [out, groups], asymmetric: some zeros are 0 or the largest code."""
     x = by_group(w.numpy(), group)
     scale = ((x.max(2) - x.min(2)) / (2 ** bits - 1)).astype(np.float16)
     zero = np.clip(np.rint(-x.min(2) / scale), 0, 2 ** bits - 1).astype(np.uint32)
@@ -66,7 +66,7 @@ def bit_stream(q, bits):
 
 
 def gptq(w, module, rng, bits=4, group=32, order=False, dtype="float16"):
-    """order: the columns' groups are shuffled, as by desc_act.  Each zero is stored less one."""
+    """order shuffles the columns' groups, as desc_act does.  Each zero is stored minus 1."""
     import torch
     g_idx = np.arange(w.shape[1]) // group
     if order:
@@ -99,7 +99,7 @@ def awq(w, module, rng, group=32):
 
 
 def mlx(w, module, rng, bits=4, group=32, dtype="float32", own=None):
-    """own: {module: (bits, group)} that differ."""
+    """own: {module: (bits, group)} of modules that differ."""
     import mlx.core as mx
     import torch
     bits, group = (own or {}).get(module, (bits, group))
@@ -125,7 +125,7 @@ def bnb4(w, module, rng, kind="nf4", nested=False, run=64, storage="uint8"):
 
 
 def bnb4_values(codes, state):
-    """By the library's own definition for all devices: its faster kernel for CPUs mixes up
+    """Decodes by the library's definition for all devices.  Its faster kernel for CPUs mixes up
     the scales where a row is no multiple of a run."""
     import torch
     from bitsandbytes import functional
@@ -151,7 +151,7 @@ def bnb8(w, module, rng):
 
 
 def compressed(w, module, rng, form="pack-quantized", dtype="float32", **weights):
-    """Scales and zeros by the greatest weights of each block, packed by the library."""
+    """Scales from the greatest weight of each block, random zeros, packed by the library."""
     import torch
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationScheme
@@ -179,7 +179,7 @@ def compressed(w, module, rng, form="pack-quantized", dtype="float32", **weights
 
 
 def fp8(w, module, rng, name="weight_scale", by_row=True, kind="float8_e4m3fn"):
-    """AutoFP8's: a scale for a row, or one for all."""
+    """As AutoFP8 packs: a scale for each row, or one scale for the matrix."""
     import torch
     top = w.abs().amax(1, keepdim=True) if by_row else w.abs().max()
     scale = (top / torch.finfo(getattr(torch, kind)).max).float()
@@ -193,7 +193,7 @@ def fp8(w, module, rng, name="weight_scale", by_row=True, kind="float8_e4m3fn"):
 
 def quantised(make, settings, loss=1.0, also=(), key="quantization_config", **options):
     """An edit of a checkpoint that packs every projection (and the modules named in also)
-    and gives the model the values the packed weights mean; loss bounds what is lost."""
+    and gives the model the decoded values.  loss is the largest relative loss allowed."""
     def edit(c):
         rng = np.random.default_rng(7)
         state, c.lost = c.hf.state_dict(), 0.0
@@ -330,8 +330,8 @@ def test_compressed(folder):
 
 
 def test_zeros(folder):
-    """Older symmetric files have zero points of 0; some carry a scale of cached keys and values.
-    Others, and scales for blocks, are refused."""
+    """Older symmetric files have zero points of 0, and some a scale of cached keys and values.
+    Other zero points, and scales for blocks, are refused."""
     def older(w, module, rng, **weights):
         import torch
         parts, back = compressed(w, module, rng, **weights)
@@ -355,7 +355,7 @@ def test_zeros(folder):
 
 
 def test_ordered(folder):
-    """Older compressed-tensors files name each column's group; -1 is no name."""
+    """Older compressed-tensors files name each column's group, or -1 for no name."""
     settings = compressed_settings("pack-quantized", num_bits=4, strategy="group", group_size=32,
                                    actorder="group")
 
@@ -386,8 +386,8 @@ def test_fp8(folder):
 
 
 def test_engine(engine, folder):
-    """One quantised checkpoint all the way: the engine's logits are transformers' with the
-    same weights, and its text is nearly the original's."""
+    """One quantised checkpoint all the way: the engine gives transformers' logits for the same
+    weights, and they are near the original model's."""
     c = Checkpoint(folder, **WIDTHS)
     ids = [2] + [int(i) for i in np.random.default_rng(3).integers(0, 347, 30)]
     original = ref.hf_logits(c.hf, ids)
@@ -433,7 +433,7 @@ def state_of(**changes):
 
 
 def test_bad_methods(folder):
-    """Methods and forms that cannot be read, by name."""
+    """Methods and forms that cannot be read are refused by name."""
     for method in ("hqq", "torchao", "quanto", "aqlm", "exl2", "fbgemm_fp8", "auto-round", ["gptq"],
                    None, 5):
         settings = {"quant_method": method}
@@ -607,7 +607,7 @@ def one_of_each():
 
 
 def test_ranges(folder):
-    """Any range of rows is that part of the whole, in another process too."""
+    """Any range of rows equals the same rows of the whole tensor, in another process too."""
     rng = np.random.default_rng(SEED)
     for number, edit in enumerate(one_of_each()):
         c = Checkpoint(folder, **WIDTHS)
@@ -649,7 +649,7 @@ def test_junk(folder, times=20):
 
 
 def fails_well(folder, c, what):
-    """Whether a conversion fails; if so it does with a sentence and leaves nothing."""
+    """Whether a conversion fails.  A failure must give one sentence and leave no output."""
     out = os.path.join(folder, "out.bin")
     run = convert_here(c.path, out, "--type", "bf16")
     lines = [line for line in run.stderr.strip().split("\n") if "warning" not in line]
@@ -682,7 +682,7 @@ def fake_cache(folder, name, source, commit="0123456789abcdef0123456789abcdef012
 class Hub(http.server.BaseHTTPRequestHandler):
     """As much of huggingface.co as a download asks for: listing, facts of files, files."""
     source, fetched, commit = "", [], "89abcdef0123456789abcdef0123456789abcdef"
-    refusals = {  # a gated model may be listed by all
+    refusals = {  # all may list a gated model
         "/org/gated": (401, "GatedRepo"), "/api/models/org/closed": (403, "GatedRepo"),
         "/api/models/org/missing": (404, "RepoNotFound"),
         "/api/models/org/hidden": (401, "RepoNotFound"), "/api/models/org/broken": (400, "Oops")}
@@ -778,7 +778,7 @@ def test_hub_missing_library(folder, c, home):
 
 
 def test_hub_beside(folder, c, home):
-    """A tokenizer and an adapter by their hub names are those of their directories."""
+    """A tokenizer or an adapter gives the same by its hub name as by its directory."""
     out = os.path.join(folder, "out.bin")
     for options in (["--tokenizer-only"], ["--tokenizer", "org/model"]):
         made = []
@@ -809,7 +809,7 @@ def sections_of(path):
 
 
 def test_hub_gguf(folder):
-    """The one GGUF file of a repository is what is read."""
+    """export.py reads a repository's only GGUF file."""
     source = os.path.join(folder, "source")
     os.makedirs(source)
     with open(os.path.join(source, "small.gguf"), "w") as f:
@@ -820,7 +820,7 @@ def test_hub_gguf(folder):
 
 
 def test_hub_download(folder, c):
-    """From a server of our own: only what is needed is fetched, refusals become sentences."""
+    """A local server serves: only files that are needed are fetched, refusals become sentences."""
     for extra in ("pytorch_model.bin", "model.gguf", "README.md", "tokenizer.spm"):
         with open(c.file(extra), "w") as f:
             f.write("not to be fetched")
@@ -885,7 +885,7 @@ def test_derivatives(folder):
 
 
 def test_one_shard(folder):
-    """Any of the shards names the checkpoint."""
+    """The path of any shard stands for the checkpoint."""
     c, out = Checkpoint(folder).write(shards=3), os.path.join(folder, "out.bin")
     for index in "there", "missing":
         run = convert(c.file("model-00002-of-00003.safetensors"), out, "--type", "f32")
@@ -907,7 +907,7 @@ def bare_model(c):
 
 
 def test_flags(folder):
-    """Added tokens with flags that SentencePiece's matching does not have are named."""
+    """A warning names added tokens whose flags SentencePiece's matching does not have."""
     def flagged(**flags):
         def edit(c):
             write_tokenizer_config(c, added_tokens_decoder={
@@ -922,7 +922,7 @@ def test_flags(folder):
 
 
 def test_eos_token(folder):
-    """A fine-tune's eos_token ends a text though config.json does not know it."""
+    """A fine-tune's eos_token ends a text even if config.json does not name it."""
     def named(eos, added):
         def edit(c):
             write_tokenizer_config(c, eos_token=eos, added_tokens_decoder={
@@ -936,8 +936,8 @@ def test_eos_token(folder):
 
 
 def test_tokenizer_json(folder):
-    """What transformers makes of tokenizer.model, with tokens of a fine-tune added, is the
-    same vocabulary; files damaged or of another kind are refused."""
+    """transformers' tokenizer.json, with a fine-tune's tokens added, gives the vocabulary of
+    tokenizer.model.  Damaged files and files of another kind are refused."""
     want = ref.model_pieces(os.path.join(ref.GOLDEN, "tiny.model"))
     f, run = good(folder, "tokenizer.json", as_tokenizer_json, vocab_size=349,
                   expect=dict(stop=[1, 347, 5]))
@@ -981,7 +981,7 @@ def write_tokenizer_config(c, **settings):
 
 
 def as_tokenizer_json(c):
-    """The vocabulary as transformers saves it, with two tokens more."""
+    """The vocabulary as transformers saves it, with two more tokens."""
     from transformers import AutoTokenizer
     write_tokenizer_config(c, tokenizer_class="GemmaTokenizer")
     tokenizer = AutoTokenizer.from_pretrained(c.path)

@@ -1,6 +1,6 @@
-"""The part of oracle.py about how weights are chosen: what --importance gains, measured
-apart from the exporter, files of importance that must be refused, and what --size and --bits
-choose."""
+"""The part of oracle.py about how weights are chosen: the gain from --importance, measured
+apart from the exporter, the importance files that must be refused, and the choices of --size
+and --bits."""
 import os
 import shutil
 import struct
@@ -23,7 +23,7 @@ INPUT = {"q": "q", "k": "q", "v": "q", "o": "o", "gate": "gate", "up": "gate", "
 
 
 def moments(path):
-    """{(input, layer): M [cols, cols]}, block and tokens of a file of importance, by run.c."""
+    """{(input, layer): M [cols, cols]}, block and tokens of an importance file that run.c wrote."""
     with open(path, "rb") as f:
         data = f.read()
     _, _, block, L, D, N, _, H, F, _, _, tokens, _ = struct.unpack_from(HEADER, data)
@@ -44,7 +44,7 @@ def moments(path):
 
 
 def losses(path, state, M):
-    """Sum over rows of e M e^T of every matrix of a file, relative to that of the weights."""
+    """For each matrix of a file, e its error: e M e^T summed over rows, divided by w M w^T."""
     f, out = ref.Bin(path), {}
     for (role, layer), s in f.sections.items():
         if role not in INPUT:
@@ -65,7 +65,7 @@ def gather(model, out, block, text=TEXT):
 
 
 def damped(M, block, tokens):
-    """As export.py documents: a part of the mean square more on the diagonal."""
+    """Adds a part of the mean square to the diagonal, as export.py documents."""
     part = 0.01 + block / tokens
     return {k: m + part * np.trace(m) / len(m) * np.eye(len(m)) for k, m in M.items()}
 
@@ -74,7 +74,7 @@ COMBINATIONS = {1: ("q4", "q6", "q8"), 32: ("q8",), 96: ("q3",), 256: ("q4", "q6
 
 
 def test_gain(c, folder):
-    """In the norm that the text gives, knowing it pays, for all types, in every matrix."""
+    """In the norm that the text defines, importance lowers the error of every type and matrix."""
     state, out = c.hf.state_dict(), os.path.join(folder, "weighed.bin")
     for block, kinds in COMBINATIONS.items():
         path = os.path.join(folder, f"importance.{block}")
@@ -98,7 +98,7 @@ def test_gain(c, folder):
 
 
 def test_few_tokens(c, folder):
-    """Blocks from a text much shorter than they are wide do no harm on a longer one."""
+    """Importance from a text much shorter than a block does no harm on a longer text."""
     state, few = c.hf.state_dict(), os.path.join(folder, "few")
     gather(os.path.join(folder, "exact.bin"), few, 256, TEXT[:8])
     M, _, _ = moments(os.path.join(folder, "importance.256"))
@@ -119,7 +119,7 @@ def check_report(text, weighed, what):
 
 
 def spoilt(data, what):
-    """Files that are no importance of this model."""
+    """The importance file with one fault, by name."""
     def at(offset, fmt, *values):
         out = bytearray(data)
         struct.pack_into(fmt, out, offset, *values)
@@ -137,7 +137,7 @@ def spoilt(data, what):
 
 
 def contradicting(data, cols):
-    """Three inputs that each two could have, but not all three."""
+    """Moments of three inputs: each pair is possible, all three together are not."""
     out = bytearray(data)
     for r, row in enumerate(((1, 1, -1), (1, 1, 1), (-1, 1, 1))):
         struct.pack_into("<3f", out, 64 + 4 * r * cols, *(1e6 * m for m in row))
@@ -164,7 +164,7 @@ def test_refused(c, folder):
         with open(bad, "wb") as f:
             f.write(spoilt(data, what))
         check(is_refused(bad, reader.model), f"importance, {what}: not refused")
-        if what in ("cut", "NaN"):  # seen at the start, seen on the way
+        if what in ("cut", "NaN"):  # found at opening, found while reading
             refuse(convert(c.path, out, "--importance", bad), place, f"importance, {what}")
     check(not is_refused(os.path.join(folder, "importance.32"), reader.model), "sound importance")
     with open(bad, "wb") as f:
@@ -178,7 +178,7 @@ def test_refused(c, folder):
 
 
 def is_refused(path, model):
-    """Whether opening a file of importance or reading all of it gives a sentence."""
+    """Whether opening or reading an importance file fails with a message that names it."""
     try:
         importance = exporter.Importance(path, model)
         for key in importance.offsets:
@@ -218,7 +218,7 @@ def assumed_loss(types):
 
 
 def test_sizes(c, folder):
-    """A wish is kept to and used up, a larger wish never loses more, and what cannot be says so."""
+    """A file fits and fills --size, a larger size never loses more, a size too small is refused."""
     place = os.path.join(folder, "sizes")
     os.makedirs(place)
     out = os.path.join(place, "out.bin")
@@ -269,7 +269,7 @@ def facts_of(path):
 
 
 def test_bits(c, out, weigh):
-    """--bits counts all weights; --tensor and --head go before it."""
+    """--bits counts all weights, and --tensor and --head override it."""
     for bits in ("7", "9"):
         run = convert(c.path, out, "--bits", bits, *weigh, "--head", "q3", "--tensor",
                       "layers.0.k=bf16")
@@ -282,7 +282,7 @@ def test_bits(c, out, weigh):
 
 
 def test_odd_weights(c, folder):
-    """Rows of zeros, a matrix of zeros and outliers are measured; what is damaged is refused."""
+    """Rows of zeros, a matrix of zeros and outliers are measured.  NaN is refused."""
     place = os.path.join(folder, "odd")
     odd = Checkpoint(place, hidden_size=300, num_attention_heads=6, num_key_value_heads=3,
                      head_dim=10, intermediate_size=290)
@@ -296,7 +296,7 @@ def test_odd_weights(c, folder):
     types = chosen(run.stdout)
     check(run.returncode == 0 and not run.stderr, f"odd weights: {run.stderr[-200:]}")
     check(types["layers.1.up"][::2] == ("q3", 0.0), f"a matrix of zeros: {types['layers.1.up']}")
-    for kind in exporter.LADDER:  # rounded in blocks, where an outlier's error moves others
+    for kind in exporter.LADDER:  # in blocks, an outlier's error moves the other weights
         run = convert(odd.path, out, "--type", kind, "--tensor", f"*={kind}", "--importance",
                       os.path.join(folder, "importance.256"))
         check(run.returncode == 0 and not run.stderr, f"odd weights, {kind}: {run.stderr[-200:]}")

@@ -1,4 +1,4 @@
-"""gemma.cpp's .sbs files for oracle.py.  No package writes them; the writer here follows
+"""gemma.cpp's .sbs files for oracle.py.  No package writes them.  The writer here follows
 gemma.cpp's io/blob_store.cc (container), io/fields.cc and util/mat.h (toc),
 python/convert_from_safetensors.py (how tensors are laid out) and compression/sfp-inl.h
 (values)."""
@@ -18,7 +18,7 @@ from reference import check
 TYPES = {"F32": 1, "BF16": 2, "SFP": 3, "NUQ": 4, "INT8": 8}
 FACTS = dict(layers="L", hidden_size=2304, intermediate_size=16, num_attention_heads=8,
              num_key_value_heads=4, head_dim=256, query_pre_attn_scalar=256, sliding_window=4096,
-             max_position_embeddings=8192)  # of 2B, but for layers and feed-forward width
+             max_position_embeddings=8192)  # 2B's, except layers and feed-forward width
 PREFIX = {"F32": "F", "BF16": "B", "SFP": "$", "NUQ": "2", "INT8": "I"}
 
 
@@ -26,7 +26,7 @@ PREFIX = {"F32": "F", "BF16": "B", "SFP": "$", "NUQ": "2", "INT8": "I"}
 
 
 def sfp_values():
-    """What each byte means: 1 + 3 or 2 bits of mantissa, 2^-7 the border."""
+    """The value of each byte: 3 bits of mantissa from 2^-7 up, 2 bits below."""
     def magnitude(v):
         if v >= 64:
             return (1 + v % 8 / 8) * 2.0 ** (v // 8 - 15)
@@ -46,7 +46,7 @@ def nearest_sfp(x):
 
 
 def encode(kind, w):
-    """(bytes, scale, what gemma.cpp decodes them to) of an array."""
+    """(bytes, scale, the values that gemma.cpp decodes) of an array."""
     scale, x = 1.0, np.ascontiguousarray(w, np.float32).reshape(-1)
     if kind == "F32":
         return x.tobytes(), scale, x
@@ -139,7 +139,7 @@ def toc_words(data):
 
 
 def store(path, blobs, second=True):
-    """The container in either form."""
+    """Writes the container in its first or second form."""
     def pad(n):
         return bytes(-n % 256)
     n, at = len(blobs), 256 if second else -(-(16 + 32 * len(blobs)) // 256) * 256
@@ -162,7 +162,7 @@ def store(path, blobs, second=True):
 
 def write_sbs(path, data, second=True):
     blobs = {name: entry[1] for name, entry in data.items()}
-    blobs["config"] = bytes(400)  # what it says is known from the width
+    blobs["config"] = bytes(400)  # the width tells what it says
     blobs["tokenizer"] = make_golden.tiny_tokenizer()
     blobs["toc"] = np.array(toc_words(data), "<u4").tobytes()
     store(path, blobs, second)
@@ -188,7 +188,7 @@ def test_good(engine, folder):
     for what, kind_of, joined, second, allowed in cases:
         model = Model(kind_of, joined)
         path = os.path.join(folder, what.replace(" ", "-") + ".sbs")
-        write_sbs(path, {("" if second else PREFIX[e[0]]) + name: e  # as early in 2025
+        write_sbs(path, {("" if second else PREFIX[e[0]]) + name: e  # prefixes: early 2025
                          for name, e in model.data.items()}, second)
         check_same(path, model, folder, f"sbs {what}")
         ids = [2] + [random.Random(1).randrange(347) for _ in range(30)]
@@ -221,7 +221,7 @@ def as_bf16(x):
 
 
 def old_file(path):
-    """A file from before 2025, of 2B's width: what stands in it, and its values."""
+    """Writes a file as before 2025, of 2B's width.  Returns its blobs and their values."""
     rng = np.random.default_rng(2)
     c = ref.hf_config(**{**FACTS, "layers": "LG"})
     scales, blobs, want = rng.uniform(1, 2, (2, 4)).astype("<f4"), {}, {}
@@ -239,7 +239,7 @@ def old_file(path):
 
 
 def test_old(folder):
-    """Types in the names, scales in order, shapes by the width."""
+    """Types are in the names, scales are in order, and shapes follow from the width."""
     path = os.path.join(folder, "2b-it-sfp.sbs")
     blobs, want = old_file(path)
     with open(os.path.join(folder, "tokenizer.spm"), "wb") as f:
@@ -310,7 +310,7 @@ def test_bad_tensors(path, good):
 
 
 def test_damage(path, second):
-    """Truncated anywhere, counts and offsets of any size, bytes of what describes changed."""
+    """Files cut anywhere, counts and offsets of any size, bytes of directory and toc changed."""
     with open(path, "rb") as f:
         whole = f.read()
     size, n = len(whole), len(export.Sbs(path).blobs)

@@ -6,28 +6,28 @@
                                    [--works WORK,WORK] [--long] [--runs 3] [--threads 2]
                                    [--json FILE] [--under COMMAND]
 
-`gguf` writes a Hugging Face directory as GGUF (pip install gguf; q4_0 is requantised by
-llama.cpp itself, other formats by its llama-quantize from bf16).
+`gguf` writes a Hugging Face directory as GGUF (pip install gguf).  llama.cpp itself
+requantises q4_0, and its llama-quantize makes other formats from bf16.
 
-`compare` sets build/bench and run beside any number of peers.  PROGRAM is a llama-bench, of
+`compare` runs build/bench and run beside any number of peers.  PROGRAM is the llama-bench of
 llama.cpp or of ik_llama.cpp (best built natively with clang), or the word llama-cpp-python
-for that library; ARGUMENTS go to llama-bench as they are:
+for that library.  llama-bench gets ARGUMENTS as they are:
 
     --peer ik=ik/build/bin/llama-bench:2b-iq4_ks.gguf:'-fa 1 -rtr 1'
     --peer lib=llama-cpp-python:2b-q4_0.gguf
 
-The works, of which --works selects some by name and --long adds those of 8000 tokens:
+The works (--works selects some by name, --long adds the works of 8000 tokens):
 
     prefill 512, 2048, 8000      tokens a second of a prompt of that length, one call
-    decode at 0, 4096, 8000      tokens a second of 16 tokens after so many others
+    decode at 0, 4096, 8000      tokens a second of 16 tokens after that many others
     first token                  seconds from starting a process to the first token after a
-                                 prompt of 20, the file in the page cache
+                                 prompt of 20 tokens, with the file in the page cache
     memory                       GiB that the process of "prefill 512" held at its peak
 
 Each number comes from a process of its own.  For every work all engines take turns, --runs
 times, so that a machine whose speed drifts treats all alike.  The table shows medians, and
-beside the best peer of each work the median ratio to it of the runs made in the same turn:
-above 1, gemma2.c is ahead.  --under puts a command before each process, as in
+for each work the best peer with the median over the turns of gemma2.c's ratio to it: above 1,
+gemma2.c is ahead.  --under puts a command before each process, as in
 --under 'taskset -c 0,1'.
 """
 import argparse
@@ -142,7 +142,7 @@ PROMPT = "Far out in the ocean, where the water is as blue as the prettiest corn
 
 
 def run_process(args, command):
-    """Its standard output, seconds from start to end, peak resident memory in GiB."""
+    """The command's standard output, seconds from start to end, peak resident memory in GiB."""
     start = time.perf_counter()
     child = subprocess.Popen([*shlex.split(args.under), *map(str, command)],
                              stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
@@ -181,8 +181,8 @@ class Ours:
 
 
 class LlamaBench:
-    """llama-bench.  Depth is -d N in llama.cpp, -gp N,16 in ik_llama.cpp; a prompt of 32
-    before the one that counts touches the weights, as build/bench does."""
+    """llama-bench.  Depth is -d N in llama.cpp, -gp N,16 in ik_llama.cpp.  A prompt of 32
+    tokens before the measured prompt touches the weights, as build/bench does."""
 
     def __init__(self, args, name, program, model, more):
         self.args, self.name = args, name
@@ -288,7 +288,7 @@ def measure(engine, work):
 
 
 def take_turns(args, engines, work):
-    """{name: [a value a run]}; one more run before them warms the page cache."""
+    """{name: [a value a run]}.  For "first token" one more run warms the page cache first."""
     if work == "first token":
         for engine in engines:
             measure(engine, work)
@@ -300,7 +300,7 @@ def take_turns(args, engines, work):
 
 
 def best_peer(work, values):
-    """Its name and the median ratio of gemma2.c to it."""
+    """The best peer's name and the median ratio of gemma2.c to it."""
     ours = values[Ours.name]
     choose, sign = (min, -1) if work in LESS_IS_BETTER else (max, 1)
     name = choose((n for n in values if n != Ours.name),

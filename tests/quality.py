@@ -5,10 +5,10 @@
                              [--ggml LIBRARY] [--svg FILE]
 
 CHECKPOINT is a Hugging Face directory (bf16), TEXT plain text that the model was not trained
-on.  Importance is gathered from the --calibration text; without one, from the first half of
-TEXT, and the second half is the one that counts.  TEXT is cut into chunks of 512 tokens
-(fewer where the context is shorter), the first of each replaced by BOS; every token after it
-is scored given all before it, --tokens in all.
+on.  Importance is gathered from the --calibration text.  Without it, the first half of TEXT
+gives importance and the second half is scored.  TEXT is cut into chunks of 512 tokens (fewer
+where the context is shorter).  BOS replaces the first token of each chunk, and every later
+token is scored given all before it, --tokens in all.
 
 Each variant is made by export.py and run by the engine, in the exact class, keys and values
 in f32.  KL is the mean over positions of KL(bf16 || variant) over the whole vocabulary, in
@@ -17,9 +17,9 @@ nats; bytes are those of the matrices, head included, and bits are bytes over we
 --peers (pip install gguf xllamacpp) quantises the same matrices with llama.cpp's own code, in
 the types that llama-quantize would choose, with and without its importance matrix: the mean
 squares that our engine found on the calibration text.  --ggml names another library that has
-ggml_quantize_chunk, such as the libggml-base.so of a build.  What the library makes is
-dequantised by the gguf package and runs as f32 weights in this engine.  So peers differ in
-their weights alone and do not even pay for rounded activations, as our variants do.
+ggml_quantize_chunk, such as the libggml-base.so of a build.  The gguf package
+dequantises the result, and this engine runs it as f32 weights.  So peers differ in their
+weights alone and do not even pay for rounded activations, as our variants do.
 
 --svg draws divergence over bytes.
 """
@@ -102,7 +102,7 @@ class Ggml:
                                   ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p)
 
     def rounded(self, w, type_name, weights):
-        """w in that type and back, and the bytes of the type."""
+        """w rounded to type_name, and the bytes it takes there."""
         import gguf
         kind = gguf.GGMLQuantizationType[type_name]
         of_block, size = gguf.GGML_QUANT_SIZES[kind]
@@ -118,7 +118,7 @@ def peer_type(mix, role, layer, layers):
     if layer is None:
         return head
     found = others.get(role, body)
-    if found == "more":  # the first and the last eighth, and every third between
+    if found == "more":  # the first and the last eighth of layers, and every third between
         eighth = layers // 8
         more = layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2
         found = "Q6_K" if more else body
@@ -126,7 +126,7 @@ def peer_type(mix, role, layer, layers):
 
 
 def means_by_input(path):
-    """{(role of the first matrix, layer): mean squares} of a file of importance of block 1."""
+    """{(role of the first matrix, layer): mean squares} of an importance file of block 1."""
     head = struct.unpack_from("<8s2I7IIQQ", data := path.read_bytes())
     L, D, N, _, H, F, _ = head[3:10]
     found, at = {}, 64
@@ -142,7 +142,7 @@ INPUTS = {"q": "q", "k": "q", "v": "q", "o": "o", "gate": "gate", "up": "gate", 
 
 
 def rounded_checkpoint(ggml, checkpoint, out, mix, means, weigh):
-    """A checkpoint of f32 with the matrices as a mix has them; returns the bytes of these."""
+    """Writes an f32 checkpoint with the matrices rounded as in a mix, and returns their bytes."""
     from safetensors import safe_open
     from safetensors.numpy import save_file
     out.mkdir()
@@ -171,7 +171,7 @@ def rounded_checkpoint(ggml, checkpoint, out, mix, means, weigh):
 
 
 def make_peers(args, folder):
-    """(name, path of the f32 file, bytes of matrices) of each."""
+    """(name, path of the f32 file, bytes of matrices) of each peer."""
     ggml, means = Ggml(args.ggml), means_by_input(folder / MEANS)
     for mix in PEERS:
         for weigh in (False, True) if mix in ("Q4_K_M", "Q3_K_M") else (mix != "Q8_0",):
@@ -245,8 +245,8 @@ WIDE, HIGH, LEFT, FOOT = 720, 400, 60, 40
 
 
 def picture(variants):
-    """Divergence (logarithmic) over bytes with importance: ours as a line
-    through what --bits makes and points for the mixes, theirs as points."""
+    """Divergence (logarithmic) over bytes, with importance: a point for each variant, and a
+    line through the variants of --bits."""
     shown = [v for v in variants if v.name.endswith(("in blocks", "imatrix"))]
     spots = [(v, v.bytes / 1e6, float(np.mean(v.kl))) for v in shown]
     x_lo, x_hi = min(s[1] for s in spots) * 0.98, max(s[1] for s in spots) * 1.08
@@ -289,7 +289,7 @@ def picture(variants):
 
 
 def split_text(args):
-    """Calibration and evaluation text; halves part at the end of a line."""
+    """Calibration and evaluation text.  The two halves of one text meet at the end of a line."""
     text = args.text.read_bytes()
     if args.calibration:
         return args.calibration.read_bytes(), text

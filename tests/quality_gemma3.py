@@ -5,14 +5,14 @@
     python3 tests/quality_gemma3.py gemma-3-270m-q4_k_m.gguf TEXT --calibration OTHER_TEXT
                                     [--chunks N] [--calibration-chunks N] [--block N] [--only WORD]
 
-Nothing here can load Gemma 3, so this measures weights alone: each matrix is quantised by
-export.py's own code, dequantised and put in its place, and transformers runs the model in
-float32.  The file is the only source of the weights: its matrices of 640 columns are Q5_0 and
-Q8_0, nearly what was released; o and down are Q4_K and Q6_K.  All variants start from the same
-values, and KL is to the model with these.  Importance comes from hooks on the inputs of the
-matrices while the model reads the calibration text.  The embedding, tied to the head, has no
-importance, and keeps the rows of both texts and the first 16,384: the other nine tenths would
-take most of the time.  So KL is over that vocabulary; bytes are those of whole matrices.
+gemma2.c cannot load Gemma 3, so this measures weights alone.  export.py's own code quantises
+each matrix, its dequantised values take its place, and transformers runs the model in float32.
+The file is the only source of weights: its matrices of 640 columns are Q5_0 and Q8_0, near the
+released weights, while o and down are Q4_K and Q6_K.  All variants start from the file's values,
+and KL is to the model with these values.  Importance comes from hooks on the matrices' inputs
+while the model reads the calibration text.  The embedding, tied to the head, has no importance.
+It keeps the rows of both texts and the first 16,384: the other nine tenths would take most of
+the time.  So KL is over that vocabulary, but bytes are those of whole matrices.
 """
 import argparse
 import re
@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import export as exporter
 
 CHUNK, KEPT = 512, 16384
-ROWS = 2048  # of a matrix quantised at once
+ROWS = 2048  # of a matrix, quantised at once
 # name, type of the head, of other matrices, of roles that differ, importance
 VARIANTS = [
     ("q4 (head, v q6)", "q6", "q4", {"v": "q6"}, None),
@@ -88,7 +88,7 @@ def gather(model, where, ids, block):
 
 
 def rounded(w, type_name, moments):
-    """w in that type and back."""
+    """w rounded to type_name."""
     lost = [exporter.TYPES[type_name].pack(w[i:i + ROWS], moments)[1]
             for i in range(0, len(w), ROWS)]
     return w - np.concatenate(lost)
@@ -114,7 +114,7 @@ class Measure:
         self.made, self.base = {}, None
 
     def shorten(self, texts):
-        """Only some rows of the embedding stay; returns the texts in their new ids."""
+        """Keeps only some rows of the embedding, and returns the texts in the new ids."""
         kept = torch.unique(torch.cat([torch.arange(KEPT), *(t.reshape(-1) for t in texts)]))
         table = self.where["embedding", 0]
         table.weight = torch.nn.Parameter(table.weight[kept].clone())
@@ -131,7 +131,7 @@ class Measure:
         return exporter.damped(found, self.tokens)
 
     def weights(self, key, type_name, how):
-        """Kept, since variants share most of them."""
+        """A rounded matrix, kept because variants share most matrices."""
         what = key, type_name, how if key[0] != "embedding" else None
         if what not in self.made:
             say("rounding %s %d to %s" % (*key, type_name))

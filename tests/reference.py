@@ -1,8 +1,8 @@
-"""What the tests hold to be true, written apart from the engine and the exporter:
+"""The reference of the tests, written apart from the engine and the exporter:
 random Gemma 2 models run by transformers, the byte tables of gemma2.c read with numpy,
 SentencePiece's algorithm in plain Python, and the engine itself through ctypes.
 
-make_golden.py writes committed test data with it, oracle.py compares live."""
+make_golden.py writes the committed test data with it, and oracle.py compares with it live."""
 import ctypes as C
 import hashlib
 import heapq
@@ -16,7 +16,7 @@ import numpy as np
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
 GOLDEN = os.path.join(HERE, "golden")
-sys.path.insert(0, ROOT)  # for `import export` by those that import this
+sys.path.insert(0, ROOT)  # for `import export` in scripts that import this one
 
 # ---- counting ------------------------------------------------------------------------
 
@@ -84,8 +84,8 @@ def fill_random(model, seed):
 
 
 def hf_model(config, seed=None):
-    """A float32 model with eager attention (sdpa has no soft-cap) whose embedding scale
-    is rounded to bf16: what transformers itself uses in bf16, in which models are trained."""
+    """A float32 model with eager attention (sdpa has no soft-cap).  Its embedding scale is
+    rounded to bf16, as transformers does in bf16, the type in which models are trained."""
     import torch
     from transformers import Gemma2ForCausalLM
     config._attn_implementation = "eager"
@@ -117,7 +117,7 @@ def hf_logits(model, ids):
 
 
 def quantise_inputs(module):
-    """Lets a Linear see its inputs as the engine's q8, q6, q4 and q3 kernels do: int8 in groups
+    """Rounds a Linear's inputs as the engine's q8, q6, q4 and q3 kernels do: to int8 in groups
     of 32, scale absmax / 127."""
     import torch
 
@@ -166,7 +166,7 @@ def hf_trace(model, ids):
         h.remove()
 
     T, H = len(ids), model.config.head_dim
-    for l, block in enumerate(model.model.layers):  # transformers scales scores, we scale q
+    for l, block in enumerate(model.model.layers):  # transformers scales scores, the engine q
         q, k = (seen[n, l].view(1, T, -1, H).transpose(1, 2) for n in "qk")
         q, k = apply_rotary_pos_emb(q, k, rotary["cos"], rotary["sin"])
         q = q * block.self_attn.scaling
@@ -194,8 +194,8 @@ CODEBOOKS_Q3 = np.array([[-31, -17, -9, -2, 4, 10, 17, 27], [-31, -20, -12, -5, 
 
 
 class Bin:
-    """A weight file in memory: .header, .sections {(role, layer): Section}, and edits
-    that keep digests and identity true."""
+    """A weight file in memory: .header, .sections {(role, layer): section}, and edits.
+    write() computes digests and identity anew."""
 
     def __init__(self, path):
         with open(path, "rb") as f:
@@ -271,7 +271,7 @@ class Bin:
 
 
 def dequantise(kind, data, rows, cols):
-    """Section 3 of gemma2.c: bytes of a tensor to float32 [rows, cols]."""
+    """Section 2 of gemma2.c: bytes of a tensor to float32 [rows, cols]."""
     tiles = -(-rows // 16)
     if kind == "f32":
         w = np.frombuffer(data, np.float32).reshape(tiles, cols, 16).transpose(0, 2, 1)
@@ -323,7 +323,7 @@ def nibble_steps(v):
 
 
 def index_steps(v):
-    """3 operands as nibbles: bits 0 .. 2 steps 0 .. 5, bits 3 steps 6 and 7 -> [8][16][4]."""
+    """3 operands as nibbles: bits 0 .. 2 hold steps 0 .. 5, bits 3 hold 6 and 7 -> [8][16][4]."""
     nibble = nibble_steps(v)
     last = [sum((nibble[..., 2 * o + i, :, :] >> 3) << o for o in range(3)) for i in (0, 1)]
     return np.concatenate([nibble & 7, np.stack(last, axis=-3)], axis=-3)
@@ -345,8 +345,8 @@ HF_NAMES = {"attn_norm": "input_layernorm", "q": "self_attn.q_proj", "k": "self_
 
 
 def hf_from_bin(bin_file):
-    """transformers running what a weight file says: its facts, its weights dequantised
-    and, where they were quantised, activations in int8."""
+    """transformers' model with a weight file's facts and dequantised weights.  Where weights
+    were quantised, activations are int8."""
     import torch
     h = bin_file.header
     untied = ("head", 0) in bin_file.sections
@@ -417,7 +417,7 @@ GEMMA_VOCABULARY = "67807c746c98d263f42afea6bba4dd4771c5aa69d2c03befea4be0f61d72
 
 
 def vocabulary_digest(pieces):
-    """One number for piece texts, scores and SentencePiece types."""
+    """One digest of piece texts, scores and SentencePiece types."""
     h = hashlib.sha256()
     for text, score, kind in pieces:
         kind = USER if kind == MARKER else kind
@@ -435,8 +435,8 @@ def model_pieces(path):
 
 
 def repair_utf8(text):
-    """Bytes to str, each byte that is part of no valid character to U+FFFD: one for one,
-    unlike Python's "replace", which takes a truncated character as a whole."""
+    """Bytes to str.  Each byte outside a valid character becomes one U+FFFD.  Python's
+    "replace" makes one U+FFFD of a whole truncated character."""
     out, i = [], 0
     while i < len(text):
         for n in (1, 2, 3, 4):
@@ -453,7 +453,7 @@ def repair_utf8(text):
 
 
 class Bpe:
-    """SentencePiece's BPE, slow and plain; plain=True leaves out the marker pieces, which
+    """SentencePiece's BPE, slow and simple.  plain=True leaves out the marker pieces, which
     SentencePiece itself cannot do."""
 
     def __init__(self, pieces, plain=False):
@@ -512,7 +512,7 @@ class Bpe:
         return ids
 
 
-# Text that no one would write: the mixture that encoders get wrong.
+# Mixtures that nobody would write and that encoders get wrong.
 SCRIPTS = ("The quick brown fox jumps over the lazy dog 0123456789 .,;:!?'\"()[]{}<>/\\|@#$%^&*-_=+~`",
            "àéîõüßçñøåæœĀžšłđ ÀÉÎÕÜ", "Съешь же ещё этих мягких французских булок",
            "Ξεσκεπάζω την ψυχοφθόρα βδελυγμία", "نص حكيم له سر قاطع وذو شأن عظيم", "דג סקרן שט בים",
@@ -712,7 +712,7 @@ class Session:
         return out
 
     def rows(self, ids):
-        """Appends ids in one shared pass; logits [len(ids), V] of all of them."""
+        """Appends ids in one shared pass; logits [len(ids), V] of all ids."""
         out = np.empty((len(ids), self.V), np.float32)
         rows = (Row * len(ids))(*[Row(self.handle, int(t), out[i].ctypes.data)
                                   for i, t in enumerate(ids)])

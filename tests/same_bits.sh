@@ -1,5 +1,5 @@
 #!/bin/sh
-# The exact class on another machine: sh tests/same_bits.sh HERE THERE..., both builds of
+# Compares the exact class on two machines: sh tests/same_bits.sh HERE THERE..., both builds of
 # tests/digest.c, the second with the emulator in front.
 here=$("$1" | tr -d '\r' | grep '^exact')
 shift

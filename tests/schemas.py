@@ -1,15 +1,15 @@
-"""JSON Schemas and grammars of the world, against what --schema and --grammar make of them.
+"""Published JSON Schemas and grammars, against what --schema and --grammar make of them.
 
   python3 tests/schemas.py suite FOLDER       JSON-Schema-Test-Suite/tests/draft2020-12
   python3 tests/schemas.py maskbench FOLDER   guidance-ai/jsonschemabench/maskbench/data
   python3 tests/schemas.py grammars FOLDER    ggml-org/llama.cpp/grammars
-  python3 tests/schemas.py numbers 2000       so many random bounds, of this script's own
+  python3 tests/schemas.py numbers 2000       that many random bounds, made by this script
 
-FOLDER is fetched, not kept here.  A schema is refused by name, or takes every valid text and no
-other.  Texts are spelled as replies are: compact, with the keys in the schema's order or their
-own.  In the suite a schema without a type means the type that its keywords speak of.  --every N
-takes each Nth schema, --masks also times a mask before every token of the valid texts, --list names
-what was refused and what was answered wrongly.  Wrong answers make the exit status 1."""
+Fetch FOLDER first: it is not kept here.  A schema is refused by name, or takes every valid text
+and no other.  Texts are spelled as replies are: compact, with the keys in the schema's order or
+their own.  In the suite a schema without a type gets the type that its keywords apply to.
+--every N takes each Nth schema, --masks also times a mask before every token of the valid texts,
+--list names refused schemas and wrong answers.  Wrong answers make the exit status 1."""
 import argparse
 import collections
 import glob
@@ -49,7 +49,7 @@ class Machine:
 
 
 def places(schema, root, seen):
-    """The schema and those that say the same of the same value."""
+    """The schema and the other schemas that apply to the same value."""
     if not isinstance(schema, dict) or id(schema) in seen:
         return
     seen.add(id(schema))
@@ -67,7 +67,7 @@ def places(schema, root, seen):
 
 
 def ordered(value, schemas, root):
-    """The value with the keys of its objects in the order of the schemas that speak of it."""
+    """The value with the keys of its objects in the order of the schemas that apply to it."""
     known = [p for s in schemas for p in places(s, root, set())]
     for s in known:
         for each in [s.get("const")] + list(s.get("enum") or []):
@@ -114,7 +114,7 @@ KINDS = [("object", "properties required additionalProperties patternProperties 
 
 
 def typed(schema):
-    """The schema with the type that replies have where it names none."""
+    """The schema; where it names no type, it gets the type that its keywords apply to."""
     if isinstance(schema, list):
         return [typed(each) for each in schema]
     if not isinstance(schema, dict):
@@ -134,7 +134,7 @@ def suite(folder):
         os.path.join(folder, "optional/format/*.json"))
     for path in sorted(paths):
         if path == os.path.join(folder, "format.json"):
-            continue  # that a format says nothing, where here it does
+            continue  # it holds that formats constrain nothing; here they do
         with open(path) as f:
             for group in json.load(f):
                 yield (os.path.relpath(path, folder) + ": " + group["description"], group["schema"],
@@ -150,7 +150,7 @@ def maskbench(folder):
 
 
 def numbers(count):
-    """Bounds and numbers around them; what a validator says is worked out with fractions."""
+    """Random bounds and numbers around them, with their validity worked out here."""
     random.seed(1)
     for _ in range(count):
         scale = random.choice([1, 1, 10, 100])
@@ -203,10 +203,10 @@ def schemas(cases, options):
         for value, valid in tests:
             text = spelled(ordered(whole(value) if valid else value, [schema], schema))
             if valid and name.startswith("optional/format/"):
-                continue  # replies hold only a part of what the format allows
+                continue  # replies use only a part of the texts that a format allows
             if valid and validator and not validator.is_valid(value):
                 continue
-            if valid and machine.ask("T", text) != "1":  # keys that only some ways name
+            if valid and machine.ask("T", text) != "1":  # keys that only some branches name
                 text = spelled(whole(value))
             if valid and options.masks:
                 said, *times = machine.ask("M", text).split()

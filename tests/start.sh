@@ -1,5 +1,5 @@
-# How the tests of ./run begin, sourced by them: the program, the demo model, a folder of their
-# own, and the counts.
+# The tests of ./run source this first: the program, the demo model, a folder of their own, and
+# the counts.
 RUN=${1:-./run}
 HERE=$(dirname "$0")
 STORY=$HERE/demo/story-q8.bin

@@ -275,7 +275,9 @@ static uint32_t min_u32(uint32_t a, uint32_t b) { return a < b ? a : b; }
  *   The file states all of these numbers for each model (section 2), and the code reads them
  *   there.  What the code assumes is the diagram: GELU, no biases, a norm on both sides.
  *
- * What surprises those who know other transformers, and the function where it happens:
+ * What surprises those who know other transformers, and the function of the plain model where it
+ * happens.  The engine has the same boxes: attention (weigh caps scores), feed_forward,
+ * embed_task, product_task (caps logits):
  *   every second layer sees 4096 keys only, itself included               plain_attention
  *   scores are soft-capped, 50 tanh(s / 50), before the mask              plain_attend
  *   logits are soft-capped, which changes probabilities but not ranks     plain_head
@@ -428,7 +430,8 @@ struct gemma2_session {
     int32_t cache_type; /* GEMMA2_CACHE_F32, .. */
     int32_t width; /* H' */
     int32_t position;      /* tokens held */
-    int32_t ring, oldest;  /* slots of a local layer but the drafts'; the first position in them */
+    int32_t ring;          /* slots of a local layer, without those of drafts */
+    int32_t oldest;        /* the first position that they still hold */
     int32_t pending, fate; /* rows of the pass being set up; GEMMA2_OK, or why they are not done */
     const gemma2_ahead *ahead;         /* whose drafts lie behind position, or NULL */
     const gemma2_session *cancels_too; /* the session that it drafts for, or NULL */
@@ -885,8 +888,9 @@ static uint64_t dimension(const gemma2_config *c, char letter)
  *
  * A new quantised format needs a TYPE_, a line in this table and in types, its readers here (a
  * value_of, scale_of, unpack_group), a case in tile_by_type, panel_by_type and AMX's
- * panel, and in each row of the appendix its operands, offsets and scales.  Chains of types there
- * end with q4 or q3, so search for TYPE_Q6.  A new type of cache needs a line_type and a case in
+ * panel (and in the .types of amx_matrix), has_group_bit, even_offset, and in each row of the
+ * appendix its operands, offsets and scales.  Chains of types there end with q4 or q3, so search
+ * for TYPE_Q6.  A new type of cache needs a line_type and a case in
  * number_bytes, kv_head_of, store_head and the saved session.
  *
  * S is finite.  Padded rows are never returned and padded inputs meet zero activations, so
@@ -1736,8 +1740,9 @@ static int default_threads(void)
 /* ---- the cache, a session's memory and a worker's: one function counts and places ----
  * Cache.  A layer keeps, for each kv head, R slots; position p lives in slot p % R.  R is
  * the context in a global layer; in a local one window + largest batch, so that the first
- * row of a batch still finds its window when the last one is stored, and 16 for drafts
- * (section 7), which thus overwrite nothing that counts.  Slots come in groups of 16:
+ * row of a batch still finds its window when the last one is stored.  If that is shorter than
+ * the context there are 16 slots more, so that drafts that turn out wrong (section 7) have
+ * overwritten nothing in a window.  Slots come in groups of 16:
  *     keys   [R / 16][H][16 slots]     a dot product runs down H, 16 keys in the lanes
  *     values [R / 16][16 slots][H']    H' = H rounded up to 16, 16 dimensions in the lanes */
 
@@ -1999,7 +2004,7 @@ struct product {
     struct row *const *to;     /* or y[0] goes to the logits of these rows */
     float cap;                 /* y[0] = cap * tanh(y[0] / cap), if above 0 */
     int gated;                 /* y[0] = gelu(W[0] x) * W[1] x */
-    const struct matrix *post_norm; /* of leave(): what norms y[0] before it is added */
+    const struct matrix *post_norm; /* leave_task norms y[0] by it before it is added */
     struct input in;
     size_t n_pairs, pairs_a_task, at_once;
 };
@@ -2013,7 +2018,9 @@ struct product {
  *                      may take several pairs at once
  *   multiply_in_class  the matrix class's panel, or multiply_tiles of section 3, which takes the
  *                      kernel: isa->product for one tile and at most 16 rows, isa->panel for
- *                      two tiles and up to 256, or isa->add_lines for f32 and bf16
+ *                      two tiles and up to 256, or isa->add_lines for f32 and bf16.  In the
+ *                      appendix these go by type and rows: product_avx512, tile_by_type,
+ *                      tile_by_rows, tile_avx512, operands_avx512
  * Rows of both classes meet a pair of tiles one class after the other, while it is in the cache.
  * The matrix class takes two tiles. */
 static int in_matrix(const struct product *job, uint32_t type, size_t t)
@@ -3767,7 +3774,8 @@ static int adjust_logits(const gemma2_session *s, const gemma2_sampler *p, float
     return GEMMA2_OK;
 }
 
-/* A heap of the k best of n logits, the best on top.  -inf is left out. */
+/* A heap of the k best of n logits, the best on top.  -inf is left out, and what the mask `allow`
+ * does not allow. */
 static size_t keep_top(const float *x, const uint32_t *allow, size_t n, size_t k, uint64_t *heap)
 {
     size_t kept = 0;

@@ -712,6 +712,8 @@ same "$S" "$TMP/same" "its file was changed"
 name="closed output"
 "$RUN" "$STORY" --tokenize x </dev/null >&- 2>"$TMP/err"
 claim $? -eq 1 "exit status"; err_has "cannot write"
+"$RUN" --version </dev/null >&- 2>"$TMP/err"
+claim $? -eq 1 "exit status of --version"; err_has "cannot write"
 if timeout --preserve-status 5 true 2>/dev/null; then
     name="interrupt"
     for after in 0.3 1 3 10; do # longer on a busy machine: run may not have begun

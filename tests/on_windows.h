@@ -1,5 +1,5 @@
 /* What test.c takes from POSIX, on Windows: included before the engine, and once more after
- * it, to free what posix_memalign gave. */
+ * it, so that one kind of memory is given and freed: posix_memalign's. */
 #ifndef ON_WINDOWS_H
 #define ON_WINDOWS_H
 #define WIN32_LEAN_AND_MEAN
@@ -35,5 +35,7 @@ static int posix_memalign(void **p, size_t alignment, size_t n)
     return *p == NULL;
 }
 #else
+#define malloc(n) _aligned_malloc(n, 16)
+#define calloc(n, size) memset(_aligned_malloc((n) * (size), 16), 0, (n) * (size))
 #define free _aligned_free
 #endif

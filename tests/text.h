@@ -32,7 +32,7 @@ static size_t decode_all(const gemma2_model *m, const int32_t *ids, int64_t n, c
 }
 
 /* What SentencePiece reads bytes as: valid UTF-8, each stray byte U+FFFD.  Our own reading. */
-static size_t repaired(const uint8_t *p, size_t n, char *out)
+static inline size_t repaired(const uint8_t *p, size_t n, char *out)
 {
     static const uint32_t least[] = {0, 0, 0x80, 0x800, 0x10000};
     size_t at = 0, used;

@@ -214,7 +214,7 @@ static void test_largest_dimensions(void)
     check(!opens(&m), "the largest dimensions without their bytes");
     gemma2_session_params params;
     gemma2_session_params_init(&params);
-    gemma2_plan plan;
+    gemma2_plan plan = {0};
     params.n_context = 1 << 30, params.n_batch = 4096, params.n_threads = 1;
     params.cache_type = GEMMA2_CACHE_F32;
     check(gemma2_session_plan(x.m, &params, &plan) == GEMMA2_OK &&

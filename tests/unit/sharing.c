@@ -1,5 +1,8 @@
 /* Section 4, sharing of work, and the floating-point environment. */
 #include <pthread.h>
+#ifdef __SSE__
+#include <xmmintrin.h>
+#endif
 
 /* Every task once, in the environment of the specification, whatever the host has. */
 struct shared_tasks {

@@ -39,7 +39,6 @@
 #include <shellapi.h>
 #undef IN
 #else
-#include <fcntl.h>
 #include <poll.h>
 #include <sys/ioctl.h>
 #include <sys/stat.h>
@@ -68,9 +67,7 @@ static volatile sig_atomic_t mid_line; /* a terminal may show text without its n
 static gemma2_session *volatile interruptible; /* whose evaluation it cuts short, or NULL */
 
 /* Standard streams byte for byte, a terminal in UTF-8, a broken pipe as a failed write, and a
- * sentence for a file that shrinks while it is mapped.  On POSIX a standard stream that was closed
- * is held by something that cannot be written: else the next file that is opened would get its
- * number, and what is said would go there. */
+ * sentence for a file that shrinks while it is mapped. */
 static void platform_init(void);
 /* Catches interrupts, except those that whoever started us ignores; ends_reading: whether
  * they end a waiting read. */
@@ -6761,11 +6758,6 @@ static void platform_init(void)
     sigemptyset(&lost_page.sa_mask);
     sigaction(SIGBUS, &lost_page, NULL);
     signal(SIGPIPE, SIG_IGN);
-    int fd;
-    do
-        fd = open("/dev/null", O_RDONLY);
-    while (fd >= 0 && fd <= STDERR_FILENO);
-    close(fd);
 }
 
 static char **utf8_arguments(int *argc, char **argv)

@@ -890,8 +890,8 @@ static uint64_t dimension(const gemma2_config *c, char letter)
  * value_of, scale_of, unpack_group), a case in tile_by_type, panel_by_type and AMX's
  * panel (and in the .types of amx_matrix), has_group_bit, even_offset, and in each row of the
  * appendix its operands, offsets and scales.  Chains of types there end with q4 or q3, so search
- * for TYPE_Q6.  A new type of cache needs a line_type and a case in
- * number_bytes, kv_head_of, store_head and the saved session.
+ * for TYPE_Q6.  A new type of cache needs a line_type and a case in number_bytes, kv_head_of,
+ * store_head and the saved session.
  *
  * S is finite.  Padded rows are never returned and padded inputs meet zero activations, so
  * neither matters; exporters write zero bytes there, and never the byte -128 in q8 values or

@@ -2,12 +2,14 @@
 """The same work through gemma2.c and other engines, side by side.
 
     python3 tests/peers.py gguf CHECKPOINT OUT.gguf [--type q8_0|q4_0|bf16]
+    python3 tests/peers.py random OUT.gguf
     python3 tests/peers.py compare MODEL.bin --peer NAME=PROGRAM:GGUF[:ARGUMENTS] ...
                                    [--works WORK,WORK] [--long] [--runs 3] [--threads 2]
                                    [--json FILE] [--under COMMAND]
 
 `gguf` writes a Hugging Face directory as GGUF (pip install gguf).  llama.cpp itself
-requantises q4_0, and its llama-quantize makes other formats from bf16.
+requantises q4_0, and its llama-quantize makes other formats from bf16.  `random` writes random
+bf16 weights in the shape of build/bench --shape 2b: speed does not depend on their values.
 
 `compare` runs build/bench and run beside any number of peers.  PROGRAM is the llama-bench of
 llama.cpp or of ik_llama.cpp (best built natively with clang), or the word llama-cpp-python
@@ -109,6 +111,49 @@ def add_tensors(writer, checkpoint, kind):
                 else:
                     writer.add_tensor(gguf_name(name), gguf.quants.quantize(x, kind),
                                       raw_dtype=kind)
+
+
+SHAPE = {"max_position_embeddings": 8192, "hidden_size": 2304, "num_hidden_layers": 26,
+         "intermediate_size": 9216, "num_attention_heads": 8, "num_key_value_heads": 4,
+         "head_dim": 256, "rms_norm_eps": 1e-6, "sliding_window": 4096, "vocab_size": 256000}
+
+
+def make_random(args):
+    import gguf
+    import numpy as np
+    d, f, v = SHAPE["hidden_size"], SHAPE["intermediate_size"], SHAPE["vocab_size"]
+    q, kv = (SHAPE["head_dim"] * SHAPE[f"num_{k}_heads"] for k in ("attention", "key_value"))
+    shapes = {"attn_q": (q, d), "attn_k": (kv, d), "attn_v": (kv, d), "attn_output": (d, q),
+              "ffn_gate": (f, d), "ffn_up": (f, d), "ffn_down": (d, f)}
+    noise = np.random.default_rng(1).standard_normal(1 << 20, np.float32) * np.float32(0.02)
+    pool = np.resize((noise.view(np.uint32) >> 16).astype(np.uint16), v * d)  # all share it
+    bf16 = gguf.GGMLQuantizationType.BF16
+    writer = gguf.GGUFWriter(args.out, "gemma2")
+    add_config(writer, SHAPE)
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list([f"<0x{i:02X}>" if i < 256 else f"t{i}" for i in range(v)])
+    writer.add_token_scores([0.0] * v)
+    writer.add_token_types([6] * 256 + [1] * (v - 256))
+    writer.add_bos_token_id(300)
+    writer.add_eos_token_id(301)
+
+    def add_matrix(name, rows, cols):
+        weights = pool[:rows * cols].reshape(rows, cols)
+        writer.add_tensor(name + ".weight", weights.view(np.uint8), raw_dtype=bf16)
+
+    add_matrix("token_embd", v, d)
+    writer.add_tensor("output_norm.weight", np.ones(d, np.float32))
+    for layer in range(SHAPE["num_hidden_layers"]):
+        for name in NAMES.values():
+            if name in shapes:
+                add_matrix(f"blk.{layer}.{name}", *shapes[name])
+            else:
+                writer.add_tensor(f"blk.{layer}.{name}.weight", np.ones(d, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def make_gguf(args):
@@ -355,12 +400,15 @@ def add_compare(commands):
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawTextHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="gguf|compare")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="gguf|random|compare")
     p = commands.add_parser("gguf")
     p.add_argument("checkpoint", type=Path)
     p.add_argument("out")
     p.add_argument("--type", default="q8_0", choices=("q8_0", "q4_0", "bf16"))
     p.set_defaults(run=make_gguf)
+    p = commands.add_parser("random")
+    p.add_argument("out")
+    p.set_defaults(run=make_random)
     add_compare(commands)
     p = commands.add_parser("library")
     p.add_argument("model")

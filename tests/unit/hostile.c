@@ -979,7 +979,7 @@ static const struct {
     {42, "sampler out of range", "unit/sampler.c", "test_sampler_refuses test_bias"},
     {42, "sampler at the ends of its range", "unit/hostile.c", "test_sampler_extremes"},
     {43, "stop strings", "cli.sh", "stops STRAY"},
-    {44, "grammars: there are none", NULL, NULL},
+    {44, "grammars", "unit/constraints.c", "test_languages test_huge_grammars"},
     {45, "session files", "unit/hostile.c", "test_saved_sessions"},
     {46, "a turn of 100 KB", "cli.sh", "turn"},
     {47, "failing allocations and calls", "fault.c", "test_library test_program"},

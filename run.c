@@ -4057,9 +4057,11 @@ static int wait_for_typed(editor *e, int *asked)
     e->i = 0, e->n = got > 0 ? (size_t)got : 0;
     e->ended = got == 0;
     e->text.n = e->raw && e->ended ? 0 : e->text.n; /* a terminal that is gone ends no message */
-    if (ended_by || (stop_asked && *asked))
+    int stopped = stop_asked;
+    if (ended_by || (stopped && *asked))
         return INTERRUPTED;
-    if (stop_asked) {
+    stop_asked = 0; /* before the answer is shown: Ctrl-C is the second as soon as it can be read */
+    if (stopped) {
         if (e->raw)
             leave_text(e);
         flush_screen(e);
@@ -4070,8 +4072,7 @@ static int wait_for_typed(editor *e, int *asked)
         status = fail(FAILED, "cannot read standard input: %s", strerror(reason));
     else if (got < 0 && e->n_sequence == 1) /* the key ESC itself */
         e->n_sequence = 0;
-    *asked = stop_asked || (*asked && got < 0);
-    stop_asked = 0;
+    *asked = stopped || (*asked && got < 0);
     return status;
 }
 

@@ -12,6 +12,7 @@
  *   --busy N[,N]       one token at a time while so many other programs are busy, each on a
  *                      processor of its own, and what share of the idle speed that is
  *   --ahead            what guesses cost and gain: a row for each acceptance
+ *   --draft SHAPE      the same, where each guess takes a draft model of that shape a token
  *   --states           saving, restoring and copying sessions of --decode's tokens
  *   --masks GRAMMAR    only what 20 replies of up to 200 random tokens cost, masks and all;
  *                      MODEL may be tokenizer.bin
@@ -63,7 +64,7 @@ struct list {
 };
 
 struct options {
-    const char *model, *shape, *type, *head, *json, *kv, *masks, *told;
+    const char *model, *shape, *draft, *type, *head, *json, *kv, *masks, *told;
     int batch, runs, ahead, states, quick, read, no_limits, plan;
     struct list threads, prefill, decode, sessions, busy;
 };
@@ -814,14 +815,24 @@ static void run_sessions(struct report *report, gemma2_session_params params, in
 
 static int32_t nth_token(int32_t i) { return (int32_t)((uint32_t)i * 7919u % 100000); }
 
-/* Guesses the tokens that come, so many of 100 rightly. */
+struct guesser {
+    uint32_t chance;       /* of 100 that a guess is right */
+    gemma2_session *draft; /* or NULL: guesses cost nothing */
+    float *logits;
+};
+
+/* Guesses the tokens that come, whatever the draft model says. */
 static int32_t guess_right(void *context, const int32_t *history, int32_t n, int32_t *ids,
                            int32_t most)
 {
-    (void)history;
+    const struct guesser *g = context;
+    if (g->draft && follow(g->draft, history, n, g->logits) < 0)
+        die("the draft model failed");
     for (int32_t i = 0; i < most; i++) {
         uint32_t dice = ((uint32_t)(n + i) * 2654435761u >> 8) % 100;
-        ids[i] = nth_token(n + i) + (dice >= *(const uint32_t *)context);
+        ids[i] = nth_token(n + i) + (dice >= g->chance);
+        if (g->draft && i + 1 < most && gemma2_eval(g->draft, &ids[i], 1, g->logits) < 0)
+            die("the draft model failed");
     }
     return most;
 }
@@ -839,22 +850,30 @@ static double time_ahead(gemma2_session *s, gemma2_ahead *a, int32_t n, float *l
 }
 
 /* Speed with guesses of a forced acceptance against speed without, in turn. */
-static void run_ahead(const gemma2_model *m, gemma2_session *s)
+static void run_ahead(const gemma2_model *m, gemma2_session *s, gemma2_session *draft, int runs)
 {
-    uint32_t chances[] = {0, 70, 90};
-    float *logits = malloc(sizeof *logits * (size_t)gemma2_get_config(m)->n_vocab);
+    static const uint32_t chances[] = {0, 70, 85, 90};
+    size_t n_vocab = (size_t)gemma2_get_config(m)->n_vocab;
+    float *logits = malloc(2 * n_vocab * sizeof *logits);
     gemma2_ahead_params p;
     gemma2_ahead_params_init(&p);
     p.lookup = 0, p.propose = guess_right;
-    for (int i = 0; i < 3; i++) {
-        p.context = &chances[i];
+    for (int i = 0; i < 4; i++) {
+        struct guesser g = {chances[i], draft, logits + n_vocab};
+        p.context = &g;
         gemma2_ahead *a = gemma2_ahead_new(m, &p, NULL, 0);
         if (!a || !logits)
             die("out of memory");
         time_ahead(s, a, 48, logits); /* it learns what passes cost */
-        double ahead = time_ahead(s, a, 64, logits), plain = time_ahead(s, NULL, 24, logits);
-        printf("ahead    %2u %% right: %.2f tok/s, %.2f without, %.2fx; %.1f tokens a pass\n",
-               chances[i], ahead, plain, ahead / plain,
+        double ahead[MAX_RUNS], plain[MAX_RUNS], gain[MAX_RUNS];
+        for (int k = 0; k < runs; k++) {
+            ahead[k] = time_ahead(s, a, 64, logits), plain[k] = time_ahead(s, NULL, 24, logits);
+            gain[k] = ahead[k] / plain[k];
+        }
+        struct sample x = summarise(gain, runs);
+        printf("ahead    %2u %% right: %.2f tok/s, %.2f without, %.2fx (%.2f .. %.2f); "
+               "%.1f tokens a pass\n", chances[i], summarise(ahead, runs).median,
+               summarise(plain, runs).median, x.median, x.low, x.high,
                (double)(a->counts.passes + a->counts.accepted) / (double)a->counts.passes);
         for (int k = 2; k <= MAX_DRAFTS + 1 && a->cost[1] > 0; k++)
             if (a->cost[k] > 0) /* k - 1 guesses, all right or not at all */
@@ -932,7 +951,17 @@ static void run_threads(struct report *report, int threads)
         if (o->prefill.v[i] <= gemma2_context(s))
             run_work(report, s, l, 0, o->prefill.v[i]);
     if (o->ahead)
-        run_ahead(report->m, s);
+        run_ahead(report->m, s, NULL, o->runs);
+    if (o->draft) {
+        struct options of_draft = *o;
+        of_draft.shape = o->draft;
+        gemma2_model *m = make_shape(&of_draft);
+        gemma2_session *draft = m ? gemma2_session_new(m, &params, err, sizeof err) : NULL;
+        if (!draft)
+            die("no room for the draft model");
+        run_ahead(report->m, s, draft, o->runs);
+        gemma2_session_free(draft), gemma2_close(m);
+    }
     if (o->decode.n)
         fill_cache(s);
     for (int i = 0; i < o->decode.n && o->states; i++)
@@ -1144,6 +1173,7 @@ static const struct option {
     int low, high;
 } option_table[] = {
     {"--shape", TEXT, offsetof(struct options, shape), 0, 0},
+    {"--draft", TEXT, offsetof(struct options, draft), 0, 0},
     {"--type", TEXT, offsetof(struct options, type), 0, 0},
     {"--head", TEXT, offsetof(struct options, head), 0, 0},
     {"--json", TEXT, offsetof(struct options, json), 0, 0},
@@ -1170,8 +1200,9 @@ static void usage(const char *what, const char *which)
     fprintf(stderr, "bench: %s%s\n"
             "usage: bench MODEL | --shape 2b|9b|27b [--type TYPE] [--head TYPE]\n"
             "       [--threads N,N] [--prefill N,N|none] [--decode N,N|none] [--quick]\n"
-            "       [--sessions N,N] [--busy N] [--batch N] [--kv auto|f32|f16|q8] [--runs N] [--read]\n"
-            "       [--masks GRAMMAR] [--plan] [--no-limits] [--json FILE]\n", which, what);
+            "       [--sessions N,N] [--busy N] [--batch N] [--kv auto|f32|f16|q8] [--runs N]\n"
+            "       [--ahead] [--draft SHAPE] [--states] [--masks GRAMMAR] [--told FILE] [--plan]\n"
+            "       [--read] [--no-limits] [--json FILE]\n", which, what);
     exit(2);
 }
 

@@ -5121,6 +5121,7 @@ struct gemma2_ahead {
     struct guesses *source, sources[N_SOURCES]; /* of the drafts; the last is the proposer */
     double cost[MAX_DRAFTS + 2]; /* seconds of a pass of so many rows; 0: not known */
     double spent, balance;       /* seconds in all; gained by drafts, less what they cost */
+    int32_t pause;               /* tokens asked for since the proposer was */
     gemma2_ahead_counts counts;
 };
 
@@ -5263,6 +5264,7 @@ static int32_t choose_drafts(const gemma2_ahead *a, const struct guesses *source
 static void note_answer(gemma2_ahead *a, int is_draft)
 {
     a->source->chance += (is_draft - a->source->chance) / 8;
+    a->pause += is_draft;
     a->counts.accepted += (uint64_t)is_draft;
     a->balance = fmin(a->balance + is_draft * a->cost[1], 4 * a->cost[1]);
 }
@@ -5287,8 +5289,13 @@ static int32_t make_guesses(gemma2_ahead *a, const int32_t *history, int32_t n, 
         return 0;
     double start = clock_now();
     int32_t given = a->propose(a->context, history, n, ids, wanted);
+    double seconds = clock_now() - start;
     if (given > 0 && n - held <= 2) /* a draft that catches up says nothing about its pace */
-        note_mean(&a->source->seconds, (clock_now() - start) / min_i32(given, wanted));
+        note_mean(&a->source->seconds, seconds / min_i32(given, wanted));
+    /* What a draft lacks from a pause is part of the price of guessing, a prompt is not. */
+    seconds *= fmin(1, (a->pause + 1.0) / max_i32(n - held, 1));
+    a->spent += seconds, a->balance -= seconds;
+    a->pause = 0;
     while (made < given && made < wanted && ids[made] >= 0 &&
            ids[made] < a->model->config.n_vocab)
         made++;
@@ -5303,6 +5310,7 @@ static int evaluate_ahead(gemma2_session *s, gemma2_ahead *a, int32_t id, float 
     int32_t room = min_i32(min_i32(s->n_batch, s->worker->n_batch), s->n_context - position) - 1;
     s->ahead = NULL;
     s->ids[position] = ids[0] = id;
+    a->pause++;
     if (a->draft)
         a->draft->cancels_too = s;
     int32_t n = make_guesses(a, s->ids, position + 1, ids + 1, min_i32(a->most, room));
@@ -5320,9 +5328,9 @@ static int evaluate_ahead(gemma2_session *s, gemma2_ahead *a, int32_t id, float 
     if (status < 0)
         return status;
     note_mean(&a->cost[n + 1], seconds);
-    a->spent += seconds + n * a->source->seconds;
+    a->spent += seconds;
     if (n && a->cost[1] > 0)
-        a->balance -= seconds - a->cost[1] + n * a->source->seconds;
+        a->balance -= seconds - a->cost[1];
     a->counts.passes++;
     a->counts.drafted += (uint64_t)n;
     a->session = s, s->ahead = a;

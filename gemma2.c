@@ -1,16 +1,18 @@
 /* gemma2.c - Gemma 2 inference in one file.  See gemma2.h for how to use it.
  *
- * MAP
- *   1 Gemma 2         the facts of 2B, 9B and 27B; the model in plain loops
- *   2 The weight file the byte table (normative), and how numbers lie in it
- *   3 Kernels         the specification of every sum, in plain C
- *   4 The pass        sharing of work, cache, attention, feed-forward, layer, head
- *   5 Tokenizer       SentencePiece BPE, both ways
- *   6 Sampler         penalties, top-k, temperature, top-p, min-p, PCG32; grammars, masks
- *   7 Speculation     guesses of the next tokens, verified several a pass
+ * MAP (grep -n '^ \* [1-9A]\. \|^/\* ----' gemma2.c lists sections and parts with their lines)
+ *   1 Gemma 2         the facts of 2B, 9B and 27B; the model in plain loops: plain_forward
+ *   2 The weight file the byte table (normative), and how numbers lie in it: value_of
+ *   3 Kernels         the specification of every sum, in plain C: struct kernels
+ *   4 The pass        sharing of work: share; memory and cache: place_all; products: multiply;
+ *                     attention, feed_forward, forward, head; the whole: evaluate
+ *   5 Tokenizer       SentencePiece BPE, both ways: encode_text; chat: encode_messages
+ *   6 Sampler         penalties, top-k, temperature, top-p, min-p, PCG32: sample;
+ *                     grammars: read_rules; masks: fill_mask
+ *   7 Speculation     guesses of the next tokens, verified several a pass: evaluate_ahead
  *   8 Public API      in the order of gemma2.h
- *   9 Back rooms      files, SHA-256, hostile headers, saved sessions, importance
- *   A Appendix        the kernels of section 3 again, faster: AVX2, AVX-512, AMX, NEON ..
+ *   9 Back rooms      files, SHA-256, hostile headers: make_model; saved sessions, importance
+ *   A Appendix        section 3 again, faster: all_kernels says which CPU gets which kernels
  * You can stop at the appendix: it makes section 3 faster, and prompts on some CPUs less exact.
  *
  * NOTATION (the Gemma 2 report, arXiv 2408.00118, and google-deepmind/gemma)
@@ -36,6 +38,38 @@
  *
  *   x starts as embedding[id] * sqrt(D); after L layers final_norm, then the embedding
  *   again as output head, then logits = 30 tanh(logits / 30).
+ *
+ * WAYS: who calls whom, in order
+ *   a token    gemma2_eval (exact class) or gemma2_prefill (matrix class) -> run_ids -> evaluate
+ *              -> run_team -> run_pass, on every thread -> forward, then head.  gemma2_eval_rows
+ *              comes to evaluate by judge_rows and run_rows, gemma2_eval_ahead by evaluate_ahead.
+ *   a layer    forward -> attention, then feed_forward; both are made of prepare, multiply and
+ *              leave_task.  The plain model: plain_forward -> plain_attention ..
+ *   a product  prepare -> prepare_task: norm, and inputs rounded to int8 or bf16.  multiply ->
+ *              product_task -> multiply_pairs -> multiply_in_class -> matrix->bf16_panel, or
+ *              multiply_tiles: isa->int8_tile for one tile and up to 16 rows of the pass,
+ *              isa->int8_panel for two tiles and more rows; f32 and bf16: isa->add_lines.
+ *   q3         in plain C: int8_tile -> unpack_group -> value_of -> value_q3.  With AVX-512:
+ *              int8_tile_avx512 -> tile_by_type -> tile_by_rows -> tile_avx512 ->
+ *              operands_avx512 -> operands_q3_avx512; int8_panel_avx512 -> panel_by_type ->
+ *              unpack_panel_avx512 -> the same operands; panel_tokens_avx512.  The other types
+ *              and CPUs differ in these names' endings.
+ *   a format   what a new one needs is listed in section 2: grep 'A new quantised format'.
+ *   a CPU      select_kernels: the first of all_kernels that is available, or GEMMA2_ISA's;
+ *              choose_matrix: whether prompts use its matrix class.
+ *   the cache  place_cache sets R; store_head writes key and value to slot_of: position % R.
+ *              query_of applies the window.  attend_rows -> cut_attention -> attend_task ->
+ *              attend -> attend_block -> score_keys, weigh (soft-cap), mix_values, merge_partial.
+ *   a task     share(me, n, task, context): each thread of the team draws a number below n from
+ *              team->drawn and calls task(context, number), until all are done: end_phase.
+ *   logits     head -> multiply -> product_task -> output: straight into row->logits, which is
+ *              the caller's.  Log-probabilities without logits: score_rows.
+ *   a mask     a bit for each token, 1: it may come next.  gemma2_matcher_allowed -> fill_mask ->
+ *              walk_tree -> take_token.  The caller puts it into sampler.allow: gemma2_sample ->
+ *              sample -> keep_top -> draw.  gemma2_matcher_accept -> after_token.
+ *   a draft    gemma2_eval_ahead -> evaluate_ahead -> make_guesses -> gemma2_eval_rows
+ *   a text     gemma2_encode -> normalise -> encode_text -> merge_symbols -> emit_symbol
+ *   a file     gemma2_open -> file_open; make_model -> read_header, read_directory, place_matrix
  *
  * SAME BITS.  Every sum below has one stated order.  In products of weights and in the sums
  * over keys and values each product rounds once together with the sum, everywhere else before
@@ -320,7 +354,7 @@ struct text {
 struct tokenizer {
     const uint8_t *scores, *ends, *kinds, *blob;
     uint32_t n;
-    uint32_t *slots, mask; /* hash of matchable pieces, see find_slot */
+    uint32_t *buckets, bucket_mask; /* hash of matchable pieces, see find_bucket */
     uint32_t *whole, n_whole; /* ids of pieces found whole, sorted by bytes; and the place */
     uint32_t *whole_prefix;   /* in that list of the longest other that each starts with */
     uint32_t whole_first[257]; /* pieces in it that begin with byte c: [c] .. [c + 1] */
@@ -409,16 +443,17 @@ struct gemma2_worker {
     float *added;             /* [B][D] what attention and ffn add to x */
     float *cosine, *sine;     /* [B][H/2] */
     float *inverse_frequency; /* [H/2] */
-    uint16_t *in_pairs;       /* [B rounded up to 16][ldq] bf16 inputs of products */
+    uint16_t *in_bf16;        /* [B rounded up to 16][ldq] bf16 inputs of products */
     int8_t *in_q;             /* [B][ldq] quantised inputs of products */
     float *in_scale;          /* [B][ldq/32] */
     int32_t *in_sum;
-    struct log_sum *sums;     /* [B] */
+    struct log_sum *log_sums; /* [B] */
     int32_t *targets;         /* [B] */
     float *partial;           /* attention split over blocks, see partial_of */
     uint64_t *candidates;     /* [V] of a draw; log_sum blocks [B][HEAD_BLOCK] share it */
     float *adjusted;          /* [V] */
-    float (*panels)[2][TILE]; /* [threads][matrix->pairs][256], or NULL if that takes one pair */
+    float (*pair_sums)[2][TILE]; /* [threads][most_pairs][256] of the matrix class: what pairs of
+                                  * tiles gave, before store_pair; NULL if it takes one */
     size_t ldq, partial_rows, partial_blocks;
 };
 
@@ -886,12 +921,13 @@ static uint64_t dimension(const gemma2_config *c, char letter)
  *        q4 and q3 to the even index)
  *   type 0 bytes  no tensor
  *
- * A new quantised format needs a TYPE_, a line in this table and in types, its readers here (a
- * value_of, scale_of, unpack_group), a case in tile_by_type, panel_by_type and AMX's
- * panel (and in the .types of amx_matrix), has_group_bit, even_offset, and in each row of the
- * appendix its operands, offsets and scales.  Chains of types there end with q4 or q3, so search
- * for TYPE_Q6.  A new type of cache needs a line_type and a case in number_bytes, kv_head_of,
- * store_head and the saved session.
+ * A new quantised format needs, in this section: a TYPE_, a line in this table and in types,
+ * has_group_bit, and cases in value_of, scale_of and unpack_group.  In the appendix: even_offset,
+ * cases in tile_by_type, panel_by_type and bf16_panel_amx (and its bit in amx_matrix.types), and
+ * in operands_, offset_ and scales_ of avx2, avx512 and neon.  Chains of types end with q4 or q3,
+ * so search for TYPE_Q6.  export.py and gemma2_section's comment name it.
+ * A new type of cache needs a line_type, and cases in number_bytes, position_bytes, kv_head_of,
+ * store_head, line_number, lines_by_type and line_ of avx2, avx512 and neon.
  *
  * S is finite.  Padded rows are never returned and padded inputs meet zero activations, so
  * neither matters; exporters write zero bytes there, and never the byte -128 in q8 values or
@@ -1038,9 +1074,9 @@ enum {
     PREFETCH_EVERY = 256,  /* and few enough lines, into L2, that the hardware's own prefetch
                             * goes on: asking for every line reads up to 15 % less a second */
     PREFETCH_SOON = 3072, /* while several rows multiply: every line, into L1 */
-    PAIRS_STRIDE = TILE * GROUP, /* of in->pairs: from 32 inputs of a row to its next 32 */
-    CACHE_PANEL = 32 << 10, /* bytes of keys, and of values, that the matrix class packs */
-    MAX_PACKED_HEAD = CACHE_PANEL / (4 * TILE) /* head_dim up to which it does */
+    BF16_STRIDE = TILE * GROUP, /* of in->bf16: from 32 inputs of a row to its next 32 */
+    PACKED_BYTES = 32 << 10, /* bytes of keys, and of values, that the matrix class packs */
+    MAX_PACKED_HEAD = PACKED_BYTES / (4 * TILE) /* head_dim up to which it does */
 };
 
 /* What products read: T rows as floats and, for quantised weights, the same rows as
@@ -1051,19 +1087,19 @@ struct input {
     int8_t *q;      /* [T][ldq], ldq a multiple of 256, zeros past the row's end */
     float *scale;   /* [T][ldq / 32] */
     int32_t *sum;   /* [T][ldq / 32] sums of 32 q */
-    uint16_t *pairs; /* the matrix class: bf16, [T / 16][ldq / 32][16 rows][32 inputs] */
+    uint16_t *bf16; /* the matrix class, [T / 16][ldq / 32][16 rows][32 inputs] */
     size_t ldq;
 };
 
-/* Row t of in->pairs: its first 32 inputs; the next 32 follow at PAIRS_STRIDE. */
-INLINE uint16_t *pairs_row(const struct input *in, size_t t)
+/* Row t of in->bf16: its first 32 inputs; the next 32 follow at BF16_STRIDE. */
+INLINE uint16_t *bf16_row(const struct input *in, size_t t)
 {
-    return in->pairs + t / TILE * TILE * in->ldq + t % TILE * GROUP;
+    return in->bf16 + t / TILE * TILE * in->ldq + t % TILE * GROUP;
 }
 
 /* What a kernel of floats reads: lines of 16 numbers.  A line holds an input's weights in the 16
  * rows of a tile, a dimension of 16 keys, or 16 dimensions of a value.  Strips of lines lie
- * strip_bytes apart: tiles, groups of keys, the parts of a value.
+ * strip_bytes apart: tiles, 16 keys, the parts of a value.
  *
  * The 8-bit cache has int8 numbers, and a half-float scale for 32 dimensions of a position.  A
  * strip of keys ends with [H/32][16 keys] scales, a value with [H'/32].  Scale times number has
@@ -1075,9 +1111,9 @@ struct lines {
     int n_lines, n_strips;
     ptrdiff_t strip_bytes;
     size_t line_bytes; /* from a line to the next one; with bf16 from two lines to the next two */
-    int ahead, every;  /* bytes to prefetch ahead of every second, fourth .. line: a power of 2 */
+    int prefetch, every; /* so far ahead, of every second, fourth .. line: a power of 2 */
     int go_on;         /* the sums start at what y holds, else at 0 */
-    size_t run;        /* PAIRS: floats from 16 pairs of x to its next 16 */
+    size_t x_step;     /* PAIRS: floats from 16 pairs of x to its next 16 */
     int scales, strip; /* Q8: bytes from a key strip or a value to its scales; the first strip's
                         * number in the value */
 };
@@ -1098,9 +1134,12 @@ struct tiles {
 };
 
 /* y[token][tile][row] = sum over inputs of w[row][input] * x[t + token][input], for n tokens
- * from t on: a product has one tile and n <= 16, a panel two tiles and n <= 256.  The matrix
- * class's panel takes a t that is a multiple of 16, writes whole groups of 16 tokens, and puts
- * each pair of tiles MAX_PANEL_ROWS tokens behind the one before. */
+ * from t on.
+ *   int8_tile   one tile, n <= 16
+ *   int8_panel  a panel: two tiles, unpacked once for n <= 256
+ *   bf16_panel  the same for one pair of tiles or several, each pair's y MAX_PANEL_ROWS tokens
+ *               behind the one before.  t is a multiple of 16; whole groups of 16 tokens are
+ *               written. */
 typedef void product_fn(const struct tiles *w, const struct input *in, size_t t, int n, float *y);
 
 /* The matrix class: what gemma2_prefill uses where a CPU has units for bf16.
@@ -1112,26 +1151,26 @@ typedef void product_fn(const struct tiles *w, const struct input *in, size_t t,
  * batches.  f32 weights and f32 caches never use it.  choose_matrix decides when a model is
  * opened: exact_prefill declines it. */
 struct matrix_kernels {
-    uint32_t types;  /* bit t: panel multiplies weights of type t, for any number of rows */
-    int pairs;       /* of tiles that panel takes at once */
-    product_fn *panel;
+    uint32_t types;  /* bit t: bf16_panel multiplies weights of type t, for any number of rows */
+    int most_pairs;  /* pairs of tiles that bf16_panel takes at once */
+    product_fn *bf16_panel;
     void (*pack_row)(const float *x, uint32_t n, uint16_t *pairs);
     /* a strip of 16 keys to `to`, 16 values to positions at, at + 1 .. of `to`; values from
      * n_valid on become 0 */
     void (*pack_keys)(const struct lines *keys, uint8_t *to);
     void (*pack_values)(const struct lines *values, int n_valid, int at, uint8_t *to);
-    /* s[j][16 g + lane] = q[j] . key, for n <= 8 queries q[n][H] */
-    void (*scores)(const float *q, int n, int head_dim, const uint8_t *keys, int n_groups,
-                   float (*s)[KEY_BLOCK]);
+    /* s[j][16 strip + lane] = q[j] . key, for n <= 8 queries q[n][H] */
+    void (*score_keys)(const float *q, int n, int head_dim, const uint8_t *keys, int n_strips,
+                       float (*s)[KEY_BLOCK]);
     /* o[n][H] = sum of s[j][i] * value i, for the n_keys from position `first` on */
-    void (*mix)(const float (*s)[KEY_BLOCK], int n, int head_dim, const uint8_t *values,
-                int first, int n_keys, float *o);
+    void (*mix_values)(const float (*s)[KEY_BLOCK], int n, int head_dim, const uint8_t *values,
+                       int first, int n_keys, float *o);
 };
 
-/* Positions that CACHE_PANEL bytes of packed keys or values hold. */
-INLINE int panel_positions(int head_dim)
+/* Positions that PACKED_BYTES bytes of packed keys or values hold. */
+INLINE int packed_positions(int head_dim)
 {
-    int n = CACHE_PANEL / (head_dim * TILE * (int)sizeof(uint16_t)) * TILE;
+    int n = PACKED_BYTES / (head_dim * TILE * (int)sizeof(uint16_t)) * TILE;
     return n < KEY_BLOCK ? n : KEY_BLOCK;
 }
 
@@ -1140,21 +1179,22 @@ struct kernels {
     const char *name;
     int (*available)(void);
     add_lines_fn *add_lines;
-    product_fn *product, *panel; /* of quantised weights; panel NULL: product does it */
-    size_t product_rows; /* rows of a pass up to which products cost less than a panel */
+    product_fn *int8_tile, *int8_panel; /* of quantised weights, see product_fn; int8_panel may be
+                                         * NULL: then int8_tile does all */
+    size_t tile_rows; /* rows of a pass up to which int8_tile costs less than int8_panel */
     void (*quantise)(const float *x, uint32_t n, int8_t *q, float *scale, int32_t *sum);
     void (*rms_norm)(const float *x, const float *w, float eps, uint32_t n, float *y);
     void (*geglu)(float *gate, const float *up, size_t n);
     void (*soft_cap)(float *x, size_t n, float cap);
     float (*exp_sum)(float *x, size_t n, float max);
     void (*blend)(float *x, float keep, const float *y, float scale, size_t n);
-    void (*to_half)(const float *x, size_t n, uint16_t *y);
+    void (*to_f16)(const float *x, size_t n, uint16_t *y);
     const struct matrix_kernels *matrix; /* or NULL */
 };
 
 /* ---- half floats of the cache: to nearest even, saturating at 65504, NaN kept ---- */
 
-INLINE uint16_t half_of(float x)
+INLINE uint16_t f16_of(float x)
 {
     uint32_t bits = bits_of(x), sign = bits >> 16 & 0x8000, a = bits & 0x7fffffff;
     uint32_t capped = a < 0x477fe000 ? a : 0x477fe000;
@@ -1164,7 +1204,7 @@ INLINE uint16_t half_of(float x)
     return (uint16_t)(sign | (a > 0x7f800000 ? 0x7e00 : half));
 }
 
-INLINE float from_half(uint16_t h)
+INLINE float from_f16(uint16_t h)
 {
     uint32_t sign = (uint32_t)(h & 0x8000) << 16;
     float magnitude = float_of((uint32_t)(h & 0x7fff) << 13) * 0x1p112f;
@@ -1172,10 +1212,10 @@ INLINE float from_half(uint16_t h)
     return float_of(sign | special | bits_of(magnitude));
 }
 
-INLINE void to_half(const float *x, size_t n, uint16_t *y)
+INLINE void to_f16(const float *x, size_t n, uint16_t *y)
 {
     for (size_t i = 0; i < n; i++)
-        y[i] = half_of(x[i]);
+        y[i] = f16_of(x[i]);
 }
 
 /* ---- products ---- */
@@ -1216,11 +1256,11 @@ INLINE float line_number(const struct lines *l, int strip, int k, int lane)
     if (l->type == LINES_F32)
         return ((const float *)line)[lane];
     if (l->type == LINES_F16)
-        return from_half(((const uint16_t *)line)[lane]);
+        return from_f16(((const uint16_t *)line)[lane]);
     if (l->type == LINES_BF16)
         return from_bf16(((const uint16_t *)line)[2 * lane + k % 2]);
     const uint16_t *scales = scales_of(l->type, l, data, l->strip + strip, k);
-    return from_half(scales[l->type == LINES_KEYS_Q8 ? lane : 0]) * (float)(int8_t)line[lane];
+    return from_f16(scales[l->type == LINES_KEYS_Q8 ? lane : 0]) * (float)(int8_t)line[lane];
 }
 
 /* y = y + x * number, rounded once; lines ascend. */
@@ -1245,7 +1285,7 @@ static void add_lines(const struct lines *l, const float *x, size_t ldx, int n, 
  *     sum = sum of v * q           an exact integer
  *     y   = y + x_scale * float(s * sum), rounded once
  * and in the end y = S * y. */
-static void product(const struct tiles *w, const struct input *in, size_t t, int n, float *y)
+static void int8_tile(const struct tiles *w, const struct input *in, size_t t, int n, float *y)
 {
     size_t n_groups = round_up(w->cols, BLOCK_INPUTS) / GROUP, groups_a_row = in->ldq / GROUP;
     memset(y, 0, (size_t)n * TILE * sizeof *y);
@@ -1276,7 +1316,7 @@ static void multiply_tiles(const struct kernels *isa, const struct tiles *w,
                            const struct input *in, size_t t, int n, float *y)
 {
     if (is_quantised(w->type)) {
-        (w->n == 2 ? isa->panel : isa->product)(w, in, t, n, y);
+        (w->n == 2 ? isa->int8_panel : isa->int8_tile)(w, in, t, n, y);
         return;
     }
     int is_bf16 = w->type == TYPE_BF16, cols = (int)w->cols;
@@ -1284,7 +1324,7 @@ static void multiply_tiles(const struct kernels *isa, const struct tiles *w,
     int soon = is_bf16 && n >= 4, every = soon ? 64 : PREFETCH_EVERY;
     struct lines lines = {.data = w->data[0], .type = is_bf16 ? LINES_BF16 : LINES_F32,
                           .n_strips = w->n, .line_bytes = TILE * 4,
-                          .ahead = soon ? PREFETCH_SOON : PREFETCH_AHEAD,
+                          .prefetch = soon ? PREFETCH_SOON : PREFETCH_AHEAD,
                           .every = every / (is_bf16 ? 32 : 64)};
     lines.strip_bytes = w->n == 2 ? w->data[1] - w->data[0] : 0;
     for (int k = 0; k < cols; k += step) {
@@ -1468,9 +1508,9 @@ INLINE void rms_norm(const float *x, const float *w, float eps, uint32_t n, floa
 static int always(void) { return 1; }
 
 static const struct kernels scalar_kernels = {
-    .name = "scalar", .available = always, .add_lines = add_lines, .product = product,
+    .name = "scalar", .available = always, .add_lines = add_lines, .int8_tile = int8_tile,
     .quantise = quantise, .rms_norm = rms_norm, .geglu = geglu, .soft_cap = soft_cap,
-    .exp_sum = exp_sum, .blend = blend, .to_half = to_half};
+    .exp_sum = exp_sum, .blend = blend, .to_f16 = to_f16};
 
 static const struct kernels *select_kernels(struct errbuf *err);
 static sha256_fn *fast_sha256(void); /* appendix */
@@ -1798,18 +1838,18 @@ static void place_scratch(gemma2_worker *work, struct arena *a)
     work->sine = take(a, b * (size_t)c->head_dim / 2, sizeof(float));
     work->inverse_frequency = take(a, (size_t)c->head_dim / 2, sizeof(float));
     if (work->model->matrix)
-        work->in_pairs = take(a, round_up(b, TILE), work->ldq * sizeof *work->in_pairs);
+        work->in_bf16 = take(a, round_up(b, TILE), work->ldq * sizeof *work->in_bf16);
     work->in_q = take(a, b, work->ldq);
     work->in_scale = take(a, b, work->ldq / GROUP * sizeof(float));
     work->in_sum = take(a, b, work->ldq / GROUP * sizeof(int32_t));
-    work->sums = take(a, b, sizeof *work->sums);
+    work->log_sums = take(a, b, sizeof *work->log_sums);
     work->targets = take(a, b, sizeof *work->targets);
     work->partial_blocks = ((size_t)work->n_context + KEY_BLOCK - 1) / KEY_BLOCK + 1;
     work->partial = take(a, work->partial_blocks,
                          work->partial_rows * partial_floats(work->model) * sizeof(float));
-    if (work->model->matrix && work->model->matrix->pairs > 1)
-        work->panels = take(a, (size_t)(work->n_threads * work->model->matrix->pairs),
-                            MAX_PANEL_ROWS * sizeof *work->panels);
+    if (work->model->matrix && work->model->matrix->most_pairs > 1)
+        work->pair_sums = take(a, (size_t)(work->n_threads * work->model->matrix->most_pairs),
+                               MAX_PANEL_ROWS * sizeof *work->pair_sums);
     size_t log_sums = b * HEAD_BLOCK * sizeof(float), sampling = v * sizeof(uint64_t);
     work->candidates = take(a, log_sums > sampling ? log_sums : sampling, 1);
     work->adjusted = take(a, v, sizeof(float));
@@ -1956,8 +1996,8 @@ struct pass {
     const struct matrix_kernels *matrix; /* the class of the others */
     float *logprobs;     /* [T] of worker->targets, or NULL */
     float *states;       /* [T][D] after the final norm, or NULL */
-    double *sums;        /* what gemma2_importance wants, or NULL ... */
-    uint32_t block;      /* ... in blocks of so many inputs */
+    double *importance;  /* the sums of gemma2_importance, or NULL .. */
+    uint32_t importance_block; /* .. in blocks of so many inputs */
     int layer;
     struct member *me;
 };
@@ -1994,7 +2034,7 @@ static void norm(const struct pass *p, const struct matrix *w, const float *x, f
  * Up to three products over the same n rows, y[i] = W[i] x.  A task is a run of pairs of
  * tiles, because some kernels unpack two tiles for many rows at a time. */
 
-struct product {
+struct product_job {
     const struct pass *pass;
     const struct matrix *norm; /* x is the norm of the residual stream; or NULL */
     float *x;                  /* [n][cols of W] */
@@ -2003,42 +2043,30 @@ struct product {
     float *y[3];               /* [n][rows of W[i]] */
     struct row *const *to;     /* or y[0] goes to the logits of these rows */
     float cap;                 /* y[0] = cap * tanh(y[0] / cap), if above 0 */
-    int gated;                 /* y[0] = gelu(W[0] x) * W[1] x */
+    int is_gated;              /* y[0] = gelu(W[0] x) * W[1] x */
     const struct matrix *post_norm; /* leave_task norms y[0] by it before it is added */
     struct input in;
-    size_t n_pairs, pairs_a_task, at_once;
+    size_t n_pairs, pairs_a_task, pairs_at_once;
 };
 
-/* The way of a product, outputs [T][rows] of up to three W that read the same input:
- *   prepare            norms the input's rows and rounds them for these W
- *   multiply           cuts the rows of W into tasks
- *   product_task       a run of pairs of tiles, through multiply_pairs
- *   multiply_pairs     two tiles for up to 256 rows of the pass, together (multiply_in_class) or
- *                      one by one (multiply_tile), and stores what they give; the matrix class
- *                      may take several pairs at once
- *   multiply_in_class  the matrix class's panel, or multiply_tiles of section 3, which takes the
- *                      kernel: isa->product for one tile and at most 16 rows, isa->panel for
- *                      two tiles and up to 256, or isa->add_lines for f32 and bf16.  In the
- *                      appendix these go by type and rows: product_avx512, tile_by_type,
- *                      tile_by_rows, tile_avx512, operands_avx512
- * Rows of both classes meet a pair of tiles one class after the other, while it is in the cache.
+/* Rows of both classes meet a pair of tiles one class after the other, while it is in the cache.
  * The matrix class takes two tiles. */
-static int in_matrix(const struct product *job, uint32_t type, size_t t)
+static int in_matrix(const struct product_job *job, uint32_t type, size_t t)
 {
     return t >= job->n_exact && uses_matrix(job->pass, type);
 }
 
-static void multiply_in_class(const struct product *job, const struct tiles *w, size_t t, int n,
+static void multiply_in_class(const struct product_job *job, const struct tiles *w, size_t t, int n,
                               float *y)
 {
     if (in_matrix(job, w->type, t))
-        job->pass->matrix->panel(w, &job->in, t - job->n_exact, n, y);
+        job->pass->matrix->bf16_panel(w, &job->in, t - job->n_exact, n, y);
     else
         multiply_tiles(job->pass->model->isa, w, &job->in, t, n, y);
 }
 
 /* y[i][which] of n <= 256 rows from t on, for one tile: no kernel takes it with another. */
-static void multiply_tile(const struct product *job, const struct matrix *w,
+static void multiply_tile(const struct product_job *job, const struct matrix *w,
                           const uint8_t *tile, size_t t, int n, float (*y)[2][TILE], int which)
 {
     _Alignas(64) float out[MAX_PRODUCT_ROWS * 2 * TILE]; /* [rows][one.n][16] */
@@ -2053,13 +2081,13 @@ static void multiply_tile(const struct product *job, const struct matrix *w,
 }
 
 /* Outputs of row t from row `row` of W[which] on. */
-static float *output(const struct product *job, int which, size_t row, size_t t)
+static float *output(const struct product_job *job, int which, size_t row, size_t t)
 {
     return (job->to ? job->to[t]->logits : job->y[which] + t * job->w[which]->rows) + row;
 }
 
 /* 16 of them; padding is left out. */
-static void store_tile(const struct product *job, int which, size_t row, size_t t,
+static void store_tile(const struct product_job *job, int which, size_t row, size_t t,
                        const float y[TILE])
 {
     size_t rows = job->w[which]->rows, n = rows - row < TILE ? rows - row : TILE;
@@ -2067,29 +2095,29 @@ static void store_tile(const struct product *job, int which, size_t row, size_t 
 }
 
 /* What a pair of tiles, the first of them `tile` of W[which], gave for row t. */
-static void store_pair(const struct product *job, int which, size_t tile, size_t t, int both,
+static void store_pair(const struct product_job *job, int which, size_t tile, size_t t, int both,
                        float y[2][TILE])
 {
-    if (job->gated)
+    if (job->is_gated)
         job->pass->model->isa->geglu(y[0], y[1], TILE);
     store_tile(job, which, tile * TILE, t, y[0]);
-    if (both && !job->gated)
+    if (both && !job->is_gated)
         store_tile(job, which, (tile + 1) * TILE, t, y[1]);
 }
 
 /* Pairs of tiles: two neighbours of W[which], or one of W[0] and its fellow of W[1].  Quantised
  * ones gain by being multiplied together only where they are unpacked for many rows.  Only the
  * last pair of W[which] may lack its second tile, and it comes alone. */
-static void multiply_pairs(const struct product *job, int which, size_t pair, int n_pairs)
+static void multiply_pairs(const struct product_job *job, int which, size_t pair, int n_pairs)
 {
     _Alignas(64) float alone[MAX_PANEL_ROWS][2][TILE];
     const struct pass *p = job->pass;
     float (*y)[2][TILE] = alone; /* each pair's is MAX_PANEL_ROWS behind the one before */
     if (n_pairs > 1)
-        y = p->worker->panels + p->me->index * p->matrix->pairs * MAX_PANEL_ROWS;
-    const struct matrix *w[2] = {job->w[which], job->w[job->gated ? 1 : which]};
-    size_t step = job->gated ? 1 : 2, tile = step * pair; /* tiles from a pair to the next */
-    int both = job->gated || (tile + 1) * TILE < w[0]->rows;
+        y = p->worker->pair_sums + p->me->index * p->matrix->most_pairs * MAX_PANEL_ROWS;
+    const struct matrix *w[2] = {job->w[which], job->w[job->is_gated ? 1 : which]};
+    size_t step = job->is_gated ? 1 : 2, tile = step * pair; /* tiles from a pair to the next */
+    int both = job->is_gated || (tile + 1) * TILE < w[0]->rows;
     struct tiles tiles = {.n = 2, .type = w[0]->type, .cols = w[0]->cols,
                           .next_pair = step * w[0]->tile_bytes};
     int same = both && w[0]->type == w[1]->type;
@@ -2100,12 +2128,12 @@ static void multiply_pairs(const struct product *job, int which, size_t pair, in
         end = end - t < MAX_PANEL_ROWS ? end : t + MAX_PANEL_ROWS;
         int n = (int)(end - t), in_class = in_matrix(job, tiles.type, t);
         int together = same && (!is_quantised(tiles.type) || in_class ||
-                                (p->model->isa->panel && job->n > p->model->isa->product_rows));
+                                (p->model->isa->int8_panel && job->n > p->model->isa->tile_rows));
         tiles.more = together && in_class ? n_pairs - 1 : 0;
         for (int i = 0; i < n_pairs; i += 1 + tiles.more) {
             size_t at = tile + step * (size_t)i;
             tiles.data[0] = w[0]->data + at * w[0]->tile_bytes;
-            tiles.data[1] = w[1]->data + (at + !job->gated) * w[1]->tile_bytes;
+            tiles.data[1] = w[1]->data + (at + !job->is_gated) * w[1]->tile_bytes;
             if (together)
                 multiply_in_class(job, &tiles, t, n, y[i * MAX_PANEL_ROWS][0]);
             else
@@ -2118,23 +2146,23 @@ static void multiply_pairs(const struct product *job, int which, size_t pair, in
     }
 }
 
-static size_t count_pairs(const struct product *job, int which)
+static size_t count_pairs(const struct product_job *job, int which)
 {
-    size_t a_pair = job->gated ? TILE : 2 * TILE;
+    size_t a_pair = job->is_gated ? TILE : 2 * TILE;
     return (job->w[which]->rows + a_pair - 1) / a_pair;
 }
 
 static void product_task(void *context, size_t task)
 {
-    const struct product *job = context;
+    const struct product_job *job = context;
     size_t first = task * job->pairs_a_task, last = first + job->pairs_a_task, n;
     for (size_t i = first; i < last && i < job->n_pairs; i += n) {
         size_t pair = i;
         int which = 0;
         for (; pair >= count_pairs(job, which); which++)
             pair -= count_pairs(job, which);
-        size_t whole = job->gated ? count_pairs(job, which) : job->w[which]->rows / (2 * TILE);
-        n = job->at_once < last - i ? job->at_once : last - i;
+        size_t whole = job->is_gated ? count_pairs(job, which) : job->w[which]->rows / (2 * TILE);
+        n = job->pairs_at_once < last - i ? job->pairs_at_once : last - i;
         n = pair >= whole ? 1 : n < whole - pair ? n : whole - pair;
         multiply_pairs(job, which, pair, (int)n);
     }
@@ -2150,7 +2178,7 @@ static void product_task(void *context, size_t task)
  * weights that the matrix class multiplies.  The first n_exact rows are of the exact class. */
 static void prepare_task(void *context, size_t t)
 {
-    const struct product *job = context;
+    const struct product_job *job = context;
     const struct pass *p = job->pass;
     const struct input *in = &job->in;
     int as_int8 = 0, as_bf16 = 0;
@@ -2168,30 +2196,30 @@ static void prepare_task(void *context, size_t t)
         p->model->isa->quantise(x, cols, in->q + t * in->ldq, in->scale + t * groups,
                                 in->sum + t * groups);
     if (as_bf16)
-        p->matrix->pack_row(x, cols, pairs_row(in, t - job->n_exact));
+        p->matrix->pack_row(x, cols, bf16_row(in, t - job->n_exact));
 }
 
-static void prepare(const struct pass *p, struct product *job)
+static void prepare(const struct pass *p, struct product_job *job)
 {
     const gemma2_worker *work = p->worker;
     job->pass = p;
     job->in = (struct input){job->x, job->w[0]->cols, work->in_q, work->in_scale, work->in_sum,
-                             work->in_pairs, work->ldq};
+                             work->in_bf16, work->ldq};
     job->n_exact = job->to ? p->wanted_exact : p->n_exact;
     share(p->me, job->n, prepare_task, job);
 }
 
 /* Tasks of up to 512 KB of weights: long streams, yet enough of them to share evenly.  Where many
  * rows make a pair long enough, a task is what is multiplied at once. */
-static void multiply(const struct pass *p, struct product job)
+static void multiply(const struct pass *p, struct product_job job)
 {
     enum { MANY_ROWS = 64 };
-    for (int i = 0; i < 3 && job.w[i] && !(i && job.gated); i++)
+    for (int i = 0; i < 3 && job.w[i] && !(i && job.is_gated); i++)
         job.n_pairs += count_pairs(&job, i);
     size_t fair = job.n_pairs / ((size_t)p->worker->n_threads * 4);
-    size_t most = p->matrix ? (size_t)p->matrix->pairs : 1;
-    job.at_once = fair < most ? fair + !fair : most;
-    most = job.n >= MANY_ROWS ? job.at_once : (512 << 10) / (2 * job.w[0]->tile_bytes);
+    size_t most = p->matrix ? (size_t)p->matrix->most_pairs : 1;
+    job.pairs_at_once = fair < most ? fair + !fair : most;
+    most = job.n >= MANY_ROWS ? job.pairs_at_once : (512 << 10) / (2 * job.w[0]->tile_bytes);
     job.pairs_a_task = most < fair ? most : fair;
     job.pairs_a_task += !job.pairs_a_task;
     share(p->me, (job.n_pairs + job.pairs_a_task - 1) / job.pairs_a_task, product_task, &job);
@@ -2333,17 +2361,17 @@ static void store_head(const gemma2_session *s, int layer, int head, int32_t pos
         key[i] = NAN, value[i] = 0;
     for (int values = 0; values < 2; values++) {
         const float *x = values ? value : key;
-        uint16_t half[MAX_HEAD_DIM];
+        uint16_t f16[MAX_HEAD_DIM];
         int8_t q[MAX_HEAD_DIM];
         float scale[MAX_HEAD_DIM / GROUP];
         int32_t sum[MAX_HEAD_DIM / GROUP];
-        struct slot from = packed_slot(s, s->cache_type == GEMMA2_CACHE_F32 ? x : (void *)half);
+        struct slot from = packed_slot(s, s->cache_type == GEMMA2_CACHE_F32 ? x : (void *)f16);
         if (s->cache_type == GEMMA2_CACHE_Q8) {
             isa->quantise(x, (uint32_t)h, q, scale, sum);
-            isa->to_half(scale, (h + GROUP - 1) / GROUP, half);
-            from.numbers = (uint8_t *)q, from.scales = (uint8_t *)half;
+            isa->to_f16(scale, (h + GROUP - 1) / GROUP, f16);
+            from.numbers = (uint8_t *)q, from.scales = (uint8_t *)f16;
         } else if (s->cache_type == GEMMA2_CACHE_F16)
-            isa->to_half(x, h, half);
+            isa->to_f16(x, h, f16);
         move_slot(s, from, slot_of(s, layer, values, head, position));
     }
 }
@@ -2375,7 +2403,7 @@ static void rotate_and_store_task(void *context, size_t t)
  * in ascending order, wherever and by whomever they were computed.
  *
  * The matrix class does the same with keys and values that it packs as bf16 for all queries of
- * a task; its blocks are what its panel holds. */
+ * a task; its blocks are packed_positions long. */
 
 enum { MANY_QUERIES = 256 }; /* of one kv head and session in a task */
 
@@ -2390,7 +2418,7 @@ struct partial {
 };
 
 /* Queries of one kv head in one session, and what they have so far. */
-struct attention {
+struct queries {
     const struct kernels *isa;
     const struct matrix_kernels *matrix; /* NULL: keys and values are read where they lie */
     struct kv_head kv;
@@ -2423,28 +2451,28 @@ static struct partial weigh(const struct kernels *isa, float cap, float *s, int 
     return result;
 }
 
-/* s[n][16 n_groups] = q[n][H] . keys from position `from` on. */
-static void score_keys(const struct attention *a, const float *q, int n, int32_t from,
-                       int n_groups, float (*s)[KEY_BLOCK])
+/* s[n][16 n_strips] = q[n][H] . keys from position `from` on. */
+static void score_keys(const struct queries *a, const float *q, int n, int32_t from,
+                       int n_strips, float (*s)[KEY_BLOCK])
 {
     struct lines keys = a->kv.keys;
     if (n <= 2)
-        keys.ahead = 8 * (int)keys.strip_bytes, keys.every = 64 / (int)keys.line_bytes;
-    for (int g = 0; g < n_groups; g += keys.n_strips) { /* up to where the ring starts again */
+        keys.prefetch = 8 * (int)keys.strip_bytes, keys.every = 64 / (int)keys.line_bytes;
+    for (int g = 0; g < n_strips; g += keys.n_strips) { /* up to where the ring starts again */
         int strip = (from / TILE + g) % a->kv.keys.n_strips;
         keys.data = a->kv.keys.data + strip * keys.strip_bytes;
-        keys.n_strips = min_i32(n_groups - g, a->kv.keys.n_strips - strip);
+        keys.n_strips = min_i32(n_strips - g, a->kv.keys.n_strips - strip);
         a->isa->add_lines(&keys, q, (size_t)a->kv.head_dim, n, s[0] + g * TILE, KEY_BLOCK);
     }
 }
 
 /* o[n][H'] = sum over positions first .. last of weight * value; weights start at `from`. */
-static void mix_values(const struct attention *a, const float (*s)[KEY_BLOCK], int n,
+static void mix_values(const struct queries *a, const float (*s)[KEY_BLOCK], int n,
                        int32_t from, int32_t first, int32_t last, float *o)
 {
     struct lines values = a->kv.values;
     if (n <= 2)
-        values.ahead = 16 * (int)values.line_bytes, values.every = 1;
+        values.prefetch = 16 * (int)values.line_bytes, values.every = 1;
     for (int32_t at = first; at <= last; at += values.n_lines) {
         int32_t slot = at % a->kv.slots;
         values.data = a->kv.values.data + (size_t)slot * values.line_bytes;
@@ -2487,7 +2515,7 @@ struct block {
 };
 
 /* Queries j .. j + n - 1 and a block; rows has room for n rows of H' floats. */
-static void attend_block(struct attention *a, int j, int n, const struct block *b, float *rows)
+static void attend_block(struct queries *a, int j, int n, const struct block *b, float *rows)
 {
     _Alignas(64) float s[MAX_QUERIES][KEY_BLOCK];
     const struct query *q = a->query + j;
@@ -2500,20 +2528,21 @@ static void attend_block(struct attention *a, int j, int n, const struct block *
     }
     if (first > last)
         return;
-    int32_t from = first / TILE * TILE, n_groups = (last - from) / TILE + 1;
+    int32_t from = first / TILE * TILE, n_strips = (last - from) / TILE + 1;
     int at = from - b->first;
     struct partial results[MAX_QUERIES];
     if (a->matrix)
-        a->matrix->scores(rows, n, head_dim, b->keys + (size_t)(at * head_dim) * 2, n_groups, s);
+        a->matrix->score_keys(rows, n, head_dim, b->keys + (size_t)(at * head_dim) * 2, n_strips,
+                              s);
     else
-        score_keys(a, rows, n, from, n_groups, s);
+        score_keys(a, rows, n, from, n_strips, s);
     for (int i = 0; i < n; i++)
-        results[i] = weigh(a->isa, a->kv.cap, s[i], n_groups * TILE,
+        results[i] = weigh(a->isa, a->kv.cap, s[i], n_strips * TILE,
                            max_i32(q[i].first, b->first) - from,
                            min_i32(q[i].last, b->last) - from);
     if (a->matrix)
-        a->matrix->mix((const float (*)[KEY_BLOCK])s, n, head_dim, b->values, at,
-                       n_groups * TILE, rows);
+        a->matrix->mix_values((const float (*)[KEY_BLOCK])s, n, head_dim, b->values, at,
+                              n_strips * TILE, rows);
     else
         mix_values(a, (const float (*)[KEY_BLOCK])s, n, from, first, last, rows);
     for (int i = 0; i < n; i++)
@@ -2522,29 +2551,29 @@ static void attend_block(struct attention *a, int j, int n, const struct block *
 }
 
 /* Keys and values of the block's positions from `first` on, as the matrix class reads them. */
-static void pack_block(const struct attention *a, int32_t first, const struct block *b,
+static void pack_block(const struct queries *a, int32_t first, const struct block *b,
                        uint8_t *keys, uint8_t *values)
 {
     const struct kv_head *kv = &a->kv;
-    size_t group_bytes = (size_t)kv->head_dim * TILE * sizeof(uint16_t);
+    size_t strip_bytes = (size_t)kv->head_dim * TILE * sizeof(uint16_t);
     for (int32_t at = max_i32(first, b->first) / TILE * TILE; at <= b->last; at += TILE) {
         struct lines from = kv->keys, lines = kv->values;
         from.data += at % kv->slots / TILE * from.strip_bytes;
         lines.data += (size_t)(at % kv->slots) * lines.line_bytes;
-        a->matrix->pack_keys(&from, keys + (size_t)((at - b->first) / TILE) * group_bytes);
+        a->matrix->pack_keys(&from, keys + (size_t)((at - b->first) / TILE) * strip_bytes);
         a->matrix->pack_values(&lines, min_i32(b->last + 1 - at, TILE), at - b->first, values);
     }
 }
 
 /* All queries and the blocks of positions first .. last.  The matrix class packs a block for all
  * queries. */
-static void attend(struct attention *a, int32_t first, int32_t last)
+static void attend(struct queries *a, int32_t first, int32_t last)
 {
-    _Alignas(64) uint8_t keys[CACHE_PANEL], values[CACHE_PANEL];
+    _Alignas(64) uint8_t keys[PACKED_BYTES], values[PACKED_BYTES];
     float rows[MAX_QUERIES * MAX_HEAD_DIM];
-    int32_t width = a->matrix ? panel_positions(a->kv.head_dim) : KEY_BLOCK;
-    for (int32_t base = first / width * width; base <= last; base += width) {
-        struct block b = {base, min_i32(last, base + width - 1), keys, values};
+    int32_t step = a->matrix ? packed_positions(a->kv.head_dim) : KEY_BLOCK;
+    for (int32_t base = first / step * step; base <= last; base += step) {
+        struct block b = {base, min_i32(last, base + step - 1), keys, values};
         if (a->matrix)
             pack_block(a, first, &b, keys, values);
         for (int j = 0; j < a->n; j += MAX_QUERIES)
@@ -2585,7 +2614,7 @@ static float *partial_of(const struct attention_job *job, size_t t, int32_t bloc
 }
 
 /* The queries of a that have been gathered: all they see, or one block of it. */
-static void attend_gathered(const struct attention_job *job, struct attention *a, int32_t block)
+static void attend_gathered(const struct attention_job *job, struct queries *a, int32_t block)
 {
     int32_t first = INT32_MAX, last = 0;
     for (int j = 0; j < a->n; j++) {
@@ -2625,7 +2654,7 @@ static void attend_task(void *context, size_t task)
     int32_t block = (int32_t)(task / kv_heads % n_blocks);
     size_t first = task / kv_heads / n_blocks * job->rows;
     size_t last = first + job->rows < p->n ? first + job->rows : p->n;
-    struct attention a;
+    struct queries a;
     a.isa = p->model->isa, a.n = 0;
     for (size_t t = first; t < last; t++)
         for (int g = 0; g < group; g++) {
@@ -2703,7 +2732,7 @@ static void attend_rows(struct pass *p)
 /* x = x + post_norm(y[0]): what attention and feed-forward give is normed before it is added. */
 static void leave_task(void *context, size_t t)
 {
-    const struct product *job = context;
+    const struct product_job *job = context;
     size_t d = job->post_norm->rows;
     float *x = job->pass->worker->x + t * d, *added = job->y[0] + t * d;
     norm(job->pass, job->post_norm, added, added);
@@ -2717,10 +2746,10 @@ static void attention(struct pass *p)
     gemma2_worker *work = p->worker;
     const struct layer *w = &p->model->layers[p->layer];
     uint32_t d = w->q.cols;
-    struct product qkv = {.norm = &w->attn_norm, .x = work->normed, .n = p->n,
-                          .w = {&w->q, &w->k, &w->v}, .y = {work->q, work->k, work->v}};
-    struct product o = {.x = work->attended, .n = p->n, .w = {&w->o}, .y = {work->added},
-                        .post_norm = &w->post_attn_norm};
+    struct product_job qkv = {.norm = &w->attn_norm, .x = work->normed, .n = p->n,
+                              .w = {&w->q, &w->k, &w->v}, .y = {work->q, work->k, work->v}};
+    struct product_job o = {.x = work->attended, .n = p->n, .w = {&w->o}, .y = {work->added},
+                            .post_norm = &w->post_attn_norm};
     prepare(p, &qkv);
     trace(p, "attn_norm", p->layer, work->normed, p->n, d);
     gather(p, p->layer, INPUT_Q, work->normed, d);
@@ -2746,10 +2775,10 @@ static void feed_forward(struct pass *p)
     gemma2_worker *work = p->worker;
     const struct layer *w = &p->model->layers[p->layer];
     uint32_t d = w->gate.cols, f = w->gate.rows;
-    struct product gate_up = {.norm = &w->ffn_norm, .x = work->normed, .n = p->n,
-                              .w = {&w->gate, &w->up}, .y = {work->gated}, .gated = 1};
-    struct product down = {.x = work->gated, .n = p->n, .w = {&w->down}, .y = {work->added},
-                           .post_norm = &w->post_ffn_norm};
+    struct product_job gate_up = {.norm = &w->ffn_norm, .x = work->normed, .n = p->n,
+                                  .w = {&w->gate, &w->up}, .y = {work->gated}, .is_gated = 1};
+    struct product_job down = {.x = work->gated, .n = p->n, .w = {&w->down}, .y = {work->added},
+                               .post_norm = &w->post_ffn_norm};
     prepare(p, &gate_up);
     trace(p, "ffn_norm", p->layer, work->normed, p->n, d);
     gather(p, p->layer, INPUT_GATE, work->normed, d);
@@ -2806,7 +2835,7 @@ static int is_cancelled(struct pass *p)
     return p->worker->status < 0;
 }
 
-static int is_reference(const struct pass *p) { return p->model->is_reference && !p->sums; }
+static int is_reference(const struct pass *p) { return p->model->is_reference && !p->importance; }
 
 /* The residual stream of all rows, from embedding to last layer, in worker->x. */
 static int forward(struct pass *p)
@@ -2845,9 +2874,9 @@ static void head(struct pass *p)
             plain_head(p, work->x + (size_t)(work->wanted[i] - work->rows) * p->model->head.cols,
                        work->wanted[i]->logits);
     else {
-        struct product logits = {.norm = &p->model->final_norm, .x = work->normed, .n = n,
-                                 .w = {&p->model->head}, .to = work->wanted,
-                                 .cap = p->model->config.final_softcap};
+        struct product_job logits = {.norm = &p->model->final_norm, .x = work->normed, .n = n,
+                                     .w = {&p->model->head}, .to = work->wanted,
+                                     .cap = p->model->config.final_softcap};
         prepare(p, &logits);
         trace(p, "final_norm", 0, work->normed, n, p->model->head.cols);
         multiply(p, logits);
@@ -2868,7 +2897,7 @@ static void score_block_task(void *context, size_t t)
 {
     const struct score_job *job = context;
     const gemma2_model *m = job->pass->model;
-    struct log_sum *sum = &job->pass->worker->sums[t];
+    struct log_sum *sum = &job->pass->worker->log_sums[t];
     float *x = job->buf + t * job->n;
     size_t target = (size_t)job->pass->worker->targets[t];
     if (!job->first)
@@ -2879,10 +2908,10 @@ static void score_block_task(void *context, size_t t)
 }
 
 /* The head's input, of every row. */
-static struct product head_inputs(const struct pass *p)
+static struct product_job head_inputs(const struct pass *p)
 {
-    struct product job = {.norm = &p->model->final_norm, .x = p->worker->normed, .n = p->n,
-                          .w = {&p->model->head}, .cap = p->model->config.final_softcap};
+    struct product_job job = {.norm = &p->model->final_norm, .x = p->worker->normed, .n = p->n,
+                              .w = {&p->model->head}, .cap = p->model->config.final_softcap};
     prepare(p, &job);
     return job;
 }
@@ -2891,7 +2920,7 @@ static void score_rows(struct pass *p)
 {
     gemma2_worker *work = p->worker;
     struct score_job score = {p, 0, 0, (float *)work->candidates};
-    struct product logits = head_inputs(p);
+    struct product_job logits = head_inputs(p);
     for (; score.first < p->model->head.rows && !is_cancelled(p); score.first += score.n) {
         struct matrix w = p->model->head;
         w.data += score.first / TILE * w.tile_bytes;
@@ -2930,7 +2959,7 @@ static void run_pass(struct member *me, void *context)
     p.n -= p.logprobs && p.worker->targets[p.n - 1] < 0;
     if (p.logprobs && p.n)
         score_rows(&p);
-    if (p.sums) {
+    if (p.importance) {
         head_inputs(&p);
         gather(&p, p.layer, INPUT_Q, p.worker->normed, p.model->head.cols);
     }
@@ -3013,7 +3042,7 @@ static int evaluate(struct pass *p)
         work->rows[t].session->position -= work->rows[t].session->is_out;
     if (p->logprobs && work->status == GEMMA2_OK)
         for (size_t t = 0; t < p->n && work->targets[t] >= 0; t++)
-            p->logprobs[t] = log_sum_end(&work->sums[t]);
+            p->logprobs[t] = log_sum_end(&work->log_sums[t]);
     return work->status;
 }
 
@@ -3068,7 +3097,7 @@ static float float_in(uint64_t key)
 /* ---- pieces ---- */
 
 enum { MAX_PIECE_BYTES = 4096, MAX_PROBES = 256 };
-static const uint32_t EMPTY_SLOT = 0xffffffff, NO_PIECE = 0xffffffff;
+static const uint32_t EMPTY_BUCKET = 0xffffffff, NO_PIECE = 0xffffffff;
 
 static struct text piece_text(const struct tokenizer *t, uint32_t id)
 {
@@ -3100,7 +3129,7 @@ enum {
 
 static int is_whole(int kind) { return (WHOLE_TEXT | WHOLE_MARKS) >> kind & 1; }
 
-/* ---- the hash of matchable pieces: linear probing, at most half full; a slot holds the
+/* ---- the hash of matchable pieces: linear probing, at most half full; a bucket holds the
  * id in its low 22 bits and 10 bits of hash above them ---- */
 
 static uint64_t hash_of(struct text s)
@@ -3117,18 +3146,18 @@ static int same_text(struct text a, struct text b)
     return a.n == b.n && !memcmp(a.p, b.p, a.n);
 }
 
-/* The slot that holds s or, failing that, the empty slot where it belongs.  NULL when
+/* The bucket that holds s or, failing that, the empty bucket where it belongs.  NULL when
  * neither is within MAX_PROBES. */
-static uint32_t *find_slot(const struct tokenizer *t, struct text s, uint32_t *tag)
+static uint32_t *find_bucket(const struct tokenizer *t, struct text s, uint32_t *tag)
 {
     uint64_t h = hash_of(s);
     *tag = (uint32_t)(h >> 54) << 22;
     for (uint32_t i = 0; i < MAX_PROBES; i++) {
-        uint32_t *slot = &t->slots[(uint32_t)((h >> 20) + i) & t->mask];
-        if (*slot == EMPTY_SLOT)
-            return slot;
-        if ((*slot & 0xffc00000) == *tag && same_text(piece_text(t, *slot & 0x3fffff), s))
-            return slot;
+        uint32_t *bucket = &t->buckets[(uint32_t)((h >> 20) + i) & t->bucket_mask];
+        if (*bucket == EMPTY_BUCKET)
+            return bucket;
+        if ((*bucket & 0xffc00000) == *tag && same_text(piece_text(t, *bucket & 0x3fffff), s))
+            return bucket;
     }
     return NULL;
 }
@@ -3137,10 +3166,10 @@ static uint32_t *find_slot(const struct tokenizer *t, struct text s, uint32_t *t
 static int32_t find_piece(const struct tokenizer *t, struct text s, int plain)
 {
     uint32_t tag;
-    const uint32_t *slot = find_slot(t, s, &tag);
-    if (!slot || *slot == EMPTY_SLOT)
+    const uint32_t *bucket = find_bucket(t, s, &tag);
+    if (!bucket || *bucket == EMPTY_BUCKET)
         return -1;
-    uint32_t id = *slot & 0x3fffff;
+    uint32_t id = *bucket & 0x3fffff;
     return plain && t->kinds[id] == GEMMA2_PIECE_MARKER ? -1 : (int32_t)id;
 }
 
@@ -3213,7 +3242,7 @@ static void link_whole(struct tokenizer *t)
         t->whole_first[c + 1] += t->whole_first[c];
 }
 
-static size_t slot_count(uint32_t n_pieces)
+static size_t bucket_count(uint32_t n_pieces)
 {
     size_t n = 64;
     while (n < 2 * (size_t)n_pieces)
@@ -3221,22 +3250,22 @@ static size_t slot_count(uint32_t n_pieces)
     return n;
 }
 
-/* Fills the indexes, whose memory is there: slots[slot_count], whole and whole_prefix[V]. */
+/* Fills the indexes, whose memory is there: buckets[bucket_count], whole and whole_prefix[V]. */
 static int build_tokenizer(struct tokenizer *t, struct errbuf *err)
 {
-    t->mask = (uint32_t)slot_count(t->n) - 1;
-    memset(t->slots, 0xff, ((size_t)t->mask + 1) * sizeof *t->slots);
+    t->bucket_mask = (uint32_t)bucket_count(t->n) - 1;
+    memset(t->buckets, 0xff, ((size_t)t->bucket_mask + 1) * sizeof *t->buckets);
     uint32_t n_whole = 0, tag;
     for (uint32_t id = 0; id < t->n; id++) {
         if (is_whole(t->kinds[id]))
             t->whole[n_whole++] = id;
         if (!is_matchable(t->kinds[id]))
             continue;
-        uint32_t *slot = find_slot(t, piece_text(t, id), &tag);
-        if (!slot)
+        uint32_t *bucket = find_bucket(t, piece_text(t, id), &tag);
+        if (!bucket)
             return fail(err, "the model file's tokenizer has too many pieces alike");
-        if (*slot == EMPTY_SLOT)
-            *slot = tag | id;
+        if (*bucket == EMPTY_BUCKET)
+            *bucket = tag | id;
     }
     sort_whole(t);
     link_whole(t);
@@ -3774,15 +3803,15 @@ static int adjust_logits(const gemma2_session *s, const gemma2_sampler *p, float
     return GEMMA2_OK;
 }
 
-/* A heap of the k best of n logits, the best on top.  -inf is left out, and what the mask `allow`
- * does not allow. */
-static size_t keep_top(const float *x, const uint32_t *allow, size_t n, size_t k, uint64_t *heap)
+/* A heap of the k best of n logits, the best on top.  -inf is left out, and so is every token whose
+ * bit in the mask is 0; mask NULL: all have 1. */
+static size_t keep_top(const float *x, const uint32_t *mask, size_t n, size_t k, uint64_t *heap)
 {
     size_t kept = 0;
     float worst = -INFINITY;
     for (size_t i = 0; i < n; i++) {
-        if (allow && !(allow[i / 32] >> i % 32 & 1)) {
-            i |= allow[i / 32] ? 0 : 31;
+        if (mask && !(mask[i / 32] >> i % 32 & 1)) {
+            i |= mask[i / 32] ? 0 : 31;
             continue;
         }
         if (x[i] <= worst)
@@ -3858,8 +3887,8 @@ static int32_t sample(gemma2_session *s, gemma2_sampler *p, const float *logits)
     }
     if (p->temperature == 0)
         k = 1;
-    const uint32_t *allow = p->struct_size >= sizeof *p ? p->allow : NULL;
-    size_t kept = keep_top(logits, allow, n, k && k < n ? k : n, work->candidates);
+    const uint32_t *mask = p->struct_size >= sizeof *p ? p->allow : NULL;
+    size_t kept = keep_top(logits, mask, n, k && k < n ? k : n, work->candidates);
     if (!kept) /* every token is banned */
         return GEMMA2_ERR_ARGUMENT;
     return p->temperature == 0 ? (int32_t)(uint32_t)work->candidates[0]
@@ -5948,7 +5977,8 @@ int gemma2_importance(gemma2_session *s, const int32_t *ids, size_t n, uint32_t 
 {
     if (!sums || (block != 1 && (!block || block % 32 || block > 1024)))
         return GEMMA2_ERR_ARGUMENT;
-    return run_ids(s, (struct pass){.block = block, .sums = sums}, ids, n, NULL, -1);
+    return run_ids(s, (struct pass){.importance_block = block, .importance = sums}, ids, n, NULL,
+                   -1);
 }
 
 /* ---- text ---- */
@@ -7200,9 +7230,9 @@ static gemma2_model *allocate_model(struct file *f, struct errbuf *err)
     if (!measure_model(&small, f, err))
         return NULL;
     size_t layers = sizeof(struct layer) * (size_t)small.config.n_layers;
-    size_t slots = slot_count((uint32_t)small.config.n_vocab);
+    size_t buckets = bucket_count((uint32_t)small.config.n_vocab);
     size_t whole = (size_t)small.config.n_vocab;
-    gemma2_model *m = malloc(sizeof *m + layers + (slots + 2 * whole) * sizeof(uint32_t));
+    gemma2_model *m = malloc(sizeof *m + layers + (buckets + 2 * whole) * sizeof(uint32_t));
     if (!m) {
         err->code = GEMMA2_ERR_MEMORY;
         fail(err, "out of memory opening the model");
@@ -7212,8 +7242,8 @@ static gemma2_model *allocate_model(struct file *f, struct errbuf *err)
     memset(m->layers, 0, layers);
     m->vocabulary = &m->vocabulary_made;
     m->file = *f;
-    m->tokenizer.slots = (uint32_t *)((char *)m + sizeof *m + layers);
-    m->tokenizer.whole = m->tokenizer.slots + slots;
+    m->tokenizer.buckets = (uint32_t *)((char *)m + sizeof *m + layers);
+    m->tokenizer.whole = m->tokenizer.buckets + buckets;
     m->tokenizer.whole_prefix = m->tokenizer.whole + whole;
     return m;
 }
@@ -7512,10 +7542,11 @@ static uint64_t input_first(const gemma2_config *c, int layer, int input)
 /* Adds the pass's rows of x, the input of a product, to the sums; if these are wanted. */
 static void gather(const struct pass *p, int layer, int input, const float *x, size_t cols)
 {
-    if (!p->sums)
+    if (!p->importance)
         return;
-    double *sums = p->sums + p->block * input_first(&p->model->config, layer, input);
-    struct gather_job job = {x, p->n, cols, p->block, sums};
+    uint64_t first = input_first(&p->model->config, layer, input);
+    struct gather_job job = {x, p->n, cols, p->importance_block,
+                             p->importance + p->importance_block * first};
     share(p->me, (cols - 1) / columns_a_task(&job) + 1, gather_task, &job);
 }
 
@@ -7651,9 +7682,9 @@ INLINE void prefetch_line(enum line_type type, const int n, const struct lines *
     if (k & (l->every - 1))
         return;
     if ((type == LINES_BF16 && n >= 4) || type == LINES_KEYS_Q8 || type == LINES_VALUES_Q8)
-        __builtin_prefetch(line + l->ahead, 0, 3);
+        __builtin_prefetch(line + l->prefetch, 0, 3);
     else
-        __builtin_prefetch(line + l->ahead, 0, 2);
+        __builtin_prefetch(line + l->prefetch, 0, 2);
 }
 
 /* A group's weights, asked for ahead of their use.  One row multiplies faster than memory brings
@@ -7802,7 +7833,7 @@ struct panel_block {
     {                                                                                        \
         blend(x, keep, y, scale, n);                                                         \
     }                                                                                        \
-    TARGET static void to_half_##isa(const float *x, size_t n, uint16_t *y) { to_half(x, n, y); }
+    TARGET static void to_f16_##isa(const float *x, size_t n, uint16_t *y) { to_f16(x, n, y); }
 
 /* What unsigned operands are off by: of q4, with 4 added in rows whose group bit is 1. */
 INLINE int even_offset(uint32_t type)
@@ -8068,14 +8099,14 @@ AVX2 INLINE void tile_avx2(const int how, const uint32_t type, const int n,
                                                                   i % 2 * 8)));
 }
 
-AVX2 static void product_avx2(const struct tiles *w, const struct input *in, size_t t, int n,
-                              float *y)
+AVX2 static void int8_tile_avx2(const struct tiles *w, const struct input *in, size_t t, int n,
+                                float *y)
 {
     tile_by_type(tile_avx2, 0, MAX_PRODUCT_ROWS, w, in, t, n, y);
 }
 
-AVX2 static void product_avxvnni(const struct tiles *w, const struct input *in, size_t t, int n,
-                                 float *y)
+AVX2 static void int8_tile_avxvnni(const struct tiles *w, const struct input *in, size_t t, int n,
+                                   float *y)
 {
     tile_by_type(tile_avx2, VNNI, MAX_PRODUCT_ROWS, w, in, t, n, y);
 }
@@ -8143,15 +8174,15 @@ AVX2 INLINE void panel_tokens_avx2(const int vnni, const uint32_t type, const in
                              t * (in->ldq / GROUP) + block * 8 + g, y);
 }
 
-AVX2 static void panel_avx2(const struct tiles *w, const struct input *in, size_t t, int n,
-                            float *y)
+AVX2 static void int8_panel_avx2(const struct tiles *w, const struct input *in, size_t t, int n,
+                                 float *y)
 {
     struct panel_block b;
     panel_by_type(unpack_panel_avx2, panel_tokens_avx2, 0, 4, &b, w, in, t, n, y);
 }
 
-AVX2 static void panel_avxvnni(const struct tiles *w, const struct input *in, size_t t, int n,
-                               float *y)
+AVX2 static void int8_panel_avxvnni(const struct tiles *w, const struct input *in, size_t t, int n,
+                                    float *y)
 {
     struct panel_block b;
     panel_by_type(unpack_panel_avx2, panel_tokens_avx2, 1, 4, &b, w, in, t, n, y);
@@ -8197,7 +8228,7 @@ AVX512 INLINE void add_line_avx512(enum line_type type, int odd, const int n, co
                                    const __m512 scale[8], __m512 acc[8][8])
 {
     const uint8_t *line = l->data + (size_t)k / (type == LINES_BF16 ? 2 : 1) * l->line_bytes;
-    x += type == LINES_PAIRS ? (size_t)k / TILE * l->run + (size_t)k % TILE : (size_t)k;
+    x += type == LINES_PAIRS ? (size_t)k / TILE * l->x_step + (size_t)k % TILE : (size_t)k;
     for (int i = 0; i < strips; i++, line += l->strip_bytes) {
         prefetch_line(type, n, l, k, line);
         __m512 w = line_avx512(type, odd, line, scale[i]);
@@ -8396,8 +8427,8 @@ AVX512 INLINE void tile_avx512(const int how, const uint32_t type, const int n,
         _mm512_storeu_ps(y + i * TILE, _mm512_mul_ps(acc[i], _mm512_loadu_ps((const float *)tile)));
 }
 
-AVX512 static void product_avx512(const struct tiles *w, const struct input *in, size_t t, int n,
-                                  float *y)
+AVX512 static void int8_tile_avx512(const struct tiles *w, const struct input *in, size_t t, int n,
+                                    float *y)
 {
     tile_by_type(tile_avx512, 0, MAX_PRODUCT_ROWS, w, in, t, n, y);
 }
@@ -8461,8 +8492,8 @@ AVX512 INLINE void panel_tokens_avx512(const int how, const uint32_t type, const
             _mm512_storeu_ps(y[j][i], acc[j][i]);
 }
 
-AVX512 static void panel_avx512(const struct tiles *w, const struct input *in, size_t t, int n,
-                                float *y)
+AVX512 static void int8_panel_avx512(const struct tiles *w, const struct input *in, size_t t, int n,
+                                     float *y)
 {
     struct panel_block b;
     panel_by_type(unpack_panel_avx512, panel_tokens_avx512, 0, 6, &b, w, in, t, n, y);
@@ -8494,7 +8525,7 @@ AVX512 INLINE __m512i pair_bf16_avx512(__m512 a, __m512 b)
 
 AVX512 static void pack_row_avx512(const float *x, uint32_t n, uint16_t *pairs)
 {
-    for (uint32_t k = 0; k < n; k += GROUP, pairs += PAIRS_STRIDE)
+    for (uint32_t k = 0; k < n; k += GROUP, pairs += BF16_STRIDE)
         for (uint32_t half = 0; half < GROUP; half += TILE) {
             uint32_t rest = k + half < n ? n - k - half : 0;
             __mmask16 valid = rest >= TILE ? 0xffff : (__mmask16)((1u << rest) - 1);
@@ -8520,10 +8551,10 @@ AVX512 static void pack_keys_avx512(const struct lines *keys, uint8_t *to)
                                                 cached_avx512(keys, 0, h + 1)));
 }
 
-/* Packed values: [H / 16][pairs of positions of a panel][16][2]. */
+/* Packed values: [H / 16][pairs of packed_positions][16][2]. */
 AVX512 static void pack_values_avx512(const struct lines *values, int n_valid, int at, uint8_t *to)
 {
-    size_t strip = (size_t)panel_positions(values->n_strips * TILE) / 2 * 64;
+    size_t strip = (size_t)packed_positions(values->n_strips * TILE) / 2 * 64;
     to += at / 2 * 64;
     for (int i = 0; i < TILE; i += 2, to += 64)
         for (int h = 0; h < values->n_strips; h++) {
@@ -8539,20 +8570,20 @@ AVX512 static void pack_values_avx512(const struct lines *values, int n_valid, i
 #ifdef HAVE_AVX512BF16
 
 /* bf16 tiles as they are, 256 inputs at a time. */
-AVX512 static void panel_avx512bf16(const struct tiles *w, const struct input *in, size_t t, int n,
-                                    float *y)
+AVX512 static void bf16_panel_avx512(const struct tiles *w, const struct input *in, size_t t, int n,
+                                     float *y)
 {
     for (uint32_t k = 0; k < w->cols; k += BLOCK_INPUTS) {
         int n_pairs = min_i32(BLOCK_INPUTS / 2, (int)(w->cols - k + 1) / 2);
         struct lines lines = {.data = w->data[0] + k / 2 * 64, .type = LINES_PAIRS,
                               .n_lines = n_pairs, .n_strips = 2, .line_bytes = 64,
                               .strip_bytes = w->data[1] - w->data[0], .every = 1 << 30,
-                              .go_on = k > 0, .run = PAIRS_STRIDE / 2};
+                              .go_on = k > 0, .x_step = BF16_STRIDE / 2};
         for (int j = 0, rows; j < n; j += rows) { /* rows of pairs follow each other by tiles */
             size_t row = t + (size_t)j;
             rows = min_i32(TILE - (int)(row % TILE), n - j);
-            add_lines_avx512(&lines, (const float *)(const void *)(pairs_row(in, row) +
-                                                                  k / GROUP * PAIRS_STRIDE),
+            add_lines_avx512(&lines, (const float *)(const void *)(bf16_row(in, row) +
+                                                                  k / GROUP * BF16_STRIDE),
                              GROUP / 2, rows, y + j * 2 * TILE, 2 * TILE);
         }
     }
@@ -8566,34 +8597,35 @@ AVX512 INLINE void pairs_avx512(const float *x, size_t ld, int n, int size, uint
             _mm256_storeu_si256((__m256i *)to, bf16_avx512(_mm512_loadu_ps(x + i)));
 }
 
-AVX512 static void scores_avx512bf16(const float *q, int n, int head_dim, const uint8_t *keys,
-                                     int n_groups, float (*s)[KEY_BLOCK])
+AVX512 static void score_keys_avx512bf16(const float *q, int n, int head_dim, const uint8_t *keys,
+                                         int n_strips, float (*s)[KEY_BLOCK])
 {
     float pairs[MAX_QUERIES * MAX_PACKED_HEAD / 2];
-    ptrdiff_t group_bytes = (ptrdiff_t)head_dim * TILE * 2;
+    ptrdiff_t strip_bytes = (ptrdiff_t)head_dim * TILE * 2;
     struct lines lines = {.data = keys, .type = LINES_PAIRS, .n_lines = head_dim / 2,
-                          .n_strips = n_groups, .strip_bytes = group_bytes, .line_bytes = 64,
-                          .every = 1 << 30, .run = TILE};
+                          .n_strips = n_strips, .strip_bytes = strip_bytes, .line_bytes = 64,
+                          .every = 1 << 30, .x_step = TILE};
     pairs_avx512(q, (size_t)head_dim, n, head_dim, (uint32_t *)(void *)pairs);
     add_lines_avx512(&lines, pairs, (size_t)head_dim / 2, n, s[0], KEY_BLOCK);
 }
 
-AVX512 static void mix_avx512bf16(const float (*s)[KEY_BLOCK], int n, int head_dim,
-                                  const uint8_t *values, int first, int n_keys, float *o)
+AVX512 static void mix_values_avx512bf16(const float (*s)[KEY_BLOCK], int n, int head_dim,
+                                         const uint8_t *values, int first, int n_keys, float *o)
 {
     float pairs[MAX_QUERIES * KEY_BLOCK / 2];
     struct lines lines = {.data = values + first / 2 * 64, .type = LINES_PAIRS,
                           .n_lines = n_keys / 2, .n_strips = head_dim / TILE,
-                          .strip_bytes = panel_positions(head_dim) / 2 * 64, .line_bytes = 64,
-                          .every = 1 << 30, .run = TILE};
+                          .strip_bytes = packed_positions(head_dim) / 2 * 64, .line_bytes = 64,
+                          .every = 1 << 30, .x_step = TILE};
     pairs_avx512(s[0], KEY_BLOCK, n, n_keys, (uint32_t *)(void *)pairs);
     add_lines_avx512(&lines, pairs, (size_t)n_keys / 2, n, o, (size_t)head_dim);
 }
 
 static const struct matrix_kernels avx512bf16_matrix = {
-    .types = 1 << TYPE_BF16, .pairs = 1, .panel = panel_avx512bf16, .pack_row = pack_row_avx512,
-    .pack_keys = pack_keys_avx512, .pack_values = pack_values_avx512,
-    .scores = scores_avx512bf16, .mix = mix_avx512bf16};
+    .types = 1 << TYPE_BF16, .most_pairs = 1, .bf16_panel = bf16_panel_avx512,
+    .pack_row = pack_row_avx512, .pack_keys = pack_keys_avx512,
+    .pack_values = pack_values_avx512,
+    .score_keys = score_keys_avx512bf16, .mix_values = mix_values_avx512bf16};
 #endif
 
 /* ---- the matrix class with AMX: tiles of 16 x 32 bf16 ---- */
@@ -8601,7 +8633,7 @@ static const struct matrix_kernels avx512bf16_matrix = {
 #ifdef HAVE_AMX
 
 /* A tile register holds up to 16 rows of 64 bytes.  C += A B takes an A tile of n tokens x 32
- * inputs, which is how in->pairs lies, and a B tile [16 input pairs][16 rows][2], which is how
+ * inputs, which is how in->bf16 lies, and a B tile [16 input pairs][16 rows][2], which is how
  * bf16 weights and packed keys and values lie. */
 enum { TILE_WORDS = TILE * GROUP, TILE_BYTES = 2 * TILE_WORDS };
 
@@ -8644,7 +8676,7 @@ static void config_amx(uint32_t n)
  * tokens' inputs come from afar once for all of them.  B tiles lie in a ring of two blocks: while
  * tiles multiply one pair's block, vectors unpack the next. */
 enum { BLOCK_AMX = 8, RING_AMX = 2 * BLOCK_AMX };
-struct panel_amx {
+struct ring_amx {
     _Alignas(64) uint16_t b[RING_AMX][2][TILE_WORDS]; /* [group][tile] */
     const struct tiles *w;
     uint32_t n_groups;
@@ -8702,7 +8734,7 @@ AVX512 INLINE void unpack_group_amx(uint32_t type, const uint8_t *tile, size_t g
 }
 
 /* The last block may have fewer groups than 8: what is beyond the end is not unpacked. */
-AVX512 INLINE void unpack_next_amx(uint32_t type, struct panel_amx *p)
+AVX512 INLINE void unpack_next_amx(uint32_t type, struct ring_amx *p)
 {
     uint32_t g = p->block * BLOCK_AMX + p->next / 2, i = p->next % 2;
     const uint8_t *tile = p->w->data[i] + p->pair * p->w->next_pair;
@@ -8721,7 +8753,7 @@ AVX512 INLINE void unpack_next_amx(uint32_t type, struct panel_amx *p)
 
 /* Adds n_groups <= 8 groups to the sums of n (2 or 1, a constant) times 16 tokens.  The ring runs
  * 16 B tiles ahead: 2 for each of the 8 steps of each of n_turns calls. */
-AVX512 INLINE void multiply_amx(uint32_t type, const int n, struct panel_amx *p,
+AVX512 INLINE void multiply_amx(uint32_t type, const int n, struct ring_amx *p,
                                 const uint16_t *a, size_t next_tokens, const uint16_t *b,
                                 uint32_t n_groups, int go_on, uint32_t n_turns,
                                 float (*y)[2][TILE])
@@ -8741,7 +8773,7 @@ AVX512 INLINE void multiply_amx(uint32_t type, const int n, struct panel_amx *p,
         tile_zero(2);
         tile_zero(3);
     }
-    for (uint32_t g = 0; g < BLOCK_AMX; g++, a += PAIRS_STRIDE, b += 2 * TILE_WORDS) {
+    for (uint32_t g = 0; g < BLOCK_AMX; g++, a += BF16_STRIDE, b += 2 * TILE_WORDS) {
         if (g < n_groups) {
             tile_load(4, a, 64);
             tile_load(6, b, 64);
@@ -8769,9 +8801,9 @@ AVX512 INLINE void panel_of_type_amx(const uint32_t type, const struct tiles *w,
                                      const struct input *in, size_t t, int n,
                                      float (*y)[2][TILE])
 {
-    struct panel_amx p;
+    struct ring_amx p;
     uint32_t n_tiles = ((uint32_t)n + TILE - 1) / TILE, n_turns = (n_tiles + 1) / 2, ring = 0;
-    const uint16_t *x = pairs_row(in, t);
+    const uint16_t *x = bf16_row(in, t);
     size_t next_tokens = TILE * in->ldq;
     p.w = w, p.n_groups = (w->cols + GROUP - 1) / GROUP;
     p.block = p.pair = p.next = p.n_unpacked = p.owed = 0;
@@ -8781,7 +8813,7 @@ AVX512 INLINE void panel_of_type_amx(const uint32_t type, const struct tiles *w,
     for (uint32_t first = 0; first < p.n_groups; first += BLOCK_AMX)
         for (int pair = 0; pair <= w->more; pair++, ring ^= BLOCK_AMX) {
             uint32_t n_groups = p.n_groups - first < BLOCK_AMX ? p.n_groups - first : BLOCK_AMX;
-            const uint16_t *a = x + (size_t)first * PAIRS_STRIDE, *b = p.b[ring][0];
+            const uint16_t *a = x + (size_t)first * BF16_STRIDE, *b = p.b[ring][0];
             uint32_t i = 0;
             for (; i + 1 < n_tiles; i += 2, a += 2 * next_tokens)
                 multiply_amx(type, 2, &p, a, next_tokens, b, n_groups, first > 0, n_turns,
@@ -8800,8 +8832,8 @@ AVX512 INLINE void panel_of_type_amx(const uint32_t type, const struct tiles *w,
         }
 }
 
-AVX512 static void panel_amx(const struct tiles *w, const struct input *in, size_t t, int n,
-                             float *sums)
+AVX512 static void bf16_panel_amx(const struct tiles *w, const struct input *in, size_t t, int n,
+                                  float *sums)
 {
     float (*y)[2][TILE] = (float (*)[2][TILE])sums;
     switch (w->type) {
@@ -8860,19 +8892,19 @@ INLINE void scores_block_amx(const int n_b, const uint16_t *q, int head_dim,
     store_sums_amx(n_b, s, KEY_BLOCK * sizeof *s);
 }
 
-AVX512 static void scores_amx(const float *q, int n, int head_dim, const uint8_t *keys,
-                              int n_groups, float (*s)[KEY_BLOCK])
+AVX512 static void score_keys_amx(const float *q, int n, int head_dim, const uint8_t *keys,
+                                  int n_strips, float (*s)[KEY_BLOCK])
 {
     _Alignas(64) uint16_t a[MAX_PACKED_HEAD / GROUP][TILE][GROUP];
-    size_t group_bytes = (size_t)head_dim * TILE * sizeof(uint16_t);
+    size_t strip_bytes = (size_t)head_dim * TILE * sizeof(uint16_t);
     int g = 0;
     for (int j = 0; j < n; j++)
         pack_row_avx512(q + j * head_dim, (uint32_t)head_dim, a[0][j]);
     config_amx((uint32_t)n);
-    for (; n_groups - g >= 4; g += 4)
-        scores_block_amx(4, a[0][0], head_dim, keys + (size_t)g * group_bytes, s[0] + g * TILE);
-    for (; g < n_groups; g++)
-        scores_block_amx(1, a[0][0], head_dim, keys + (size_t)g * group_bytes, s[0] + g * TILE);
+    for (; n_strips - g >= 4; g += 4)
+        scores_block_amx(4, a[0][0], head_dim, keys + (size_t)g * strip_bytes, s[0] + g * TILE);
+    for (; g < n_strips; g++)
+        scores_block_amx(1, a[0][0], head_dim, keys + (size_t)g * strip_bytes, s[0] + g * TILE);
     tile_release();
 }
 
@@ -8889,7 +8921,7 @@ AVX512 INLINE void copy_seen_amx(const int n_b, const uint8_t *b, size_t next_b,
                                    : _mm512_setzero_si512());
 }
 
-/* n_b times 16 dimensions.  Positions are added 32 by 32 as they lie in the panel: where a
+/* n_b times 16 dimensions.  Positions are added 32 by 32 as they lie packed: where a
  * query's window begins must not show in how they are grouped. */
 AVX512 INLINE void mix_block_amx(const int n_b, const uint16_t *weights, const uint8_t *values,
                                  size_t next_b, int first, int end, float *to, size_t stride)
@@ -8906,11 +8938,11 @@ AVX512 INLINE void mix_block_amx(const int n_b, const uint16_t *weights, const u
     store_sums_amx(n_b, to, stride);
 }
 
-AVX512 static void mix_amx(const float (*s)[KEY_BLOCK], int n, int head_dim,
-                           const uint8_t *values, int first, int n_keys, float *o)
+AVX512 static void mix_values_amx(const float (*s)[KEY_BLOCK], int n, int head_dim,
+                                  const uint8_t *values, int first, int n_keys, float *o)
 {
     _Alignas(64) uint16_t a[KEY_BLOCK / GROUP][TILE][GROUP];
-    size_t next_b = (size_t)panel_positions(head_dim) / 2 * 64;
+    size_t next_b = (size_t)packed_positions(head_dim) / 2 * 64;
     size_t stride = (size_t)head_dim * sizeof *o;
     int h = 0, end = first + n_keys;
     if (first % GROUP || end % GROUP)
@@ -8929,8 +8961,9 @@ AVX512 static void mix_amx(const float (*s)[KEY_BLOCK], int n, int head_dim,
 
 static const struct matrix_kernels amx_matrix = {
     .types = 1 << TYPE_BF16 | 1 << TYPE_Q8 | 1 << TYPE_Q6 | 1 << TYPE_Q4 | 1 << TYPE_Q3,
-    .pairs = 4, .panel = panel_amx, .pack_row = pack_row_avx512, .pack_keys = pack_keys_avx512,
-    .pack_values = pack_values_avx512, .scores = scores_amx, .mix = mix_amx};
+    .most_pairs = 4, .bf16_panel = bf16_panel_amx, .pack_row = pack_row_avx512,
+    .pack_keys = pack_keys_avx512, .pack_values = pack_values_avx512,
+    .score_keys = score_keys_amx, .mix_values = mix_values_amx};
 
 #endif /* HAVE_AMX */
 
@@ -9014,16 +9047,16 @@ static int may_use_tiles(void) { return !syscall(SYS_arch_prctl, REQ_XCOMP_PERM,
 
 /* A row of AVX-512, or of AVX2, apart from what differs. */
 #define AVX512_ROW                                                                            \
-    .add_lines = add_lines_avx512, .product = product_avx512, .panel = panel_avx512,          \
-    .product_rows = 48,                                                                       \
+    .add_lines = add_lines_avx512, .int8_tile = int8_tile_avx512,                             \
+    .int8_panel = int8_panel_avx512, .tile_rows = 48,                                         \
     .quantise = quantise_avx512, .rms_norm = rms_norm_avx512, .geglu = geglu_avx512,          \
     .soft_cap = soft_cap_avx512, .exp_sum = exp_sum_avx512, .blend = blend_avx512,           \
-    .to_half = to_half_avx512
+    .to_f16 = to_f16_avx512
 #define AVX2_ROW                                                                              \
     .add_lines = add_lines_avx2, .quantise = quantise_avx2, .rms_norm = rms_norm_avx2,        \
-    .product_rows = 48,                                                                       \
+    .tile_rows = 48,                                                                          \
     .geglu = geglu_avx2, .soft_cap = soft_cap_avx2, .exp_sum = exp_sum_avx2,                  \
-    .blend = blend_avx2, .to_half = to_half_avx2
+    .blend = blend_avx2, .to_f16 = to_f16_avx2
 
 #ifdef HAVE_AMX
 static const struct kernels amx_kernels = {"amx", has_amx, AVX512_ROW, .matrix = &amx_matrix};
@@ -9034,10 +9067,10 @@ static const struct kernels avx512bf16_kernels = {"avx512bf16", has_avx512bf16, 
 #endif
 static const struct kernels avx512_kernels = {"avx512", has_avx512, AVX512_ROW};
 static const struct kernels avxvnni_kernels = {"avxvnni", has_avxvnni, AVX2_ROW,
-                                               .product = product_avxvnni,
-                                               .panel = panel_avxvnni};
-static const struct kernels avx2_kernels = {"avx2", has_avx2, AVX2_ROW, .product = product_avx2,
-                                            .panel = panel_avx2};
+                                               .int8_tile = int8_tile_avxvnni,
+                                               .int8_panel = int8_panel_avxvnni};
+static const struct kernels avx2_kernels = {"avx2", has_avx2, AVX2_ROW, .int8_tile = int8_tile_avx2,
+                                            .int8_panel = int8_panel_avx2};
 
 #endif /* HAVE_X86 */
 
@@ -9076,7 +9109,7 @@ INLINE void add_line_neon(enum line_type type, int odd, const int n, const int s
     const uint8_t *line = l->data + (size_t)k / (type == LINES_BF16 ? 2 : 1) * l->line_bytes;
     for (int i = 0; i < strips; i++, line += l->strip_bytes) {
         if (n == 1 && !odd)
-            __builtin_prefetch(line + l->ahead);
+            __builtin_prefetch(line + l->prefetch);
         for (int quarter = 0; quarter < 4; quarter++) {
             float32x4_t w = line_neon(type, odd, line, quarter, scale[i][quarter]);
             for (int j = 0; j < n; j++)
@@ -9353,13 +9386,13 @@ INLINE void tile_neon(const int sums, const uint32_t type, const int n, const st
                       vmulq_f32(acc[j][i], vld1q_f32((const float *)tile + i * 4)));
 }
 
-static void product_neon(const struct tiles *w, const struct input *in, size_t t, int n, float *y)
+static void int8_tile_neon(const struct tiles *w, const struct input *in, size_t t, int n, float *y)
 {
     tile_by_type(tile_neon, WIDENING, 4, w, in, t, n, y);
 }
 
-static void product_dotprod(const struct tiles *w, const struct input *in, size_t t, int n,
-                            float *y)
+static void int8_tile_dotprod(const struct tiles *w, const struct input *in, size_t t, int n,
+                              float *y)
 {
     tile_by_type(tile_neon, SDOT, 4, w, in, t, n, y);
 }
@@ -9422,19 +9455,22 @@ INLINE void panel_tokens_neon(const int sums, const uint32_t type, const int n,
     }
 }
 
-static void panel_neon(const struct tiles *w, const struct input *in, size_t t, int n, float *y)
+static void int8_panel_neon(const struct tiles *w, const struct input *in, size_t t, int n,
+                            float *y)
 {
     struct panel_block b;
     panel_by_type(unpack_panel_neon, panel_tokens_neon, WIDENING, 4, &b, w, in, t, n, y);
 }
 
-static void panel_dotprod(const struct tiles *w, const struct input *in, size_t t, int n, float *y)
+static void int8_panel_dotprod(const struct tiles *w, const struct input *in, size_t t, int n,
+                               float *y)
 {
     struct panel_block b;
     panel_by_type(unpack_panel_neon, panel_tokens_neon, SDOT, 4, &b, w, in, t, n, y);
 }
 
-static void panel_i8mm(const struct tiles *w, const struct input *in, size_t t, int n, float *y)
+static void int8_panel_i8mm(const struct tiles *w, const struct input *in, size_t t, int n,
+                            float *y)
 {
     struct panel_block b;
     panel_by_type(unpack_panel_neon, panel_tokens_neon, SMMLA, 4, &b, w, in, t, n, y);
@@ -9480,16 +9516,17 @@ static int has_i8mm(void)
 
 #define NEON_ROW                                                                              \
     .add_lines = add_lines_neon, .quantise = quantise, .rms_norm = rms_norm, .geglu = geglu,  \
-    .product_rows = 8,                                                                        \
-    .soft_cap = soft_cap, .exp_sum = exp_sum, .blend = blend, .to_half = to_half
+    .tile_rows = 8,                                                                           \
+    .soft_cap = soft_cap, .exp_sum = exp_sum, .blend = blend, .to_f16 = to_f16
 
 static const struct kernels i8mm_kernels = {"i8mm", has_i8mm, NEON_ROW,
-                                            .product = product_dotprod, .panel = panel_i8mm};
+                                            .int8_tile = int8_tile_dotprod,
+                                            .int8_panel = int8_panel_i8mm};
 static const struct kernels dotprod_kernels = {"dotprod", has_dotprod, NEON_ROW,
-                                               .product = product_dotprod,
-                                               .panel = panel_dotprod};
-static const struct kernels neon_kernels = {"neon", always, NEON_ROW, .product = product_neon,
-                                            .panel = panel_neon};
+                                               .int8_tile = int8_tile_dotprod,
+                                               .int8_panel = int8_panel_dotprod};
+static const struct kernels neon_kernels = {"neon", always, NEON_ROW, .int8_tile = int8_tile_neon,
+                                            .int8_panel = int8_panel_neon};
 
 #endif /* HAVE_NEON */
 

@@ -92,7 +92,7 @@ static void quantise_input(const struct input *in, size_t rows, uint32_t cols)
 
 static void free_input(const struct input *in)
 {
-    free(in->x), free(in->q), free(in->scale), free(in->sum), free(in->pairs);
+    free(in->x), free(in->q), free(in->scale), free(in->sum), free(in->bf16);
 }
 
 /* A product with a unit vector is a column: the same weights that read_row sees. */

@@ -791,9 +791,9 @@ static void test_saved_layout(int32_t cache)
         for (int k = 0; k < 6; k++) {
             const uint8_t *x_at = at + (size_t)k * number;
             uint16_t half = (uint16_t)(x_at[0] | x_at[number > 1] << 8);
-            float scale = from_half((uint16_t)(at[place - 2] | at[place - 1] << 8));
+            float scale = from_f16((uint16_t)(at[place - 2] | at[place - 1] << 8));
             float got = number == 4   ? get_f32(x_at)
-                        : number == 2 ? from_half(half) : scale * (float)(int8_t)*x_at;
+                        : number == 2 ? from_f16(half) : scale * (float)(int8_t)*x_at;
             bad += got != cached(s, 1, 1, 'v', i, k);
         }
     check(!bad, "%d ids and values of a saved session differ", bad);

@@ -74,24 +74,24 @@ static void test_halves(void)
 {
     int bad = 0, bad_ties = 0;
     for (uint32_t h = 0; h < 1 << 16; h++) {
-        float x = from_half((uint16_t)h);
+        float x = from_f16((uint16_t)h);
         if ((h & 0x7c00) == 0x7c00) {
             bad += h & 1023 ? !isnan(x) : !isinf(x);
             continue;
         }
-        bad += (double)x != half_value(h) || half_of(x) != h;
+        bad += (double)x != half_value(h) || f16_of(x) != h;
         if ((h & 0x7fff) == 0x7bff)
             continue;
         float middle = (float)((half_value(h) + half_value(h + 1)) / 2); /* exact in float */
         float out = float_of(bits_of(middle) + 1), in = float_of(bits_of(middle) - 1);
-        bad_ties += half_of(middle) != h + (h & 1) || half_of(out) != h + 1 || half_of(in) != h;
+        bad_ties += f16_of(middle) != h + (h & 1) || f16_of(out) != h + 1 || f16_of(in) != h;
     }
     check_none(bad, "halves to float and back");
     check_none(bad_ties, "halves at their rounding boundaries");
-    check(half_of(65519.9f) == 0x7bff && half_of(65520) == 0x7bff && half_of(1e30f) == 0x7bff &&
-              half_of(-INFINITY) == 0xfbff, "halves saturate");
-    check(isnan(from_half(half_of(NAN))), "half of NaN");
-    check(half_of(0x1p-25f) == 0 && half_of(0x1.000002p-25f) == 1 && half_of(-1e-40f) == 0x8000,
+    check(f16_of(65519.9f) == 0x7bff && f16_of(65520) == 0x7bff && f16_of(1e30f) == 0x7bff &&
+              f16_of(-INFINITY) == 0xfbff, "halves saturate");
+    check(isnan(from_f16(f16_of(NAN))), "half of NaN");
+    check(f16_of(0x1p-25f) == 0 && f16_of(0x1.000002p-25f) == 1 && f16_of(-1e-40f) == 0x8000,
           "halves near zero");
 }
 
@@ -305,7 +305,7 @@ static void row_panels(const struct kernels *row)
     static const uint32_t cols[] = {1, 33, 256, 257, 600};
     for (uint32_t type = F32; type < N_TYPES; type++) {
         int bad = 0;
-        for (int n = 1; n <= 18 && (row->panel || type < Q8); n++)
+        for (int n = 1; n <= 18 && (row->int8_panel || type < Q8); n++)
             for (int i = 0; i < 5; i++)
                 for (int kind = 0; kind <= (n == 15 && type >= Q8 ? N_EXTREMES : 0); kind++)
                     bad += panel_differs(row, type, cols[i], n < 18 ? n : MAX_PANEL_ROWS, kind);
@@ -378,7 +378,7 @@ static int halves_differ(const struct kernels *row, uint32_t n)
         if (below(2))
             x[i] = float_of(rnd());
     mix_in_special(x, n, 0);
-    row->to_half(x, n, y), to_half(x, n, z);
+    row->to_f16(x, n, y), to_f16(x, n, z);
     int bad = memcmp(y, z, n * 2) != 0;
     free(x), free(y), free(z);
     return bad;
@@ -406,7 +406,7 @@ static void *random_lines(struct lines *l, enum line_type type, int n_lines, int
     uint8_t *data = fresh(used * (size_t)n_strips);
     float *x = random_floats(used * (size_t)n_strips / bytes, 2);
     if (type == LINES_F16)
-        to_half(x, used * (size_t)n_strips / 2, (uint16_t *)(void *)data);
+        to_f16(x, used * (size_t)n_strips / 2, (uint16_t *)(void *)data);
     else
         memcpy(data, x, used * (size_t)n_strips);
     for (size_t i = 0; i < used * (size_t)n_strips && type == LINES_BF16; i += 4)
@@ -429,7 +429,7 @@ static void *random_q8_lines(struct lines *l, enum line_type type, int n_lines, 
     for (size_t i = 0; i < part * parts; i++)
         data[i] = (uint8_t)below(256);
     for (size_t i = 0; i < parts * scales; i++) {
-        uint16_t scale = half_of((float)uniform(-1, 1));
+        uint16_t scale = f16_of((float)uniform(-1, 1));
         memcpy(data + i / scales * part + numbers + i % scales * 2, &scale, sizeof scale);
     }
     *l = (struct lines){.data = data, .type = type, .n_lines = n_lines, .n_strips = n_strips,
@@ -500,10 +500,10 @@ static double matrix_panel_error(const struct matrix_kernels *m, uint32_t type, 
     float (*y)[2][TILE] = fresh(sizeof *y * MAX_PANEL_ROWS), *row = fresh(cols * 4);
     double worst = 0;
     extreme_input(&in, (size_t)n, cols, 9);
-    memset(in.pairs, 0xff, round_up((size_t)n, 16) * in.ldq * 2); /* NaN */
+    memset(in.bf16, 0xff, round_up((size_t)n, 16) * in.ldq * 2); /* NaN */
     for (int t = 0; t < n; t++)
-        m->pack_row(in.x + (size_t)t * in.ldx, cols, pairs_row(&in, (size_t)t));
-    m->panel(&tiles, &in, 0, n, y[0][0]);
+        m->pack_row(in.x + (size_t)t * in.ldx, cols, bf16_row(&in, (size_t)t));
+    m->bf16_panel(&tiles, &in, 0, n, y[0][0]);
     for (uint32_t r = 0; r < 32; r++) {
         read_row(&w, r, row);
         for (int t = 0; t < n; t++) {
@@ -532,17 +532,17 @@ static int matrix_panel_depends(const struct matrix_kernels *m, uint32_t type, u
     struct input in = random_input((size_t)n, cols);
     float (*y)[2][TILE] = fresh(sizeof *y * 2 * MAX_PANEL_ROWS);
     float (*z)[2][TILE] = fresh(sizeof *z * 16);
-    int bad = 0, both = m->pairs > 1;
+    int bad = 0, both = m->most_pairs > 1;
     extreme_input(&in, (size_t)n, cols, 9);
     twice.data[1] = w.data;
     several.more = both;
     for (int t = 0; t < n; t++)
-        m->pack_row(in.x + (size_t)t * in.ldx, cols, pairs_row(&in, (size_t)t));
-    m->panel(&several, &in, 0, n, y[0][0]);
+        m->pack_row(in.x + (size_t)t * in.ldx, cols, bf16_row(&in, (size_t)t));
+    m->bf16_panel(&several, &in, 0, n, y[0][0]);
     for (int pair = 0; pair <= both; pair++) {
         for (int t = 0; t < n; t += 16) {
             int some = n - t < 16 ? n - t : 1 + (int)below(16);
-            m->panel(t % 32 ? &tiles : &twice, &in, (size_t)t, some, z[0][0]);
+            m->bf16_panel(t % 32 ? &tiles : &twice, &in, (size_t)t, some, z[0][0]);
             for (int i = 0; i < some; i++)
                 bad += !!memcmp(y[pair * MAX_PANEL_ROWS + t + i][0], z[i][0], sizeof z[i][0]);
         }
@@ -575,7 +575,7 @@ static void random_cache(uint16_t **groups, int n_groups, size_t floats)
     for (int g = 0; g < n_groups; g++) {
         float *x = random_floats(floats, 2);
         groups[g] = fresh(floats * 2);
-        to_half(x, floats, groups[g]);
+        to_f16(x, floats, groups[g]);
         free(x);
     }
 }
@@ -584,7 +584,7 @@ static void random_cache(uint16_t **groups, int n_groups, size_t floats)
  * both against sums in double. */
 static double matrix_attention_error(const struct matrix_kernels *m, int n, int h, int groups)
 {
-    _Alignas(64) static uint8_t keys[CACHE_PANEL], values[CACHE_PANEL];
+    _Alignas(64) static uint8_t keys[PACKED_BYTES], values[PACKED_BYTES];
     static float s[MAX_QUERIES][KEY_BLOCK];
     uint16_t *key[16], *value[16];
     float *q = random_floats((size_t)(n * h), 1), *o = random_floats((size_t)(n * h), 1);
@@ -602,7 +602,7 @@ static double matrix_attention_error(const struct matrix_kernels *m, int n, int 
                               .line_bytes = (size_t)h * 2};
         m->pack_values(&from, n_valid - g * 16 < 16 ? n_valid - g * 16 : 16, g * 16, values);
     }
-    m->scores(q, n, h, keys, groups, s);
+    m->score_keys(q, n, h, keys, groups, s);
     for (int j = 0; j < n; j++)
         for (int i = 0; i < n_keys; i++) {
             double sum = 0, size = 0;
@@ -616,7 +616,7 @@ static double matrix_attention_error(const struct matrix_kernels *m, int n, int 
     for (int j = 0; j < n; j++) /* weights, in the places from `first` on */
         for (int i = 0; i < n_keys - first; i++)
             s[j][i] = first + i < n_valid ? uniform(0, 1) : 0;
-    m->mix((const float (*)[KEY_BLOCK])s, n, h, values, first, n_keys - first, o);
+    m->mix_values((const float (*)[KEY_BLOCK])s, n, h, values, first, n_keys - first, o);
     for (int j = 0; j < n; j++)
         for (int d = 0; d < h; d++) {
             double sum = 0, size = 0;
@@ -637,7 +637,7 @@ static void row_matrix_attention(const struct kernels *row)
 {
     static const int head_dims[] = {32, 64, 96, 128, 192, 256, 320, 512};
     for (int i = 0; i < 8; i++) {
-        int most = panel_positions(head_dims[i]) / 16;
+        int most = packed_positions(head_dims[i]) / 16;
         for (int n = 1; n <= 8; n++) {
             int groups = n == 8 ? most : 1 + (int)below((uint32_t)most);
             double error = matrix_attention_error(row->matrix, n, head_dims[i], groups);

@@ -382,7 +382,7 @@ static void test_colliding_pieces(void)
 {
     static struct pieces p;
     static uint32_t slots[2048];
-    struct tokenizer t = {.slots = slots, .mask = 2047};
+    struct tokenizer t = {.buckets = slots, .bucket_mask = 2047};
     char text[16];
     uint32_t tag;
     memset(slots, 0xff, sizeof slots);
@@ -391,7 +391,7 @@ static void test_colliding_pieces(void)
         for (int made = 0, i = 0; made < n; i++) {
             snprintf(text, sizeof text, "%x", (unsigned)i);
             struct text piece = {(const uint8_t *)text, (uint32_t)strlen(text)};
-            if (find_slot(&t, piece, &tag) != slots + 1024)
+            if (find_bucket(&t, piece, &tag) != slots + 1024)
                 continue;
             add_piece(&p, text, GEMMA2_PIECE_NORMAL, 0);
             made++;

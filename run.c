@@ -69,9 +69,8 @@ static gemma2_session *volatile interruptible; /* whose evaluation it cuts short
 /* Standard streams byte for byte, a terminal in UTF-8, a broken pipe as a failed write, and a
  * sentence for a file that shrinks while it is mapped. */
 static void platform_init(void);
-/* Catches interrupts, except those that whoever started us ignores; ends_reading: whether
- * they end a waiting read. */
-static void catch_interrupts(int ends_reading);
+/* Catches interrupts, except those that whoever started us ignores. */
+static void catch_interrupts(void);
 /* Arguments in UTF-8, to the end of the program.  NULL without memory. */
 static char **utf8_arguments(int *argc, char **argv);
 static double seconds(void);
@@ -98,15 +97,13 @@ static int reader_left(int error); /* a write failed because the reader of a pip
  * the end of the program; 0 where it hands over lines, shows and edits them. */
 static int terminal_raw(void);
 static void terminal_restore(void); /* a signal handler may call it */
-/* Sizes that are unknown are left alone.  Returns whether the message must be drawn anew, and
- * that on a new row where others have written since. */
-enum { RESIZED = 1, COVERED };
+/* Sizes that are unknown are left alone.  Returns whether others have written there since. */
 static int terminal_size(size_t *width, size_t *height);
 /* Up to n bytes that were typed; 0 at the end, below 0 with errno, which is EINTR after a signal or
  * a while in which nothing came. */
 static long read_terminal(char *bytes, size_t n);
-/* Up to n bytes of standard input; 0 at the end.  Below 0: an error, or with wait 0, and EAGAIN
- * in errno, that nothing is there yet. */
+/* Up to n bytes of standard input; 0 at the end.  Below 0: an error, or, with EAGAIN in errno,
+ * that nothing is there yet; wait: that nothing came for a while. */
 static long read_input(char *bytes, size_t n, int wait);
 static uint64_t memory_bytes(void);     /* of the machine; UINT64_MAX where it does not say */
 static int input_waits(int milliseconds); /* some was typed already, or is within that time */
@@ -318,22 +315,18 @@ typedef enum {
     TRACE, BATCH, EMBED, REWARD
 } mode_kind;
 
-/* What a mode does with the rest of the command line. */
-enum { READS_PROMPT = 1, EVALUATES = 2, TAKES_JSON = 4, TAKES_SESSION = 8 };
-static const unsigned TRAITS[] = {
-    [GENERATE] = READS_PROMPT | EVALUATES | TAKES_JSON | TAKES_SESSION,
-    [CONVERSE] = EVALUATES | TAKES_SESSION,
-    [TOKENIZE] = READS_PROMPT | TAKES_JSON,
-    [LOGITS] = READS_PROMPT | EVALUATES | TAKES_JSON,
-    [SCORE] = READS_PROMPT | EVALUATES | TAKES_JSON,
-    [INFO] = TAKES_JSON,
-    [PERPLEXITY] = EVALUATES,
-    [IMPORTANCE] = READS_PROMPT | EVALUATES,
-    [CHECK] = 0,
-    [TRACE] = READS_PROMPT | EVALUATES,
-    [BATCH] = EVALUATES | TAKES_JSON,
-    [EMBED] = READS_PROMPT | EVALUATES | TAKES_JSON,
-    [REWARD] = READS_PROMPT | EVALUATES | TAKES_JSON,
+/* Sets of modes: an option names those in which it means something. */
+#define ONE(mode) (1u << (mode))
+enum {
+    ALL = ONE(REWARD + 1) - 1,
+    SESSIONS = ONE(GENERATE) | ONE(CONVERSE),
+    REPLIES = SESSIONS | ONE(BATCH),
+    READERS = ONE(LOGITS) | ONE(SCORE) | ONE(TRACE) | ONE(EMBED) | ONE(REWARD),
+    TURNS = REPLIES | READERS | ONE(TOKENIZE),
+    PROMPTS = READERS | ONE(GENERATE) | ONE(TOKENIZE) | ONE(IMPORTANCE),
+    EVALUATES = REPLIES | READERS | ONE(PERPLEXITY) | ONE(IMPORTANCE),
+    PLANS = EVALUATES | ONE(INFO),
+    OBJECTS = TURNS - ONE(CONVERSE) - ONE(TRACE) + ONE(INFO)
 };
 
 typedef struct option option;
@@ -347,6 +340,8 @@ typedef struct {
     mode_kind mode;
     const option *asked; /* the option that chose the mode, or NULL */
     const char *subject; /* its text */
+    const option **given; /* all options, in order: room for one per argument */
+    size_t n_given;
     int32_t logits, trace_layer; /* -1: all layers in short */
     int32_t block; /* of the importance */
     int32_t n_top; /* of --top-logprobs */
@@ -368,10 +363,11 @@ typedef struct {
     const char *grammar, *schema; /* files */
     gemma2_bias *biases; /* room for one per argument and all stop ids */
     int ignore_eos, echo, json, quiet, verbose, help, version;
-    int full_drops; /* where a conversation fills the context its oldest turns go */
+    int32_t full_drops; /* where a conversation fills the context its oldest turns go */
     const char *kept, *loaded; /* files of sessions */
-    int lookup;                /* guess from what was said */
-    int spaced;                /* JSON of a schema */
+    int32_t lookup;            /* guess from what was said */
+    int32_t spaced;            /* JSON of a schema */
+    int32_t mean;              /* of the states, not the last */
     const char *draft;         /* a model that guesses */
     int32_t draft_max;         /* guesses a pass; 0: adapts */
     const char *history;       /* file of messages */
@@ -389,8 +385,7 @@ typedef enum {
     WHOLE,   /* int32_t field; least -1: "-1" is allowed, too */
     REAL,    /* float field */
     SEED,
-    CACHE,
-    SWITCH   /* int field: 1 or 0, the first or the other word that it takes */
+    WORD     /* int32_t field: the words of `argument` stand for least .. most */
 } option_kind;
 
 struct option {
@@ -401,137 +396,147 @@ struct option {
     const char *takes; /* "it takes ...", for values that can be wrong */
     double least, most;
     mode_kind mode; /* what the option asks for, or GENERATE */
+    unsigned modes; /* in which it means something */
 };
 
 #define HEAD(text) {.help = text, .kind = HEADING}
-#define IS(kind, member) kind, offsetof(options, member), NULL, 0, 0, GENERATE
-#define ASKS(mode, kind, member) kind, offsetof(options, member), NULL, 0, 0, mode
-#define IN(kind, member, takes, least, most) \
-    kind, offsetof(options, member), takes, least, most, GENERATE
-#define FROM_1(member) IN(WHOLE, member, "a whole number from 1 to 2147483647", 1, INT32_MAX)
+#define IS(modes, kind, member) kind, offsetof(options, member), NULL, 0, 0, GENERATE, modes
+#define ASKS(mode, kind, member) kind, offsetof(options, member), NULL, 0, 0, mode, ALL
+#define IN(modes, kind, member, takes, least, most) \
+    kind, offsetof(options, member), takes, least, most, GENERATE, modes
+#define FROM_1(modes, member) \
+    IN(modes, WHOLE, member, "a whole number from 1 to 2147483647", 1, INT32_MAX)
 
 static const option OPTIONS[] = {
     HEAD("Common options"),
     {'c', "chat", NULL, "use the chat template; without a prompt, on a\n"
-     "terminal: a conversation (Ctrl-C stops a reply)", IS(FLAG, chat)},
-    {'S', "system", "TEXT", "instructions for a chat, before its first message", IS(TEXT, system)},
+     "terminal: a conversation (Ctrl-C stops a reply)", IS(TURNS, FLAG, chat)},
+    {'S', "system", "TEXT", "instructions for a chat, before its first message",
+     IS(TURNS, TEXT, system)},
     {'n', "max-tokens", "N", "at most N tokens of reply; -1: until the model\n"
      "stops or the context is full (default)",
-     IN(WHOLE, max_tokens, "a whole number from 0 to 2147483647, or -1 for no limit", -1,
+     IN(REPLIES, WHOLE, max_tokens, "a whole number from 0 to 2147483647, or -1 for no limit", -1,
         INT32_MAX)},
     {'t', "temperature", "F", "randomness; 0 is greedy (default 1.0)",
-     IN(REAL, sampler.temperature, "a number from 0 to 1000000", 0, 1e6)},
+     IN(REPLIES, REAL, sampler.temperature, "a number from 0 to 1000000", 0, 1e6)},
     {'s', "seed", "N", "same seed, same text, on CPUs of one kind or with\n"
      "--exact on all (default: random, shown)",
-     IN(SEED, seed, "a whole number from 0 to 18446744073709551615", 0, 0)},
-    {'m', "model", "FILE", "the model, where it is not the first argument", IS(TEXT, model)},
-    {'q', "quiet", NULL, "nothing on standard error but errors", IS(FLAG, quiet)},
+     IN(REPLIES, SEED, seed, "a whole number from 0 to 18446744073709551615", 0, 0)},
+    {'m', "model", "FILE", "the model, where it is not the first argument", IS(ALL, TEXT, model)},
+    {'q', "quiet", NULL, "nothing on standard error but errors", IS(ALL, FLAG, quiet)},
     {'v', "verbose", NULL, "also show model, memory, threads, instruction set",
-     IS(FLAG, verbose)},
-    {'h', "help", NULL, "this text", IS(FLAG, help)},
-    {0, "version", NULL, "the version", IS(FLAG, version)},
+     IS(ALL, FLAG, verbose)},
+    {'h', "help", NULL, "this text", IS(ALL, FLAG, help)},
+    {0, "version", NULL, "the version", IS(ALL, FLAG, version)},
 
     HEAD("The prompt: PROMPT, or one of these, or else standard input"),
-    {'p', "prompt", "TEXT", "the prompt; may start with a dash", IS(PROMPT, text)},
+    {'p', "prompt", "TEXT", "the prompt; may start with a dash", IS(PROMPTS, PROMPT, text)},
     {'f', "file", "FILE", "the prompt, byte for byte, but for a last newline in\n"
-     "a chat; - is standard input", IS(PROMPT, file)},
-    {0, "ids", "\"IDS\"", "the prompt as token ids; no BOS is added", IS(PROMPT, ids)},
-    {0, "echo", NULL, "print the prompt before the reply", IS(FLAG, echo)},
+     "a chat; - is standard input", IS(PROMPTS, PROMPT, file)},
+    {0, "ids", "\"IDS\"", "the prompt as token ids; no BOS is added", IS(PROMPTS, PROMPT, ids)},
+    {0, "echo", NULL, "print the prompt before the reply", IS(ONE(GENERATE), FLAG, echo)},
 
     HEAD("Choosing and stopping"),
     {'k', "top-k", "N", "among the N best tokens; 0: all (default 64)",
-     IN(WHOLE, sampler.top_k, "a whole number from 0 to 2147483647", 0, INT32_MAX)},
+     IN(REPLIES, WHOLE, sampler.top_k, "a whole number from 0 to 2147483647", 0, INT32_MAX)},
     {'P', "top-p", "F", "among the best tokens that together have\n"
      "probability F (default 0.95)",
-     IN(REAL, sampler.top_p, "a number above 0, at most 1", FLT_MIN, 1)},
+     IN(REPLIES, REAL, sampler.top_p, "a number above 0, at most 1", FLT_MIN, 1)},
     {0, "min-p", "F", "among tokens at least F times as likely as the\n"
-     "best (default 0: off)", IN(REAL, sampler.min_p, "a number from 0 to 1", 0, 1)},
+     "best (default 0: off)", IN(REPLIES, REAL, sampler.min_p, "a number from 0 to 1", 0, 1)},
     {0, "repeat-penalty", "F", "divide logits of tokens seen lately by F, multiply\n"
      "negative ones (default 1: off)",
-     IN(REAL, sampler.repetition_penalty, "a number above 0, at most 1000000", FLT_MIN, 1e6)},
+     IN(REPLIES, REAL, sampler.repetition_penalty, "a number above 0, at most 1000000", FLT_MIN,
+        1e6)},
     {0, "presence-penalty", "F", "take F off the logits of tokens seen lately ...",
-     IN(REAL, sampler.presence_penalty, "a number from -1000000 to 1000000", -1e6, 1e6)},
+     IN(REPLIES, REAL, sampler.presence_penalty, "a number from -1000000 to 1000000", -1e6, 1e6)},
     {0, "frequency-penalty", "F", "... and F for each time they were seen (defaults 0)",
-     IN(REAL, sampler.frequency_penalty, "a number from -1000000 to 1000000", -1e6, 1e6)},
+     IN(REPLIES, REAL, sampler.frequency_penalty, "a number from -1000000 to 1000000", -1e6, 1e6)},
     {0, "repeat-last-n", "N", "lately: among the last N tokens; -1: in all of the\n"
      "context (default 64)",
-     IN(WHOLE, sampler.penalty_last, "a whole number from 0 to 2147483647, or -1 for all", -1,
-        INT32_MAX)},
+     IN(REPLIES, WHOLE, sampler.penalty_last,
+        "a whole number from 0 to 2147483647, or -1 for all", -1, INT32_MAX)},
     {0, "logit-bias", "ID+F", "add F to a token's logit; also ID-F, and ID-inf bans\n"
      "the token; may be repeated",
-     IN(BIAS, biases, "a token id, a sign and a number, as in 235+1.5 or 235-inf", 0, 0)},
+     IN(REPLIES, BIAS, biases, "a token id, a sign and a number, as in 235+1.5 or 235-inf", 0, 0)},
     {0, "stop", "TEXT", "end the reply before TEXT; may be repeated",
-     IN(STOP, stops, "a text that is not empty", 0, 0)},
+     IN(REPLIES, STOP, stops, "a text that is not empty", 0, 0)},
     {0, "choice", "TEXT", "reply with exactly one of the TEXTs; to be repeated.  --json\n"
      "adds \"choices\": the probability of each, tokenised by\n"
      "itself behind the prompt; they sum to 1",
-     IN(CHOICE, choices, "a text that is not empty", 0, 0)},
-    {0, "grammar", "FILE", "reply with a sentence of this grammar, in GBNF", IS(TEXT, grammar)},
+     IN(REPLIES, CHOICE, choices, "a text that is not empty", 0, 0)},
+    {0, "grammar", "FILE", "reply with a sentence of this grammar, in GBNF",
+     IS(REPLIES, TEXT, grammar)},
     {0, "schema", "FILE", "reply with compact JSON that fits this JSON Schema; keys\n"
      "stand in its order, and where it names some no others come",
-     IS(TEXT, schema)},
+     IS(REPLIES, TEXT, schema)},
     {0, "schema-spaces", "on|off", "a space behind each comma and colon of that JSON\n"
-     "(default off)", IN(SWITCH, spaced, "on or off", 0, 0)},
-    {0, "ignore-eos", NULL, "never choose a token that ends the text", IS(FLAG, ignore_eos)},
+     "(default off)", IN(REPLIES, WORD, spaced, "on or off", 1, 0)},
+    {0, "ignore-eos", NULL, "never choose a token that ends the text",
+     IS(REPLIES, FLAG, ignore_eos)},
 
     HEAD("Running"),
     {'C', "context", "N", "room for N tokens in all (default: as trained)",
-     FROM_1(session.n_context)},
+     FROM_1(PLANS, session.n_context)},
     {'j', "threads", "N", "threads (default: one a processor)",
-     IN(WHOLE, session.n_threads, "a whole number from 1 to 1024", 1, 1024)},
+     IN(ALL, WHOLE, session.n_threads, "a whole number from 1 to 1024", 1, 1024)},
     {0, "window", "N", "let local layers see only N tokens (default: as\ntrained)",
-     FROM_1(session.window)},
+     FROM_1(PLANS, session.window)},
     {0, "kv", "f32|f16|q8", "type of the cached keys and values (default: f32\n"
      "for f32 weights, else f16; q8 takes half of f16)",
-     IN(CACHE, session.cache_type, "f32, f16 or q8", 0, 0)},
+     IN(PLANS, WORD, session.cache_type, "f32, f16 or q8", GEMMA2_CACHE_F32, GEMMA2_CACHE_Q8)},
     {0, "lookup", "on|off", "guess what followed earlier in prompt and reply, and\n"
      "check several tokens at once: faster where text\nrepeats, the same reply (default on)",
-     IN(SWITCH, lookup, "on or off", 0, 0)},
+     IN(REPLIES, WORD, lookup, "on or off", 1, 0)},
     {0, "draft", "MODEL", "a smaller model with the same vocabulary guesses what\n"
-     "comes next: faster, the same reply", IS(TEXT, draft)},
+     "comes next: faster, the same reply", IS(SESSIONS, TEXT, draft)},
     {0, "draft-max", "N", "always guess up to N tokens ahead, no more than 15\n"
-     "(default: as many as pay)", FROM_1(draft_max)},
+     "(default: as many as pay)", FROM_1(SESSIONS, draft_max)},
     {0, "exact", NULL, "read prompts in the arithmetic of decoding: slower,\n"
-     "the same result on every CPU", IS(FLAG, open.exact_prefill)},
+     "the same result on every CPU", IS(ALL, FLAG, open.exact_prefill)},
     {0, "in-memory", NULL, "read the weights into memory, huge pages asked for:\n"
-     "slower to start, the last tenth of speed", IS(FLAG, open.read_into_memory)},
+     "slower to start, the last tenth of speed",
+     IS(ALL, FLAG, open.read_into_memory)},
 
     HEAD("Going on another time"),
     {0, "session", "FILE", "go on from FILE where it exists, and keep there what\n"
-     "was read and shown; the prompt is what comes next", IS(TEXT, kept)},
-    {0, "load", "FILE", "go on from such a file, and leave it as it is", IS(TEXT, loaded)},
+     "was read and shown; the prompt is what comes next", IS(SESSIONS, TEXT, kept)},
+    {0, "load", "FILE", "go on from such a file, and leave it as it is",
+     IS(SESSIONS, TEXT, loaded)},
 
     {0, "history", "FILE", "keep the messages of conversations there, for the\n"
-     "arrow keys", IS(TEXT, history)},
+     "arrow keys", IS(ONE(CONVERSE), TEXT, history)},
     {0, "full", "drop|stop", "when a conversation fills the context, drop its\n"
-     "oldest turns (default) or refuse the message", IN(SWITCH, full_drops, "drop or stop", 0, 0)},
+     "oldest turns (default) or refuse the message",
+     IN(ONE(CONVERSE), WORD, full_drops, "drop or stop", 1, 0)},
 
     HEAD("Many prompts in one process: see Batches below"),
     {0, "batch", "IN.jsonl", "a result for each line; - is standard input",
      ASKS(BATCH, TEXT, subject)},
     {'o', "output", "OUT.jsonl", "where results go; those that it has already are not made\n"
-     "again (default: standard output)", IS(TEXT, results)},
+     "again (default: standard output)", IS(ONE(BATCH), TEXT, results)},
     {0, "parallel", "N", "N lines at a time, 1 to 256 (default: 16, or what half of\n"
-     "the memory can hold)", IN(WHOLE, parallel, "a whole number from 1 to 256", 1, 256)},
+     "the memory can hold)",
+     IN(ONE(BATCH), WHOLE, parallel, "a whole number from 1 to 256", 1, 256)},
 
     HEAD("Instead of plain text"),
     {0, "json", NULL, "one JSON object: text, prompt_ids, ids, logprobs,\n"
      "finish_reason, seed, timings; also for --tokenize,\n--logits, --score and --info",
-     IS(FLAG, json)},
+     IS(OBJECTS, FLAG, json)},
     {0, "top-logprobs", "N", "with --json: also the N best at every token of the reply",
-     IN(WHOLE, n_top, "a whole number from 0 to 1000", 0, 1000)},
+     IN(REPLIES - ONE(CONVERSE), WHOLE, n_top, "a whole number from 0 to 1000", 0, 1000)},
     {0, "tokenize", NULL, "the prompt's ids on one line, BOS first",
      ASKS(TOKENIZE, MODE, asked)},
     {0, "detokenize", "\"IDS\"", "the text of ids, byte for byte",
      ASKS(DETOKENIZE, TEXT, subject)},
     {0, "logits", "N", "the N best next tokens: id, logit, piece",
      WHOLE, offsetof(options, logits), "a whole number from 1 to 2147483647", 1, INT32_MAX,
-     LOGITS},
+     LOGITS, ALL},
     {0, "score", NULL, "log-probability of every prompt token, total",
      ASKS(SCORE, MODE, asked)},
-    {0, "embed", "KIND", "the prompt as D numbers, one JSON array: the state after\n"
-     "the final norm of the last token, or the mean of all\n(last, mean); models that embed in "
-     "<eos> want it written", ASKS(EMBED, TEXT, subject)},
+    {0, "embed", "last|mean", "the prompt as D numbers, one JSON array: the state after\n"
+     "the final norm of the last token, or the mean of all;\nmodels that embed in <eos> want it "
+     "written", WORD, offsetof(options, mean), "last or mean", 0, 1, EMBED, ALL},
     {0, "reward", NULL, "what a reward model or classifier gives the prompt: one\n"
      "JSON array of its scores", ASKS(REWARD, MODE, asked)},
     {0, "perplexity", "FILE", "perplexity of a text; the method is below",
@@ -540,12 +545,12 @@ static const option OPTIONS[] = {
      "text of the prompt, for export.py --importance OUT", ASKS(IMPORTANCE, TEXT, subject)},
     {0, "importance-block", "N", "also how N neighbouring inputs go together, so that\n"
      "export.py rounds better: a multiple of 32 up to 1024\n(the file grows N-fold; default 1)",
-     IN(WHOLE, block, "1, or a multiple of 32 up to 1024", 1, 1024)},
+     IN(ONE(IMPORTANCE), WHOLE, block, "1, or a multiple of 32 up to 1024", 1, 1024)},
     {0, "trace", NULL, "every step of the pass over a short prompt: shape, norm,\n"
      "first values, bytes, time, formula; after each layer\nits best next tokens",
      ASKS(TRACE, MODE, asked)},
     {0, "trace-layer", "N", "all values of one layer's steps, the first layer is 0",
-     WHOLE, offsetof(options, trace_layer), "a whole number from 0 to 1023", 0, 1023, TRACE},
+     WHOLE, offsetof(options, trace_layer), "a whole number from 0 to 1023", 0, 1023, TRACE, ALL},
     {0, "info", NULL, "facts, sections and memory plan of the model",
      ASKS(INFO, MODE, asked)},
     {0, "check", NULL, "verify every digest and value of the model file",
@@ -816,10 +821,19 @@ static int parse_bias(const char *text, gemma2_bias *bias)
     return strcmp(sign, "-inf") == 0 || parse_real(sign, -FLT_MAX, FLT_MAX, &bias->bias);
 }
 
-/* By GEMMA2_CACHE_*. */
-static const char *const cache_names[] = {"auto", "f32", "f16", "q8"};
+/* Which of the words between | a value is, from 0 on; -1 for none. */
+static int32_t which_word(const char *words, const char *value)
+{
+    size_t n = strlen(value), length;
+    for (int32_t i = 0;; i++, words += length + 1) {
+        length = strcspn(words, "|");
+        if (length == n && memcmp(words, value, n) == 0)
+            return i;
+        if (!words[length])
+            return -1;
+    }
+}
 
-/* Stores the value of an option.  Returns 1, or 0 for a value that it does not take. */
 /* Whether the first n bytes of text are the name; an underscore counts as a dash. */
 static int is_name(const char *name, const char *text, size_t n)
 {
@@ -829,10 +843,12 @@ static int is_name(const char *name, const char *text, size_t n)
     return i == n && name[n] == '\0';
 }
 
+/* Stores the value of an option.  Returns 1, or 0 for a value that it does not take. */
 static int set_option(options *opts, const option *o, const char *value)
 {
     void *field = (char *)opts + o->field;
     uint64_t number;
+    int32_t word;
     switch (o->kind) {
     case HEADING:
         return 0;
@@ -867,14 +883,10 @@ static int set_option(options *opts, const option *o, const char *value)
     case SEED:
         opts->seed_given = 1;
         return parse_whole(value, UINT64_MAX, &opts->seed);
-    case CACHE:
-        for (int32_t i = GEMMA2_CACHE_F32; i <= GEMMA2_CACHE_Q8; i++)
-            if (strcmp(value, cache_names[i]) == 0)
-                return opts->session.cache_type = i, 1;
-        return 0;
-    case SWITCH:
-        *(int *)field = is_name(value, o->takes, strcspn(o->takes, " "));
-        return *(int *)field || strcmp(value, strrchr(o->takes, ' ') + 1) == 0;
+    case WORD:
+        word = which_word(o->argument, value);
+        *(int32_t *)field = (int32_t)o->least + (o->most > o->least ? word : -word);
+        return word >= 0;
     }
     return 0;
 }
@@ -929,6 +941,7 @@ static int take_option(options *opts, int argc, char **argv, int *i)
         opts->mode = o->mode;
         opts->asked = o;
     }
+    opts->given[opts->n_given++] = o;
     if (strcmp(argument, "-c") == 0 && *i + 1 < argc && argv[*i + 1][0] &&
         !argv[*i + 1][strspn(argv[*i + 1], "0123456789")])
         opts->after_chat = argv[*i + 1];
@@ -980,61 +993,70 @@ static int place_positional(options *opts)
     return DONE;
 }
 
-/* Whether what is asked for makes sense together.  A chat without a prompt on a terminal is a
- * conversation. */
-static int check_options(options *opts)
+/* A chat without a prompt on a terminal is a conversation. */
+static int find_mode(options *opts)
 {
     const char *name = opts->asked ? opts->asked->name : opts->json ? "json" : NULL;
-    int status = place_positional(opts);
-    if (status != DONE)
-        return status;
-    unsigned traits = TRAITS[opts->mode];
-    if (opts->json && !(traits & TAKES_JSON))
-        return fail(USAGE, "--%s and --json do not go together", name);
-    if (opts->n_top && (!opts->json || (opts->mode != GENERATE && opts->mode != BATCH)))
-        return fail(USAGE, "--top-logprobs belongs to the --json of a reply");
-    if (!opts->model)
-        return fail(USAGE, "no model file given; --help shows examples");
-    if (opts->n_prompts && !(traits & READS_PROMPT))
+    int takes_prompt = (PROMPTS & ONE(opts->mode)) != 0;
+    if (opts->n_prompts && !takes_prompt)
         return fail(USAGE, "--%s takes no prompt", name);
-    if (opts->kept && opts->loaded)
-        return fail(USAGE, "--session and --load do not go together");
-    if ((opts->kept || opts->loaded) && !(traits & TAKES_SESSION))
-        return fail(USAGE, "--%s and --%s do not go together", opts->kept ? "session" : "load",
-                    name);
-    if (opts->chat && opts->mode == IMPORTANCE)
-        return fail(USAGE, "--importance and --chat do not go together: it takes plain text");
-    if (opts->block && opts->mode != IMPORTANCE)
-        return fail(USAGE, "--importance-block belongs to --importance OUT");
-    if (opts->block > 1 && opts->block % 32)
-        return fail(USAGE, "--importance-block '%" PRId32 "': it takes 1, or a multiple of 32 up "
-                    "to 1024", opts->block);
-    if (opts->mode == EMBED && strcmp(opts->subject, "last") && strcmp(opts->subject, "mean"))
-        return fail(USAGE, "--embed '%s': it takes last or mean", opts->subject);
-    if ((opts->results || opts->parallel) && opts->mode != BATCH)
-        return fail(USAGE, "--%s belongs to --batch IN.jsonl",
-                    opts->results ? "output" : "parallel");
-    if (opts->echo && opts->mode == BATCH)
-        return fail(USAGE, "--batch and --echo do not go together");
-    const char *limit = opts->schema ? "schema" : opts->grammar ? "grammar" : "choice";
-    int limits = (opts->n_choices != 0) + (opts->grammar != NULL) + (opts->schema != NULL);
-    if (limits && !(traits & TAKES_SESSION) && opts->mode != BATCH)
-        return fail(USAGE, "--%s and --%s do not go together", limit, name);
-    if (limits > 1)
-        return fail(USAGE, "--choice, --grammar and --schema do not go together");
-    if (limits && opts->ignore_eos)
-        return fail(USAGE, "--ignore-eos and --%s do not go together: such a reply has an end",
-                    limit);
-    if (opts->system && !opts->chat && opts->mode != BATCH)
-        return fail(USAGE, "--system belongs to a chat; add -c");
-    if (opts->ids && opts->chat)
-        return fail(USAGE, "--ids and --chat do not go together: ids are taken as they are");
-    if (!(traits & READS_PROMPT) || opts->n_prompts || !is_terminal(stdin))
+    if (!takes_prompt || opts->n_prompts || !is_terminal(stdin))
         return DONE;
     if (!opts->chat || name)
         return fail(USAGE, "no prompt: put one after the model file%s; --help shows examples",
                     name ? "" : ", or -c for a conversation");
     opts->mode = CONVERSE;
+    return DONE;
+}
+
+/* Refuses what would be ignored: options without meaning in the mode. */
+static int check_meanings(const options *opts)
+{
+    for (size_t i = 0; i < opts->n_given; i++) {
+        const option *o = opts->given[i];
+        if (o->modes & ONE(opts->mode))
+            continue;
+        if (opts->asked)
+            return fail(USAGE, "--%s has no meaning with --%s: leave one of them out", o->name,
+                        opts->asked->name);
+        return fail(USAGE, "--%s has no meaning %s: leave it out", o->name,
+                    opts->mode == CONVERSE ? "in a conversation" : "for a single reply");
+    }
+    return DONE;
+}
+
+/* Whether what is asked for makes sense together. */
+static int check_options(options *opts)
+{
+    const char *limit = opts->schema ? "schema" : opts->grammar ? "grammar" : "choice";
+    int limits = (opts->n_choices != 0) + (opts->grammar != NULL) + (opts->schema != NULL);
+    int status = place_positional(opts);
+    if (status == DONE && !opts->model)
+        return fail(USAGE, "no model file given; --help shows examples");
+    status = status ? status : find_mode(opts);
+    status = status ? status : check_meanings(opts);
+    if (status != DONE)
+        return status;
+    if (opts->n_top && !opts->json)
+        return fail(USAGE, "--top-logprobs belongs to the --json of a reply");
+    if (opts->kept && opts->loaded)
+        return fail(USAGE, "--session and --load do not go together");
+    if (opts->block > 1 && opts->block % 32)
+        return fail(USAGE, "--importance-block '%" PRId32 "': it takes 1, or a multiple of 32 up "
+                    "to 1024", opts->block);
+    if (limits > 1)
+        return fail(USAGE, "--choice, --grammar and --schema do not go together");
+    if (limits && opts->ignore_eos)
+        return fail(USAGE, "--ignore-eos and --%s do not go together: such a reply has an end",
+                    limit);
+    if (opts->spaced && !opts->schema && opts->mode != BATCH)
+        return fail(USAGE, "--schema-spaces belongs to --schema FILE");
+    if (opts->draft_max && !opts->lookup && !opts->draft)
+        return fail(USAGE, "--draft-max has no meaning with --lookup off unless a --draft guesses");
+    if (opts->system && !opts->chat && opts->mode != BATCH)
+        return fail(USAGE, "--system belongs to a chat; add -c");
+    if (opts->ids && opts->chat)
+        return fail(USAGE, "--ids and --chat do not go together: ids are taken as they are");
     return DONE;
 }
 
@@ -1184,6 +1206,7 @@ typedef struct {
 } json;
 
 enum { JSON_DEPTH = 512 };
+static const char JSON_MEMORY[] = "there is not enough memory to read it";
 
 static int json_wrong(json *j, const char *why)
 {
@@ -1236,7 +1259,7 @@ static json_node *json_push(json *j, json_kind kind, size_t start)
     if (node)
         *node = (json_node){kind, start, j->at, 0, j->nodes.n};
     else
-        j->why = "there is not enough memory to read it";
+        j->why = JSON_MEMORY;
     return node;
 }
 
@@ -1346,7 +1369,7 @@ static int json_keys_differ(json *j)
                 *item = (json_key){j->text + key->start, key->end - key->start,
                                    (size_t)(end - object)};
             else
-                j->why = "there is not enough memory to read it";
+                j->why = JSON_MEMORY;
         }
     const json_key *sorted = keys.items;
     if (keys.n)
@@ -1397,7 +1420,7 @@ static int json_read(json *j, const char *text, size_t size)
     size_t open[JSON_DEPTH], depth = 0; /* the nodes that are not closed yet */
     *j = (json){malloc(size + 1), size, 0, {0}, NULL};
     if (!j->text)
-        return json_wrong(j, "there is not enough memory to read it");
+        return json_wrong(j, JSON_MEMORY);
     if (size)
         memcpy(j->text, text, size);
     j->text[size] = '\0';
@@ -2718,7 +2741,7 @@ typedef struct {
     size_t recalled;        /* where in the history the shown one begins; history.n: the new one */
     size_t oldest;          /* where the first begins */
     size_t at;              /* the cursor, in bytes of the text */
-    size_t width;           /* columns of the terminal */
+    size_t width, height;   /* columns and rows of the terminal */
     size_t row, top;        /* of the text: where the cursor is shown, the first that is visible */
     char sequence[16], typed[4096]; /* of a key so far; what was read and not looked at */
     size_t n_sequence, i, n;
@@ -3327,7 +3350,6 @@ static int make_reply(program *p)
     int status = start_constraint(p);
     if (status != DONE)
         return status;
-    stop_asked = 0;
     gemma2_cancel(p->session, 0);
     interruptible = p->session;
     patience = PATIENCE;
@@ -3338,6 +3360,8 @@ static int make_reply(program *p)
         status = weigh_choices(p);
     if (status == DONE && !r->finish)
         status = decode(p);
+    if (r->finish == AT_INTERRUPT)
+        stop_asked = 0; /* only here, where it was heeded, so that no Ctrl-C is lost */
     if (!p->opts->json)
         put_bytes(&p->out, "\n", 1);
     put_flush(&p->out);
@@ -3410,8 +3434,8 @@ static void print_speed(const program *p)
 static int save_file(const char *what, const char *path, const void *bytes, size_t n)
 {
     char name[4096];
+    int before = patience;
     patience = PATIENCE; /* Ctrl-C must not come between making the file and naming it */
-    stop_asked = 0;
     char *target = follow_links(path);
     FILE *file = target ? open_beside(target, name, sizeof name) : NULL;
     int made = file && (bytes ? replace_file(file, name, target, bytes, n) : fclose(file) == 0);
@@ -3419,12 +3443,10 @@ static int save_file(const char *what, const char *path, const void *bytes, size
     free(target);
     if (file && (!made || !bytes))
         remove_path(name);
+    patience = before;
     if (!made)
         return fail(FAILED, "cannot save %s as %s: %s", what, path, strerror(reason));
-    if (bytes)
-        return DONE;
-    patience = 0;
-    return stop_asked ? INTERRUPTED : DONE;
+    return !bytes && stop_asked ? INTERRUPTED : DONE;
 }
 
 /* Above the bytes of any that the context has room for: keys and values in f32, ids, header. */
@@ -4034,14 +4056,14 @@ static void flush_screen(editor *e)
     e->screen.n = 0;
 }
 
-/* Takes over the terminal's size and what became of the rows there. */
-static void fit(editor *e, size_t width, size_t height, int changed)
+/* Takes over the terminal's size and what became of the rows there; covered: others wrote there. */
+static void fit(editor *e, size_t width, size_t height, int covered)
 {
     width = width < 2 * SIGN ? 2 * SIGN : width;
-    changed |= e->width && width != e->width ? RESIZED : 0;
-    e->width = width;
-    if (changed) {
-        e->row = changed & COVERED ? 0 : place_of(e, e->at).row; /* terminals fold anew */
+    int resized = e->width && (width != e->width || height != e->height);
+    e->width = width, e->height = height;
+    if (covered || resized) {
+        e->row = covered ? 0 : place_of(e, e->at).row; /* terminals fold anew */
         e->top = e->row < height ? 0 : e->row - height + 1;
     }
 }
@@ -4051,8 +4073,8 @@ static void fit(editor *e, size_t width, size_t height, int changed)
 static int wait_for_typed(editor *e, int *asked)
 {
     int status = DONE;
-    patience = PATIENCE;
-    long got = ended_by ? -1 : read_terminal(e->typed, sizeof e->typed);
+    errno = EINTR;
+    long got = ended_by || stop_asked ? -1 : read_terminal(e->typed, sizeof e->typed);
     int reason = errno;
     e->i = 0, e->n = got > 0 ? (size_t)got : 0;
     e->ended = got == 0;
@@ -4060,8 +4082,8 @@ static int wait_for_typed(editor *e, int *asked)
     int stopped = stop_asked;
     if (ended_by || (stopped && *asked))
         return INTERRUPTED;
-    stop_asked = 0; /* before the answer is shown: Ctrl-C is the second as soon as it can be read */
     if (stopped) {
+        stop_asked = 0; /* before the answer is shown: the next Ctrl-C is the second */
         if (e->raw)
             leave_text(e);
         flush_screen(e);
@@ -4082,11 +4104,12 @@ static int read_message(program *p, int *at_end)
     editor *e = &p->editor;
     int status = DONE, asked = 0;
     begin_text(e);
-    stop_asked = e->cut = 0;
+    e->cut = 0;
     while (status == DONE && !e->ended) {
         size_t width = 80, height = 24;
-        int changed = e->raw ? terminal_size(&width, &height) : 0;
-        fit(e, width, height, changed);
+        patience = PATIENCE; /* before the prompt is shown */
+        int covered = e->raw ? terminal_size(&width, &height) : 0;
+        fit(e, width, height, covered);
         if (take_typed(e, &status) || status || e->ended)
             break;
         if (e->raw && !input_waits(0)) /* a long paste is shown once */
@@ -4911,8 +4934,7 @@ static int score(program *p)
 static int embed(program *p)
 {
     size_t d = (size_t)p->config->d_model, n_scores = (size_t)p->config->n_scores, n_out = d;
-    int is_reward = p->opts->mode == REWARD;
-    int is_mean = !is_reward && !strcmp(p->opts->subject, "mean");
+    int is_reward = p->opts->mode == REWARD, is_mean = p->opts->mean && !is_reward;
     float *states = malloc((PREFILL_PIECE * d + n_scores) * sizeof *states), *last = states;
     double *sums = calloc(d, sizeof *sums);
     int code = states && sums ? GEMMA2_OK : GEMMA2_ERR_MEMORY;
@@ -5212,6 +5234,7 @@ static int memory_plan(const program *p, const gemma2_session_params *params, ch
 /* What each type of cache takes. */
 static void put_caches(program *p)
 {
+    static const char *const names[] = {"auto", "f32", "f16", "q8"}; /* by GEMMA2_CACHE_* */
     gemma2_session_params all = p->opts->session, few = all;
     int32_t context = all.n_context ? all.n_context : p->config->n_context;
     few.n_context = 16, few.n_batch = 1; /* the least that a cache is made of */
@@ -5224,7 +5247,7 @@ static void put_caches(program *p)
             continue;
         format_bytes(size, plan.cache);
         put_format(&p->out, "--kv %s: %" PRIu64 " bytes a position, %s for %" PRId32 " tokens\n",
-                   cache_names[i], part.cache / 16, size, context);
+                   names[i], part.cache / 16, size, context);
     }
 }
 
@@ -5371,6 +5394,7 @@ typedef struct {
     size_t number;   /* of the last line, from 1 */
     uint64_t size, taken; /* bytes in all, or 0 where nobody knows; bytes of all lines so far */
     int ended, overlong;
+    int error; /* errno of the read that failed, or 0 */
 } line_input;
 
 /* An id of a line, as JSON. */
@@ -5449,9 +5473,13 @@ static const char *next_line(line_input *in, int wait, size_t *n)
         }
         long got = in->file ? (long)fread(more, 1, PIECE, in->file) : read_input(more, PIECE, wait);
         in->bytes.n -= PIECE - (got > 0 ? (size_t)got : 0);
-        if (got < 0 && errno == EAGAIN)
+        if (got < 0 && (errno == EAGAIN || errno == EINTR))
             return NULL;
         in->ended = got <= 0;
+        if (got < 0 || (got == 0 && ferror(in->file ? in->file : stdin))) {
+            in->error = errno ? errno : EIO;
+            in->bytes.n = in->seen = in->at; /* not even the beginning of a line */
+        }
     }
 }
 
@@ -5477,7 +5505,7 @@ static line_id *find_id(batch *b, const array *id)
 }
 
 /* Finds out a line's form and its id, as JSON, which stays as it is where the line has none.
- * Returns 0 where what it has is no id of this form. */
+ * Without a sentence: USAGE for what is no id of this form, FAILED without memory. */
 static int get_id(const json *j, int *openai, array *id)
 {
     const json_node *root = j->nodes.items;
@@ -5485,25 +5513,27 @@ static int get_id(const json *j, int *openai, array *id)
     const json_node *node = json_get(j, root, *openai ? "custom_id" : "id");
     output out = {.memory = id};
     if (!node || node->kind == JSON_NULL)
-        return !*openai;
+        return *openai ? USAGE : DONE;
     const char *text = j->text + node->start;
     size_t n = node->end - node->start;
     int is_number = !*openai && node->kind == JSON_NUMBER && strspn(text, "-0123456789") >= n;
     if (!is_number && node->kind != JSON_STRING)
-        return 0;
+        return USAGE;
     id->n = 0;
     if (is_number)
         put_bytes(&out, text, n);
     else
         put_quoted(&out, text, n);
-    return !out.error;
+    return out.error ? FAILED : DONE;
 }
 
-static void number_id(array *id, size_t number)
+/* Needs no memory in a place, whose id has room for it. */
+static int number_id(array *id, size_t number)
 {
     output out = {.memory = id};
     id->n = 0;
     put_format(&out, "%zu", number);
+    return out.error ? out_of_memory() : DONE;
 }
 
 /* ---- what a line asks for ---- */
@@ -5535,9 +5565,35 @@ static int take_stops(batch_slot *s, const json *j, const json_node *value, cons
     return status;
 }
 
+/* The text of message number i: a string, or parts, which become one where their list stood. */
+static int take_content(const json *j, const json_node *content, size_t i, gemma2_message *m)
+{
+    size_t n = 0;
+    m->text = json_text(j, content, &n);
+    m->size = (int64_t)n;
+    if (content->kind != JSON_ARRAY)
+        return m->text ? DONE : fail(USAGE, "message %zu needs a \"content\", which is text", i);
+    char *start = j->text + content->start, *end = start;
+    const json_node *part = content + 1;
+    for (size_t k = 0; k < content->n; k++, part = json_next(j, part)) {
+        const json_node *type = json_get(j, part, "type"), *text = json_get(j, part, "text");
+        const char *name = type ? json_text(j, type, &n) : NULL;
+        const char *bytes = text && name && strcmp(name, "text") == 0 ? json_text(j, text, &n)
+                                                                      : NULL;
+        if (!bytes)
+            return fail(USAGE, "message %zu: part %zu of its \"content\" has the type '%s', and "
+                        "only text is known", i, k + 1, name ? name : "");
+        memmove(end, bytes, n);
+        end += n;
+    }
+    m->text = start;
+    m->size = end - start;
+    return DONE;
+}
+
 static int take_messages(batch_slot *s, const json *j, const json_node *list, const char *key)
 {
-    static const char *const roles[] = {"system", "user", "assistant"};
+    static const char *const roles[] = {"system", "user", "assistant", "developer"};
     const char *system = s->opts.system;
     if (list->kind != JSON_ARRAY || !list->n)
         return fail(USAGE, "\"%s\" must be a list of messages", key);
@@ -5548,16 +5604,18 @@ static int take_messages(batch_slot *s, const json *j, const json_node *list, co
     for (size_t i = 0; i < list->n; i++, each = json_next(j, each)) {
         const json_node *role = json_get(j, each, "role"), *content = json_get(j, each, "content");
         int32_t r = 0;
-        size_t n;
-        while (role && r < 3 && !json_is(j, role, roles[r]))
+        while (role && r < 4 && !json_is(j, role, roles[r]))
             r++;
-        const char *text = role && content && r < 3 ? json_text(j, content, &n) : NULL;
-        if (!text)
-            return fail(USAGE, "message %zu needs a \"role\", which is system, user or assistant, "
-                        "and a \"content\", which is text", i + 1);
+        if (!role || !content || r == 4)
+            return fail(USAGE, "message %zu needs a \"role\", which is system, developer, user or "
+                        "assistant, and a \"content\"", i + 1);
+        r = r == 3 ? GEMMA2_ROLE_SYSTEM : r;
         if (i == 0 && system && r != GEMMA2_ROLE_SYSTEM)
             *m++ = (gemma2_message){GEMMA2_ROLE_SYSTEM, system, -1};
-        *m++ = (gemma2_message){r, text, (int64_t)n};
+        m->role = r;
+        int status = take_content(j, content, i + 1, m++);
+        if (status != DONE)
+            return status;
     }
     s->messages.n = (size_t)(m - first);
     s->opts.chat = 1;
@@ -5787,11 +5845,15 @@ static int understand(batch *b, batch_slot *s, json *j, const char *text, size_t
     if (b->in.overlong)
         return fail(USAGE, "the line is longer than 268435456 bytes or than memory");
     if (!json_read(j, text, n))
-        return fail(USAGE, "the line is no JSON: at byte %zu: %s", j->at + 1, j->why);
-    if (!get_id(j, &s->openai, &s->id))
+        return j->why == JSON_MEMORY ? out_of_memory()
+            : fail(USAGE, "the line is no JSON: at byte %zu: %s", j->at + 1, j->why);
+    int status = get_id(j, &s->openai, &s->id);
+    if (status != DONE)
+        number_id(&s->id, b->in.number);
+    if (status == USAGE)
         return fail(USAGE, s->openai ? "\"custom_id\" must be a text"
                                      : "\"id\" must be a text or a whole number");
-    line_id *known = find_id(b, &s->id);
+    line_id *known = status == DONE ? find_id(b, &s->id) : NULL;
     if (!known)
         return out_of_memory();
     int was = known->state;
@@ -5986,9 +6048,6 @@ static int end_line(batch *b, batch_slot *s, const char *error)
         return out_of_memory();
     errno = 0; /* the file has no buffer: a line is one write */
     note_write(&b->p->out, fwrite(b->line.items, 1, b->line.n, b->out) != b->line.n);
-    if (b->p->out.error && b->out != stdout)
-        return fail(FAILED, "cannot write to %s: %s", b->p->opts->results,
-                    strerror(b->p->out.error));
     return b->p->out.error ? FAILED : DONE;
 }
 
@@ -6184,14 +6243,23 @@ static void show_batch(batch *b)
                   rate(b->reply_tokens, time), b->in.size > b->in.taken ? left : "");
 }
 
+/* DONE, unless reading the lines failed. */
+static int reading_failed(const batch *b)
+{
+    return b->in.error ? fail(FAILED, "cannot read %s: %s", b->in.file ? b->p->opts->subject
+                              : "standard input", strerror(b->in.error)) : DONE;
+}
+
 static int run_batch(batch *b)
 {
     int status = DONE;
     double shown = b->began;
     while (status == DONE && !stop_asked) {
         status = fill_slots(b);
-        if (!count_busy(b) && b->in.ended && b->in.at >= b->in.bytes.n)
+        if (!status && !count_busy(b) && b->in.ended && b->in.at >= b->in.bytes.n) {
+            status = reading_failed(b);
             break;
+        }
         if (status == DONE && !stop_asked)
             status = shared_pass(b);
         if (seconds() - shown > 0.5) {
@@ -6203,30 +6271,36 @@ static int run_batch(batch *b)
     return status;
 }
 
-/* Whether a line of the output stays: the first with a result for its id, which is noted.  Below
- * 0: it is no result at all. */
-static int has_result(batch *b, const char *text, size_t n)
+/* Whether a line of the output stays: the first with a result for its id, which is noted. */
+static int keep_result(batch *b, const char *text, size_t n, int *stays)
 {
     json j;
     array id = {0};
-    int stays = -1, openai;
-    if (json_read(&j, text, n)) {
-        const json_node *root = j.nodes.items, *response = json_get(&j, root, "response");
-        const json_node *body = response ? json_get(&j, response, "body") : root;
-        const json_node *made = body ? json_get(&j, body, response ? "choices" : "text") : NULL;
-        const json_node *seed = made ? json_get(&j, body, "seed") : NULL;
-        line_id *known = made && get_id(&j, &openai, &id) ? find_id(b, &id) : NULL;
-        if (made || (body && json_get(&j, body, "error")))
-            stays = known && known->state == NEW;
-        if (stays == 1) {
-            known->state = HAS_RESULT;
-            if (seed)
-                json_whole(&j, seed, UINT64_MAX, &known->seed);
-        }
+    int openai = 0, sound = json_read(&j, text, n), status = DONE;
+    const json_node *root = sound ? j.nodes.items : NULL;
+    const json_node *response = json_get(&j, root, "response");
+    const json_node *body = response ? json_get(&j, response, "body") : root;
+    const json_node *made = json_get(&j, body, response ? "choices" : "text");
+    const json_node *seed = json_get(&j, body, "seed");
+    line_id *known = NULL;
+    *stays = 0;
+    if (j.why == JSON_MEMORY)
+        status = out_of_memory();
+    else if (!made && !json_get(&j, body, "error"))
+        status = fail(USAGE, "%s holds something else than results; give another file with "
+                      "--output", b->p->opts->results);
+    int found = made && !status ? get_id(&j, &openai, &id) : USAGE;
+    if (found != USAGE && (found == FAILED || !(known = find_id(b, &id))))
+        status = out_of_memory();
+    if (known && known->state == NEW) {
+        *stays = 1;
+        known->state = HAS_RESULT;
+        if (seed)
+            json_whole(&j, seed, UINT64_MAX, &known->seed);
     }
     json_free(&j);
     free(id.items);
-    return stays;
+    return status;
 }
 
 /* Opens the output.  Of an earlier run's results the sound ones stay, once each. */
@@ -6248,18 +6322,15 @@ static int open_results(batch *b)
         if (!end)
             break;
         size_t n = (size_t)(end - text) + 1 - at;
-        int stays = has_result(b, text + at, n - 1);
-        if (stays < 0)
-            status = fail(USAGE, "%s holds something else than results; give another file with "
-                          "--output", path);
-        else if (stays) {
+        int stays;
+        status = keep_result(b, text + at, n - 1, &stays);
+        if (stays) {
             memmove(text + kept, text + at, n);
             kept += n;
         }
     }
     if (status == DONE && kept < bytes.n)
         status = save_file("the results", path, text, kept);
-    patience = stop_asked = 0;
     free(bytes.items);
     b->out = status ? NULL : open_path(path, "ab");
     if (status == DONE && !b->out)
@@ -6270,34 +6341,41 @@ static int open_results(batch *b)
 }
 
 /* The seed of the earlier run, which drew it: that of a result whose line has none of its own. */
-static void recall_seed(batch *b)
+static int recall_seed(batch *b)
 {
-    int found = 0, openai;
+    int found = 0, openai, status = DONE;
+    const char *text;
     size_t n;
     array id = {0};
-    for (const char *text; !found && (text = next_line(&b->in, 1, &n)) != NULL;) {
-        json j;
-        number_id(&id, b->in.number);
-        if (json_read(&j, text, n) && get_id(&j, &openai, &id)) {
+    while (!found && !status && (text = next_line(&b->in, 1, &n)) != NULL) {
+        json j = {0};
+        status = number_id(&id, b->in.number);
+        int sound = !status && json_read(&j, text, n);
+        int code = sound ? get_id(&j, &openai, &id) : j.why == JSON_MEMORY ? FAILED : USAGE;
+        const line_id *known = code == DONE ? find_id(b, &id) : NULL;
+        if (code == FAILED || (code == DONE && !known))
+            status = out_of_memory();
+        if (known && known->state == HAS_RESULT) {
             const json_node *body = json_get(&j, j.nodes.items, "body");
             const json_node *seed = json_get(&j, body ? body : j.nodes.items, "seed");
-            const line_id *known = find_id(b, &id);
-            found = known && known->state == HAS_RESULT && (!seed || seed->kind == JSON_NULL);
+            found = !seed || seed->kind == JSON_NULL;
             b->p->seed = found ? known->seed : b->p->seed;
         }
         json_free(&j);
     }
+    status = status ? status : reading_failed(b);
     free(id.items);
     free(b->in.bytes.items);
     b->in = (line_input){.file = b->in.file, .size = b->in.size};
     rewind(b->in.file);
+    return status;
 }
 
 static int open_lines(batch *b)
 {
     const char *path = b->p->opts->subject;
     if (strcmp(path, "-") == 0)
-        return catch_interrupts(1), DONE; /* they end a waiting read */
+        return DONE;
     if (is_directory(path) || !(b->in.file = open_path(path, "rb")))
         return fail(FAILED, "cannot open %s: %s", path,
                     is_directory(path) ? "it is a directory" : strerror(errno));
@@ -6346,7 +6424,7 @@ static int open_slots(batch *b)
         batch_slot *s = b->slots + i;
         s->p = (program){.opts = &s->opts, .model = p->model, .config = p->config, .silent = 1,
                          .out = {.memory = &b->line}, .logits = malloc((size_t)logits)};
-        if (!s->p.logits)
+        if (!s->p.logits || append(&s->id, "", 0) != DONE)
             return out_of_memory();
     }
     return b->slots ? DONE : out_of_memory();
@@ -6390,11 +6468,10 @@ static int answer_lines(program *p)
     if (status == DONE)
         status = open_results(&b);
     if (status == DONE && !p->opts->seed_given && b.ids.n && b.in.size)
-        recall_seed(&b);
+        status = recall_seed(&b);
     if (status == DONE)
         status = open_slots(&b);
     if (status == DONE) {
-        stop_asked = 0;
         patience = PATIENCE;
         b.began = seconds();
         status = run_batch(&b);
@@ -6405,9 +6482,12 @@ static int answer_lines(program *p)
                    b.skipped, b.prompt_tokens, b.shared_tokens, b.reply_tokens,
                    rate(b.reply_tokens, time), time, p->seed);
     }
+    int to_stdout = b.out == stdout;
     close_batch(&b);
-    if (p->out.error && reader_left(p->out.error))
-        return DONE;
+    if (p->out.error && (to_stdout || reader_left(p->out.error)))
+        return DONE; /* finish_output says what there is to say */
+    if (p->out.error)
+        return fail(FAILED, "cannot write to %s: %s", p->opts->results, strerror(p->out.error));
     return stop_asked ? INTERRUPTED : status ? status : b.failed ? FAILED : DONE;
 }
 
@@ -6462,7 +6542,7 @@ static int check_model_fits(program *p)
 {
     const gemma2_config *c = p->config;
     const options *opts = p->opts;
-    if (c->n_layers == 0 && TRAITS[opts->mode] & EVALUATES)
+    if (c->n_layers == 0 && EVALUATES & ONE(opts->mode))
         return fail(BAD_MODEL, "%s holds a tokenizer but no model; give a model file", opts->model);
     if (c->n_layers && opts->session.window > c->window)
         return fail(USAGE, "--window %" PRId32 " is above the model's window of %" PRId32,
@@ -6586,7 +6666,7 @@ static int run(program *p)
         return refuse_model(opts->model, err);
     p->config = gemma2_get_config(p->model);
     int status = check_model_fits(p);
-    if (status != DONE || !(TRAITS[opts->mode] & EVALUATES))
+    if (status != DONE || !(EVALUATES & ONE(opts->mode)))
         return status ? status : run_on_file(p);
 
     if (opts->mode == BATCH)
@@ -6638,7 +6718,7 @@ int main(int argc, char **argv)
     init_options(&opts);
     program p = {.opts = &opts, .settings = &opts};
     platform_init();
-    catch_interrupts(0);
+    catch_interrupts();
     argv = utf8_arguments(&argc, argv);
     if (!argv)
         return out_of_memory();
@@ -6652,10 +6732,11 @@ int main(int argc, char **argv)
     opts.stops = malloc(sizeof *opts.stops * (size_t)argc);
     opts.choices = malloc(sizeof *opts.choices * (size_t)argc);
     opts.biases = malloc(sizeof *opts.biases * ((size_t)argc + 16));
+    opts.given = malloc(sizeof *opts.given * (size_t)argc);
     p.out.terminal = is_terminal(stdout);
     mid_line = p.out.terminal;
-    int status = opts.stops && opts.choices && opts.biases ? parse_options(&opts, argc, argv)
-                                                           : out_of_memory();
+    int has_memory = opts.stops && opts.choices && opts.biases && opts.given;
+    int status = has_memory ? parse_options(&opts, argc, argv) : out_of_memory();
     p.shows_progress = !opts.quiet && is_terminal(stderr);
     if (status == DONE && opts.help)
         print_help(&p.out);
@@ -6677,7 +6758,8 @@ int main(int argc, char **argv)
         p.editor.text.items, p.editor.screen.items,
         p.editor.history.items, p.editor.draft.items, p.system, p.prompt.items, p.echo.items,
         p.ids.items, p.reply.text.items, p.reply.logprobs.items, p.reply.tops.items,
-        p.reply.ends.items, p.reply.choices.items, opts.stops, opts.choices, opts.biases};
+        p.reply.ends.items, p.reply.choices.items, opts.stops, opts.choices, opts.biases,
+        opts.given};
     for (size_t i = 0; i < sizeof rest / sizeof *rest; i++)
         free(rest[i]);
     return status == INTERRUPTED && ended_by ? 128 + ended_by : status;
@@ -6739,11 +6821,11 @@ static void on_quit(int signal_number)
     raise(signal_number);
 }
 
-static void catch_interrupts(int ends_reading)
+static void catch_interrupts(void)
 {
     struct sigaction interrupt = {0}, inherited;
     interrupt.sa_handler = on_interrupt;
-    interrupt.sa_flags = ends_reading ? 0 : SA_RESTART;
+    interrupt.sa_flags = SA_RESTART;
     sigemptyset(&interrupt.sa_mask);
     static const int numbers[] = {SIGINT, SIGTERM, SIGHUP};
     for (int i = 0; i < 3; i++)
@@ -6822,7 +6904,7 @@ static int reader_left(int error) { return error == EPIPE; }
  * such limit. */
 static struct termios lines, keys;
 static volatile sig_atomic_t is_raw;
-static volatile sig_atomic_t size_changed; /* RESIZED or COVERED */
+static volatile sig_atomic_t suspensions; /* counted, so that each is noticed */
 
 /* The settings, and whether pastes are marked (bracketed paste). */
 static void set_terminal(const struct termios *settings, int marks_pastes)
@@ -6852,15 +6934,11 @@ static void on_suspend(int signal_number)
     raise(SIGSTOP);
     if (is_raw)
         set_terminal(&keys, 1);
-    size_changed = COVERED;
+    suspensions++;
     errno = reason;
 }
 
-static void on_resize(int signal_number)
-{
-    (void)signal_number;
-    size_changed = size_changed ? size_changed : RESIZED;
-}
+static void on_resize(int signal_number) { (void)signal_number; } /* it ends the wait for keys */
 
 static int terminal_raw(void)
 {
@@ -6892,14 +6970,15 @@ static int terminal_raw(void)
 
 static int terminal_size(size_t *width, size_t *height)
 {
+    static sig_atomic_t seen;
     struct winsize size = {0};
-    int changed = size_changed;
-    size_changed = 0;
-    if (ioctl(STDERR_FILENO, TIOCGWINSZ, &size) != 0)
-        return changed;
-    *width = size.ws_col ? size.ws_col : *width;
-    *height = size.ws_row ? size.ws_row : *height;
-    return changed;
+    int before = seen;
+    seen = suspensions;
+    if (ioctl(STDERR_FILENO, TIOCGWINSZ, &size) == 0) {
+        *width = size.ws_col ? size.ws_col : *width;
+        *height = size.ws_row ? size.ws_row : *height;
+    }
+    return seen != before;
 }
 
 static int input_waits(int milliseconds)
@@ -6932,7 +7011,7 @@ static int edit_file(const char *path)
 static long read_input(char *bytes, size_t n, int wait)
 {
     struct pollfd input = {STDIN_FILENO, POLLIN, 0};
-    if (!wait && poll(&input, 1, 0) <= 0) {
+    if (poll(&input, 1, wait ? 200 : 0) <= 0) {
         errno = EAGAIN;
         return -1;
     }
@@ -6974,9 +7053,8 @@ static void on_interrupt(int signal_number)
     gemma2_cancel(interruptible, 1); /* NULL is refused, and that is all */
 }
 
-static void catch_interrupts(int ends_reading)
+static void catch_interrupts(void)
 {
-    (void)ends_reading; /* it always does */
     signal(SIGINT, on_interrupt);
 }
 

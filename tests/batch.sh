@@ -78,6 +78,11 @@ printf '{"messages": [{"role": "system", "content": "Rhyme."}, {"role": "user", 
 batch "$TMP/in" -s 2 --json | results | sed 's/^1 \(".*"\), "length".*/\1/' >"$TMP/got"
 "$RUN" "$STORY" -q --json -c -S Rhyme. -s 2 -n 9 Hi | sed 's/^{"text": \(".*"\), "prompt_ids.*/\1/' >"$TMP/alone"
 same "$TMP/alone" "$TMP/got" "messages"
+cat >"$TMP/in" <<'END'
+{"messages": [{"role": "developer", "content": [{"type": "text", "text": "Rhy"}, {"text": "me.", "type": "text"}]}, {"content": [{"type": "text", "text": "Hi"}], "role": "user"}], "max_tokens": 9}
+END
+batch "$TMP/in" -s 2 --json | results | sed 's/^1 \(".*"\), "length".*/\1/' >"$TMP/got"
+same "$TMP/alone" "$TMP/got" "messages of a developer, and in parts"
 printf '{"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 9}\n' >"$TMP/in"
 batch "$TMP/in" -s 2 --json -S Rhyme. | results | sed 's/^1 \(".*"\), "length".*/\1/' >"$TMP/got"
 same "$TMP/alone" "$TMP/got" "messages, with the system text of the options"
@@ -105,6 +110,8 @@ bad 'prompt\" must be a text' '{"prompt": 5}'
 bad 'there is no key \"promt\"' '{"promt": "a"}'
 bad 'message 1 needs' '{"messages": [{"role": "bot", "content": "a"}]}'
 bad 'message 1 needs' '{"messages": [{"role": "user", "content": 5}]}'
+bad "part 2 of its \\\"content\\\" has the type 'image_url'" \
+    '{"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image_url"}]}]}'
 bad 'message 2 needs' '{"messages": [{"role": "user", "content": "a"}, 7]}'
 bad 'must be a list of messages' '{"messages": {}}'
 bad 'a number from 0 to 1000000' '{"prompt": "a", "temperature": -1}'
@@ -220,6 +227,10 @@ batch "$TMP/seeds" -q -o "$TMP/out"; claim $? -eq 2 "exit status where OUT holds
 same "$TMP/seeds" "$TMP/out" "OUT that holds no results"
 
 # ---- Streams -----------------------------------------------------------------------------
+if [ -w /dev/full ]; then
+    batch "$TMP/in" -q -s 5 >/dev/full; claim $? -eq 1 "exit status on a full disk"
+    claim "$(grep -c 'cannot write to standard output: No space' "$TMP/err")" -eq 1 "sentences"
+fi
 { batch "$TMP/in" -q -s 5; echo $? >"$TMP/status"; } | head -n 1 >"$TMP/got"
 claim "$(cat "$TMP/status")" -eq 0 "exit status when the reader leaves"
 sed 1d "$TMP/in" | batch - -q -s 5 >"$TMP/got"; claim "$(wc -l <"$TMP/got")" -eq 12 "results of standard input"

@@ -69,7 +69,7 @@ void edit_bytes(const uint8_t *data, size_t size)
             c.width = 4 + data[i + 1] % 90u;
             c.height = 1 + data[i + 2] % 30u;
             e.screen.n = 0;
-            fit(&e, c.width, c.height, RESIZED);
+            fit(&e, c.width, c.height, 0);
             c.row = e.row - e.top; /* as if nothing else stood there */
             c.column = place_of(&e, e.at).column;
             c.full = 0;

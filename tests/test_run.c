@@ -11,6 +11,54 @@
 
 #include "check.h"
 
+/* ---- options ---- */
+
+#define EVERYWHERE " model quiet verbose help version threads exact in-memory "
+#define PROMPT_WORDS " chat system prompt file ids "
+#define ROOM " context window kv "
+#define CHOOSING " max-tokens temperature seed top-k top-p min-p repeat-penalty presence-penalty " \
+    "frequency-penalty repeat-last-n logit-bias stop choice grammar schema schema-spaces " \
+    "ignore-eos "
+
+/* The options that a mode uses.  It refuses all others, but for those that choose a mode. */
+static const struct {
+    mode_kind mode;
+    const char *used;
+} MEANINGS[] = {
+    {GENERATE, PROMPT_WORDS ROOM CHOOSING " echo json top-logprobs lookup draft draft-max session "
+     "load "},
+    {CONVERSE, " chat system " ROOM CHOOSING " lookup draft draft-max session load history full "},
+    {BATCH, " chat system " ROOM CHOOSING " json top-logprobs lookup output parallel "},
+    {TOKENIZE, PROMPT_WORDS " json "},
+    {DETOKENIZE, ""},
+    {LOGITS, PROMPT_WORDS ROOM " json "},
+    {SCORE, PROMPT_WORDS ROOM " json "},
+    {PERPLEXITY, ROOM},
+    {IMPORTANCE, " prompt file ids importance-block " ROOM},
+    {INFO, ROOM " json "},
+    {CHECK, ""},
+    {TRACE, PROMPT_WORDS ROOM},
+    {EMBED, PROMPT_WORDS ROOM " json "},
+    {REWARD, PROMPT_WORDS ROOM " json "},
+};
+
+static void test_meanings(void)
+{
+    char said[SENTENCE], word[40];
+    for (size_t i = 0; i < sizeof MEANINGS / sizeof *MEANINGS; i++)
+        for (const option *o = OPTIONS; o < OPTIONS + N_OPTIONS; o++) {
+            if (o->kind == HEADING || o->mode)
+                continue;
+            options opts = {.mode = MEANINGS[i].mode, .given = &o, .n_given = 1};
+            snprintf(word, sizeof word, " %s ", o->name);
+            int used = strstr(MEANINGS[i].used, word) || strstr(EVERYWHERE, word);
+            overheard = strcpy(said, "");
+            check(check_meanings(&opts) == (used ? DONE : USAGE) && (used || strstr(said, o->name)),
+                  "--%s in mode %d: '%s'", o->name, (int)MEANINGS[i].mode, said);
+            overheard = NULL;
+        }
+}
+
 /* ---- JSON ---- */
 
 /* Reads a copy of exactly those bytes, so that a sanitizer sees a step past their end. */
@@ -309,6 +357,7 @@ static void test_turns(void)
 
 int main(void)
 {
+    test_meanings();
     test_turns();
     test_schemas();
     test_json_refusals();

@@ -1,6 +1,7 @@
 /* gemma2.c - Gemma 2 inference in one file.  See gemma2.h for how to use it.
  *
- * MAP (grep -n '^ \* [1-9A]\. \|^/\* ----' gemma2.c lists sections and parts with their lines)
+ * MAP.  grep -n '^ \* [1-9A]\. \|^/\* ----' gemma2.c lists sections and parts with their lines,
+ * grep -n -A40 '^[^ ].*\bshare(' gemma2.c shows a function.
  *   1 Gemma 2         the facts of 2B, 9B and 27B; the model in plain loops: plain_forward
  *   2 The weight file the byte table (normative), and how numbers lie in it: value_of
  *   3 Kernels         the specification of every sum, in plain C: struct kernels
@@ -67,9 +68,20 @@
  *   a mask     a bit for each token, 1: it may come next.  gemma2_matcher_allowed -> fill_mask ->
  *              walk_tree -> take_token.  The caller puts it into sampler.allow: gemma2_sample ->
  *              sample -> keep_top -> draw.  gemma2_matcher_accept -> after_token.
- *   a draft    gemma2_eval_ahead -> evaluate_ahead -> make_guesses -> gemma2_eval_rows
- *   a text     gemma2_encode -> normalise -> encode_text -> merge_symbols -> emit_symbol
- *   a file     gemma2_open -> file_open; make_model -> read_header, read_directory, place_matrix
+ *   a draft    gemma2_eval_ahead -> evaluate_ahead -> make_guesses (how many: choose_drafts) ->
+ *              gemma2_eval_rows; a wrong one is overwritten.
+ *   a text     gemma2_encode -> normalise -> encode_text -> merge_symbols -> emit_symbol; back:
+ *              gemma2_decode -> release_bytes.  A chat: encode_messages -> add_part, add_message.
+ *   a file     gemma2_open -> file_open; make_model -> read_header (identity), read_directory ->
+ *              place_matrix.  Weights are verified by gemma2_check alone.
+ *
+ * WHERE
+ *   exp, tanh, cos    exp_f32, tanh_f32, cos_sin     many sessions    judge_rows, run_rows
+ *   int8 inputs       quantise_group                 how many threads default_threads
+ *   RoPE              rotate; angles: embed_task     team or alone    next_way, useful_threads
+ *   values not finite store_head, weigh, sample      to cancel        gemma2_cancel, ask_task
+ *   memory            place_all, place_scratch       to go back       gemma2_rewind, ring, oldest
+ *   matrix class      struct matrix_kernels          a saved session  save_session, next_place
  *
  * SAME BITS.  Every sum below has one stated order.  In products of weights and in the sums
  * over keys and values each product rounds once together with the sum, everywhere else before

@@ -20,6 +20,7 @@
  *   T tokens of a pass   D model width   N query heads   K key/value heads   H head_dim
  *   F ffn width   V vocabulary   L layers   W window   G = N/K query heads a kv head
  *   B most tokens of a pass (n_batch)   R slots of a layer's cache   H' H rounded up to 16
+ *   A row of a pass is one token of one session; a row of a matrix is one of its outputs.
  *   Arrays are written with their shape, last index fastest: x[T][D].
  *
  * ONE LAYER (google/gemma_pytorch, gemma/model.py, Gemma2DecoderLayer)
@@ -1072,8 +1073,8 @@ static void read_row(const struct matrix *w, uint32_t r, float *y)
 /* ===================================================================================
  * 3. Kernels: the specification
  *
- * What these functions return, to the bit, is what every row of the appendix returns, except
- * in the matrix class (struct matrix_kernels).
+ * What these functions return, to the bit, is what every instruction set of the appendix returns,
+ * except in the matrix class (struct matrix_kernels).
  * Each operation rounds to float, to nearest even; sums run in the order written.
  * =================================================================================== */
 
@@ -1155,11 +1156,11 @@ struct tiles {
 typedef void product_fn(const struct tiles *w, const struct input *in, size_t t, int n, float *y);
 
 /* The matrix class: what gemma2_prefill uses where a CPU has units for bf16.
- *   row avx512bf16   products of bf16 weights; quantised ones stay exact
- *   row amx          products of bf16 and quantised weights; s * value is rounded to bf16, too
- *   both             attention over an f16 or q8 cache: keys, values and its weights
+ *   avx512bf16   products of bf16 weights; quantised ones stay exact
+ *   amx          products of bf16 and quantised weights; s * value is rounded to bf16, too
+ *   both         attention over an f16 or q8 cache: keys, values and its weights
  * Inputs are rounded to bf16 and sums have another order, so results differ from the exact class
- * and between the two rows, but not with the number of threads or the way tokens are cut into
+ * and between the two, but not with the number of threads or the way tokens are cut into
  * batches.  f32 weights and f32 caches never use it.  choose_matrix decides when a model is
  * opened: exact_prefill declines it. */
 struct matrix_kernels {
@@ -1527,8 +1528,8 @@ static const struct kernels scalar_kernels = {
 static const struct kernels *select_kernels(struct errbuf *err);
 static sha256_fn *fast_sha256(void); /* appendix */
 
-/* A row's matrix class, or what stands in for it where the system refuses its registers.  A
- * permission, once granted, stays with the process.  In the appendix. */
+/* An instruction set's matrix class; NULL where the system refuses its registers.  A permission,
+ * once granted, stays with the process.  In the appendix. */
 static const struct matrix_kernels *permitted_matrix(const struct matrix_kernels *wanted);
 
 /* A running log-sum-exp over blocks of logits. */
@@ -7565,16 +7566,15 @@ static void gather(const struct pass *p, int layer, int input, const float *x, s
 /* ===================================================================================
  * A. Appendix: the same kernels, faster
  *
- * A row of the table is an instruction set.  Element-wise kernels are the functions of
- * section 3 compiled again for wider registers; sums of lines and products of quantised
- * weights are written with intrinsics, in the same order of the same roundings.  (gcc 12 keeps
- * vectors of 64 bytes in memory where registers are shorter, and no compiler finds the dot
- * products of bytes.)  To add a row: a set of functions, a line in all_kernels.  The tests
- * find it there and hold it against the scalar row.
+ * Element-wise kernels are the functions of section 3 compiled again for wider registers; sums of
+ * lines and products of quantised weights are written with intrinsics, in the same order of the
+ * same roundings.  (gcc 12 keeps vectors of 64 bytes in memory where registers are shorter, and
+ * no compiler finds the dot products of bytes.)  A new instruction set is a set of functions and
+ * a line in all_kernels.  The tests find it there and hold it against the scalar one.
  * =================================================================================== */
 
-/* Which CPU gets which row: the first that is available.  A row takes from a lower one of its
- * family what it has nothing faster for. */
+/* Which CPU gets which kernels: the first that are available.  An instruction set takes from a
+ * lower one of its family what it has nothing faster for. */
 #ifdef HAVE_AMX
 static const struct kernels amx_kernels;
 #endif
@@ -7611,10 +7611,10 @@ static const struct kernels *const all_kernels[] = {
 
 enum { N_KERNELS = sizeof all_kernels / sizeof *all_kernels };
 
-/* ---- what all rows share: from a call's type and sizes to kernels that know them ----
+/* ---- what all instruction sets share: from a call's type and sizes to kernels that know them ----
  * The kernels below are written for types and numbers of rows that are constants, so that sums
- * stay in registers.  These functions are inlined into each row's own, and so are the kernels
- * that they are handed. */
+ * stay in registers.  These functions are inlined into each instruction set's own, and so are the
+ * kernels that they are handed. */
 
 /* The largest of 8, 4, 2 and 1 within both. */
 INLINE int at_once(int left, int most)
@@ -7725,7 +7725,8 @@ INLINE void prefetch_block(uint32_t type, const uint8_t *group)
 }
 #endif
 
-/* A product of one quantised tile; `how` tells apart the rows that share a kernel. */
+/* A product of one quantised tile; `how` tells apart the instruction sets that share a
+ * kernel. */
 typedef void tile_fn(const int how, const uint32_t type, const int n, const struct tiles *w,
                      const struct input *in, size_t t, float *y);
 enum { VNNI = 1, MANY = 2 }; /* bits of `how` on x86: n is not a constant */
@@ -9038,7 +9039,7 @@ static int has_avx512bf16(void)
  * signal stacks too small for those.  So looking at the table only asks whether the kernel
  * knows of tiles at all; the permission is asked for when a model is opened that may use
  * them, again at each, which is harmless.  Where it is refused (some thread's alternate stack
- * is too small already, or a sandbox says no) the row keeps its other kernels. */
+ * is too small already, or a sandbox says no) amx keeps its other kernels. */
 #ifdef HAVE_AMX
 enum { GET_XCOMP_SUPP = 0x1021, REQ_XCOMP_PERM = 0x1023, XTILECFG = 17, XTILEDATA = 18 };
 
@@ -9057,31 +9058,32 @@ static int has_amx(void) /* AMX-BF16 and AMX-TILE */
 static int may_use_tiles(void) { return !syscall(SYS_arch_prctl, REQ_XCOMP_PERM, XTILEDATA); }
 #endif
 
-/* A row of AVX-512, or of AVX2, apart from what differs. */
-#define AVX512_ROW                                                                            \
+/* What the instruction sets of a family have in common. */
+#define AVX512_COMMON                                                                         \
     .add_lines = add_lines_avx512, .int8_tile = int8_tile_avx512,                             \
     .int8_panel = int8_panel_avx512, .tile_rows = 48,                                         \
     .quantise = quantise_avx512, .rms_norm = rms_norm_avx512, .geglu = geglu_avx512,          \
     .soft_cap = soft_cap_avx512, .exp_sum = exp_sum_avx512, .blend = blend_avx512,           \
     .to_f16 = to_f16_avx512
-#define AVX2_ROW                                                                              \
+#define AVX2_COMMON                                                                           \
     .add_lines = add_lines_avx2, .quantise = quantise_avx2, .rms_norm = rms_norm_avx2,        \
     .tile_rows = 48,                                                                          \
     .geglu = geglu_avx2, .soft_cap = soft_cap_avx2, .exp_sum = exp_sum_avx2,                  \
     .blend = blend_avx2, .to_f16 = to_f16_avx2
 
 #ifdef HAVE_AMX
-static const struct kernels amx_kernels = {"amx", has_amx, AVX512_ROW, .matrix = &amx_matrix};
+static const struct kernels amx_kernels = {"amx", has_amx, AVX512_COMMON, .matrix = &amx_matrix};
 #endif
 #ifdef HAVE_AVX512BF16
-static const struct kernels avx512bf16_kernels = {"avx512bf16", has_avx512bf16, AVX512_ROW,
+static const struct kernels avx512bf16_kernels = {"avx512bf16", has_avx512bf16, AVX512_COMMON,
                                                   .matrix = &avx512bf16_matrix};
 #endif
-static const struct kernels avx512_kernels = {"avx512", has_avx512, AVX512_ROW};
-static const struct kernels avxvnni_kernels = {"avxvnni", has_avxvnni, AVX2_ROW,
+static const struct kernels avx512_kernels = {"avx512", has_avx512, AVX512_COMMON};
+static const struct kernels avxvnni_kernels = {"avxvnni", has_avxvnni, AVX2_COMMON,
                                                .int8_tile = int8_tile_avxvnni,
                                                .int8_panel = int8_panel_avxvnni};
-static const struct kernels avx2_kernels = {"avx2", has_avx2, AVX2_ROW, .int8_tile = int8_tile_avx2,
+static const struct kernels avx2_kernels = {"avx2", has_avx2, AVX2_COMMON,
+                                            .int8_tile = int8_tile_avx2,
                                             .int8_panel = int8_panel_avx2};
 
 #endif /* HAVE_X86 */
@@ -9093,7 +9095,7 @@ static const struct kernels avx2_kernels = {"avx2", has_avx2, AVX2_ROW, .int8_ti
  * NEON belongs to the base of the architecture, so the functions of section 3 already come
  * out of the compiler in vectors of four; the element-wise kernels are taken from there.
  * A register holds [4 rows][4 inputs] of a step, so a group is 8 registers for each quarter
- * of a tile.  The rows of the table differ in how they sum a group: */
+ * of a tile.  The instruction sets differ in how they sum a group: */
 enum { WIDENING, SDOT, SMMLA };
 
 /* 4 numbers of a line as floats; of bf16 those of the odd line of two or the one before. */
@@ -9526,18 +9528,19 @@ static int has_i8mm(void)
     return has_dotprod() && (told || has_feature(1, 13, "hw.optional.arm.FEAT_I8MM", 66));
 }
 
-#define NEON_ROW                                                                              \
+#define NEON_COMMON                                                                           \
     .add_lines = add_lines_neon, .quantise = quantise, .rms_norm = rms_norm, .geglu = geglu,  \
     .tile_rows = 8,                                                                           \
     .soft_cap = soft_cap, .exp_sum = exp_sum, .blend = blend, .to_f16 = to_f16
 
-static const struct kernels i8mm_kernels = {"i8mm", has_i8mm, NEON_ROW,
+static const struct kernels i8mm_kernels = {"i8mm", has_i8mm, NEON_COMMON,
                                             .int8_tile = int8_tile_dotprod,
                                             .int8_panel = int8_panel_i8mm};
-static const struct kernels dotprod_kernels = {"dotprod", has_dotprod, NEON_ROW,
+static const struct kernels dotprod_kernels = {"dotprod", has_dotprod, NEON_COMMON,
                                                .int8_tile = int8_tile_dotprod,
                                                .int8_panel = int8_panel_dotprod};
-static const struct kernels neon_kernels = {"neon", always, NEON_ROW, .int8_tile = int8_tile_neon,
+static const struct kernels neon_kernels = {"neon", always, NEON_COMMON,
+                                            .int8_tile = int8_tile_neon,
                                             .int8_panel = int8_panel_neon};
 
 #endif /* HAVE_NEON */
@@ -9619,7 +9622,7 @@ static sha256_fn *fast_sha256(void)
     return NULL;
 }
 
-/* The best row this CPU has, or the one that GEMMA2_ISA names. */
+/* The best instruction set this CPU has, or the one that GEMMA2_ISA names. */
 static const struct kernels *select_kernels(struct errbuf *err)
 {
     const char *name = getenv("GEMMA2_ISA");

@@ -545,8 +545,8 @@ typedef struct {
     float min_p;               /* relative to the best token; 0..1; 0: off */
     uint64_t rng;              /* state of PCG32 (XSH-RR 64/32, increment 1442695040888963407,
                                 * seeded as by pcg32_srandom); one draw a token, none if greedy */
-    const uint32_t *allow;     /* bits of the tokens that may be drawn, see
-                                * gemma2_matcher_allowed; NULL: all */
+    const uint32_t *allow;     /* the mask of the tokens that may be drawn, as
+                                * gemma2_matcher_allowed fills it; NULL: all */
 } gemma2_sampler;
 GEMMA2_API void gemma2_sampler_init(gemma2_sampler *sampler, uint64_t seed);
 
@@ -604,7 +604,7 @@ typedef struct {
 } gemma2_grammar_state;
 GEMMA2_API int gemma2_matcher_start(gemma2_matcher *matcher, gemma2_grammar_state *state);
 
-/* Sets the bits of the tokens that may come next, bit id % 32 of mask[id / 32], for all of V.
+/* Fills the mask: bit id % 32 of mask[id / 32] is 1 where that token may come next, for all of V.
  * Stop tokens may where the reply may end; other tokens without text, as turn markers, only where
  * the grammar names them.  left, -1 for any number: how many tokens may still come.  With
  * left >= gemma2_matcher_shortest only those are allowed after which the reply can be finished. */

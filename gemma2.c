@@ -49,8 +49,9 @@
  *              leave_task.  The plain model: plain_forward -> plain_attention ..
  *   a product  prepare -> prepare_task: norm, and inputs rounded to int8 or bf16.  multiply ->
  *              product_task -> multiply_pairs -> multiply_in_class -> matrix->bf16_panel, or
- *              multiply_tiles: isa->int8_tile for one tile and up to 16 rows of the pass,
- *              isa->int8_panel for two tiles and more rows; f32 and bf16: isa->add_lines.
+ *              multiply_tiles: isa->int8_tile, one tile and 16 rows of the pass at a time; in
+ *              passes of more than tile_rows isa->int8_panel, two tiles and 256 rows; f32 and
+ *              bf16: isa->add_lines.
  *   q3         in plain C: int8_tile -> unpack_group -> value_of -> value_q3.  With AVX-512:
  *              int8_tile_avx512 -> tile_by_type -> tile_by_rows -> tile_avx512 ->
  *              operands_avx512 -> operands_q3_avx512; int8_panel_avx512 -> panel_by_type ->
@@ -60,8 +61,9 @@
  *   a CPU      select_kernels: the first of all_kernels that is available, or GEMMA2_ISA's;
  *              choose_matrix: whether prompts use its matrix class.
  *   the cache  place_cache sets R; store_head writes key and value to slot_of: position % R.
- *              query_of applies the window.  attend_rows -> cut_attention -> attend_task ->
- *              attend -> attend_block -> score_keys, weigh (soft-cap), mix_values, merge_partial.
+ *              query_of applies the window.  attend_rows -> cut_attention, attend_task ->
+ *              attend_gathered -> attend -> attend_block -> score_keys, weigh (soft-cap),
+ *              mix_values, merge_partial.
  *   a task     share(me, n, task, context): each thread of the team draws a number below n from
  *              team->drawn and calls task(context, number), until all are done: end_phase.
  *   logits     head -> multiply -> product_task -> output: straight into row->logits, which is
@@ -70,7 +72,7 @@
  *              walk_tree -> take_token.  The caller puts it into sampler.allow: gemma2_sample ->
  *              sample -> keep_top -> draw.  gemma2_matcher_accept -> after_token.
  *   a draft    gemma2_eval_ahead -> evaluate_ahead -> make_guesses (how many: choose_drafts) ->
- *              gemma2_eval_rows; a wrong one is overwritten.
+ *              gemma2_eval_rows.  The slot of a wrong one is overwritten.
  *   a text     gemma2_encode -> normalise -> encode_text -> merge_symbols -> emit_symbol; back:
  *              gemma2_decode -> release_bytes.  A chat: encode_messages -> add_part, add_message.
  *   a file     gemma2_open -> file_open; make_model -> read_header (identity), read_directory ->
@@ -442,7 +444,7 @@ struct gemma2_worker {
     int32_t n_batch, n_threads, n_context;
     gemma2_run *run; /* the host's threads; NULL: OpenMP's */
     void *run_context;
-    struct pace pace[N_PACES]; /* of 1 .. FEW_ROWS rows, then up to twice as many each */
+    struct pace pace[N_PACES]; /* of 1, 2 .. FEW_ROWS rows, then of up to twice as many each */
     gemma2_hook *hook; /* or NULL */
     void *hook_context;
     _Atomic int status; /* of the pass */
@@ -478,8 +480,8 @@ struct gemma2_session {
     int32_t cache_type; /* GEMMA2_CACHE_F32, .. */
     int32_t width; /* H' */
     int32_t position;      /* tokens held */
-    int32_t ring;          /* slots of a local layer, without those of drafts */
-    int32_t oldest;        /* the first position that they still hold */
+    int32_t ring;          /* R of local layers, without the slots of drafts */
+    int32_t oldest;        /* the first position that those slots still hold */
     int32_t pending, fate; /* rows of the pass being set up; GEMMA2_OK, or why they are not done */
     const gemma2_ahead *ahead;         /* whose drafts lie behind position, or NULL */
     const gemma2_session *cancels_too; /* the session that it drafts for, or NULL */
@@ -1127,13 +1129,13 @@ struct lines {
     int prefetch, every; /* so far ahead, of every second, fourth .. line: a power of 2 */
     int go_on;         /* the sums start at what y holds, else at 0 */
     size_t x_step;     /* PAIRS: floats from 16 pairs of x to its next 16 */
-    int scales, strip; /* Q8: bytes from a key strip or a value to its scales; the first strip's
-                        * number in the value */
+    int scales;        /* Q8: bytes from a strip of keys or a value to its scales */
+    int strip;         /* Q8: number of the first strip in the value */
 };
 
 /* y[j][16 strip + lane] = sum of x[j][k] * line k of the strip [lane], for n rows j; k ascends,
- * and each product and sum round once together (add_product).  Of LINES_PAIRS, which only the
- * matrix class has, both x and the lines hold pairs of bf16, multiplied pair by pair. */
+ * and each product and sum round once together (add_product).  With LINES_PAIRS, which only the
+ * matrix class uses, x and the lines hold pairs of bf16, multiplied pair by pair. */
 typedef void add_lines_fn(const struct lines *lines, const float *x, size_t ldx, int n, float *y,
                           size_t ldy);
 
@@ -1322,9 +1324,9 @@ static void int8_tile(const struct tiles *w, const struct input *in, size_t t, i
         y[i] *= ((const float *)w->data[0])[i % TILE];
 }
 
-/* Weights of any type.  Floats are lines, inputs ascending from 0;
- * with many tokens in steps of inputs that stay in the fastest cache.  With 4 rows and more bf16
- * waits for memory unless every line is asked for. */
+/* Weights of any type.  Floats are lines, inputs ascending from 0, with many tokens in steps of
+ * inputs that stay in the fastest cache.  With 4 rows and more bf16 waits for memory unless every
+ * line is asked for. */
 static void multiply_tiles(const struct kernels *isa, const struct tiles *w,
                            const struct input *in, size_t t, int n, float *y)
 {
@@ -2062,8 +2064,8 @@ struct product_job {
     size_t n_pairs, pairs_a_task, pairs_at_once;
 };
 
-/* Rows of both classes meet a pair of tiles one class after the other, while it is in the cache.
- * The matrix class takes two tiles. */
+/* Whether the matrix class multiplies row t.  Where a pass has rows of both classes, those of the
+ * exact class come first. */
 static int in_matrix(const struct product_job *job, uint32_t type, size_t t)
 {
     return t >= job->n_exact && uses_matrix(job->pass, type);
@@ -2078,7 +2080,8 @@ static void multiply_in_class(const struct product_job *job, const struct tiles 
         multiply_tiles(job->pass->model->isa, w, &job->in, t, n, y);
 }
 
-/* y[i][which] of n <= 256 rows from t on, for one tile: no kernel takes it with another. */
+/* y[i][which] of n <= 256 rows from t on, for a tile that no kernel takes with another.  The matrix
+ * class takes two tiles: it gets this one twice. */
 static void multiply_tile(const struct product_job *job, const struct matrix *w,
                           const uint8_t *tile, size_t t, int n, float (*y)[2][TILE], int which)
 {
@@ -2248,8 +2251,8 @@ static const struct {
     char cols;
 } layer_inputs[INPUTS_A_LAYER] = {{"q", 'D'}, {"o", 'q'}, {"gate", 'D'}, {"down", 'F'}};
 
-static void gather(const struct pass *p, int layer, int input, const float *x,
-                   size_t cols); /* section 9 */
+static void add_importance(const struct pass *p, int layer, int input, const float *x,
+                           size_t cols); /* section 9 */
 
 /* RoPE on one head: pairs (i, i + H/2) turn by the row's angles (half-split, as in
  * transformers apply_rotary_pos_emb), then times scale. */
@@ -2765,7 +2768,7 @@ static void attention(struct pass *p)
                             .post_norm = &w->post_attn_norm};
     prepare(p, &qkv);
     trace(p, "attn_norm", p->layer, work->normed, p->n, d);
-    gather(p, p->layer, INPUT_Q, work->normed, d);
+    add_importance(p, p->layer, INPUT_Q, work->normed, d);
     multiply(p, qkv);
     share_rows(p, rotate_and_store_task);
     trace(p, "q", p->layer, work->q, p->n, w->q.rows);
@@ -2773,7 +2776,7 @@ static void attention(struct pass *p)
     trace(p, "v", p->layer, work->v, p->n, w->v.rows);
     attend_rows(p);
     trace(p, "attn", p->layer, work->attended, p->n, w->o.cols);
-    gather(p, p->layer, INPUT_O, work->attended, w->o.cols);
+    add_importance(p, p->layer, INPUT_O, work->attended, w->o.cols);
     prepare(p, &o);
     multiply(p, o);
     trace(p, "o", p->layer, work->added, p->n, d);
@@ -2794,10 +2797,10 @@ static void feed_forward(struct pass *p)
                                .post_norm = &w->post_ffn_norm};
     prepare(p, &gate_up);
     trace(p, "ffn_norm", p->layer, work->normed, p->n, d);
-    gather(p, p->layer, INPUT_GATE, work->normed, d);
+    add_importance(p, p->layer, INPUT_GATE, work->normed, d);
     multiply(p, gate_up);
     trace(p, "geglu", p->layer, work->gated, p->n, f);
-    gather(p, p->layer, INPUT_DOWN, work->gated, f);
+    add_importance(p, p->layer, INPUT_DOWN, work->gated, f);
     prepare(p, &down);
     multiply(p, down);
     trace(p, "down", p->layer, work->added, p->n, d);
@@ -2974,7 +2977,7 @@ static void run_pass(struct member *me, void *context)
         score_rows(&p);
     if (p.importance) {
         head_inputs(&p);
-        gather(&p, p.layer, INPUT_Q, p.worker->normed, p.model->head.cols);
+        add_importance(&p, p.layer, INPUT_Q, p.worker->normed, p.model->head.cols);
     }
 }
 
@@ -6542,7 +6545,7 @@ typedef struct stat file_facts;
 
 /* A descriptor, or -1 and errno.  path is UTF-8, on Windows too.  A pipe that nobody writes to is
  * not waited for. */
-static int open_file(const char *path)
+static int open_descriptor(const char *path)
 {
 #ifdef _WIN32
     WCHAR wide[4096];
@@ -6618,7 +6621,7 @@ static int map_file(struct file *f, int fd, struct errbuf *err)
 static int file_open(struct file *f, const char *path, int read_in, struct errbuf *err)
 {
     file_facts facts = {0};
-    int fd = open_file(path), ok = 0, reason = errno;
+    int fd = open_descriptor(path), ok = 0, reason = errno;
     if (fd < 0 && reason != EISDIR)
         return fail(err, "cannot open: %s; give the path of a model file",
                     reason == EILSEQ ? "the path is not UTF-8, or too long" : strerror(reason));
@@ -7498,7 +7501,7 @@ static double processor_quota(const char *root)
 
 /* ---- importance: sums of products of neighbouring inputs, for gemma2_importance ---- */
 
-struct gather_job {
+struct importance_job {
     const float *x; /* [T][cols] */
     size_t n, cols, block;
     double *sums;   /* [block][cols] */
@@ -7506,7 +7509,7 @@ struct gather_job {
 
 /* sums[r][c] += x[t][c] * x[t][c - c % block + r] for all t, one c after another up to last
  * (they are in one block, unless block is 1). */
-static void add_products(const struct gather_job *job, size_t r, size_t c, size_t last)
+static void add_products(const struct importance_job *job, size_t r, size_t c, size_t last)
 {
     double sum[TILE];
     size_t n = last - c, other = c - c % job->block + r, step = job->block == 1;
@@ -7519,16 +7522,16 @@ static void add_products(const struct gather_job *job, size_t r, size_t c, size_
     memcpy(job->sums + r * job->cols + c, sum, n * sizeof *sum);
 }
 
-static size_t columns_a_task(const struct gather_job *job)
+static size_t columns_a_task(const struct importance_job *job)
 {
     return job->block > 1 ? job->block : BLOCK_INPUTS;
 }
 
 /* A block, or 256 columns of means alone: what stands at or above the diagonal, in pieces of
  * 16, and its mirror image. */
-static void gather_task(void *context, size_t task)
+static void importance_task(void *context, size_t task)
 {
-    const struct gather_job *job = context;
+    const struct importance_job *job = context;
     size_t first = task * columns_a_task(job), last = first + columns_a_task(job);
     last = last < job->cols ? last : job->cols;
     for (size_t c = first; c < last; c += TILE)
@@ -7553,14 +7556,14 @@ static uint64_t input_first(const gemma2_config *c, int layer, int input)
 }
 
 /* Adds the pass's rows of x, the input of a product, to the sums; if these are wanted. */
-static void gather(const struct pass *p, int layer, int input, const float *x, size_t cols)
+static void add_importance(const struct pass *p, int layer, int input, const float *x, size_t cols)
 {
     if (!p->importance)
         return;
     uint64_t first = input_first(&p->model->config, layer, input);
-    struct gather_job job = {x, p->n, cols, p->importance_block,
-                             p->importance + p->importance_block * first};
-    share(p->me, (cols - 1) / columns_a_task(&job) + 1, gather_task, &job);
+    struct importance_job job = {x, p->n, cols, p->importance_block,
+                                 p->importance + p->importance_block * first};
+    share(p->me, (cols - 1) / columns_a_task(&job) + 1, importance_task, &job);
 }
 
 /* ===================================================================================
@@ -8686,11 +8689,11 @@ static void config_amx(uint32_t n)
 }
 
 /* Blocks of 8 groups of 32 inputs are multiplied with all pairs of tiles in turn, so that the
- * tokens' inputs come from afar once for all of them.  B tiles lie in a ring of two blocks: while
- * tiles multiply one pair's block, vectors unpack the next. */
-enum { BLOCK_AMX = 8, RING_AMX = 2 * BLOCK_AMX };
-struct ring_amx {
-    _Alignas(64) uint16_t b[RING_AMX][2][TILE_WORDS]; /* [group][tile] */
+ * tokens' inputs come from afar once for all of them.  There is room for the B tiles of two
+ * blocks: while tiles multiply one pair's block, vectors unpack the next. */
+enum { BLOCK_AMX = 8, ROOM_AMX = 2 * BLOCK_AMX };
+struct unpacked_amx {
+    _Alignas(64) uint16_t b[ROOM_AMX][2][TILE_WORDS]; /* [group][tile] */
     const struct tiles *w;
     uint32_t n_groups;
     uint32_t block, pair, next; /* what is unpacked next: B tile 2 * group + tile of that block */
@@ -8747,11 +8750,11 @@ AVX512 INLINE void unpack_group_amx(uint32_t type, const uint8_t *tile, size_t g
 }
 
 /* The last block may have fewer groups than 8: what is beyond the end is not unpacked. */
-AVX512 INLINE void unpack_next_amx(uint32_t type, struct ring_amx *p)
+AVX512 INLINE void unpack_next_amx(uint32_t type, struct unpacked_amx *p)
 {
     uint32_t g = p->block * BLOCK_AMX + p->next / 2, i = p->next % 2;
     const uint8_t *tile = p->w->data[i] + p->pair * p->w->next_pair;
-    uint16_t *to = p->b[p->n_unpacked / 2 % RING_AMX][i];
+    uint16_t *to = p->b[p->n_unpacked / 2 % ROOM_AMX][i];
     if (g < p->n_groups && type == TYPE_BF16)
         copy_pairs_amx(tile, p->w->cols, g, to);
     else if (g < p->n_groups)
@@ -8764,9 +8767,9 @@ AVX512 INLINE void unpack_next_amx(uint32_t type, struct ring_amx *p)
     }
 }
 
-/* Adds n_groups <= 8 groups to the sums of n (2 or 1, a constant) times 16 tokens.  The ring runs
- * 16 B tiles ahead: 2 for each of the 8 steps of each of n_turns calls. */
-AVX512 INLINE void multiply_amx(uint32_t type, const int n, struct ring_amx *p,
+/* Adds n_groups <= 8 groups to the sums of n (2 or 1, a constant) times 16 tokens.
+ * Unpacking runs 16 B tiles ahead: 2 for each of the 8 steps of each of n_turns calls. */
+AVX512 INLINE void multiply_amx(uint32_t type, const int n, struct unpacked_amx *p,
                                 const uint16_t *a, size_t next_tokens, const uint16_t *b,
                                 uint32_t n_groups, int go_on, uint32_t n_turns,
                                 float (*y)[2][TILE])
@@ -8814,8 +8817,8 @@ AVX512 INLINE void panel_of_type_amx(const uint32_t type, const struct tiles *w,
                                      const struct input *in, size_t t, int n,
                                      float (*y)[2][TILE])
 {
-    struct ring_amx p;
-    uint32_t n_tiles = ((uint32_t)n + TILE - 1) / TILE, n_turns = (n_tiles + 1) / 2, ring = 0;
+    struct unpacked_amx p;
+    uint32_t n_tiles = ((uint32_t)n + TILE - 1) / TILE, n_turns = (n_tiles + 1) / 2, at = 0;
     const uint16_t *x = bf16_row(in, t);
     size_t next_tokens = TILE * in->ldq;
     p.w = w, p.n_groups = (w->cols + GROUP - 1) / GROUP;
@@ -8824,9 +8827,9 @@ AVX512 INLINE void panel_of_type_amx(const uint32_t type, const struct tiles *w,
     while (p.n_unpacked < 2 * BLOCK_AMX)
         unpack_next_amx(type, &p);
     for (uint32_t first = 0; first < p.n_groups; first += BLOCK_AMX)
-        for (int pair = 0; pair <= w->more; pair++, ring ^= BLOCK_AMX) {
+        for (int pair = 0; pair <= w->more; pair++, at ^= BLOCK_AMX) {
             uint32_t n_groups = p.n_groups - first < BLOCK_AMX ? p.n_groups - first : BLOCK_AMX;
-            const uint16_t *a = x + (size_t)first * BF16_STRIDE, *b = p.b[ring][0];
+            const uint16_t *a = x + (size_t)first * BF16_STRIDE, *b = p.b[at][0];
             uint32_t i = 0;
             for (; i + 1 < n_tiles; i += 2, a += 2 * next_tokens)
                 multiply_amx(type, 2, &p, a, next_tokens, b, n_groups, first > 0, n_turns,

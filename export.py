@@ -4649,19 +4649,60 @@ def plan_tensors(reader, options):
 
 LADDER = "q3", "q4", "q6", "q8"
 # What a relative squared error of a matrix's products adds to the divergence of the next token
-# (KL, nats), of a layer's matrix times L.  Measured on the demo model with one matrix at a time at
-# q3, v and the embedding at q6.  A tied embedding does both of its harms.
-HARM = {"q": 0.16, "k": 0.4, "v": 0.4, "o": 0.84, "gate": 0.46, "up": 0.31, "down": 0.7,
+# (KL, nats), for a matrix of a layer in the units of harms().  A tied embedding does both harms.
+HARM = {"q": 0.36, "k": 0.92, "v": 0.81, "o": 1.1, "gate": 0.83, "up": 0.55, "down": 0.94,
         "embedding": 0.7, "head": 4.3, "tied": 10.0}
 SAMPLED_TILES = 4
 ROOMS = 1 << 16  # steps of bytes that best_levels tells apart
 
 
-def sampled_rows(section):
+def sampled_rows(rows):
     """A few tiles of rows from all over a tensor, as one slab."""
-    last = (section.rows - 1) // TILE
-    tiles = sorted({last * i // (SAMPLED_TILES - 1) for i in range(SAMPLED_TILES)})
-    return [[(i * TILE, min((i + 1) * TILE, section.rows)) for i in tiles]]
+    last = (rows - 1) // TILE
+    tiles = sorted({last * i // (2 * SAMPLED_TILES) for i in range(1, 2 * SAMPLED_TILES, 2)})
+    return [(i * TILE, min((i + 1) * TILE, rows)) for i in tiles]
+
+
+def sample(job, name):
+    tensor = job.reader.tensors[name]
+    w = np.concatenate([tensor.rows(i, j) for i, j in sampled_rows(tensor.shape[0])])
+    check_values(name, "f32", w)
+    return w
+
+
+def looseness(job, name):
+    """The power of a matrix's products with inputs of the same size that go together in no way,
+    relative to their real power.  It tells how much errors of the inputs matter."""
+    if not job.importance or job.importance.block == 1:
+        return 1.0
+    w, moments = sample(job, name), job.importance.moments(job.importance.key(name, False))
+    c = np.arange(moments.shape[1])
+    power = weighted_square(w, moments)
+    return weighted_square(w, moments[c % len(moments), c][None]) / power if power > 0 else 1.0
+
+
+def harms(job, tied):
+    """{matrix: what a relative squared error of its products adds to the divergence}.
+
+    The norms behind o and down give what these add to the residual stream a size that no error
+    changes, so the stream takes their errors in the share that they have in it."""
+    model, found = job.reader.model, dict(HARM, embedding=HARM["tied" if tied else "embedding"])
+    squares = np.square(sample(job, "embedding").astype(np.float64)).sum(axis=1)
+    stream = model.embedding_scale ** 2 * np.median(squares)  # control tokens stand apart
+    for layer in range(model.L):
+        for last, norm, before in ("o", "post_attn_norm", {"q": 1, "k": 1, "v": 1}), (
+                "down", "post_ffn_norm", {"gate": 2, "up": 2}):
+            name = "layers.%d." % layer
+            w = job.reader.tensors[name + norm].rows(0, model.D).astype(np.float64)
+            check_values(name + norm, "f32", w)
+            added = np.square(1 + w).sum()
+            stream += added
+            share = added / stream if added else 0.0
+            loose = looseness(job, name + last)
+            found[name + last] = HARM[last] * share
+            for role, power in before.items():
+                found[name + role] = HARM[role] * share * loose ** power
+    return found
 
 
 def measured_harm(job, free, tied, options, progress):
@@ -4669,19 +4710,16 @@ def measured_harm(job, free, tied, options, progress):
     tasks = []
     for section, source in free:
         key = job.importance.key(section.name, tied) if job.importance else None
-        tasks += [(source, t, sampled_rows(section), key) for t in LADDER]
+        tasks += [(source, t, [sampled_rows(section.rows)], key) for t in LADDER]
     progress.start(len(tasks))
     results = pack_all(tasks, free, job, options.jobs)
-    harm = []
+    weights, harm = harms(job, tied), []
     try:
         for section, _ in free:
-            role = section.name.rsplit(".", 1)[-1]
-            weight = HARM["tied" if role == "embedding" and tied else role]
-            weight /= job.reader.model.L if section.name.startswith("layers.") else 1
             harm.append([])
             for _ in LADDER:
                 _, power, error = next(results)
-                harm[-1].append(weight * error / power if power > 0 else 0.0)
+                harm[-1].append(weights[section.name] * error / power if power > 0 else 0.0)
                 progress.add(1)
     finally:
         results.close()

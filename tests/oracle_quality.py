@@ -206,15 +206,10 @@ def chosen(text):
     return {r[0]: (r[1], int(r[5]), float(r[6])) for r in rows if len(r) == 7 and r[3] == "x"}
 
 
-def assumed_loss(types):
+def assumed_loss(types, harms):
     """The loss as export.py adds it up, from the errors that its report gives."""
-    found = 0.0
-    for name, (_, _, error) in types.items():
-        if "norm" not in name:
-            role = name.split(".")[-1]
-            part = 2 if name.startswith("layers.") else 1
-            found += exporter.HARM["tied" if role == "embedding" else role] / part * error ** 2
-    return found
+    return sum(harms[name] * error ** 2 for name, (_, _, error) in types.items()
+               if "norm" not in name)
 
 
 def test_sizes(c, folder):
@@ -227,6 +222,9 @@ def test_sizes(c, folder):
     for kind in ("q3", "q8"):
         convert(c.path, out, "--type", kind, "--tensor", f"*={kind}")
         ends.append(os.path.getsize(out))
+    reader = exporter.open_checkpoint(c.path)
+    exporter.check_shapes(reader)
+    harms = exporter.harms(exporter.Job(reader, exporter.Importance(weigh[1], reader.model)), True)
     before = None
     for wish in (*np.linspace(ends[0], ends[1], 6).astype(int), 10 ** 12):
         run = convert(c.path, out, "--size", str(wish), *weigh)
@@ -236,7 +234,7 @@ def test_sizes(c, folder):
         check(size <= wish, f"--size {wish}: {size} bytes")
         smaller = min(n for k, (t, n, _) in types.items() if "norm" not in k)
         check(size >= min(wish, ends[1]) - smaller - 64, f"--size {wish} leaves room: {size}")
-        loss = assumed_loss(types)
+        loss = assumed_loss(types, harms)
         check(before is None or loss <= before * 1.02, f"--size {wish} loses {loss}, less {before}")
         before = loss
         check({t for t, _, _ in types.values()} <= {"f32", *exporter.LADDER}, f"{wish}: {types}")
@@ -258,6 +256,21 @@ def test_sizes(c, folder):
         run = convert(c.path, out, *options)
         check(run.returncode == 2 and says in run.stderr and not os.listdir(place),
               f"{options}: {run.returncode}: {run.stderr[-200:]}")
+
+
+def test_shares(folder):
+    """Each matrix of a layer that adds little to the residual stream gets a smaller type than the
+    same matrix of the other layer."""
+    c = Checkpoint(os.path.join(folder, "shares"), hidden_size=256, num_attention_heads=4,
+                   head_dim=64)
+    for norm in ("attention", "feedforward"):
+        c.tensors[f"model.layers.0.post_{norm}_layernorm.weight"][:] = -0.98
+    out = os.path.join(folder, "shares.bin")
+    run = convert(c.write().path, out, "--bits", "5", "--head", "q4")
+    level = {name: exporter.LADDER.index(kind) for name, (kind, _, _) in chosen(run.stdout).items()
+             if kind != "f32"}
+    for role in exporter.INPUTS:
+        check(level[f"layers.0.{role}"] < level[f"layers.1.{role}"], f"shares: {role}: {level}")
 
 
 def facts_of(path):
@@ -332,4 +345,5 @@ def test_quality(engine, folder):
     test_few_tokens(c, folder)
     test_refused(c, folder)
     test_sizes(c, folder)
+    test_shares(folder)
     test_odd_weights(c, folder)

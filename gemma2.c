@@ -4254,7 +4254,7 @@ static void define_rule(struct parser *p, struct rule *r, struct fragment body)
     r->start = whole.first;
 }
 
-/* *, +, ? or {m,n} behind f.  A counted item becomes a rule that is called. */
+/* *, +, ? or {m,n} behind f.  An item that stands several times becomes a rule that is called. */
 static struct fragment read_repeat(struct parser *p, struct fragment f)
 {
     gemma2_grammar *g = p->g;
@@ -4275,26 +4275,20 @@ static struct fragment read_repeat(struct parser *p, struct fragment f)
                    MAX_REPEAT);
         p->at++;
     }
-    if (least == 1 && most == 1)
-        return f;
-    struct fragment split, whole = nothing(p), end = nothing(p);
-    int counted = least > 1 || (most > 1 && most != NOWHERE);
-    uint32_t item = g->n_rules;
-    if (counted) {
+    uint32_t copies = most == NOWHERE ? least + 1 : most, item = g->n_rules;
+    struct fragment whole = nothing(p), end = nothing(p);
+    if (copies > 1) {
         g->rules[g->n_rules++] = (struct rule){NOWHERE, p->rule->name_at, p->rule->name_n};
         define_rule(p, &g->rules[item], f);
     }
-    for (uint32_t i = 0; i < least && counted && !p->failed; i++)
-        whole = join(p, whole, single(p, OP_CALL, item, 0, 0));
-    for (uint32_t i = least; i < most && !p->failed; i++) {
-        struct fragment more = counted ? single(p, OP_CALL, item, 0, 0) : f;
-        split = single(p, OP_SPLIT, end.first, 0, 0);
-        whole = join(p, whole, join(p, split, more));
-        if (most == NOWHERE) { /* a loop; + enters it behind the split */
-            g->insts[more.last].next = split.first;
-            if (least && !counted)
-                g->insts[whole.first].next = more.first;
-            return p->failed ? end : (struct fragment){whole.first, end.last};
+    for (uint32_t i = 0; i < copies && !p->failed; i++) {
+        struct fragment one = copies > 1 ? single(p, OP_CALL, item, 0, 0) : f;
+        if (i >= least)
+            one = join(p, single(p, OP_SPLIT, end.first, 0, 0), one);
+        whole = join(p, whole, one);
+        if (i + 1 == copies && most == NOWHERE) { /* the last one loops */
+            g->insts[one.last].next = one.first;
+            return (struct fragment){whole.first, end.last};
         }
     }
     return join(p, whole, end);
@@ -4640,15 +4634,14 @@ static const struct vocabulary *vocabulary_of(const gemma2_model *m)
 
 /* ---- matching: numbered sets, and masks ---- */
 enum { MAX_SETS = 1 << 19, MAX_ITEMS = 1 << 21, SET_SLOTS = 1 << 20, MAX_ROWS = 4096,
-       MAX_MASKS = 32, MAX_CLOSURE = 1 << 13, SEEN_SLOTS = 1 << 15, MAX_FRONT = 128,
-       LONGEST_PLAN = 1024, SEARCH_NODES = 3000, EXACT_LIMIT = 16 };
+       MAX_MASKS = 32, MAX_CLOSURE = 1 << 13, SEEN_SLOTS = 1 << 15,
+       SMALL_SEARCH = 3000, LARGE_SEARCH = 1 << 20, EXACT_LIMIT = 16 };
 
 struct set {
     uint32_t first, n, hash;
     uint32_t cost;   /* bytes of the shortest way to an end of the reply; 0: it may end here */
     uint32_t row;    /* 1 + its row, or 0 */
     uint32_t tokens; /* 1 + tokens of a short way, or 0 where that is not known */
-    uint32_t sought; /* that is all a search found */
     uint32_t mark;   /* of the search that saw it last */
     uint32_t refers; /* an OP_TOKEN may follow */
 };
@@ -4656,30 +4649,30 @@ struct set {
 struct gemma2_matcher {
     const gemma2_grammar *grammar;
     const struct vocabulary *vocabulary;
-    uint32_t n_sets, n_items, n_rows, n_masks, clock, mark, tag;
+    uint32_t n_sets, n_items, n_rows, n_masks, mark, tag;
     int full;              /* something did not fit: an answer is incomplete */
-    struct set *sets;      /* 0: dead.  1: the reply is over */
-    uint64_t *items;       /* stack << 32 | instruction, ascending in each set */
-    uint32_t *set_slots;   /* hash of sets */
-    uint32_t (*rows)[256]; /* what each byte makes of a set */
-    uint32_t *masks;       /* [MAX_MASKS][words] */
+    struct set sets[MAX_SETS];      /* 0: dead.  1: the reply is over */
+    uint64_t items[MAX_ITEMS];      /* stack << 32 | instruction, ascending in each set */
+    uint32_t set_slots[SET_SLOTS];  /* hash of sets */
+    uint32_t rows[MAX_ROWS][256];   /* what each byte makes of a set */
     struct ready_mask {
-        uint32_t set, used, worst; /* good while worst tokens may follow */
-    } ready[MAX_MASKS];
+        uint32_t set, worst; /* good while worst tokens may follow */
+    } ready[MAX_MASKS];      /* n_masks % MAX_MASKS: the oldest */
     uint32_t row_set[MAX_ROWS];
     /* scratch */
     uint64_t seen[SEEN_SLOTS]; /* hash of the closure */
     uint32_t seen_at[MAX_CLOSURE], n_closure, n_leaves, n_calls, n_gathered;
     uint64_t closure[MAX_CLOSURE], leaves[MAX_CLOSURE], calls[MAX_CLOSURE];
     uint64_t gathered[MAX_CLOSURE];
-    uint32_t queue[SEARCH_NODES + 2];
+    uint32_t queue[LARGE_SEARCH + 2];
+    uint32_t masks[]; /* [MAX_MASKS][words] */
 };
 
 static void forget_sets(gemma2_matcher *m)
 {
     m->n_sets = 2, m->n_items = 1, m->n_rows = m->n_masks = 0, m->full = 0;
     m->tag += 2;
-    memset(m->set_slots, 0, SET_SLOTS * sizeof *m->set_slots);
+    memset(m->set_slots, 0, sizeof m->set_slots);
     memset(m->sets, 0, 2 * sizeof *m->sets);
     m->sets[0].cost = NOWHERE;
     m->items[0] = 0; /* OP_ACCEPT, no stack */
@@ -4847,6 +4840,7 @@ struct walk {
     uint32_t limit; /* most tokens that may follow the one allowed */
     uint32_t *mask; /* NULL: sets are collected in the matcher's queue */
     uint32_t worst; /* most tokens that an allowed one needs behind it, at most */
+    uint32_t most_bytes; /* of a way from the start to the end that still counts */
     uint32_t n_found, nodes, most_nodes;
     int is_cut;     /* some token needs more than the limit */
 };
@@ -4880,6 +4874,8 @@ static void walk_tree(gemma2_matcher *m, const struct tree *tree, uint32_t set, 
         struct node node = tree->nodes[i];
         uint32_t depth = node.token & 255, end = i + (node.skip >> 8);
         uint32_t next = rows[depth - 1][node.skip & 255];
+        if (w->most_bytes != NOWHERE && m->sets[next].cost + depth > w->most_bytes)
+            next = 0;
         if (next && node.token >> 8 != NO_TOKEN)
             take_token(m, w, node.token >> 8, next);
         if (next && end - i > 1) {
@@ -4891,47 +4887,22 @@ static void walk_tree(gemma2_matcher *m, const struct tree *tree, uint32_t set, 
     }
 }
 
-/* The fewest tokens of the first, by bytes, of the shortest ways to the end.  What remains of
- * it after a token is again the first of the shortest: so a way found stays open. */
-static uint32_t plan_tokens(gemma2_matcher *m, uint32_t set)
+/* The fewest tokens of all ways to the end, or only of those that are shortest by bytes; NOWHERE
+ * if the search grows large.  What remains of a way behind a token is found by the same search, so
+ * a way that is found stays open. */
+static uint32_t search_tokens(gemma2_matcher *m, uint32_t set, int only_shortest)
 {
-    uint8_t way[LONGEST_PLAN];
-    uint32_t best[LONGEST_PLAN + 1], n = m->sets[set].cost;
-    const struct tree *tree = &m->vocabulary->all;
-    for (uint32_t i = 0, byte = 0; i < n; i++, byte = 0) {
-        const uint32_t *row = n <= LONGEST_PLAN ? sets_after(m, set) : NULL;
-        while (row && byte < 256 && (!row[byte] || m->sets[row[byte]].cost != n - i - 1))
-            byte++;
-        if (!row || byte == 256) /* the way goes through an OP_TOKEN */
-            return n;
-        way[i] = (uint8_t)byte;
-        set = row[byte];
-    }
-    best[n] = 0;
-    for (uint32_t i = n; i-- > 0;) {
-        best[i] = NOWHERE;
-        for (uint32_t at = 0; at < tree->n;) {
-            struct node node = tree->nodes[at];
-            uint32_t end = i + (node.token & 255);
-            int fits = end <= n && (node.skip & 255) == way[end - 1];
-            if (fits && node.token >> 8 != NO_TOKEN)
-                best[i] = min_u32(best[i], best[end] + 1);
-            at += fits ? 1 : node.skip >> 8;
-        }
-    }
-    return best[0];
-}
-
-/* The fewest tokens of all ways, if a small search finds it, else NOWHERE. */
-static uint32_t search_tokens(gemma2_matcher *m, uint32_t set)
-{
-    struct walk w = {.most_nodes = SEARCH_NODES, .n_found = 1};
+    struct walk w = {.most_bytes = NOWHERE, .n_found = 1,
+                     .most_nodes = only_shortest ? LARGE_SEARCH : SMALL_SEARCH};
     m->mark++;
     m->queue[0] = set;
     for (uint32_t level = 1, first = 0; first < w.n_found; level++) {
         uint32_t end = w.n_found;
-        for (; first < end; first++)
+        for (; first < end; first++) {
+            if (only_shortest)
+                w.most_bytes = m->sets[m->queue[first]].cost;
             walk_tree(m, &m->vocabulary->all, m->queue[first], &w);
+        }
         if (w.nodes > w.most_nodes || m->full)
             return NOWHERE;
         for (uint32_t i = end; i < w.n_found; i++)
@@ -4942,7 +4913,7 @@ static uint32_t search_tokens(gemma2_matcher *m, uint32_t set)
 }
 
 /* Tokens from the set to an end of the reply: enough of them if that is at most limit, else the
- * fewest.  Far from the limit a byte counts as a token, which is quickly said. */
+ * fewest that are found.  Far from the limit a byte counts as a token, which is quickly said. */
 static uint32_t tokens_of(gemma2_matcher *m, uint32_t set, uint32_t limit)
 {
     struct set *s = &m->sets[set];
@@ -4950,41 +4921,39 @@ static uint32_t tokens_of(gemma2_matcher *m, uint32_t set, uint32_t limit)
         return s->cost != 0;
     if (limit >= EXACT_LIMIT && s->cost <= limit)
         return s->cost;
-    if (!s->tokens)
-        s->tokens = 1 + plan_tokens(m, set);
-    if (s->tokens - 1 > limit && !s->sought && !m->full) {
-        s->tokens = 1 + min_u32(s->tokens - 1, search_tokens(m, set));
-        s->sought = !m->full;
+    if (!s->tokens) {
+        uint32_t found = search_tokens(m, set, 0);
+        if (found == NOWHERE)
+            found = search_tokens(m, set, 1);
+        s->tokens = 1 + min_u32(s->cost, found);
     }
     return s->tokens - 1;
 }
 
-/* The distinct sets that bytes low..high make of those in list; 0 if one is dead. */
-static uint32_t advance(gemma2_matcher *m, uint32_t list[MAX_FRONT], uint32_t n, int low, int high)
+/* The set that bytes low..high, and then those of the next pairs, lead to: 0 for none, NOWHERE
+ * for several. */
+static uint32_t after_all(gemma2_matcher *m, uint32_t set, const uint8_t *pairs)
 {
-    uint32_t to[MAX_FRONT], n_to = 0;
-    for (uint32_t i = 0; i < n; i++) {
-        const uint32_t *row = sets_after(m, list[i]);
-        for (int byte = low; byte <= high; byte++) {
-            uint32_t k = 0;
-            while (row && k < n_to && to[k] != row[byte])
-                k++;
-            if (!row || !row[byte] || k == MAX_FRONT)
-                return 0;
-            to[k] = row[byte];
-            n_to += k == n_to;
-        }
+    uint32_t to = NOWHERE, last = NOWHERE;
+    const uint32_t *row = pairs[0] ? sets_after(m, set) : NULL;
+    for (int byte = pairs[0]; row && byte <= pairs[1]; byte++) {
+        if (row[byte] == last)
+            continue;
+        last = row[byte];
+        uint32_t next = last ? after_all(m, last, pairs + 2) : 0;
+        if (next == NOWHERE || (to != NOWHERE && next != to))
+            return NOWHERE;
+        to = next;
     }
-    memcpy(list, to, n_to * sizeof *list);
-    return n_to;
+    return pairs[0] ? to : set;
 }
 
-/* How many plain characters may follow, whichever they are, if none may follow those; else 0.
- * What is needed behind them goes into w. */
+/* How many plain characters may follow, if whichever they are the set is the same and none may
+ * follow the last; else 0.  What is needed behind them goes into w. */
 static uint32_t plain_chars(gemma2_matcher *m, uint32_t set, struct walk *w)
 {
     enum { WAYS = 15 };
-    static const uint8_t bytes[WAYS][8] = { /* low and high of each byte of a character */
+    static const uint8_t bytes[WAYS][9] = { /* low and high of each byte of a character */
         {0x20, 0x21}, {0x23, 0x5b}, {0x5d, 0x7e}, {0xc2, 0xdf, 0x80, 0xbf},
         {0xe0, 0xe0, 0xa0, 0xbf, 0x80, 0xbf}, {0xe1, 0xe1, 0x80, 0xbf, 0x80, 0xbf},
         {0xe2, 0xe2, 0x80, 0x80, 0x80, 0xa7}, {0xe2, 0xe2, 0x80, 0x80, 0xaa, 0xbf},
@@ -4993,59 +4962,28 @@ static uint32_t plain_chars(gemma2_matcher *m, uint32_t set, struct walk *w)
         {0xf0, 0xf0, 0x90, 0xbf, 0x80, 0xbf, 0x80, 0xbf},
         {0xf1, 0xf3, 0x80, 0xbf, 0x80, 0xbf, 0x80, 0xbf},
         {0xf4, 0xf4, 0x80, 0x8f, 0x80, 0xbf, 0x80, 0xbf}};
-    uint32_t level[MAX_FRONT] = {set}, next[MAX_FRONT], n = 1, n_next, chars = 0;
-    for (; n && chars < PLAIN_CHARS; chars++, n = n_next) {
-        uint32_t mark = ++m->mark, dead = 0;
-        n_next = 0;
-        for (uint32_t i = 0; i < n * WAYS; i++) {
-            uint32_t front[MAX_FRONT] = {level[i / WAYS]}, n_front = 1;
-            const uint8_t *b = bytes[i % WAYS];
-            const uint32_t *row = sets_after(m, level[i / WAYS]);
-            int byte = b[0];
-            while (row && byte <= b[1] && !row[byte])
-                byte++;
-            if (byte > b[1]) {
-                dead++;
-                continue;
-            }
-            for (int k = 0; k < 8 && b[k] && n_front; k += 2)
-                n_front = advance(m, front, n_front, b[k], b[k + 1]);
-            if (!n_front)
+    for (uint32_t chars = 0; chars < PLAIN_CHARS; chars++) {
+        uint32_t next = after_all(m, set, bytes[0]);
+        for (int i = 1; i < WAYS; i++)
+            if (next == NOWHERE || after_all(m, set, bytes[i]) != next)
                 return 0;
-            for (uint32_t k = 0; k < n_front; k++) {
-                if (m->sets[front[k]].mark == mark)
-                    continue;
-                if (n_next == MAX_FRONT)
-                    return 0;
-                m->sets[front[k]].mark = mark;
-                next[n_next++] = front[k];
-            }
-        }
-        if (dead)
-            return dead == WAYS * n ? chars : 0;
-        for (uint32_t i = 0; i < n_next; i++) {
-            uint32_t need = tokens_of(m, next[i], w->limit);
-            if (need > w->limit)
-                w->is_cut = 1;
-            else
-                w->worst = need > w->worst ? need : w->worst, w->n_found = 1;
-        }
-        if (n_next == n && !memcmp(level, next, n * sizeof *next))
-            return PLAIN_CHARS; /* it goes on like this */
-        memcpy(level, next, n_next * sizeof *next);
+        if (!next)
+            return chars;
+        uint32_t need = tokens_of(m, next, w->limit);
+        w->is_cut |= need > w->limit;
+        w->worst = need > w->worst ? need : w->worst;
+        if (next == set)
+            break; /* it goes on like this */
+        set = next;
     }
-    return chars;
+    return PLAIN_CHARS;
 }
 
-/* Keeps a mask in place of the one that was used longest ago. */
+/* Keeps a mask in place of the oldest. */
 static void keep_mask(gemma2_matcher *m, uint32_t set, const struct walk *w)
 {
-    uint32_t at = 0, words = m->vocabulary->n_words;
-    for (uint32_t i = 0; i < m->n_masks; i++)
-        at = m->ready[i].used < m->ready[at].used ? i : at;
-    if (m->n_masks < MAX_MASKS)
-        at = m->n_masks++;
-    m->ready[at] = (struct ready_mask){set, ++m->clock, w->worst};
+    uint32_t at = m->n_masks++ % MAX_MASKS, words = m->vocabulary->n_words;
+    m->ready[at] = (struct ready_mask){set, w->worst};
     memcpy(m->masks + (size_t)at * words, w->mask, words * sizeof *w->mask);
 }
 
@@ -5077,22 +5015,18 @@ static void fill_mask(gemma2_matcher *m, uint32_t set, uint32_t left, uint32_t *
 {
     const struct vocabulary *v = m->vocabulary;
     const gemma2_config *c = &m->grammar->model->config;
-    struct walk w = {.limit = left - 1, .mask = mask, .most_nodes = NOWHERE};
+    struct walk w = {left - 1, mask, .most_bytes = NOWHERE, .most_nodes = NOWHERE};
     uint32_t chars = 0;
-    for (uint32_t i = 0; i < m->n_masks && left; i++) {
-        struct ready_mask *kept = &m->ready[i];
-        if (kept->set == set && kept->worst <= w.limit) {
-            kept->used = ++m->clock;
+    for (uint32_t i = 0; i < min_u32(m->n_masks, MAX_MASKS) && left; i++)
+        if (m->ready[i].set == set && m->ready[i].worst <= w.limit) {
             memcpy(mask, m->masks + (size_t)i * v->n_words, v->n_words * sizeof *mask);
             return;
         }
-    }
     memset(mask, 0, v->n_words * sizeof *mask);
-    if (left && (chars = plain_chars(m, set, &w)) > 0 && !w.is_cut)
+    if (left && (chars = plain_chars(m, set, &w)) > 0 && !w.is_cut) {
         memcpy(mask, v->plain + (chars - 1) * (size_t)v->n_words, v->n_words * sizeof *mask);
-    if (chars && (!w.is_cut || !w.n_found))
         walk_tree(m, &v->rest, set, &w);
-    else if (left) {
+    } else if (left) {
         w.worst = 0, w.is_cut = 0;
         walk_tree(m, &v->all, set, &w);
     }
@@ -6334,28 +6268,17 @@ void gemma2_grammar_free(gemma2_grammar *g)
 gemma2_matcher *gemma2_matcher_new(const gemma2_grammar *g)
 {
     const struct vocabulary *v = g ? vocabulary_of(g->model) : NULL;
-    gemma2_matcher *m = v ? calloc(1, sizeof *m) : NULL;
+    gemma2_matcher *m = v ? calloc(1, sizeof *m + MAX_MASKS * (size_t)v->n_words * sizeof *m->masks)
+                          : NULL;
     if (!m)
         return NULL;
     m->grammar = g, m->vocabulary = v;
     m->tag = (uint32_t)((uintptr_t)m >> 6) | 1;
-    m->sets = malloc(MAX_SETS * sizeof *m->sets);
-    m->items = malloc(MAX_ITEMS * sizeof *m->items);
-    m->rows = malloc(MAX_ROWS * sizeof *m->rows);
-    m->masks = malloc(MAX_MASKS * (size_t)v->n_words * sizeof *m->masks);
-    m->set_slots = calloc(SET_SLOTS, sizeof *m->set_slots);
-    if (m->sets && m->items && m->rows && m->masks && m->set_slots)
-        return forget_sets(m), m;
-    gemma2_matcher_free(m);
-    return NULL;
+    forget_sets(m);
+    return m;
 }
 
-void gemma2_matcher_free(gemma2_matcher *m)
-{
-    if (m)
-        free(m->sets), free(m->items), free(m->rows), free(m->masks), free(m->set_slots);
-    free(m);
-}
+void gemma2_matcher_free(gemma2_matcher *m) { free(m); }
 
 int gemma2_matcher_start(gemma2_matcher *m, gemma2_grammar_state *state)
 {

@@ -1697,6 +1697,7 @@ enum { MOST_SCHEMAS = 64, MOST_SETS = 20000, MOST_TIMES = 2000, ANY_DONE = 1, ON
 typedef struct {
     size_t item[MOST_SCHEMAS]; /* ITEM * index of the node + what of it is done */
     size_t n;
+    unsigned types, spoken; /* types that all of them name, and that keywords speak of */
 } view;
 
 static const char SCHEMA_RULES[] =
@@ -1738,42 +1739,40 @@ static const char FORMATS[] = " date time date-time uuid ipv4 hostname email uri
 static const char OTHER_FORMATS[] = " duration ipv6 idn-email idn-hostname uri-reference iri "
     "iri-reference uri-template json-pointer relative-json-pointer regex ";
 
-/* The keywords that are known, by what their value must be. */
-static const struct {
-    const char *words, *what;
-    unsigned kinds; /* a bit for each json_kind */
-} KEYWORDS[] = {
-    {" properties patternProperties ", "an object", 1 << JSON_OBJECT},
-    {" required prefixItems enum allOf anyOf oneOf ", "a list", 1 << JSON_ARRAY},
-    {" items additionalProperties ", "a schema",
-     1 << JSON_OBJECT | 1 << JSON_TRUE | 1 << JSON_FALSE},
-    {" minimum maximum exclusiveMinimum exclusiveMaximum minLength maxLength minItems maxItems "
-     "minProperties maxProperties ", "a number", 1 << JSON_NUMBER},
-    {" pattern format $ref ", "a text", 1 << JSON_STRING},
-    {" uniqueItems ", "false", 1 << JSON_FALSE},
-    {" type const $defs definitions additionalItems "
-     "title description default examples deprecated readOnly writeOnly $comment $schema $id id "
-     "$anchor $vocabulary contentEncoding contentMediaType contentSchema ", "anything", ~0u},
-};
-
 enum { STRING = 1, INTEGER = 2, NUMBER = 6, TRUTH = 8, NO_VALUE = 16, ARRAY = 32, OBJECT = 64,
-       ALL_TYPES = 127 };
-/* The types, and the keywords that speak of them where no type is named. */
+       ALL_TYPES = 127, N_TYPES = 7 };
 static const struct {
     const char *name;
     unsigned bits;
-    const char *words[6];
-} TYPES[] = {
-    {"string", STRING, {"minLength", "maxLength", "pattern", "format"}},
-    {"integer", INTEGER, {NULL}},
-    {"number", NUMBER, {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}},
-    {"boolean", TRUTH, {NULL}},
-    {"null", NO_VALUE, {NULL}},
-    {"array", ARRAY, {"items", "prefixItems", "minItems", "maxItems"}},
-    {"object", OBJECT, {"properties", "required", "additionalProperties", "patternProperties",
-                        "minProperties", "maxProperties"}},
+} TYPES[N_TYPES] = {{"string", STRING}, {"integer", INTEGER}, {"number", NUMBER},
+                    {"boolean", TRUTH}, {"null", NO_VALUE}, {"array", ARRAY}, {"object", OBJECT}};
+
+/* The keywords that are known. */
+enum { A_LIST = 1 << JSON_ARRAY, A_TEXT = 1 << JSON_STRING, A_NUMBER = 1 << JSON_NUMBER,
+       AN_OBJECT = 1 << JSON_OBJECT, A_SCHEMA = AN_OBJECT | 1 << JSON_TRUE | 1 << JSON_FALSE };
+typedef struct {
+    const char *words, *what;
+    unsigned kinds; /* what their value must be, a bit for each json_kind */
+    unsigned types; /* the type of values that they speak of, 0 for all */
+} keyword;
+static const keyword KEYWORDS[] = {
+    {" properties patternProperties ", "an object", AN_OBJECT, OBJECT},
+    {" additionalProperties ", "a schema", A_SCHEMA, OBJECT},
+    {" required ", "a list", A_LIST, OBJECT},
+    {" minProperties maxProperties ", "a number", A_NUMBER, OBJECT},
+    {" prefixItems ", "a list", A_LIST, ARRAY},
+    {" items ", "a schema", A_SCHEMA, ARRAY},
+    {" minItems maxItems ", "a number", A_NUMBER, ARRAY},
+    {" minimum maximum exclusiveMinimum exclusiveMaximum ", "a number", A_NUMBER, NUMBER},
+    {" minLength maxLength ", "a number", A_NUMBER, STRING},
+    {" pattern format ", "a text", A_TEXT, STRING},
+    {" enum allOf anyOf oneOf ", "a list", A_LIST, 0},
+    {" $ref ", "a text", A_TEXT, 0},
+    {" uniqueItems ", "false", 1 << JSON_FALSE, 0},
+    {" type const $defs definitions additionalItems "
+     "title description default examples deprecated readOnly writeOnly $comment $schema $id id "
+     "$anchor $vocabulary contentEncoding contentMediaType contentSchema ", "anything", ~0u, 0},
 };
-enum { N_TYPES = sizeof TYPES / sizeof *TYPES };
 
 static size_t index_of(const schema *s, const json_node *node)
 {
@@ -1804,12 +1803,6 @@ static const json_node *next_with(const schema *s, const view *v, size_t *i, con
     while (!value && *i < v->n)
         value = json_get(s->j, schema_at(s, v, (*i)++), key);
     return value;
-}
-
-static const json_node *first_with(const schema *s, const view *v, const char *key)
-{
-    size_t i = 0;
-    return next_with(s, v, &i, key);
 }
 
 /* Refuses a node, with its JSON pointer. */
@@ -1930,7 +1923,7 @@ static bound bound_of(schema *s, const view *v, const char *name, const char *ex
 {
     bound best = {sign * -1e15, 0};
     const json_node *node;
-    for (int open = 0; open < 2; open++)
+    for (int open = 0; open < 1 + (exclusive != NULL); open++)
         for (size_t i = 0; (node = next_with(s, v, &i, open ? exclusive : name)) != NULL;) {
             double x = strtod(s->j->text + node->start, NULL);
             x = x > 1e15 ? 1e15 : x < -1e15 ? -1e15 : x;
@@ -1960,11 +1953,15 @@ static void put_digits(schema *s, int64_t low, int64_t high, const char *sign, c
 }
 
 /* Numbers between bounds of one sign, which are whole, 0 <= low. */
-static void put_half(schema *s, bound low, bound high, const char *sign)
+static void put_side(schema *s, bound low, bound high, const char *sign, int is_integer)
 {
     int64_t first = (int64_t)low.x, last = (int64_t)high.x;
+    if (is_integer) {
+        put_digits(s, first + low.open, last - high.open, sign, "");
+        return;
+    }
     if (low.open && first < last)
-        put_format(&s->out, "| \"%s%" PRId64 ".\" [0-9]{0,8} [1-9] ", sign, first);
+        put_format(&s->out, "| \"%s%" PRId64 ".\" [0-9]{0,15} [1-9] ", sign, first);
     put_digits(s, first + low.open, last - 1, sign, "fraction? ");
     if (!high.open && !(low.open && first == last))
         put_format(&s->out, "| \"%s%" PRId64 "\" ", sign, last);
@@ -1972,11 +1969,11 @@ static void put_half(schema *s, bound low, bound high, const char *sign)
 
 static void put_number(schema *s, const view *v, int is_integer)
 {
-    const bound zero = {0, 0};
+    const char *name = is_integer ? "integer" : "number";
     bound low = bound_of(s, v, "minimum", "exclusiveMinimum", 1);
     bound high = bound_of(s, v, "maximum", "exclusiveMaximum", -1);
     if (low.x <= -1e15 && high.x >= 1e15) {
-        put_format(&s->out, is_integer ? "integer " : "number ");
+        put_format(&s->out, "%s ", name);
         return;
     }
     if (is_integer) {
@@ -1986,20 +1983,15 @@ static void put_number(schema *s, const view *v, int is_integer)
     low = low.x < -MOST_DIGITS ? (bound){-MOST_DIGITS, 0} : low;
     high = high.x > MOST_DIGITS ? (bound){MOST_DIGITS, 0} : high;
     if (low.x > high.x || (low.x == high.x && (low.open || high.open)))
-        refuse_node(s, schema_at(s, v, 0), "no %s lies between its bounds",
-                    is_integer ? "integer" : "number");
+        refuse_node(s, schema_at(s, v, 0), "no %s lies between its bounds", name);
     if (low.x != floor(low.x) || high.x != floor(high.x))
         refuse_node(s, schema_at(s, v, 0), "the bounds of a number must be whole");
-    bound less = {-low.x, low.open}, least = {-high.x, high.open};
     put_format(&s->out, "(never ");
-    if (is_integer && low.x < 0)
-        put_digits(s, high.x < 0 ? (int64_t)least.x : 1, (int64_t)less.x, "-", "");
-    if (is_integer && high.x >= 0)
-        put_digits(s, low.x > 0 ? (int64_t)low.x : 0, (int64_t)high.x, "", "");
-    if (!is_integer && low.x < 0)
-        put_half(s, high.x > 0 ? zero : least, less, "-");
-    if (!is_integer && high.x >= 0)
-        put_half(s, low.x < 0 ? zero : low, high, "");
+    if (low.x < 0)
+        put_side(s, high.x < 0 ? (bound){-high.x, high.open} : (bound){0, 1},
+                 (bound){-low.x, low.open}, "-", is_integer);
+    if (high.x >= 0)
+        put_side(s, low.x < 0 ? (bound){0, 0} : low, high, "", is_integer);
     put_format(&s->out, ") ");
 }
 
@@ -2007,22 +1999,13 @@ static void put_number(schema *s, const view *v, int is_integer)
 static void count_range(schema *s, const view *v, const char *min, const char *max, int64_t *least,
                         int64_t *most)
 {
-    const json_node *node;
-    uint64_t n = 0;
-    *least = 0, *most = -1;
-    for (int upper = 0; upper < 2; upper++)
-        for (size_t i = 0; (node = next_with(s, v, &i, upper ? max : min)) != NULL;) {
-            if (!json_whole(s->j, node, INT64_MAX, &n))
-                refuse_node(s, node, "a whole number of 0 or more must stand here");
-            if (upper && (*most < 0 || (int64_t)n < *most))
-                *most = (int64_t)n;
-            if (!upper && (int64_t)n > *least)
-                *least = (int64_t)n;
-        }
-    if (*least > MOST_TIMES || (*most >= 0 && *most < *least))
-        refuse_node(s, schema_at(s, v, 0), "'%s' must be at most %d and '%s'", min, MOST_TIMES,
-                    max);
-    *most = *most > MOST_TIMES ? MOST_TIMES : *most;
+    double low = bound_of(s, v, min, NULL, 1).x, high = bound_of(s, v, max, NULL, -1).x;
+    low = low < 0 ? 0 : low;
+    if (low > MOST_TIMES || high < low || low != floor(low) || high != floor(high))
+        refuse_node(s, schema_at(s, v, 0), "'%s' must be a whole number of at most %d and '%s'",
+                    min, MOST_TIMES, max);
+    *least = (int64_t)low;
+    *most = high >= 1e15 ? -1 : high > MOST_TIMES ? MOST_TIMES : (int64_t)high;
 }
 
 /* Writes how often the last item may stand. */
@@ -2267,54 +2250,40 @@ static void add_property(schema *s, array *keys, const json_node *name, int must
 static void gather_properties(schema *s, const view *v, array *keys)
 {
     const json_node *list, *each;
-    for (size_t i = 0; (list = next_with(s, v, &i, "properties")) != NULL;)
-        for (each = list + 1; each < json_next(s->j, list); each = json_next(s->j, each + 1))
-            add_property(s, keys, each, 0);
-    for (size_t i = 0; (list = next_with(s, v, &i, "required")) != NULL;)
-        for (each = list + 1; each < json_next(s->j, list); each = json_next(s->j, each)) {
-            if (each->kind != JSON_STRING)
-                refuse_node(s, list, "'required' must be a list of keys");
-            else
-                add_property(s, keys, each, 1);
-        }
+    for (int must = 0; must < 2; must++)
+        for (size_t i = 0; (list = next_with(s, v, &i, must ? "required" : "properties")) != NULL;)
+            for (each = list + 1; each < json_next(s->j, list);
+                 each = json_next(s->j, must ? each : each + 1)) {
+                if (each->kind != JSON_STRING)
+                    refuse_node(s, list, "'required' must be a list of keys");
+                add_property(s, keys, each, must);
+            }
 }
 
-/* Writes a key that the schemas name, and its value. */
-static void put_property(schema *s, const view *v, const json_node *name)
+/* Writes a key, NULL for all that no schema names, and its value. */
+static void put_member(schema *s, const view *v, const json_node *name)
 {
+    const json_node *pattern = NULL;
     view all = {.n = 0};
     for (size_t i = 0; i < v->n; i++) {
         const json_node *node = schema_at(s, v, i);
-        const json_node *value = value_of(s, json_get(s->j, node, "properties"), name);
-        if (!value)
-            value = json_get(s->j, node, "additionalProperties");
+        const json_node *list = json_get(s->j, node, "patternProperties");
+        const json_node *value = name ? value_of(s, json_get(s->j, node, "properties"), name)
+                                      : NULL;
+        if (list && list->n && (name || list->n > 1 || pattern))
+            refuse_node(s, list, "it is known only as one pattern, without named keys");
+        if (list && list->n)
+            pattern = list + 1, value = list + 2;
+        value = value ? value : json_get(s->j, node, "additionalProperties");
         if (value)
             view_add(s, &all, value);
     }
-    put_value(s, name, 1);
-    put_set(s, &all);
-}
-
-/* Writes a key that no schema names, and its value. */
-static void put_other(schema *s, const view *v)
-{
-    const json_node *pattern = NULL, *list, *value;
-    view all = {.n = 0};
-    for (size_t i = 0; i < v->n; i++) {
-        list = json_get(s->j, schema_at(s, v, i), "patternProperties");
-        value = json_get(s->j, schema_at(s, v, i), "additionalProperties");
-        if (list && list->n) {
-            if (list->n > 1 || pattern)
-                refuse_node(s, list, "more than one pattern of keys is not known");
-            pattern = list + 1;
-            value = list + 2;
-        }
-        if (value)
-            view_add(s, &all, value);
-    }
-    if (pattern)
-        put_format(&s->out, "\"\\\"\" "), put_pattern(s, pattern);
-    put_format(&s->out, pattern ? "\"\\\"\" colon " : "string colon ");
+    if (name)
+        put_value(s, name, 1);
+    else if (pattern)
+        put_format(&s->out, "\"\\\"\" "), put_pattern(s, pattern), put_format(&s->out, "\"\\\"\" colon ");
+    else
+        put_format(&s->out, "string colon ");
     put_set(s, &all);
 }
 
@@ -2328,7 +2297,7 @@ static void put_open_object(schema *s, const view *v, size_t id, int64_t least, 
         put_format(&s->out, least ? ")" : ")?");
     }
     put_format(&s->out, ") \"}\"\ns%zu-0 ::= ", id);
-    put_other(s, v);
+    put_member(s, v, NULL);
 }
 
 /* "{" and "}" around the keys in their order: each that may come first, with the rule of what may
@@ -2341,13 +2310,13 @@ static void put_named_object(schema *s, const view *v, size_t id, const array *f
     put_format(&s->out, "\"{\" (never ");
     for (i = 0; i < n && (i == 0 || !keys[i - 1].must); i++) {
         put_format(&s->out, "| ");
-        put_property(s, v, keys[i].name);
+        put_member(s, v, keys[i].name);
         put_format(&s->out, "s%zu-%zu ", id, i + 1);
     }
     put_format(&s->out, "%s) \"}\"", i == n && !keys[n - 1].must && may_be_empty ? "| \"\"" : "");
     for (i = 1; i < n; i++) {
         put_format(&s->out, "\ns%zu-%zu ::= comma ", id, i);
-        put_property(s, v, keys[i].name);
+        put_member(s, v, keys[i].name);
         put_format(&s->out, "s%zu-%zu ", id, i + 1);
         if (!keys[i].must)
             put_format(&s->out, "| s%zu-%zu", id, i + 1);
@@ -2358,7 +2327,6 @@ static void put_named_object(schema *s, const view *v, size_t id, const array *f
 static void put_object(schema *s, const view *v, size_t id)
 {
     array found = {0};
-    const json_node *node;
     int64_t least, most, n_must = 0;
     count_range(s, v, "minProperties", "maxProperties", &least, &most);
     gather_properties(s, v, &found);
@@ -2369,9 +2337,6 @@ static void put_object(schema *s, const view *v, size_t id)
     else if ((most >= 0 && most < (int64_t)found.n) || (least > 1 && least > n_must))
         refuse_node(s, schema_at(s, v, 0), "this 'minProperties' or 'maxProperties' beside named "
                     "keys is not known");
-    for (size_t i = 0; found.n && (node = next_with(s, v, &i, "patternProperties")) != NULL;)
-        if (node->n)
-            refuse_node(s, node, "it is not known beside named keys");
     if (found.n)
         put_named_object(s, v, id, &found, least == 0);
     free(found.items);
@@ -2529,12 +2494,9 @@ static int disjoint(schema *s, const json_node *a, const json_node *b, unsigned 
 static void put_ways(schema *s, const view *v, size_t at, const json_node *list, int exclusive)
 {
     const json_node *end = json_next(s->j, list), *other;
-    unsigned types = ALL_TYPES;
-    for (size_t i = 0; i < v->n && exclusive; i++)
-        types &= named_types(s, schema_at(s, v, i));
     for (const json_node *each = list + 1; each < end; each = json_next(s->j, each)) {
         for (other = list + 1; exclusive && other < each; other = json_next(s->j, other))
-            if (!disjoint(s, other, each, types, 2))
+            if (!disjoint(s, other, each, v->types, 2))
                 refuse_node(s, each, "a value may fit this way of 'oneOf' and an earlier one: take "
                             "'anyOf'");
         view way = *v;
@@ -2549,22 +2511,16 @@ static void put_ways(schema *s, const view *v, size_t at, const json_node *list,
 static int put_values(schema *s, const view *v)
 {
     const json_node *end = NULL, *first = NULL;
-    unsigned types = ALL_TYPES;
     int n_put = 0;
-    for (size_t i = 0; i < v->n; i++) {
-        first = first ? first : listed(s, schema_at(s, v, i), &end);
-        types &= named_types(s, schema_at(s, v, i));
-    }
+    for (size_t i = 0; i < v->n && !first; i++)
+        first = listed(s, schema_at(s, v, i), &end);
     for (const json_node *each = first; each && each < end; each = json_next(s->j, each)) {
         unsigned type = type_of_value(s, each);
-        int fits = (type & types) != 0;
+        int fits = (type & v->types) != 0;
         for (size_t i = 0; i < v->n; i++)
             fits = fits && may_be(s, schema_at(s, v, i), each);
-        for (size_t i = 0; i < N_TYPES && fits; i++)
-            for (int k = 0; k < 6 && TYPES[i].words[k] && TYPES[i].bits & type; k++)
-                if (first_with(s, v, TYPES[i].words[k]))
-                    refuse_node(s, each, "'%s' beside listed values is not known",
-                                TYPES[i].words[k]);
+        if (fits && type & v->spoken)
+            refuse_node(s, each, "no keyword but 'type' is known beside listed values");
         if (fits) {
             put_format(&s->out, n_put++ ? "| " : "");
             put_value(s, each, 0);
@@ -2581,13 +2537,10 @@ static int put_values(schema *s, const view *v)
  * because rules of its own follow it. */
 static void put_types(schema *s, const view *v, size_t id)
 {
-    unsigned types = ALL_TYPES, n = 0;
-    for (size_t i = 0; i < v->n; i++)
-        types &= named_types(s, schema_at(s, v, i));
+    unsigned types = v->types, n = 0;
     for (size_t i = N_TYPES; i-- > 0 && types == ALL_TYPES;)
-        for (int k = 0; k < 6 && TYPES[i].words[k]; k++)
-            if (first_with(s, v, TYPES[i].words[k]))
-                types = TYPES[i].bits;
+        if (v->spoken & TYPES[i].bits)
+            types = TYPES[i].bits;
     if (types == ALL_TYPES) {
         put_format(&s->out, "any");
         return;
@@ -2609,28 +2562,40 @@ static void put_types(schema *s, const view *v, size_t id)
     put_format(&s->out, n ? "" : "never");
 }
 
-/* Refuses keywords that are not known, and values that they cannot have.  Words that begin with x-
- * or _ are remarks. */
-static void check_words(schema *s, const json_node *node)
+/* The row of the key at a name; NULL: it is not known.  Words that begin with x- or _ are
+ * remarks, like the last row. */
+static const keyword *keyword_of(const char *name)
+{
+    size_t i = 0, n = sizeof KEYWORDS / sizeof *KEYWORDS;
+    if (*name == '_' || strncmp(name, "x-", 2) == 0)
+        return KEYWORDS + n - 1;
+    while (i < n && !in_words(KEYWORDS[i].words, name))
+        i++;
+    return i < n ? KEYWORDS + i : NULL;
+}
+
+/* Notes of which types a schema speaks; refuses keywords that are not known, and values that they
+ * cannot have. */
+static void check_words(schema *s, view *v, const json_node *node)
 {
     const json_node *key = node + 1, *end = json_next(s->j, node);
+    v->types &= named_types(s, node);
     for (; key < end; key = json_next(s->j, key + 1)) {
         const char *name = s->j->text + key->start;
-        size_t i = 0, n = sizeof KEYWORDS / sizeof *KEYWORDS;
-        if (*name == '_' || strncmp(name, "x-", 2) == 0)
-            continue;
-        while (i < n && !in_words(KEYWORDS[i].words, name))
-            i++;
-        if (i == n)
+        const keyword *known = keyword_of(name);
+        if (!known)
             refuse_node(s, key + 1, "the keyword '%s' is not known", name);
-        else if (!(KEYWORDS[i].kinds >> key[1].kind & 1))
-            refuse_node(s, key + 1, "'%s' must be %s", name, KEYWORDS[i].what);
+        else if (!(known->kinds >> key[1].kind & 1))
+            refuse_node(s, key + 1, "'%s' must be %s", name, known->what);
+        else
+            v->spoken |= known->types;
     }
 }
 
 /* Adds what the schemas of a view refer to; 0 where one of them is false. */
 static int expand(schema *s, view *v)
 {
+    v->types = ALL_TYPES, v->spoken = 0;
     for (size_t i = 0; i < v->n && !s->failed; i++) {
         const json_node *node = schema_at(s, v, i), *ref, *all, *each;
         if (node->kind == JSON_FALSE)
@@ -2641,10 +2606,10 @@ static int expand(schema *s, view *v)
             v->item[i--] = v->item[--v->n]; /* it says no more */
             continue;
         }
+        check_words(s, v, node);
         if (v->item[i] & REFS_DONE)
             continue;
         v->item[i] |= REFS_DONE;
-        check_words(s, node);
         ref = json_get(s->j, node, "$ref"), all = json_get(s->j, node, "allOf");
         if (ref && !s->failed)
             view_add(s, v, referred(s, ref));
@@ -2684,7 +2649,7 @@ static int add_schema(array *gbnf, const json *j, const json_node *root, int spa
 {
     schema s = {.j = j, .root = root, .out = {.memory = gbnf}, .err = err, .size = size,
                 .comma = spaced ? ", " : ",", .colon = spaced ? ": " : ":"};
-    view whole = {{ITEM * index_of(&s, root)}, 1};
+    view whole = {.item = {ITEM * index_of(&s, root)}, .n = 1};
     snprintf(err, size, "out of memory for the schema");
     put_format(&s.out, "comma ::= \"%s\"\ncolon ::= \"%s\"\nroot ::= ", s.comma, s.colon);
     put_set(&s, &whole);

@@ -896,9 +896,9 @@ schema '{"type": "number", "maximum": 1.5}' "#: the bounds of a number must be w
 schema '{"pattern": "a", "maxLength": 3}' "#/pattern: 'pattern', 'format' and a length do not go"
 schema '{"pattern": "[é]"}' "#/pattern: the part of 'pattern' before byte 2 is not known"
 schema '{"properties": {"a": {}}, "patternProperties": {"b": {}}}' \
-    "#/patternProperties: it is not known beside named keys"
+    "#/patternProperties: it is known only as one pattern, without named keys"
 schema '{"items": {"enum": []}}' "#/items: no listed value fits the other keywords"
-schema '{"enum": ["a"], "minLength": 2}' "#/enum/0: 'minLength' beside listed values is not known"
+schema '{"enum": ["a"], "minLength": 2}' "#/enum/0: no keyword but 'type' is known beside listed values"
 schema '{"allOf": [{"pattern": "a"}, {"pattern": "b"}]}' "#/allOf/1/pattern: two different"
 schema '{"type": ["object", "any"]}' "#/type: 'type' is one or a list of string, integer"
 schema '{"oneOf": [{"type": "null"}, {"const": null}]}' "#/oneOf/1: a value may fit this way"

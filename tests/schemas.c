@@ -27,8 +27,8 @@ static void compile(const char *text, size_t n, int is_schema)
     char err[400];
     array gbnf = {0};
     output out = {.memory = &gbnf};
-    double start = microseconds(), took = 0;
     close_constraint(&machine);
+    double start = microseconds(), took = 0;
     int ok = !is_schema || read_schema(&gbnf, text, n, 0, err, sizeof err);
     if (!is_schema)
         put_bytes(&out, text, n);

@@ -437,7 +437,8 @@ struct pace {          /* of passes of so many rows */
     int is_team;       /* the way of the last pass */
 };
 
-/* What a pass needs beside sessions: threads, and scratch for n_batch rows. */
+/* What a pass needs beside sessions: threads, and scratch for n_batch rows.  Variables that point
+ * to it are called work. */
 struct gemma2_worker {
     const gemma2_model *model;
     void *owned; /* to free, or NULL */
@@ -843,10 +844,9 @@ struct entry {
 static struct entry get_entry(const uint8_t *directory, size_t i)
 {
     const uint8_t *p = directory + i * ENTRY_BYTES;
-    struct entry e = {get_u32(p), get_u32(p + 4), get_u32(p + 8), get_u32(p + 12),
-                      get_u64(p + 16), get_u64(p + 24), get_u64(p + 32), get_u64(p + 40),
-                      p + 48, p + 80};
-    return e;
+    return (struct entry){get_u32(p), get_u32(p + 4), get_u32(p + 8), get_u32(p + 12),
+                          get_u64(p + 16), get_u64(p + 24), get_u64(p + 32), get_u64(p + 40),
+                          p + 48, p + 80};
 }
 
 static const struct role *find_role(uint32_t id)
@@ -1797,7 +1797,7 @@ static int default_threads(void)
  * the context in a global layer; in a local one window + largest batch, so that the first
  * row of a batch still finds its window when the last one is stored.  If that is shorter than
  * the context there are 16 slots more, so that drafts that turn out wrong (section 7) have
- * overwritten nothing in a window.  Slots come in groups of 16:
+ * overwritten nothing in a window.  Slots come in strips of 16:
  *     keys   [R / 16][H][16 slots]     a dot product runs down H, 16 keys in the lanes
  *     values [R / 16][16 slots][H']    H' = H rounded up to 16, 16 dimensions in the lanes */
 
@@ -2256,12 +2256,12 @@ static void add_importance(const struct pass *p, int layer, int input, const flo
 
 /* RoPE on one head: pairs (i, i + H/2) turn by the row's angles (half-split, as in
  * transformers apply_rotary_pos_emb), then times scale. */
-static void rotate(float *x, size_t n_pairs, const float *cosine, const float *sine, float scale)
+static void rotate(float *x, size_t half, const float *cosine, const float *sine, float scale)
 {
-    for (size_t i = 0; i < n_pairs; i++) {
-        float a = x[i], b = x[i + n_pairs];
+    for (size_t i = 0; i < half; i++) {
+        float a = x[i], b = x[i + half];
         x[i] = (a * cosine[i] - b * sine[i]) * scale;
-        x[i + n_pairs] = (b * cosine[i] + a * sine[i]) * scale;
+        x[i + half] = (b * cosine[i] + a * sine[i]) * scale;
     }
 }
 
@@ -2397,15 +2397,15 @@ static void rotate_and_store_task(void *context, size_t t)
     const struct pass *p = context;
     const gemma2_worker *work = p->worker;
     const gemma2_config *c = &p->model->config;
-    size_t h = (size_t)c->head_dim, n_pairs = h / 2;
-    const float *cosine = work->cosine + t * n_pairs, *sine = work->sine + t * n_pairs;
+    size_t h = (size_t)c->head_dim, half = h / 2;
+    const float *cosine = work->cosine + t * half, *sine = work->sine + t * half;
     float *q = work->q + t * (size_t)c->n_heads * h, *k = work->k + t * (size_t)c->n_kv_heads * h;
     float *v = work->v + t * (size_t)c->n_kv_heads * h;
     const struct row *row = &work->rows[t];
     for (int i = 0; i < c->n_heads; i++)
-        rotate(q + (size_t)i * h, n_pairs, cosine, sine, c->query_scale);
+        rotate(q + (size_t)i * h, half, cosine, sine, c->query_scale);
     for (int i = 0; i < c->n_kv_heads; i++) {
-        rotate(k + (size_t)i * h, n_pairs, cosine, sine, 1.0f);
+        rotate(k + (size_t)i * h, half, cosine, sine, 1.0f);
         store_head(row->session, p->layer, i, row->position, k + (size_t)i * h,
                    v + (size_t)i * h);
     }
@@ -2604,12 +2604,10 @@ static struct query query_of(const struct pass *p, size_t t, int head)
     const gemma2_worker *work = p->worker;
     const struct row *row = &work->rows[t];
     const gemma2_config *c = &p->model->config;
-    size_t h = (size_t)c->head_dim;
     int32_t window = c->is_local[p->layer] ? row->session->window : row->position + 1;
-    struct query q = {work->q + (t * (size_t)c->n_heads + (size_t)head) * h,
-                      work->attended + (t * (size_t)c->n_heads + (size_t)head) * h,
-                      max_i32(0, row->position - window + 1), row->position};
-    return q;
+    size_t at = (t * (size_t)c->n_heads + (size_t)head) * (size_t)c->head_dim;
+    return (struct query){work->q + at, work->attended + at,
+                          max_i32(0, row->position - window + 1), row->position};
 }
 
 /* How the attention of a pass is cut into tasks. */
@@ -2818,14 +2816,14 @@ static void embed_task(void *context, size_t t)
     const gemma2_worker *work = p->worker;
     const gemma2_config *c = &p->model->config;
     const struct row *row = &work->rows[t];
-    size_t d = (size_t)c->d_model, n_pairs = (size_t)c->head_dim / 2;
+    size_t d = (size_t)c->d_model, half = (size_t)c->head_dim / 2;
     float *x = work->x + t * d;
     read_row(&p->model->embedding, (uint32_t)row->session->ids[row->position], x);
     for (size_t i = 0; i < d; i++)
         x[i] *= c->embedding_scale;
-    for (size_t i = 0; i < n_pairs; i++) {
+    for (size_t i = 0; i < half; i++) {
         float angle = (float)row->position * work->inverse_frequency[i];
-        cos_sin(angle, work->cosine + t * n_pairs + i, work->sine + t * n_pairs + i);
+        cos_sin(angle, work->cosine + t * half + i, work->sine + t * half + i);
     }
 }
 
@@ -3118,14 +3116,12 @@ static const uint32_t EMPTY_BUCKET = 0xffffffff, NO_PIECE = 0xffffffff;
 static struct text piece_text(const struct tokenizer *t, uint32_t id)
 {
     uint32_t start = id ? get_u32(t->ends + 4 * (size_t)(id - 1)) : 0;
-    struct text piece = {t->blob + start, get_u32(t->ends + 4 * (size_t)id) - start};
-    return piece;
+    return (struct text){t->blob + start, get_u32(t->ends + 4 * (size_t)id) - start};
 }
 
 static struct text as_text(const char *s)
 {
-    struct text t = {(const uint8_t *)s, (uint32_t)strlen(s)};
-    return t;
+    return (struct text){(const uint8_t *)s, (uint32_t)strlen(s)};
 }
 
 /* Kinds that text can become.  UNUSED pieces, which SentencePiece would merge and take apart
@@ -3140,10 +3136,10 @@ static int is_matchable(int kind)
 enum {
     WHOLE_PLAIN = 1 << GEMMA2_PIECE_USER,
     WHOLE_TEXT = WHOLE_PLAIN | 1 << GEMMA2_PIECE_MARKER,
-    WHOLE_MARKS = 1 << GEMMA2_PIECE_MARKER | 1 << GEMMA2_PIECE_CONTROL
+    WHOLE_MARKERS = 1 << GEMMA2_PIECE_MARKER | 1 << GEMMA2_PIECE_CONTROL
 };
 
-static int is_whole(int kind) { return (WHOLE_TEXT | WHOLE_MARKS) >> kind & 1; }
+static int is_whole(int kind) { return (WHOLE_TEXT | WHOLE_MARKERS) >> kind & 1; }
 
 /* ---- the hash of matchable pieces: linear probing, at most half full; a bucket holds the
  * id in its low 22 bits and 10 bits of hash above them ---- */
@@ -3503,8 +3499,8 @@ static struct encoder start_encoder(const gemma2_model *m, int plain, int32_t *i
  * the model answer, generate follows.  System text has a turn of its own, which replaces start, or
  * it is folded into the first user turn: before, system text, join, text, after.
  *
- * Template and texts between two marks of the vocabulary are encoded together, as the template's
- * author does it.  No text can forge a turn.  Marks are looked for in the template alone.  A
+ * Template and texts between two markers of the vocabulary are encoded together, as the template's
+ * author does it.  No text can forge a turn.  Markers are looked for in the template alone.  A
  * template may also mark turns with plain text, as "### Response:".  Where a text spells such a
  * line, alone or with what surrounds it, it is cut inside a piece of that line. */
 
@@ -3513,10 +3509,10 @@ static const char *const chat_keys[N_CHAT_PARTS] = {
     "chat.system.after", "chat.system.join", "chat.user.before", "chat.user.after",
     "chat.model.before", "chat.model.after", "chat.generate"};
 
-enum { MAX_CHAT_PART = 1 << 16, MAX_CHAT_LINES = 64, MAX_CHAT_MARKER = 255 };
+enum { MAX_CHAT_PART = 1 << 16, MAX_CHAT_LINES = 64, MAX_LINE_BYTES = 255 };
 
-struct chat_marker {
-    struct text text; /* normalised, at most MAX_CHAT_MARKER bytes */
+struct turn_line {
+    struct text text; /* normalised, at most MAX_LINE_BYTES bytes */
     uint32_t cut;     /* where its first piece of several characters is cut */
 };
 
@@ -3528,8 +3524,8 @@ struct conversation {
         uint32_t start, end;
     } *texts;    /* where strangers' texts lie in e.text */
     size_t n_texts, text_at;
-    struct chat_marker markers[MAX_CHAT_LINES];
-    int n_markers;
+    struct turn_line turn_lines[MAX_CHAT_LINES];
+    int n_turn_lines;
 };
 
 /* A character of valid UTF-8 that Python's str.strip, which templates call, takes off. */
@@ -3594,8 +3590,8 @@ static struct text message_text(const gemma2_model *m, const gemma2_message *mes
 /* Encodes what is pending up to `to`. */
 static void encode_pending(struct conversation *c, size_t to)
 {
-    uint8_t cut[MAX_CHAT_MARKER + 1] = {0}; /* whether to cut at a position, modulo 256 */
-    for (size_t at = c->from; at < to && c->n_markers; at++) {
+    uint8_t cut[MAX_LINE_BYTES + 1] = {0}; /* whether to cut at a position, modulo 256 */
+    for (size_t at = c->from; at < to && c->n_turn_lines; at++) {
         if (cut[at % sizeof cut]) {
             encode_text(&c->e, c->from, at);
             c->from = at;
@@ -3604,10 +3600,10 @@ static void encode_pending(struct conversation *c, size_t to)
         while (c->text_at < c->n_texts && c->texts[c->text_at].end <= at)
             c->text_at++;
         size_t start = c->text_at < c->n_texts ? c->texts[c->text_at].start : to;
-        for (int i = 0; i < c->n_markers; i++) {
-            const struct chat_marker *marker = &c->markers[i];
-            size_t end = at + marker->text.n, inside = at + marker->cut;
-            if (end <= to && end > start && !memcmp(c->e.text + at, marker->text.p, end - at))
+        for (int i = 0; i < c->n_turn_lines; i++) {
+            const struct turn_line *line = &c->turn_lines[i];
+            size_t end = at + line->text.n, inside = at + line->cut;
+            if (end <= to && end > start && !memcmp(c->e.text + at, line->text.p, end - at))
                 cut[(inside > start ? inside : start) % sizeof cut] = 1;
         }
     }
@@ -3615,7 +3611,7 @@ static void encode_pending(struct conversation *c, size_t to)
     c->from = to;
 }
 
-/* Appends a part of the template: its marks as ids, the rest to what is pending. */
+/* Appends a part of the template: its markers as ids, the rest to what is pending. */
 static void add_part(struct conversation *c, enum chat_part part)
 {
     struct encoder *e = &c->e;
@@ -3623,12 +3619,12 @@ static void add_part(struct conversation *c, enum chat_part part)
     normalise(e, c->m->chat[part].p, c->m->chat[part].n);
     while (at < e->n) {
         struct text rest = {e->text + at, (uint32_t)(e->n - at)};
-        int32_t mark = longest_whole(e->t, rest, WHOLE_MARKS);
-        if (mark >= 0) {
+        int32_t marker = longest_whole(e->t, rest, WHOLE_MARKERS);
+        if (marker >= 0) {
             encode_pending(c, at);
-            emit(e, mark);
+            emit(e, marker);
             e->after_unk = 0;
-            at = c->from += piece_text(e->t, (uint32_t)mark).n;
+            at = c->from += piece_text(e->t, (uint32_t)marker).n;
         } else
             at += utf8_length(rest.p, rest.n);
     }
@@ -3638,17 +3634,16 @@ static void add_message(struct conversation *c, struct text s)
 {
     uint32_t start = (uint32_t)c->e.n;
     normalise(&c->e, s.p, s.n);
-    struct range range = {start, (uint32_t)c->e.n};
-    c->texts[c->n_texts++] = range;
+    c->texts[c->n_texts++] = (struct range){start, (uint32_t)c->e.n};
 }
 
 /* How far into a text that begins at `start` its first piece of several characters is cut. */
 static uint32_t find_cut(const struct encoder *from, size_t start)
 {
-    int32_t ids[MAX_CHAT_MARKER];
+    int32_t ids[MAX_LINE_BYTES];
     struct encoder e = *from;
     uint32_t n = (uint32_t)(e.n - start), first = utf8_length(e.text + start, n);
-    e.ids = ids, e.max_ids = MAX_CHAT_MARKER, e.n_ids = 0;
+    e.ids = ids, e.max_ids = MAX_LINE_BYTES, e.n_ids = 0;
     encode_text(&e, start, e.n);
     for (uint32_t at = 0, i = 0; at < n && i < e.n_ids; i++) {
         uint32_t length = utf8_length(e.text + start + at, n - at);
@@ -3663,8 +3658,8 @@ static uint32_t find_cut(const struct encoder *from, size_t start)
     return first;
 }
 
-/* Makes a marker of a line that has more than one character and no mark of the vocabulary. */
-static void add_marker(struct conversation *c, struct text line)
+/* Keeps a line that has more than one character and no marker of the vocabulary. */
+static void add_turn_line(struct conversation *c, struct text line)
 {
     struct encoder *e = &c->e;
     size_t start = e->n, at = start, end = start;
@@ -3673,8 +3668,8 @@ static void add_marker(struct conversation *c, struct text line)
     for (uint32_t length; at < e->n; at += length) {
         struct text rest = {e->text + at, (uint32_t)(e->n - at)};
         length = utf8_length(rest.p, rest.n);
-        end = at + length <= start + MAX_CHAT_MARKER ? at + length : end;
-        if (longest_whole(e->t, rest, WHOLE_MARKS) >= 0)
+        end = at + length <= start + MAX_LINE_BYTES ? at + length : end;
+        if (longest_whole(e->t, rest, WHOLE_MARKERS) >= 0)
             break;
     }
     if (at < e->n || start == end || end == start + utf8_length(e->text + start, e->n - start)) {
@@ -3682,18 +3677,18 @@ static void add_marker(struct conversation *c, struct text line)
         return;
     }
     e->n = end;
-    struct chat_marker marker = {{e->text + start, (uint32_t)(end - start)}, find_cut(e, start)};
-    c->markers[c->n_markers++] = marker;
+    struct text kept = {e->text + start, (uint32_t)(end - start)};
+    c->turn_lines[c->n_turn_lines++] = (struct turn_line){kept, find_cut(e, start)};
 }
 
-static void find_markers(struct conversation *c)
+static void find_turn_lines(struct conversation *c)
 {
     for (int part = CHAT_SYSTEM_BEFORE; part < N_CHAT_PARTS; part++) {
         struct text s = c->m->chat[part];
         for (uint32_t n; s.n; s.p += n, s.n -= n) {
             const uint8_t *end = memchr(s.p, '\n', s.n);
             struct text line = {s.p, n = end ? (uint32_t)(end - s.p) + 1 : s.n};
-            add_marker(c, line);
+            add_turn_line(c, line);
         }
     }
     c->from = c->e.n;
@@ -3704,7 +3699,7 @@ static void encode_messages(struct conversation *c, const gemma2_message *messag
 {
     const gemma2_model *m = c->m;
     struct text system = {NULL, 0};
-    find_markers(c);
+    find_turn_lines(c);
     if (n && messages->role == GEMMA2_ROLE_SYSTEM)
         system = message_text(m, messages++, AT_START | AT_END), n--;
     int own_turn = system.p && m->chat[CHAT_SYSTEM_BEFORE].p;
@@ -6075,7 +6070,7 @@ int gemma2_chat_check(const gemma2_model *m, const gemma2_message *messages, siz
     return GEMMA2_ERR_CHAT;
 }
 
-/* Bytes that the conversation and, apart from it, the template's markers take at most. */
+/* Bytes that the conversation and, apart from it, the template's lines take at most. */
 static uint64_t conversation_bytes(const gemma2_model *m, const gemma2_message *messages, size_t n)
 {
     uint64_t turn = 0, bytes = 0;
@@ -6829,9 +6824,8 @@ static int place_matrix(struct gemma2_model *m, const struct role *r, const stru
     struct matrix *x = matrix_of(m, r, e->layer);
     if (x->data)
         return corrupt(err, "%s occurs twice", r->name);
-    struct matrix found = {m->file.data + e->offset, e->type, (uint32_t)rows, (uint32_t)cols,
-                           (size_t)tile};
-    *x = found;
+    *x = (struct matrix){m->file.data + e->offset, e->type, (uint32_t)rows, (uint32_t)cols,
+                         (size_t)tile};
     return 1;
 }
 

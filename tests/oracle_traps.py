@@ -143,8 +143,8 @@ SOURCES = [  # trap, pattern that stands once in gemma2.c, replacement, words of
     ("14 BOS twice", r"emit\(&e, m->config\.bos\);",
      "{ emit(&e, m->config.bos); emit(&e, m->config.bos); }", "BOS is not there once"),
     ("15 one stop id", r"i < m->config\.n_stop; i\+\+", "i < 1; i++", "stop ids"),
-    ("interleaved RoPE", r"float a = x\[i\], b = x\[i \+ n_pairs\];\n"
-     r"(\s*)x\[i\] = (.*)\n\s*x\[i \+ n_pairs\] = (.*)\n",
+    ("interleaved RoPE", r"float a = x\[i\], b = x\[i \+ half\];\n"
+     r"(\s*)x\[i\] = (.*)\n\s*x\[i \+ half\] = (.*)\n",
      r"float a = x[2 * i], b = x[2 * i + 1];\n\1x[2 * i] = \2\n\1x[2 * i + 1] = \3\n",
      "q of layer 0"),
 ]

@@ -640,13 +640,13 @@ static void test_slow_vocabularies(void)
  * along with for long at each of its letters. */
 static void test_slow_template(const gemma2_model *tokenizer)
 {
-    static char part[MAX_CHAT_LINES * (MAX_CHAT_MARKER + 3)], text[1 << 17];
+    static char part[MAX_CHAT_LINES * (MAX_LINE_BYTES + 3)], text[1 << 17];
     const char *facts[] = {"chat.user.before", part, "chat.user.after", "", "chat.model.before", "",
                            "chat.model.after", "", "chat.generate", "", NULL};
-    for (size_t at = 0, i = 0; i < MAX_CHAT_LINES; i++, at += MAX_CHAT_MARKER - 1) {
-        memset(part + at, 'a', MAX_CHAT_MARKER - 2);
-        part[at + MAX_CHAT_MARKER - 3] = (char)('b' + i % 20);
-        part[at + MAX_CHAT_MARKER - 2] = '\n';
+    for (size_t at = 0, i = 0; i < MAX_CHAT_LINES; i++, at += MAX_LINE_BYTES - 1) {
+        memset(part + at, 'a', MAX_LINE_BYTES - 2);
+        part[at + MAX_LINE_BYTES - 3] = (char)('b' + i % 20);
+        part[at + MAX_LINE_BYTES - 2] = '\n';
     }
     memset(text, 'a', sizeof text);
     struct image from = {fresh(tokenizer->file.size), tokenizer->file.size};

@@ -191,18 +191,24 @@ for i in 1 2 3 4 5 6 7 8 9 10 11 12; do printf '{"id": "%s", "prompt": "The %s",
 echo '{"id": "bad", "prompt": 5}' >>"$TMP/in"
 batch "$TMP/in" -q -s 5 -o "$TMP/whole"; claim $? -eq 1 "exit status of one run"
 sort "$TMP/whole" >"$TMP/want"
-# killed SIGNAL: ends a run after its second result, and leaves its status in $status
+# lines FILE N: whether the file has as many.
+lines() { [ "$(wc -l 2>/dev/null <"$1" || echo 0)" -ge "$2" ]; }
+# killed SIGNAL: ends a run after its second result, and leaves its status in $status.  It cannot
+# end before: it waits for the last lines.
+mkfifo "$TMP/fifo"
 killed() {
     rm -f "$TMP/out"
-    "$RUN" "$STORY" --batch "$TMP/in" -q -s 5 -j 1 --parallel 2 -o "$TMP/out" 2>"$TMP/err" &
+    "$RUN" "$STORY" --batch - -q -s 5 -j 1 --parallel 2 -o "$TMP/out" <"$TMP/fifo" 2>"$TMP/err" &
     pid=$!
-    for i in $(seq 500); do [ "$(wc -l 2>/dev/null <"$TMP/out" || echo 0)" -ge 2 ] && break; sleep 0.02; done
+    exec 9>"$TMP/fifo"
+    head -n 9 "$TMP/in" >&9
+    await lines "$TMP/out" 2
     kill -$1 $pid
+    exec 9>&-
     wait $pid
     status=$?
 }
 killed KILL 2>/dev/null
-claim "$(wc -l <"$TMP/out")" -lt 13 "lines when killed"
 printf '{"id": "7", "text": "To' >>"$TMP/out" # a torn line
 batch "$TMP/in" -s 5 --parallel 3 -o "$TMP/out"; claim $? -eq 1 "exit status of the second run"
 sort "$TMP/out" >"$TMP/got"; same "$TMP/want" "$TMP/got" "results after kill -9"
@@ -238,7 +244,7 @@ sed 1d "$TMP/in" | batch - -q -s 5 >"$TMP/got"; claim "$(wc -l <"$TMP/got")" -eq
 # A program may wait for each result before it sends the next line.
 { for i in 1 2; do
     printf '{"prompt": "a", "max_tokens": 1}\n'
-    for wait in $(seq 500); do [ "$(wc -l <"$TMP/got")" -ge $i ] && break; sleep 0.02; done
+    await lines "$TMP/got" $i
     wc -l <"$TMP/got" >>"$TMP/counts"
   done; } | batch - -q >"$TMP/got"
 claim "$(tr -d '\n ' <"$TMP/counts")" = 12 "results in time"

@@ -1,6 +1,7 @@
 /* Checks and their counts, for tests in C. */
 #include <stdarg.h>
 #include <stdio.h>
+#include <stdlib.h>
 
 #ifndef PRINTF_FORMAT
 #define PRINTF_FORMAT printf
@@ -19,6 +20,9 @@ static int check(int ok, const char *format, ...)
         vprintf(format, args);
         printf("\n");
         va_end(args);
+#ifdef GOLDEN_ALONE /* the first failure says where the mistake is */
+        exit(1);
+#endif
     }
     return ok;
 }

@@ -720,28 +720,32 @@ claim $? -eq 1 "exit status"; err_has "cannot write"
 "$RUN" --version </dev/null >&- 2>"$TMP/err"
 claim $? -eq 1 "exit status of --version"; err_has "cannot write"
 if timeout --preserve-status 5 true 2>/dev/null; then
+    # interrupted SIGNAL FILE ARGUMENT...: sends a signal, later each time until $TMP/FILE shows
+    # that run was at work: a busy machine may let it begin late.
+    interrupted() {
+        number=$1 shows=$2
+        shift 2
+        for after in 0.3 1 3 10 30 100; do
+            timeout --preserve-status -s "$number" $after "$RUN" "$STORY" "$@" \
+                </dev/null >"$TMP/out" 2>"$TMP/err"
+            status=$?
+            [ -s "$TMP/$shows" ] && break
+        done
+    }
     name="interrupt"
-    for after in 0.3 1 3 10; do # longer on a busy machine: run may not have begun
-        timeout --preserve-status -s INT $after "$RUN" "$STORY" -q --json -C 200000 --ignore-eos x \
-            </dev/null >"$TMP/out" 2>"$TMP/err"
-        status=$?
-        [ -s "$TMP/out" ] && break
-    done
+    interrupted INT out -q --json -C 200000 --ignore-eos x
     claim $status -eq 130 "exit status"; out_has '"finish_reason": "interrupted"'
     if [ "$SYSTEM" != windows ]; then
-        timeout --preserve-status -s TERM 1 "$RUN" "$STORY" -q --json -C 200000 --ignore-eos x \
-            </dev/null >"$TMP/out" 2>"$TMP/err"
-        claim $? -eq 143 "exit status after SIGTERM"; out_has '"finish_reason": "interrupted"'
+        interrupted TERM out -q --json -C 200000 --ignore-eos x
+        claim $status -eq 143 "exit status after SIGTERM"; out_has '"finish_reason": "interrupted"'
     fi
     name="an interrupted session"
-    timeout --preserve-status -s INT 0.5 "$RUN" "$STORY" -q -C 200000 --ignore-eos --session "$S" x \
-        </dev/null >"$TMP/out" 2>"$TMP/err"
-    claim $? -eq 130 "exit status"; same "$S" "$TMP/same" "its file was changed"
+    interrupted INT out -q -C 200000 --ignore-eos --session "$S" x
+    claim $status -eq 130 "exit status"; same "$S" "$TMP/same" "its file was changed"
     name="interrupt while scoring"
     awk 'BEGIN { for (i = 0; i < 90000; i++) print "Once upon a time" }' >"$TMP/file"
-    timeout --preserve-status -s INT 0.3 "$RUN" "$STORY" -q --perplexity "$TMP/file" \
-        </dev/null >"$TMP/out" 2>"$TMP/err"
-    claim $? -eq 130 "exit status"; out_empty
+    interrupted INT err --perplexity "$TMP/file"
+    claim $status -eq 130 "exit status"; out_empty
 else
     echo "not run: interrupts, there is no timeout with --preserve-status"
 fi
@@ -752,8 +756,7 @@ if [ "$SYSTEM" = posix ]; then # other systems do not map the file, or do not le
     "$RUN" "$TMP/model" -v <"$TMP/fifo" >"$TMP/out" 2>"$TMP/err" &
     pid=$!
     exec 9>"$TMP/fifo"
-    tries=0
-    until grep -q mapped "$TMP/err" || [ $tries -gt 100 ]; do sleep 0.1; tries=$((tries + 1)); done
+    await grep -q mapped "$TMP/err"
     : >"$TMP/model"
     echo x >&9
     exec 9>&-
@@ -761,86 +764,33 @@ if [ "$SYSTEM" = posix ]; then # other systems do not map the file, or do not le
     claim $? -eq 3 "exit status"; out_empty
     claim "$(grep -c '^run: .* it became shorter' "$TMP/err")" -eq 1 "sentences"
 fi
-# terminal NAME COMMAND TYPIST: runs a command on a pseudo-terminal and types the typist's output
-# there.  No output is a failure if a trial showed that the terminal works.
+# terminal NAME COMMAND: runs a command on a pseudo-terminal.  No output is a failure if a trial
+# showed that the terminal works.  tests/terminal.c tests conversations.
 terminal() {
     name=$1
-    : >"$TMP/notes" >"$TMP/raw"
-    eval "$3" | timeout 20 script -qec "$2" /dev/null >"$TMP/raw" 2>/dev/null
-    tr -d '\r' <"$TMP/raw" >"$TMP/out"
+    timeout 200 script -qec "$2" /dev/null </dev/null 2>/dev/null | tr -d '\r' >"$TMP/out"
     [ -s "$TMP/out" ]
-}
-# prompts N: a typist waits until the conversation has asked N times, on the terminal or in notes.
-prompts() {
-    tries=0
-    until [ "$(cat "$TMP/raw" "$TMP/notes" | grep -o '> ' | wc -l)" -ge "$1" ] || [ $tries -gt 200 ]; do
-        sleep 0.05
-        tries=$((tries + 1))
-    done
 }
 if [ "$SYSTEM" = windows ]; then
     echo "not run: what a terminal sees, and arguments that are not UTF-8"
-elif terminal "a terminal" "echo x" : && [ "$(cat "$TMP/out")" = x ]; then
-    terminal "no control sequences" "'$RUN' '$STORY' --detokenize '35 99 6 17 202 163'" :
+elif terminal "a terminal" "echo x" && [ "$(cat "$TMP/out")" = x ]; then
+    terminal "no control sequences" "'$RUN' '$STORY' --detokenize '35 99 6 17 202 163'"
     claim "$(od -An -tx1 <"$TMP/out" | tr -d ' \n')" = efbfbd5b0a09efbfbd "bytes"
     printf %s "$ESCAPES" >"$TMP/file"
     terminal "nor in the echo of a prompt, carriage returns included" \
-        "stty -opost; '$RUN' '$STORY' -q -n 0 --echo -f '$TMP/file'" :
+        "stty -opost; '$RUN' '$STORY' -q -n 0 --echo -f '$TMP/file'"
     R='\357\277\275'
     out_is "a$R]0;b$R$R$R${R}c${R}d\n"
     printf 'a\300\233\355\240\200\340\200\233\302\237' >"$TMP/file" # ESC, overlong, a surrogate, U+9F
-    terminal "nor spelled in too many bytes" "'$RUN' '$STORY' -q -n 0 --echo -f '$TMP/file'" :
+    terminal "nor spelled in too many bytes" "'$RUN' '$STORY' -q -n 0 --echo -f '$TMP/file'"
     out_is "a$R$R$R$R$R$R$R$R$R\n"
-    terminal "nor in a message" "'$RUN' '$TMP/$ESCAPES' x" :
+    terminal "nor in a message" "'$RUN' '$TMP/$ESCAPES' x"
     claim "$(tr -d '\n[:print:]' <"$TMP/out" | wc -c)" -eq 0 "control characters"
     printf 'a\342\200\256b\342\201\251\302\255' >"$TMP/file"
-    terminal "marks of direction are text" "'$RUN' '$STORY' -q -n 0 --echo -f '$TMP/file'" :
+    terminal "marks of direction are text" "'$RUN' '$STORY' -q -n 0 --echo -f '$TMP/file'"
     out_is 'a\342\200\256b\342\201\251\302\255\n'
-    terminal "terminal without a prompt" "'$RUN' '$STORY'; echo status \$?" "sleep 0.5"
+    terminal "terminal without a prompt" "'$RUN' '$STORY'; echo status \$?"
     out_has "status 2"
-    terminal "conversation" "'$RUN' '$STORY' -c -n 5; echo status \$?" \
-        "sleep 0.5; echo hello; sleep 0.5; echo /exit; sleep 0.2"
-    out_has "status 0"; out_has "^> "; out_has "^seed [0-9]"
-    chat() { # TYPIST: the ids in the session's file go to $TMP/ids
-        terminal "$name" "trap : INT; '$RUN' '$STORY' -c -n 5 --session '$TMP/talk'; echo status \$?" \
-            "sleep 0.5; $1; sleep 0.5"
-        keep said
-        run "$name" 0 "$STORY" -c -n 0 --json --load "$TMP/talk" x
-        sed 's/.*"prompt_ids": \[\([^]]*\).*/\1/' "$TMP/out" | tr ',' '\n' >"$TMP/ids"
-    }
-    name="Ctrl-C at the prompt keeps the conversation"
-    chat "echo Hello; sleep 1; printf '\003'; sleep 1; printf '\003'" # the first may come amid the reply
-    claim "$(grep -c "status 130" "$TMP/said")" -eq 1 "status 130"
-    claim "$(wc -l <"$TMP/ids")" -gt 20 "ids of two turns"
-    name="/clear clears the session's file"
-    chat "echo /clear; printf '\004'"
-    claim "$(wc -l <"$TMP/ids")" -lt 20 "ids of one turn"
-    # talk NAME TYPIST MESSAGE TURNS: the first turn is MESSAGE, and there are TURNS turns.  The
-    # terminal is afterwards as it was.  tests/terminal.c tests keys and commands.
-    talk() {
-        rm -f "$TMP/talk"
-        terminal "$1" "stty -g >'$TMP/before'; '$RUN' '$STORY' -c -n 1 -t 0 -C 20000 --session '$TMP/talk'
-            echo status \$?; stty -g >'$TMP/after'" "prompts 1; $2; prompts $(($4 + 1)); printf '\004'; sleep 0.1"
-        keep said
-        claim "$(grep -c "status 0" "$TMP/said")" -eq 1 "status 0"
-        same "$TMP/before" "$TMP/after" "the terminal is not as it was"
-        run "$1" 0 "$STORY" -n 0 -C 20000 --json --load "$TMP/talk" -p ""
-        kept=$(sed 's/.*"prompt_ids": \[\([^]]*\)\].*/\1/' "$TMP/out" | tr -d ,)
-        printf "$3" >"$TMP/in"
-        run "$1" 0 "$STORY" --tokenize -c
-        case "$kept " in "$(cat "$TMP/out") "*) pass ;; *) fail "kept $(echo "$kept" | head -c 200)" ;; esac
-        claim "$(echo "$kept" | tr ' ' '\n' | grep -c '^4$')" -eq $(($4 * 2)) "marks of $4 turns"
-    }
-    awk 'BEGIN { for (i = 0; i < 300; i++) printf "Once upon a time "; print "there was" }' >"$TMP/long"
-    talk "a line of 5 KB" "cat '$TMP/long'" "$(cat "$TMP/long")" 1
-    talk "four lines at once" "printf 'one\ntwo\n\nfour\n'" 'one\ntwo\n\nfour' 1
-    talk "two slashes" "echo //x" /x 1
-    name="SIGHUP cuts an answer short and keeps the conversation"
-    rm -f "$TMP/talk"
-    terminal "$name" "echo \$\$ >'$TMP/pid'; exec '$RUN' '$STORY' -c --ignore-eos -C 20000 --session '$TMP/talk'" \
-        "sleep 1; echo Hello; sleep 1; kill -HUP \$(cat '$TMP/pid'); sleep 1"
-    run "$name" 0 "$STORY" -C 20000 -n 0 --json --load "$TMP/talk" x
-    claim "$(tr ',' '\n' <"$TMP/out" | grep -c '^ [0-9]*$')" -gt 20 "ids of a turn and some answer"
 else
     echo "not run: what a terminal sees, there is no script (util-linux)"
 fi

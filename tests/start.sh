@@ -13,3 +13,8 @@ trap 'rm -rf "$TMP"' EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 passed=0 failed=0
+# await COMMAND...: waits until it succeeds, some minutes at most.
+await() {
+    tries=0
+    until "$@" 2>/dev/null || [ $tries -ge 9000 ]; do sleep 0.02; tries=$((tries + 1)); done
+}

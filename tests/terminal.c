@@ -29,7 +29,7 @@
 
 enum { MOST_ROWS = 50, MOST_COLUMNS = 120, CELL = 28 };
 
-static double patience = 20; /* seconds */
+static double patience = 200; /* seconds: a busy machine may stop a program for many */
 static const char *program = "./run";
 static const char MODEL[] = "tests/demo/story-q8.bin";
 static char folder[] = "/tmp/gemma2-terminal-XXXXXX", history[64], file[64], script[64];
@@ -606,8 +606,9 @@ static void test_signals(void)
         type(i ? "\005" : "\001"), shows("the cursor", screen(), i ? 5 : 2, i ? 6 : 2);
         type("\032");
         check(status_of(1) == 1000 + SIGSTOP, "Ctrl-Z does not stop it");
-        while (t.marks_pastes)
-            pump();
+        double end = now() + patience;
+        while (t.marks_pastes && waits(end))
+            continue;
         check(is_cooked(), "Ctrl-Z leaves the terminal in raw mode");
         for (const char *c = "\r\n$ fg\r\n"; *c; c++) /* a shell's */
             put_byte(*c);
@@ -650,9 +651,7 @@ static void test_stopping(void)
         if (i == 0)
             kill(t.child, SIGTERM), ends("SIGTERM amid a reply", 143);
         else {
-            type("\003");
-            while (t.column != 2 && waits(end))
-                continue;
+            type("\003"), asks_behind("Ctrl-C amid a reply", "");
             enter("/exit now", "run: /exit takes nothing");
             type("\003"), has("Ctrl-C", "Ctrl-C once more"), type("\003"), ends("Ctrl-C", 130);
         }
@@ -705,6 +704,47 @@ static void test_vanishing(void)
         unlink(file);
     }
     signal(SIGHUP, SIG_DFL);
+}
+
+/* A new conversation from the session's file has so many turns, and at least so many tokens. */
+static void holds(const char *name, int want_turns, int want_tokens)
+{
+    static const char *const options[] = {"--load", file, NULL};
+    int turns = -1, tokens = -1;
+    if (!check(start(110, 20, options), "no start"))
+        return;
+    enter("/show", "repeat-last-n     64");
+    const char *at = strstr(screen(), " turn");
+    while (at && at > screen() && at[-1] != '\n')
+        at--;
+    if (at)
+        sscanf(at, "%d turn%*[s,] %d of", &turns, &tokens);
+    check(turns == want_turns && tokens >= want_tokens, "%s: the session is\n%s", name, screen());
+    type("\004"), ends(name, 0);
+}
+
+/* However a conversation ends, its session holds it. */
+static void test_leaving(void)
+{
+    static const char *const endless[] = {"--ignore-eos", "--session", file, NULL};
+    if (!talk(40, 9, "--session", file, NULL, NULL))
+        return;
+    enter("hello", "ok");
+    type("\003"), has("Ctrl-C", "once more"), type("\003"), ends("Ctrl-C", 130);
+    holds("Ctrl-C", 1, 10);
+    if (!talk(40, 9, "--session", file, NULL, NULL))
+        return;
+    enter("/clear", "> /clear"), type("\004"), ends("/clear", 0);
+    holds("/clear", 0, 0);
+    if (!check(start(40, 9, endless), "no start"))
+        return;
+    shows("start", ">", 0, 2), type("hello\r");
+    double end = now() + patience;
+    while (t.row < 4 && waits(end))
+        continue;
+    kill(t.child, SIGHUP), ends("SIGHUP amid a reply", 129);
+    holds("SIGHUP amid a reply", 1, 20);
+    unlink(file);
 }
 
 /* ---- commands ---- */
@@ -935,6 +975,7 @@ int main(int argc, char **argv)
     test_stopping();
     test_lines();
     test_vanishing();
+    test_leaving();
     test_commands();
     test_loading();
     test_full();

@@ -9,7 +9,8 @@
 #include "team.h"
 
 #include <pthread.h>
-#include <time.h>
+#include <sched.h>
+#include <stdatomic.h>
 
 enum { N_HOSTS = 3, N_TOKENS = 24 };
 
@@ -76,10 +77,15 @@ static void test_hosts(void)
     unmake(&x);
 }
 
-/* Slow, so that no thread can do the tasks of all. */
+static _Atomic int n_begun;
+
+/* Waits for another task, so that no thread can do the tasks of all.  In the relaxed order
+ * neither learns of the other's memory. */
 static void racing_task(void *context, size_t task)
 {
-    nanosleep(&(struct timespec){0, 50000000}, NULL);
+    atomic_fetch_add_explicit(&n_begun, 1, memory_order_relaxed);
+    while (atomic_load_explicit(&n_begun, memory_order_relaxed) < 2)
+        sched_yield();
     *(size_t *)context += task;
 }
 

@@ -1,7 +1,8 @@
 /* The engine against transformers and SentencePiece, from data that tests/make_golden.py
  * made and this repository holds: every traced activation of tiny random models, however
  * the prompt is cut into calls; token vectors; the demo model's story.
- * test.c has it as "golden" and "tale".  -DGOLDEN_ALONE makes a program of this file:
+ * test.c has it as "golden" and "tale".  -DGOLDEN_ALONE makes a program of this file, which ends at
+ * the first failure:
  *
  *   cc -O2 -ffp-contract=off -DGOLDEN_ALONE tests/unit/golden.c -lm && ./a.out [-v] [tests/golden]
  *

@@ -492,6 +492,21 @@ struct gemma2_session {
     struct layer_cache *cache; /* [L] */
 };
 
+/* n rows through all layers.  Every thread has a copy of its own; what it points to is shared. */
+struct pass {
+    const gemma2_model *model;
+    gemma2_worker *worker;
+    size_t n, n_wanted;   /* rows; those of worker->wanted */
+    size_t n_exact, wanted_exact; /* how many of them are of the exact class: they come first */
+    const struct matrix_kernels *matrix; /* the class of the others */
+    float *logprobs;     /* [T] of worker->targets, or NULL */
+    float *states;       /* [T][D] after the final norm, or NULL */
+    double *importance;  /* the sums of gemma2_importance, or NULL .. */
+    uint32_t importance_block; /* .. in blocks of so many inputs */
+    int layer;
+    struct member *me;
+};
+
 /* ---- the model in plain loops ----
  * One token through all layers, written to be read: GEMMA2_ISA=reference runs it.  It adds in
  * the order of section 3's specification and therefore gives the bits of the engine.  The
@@ -512,8 +527,6 @@ static float cached(const gemma2_session *s, int layer, int head, char what, int
 static void store_head(const gemma2_session *s, int layer, int head, int32_t position, float *key,
                        float *value); /* section 4 */
 
-struct pass;
-static gemma2_worker *worker_of(const struct pass *p);
 static int is_cancelled(struct pass *p);
 static void trace(const struct pass *p, const char *name, int layer, float *data, size_t rows,
                   size_t cols);
@@ -611,7 +624,7 @@ static void plain_attention(const struct pass *p, int layer, gemma2_session *s, 
 {
     const gemma2_config *c = &s->model->config;
     const struct layer *w = &s->model->layers[layer];
-    gemma2_worker *work = worker_of(p);
+    gemma2_worker *work = p->worker;
     int32_t first = c->is_local[layer] ? max_i32(0, position - s->window + 1) : 0;
     int h = c->head_dim, group = c->n_heads / c->n_kv_heads;
     plain_norm(&w->attn_norm, c->rms_norm_eps, x, work->normed);
@@ -643,7 +656,7 @@ static void plain_attention(const struct pass *p, int layer, gemma2_session *s, 
 /* x = x + post_ffn_norm(down(gelu(gate(y)) * up(y))), y = ffn_norm(x). */
 static void plain_feed_forward(const struct pass *p, int layer, float *x)
 {
-    gemma2_worker *work = worker_of(p);
+    gemma2_worker *work = p->worker;
     const gemma2_config *c = &work->model->config;
     const struct layer *w = &work->model->layers[layer];
     plain_norm(&w->ffn_norm, c->rms_norm_eps, x, work->normed);
@@ -682,7 +695,7 @@ static void plain_forward(struct pass *p, gemma2_session *s, int32_t id, int32_t
 /* logits[V] = cap * tanh(head(final_norm(x)) / cap) */
 static void plain_head(const struct pass *p, const float *x, float *logits)
 {
-    gemma2_worker *work = worker_of(p);
+    gemma2_worker *work = p->worker;
     const gemma2_config *c = &work->model->config;
     float cap = c->final_softcap, inverse = 1 / cap;
     plain_norm(&work->model->final_norm, c->rms_norm_eps, x, work->normed);
@@ -2001,23 +2014,6 @@ static int read_session_params(gemma2_session *s, gemma2_worker *work, const gem
 }
 
 /* ---- a pass: n rows through all layers ---- */
-
-/* Every thread has a copy of its own; what it points to is shared. */
-struct pass {
-    const gemma2_model *model;
-    gemma2_worker *worker;
-    size_t n, n_wanted;   /* rows; those of worker->wanted */
-    size_t n_exact, wanted_exact; /* how many of them are of the exact class: they come first */
-    const struct matrix_kernels *matrix; /* the class of the others */
-    float *logprobs;     /* [T] of worker->targets, or NULL */
-    float *states;       /* [T][D] after the final norm, or NULL */
-    double *importance;  /* the sums of gemma2_importance, or NULL .. */
-    uint32_t importance_block; /* .. in blocks of so many inputs */
-    int layer;
-    struct member *me;
-};
-
-static gemma2_worker *worker_of(const struct pass *p) { return p->worker; }
 
 static void share_rows(struct pass *p, task_fn *task) { share(p->me, p->n, task, p); }
 

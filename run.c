@@ -385,7 +385,7 @@ typedef enum {
     WHOLE,   /* int32_t field; least -1: "-1" is allowed, too */
     REAL,    /* float field */
     SEED,
-    WORD     /* int32_t field: the words of `argument` stand for least .. most */
+    KEYWORD     /* int32_t field: the words of `argument` stand for least .. most */
 } option_kind;
 
 struct option {
@@ -471,7 +471,7 @@ static const option OPTIONS[] = {
      "stand in its order, and where it names some no others come",
      IS(REPLIES, TEXT, schema)},
     {0, "schema-spaces", "on|off", "a space behind each comma and colon of that JSON\n"
-     "(default off)", IN(REPLIES, WORD, spaced, "on or off", 1, 0)},
+     "(default off)", IN(REPLIES, KEYWORD, spaced, "on or off", 1, 0)},
     {0, "ignore-eos", NULL, "never choose a token that ends the text",
      IS(REPLIES, FLAG, ignore_eos)},
 
@@ -484,10 +484,10 @@ static const option OPTIONS[] = {
      FROM_1(PLANS, session.window)},
     {0, "kv", "f32|f16|q8", "type of the cached keys and values (default: f32\n"
      "for f32 weights, else f16; q8 takes half of f16)",
-     IN(PLANS, WORD, session.cache_type, "f32, f16 or q8", GEMMA2_CACHE_F32, GEMMA2_CACHE_Q8)},
+     IN(PLANS, KEYWORD, session.cache_type, "f32, f16 or q8", GEMMA2_CACHE_F32, GEMMA2_CACHE_Q8)},
     {0, "lookup", "on|off", "guess what followed earlier in prompt and reply, and\n"
      "check several tokens at once: faster where text\nrepeats, the same reply (default on)",
-     IN(REPLIES, WORD, lookup, "on or off", 1, 0)},
+     IN(REPLIES, KEYWORD, lookup, "on or off", 1, 0)},
     {0, "draft", "MODEL", "a smaller model with the same vocabulary guesses what\n"
      "comes next: faster, the same reply", IS(SESSIONS, TEXT, draft)},
     {0, "draft-max", "N", "always guess up to N tokens ahead, no more than 15\n"
@@ -508,7 +508,7 @@ static const option OPTIONS[] = {
      "arrow keys", IS(ONE(CONVERSE), TEXT, history)},
     {0, "full", "drop|stop", "when a conversation fills the context, drop its\n"
      "oldest turns (default) or refuse the message",
-     IN(ONE(CONVERSE), WORD, full_drops, "drop or stop", 1, 0)},
+     IN(ONE(CONVERSE), KEYWORD, full_drops, "drop or stop", 1, 0)},
 
     HEAD("Many prompts in one process: see Batches below"),
     {0, "batch", "IN.jsonl", "a result for each line; - is standard input",
@@ -536,7 +536,7 @@ static const option OPTIONS[] = {
      ASKS(SCORE, MODE, asked)},
     {0, "embed", "last|mean", "the prompt as D numbers, one JSON array: the state after\n"
      "the final norm of the last token, or the mean of all;\nmodels that embed in <eos> want it "
-     "written", WORD, offsetof(options, mean), "last or mean", 0, 1, EMBED, ALL},
+     "written", KEYWORD, offsetof(options, mean), "last or mean", 0, 1, EMBED, ALL},
     {0, "reward", NULL, "what a reward model or classifier gives the prompt: one\n"
      "JSON array of its scores", ASKS(REWARD, MODE, asked)},
     {0, "perplexity", "FILE", "perplexity of a text; the method is below",
@@ -883,7 +883,7 @@ static int set_option(options *opts, const option *o, const char *value)
     case SEED:
         opts->seed_given = 1;
         return parse_whole(value, UINT64_MAX, &opts->seed);
-    case WORD:
+    case KEYWORD:
         word = which_word(o->argument, value);
         *(int32_t *)field = (int32_t)o->least + (o->most > o->least ? word : -word);
         return word >= 0;

@@ -5358,7 +5358,7 @@ typedef struct {
     size_t at, seen; /* where the next line begins; so far there is no newline */
     size_t number;   /* of the last line, from 1 */
     uint64_t size, taken; /* bytes in all, or 0 where nobody knows; bytes of all lines so far */
-    int ended, overlong;
+    int ended, overlong, was_overlong; /* the line at hand goes on too long; the last one did */
     int error; /* errno of the read that failed, or 0 */
 } line_input;
 
@@ -5407,7 +5407,7 @@ typedef struct {
 } batch;
 
 /* The next line, without its newline, or NULL: at the end, or with wait 0 where none is there
- * yet.  A line above 2^28 bytes, or above the memory, comes as nothing, and overlong says so. */
+ * yet.  A line above 2^28 bytes comes as nothing, and was_overlong says so. */
 static const char *next_line(line_input *in, int wait, size_t *n)
 {
     enum { PIECE = 1 << 16 };
@@ -5421,6 +5421,8 @@ static const char *next_line(line_input *in, int wait, size_t *n)
             in->at = in->seen = start + *n + (end != NULL);
             in->taken += *n + 1;
             in->number++;
+            in->was_overlong = in->overlong;
+            in->overlong = 0;
             return bytes ? bytes + start : "";
         }
         if (in->ended)
@@ -5429,10 +5431,14 @@ static const char *next_line(line_input *in, int wait, size_t *n)
             memmove(bytes, bytes + in->at, in->bytes.n -= in->at);
         in->at = 0;
         in->seen = in->bytes.n;
-        char *more = in->seen > LONGEST_TEXT ? NULL : extend(&in->bytes, PIECE, 1);
-        if (!more) {
+        if (in->seen > LONGEST_TEXT) {
             in->overlong = 1;
-            in->ended = in->seen == 0;
+            in->bytes.n = in->seen = 0;
+        }
+        char *more = extend(&in->bytes, PIECE, 1);
+        if (!more) {
+            in->error = ENOMEM;
+            in->ended = 1;
             in->bytes.n = in->seen = 0;
             continue;
         }
@@ -5461,9 +5467,11 @@ static line_id *find_id(batch *b, const array *id)
         if (known->n == id->n && memcmp(names + known->at, bytes, id->n) == 0)
             return known;
     }
-    line_id *added = extend(&b->ids, 1, sizeof *added);
-    if (!added || append(&b->names, bytes, id->n) != DONE)
+    char *name = extend(&b->names, id->n, 1);
+    line_id *added = name ? extend(&b->ids, 1, sizeof *added) : NULL;
+    if (!added)
         return NULL;
+    memcpy(name, bytes, id->n);
     *added = (line_id){.at = b->names.n - id->n, .n = id->n, .next = *first};
     *first = b->ids.n;
     return added;
@@ -5807,8 +5815,8 @@ static void clear_slot(batch *b, batch_slot *s)
 /* Finds out what a line asks for.  Returns -1 where an earlier run has its result. */
 static int understand(batch *b, batch_slot *s, json *j, const char *text, size_t n)
 {
-    if (b->in.overlong)
-        return fail(USAGE, "the line is longer than 268435456 bytes or than memory");
+    if (b->in.was_overlong)
+        return fail(USAGE, "the line is longer than 268435456 bytes");
     if (!json_read(j, text, n))
         return j->why == JSON_MEMORY ? out_of_memory()
             : fail(USAGE, "the line is no JSON: at byte %zu: %s", j->at + 1, j->why);
@@ -6168,14 +6176,13 @@ static int begin_line(batch *b, batch_slot *s, const char *text, size_t n)
     char error[SENTENCE] = "";
     size_t rest = n;
     trim(text, &rest);
-    if (!rest && !b->in.overlong)
+    if (!rest && !b->in.was_overlong)
         return DONE;
     clear_slot(b, s);
     s->number = b->in.number;
     overheard = error;
     int read = take_line(b, s, text, n);
     overheard = NULL;
-    b->in.overlong = 0;
     b->skipped += read < 0;
     s->busy = read == DONE;
     return read > 0 ? end_line(b, s, error) : DONE;
@@ -6277,6 +6284,8 @@ static int open_results(batch *b)
     if (!path || strcmp(path, "-") == 0)
         return setvbuf(stdout, NULL, _IONBF, 0), DONE;
     FILE *earlier = is_special(path) ? NULL : open_path(path, "rb");
+    if (!earlier && !is_special(path) && errno != ENOENT)
+        return fail(FAILED, "cannot open %s: %s", path, strerror(errno));
     int status = earlier ? read_file(earlier, path, UINT64_MAX / 4, &bytes) : DONE;
     if (earlier)
         fclose(earlier);
@@ -6389,7 +6398,7 @@ static int open_slots(batch *b)
         batch_slot *s = b->slots + i;
         s->p = (program){.opts = &s->opts, .model = p->model, .config = p->config, .silent = 1,
                          .out = {.memory = &b->line}, .logits = malloc((size_t)logits)};
-        if (!s->p.logits || append(&s->id, "", 0) != DONE)
+        if (!s->p.logits || !extend(&s->id, 64, 1))
             return out_of_memory();
     }
     return b->slots ? DONE : out_of_memory();
@@ -6682,6 +6691,7 @@ int main(int argc, char **argv)
     options opts;
     init_options(&opts);
     program p = {.opts = &opts, .settings = &opts};
+    patience = stop_asked = 0; /* a test may call it again */
     platform_init();
     catch_interrupts();
     argv = utf8_arguments(&argc, argv);

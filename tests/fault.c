@@ -29,6 +29,7 @@ static struct {
     int kinds, fail_at, lasting, error, calls;
     int short_reads, terminal;
     int interrupted; /* Ctrl-C comes when the file of that number is made, before it is named */
+    int flushes, interrupted_flush; /* of standard error; the one behind which Ctrl-C comes */
     const FILE *broken; /* has had an error */
     const FILE *saved;  /* the file being written */
     int synced, named_early; /* it is on the disk; it got its name before it was */
@@ -112,6 +113,14 @@ int fault_close(int fd)
 
 int fault_fstat(int fd, struct stat *st) { return denied(FILES) ? -1 : (fstat)(fd, st); }
 
+static ssize_t read_line(char *to, size_t n)
+{
+    size_t got = 0;
+    while (got < n && (read)(STDIN_FILENO, to + got, 1) == 1 && to[got++] != '\n')
+        ;
+    return (ssize_t)got;
+}
+
 /* With short_reads a call is interrupted, the next gives a few bytes, and so on. */
 ssize_t fault_read(int fd, void *to, size_t n)
 {
@@ -121,7 +130,15 @@ ssize_t fault_read(int fd, void *to, size_t n)
         errno = EINTR;
         return -1;
     }
+    if (fd == STDIN_FILENO && plan.terminal)
+        return read_line(to, n);
     return (read)(fd, to, plan.short_reads && n > 4999 ? 4999 : n);
+}
+
+/* What is typed comes a line at a time. */
+int fault_poll(struct pollfd *files, nfds_t n, int milliseconds)
+{
+    return plan.terminal && milliseconds == 20 ? 0 : (poll)(files, n, milliseconds);
 }
 
 ssize_t fault_write(int fd, const void *from, size_t n)
@@ -215,7 +232,13 @@ size_t fault_fwrite(const void *from, size_t size, size_t n, FILE *f)
     return cannot_write(f) ? 0 : (fwrite)(from, size, n, f);
 }
 
-int fault_fflush(FILE *f) { return cannot_write(f) ? EOF : (fflush)(f); }
+int fault_fflush(FILE *f)
+{
+    int failed = cannot_write(f) ? EOF : (fflush)(f);
+    if (f == stderr && ++plan.flushes == plan.interrupted_flush)
+        raise(SIGINT);
+    return failed;
+}
 
 int fault_vfprintf(FILE *f, const char *format, va_list arguments)
 {
@@ -361,6 +384,7 @@ static const struct mode {
     {{"--logits", "3", "Once"}, "", 0},
     {{"--score", "--ids", "2 6 7 8"}, "", 0},
     {{"--trace-layer", "1", "--ids", "2 6 7 8"}, "", 0},
+    {{"--trace", "--ids", "2 6 7 8"}, "", 0},
     {{"-q", "--perplexity", "@", "-C", "16"}, "", 0},
     {{"--info"}, "", 0},
     {{"--check"}, "", 0},
@@ -491,7 +515,10 @@ static int same_session(const struct ran *a, const struct ran *b)
 /* Whether one text is the start of the other, but for what a clock says. */
 static int is_start(const char *text, const char *whole)
 {
-    const char *clock = strstr(whole, "\"timings\"");
+    const char *clock = strstr(whole, "\"timings\""), *time = strstr(whole, " ms\t");
+    while (time && *time != '\t')
+        time--;
+    clock = clock ? clock : time;
     size_t n = strlen(text), sure = clock ? (size_t)(clock - whole) : n;
     return !strncmp(text, whole, n < sure ? n : sure);
 }
@@ -551,6 +578,113 @@ static void test_interrupted_saves(void)
     }
 }
 
+/* Ctrl-C as soon as a person may have seen something: each asks, or stops a reply. */
+static void test_interrupts(void)
+{
+    static const struct mode talk = {{"-q", "-c", "-t", "0", "-n", "2"}, "one\ntwo\n/show\n3\n", 1};
+    static struct ran good, r;
+    arm(0, 0, 0, 0);
+    run_program(&talk, &good);
+    int n = plan.flushes;
+    check(n > 8 && good.status == 0, "%d times something was shown", n);
+    for (int at = 1; at < n; at++) {
+        arm(0, 0, 0, 0);
+        plan.interrupted_flush = at;
+        run_program(&talk, &r);
+        check(r.status == 0 && (strstr(r.err, "once more") || strcmp(r.out, good.out) != 0),
+              "Ctrl-C behind flush %d of %d is lost: status %d, %s", at, n, r.status, r.err);
+    }
+}
+
+/* ---- Batches: a line that fails has its own result, and the others are as ever -------------- */
+
+#define CHAT "{\"custom_id\": \"c\", \"url\": \"/v1/chat/completions\", \"body\": {\"messages\": " \
+    "[{\"role\": \"user\", \"content\": [{\"type\": \"text\", \"text\": \"Hi\"}]}], " \
+    "\"max_tokens\": 2, \"logprobs\": true, \"top_logprobs\": 2}}\n"
+static const char LINES[] =
+    "{\"prompt\": \"Once\", \"max_tokens\": 2}\n"
+    "{\"id\": \"b\", \"prompt\": \"Once upon\", \"stop\": [\"zz\"], \"max_tokens\": 3}\n" CHAT
+    "{\"id\": 5, \"prompt\": \"Once upon a\", \"choices\": [\"a\", \"bc\"]}";
+static const char EARLIER[] = "{\"id\": 1, \"text\": \" so\", \"seed\": 7}\n"
+    "{\"id\": 5, \"error\": {\"message\": \"gone\"}}\n{\"id\": \"b\", \"te";
+enum { N_LINES = 4 };
+
+static const struct mode batches[] = {
+    {{"--batch", "-", "-q", "-s", "1", "-j", "1", "-C", "64", "--parallel", "2"}, LINES, 0},
+    {{"--batch", "@", "-q", "-o", "@@", "-j", "1", "-C", "64"}, "", 0},
+};
+
+/* How many lines of a text are those of another, and how many tell of failing memory; -1 where
+ * there is something else. */
+static int compare_lines(const char *text, const char *whole, int *n_errors)
+{
+    static char line[4096];
+    int n = 0;
+    *n_errors = 0;
+    for (const char *end; *text; text = end + 1) {
+        end = strchr(text, '\n');
+        if (!end || end - text > 4000)
+            return -1;
+        snprintf(line, sizeof line, "%.*s", (int)(end + 1 - text), text);
+        int failed = strstr(line, "\"error\": {\"message\": \"") && strstr(line, "memory");
+        *n_errors += failed;
+        if (!failed && !strstr(whole, line))
+            return -1;
+        n += !failed;
+    }
+    return n;
+}
+
+static int fail_in_batch(const struct mode *mode, int which, int at, int lasting,
+                         const struct ran *good)
+{
+    static struct ran r;
+    int n_errors, in_file = mode > batches, expected = 0, kind = failures[which].kind;
+    write_file("session", EARLIER, sizeof EARLIER - 1);
+    arm(kind, at, lasting, failures[which].error);
+    run_program(mode, &r);
+    int there = plan.calls >= at;
+    for (int i = 0; i < 2; i++)
+        expected |= r.status == failures[which].status[i];
+    int n = compare_lines(in_file ? r.session : r.out, in_file ? good->session : good->out,
+                          &n_errors);
+    if (in_file && !strcmp(r.session, EARLIER))
+        n = n_errors = 0;
+    if (!there || (r.status == 0 && failures[which].error != EPIPE))
+        check(n == N_LINES && !n_errors, "a batch, %s at call %d: status 0, %d results:\n%s%s",
+              strerror(failures[which].error), at, n, r.out, r.session);
+    else
+        check(n >= 0 && expected && (failures[which].error == EPIPE ? !*r.err
+              : n_errors || (is_sentence(r.err) &&
+                             strstr(r.err, kind == MEMORY ? "memory" : "cannot"))),
+              "a batch, %s at call %d: status %d, \"%s\", %d results:\n%s%s",
+              strerror(failures[which].error), at, r.status, r.err, n, r.out, r.session);
+    check(nothing_lives() && files_in_dir() == 5, "a batch: call %d leaves something behind", at);
+    return there;
+}
+
+static void test_batches(void)
+{
+    static struct ran good;
+    write_file("text", LINES, sizeof LINES - 1);
+    for (int i = 0; i < 2; i++) {
+        arm(0, 0, 0, 0);
+        write_file("session", EARLIER, sizeof EARLIER - 1);
+        run_program(&batches[i], &good);
+        check(good.status == 0 && nothing_lives(), "a batch: status %d, %s", good.status, good.err);
+        for (int which = 0; which < N_FAILURES; which++)
+            for (int lasting = 0; lasting < 2; lasting++)
+                for (int at = 1; fail_in_batch(&batches[i], which, at, lasting, &good);)
+                    at += 1 + at / 8;
+    }
+    write_file("session", EARLIER, sizeof EARLIER - 1);
+    arm(0, 0, 0, 0);
+    plan.interrupted = 1;
+    run_program(&batches[1], &good);
+    check(good.status == 130 && good.session_bytes == strcspn(EARLIER, "\n") + 1,
+          "Ctrl-C while earlier results are kept: status %d, %s", good.status, good.session);
+}
+
 /* A session that was saved after a rewind beyond which there is none gives no logits of its
  * last token; with nothing to add, all is evaluated again. */
 static void test_deepest_rewind(void)
@@ -606,6 +740,8 @@ static void test_program(void)
     }
     test_interrupted_saves();
     test_deepest_rewind();
+    test_interrupts();
+    test_batches();
     remove(in_dir("session"));
     remove(in_dir("in")), remove(in_dir("out")), remove(in_dir("err")), remove(in_dir("text"));
 }

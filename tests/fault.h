@@ -3,6 +3,7 @@
 #ifndef FAULT_H
 #define FAULT_H
 #include <fcntl.h>
+#include <poll.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -35,6 +36,7 @@ int fault_getc(FILE *f);
 int fault_fflush(FILE *f);
 int fault_vfprintf(FILE *f, const char *format, va_list arguments);
 int fault_isatty(int fd);
+int fault_poll(struct pollfd *files, nfds_t n, int milliseconds);
 
 #define malloc(n) fault_malloc(n)
 #define calloc(n, size) fault_calloc(n, size)
@@ -64,4 +66,5 @@ int fault_isatty(int fd);
 #define fflush(f) fault_fflush(f)
 #define vfprintf(f, format, arguments) fault_vfprintf(f, format, arguments)
 #define isatty(fd) fault_isatty(fd)
+#define poll(files, n, milliseconds) fault_poll(files, n, milliseconds)
 #endif

@@ -2102,8 +2102,11 @@ static float *output(const struct product_job *job, int which, size_t row, size_
 static void store_tile(const struct product_job *job, int which, size_t row, size_t t,
                        const float y[TILE])
 {
-    size_t rows = job->w[which]->rows, n = rows - row < TILE ? rows - row : TILE;
-    memcpy(output(job, which, row, t), y, n * sizeof *y);
+    size_t rows = job->w[which]->rows;
+    if (rows - row < TILE)
+        memcpy(output(job, which, row, t), y, (rows - row) * sizeof *y);
+    else
+        memcpy(output(job, which, row, t), y, TILE * sizeof *y);
 }
 
 /* What a pair of tiles, the first of them `tile` of W[which], gave for row t. */
@@ -2152,9 +2155,10 @@ static void multiply_pairs(const struct product_job *job, int which, size_t pair
                 for (int k = 0; k < 1 + both; k++)
                     multiply_tile(job, w[k], tiles.data[k], t, n, y + i * MAX_PANEL_ROWS, k);
         }
-        for (int i = 0; i < n_pairs * n; i++)
-            store_pair(job, which, tile + step * (size_t)(i / n), t + (size_t)(i % n), both,
-                       y[i / n * MAX_PANEL_ROWS + i % n]);
+        for (int i = 0; i < n_pairs; i++)
+            for (int k = 0; k < n; k++)
+                store_pair(job, which, tile + step * (size_t)i, t + (size_t)k, both,
+                           y[i * MAX_PANEL_ROWS + k]);
     }
 }
 
@@ -3816,18 +3820,23 @@ static size_t keep_top(const float *x, const uint32_t *mask, size_t n, size_t k,
 {
     size_t kept = 0;
     float worst = -INFINITY;
-    for (size_t i = 0; i < n; i++) {
-        if (mask && !(mask[i / 32] >> i % 32 & 1)) {
-            i |= mask[i / 32] ? 0 : 31;
-            continue;
+    for (size_t base = 0; base < n; base += 32) {
+        size_t end = n - base < 32 ? n : base + 32;
+        uint32_t allowed = mask ? mask[base / 32] : 0xffffffff;
+        int better = 0;
+        for (size_t i = base; i < end; i++)
+            better |= x[i] > worst;
+        for (size_t i = base; better && allowed && i < end; i++, allowed >>= 1) {
+            if (!(allowed & 1) || x[i] <= worst)
+                continue;
+            uint64_t key = ~key_of(x[i], (uint32_t)i); /* the worst on top */
+            if (kept < k)
+                push_key(heap, &kept, key);
+            else
+                heap[0] = key, sift_down(heap, k, 0);
+            if (kept == k)
+                worst = float_in(~heap[0]);
         }
-        if (x[i] <= worst)
-            continue;
-        if (kept == k)
-            pop_key(heap, &kept);
-        push_key(heap, &kept, ~key_of(x[i], (uint32_t)i)); /* the worst on top */
-        if (kept == k)
-            worst = float_in(~heap[0]);
     }
     for (size_t i = 0; i < kept; i++)
         heap[i] = ~heap[i];
@@ -3878,11 +3887,10 @@ static int32_t sample(gemma2_session *s, gemma2_sampler *p, const float *logits)
 {
     gemma2_worker *work = s->worker;
     size_t n = (size_t)s->model->config.n_vocab, k = (size_t)p->top_k;
-    size_t n_banned = 0; /* by the caller: -infinity */
-    for (size_t i = 0; i < n; i++, n_banned += logits[i - 1] == -INFINITY)
-        if (!(logits[i] < INFINITY))
-            return GEMMA2_ERR_NONFINITE;
-    if (n_banned == n)
+    int sound = 1, left = 0; /* -infinity: banned by the caller */
+    for (size_t i = 0; i < n; i++)
+        sound &= logits[i] < INFINITY, left |= logits[i] > -INFINITY;
+    if (!sound || !left)
         return GEMMA2_ERR_NONFINITE;
     if (p->n_bias || p->repetition_penalty != 1 || p->presence_penalty != 0 ||
         p->frequency_penalty != 0) {
@@ -5061,7 +5069,7 @@ static uint32_t after_token(gemma2_matcher *m, uint32_t set, uint32_t id)
  * their company, so every result is the same to the bit; guesses decide about time alone.
  *
  * How many drafts pay depends on the cost of k rows and on how often a guess comes true; both
- * are measured.  Losses are booked, and above 1/200 of the time there are no more drafts.
+ * are measured.  Losses are booked, and no pass may lose more than is left: see may_lose.
  * =================================================================================== */
 
 /* Lookup believes the tokens that followed the last 8, 5, 3 or 2 earlier.  Guesses of each length
@@ -5090,7 +5098,7 @@ struct gemma2_ahead {
     int32_t *index[N_MATCHES]; /* by hash of a match: the position behind its last one, or 0 */
     struct guesses *source, sources[N_SOURCES]; /* of the drafts; the last is the proposer */
     double cost[MAX_DRAFTS + 2]; /* seconds of a pass of so many rows; 0: not known */
-    double spent, balance;       /* seconds in all; gained by drafts, less what they cost */
+    double spent, balance;       /* seconds of all passes; gained by drafts, less their cost */
     int32_t pause;               /* tokens asked for since the proposer was */
     gemma2_ahead_counts counts;
 };
@@ -5210,24 +5218,53 @@ static double cost_of(const gemma2_ahead *a, int32_t rows)
     return a->cost[low] + (a_row > 0 ? a_row : 0) * (rows - low);
 }
 
+/* Seconds that drafts may still lose: what they gained, half a pass, and 1/400 of the time. */
+static double may_lose(const gemma2_ahead *a)
+{
+    return a->balance + a->cost[1] / 2 + a->spent / 400;
+}
+
 /* The number of drafts that promises most tokens a second: i drafts of chance p each give
- * 1 + p + .. + p^i tokens.  Where none does, one may still be tried, if losses are small. */
+ * 1 + p + .. + p^i tokens.  Where none promises 2 % more, every other pass may try one.  The first
+ * two passes show what one row costs, as the first of all may have to read the file. */
 static int32_t choose_drafts(const gemma2_ahead *a, const struct guesses *source, int32_t most)
 {
     if (!a->adapts || most < 1)
         return most;
-    if (a->cost[1] <= 0 || a->balance < -a->spent / 200 - a->cost[1])
+    if (a->counts.passes < 2 || a->cost[1] <= 0)
         return 0;
-    double chance = 1, tokens = 1, best = 1 / a->cost[1];
-    int32_t n = 0;
-    for (int32_t i = 1; i <= most; i++) {
+    double chance = 1, tokens = 1, best = 1.02 / a->cost[1], left = may_lose(a);
+    int32_t n = 0, i = 1;
+    for (; i <= most; i++) {
+        double seconds = cost_of(a, i + 1) + i * source->seconds;
+        if (seconds - a->cost[1] > left)
+            break;
         chance *= source->chance;
         tokens += chance;
-        double rate = tokens / (cost_of(a, i + 1) + i * source->seconds);
-        if (rate > best)
-            best = rate, n = i;
+        if (tokens / seconds > best)
+            best = tokens / seconds, n = i;
     }
-    return n ? n : a->balance > -a->spent / 400;
+    return n || a->n_drafts ? n : i > 1;
+}
+
+/* A pass of one row and n drafts took so long.  A pass that had to wait says little, and fewer rows
+ * cost no more. */
+static void note_pass(gemma2_ahead *a, int32_t n, double seconds)
+{
+    double *cost = &a->cost[n + 1];
+    a->n_drafts = n, a->n_used = 0;
+    a->counts.drafted += (uint64_t)n;
+    if (a->counts.passes++ < 2 || !a->adapts) {
+        *cost = *cost > 0 ? fmin(*cost, seconds) : seconds;
+        return;
+    }
+    if (*cost <= 0)
+        *cost = (cost_of(a, n + 1) + fmin(seconds, 2 * cost_of(a, n + 1))) / 2;
+    note_mean(cost, seconds);
+    for (int32_t i = 1; i <= n; i++)
+        a->cost[i] = fmin(a->cost[i], *cost);
+    a->spent += *cost;
+    a->balance -= *cost - a->cost[1];
 }
 
 /* A draft was asked for, or another token in its place. */
@@ -5297,14 +5334,8 @@ static int evaluate_ahead(gemma2_session *s, gemma2_ahead *a, int32_t id, float 
     s->oldest = max_i32(oldest, position + 1 - s->ring);
     if (status < 0)
         return status;
-    note_mean(&a->cost[n + 1], seconds);
-    a->spent += seconds;
-    if (n && a->cost[1] > 0)
-        a->balance -= seconds - a->cost[1];
-    a->counts.passes++;
-    a->counts.drafted += (uint64_t)n;
+    note_pass(a, n, seconds);
     a->session = s, s->ahead = a;
-    a->n_drafts = n, a->n_used = 0;
     return GEMMA2_OK;
 }
 

@@ -6646,12 +6646,8 @@ static void sha256_blocks(uint32_t h[8], const uint8_t *p, size_t n)
 
 static void sha256_init(struct sha256 *s)
 {
-    static const uint32_t start[8] = {
-        0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a,
-        0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19};
-    memcpy(s->h, start, sizeof start);
-    s->bytes = 0;
-    s->blocks = sha256_blocks;
+    *s = (struct sha256){.h = {0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a, 0x510e527f,
+                               0x9b05688c, 0x1f83d9ab, 0x5be0cd19}, .blocks = sha256_blocks};
 }
 
 static void sha256_add(struct sha256 *s, const uint8_t *p, size_t n)

@@ -4650,7 +4650,7 @@ def plan_tensors(reader, options):
 LADDER = "q3", "q4", "q6", "q8"
 # What a relative squared error of a matrix's products adds to the divergence of the next token
 # (KL, nats), for a matrix of a layer in the units of harms().  A tied embedding does both harms.
-HARM = {"q": 0.36, "k": 0.92, "v": 0.81, "o": 1.1, "gate": 0.83, "up": 0.55, "down": 0.94,
+HARM = {"q": 0.42, "k": 1.05, "v": 0.92, "o": 1.26, "gate": 0.83, "up": 0.55, "down": 0.94,
         "embedding": 0.7, "head": 4.3, "tied": 10.0}
 SAMPLED_TILES = 4
 ROOMS = 1 << 16  # steps of bytes that best_levels tells apart
@@ -4690,18 +4690,18 @@ def harms(job, tied):
     squares = np.square(sample(job, "embedding").astype(np.float64)).sum(axis=1)
     stream = model.embedding_scale ** 2 * np.median(squares)  # control tokens stand apart
     for layer in range(model.L):
-        for last, norm, before in ("o", "post_attn_norm", {"q": 1, "k": 1, "v": 1}), (
-                "down", "post_ffn_norm", {"gate": 2, "up": 2}):
-            name = "layers.%d." % layer
+        name, added = "layers.%d." % layer, {}
+        for last, norm in ("o", "post_attn_norm"), ("down", "post_ffn_norm"):
             w = job.reader.tensors[name + norm].rows(0, model.D).astype(np.float64)
             check_values(name + norm, "f32", w)
-            added = np.square(1 + w).sum()
-            stream += added
-            share = added / stream if added else 0.0
-            loose = looseness(job, name + last)
+            added[last] = np.square(1 + w).sum()
+        stream += added["o"] + added["down"]
+        for last, before, power in ("o", ("q", "k", "v"), 1), ("down", ("gate", "up"), 2):
+            share = added[last] / stream if stream > 0 else 0.0
             found[name + last] = HARM[last] * share
-            for role, power in before.items():
-                found[name + role] = HARM[role] * share * loose ** power
+            share *= looseness(job, name + last) ** power
+            for role in before:
+                found[name + role] = HARM[role] * share
     return found
 
 

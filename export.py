@@ -4650,7 +4650,7 @@ def plan_tensors(reader, options):
 LADDER = "q3", "q4", "q6", "q8"
 # What a relative squared error of a matrix's products adds to the divergence of the next token
 # (KL, nats), for a matrix of a layer in the units of harms().  A tied embedding does both harms.
-HARM = {"q": 0.42, "k": 1.05, "v": 0.92, "o": 1.26, "gate": 0.83, "up": 0.55, "down": 0.94,
+HARM = {"q": 0.5, "k": 1.05, "v": 1.0, "o": 1.26, "gate": 0.9, "up": 0.6, "down": 0.94,
         "embedding": 0.7, "head": 4.3, "tied": 10.0}
 SAMPLED_TILES = 4
 ROOMS = 1 << 16  # steps of bytes that best_levels tells apart

@@ -5,19 +5,20 @@
     python3 tests/quality_gemma3.py gemma-3-270m-q4_k_m.gguf TEXT --calibration OTHER_TEXT
                                     [--chunks N] [--calibration-chunks N] [--block N] [--only WORD]
 
-gemma2.c cannot load Gemma 3, so this measures weights alone.  export.py's own code quantises
-each matrix, its dequantised values take its place, and transformers runs the model in float32.
-The file is the only source of weights: its matrices of 640 columns are Q5_0 and Q8_0, near the
-released weights, while o and down are Q4_K and Q6_K.  All variants start from the file's values,
-and KL is to the model with these values.  Importance comes from hooks on the matrices' inputs
-while the model reads the calibration text.  The embedding, tied to the head, has no importance.
-It keeps the rows of both texts and the first 16,384: the other nine tenths would take most of
-the time.  So KL is over that vocabulary, but bytes are those of whole matrices.
+gemma2.c cannot load Gemma 3, so this measures weights alone.  export.py's own code chooses types,
+quantises each matrix, its dequantised values take its place, and transformers runs the model in
+float32.  The file is the only source of weights: its matrices of 640 columns are Q5_0 and Q8_0,
+near the released weights, while o and down are Q4_K and Q6_K.  All variants start from the file's
+values, and KL is to the model with these values.  Importance comes from hooks on the matrices'
+inputs while the model reads the calibration text.  The embedding, tied to the head, has no
+importance.  It keeps the rows of both texts and the first 16,384: the other nine tenths would take
+most of the time.  So KL is over that vocabulary, but bytes are those of whole matrices.
 """
 import argparse
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -28,30 +29,32 @@ import export as exporter
 
 CHUNK, KEPT = 512, 16384
 ROWS = 2048  # of a matrix, quantised at once
-# name, type of the head, of other matrices, of roles that differ, importance
+# name, importance, options of export.py; a mix that is PLANNED is followed by what --size chooses
+# in its bytes for all matrices but the head
 VARIANTS = [
-    ("q4 (head, v q6)", "q6", "q4", {"v": "q6"}, None),
-    ("q4, importance in blocks", "q6", "q4", {"v": "q6"}, "blocks"),
-    ("q3 (head, v q6)", "q6", "q3", {"v": "q6"}, None),
-    ("q3, importance in blocks", "q6", "q3", {"v": "q6"}, "blocks"),
-    ("q3, down q4, in blocks", "q6", "q3", {"v": "q6", "down": "q4"}, "blocks"),
-    ("q4, gate and up q3, in blocks", "q6", "q4", {"v": "q6", "gate": "q3", "up": "q3"}, "blocks"),
-    ("q3, down and o q4, in blocks", "q6", "q3", {"v": "q6", "down": "q4", "o": "q4"}, "blocks"),
-    ("q8", "q8", "q8", {}, None),
-    ("q6", "q6", "q6", {}, None),
-    ("q4, importance", "q6", "q4", {"v": "q6"}, "means"),
-    ("q3, importance", "q6", "q3", {"v": "q6"}, "means"),
+    ("q4 (head, v q6)", None, "--type q4"),
+    ("q4, importance in blocks", "blocks", "--type q4"),
+    ("q3 (head, v q6)", None, "--type q3"),
+    ("q3, importance in blocks", "blocks", "--type q3"),
+    ("q3, down q4, in blocks", "blocks", "--type q3 --tensor *.down=q4"),
+    ("q4, gate and up q3, in blocks", "blocks", "--type q4 --tensor *.gate=q3 --tensor *.up=q3"),
+    ("q3, down and o q4, in blocks", "blocks", "--type q3 --tensor *.down=q4 --tensor *.o=q4"),
+    ("q4, down and o q6, in blocks", "blocks", "--type q4 --tensor *.down=q6 --tensor *.o=q6"),
+    ("q8", None, "--type q8"),
+    ("q6", None, "--type q6"),
+    ("q4, importance", "means", "--type q4"),
+    ("q3, importance", "means", "--type q3"),
 ]
-INPUT = {"q": "q", "k": "q", "v": "q", "o": "o", "gate": "gate", "up": "gate", "down": "down"}
+PLANNED = "in blocks"
 
 
 def matrices(model):
-    """{(role, layer): linear layer}, and the embedding as ("embedding", 0)."""
-    found = {("embedding", 0): model.get_input_embeddings()}
+    """{name in export.py: linear layer}, and the embedding."""
+    found = {"embedding": model.get_input_embeddings()}
     for name, module in model.named_modules():
         m = re.search(r"layers\.(\d+)\..*\.(\w+)_proj$", name)
         if m:
-            found[m[2], int(m[1])] = module
+            found["layers.%s.%s" % m.groups()] = module
     return found
 
 
@@ -61,30 +64,48 @@ def chunks_of(tokenizer, path, n):
     return torch.cat((torch.full((len(rows), 1), tokenizer.bos_token_id), rows), 1)
 
 
-def gather(model, where, ids, block):
-    """{(input, layer): moments [block, cols]} as `run --importance` writes them, and tokens."""
-    sums, hooks = {}, []
+class Rows:
+    """A tensor as export.py reads it."""
 
-    def hook(key):
+    def __init__(self, w):
+        self.w, self.shape = w, w.shape
+
+    def rows(self, start, stop):
+        return self.w[start:stop]
+
+
+class Importance(exporter.Importance):
+    """Moments as `run --importance` writes them, gathered by hooks."""
+
+    def __init__(self, model, where, ids, block):
+        self.block, self.tokens, self.found, hooks = block, ids.numel(), {}, []
+        for name, module in where.items():
+            if self.key(name, False) == name:
+                hooks.append(module.register_forward_pre_hook(self.hook(name)))
+        for i, row in enumerate(ids):
+            say(f"importance: chunk {i} of {len(ids)}")
+            model.model(row[None])  # without the head
+        for h in hooks:
+            h.remove()
+        for name, s in self.found.items():
+            cols = where[name].weight.shape[1]
+            s = (s.numpy() / self.tokens).transpose(1, 0, 2).reshape(block, -1)
+            self.found[name] = s[:, :cols]
+
+    def hook(self, name):
         def add(_, inputs):
             x = inputs[0].reshape(-1, inputs[0].shape[-1])
-            x = torch.nn.functional.pad(x, (0, -x.shape[1] % block))
-            parts = x.reshape(len(x), -1, block).permute(1, 2, 0)
-            sums[key] = sums.get(key, 0) + parts @ parts.transpose(1, 2)  # [blocks, block, block]
+            x = torch.nn.functional.pad(x, (0, -x.shape[1] % self.block))
+            parts = x.reshape(len(x), -1, self.block).permute(1, 2, 0)
+            self.found[name] = self.found.get(name, 0) + parts @ parts.transpose(1, 2)
         return add
-    for (role, layer), module in where.items():
-        if INPUT.get(role) == role:
-            hooks.append(module.register_forward_pre_hook(hook((role, layer))))
-    for i, row in enumerate(ids):
-        say(f"importance: chunk {i} of {len(ids)}")
-        model.model(row[None])  # without the head
-    for h in hooks:
-        h.remove()
-    out = {}
-    for (role, layer), s in sums.items():
-        cols = where[role, layer].weight.shape[1]
-        out[role, layer] = (s.numpy() / ids.numel()).transpose(1, 0, 2).reshape(block, -1)[:, :cols]
-    return out, ids.numel()
+
+    def moments(self, key, how="blocks"):
+        found = self.found[key]
+        if how == "means":
+            c = np.arange(found.shape[1])
+            found = found[c % len(found), c][None]
+        return exporter.damped(found, self.tokens)
 
 
 def rounded(w, type_name, moments):
@@ -110,33 +131,50 @@ class Measure:
                  chunks_of(tokenizer, args.calibration, args.calibration_chunks)]
         self.ids, calibration = self.shorten(texts)
         self.plain = {k: m.weight.detach().numpy().copy() for k, m in self.where.items()}
-        self.moments, self.tokens = gather(self.model, self.where, calibration, args.block)
-        self.made, self.base = {}, None
+        self.importance = Importance(self.model, self.where, calibration, args.block)
+        self.job = exporter.Job(self.reader(), self.importance)
+        self.made, self.base = {}, list(self.logs())
 
     def shorten(self, texts):
         """Keeps only some rows of the embedding, and returns the texts in the new ids."""
         kept = torch.unique(torch.cat([torch.arange(KEPT), *(t.reshape(-1) for t in texts)]))
-        table = self.where["embedding", 0]
+        table = self.where["embedding"]
         table.weight = torch.nn.Parameter(table.weight[kept].clone())
         self.model.lm_head.weight = table.weight
         return [torch.searchsorted(kept, t) for t in texts]
 
-    def damped(self, key, how):
-        if key[0] == "embedding" or not how:
-            return None
-        found = self.moments[INPUT[key[0]], key[1]]
-        if how == "means":
-            c = np.arange(found.shape[1])
-            found = found[c % len(found), c][None]
-        return exporter.damped(found, self.tokens)
+    def reader(self):
+        """The model as export.py reads a checkpoint."""
+        c = self.model.config
+        model = exporter.model_of_sizes({
+            "L": c.num_hidden_layers, "D": c.hidden_size, "N": c.num_attention_heads,
+            "K": c.num_key_value_heads, "H": c.head_dim, "F": c.intermediate_size}, "Gemma 3")
+        model.V = len(self.plain["embedding"])
+        tensors = {name: Rows(w) for name, w in self.plain.items()}
+        for i, layer in enumerate(self.model.model.layers):
+            for name, norm in (("attn", layer.post_attention_layernorm),
+                               ("ffn", layer.post_feedforward_layernorm)):
+                tensors[f"layers.{i}.post_{name}_norm"] = Rows(norm.weight.numpy()[:, None])
+        return SimpleNamespace(model=model, tensors=tensors, most_jobs=1)
 
-    def weights(self, key, type_name, how):
+    def types(self, words):
+        """{matrix: type} by options of export.py, and their bytes with the shortened embedding."""
+        options = exporter.parse_options(["CHECKPOINT", "OUT", *words.split()])
+        plan = exporter.plan_tensors(self.job.reader, options)
+        if options.fits:
+            say("planning " + words)
+            plan = exporter.fit_types(self.job, plan, 0, 1, options, exporter.Progress(False))
+        return {s.name: s.type for s, _ in plan if s.name in self.where}, sum(
+            s.size for s, _ in plan)
+
+    def weights(self, name, type_name, how):
         """A rounded matrix, kept because variants share most matrices."""
-        what = key, type_name, how if key[0] != "embedding" else None
+        key = how and self.importance.key(name, False)
+        what = name, type_name, key and how
         if what not in self.made:
-            say("rounding %s %d to %s" % (*key, type_name))
-            self.made[what] = torch.from_numpy(
-                rounded(self.plain[key], type_name, self.damped(key, how)))
+            say("rounding %s to %s" % (name, type_name))
+            self.made[what] = torch.from_numpy(rounded(
+                self.plain[name], type_name, key and self.importance.moments(key, how)))
         return self.made[what]
 
     def logs(self):
@@ -144,17 +182,15 @@ class Measure:
         for row in self.ids:
             yield torch.log_softmax(self.model(row[None, :-1]).logits[0].float(), -1)
 
-    def variant(self, head, body, others, how):
-        size = 0
-        for (role, layer), module in self.where.items():
-            kind = head if role == "embedding" else others.get(role, body)
-            size += exporter.packed_bytes(kind, *self.shapes[role, layer])
-            module.weight.data.copy_(self.weights((role, layer), kind, how))
+    def variant(self, types, how):
+        """Bytes, and KL and surprise of each token."""
+        for name, module in self.where.items():
+            module.weight.data.copy_(self.weights(name, types[name], how))
         kl, nll = [], []
         for row, want, got in zip(self.ids, self.base, self.logs()):
             kl += (want.exp() * (want - got)).sum(-1).tolist()
             nll += (-got[torch.arange(len(row) - 1), row[1:]]).tolist()
-        return size, kl, nll
+        return sum(exporter.packed_bytes(t, *self.shapes[k]) for k, t in types.items()), kl, nll
 
 
 @torch.no_grad()
@@ -171,21 +207,27 @@ def main():
     args = p.parse_args()
     m = Measure(args)
     weights = sum(rows * cols for rows, cols in m.shapes.values())
-    m.base = list(m.logs())
     base = np.mean([-float(want[i, row[i + 1]]) for row, want in zip(m.ids, m.base)
                     for i in range(len(row) - 1)])
     print("| weights | bytes | bits a weight | perplexity | against the file | KL to the file |\n"
           "|---|---|---|---|---|---|\n"
           f"| the file's values | | | {np.exp(base):.3f} | | |", flush=True)
-    for name, *what in VARIANTS:
+
+    def row(name, types, how):
+        size, kl, nll = m.variant(types, how)
+        say("")
+        print(f"\r| {name} | {size:,} | {8 * size / weights:.2f} | {np.exp(np.mean(nll)):.3f} | "
+              f"{100 * np.expm1(np.mean(nll) - base):+.2f} % | {np.mean(kl):.5f} +/- "
+              f"{np.std(kl) / len(kl) ** 0.5:.5f} |", flush=True)
+    for name, how, words in VARIANTS:
         if args.only in name:
-            size, kl, nll = m.variant(*what)
-            say("")
-            print(f"\r| {name} | {size:,} | {8 * size / weights:.2f} | {np.exp(np.mean(nll)):.3f} | "
-                  f"{100 * np.expm1(np.mean(nll) - base):+.2f} % | {np.mean(kl):.5f} +/- "
-                  f"{np.std(kl) / len(kl) ** 0.5:.5f} |", flush=True)
-    print(f"\n{len(m.ids)} chunks of {CHUNK} tokens; importance from {m.tokens} tokens of another "
-          "text.")
+            types, size = m.types(words)
+            row(name, types, how)
+            if name.endswith(PLANNED):
+                same = "--head %s --size %d" % (types["embedding"], size)
+                row("--size of that", m.types(same)[0], how)
+    print(f"\n{len(m.ids)} chunks of {CHUNK} tokens; importance from {m.importance.tokens} tokens "
+          "of another text.")
 
 
 if __name__ == "__main__":

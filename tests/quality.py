@@ -43,7 +43,8 @@ import reference as ref
 CHUNK, BATCH = 512, 64
 MEANS, BLOCKS, BROAD = "means.imp", "blocks.imp", "broad.imp"
 
-# name, importance, options of export.py
+# name, importance, options of export.py; after a mix that is PLANNED comes what --size makes in its
+# bytes
 VARIANTS = [
     ("bf16", None, "--type bf16"),
     ("q8", None, "--type q8"),
@@ -59,8 +60,14 @@ VARIANTS = [
     ("q3, down q4, in blocks", BLOCKS, "--type q3 --tensor *.down=q4"),
     ("q3, down and o q4, in blocks", BLOCKS, "--type q3 --tensor *.down=q4 --tensor *.o=q4"),
     ("q4, gate and up q3, in blocks", BLOCKS, "--type q4 --tensor *.gate=q3 --tensor *.up=q3"),
-] + [(f"--bits {bits}, in blocks", BLOCKS, f"--bits {bits}")
-     for bits in (3.6, 4.005, 4.3, 4.79, 5.5)]
+    ("q3, head and v q4, in blocks", BLOCKS, "--type q3 --head q4 --tensor *.v=q4"),
+    ("q4, up q3, in blocks", BLOCKS, "--type q4 --tensor *.up=q3"),
+    ("q4, down q6, in blocks", BLOCKS, "--type q4 --tensor *.down=q6"),
+    ("q4, down and o q6, in blocks", BLOCKS, "--type q4 --tensor *.down=q6 --tensor *.o=q6"),
+    ("q6, gate and up q4, in blocks", BLOCKS, "--type q6 --tensor *.gate=q4 --tensor *.up=q4"),
+    ("q6, importance in blocks", BLOCKS, "--type q6"),
+]
+PLANNED = "in blocks"
 
 # llama.cpp's mixes: type of the head, of all other matrices, and of the roles that differ
 PEERS = {
@@ -246,8 +253,8 @@ WIDE, HIGH, LEFT, FOOT = 720, 400, 60, 40
 
 def picture(variants):
     """Divergence (logarithmic) over bytes, with importance: a point for each variant, and a
-    line through the variants of --bits."""
-    shown = [v for v in variants if v.name.endswith(("in blocks", "imatrix"))]
+    line through the variants of --size."""
+    shown = [v for v in variants if v.name.endswith(("in blocks", "imatrix", "--size of that"))]
     spots = [(v, v.bytes / 1e6, float(np.mean(v.kl))) for v in shown]
     x_lo, x_hi = min(s[1] for s in spots) * 0.98, max(s[1] for s in spots) * 1.08
     y_lo, y_hi = (math.log10(f(s[2] for s in spots)) for f in (min, max))
@@ -269,7 +276,7 @@ def picture(variants):
             _, y = at(x_lo, tick)
             out.append(f'<text x="22" y="{y + 4:.0f}">{tick:g}</text>'
                        f'<path class="axis" d="M{LEFT} {y:.0f}H{WIDE - 10}"/>')
-    line = sorted(s[1:] for s in spots if s[0].name.startswith("--bits"))
+    line = sorted(s[1:] for s in spots if s[0].name.startswith("--size"))
     out.append('<polyline class="line" points="%s"/>' % " ".join(
         "%.0f,%.0f" % at(*s) for s in line))
     for v, *spot in spots:
@@ -278,13 +285,13 @@ def picture(variants):
         if whose == "theirs":
             out.append(f'<text class="theirs" x="{x + 6:.0f}" y="{y - 3:.0f}">'
                        f'{v.name.split()[1]}</text>')
-        elif not v.name.startswith("--bits"):
+        elif not v.name.startswith("--size"):
             name = v.name.removesuffix(", in blocks").removesuffix(", importance in blocks")
             out.append(f'<text class="ours" text-anchor="end" x="{x - 6:.0f}" y="{y + 12:.0f}">'
                        f'{name}</text>')
     x, y = at(line[-1][0], line[-1][1])
     out.append(f'<text class="ours" text-anchor="end" x="{x - 12:.0f}" y="{y + 4:.0f}">'
-               '--bits, --size</text>')
+               '--size, --bits</text>')
     return "\n".join([*out, "</svg>", ""])
 
 
@@ -310,8 +317,13 @@ def measure(args, folder):
     for i, (name, importance, options) in enumerate(VARIANTS):
         print("making", name, file=sys.stderr)
         weigh = ["--importance", folder / importance] if importance else []
-        export(args.checkpoint, folder / f"{i}.bin", *weigh, *options.split())
-        variants.append(Variant(engine, name, str(folder / f"{i}.bin")))
+        made = folder / f"{i}.bin"
+        export(args.checkpoint, made, *weigh, *options.split())
+        variants.append(Variant(engine, name, str(made)))
+        if name.endswith(PLANNED):
+            planned = folder / f"{i}-planned.bin"
+            export(args.checkpoint, planned, *weigh, "--size", str(made.stat().st_size))
+            variants.append(Variant(engine, "--size of that", str(planned)))
     for peer in make_peers(args, folder) if args.peers else ():
         variants.append(Variant(engine, *peer))
     model = variants[0].model

@@ -1679,19 +1679,14 @@ typedef struct {
     const json *j;
     const json_node *root;
     output out;    /* the grammar */
-    array sets;    /* schema_set, in the order in which their rules are asked for */
-    array members; /* size_t, of all sets */
+    array sets;    /* view, in the order in which their rules are asked for */
     const char *comma, *colon;
     char *err;
     size_t size;
     int failed;
 } schema;
 
-typedef struct {
-    size_t first, n;
-} schema_set;
-
-/* The schemas of a set while its rule is written. */
+/* A set of schemas. */
 enum { MOST_SCHEMAS = 64, MOST_SETS = 20000, MOST_TIMES = 2000, ANY_DONE = 1, ONE_DONE = 2,
        REFS_DONE = 4, ITEM = 8 };
 typedef struct {
@@ -1770,8 +1765,9 @@ static const keyword KEYWORDS[] = {
     {" $ref ", "a text", A_TEXT, 0},
     {" uniqueItems ", "false", 1 << JSON_FALSE, 0},
     {" type const $defs definitions additionalItems "
-     "title description default examples deprecated readOnly writeOnly $comment $schema $id id "
-     "$anchor $vocabulary contentEncoding contentMediaType contentSchema ", "anything", ~0u, 0},
+     "title description default example examples deprecated readOnly writeOnly links $comment "
+     "$schema $id id $anchor $vocabulary contentEncoding contentMediaType contentSchema ",
+     "anything", ~0u, 0},
 };
 
 static size_t index_of(const schema *s, const json_node *node)
@@ -1850,25 +1846,22 @@ static int by_index(const void *left, const void *right)
 static void put_set(schema *s, view *v)
 {
     size_t n = 0, i = 0;
-    const schema_set *sets = s->sets.items;
+    const view *sets = s->sets.items;
     qsort(v->item, v->n, sizeof *v->item, by_index);
     for (size_t k = 0; k < v->n; k++)
         if (!n || v->item[k] != v->item[n - 1])
             v->item[n++] = v->item[k];
-    while (i < s->sets.n && (sets[i].n != n || memcmp((size_t *)s->members.items + sets[i].first,
-                                                      v->item, n * sizeof *v->item)))
+    v->n = n;
+    while (i < s->sets.n && (sets[i].n != n || memcmp(sets[i].item, v->item,
+                                                      n * sizeof *v->item)))
         i++;
-    if (i == s->sets.n) {
-        schema_set *set = i < MOST_SETS ? extend(&s->sets, 1, sizeof *set) : NULL;
-        size_t first = s->members.n, *items = extend(&s->members, n, sizeof *items);
-        if (i == MOST_SETS)
-            refuse_node(s, s->root, "it takes more than %d rules", MOST_SETS);
-        if (!set || !items) {
-            s->failed = 1;
-            return;
-        }
-        *set = (schema_set){first, n};
-        memcpy(items, v->item, n * sizeof *items);
+    if (i == MOST_SETS)
+        refuse_node(s, s->root, "it takes more than %d rules", MOST_SETS);
+    if (i == s->sets.n && !s->failed) {
+        view *more = extend(&s->sets, 1, sizeof *more);
+        s->failed |= !more;
+        if (more)
+            *more = *v;
     }
     put_format(&s->out, "s%zu ", i);
 }
@@ -2179,7 +2172,7 @@ static void put_string(schema *s, const view *v)
     put_format(&s->out, " \"\\\"\" ");
 }
 
-/* ---- arrays ---- */
+/* ---- arrays and objects ---- */
 
 /* Writes what element i must be. */
 static void put_element(schema *s, const view *v, size_t i)
@@ -2198,34 +2191,6 @@ static void put_element(schema *s, const view *v, size_t i)
     }
     put_set(s, &all);
 }
-
-/* "[", then the first elements, as far as the array goes, then the others. */
-static void put_array(schema *s, const view *v)
-{
-    const json_node *first;
-    int64_t least, most, n = 0, i;
-    count_range(s, v, "minItems", "maxItems", &least, &most);
-    for (size_t k = 0; (first = next_with(s, v, &k, "prefixItems")) != NULL;)
-        n = (int64_t)first->n > n ? (int64_t)first->n : n;
-    n = n ? n : 1;
-    put_format(&s->out, "\"[\" (\"\" ");
-    for (i = 0; i < n && i != most; i++) {
-        put_format(&s->out, i < least ? "" : "(");
-        put_format(&s->out, i ? "comma " : "");
-        put_element(s, v, (size_t)i);
-    }
-    if (i != most) {
-        put_format(&s->out, "(comma ");
-        put_element(s, v, (size_t)n);
-        put_format(&s->out, ")");
-        put_times(s, least - n, most < 0 ? -1 : most - n);
-    }
-    for (; i > least; i--)
-        put_format(&s->out, ")?");
-    put_format(&s->out, ") \"]\" ");
-}
-
-/* ---- objects ---- */
 
 typedef struct {
     const json_node *name;
@@ -2281,49 +2246,66 @@ static void put_member(schema *s, const view *v, const json_node *name)
     if (name)
         put_value(s, name, 1);
     else if (pattern)
-        put_format(&s->out, "\"\\\"\" "), put_pattern(s, pattern), put_format(&s->out, "\"\\\"\" colon ");
-    else
-        put_format(&s->out, "string colon ");
+        put_format(&s->out, "\"\\\"\" "), put_pattern(s, pattern);
+    if (!name)
+        put_format(&s->out, pattern ? "\"\\\"\" colon " : "string colon ");
     put_set(s, &all);
 }
 
-/* "{" and "}" around keys that no schema names; rule 0 of the object is one of them. */
-static void put_open_object(schema *s, const view *v, size_t id, int64_t least, int64_t most)
+/* Writes part i: an element of an array, which has no keys, or a key and its value.  Behind the
+ * keys that are named stands any other. */
+static void put_part(schema *s, const view *v, const array *keys, size_t i)
 {
-    put_format(&s->out, "\"{\" (\"\" ");
-    if (most) {
-        put_format(&s->out, "(s%zu-0 (comma s%zu-0)", id, id);
-        put_times(s, least - 1, most < 0 ? -1 : most - 1);
-        put_format(&s->out, least ? ")" : ")?");
-    }
-    put_format(&s->out, ") \"}\"\ns%zu-0 ::= ", id);
-    put_member(s, v, NULL);
+    if (keys)
+        put_member(s, v, i < keys->n ? ((const property *)keys->items)[i].name : NULL);
+    else
+        put_element(s, v, i);
 }
 
-/* "{" and "}" around the keys in their order: each that may come first, with the rule of what may
- * follow it.  These rules stand behind this one. */
-static void put_named_object(schema *s, const view *v, size_t id, const array *found,
-                             int may_be_empty)
+/* The rules of least..most parts, the first n of which have rules of their own: those that may
+ * come first, each with the rule of what may follow it. */
+static void put_sequence(schema *s, const view *v, size_t id, const array *keys, size_t n,
+                         int64_t least, int64_t most)
 {
-    const property *keys = found->items;
-    size_t n = found->n, i;
-    put_format(&s->out, "\"{\" (never ");
-    for (i = 0; i < n && (i == 0 || !keys[i - 1].must); i++) {
+    const property *named = keys ? keys->items : NULL;
+    size_t last = n ? n : 1;
+    char type = keys ? 'o' : 'a';
+    put_format(&s->out, "\ns%zu-%c ::= \"%c\" (never ", id, type, keys ? '{' : '[');
+    for (size_t i = 0; i < last && most && (i == 0 || (keys && !named[i - 1].must)); i++) {
         put_format(&s->out, "| ");
-        put_member(s, v, keys[i].name);
-        put_format(&s->out, "s%zu-%zu ", id, i + 1);
+        put_part(s, v, keys, i);
+        put_format(&s->out, "s%zu-%c%zu ", id, type, i + 1);
     }
-    put_format(&s->out, "%s) \"}\"", i == n && !keys[n - 1].must && may_be_empty ? "| \"\"" : "");
-    for (i = 1; i < n; i++) {
-        put_format(&s->out, "\ns%zu-%zu ::= comma ", id, i);
-        put_member(s, v, keys[i].name);
-        put_format(&s->out, "s%zu-%zu ", id, i + 1);
-        if (!keys[i].must)
-            put_format(&s->out, "| s%zu-%zu", id, i + 1);
+    put_format(&s->out, "%s) \"%c\"", least ? "" : "| \"\"", keys ? '}' : ']');
+    for (size_t i = 1; i < n; i++) {
+        put_format(&s->out, "\ns%zu-%c%zu ::= comma ", id, type, i);
+        put_part(s, v, keys, i);
+        put_format(&s->out, "s%zu-%c%zu ", id, type, i + 1);
+        if (keys && !named[i].must)
+            put_format(&s->out, "| s%zu-%c%zu", id, type, i + 1);
+        if (!keys && (int64_t)i >= least)
+            put_format(&s->out, "| \"\"");
     }
-    put_format(&s->out, "\ns%zu-%zu ::= \"\"", id, n);
+    put_format(&s->out, "\ns%zu-%c%zu ::= \"\" ", id, type, last);
+    if (keys && n) /* no others */
+        return;
+    put_format(&s->out, "(comma ");
+    put_part(s, v, keys, n);
+    put_format(&s->out, ")");
+    put_times(s, least - (int64_t)last, most < 0 ? -1 : most > 0 ? most - (int64_t)last : 0);
 }
 
+static void put_array(schema *s, const view *v, size_t id)
+{
+    const json_node *first;
+    int64_t least, most, n = 0;
+    count_range(s, v, "minItems", "maxItems", &least, &most);
+    for (size_t k = 0; (first = next_with(s, v, &k, "prefixItems")) != NULL;)
+        n = (int64_t)first->n > n ? (int64_t)first->n : n;
+    put_sequence(s, v, id, NULL, (size_t)(most >= 0 && most < n ? most : n), least, most);
+}
+
+/* An object that names keys has these, in their order, and no others. */
 static void put_object(schema *s, const view *v, size_t id)
 {
     array found = {0};
@@ -2332,39 +2314,28 @@ static void put_object(schema *s, const view *v, size_t id)
     gather_properties(s, v, &found);
     for (size_t i = 0; i < found.n; i++)
         n_must += ((property *)found.items)[i].must;
-    if (found.n == 0)
-        put_open_object(s, v, id, least, most);
-    else if ((most >= 0 && most < (int64_t)found.n) || (least > 1 && least > n_must))
+    if (found.n && ((most >= 0 && most < (int64_t)found.n) || (least > 1 && least > n_must)))
         refuse_node(s, schema_at(s, v, 0), "this 'minProperties' or 'maxProperties' beside named "
                     "keys is not known");
-    if (found.n)
-        put_named_object(s, v, id, &found, least == 0);
+    put_sequence(s, v, id, &found, found.n, least ? least : n_must != 0, most);
     free(found.items);
 }
 
-/* What "$ref" points to: "#" and names or numbers behind slashes. */
+/* What "$ref" points to: the whole schema, or what a name stands for. */
 static const json_node *referred(schema *s, const json_node *ref)
 {
+    static const char *const places[] = {"$defs", "definitions"};
     const char *at = s->j->text + ref->start;
-    const json_node *node = *at++ == '#' ? s->root : NULL;
-    while (node && *at == '/') {
-        char part[200];
-        size_t n = 0;
-        for (at++; *at && *at != '/' && n + 1 < sizeof part; at++) {
-            int escaped = *at == '~' && (at[1] == '0' || at[1] == '1');
-            part[n++] = !escaped ? *at : *++at == '0' ? '~' : '/';
-        }
-        part[n] = '\0';
-        uint64_t k;
-        if (node->kind == JSON_ARRAY && node->n && parse_whole(part, node->n - 1, &k))
-            for (node++; k; k--)
-                node = json_next(s->j, node);
-        else
-            node = json_find(s->j, node, part, n);
+    const json_node *node = strcmp(at, "#") == 0 ? s->root : NULL;
+    for (int i = 0; i < 2 && !node; i++) {
+        size_t n = strlen(places[i]);
+        if (strncmp(at, "#/", 2) == 0 && strncmp(at + 2, places[i], n) == 0 && at[n + 2] == '/')
+            node = json_get(s->j, json_get(s->j, s->root, places[i]), at + n + 3);
     }
-    if (!node || *at)
-        refuse_node(s, ref, "this $ref leads to nothing inside the schema");
-    return node && !*at ? node : s->root;
+    if (!node)
+        refuse_node(s, ref, "this $ref leads to nothing: it is #, #/$defs/NAME or "
+                    "#/definitions/NAME");
+    return node ? node : s->root;
 }
 
 /* ---- types, listed values, and which ways have no value in common, for oneOf ---- */
@@ -2398,25 +2369,12 @@ static unsigned type_of_value(const schema *s, const json_node *value)
     return x == floor(x) ? INTEGER : bits[value->kind];
 }
 
-/* Whether two values are the same. */
+/* Whether two values are the same, or may be: arrays and objects are not compared. */
 static int same_value(const schema *s, const json_node *a, const json_node *b)
 {
-    const json_node *end = json_next(s->j, a), *x, *y;
-    if (a->kind != b->kind || a->n != b->n)
-        return 0;
-    if (a->kind == JSON_STRING)
-        return same_string(s, a, b);
-    if (a->kind == JSON_NUMBER)
+    if (a->kind == JSON_NUMBER && b->kind == JSON_NUMBER)
         return strtod(s->j->text + a->start, NULL) == strtod(s->j->text + b->start, NULL);
-    for (x = a + 1, y = b + 1; x < end; x = json_next(s->j, x), y = json_next(s->j, y)) {
-        if (a->kind == JSON_OBJECT) {
-            y = value_of(s, b, x);
-            x++;
-        }
-        if (!y || !same_value(s, x, y))
-            return 0;
-    }
-    return 1;
+    return a->kind == b->kind && (a->kind != JSON_STRING || same_string(s, a, b));
 }
 
 /* The values that enum or const lists: the first, and *end behind the last; NULL for neither. */
@@ -2458,30 +2416,26 @@ static const json_node *behind_refs(schema *s, const json_node *node)
     return node;
 }
 
-/* Whether no value of these types fits both, as far as types, listed values and the keys that an
- * object must have tell. */
+/* Whether no value of these types fits both, as far as types, listed values and the properties of
+ * keys that an object must have tell. */
 static int disjoint(schema *s, const json_node *a, const json_node *b, unsigned types, int depth)
 {
     a = behind_refs(s, a), b = behind_refs(s, b);
     types &= types_of(s, a) & types_of(s, b);
     const json_node *end, *each = listed(s, a, &end);
-    int met = each == NULL || !types; /* a listed value fits both */
-    for (; types && each && each < end; each = json_next(s->j, each))
+    int met = each == NULL; /* a listed value fits both */
+    for (; each && each < end; each = json_next(s->j, each))
         met |= may_be(s, b, each);
     if (!types || !met)
         return 1;
     int objects = types == OBJECT || types == ALL_TYPES;
     for (int turn = 0; turn < 2 && objects && depth; turn++) {
-        const json_node *one = turn ? b : a, *other = turn ? a : b;
-        const json_node *must = json_get(s->j, one, "required");
-        const json_node *more = json_get(s->j, other, "additionalProperties");
+        const json_node *must = json_get(s->j, turn ? b : a, "required");
         end = must ? json_next(s->j, must) : NULL;
         for (each = must ? must + 1 : NULL; each < end; each = json_next(s->j, each)) {
-            const json_node *x = value_of(s, json_get(s->j, one, "properties"), each);
-            const json_node *y = value_of(s, json_get(s->j, other, "properties"), each);
-            if (x && y ? disjoint(s, x, y, ALL_TYPES, depth - 1)
-                       : !y && more && more->kind == JSON_FALSE &&
-                         !json_get(s->j, other, "patternProperties"))
+            const json_node *x = value_of(s, json_get(s->j, a, "properties"), each);
+            const json_node *y = value_of(s, json_get(s->j, b, "properties"), each);
+            if (x && y && disjoint(s, x, y, ALL_TYPES, depth - 1))
                 return 1;
         }
     }
@@ -2511,16 +2465,19 @@ static void put_ways(schema *s, const view *v, size_t at, const json_node *list,
 static int put_values(schema *s, const view *v)
 {
     const json_node *end = NULL, *first = NULL;
-    int n_put = 0;
-    for (size_t i = 0; i < v->n && !first; i++)
-        first = listed(s, schema_at(s, v, i), &end);
+    int n_put = 0, n_lists = 0;
+    for (size_t i = 0; i < v->n; i++) {
+        const json_node *list = listed(s, schema_at(s, v, i), &end);
+        n_lists += list != NULL;
+        first = list ? list : first;
+    }
     for (const json_node *each = first; each && each < end; each = json_next(s->j, each)) {
         unsigned type = type_of_value(s, each);
         int fits = (type & v->types) != 0;
         for (size_t i = 0; i < v->n; i++)
             fits = fits && may_be(s, schema_at(s, v, i), each);
-        if (fits && type & v->spoken)
-            refuse_node(s, each, "no keyword but 'type' is known beside listed values");
+        if (fits && (type & v->spoken || (type & (ARRAY | OBJECT) && n_lists > 1)))
+            refuse_node(s, each, "no keyword but 'type' is known beside this listed value");
         if (fits) {
             put_format(&s->out, n_put++ ? "| " : "");
             put_value(s, each, 0);
@@ -2533,8 +2490,7 @@ static int put_values(schema *s, const view *v)
     return first != NULL;
 }
 
-/* The types that the schemas name, or the one that their keywords speak of; an object comes last,
- * because rules of its own follow it. */
+/* The types that the schemas name, or the one that their keywords speak of. */
 static void put_types(schema *s, const view *v, size_t id)
 {
     unsigned types = v->types, n = 0;
@@ -2554,12 +2510,16 @@ static void put_types(schema *s, const view *v, size_t id)
         case STRING: put_string(s, v); break;
         case INTEGER: put_number(s, v, 1); break;
         case NUMBER: put_number(s, v, 0); break;
-        case ARRAY: put_array(s, v); break;
-        case OBJECT: put_object(s, v, id); break;
+        case ARRAY: put_format(&s->out, "s%zu-a ", id); break;
+        case OBJECT: put_format(&s->out, "s%zu-o ", id); break;
         default: put_format(&s->out, "%s ", TYPES[i].name);
         }
     }
     put_format(&s->out, n ? "" : "never");
+    if (types & ARRAY)
+        put_array(s, v, id);
+    if (types & OBJECT)
+        put_object(s, v, id);
 }
 
 /* The row of the key at a name; NULL: it is not known.  Words that begin with x- or _ are
@@ -2623,9 +2583,7 @@ static int expand(schema *s, view *v)
 /* The rule of one set. */
 static void put_set_rule(schema *s, size_t id)
 {
-    const schema_set *set = (const schema_set *)s->sets.items + id;
-    view v = {.n = set->n};
-    memcpy(v.item, (const size_t *)s->members.items + set->first, v.n * sizeof *v.item);
+    view v = ((const view *)s->sets.items)[id];
     put_format(&s->out, "\ns%zu ::= ", id);
     if (!expand(s, &v)) {
         put_format(&s->out, "never");
@@ -2656,7 +2614,7 @@ static int add_schema(array *gbnf, const json *j, const json_node *root, int spa
     for (size_t i = 0; !s.failed && i < s.sets.n; i++)
         put_set_rule(&s, i);
     put_format(&s.out, "\n%s", SCHEMA_RULES);
-    free(s.sets.items), free(s.members.items);
+    free(s.sets.items);
     return !s.failed && !s.out.error;
 }
 

@@ -848,10 +848,16 @@ schema '{"pattern": "[é]"}' "#/pattern: the part of 'pattern' before byte 2 is 
 schema '{"properties": {"a": {}}, "patternProperties": {"b": {}}}' \
     "#/patternProperties: it is known only as one pattern, without named keys"
 schema '{"items": {"enum": []}}' "#/items: no listed value fits the other keywords"
-schema '{"enum": ["a"], "minLength": 2}' "#/enum/0: no keyword but 'type' is known beside listed values"
+schema '{"enum": ["a"], "minLength": 2}' "#/enum/0: no keyword but 'type' is known beside this listed value"
 schema '{"allOf": [{"pattern": "a"}, {"pattern": "b"}]}' "#/allOf/1/pattern: two different"
 schema '{"type": ["object", "any"]}' "#/type: 'type' is one or a list of string, integer"
 schema '{"oneOf": [{"type": "null"}, {"const": null}]}' "#/oneOf/1: a value may fit this way"
+way='{"required": ["k"], "properties": {"k": {"const": '
+schema "{\"oneOf\": [$way 1}}}, $way 1}}}]}" "#/oneOf/1: a value may fit this way"
+schema "{\"type\": [\"object\", \"string\"], \"oneOf\": [$way 1}}}, $way 2}}}]}" \
+    "#/oneOf/1: a value may fit this way" # a string fits both
+schema '{"$ref": "#/properties/a"}' "leads to nothing: it is #, #/[$]defs/NAME or #/definitions/"
+schema '{"enum": [[1], 2], "allOf": [{"enum": [[1]]}]}' "#/allOf/0/enum/0: no keyword but 'type'"
 schema '{"pattern": "a\\\\b"}' "#/pattern: the part of 'pattern' before byte 3 is not known"
 schema '{"type": "number", "minimum": 5, "maximum": 3}' "#: no number lies between its bounds"
 schema '{"a":' "line 1, column 6"

@@ -90,6 +90,13 @@ is that tensor's type.  Where a checkpoint has a head of its own, --head is the 
 --tensor head=TYPE gives a tied model a second copy as its head, for instance a cheaper one
 that makes decoding faster while the embedding stays precise.
 
+A smaller head: with --keep-vocab FILE a reply can use only the pieces whose ids are in FILE, so the
+rest of the head is not read for every token.  Prompts still use all pieces, and the logits of the
+kept ones are the same.  Bytes, turns and other special pieces always stay: any text can be written,
+if with more tokens.  The 64,000 pieces that are most frequent in a text of your kind:
+  run tokenizer.bin --tokenize -f text.txt | tr ' ' '\n' | sort | uniq -c | sort -rn |
+    head -n 64000 | awk '{print $2}' >ids.txt
+
 LoRA adapters, also rsLoRA and DoRA, are added in f32 while the weights are converted.  Where an
 adapter trained the embedding or the head alone, the two part and the file is larger.  The
 tokenizer and chat template in an adapter's directory count before the checkpoint's.
@@ -107,6 +114,7 @@ Examples:
   run 2b-q8.bin --importance 2b.imp --importance-block 256 -f some_text.txt
   %(prog)s gemma-2-2b-it 2b-q4.bin --type q4 --importance 2b.imp
   %(prog)s gemma-2-27b-it 27b.bin --size 12G --importance 27b.imp
+  %(prog)s gemma-2-2b-it 2b-q4.bin --type q4 --keep-vocab ids.txt
   %(prog)s --tokenizer-only gemma-2-2b-it/tokenizer.model tokenizer.bin
 
 Exit codes: 0 done, 1 failed (no output is left behind), 2 wrong usage, 130 interrupted.
@@ -182,6 +190,9 @@ def parse_options(arguments):
                    help="what `run MODEL --importance FILE -f TEXT` wrote, MODEL being the same "
                    "checkpoint as bf16 or q8: quantised matrices then lose least in what they "
                    "multiply, and errors are weighted so")
+    p.add_argument("--keep-vocab", metavar="FILE",
+                   help="only the pieces whose ids are in FILE can be written, which makes replies "
+                   "faster, see below")
     p.add_argument("--tokenizer", metavar="FILE",
                    help="tokenizer.model, tokenizer.json, a file made by %(prog)s, a "
                    "directory, or a name on huggingface.co (default: the checkpoint's)")
@@ -205,10 +216,10 @@ def parse_options(arguments):
         p.error("--type, --size and --bits each say what types matrices get: give one of them")
     options.fits = options.size or options.bits
     weights = (options.fits, options.tokenizer, options.head, options.tensor, options.lora,
-               options.importance)
+               options.importance, options.keep_vocab)
     if options.tokenizer_only and any(weights):
         p.error("--tokenizer-only writes no weights: --size, --bits, --tokenizer, --head, "
-                "--tensor, --lora and --importance do not go with it")
+                "--tensor, --lora, --importance and --keep-vocab do not go with it")
     options.type = options.type or "q8"
     return options
 
@@ -830,7 +841,7 @@ LAYER_ROLES = [  # in the order in which a layer uses them
     ("ffn_norm", 40, "D", "1"), ("gate", 41, "F", "D"), ("up", 42, "F", "D"),
     ("down", 43, "D", "F"), ("post_ffn_norm", 44, "D", "1"),
 ]
-FACTS, TOKENIZER = 1, 2
+FACTS, TOKENIZER, KEPT = 1, 2, 3
 
 LIMITS = {  # of the file's header, as gemma2.c's section 2 has them; no soft-cap is 0
     "L": (1, 1024), "D": (1, 1 << 20), "N": (1, 4096), "K": (1, 4096), "H": (2, 1024),
@@ -848,6 +859,7 @@ class Model:
     local = ()      # per layer: sees a sliding window only
     stop_ids = ()
     tied = None     # True, False, or None where the checkpoint does not say
+    kept = None     # ids that the head has rows for, ascending; None: all
 
     def dimension(self, letters):
         return math.prod(1 if c == "1" else getattr(self, c) for c in letters)
@@ -1000,6 +1012,18 @@ class Ranges:
                 parts.append(self.tensor.rows(a + max(start, 0), min(b, a + stop)))
             start, stop = start - (b - a), stop - (b - a)
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+class Ordered:
+    """Another tensor's rows in another order."""
+
+    def __init__(self, tensor, order):
+        self.tensor, self.order, self.shape = tensor, order, tensor.shape
+
+    def rows(self, start, stop):
+        wanted = self.order[start:stop]
+        runs = np.split(wanted, np.flatnonzero(np.diff(wanted) != 1) + 1)
+        return np.concatenate([self.tensor.rows(int(r[0]), int(r[-1]) + 1) for r in runs])
 
 
 kept = {}  # of this process, by place: a key and what was last made there
@@ -4634,6 +4658,8 @@ def plan_tensors(reader, options):
     for name, (role, layer, rows, cols) in tensor_table(reader.model).items():
         if name == "head" and tied and not second_head:
             continue
+        if name == "head" and reader.model.kept is not None:
+            rows = len(reader.model.kept)
         type_name = choose_type(name, tied, options)
         size = packed_bytes(type_name, rows, cols)
         plan.append((Section(name, role, layer, type_name, rows, cols, size, None),
@@ -4980,6 +5006,26 @@ def stop_ids(model, tokenizer):
     return tuple(ids)
 
 
+def keep_vocabulary(path, reader, tokenizer):
+    """Notes which ids can be written, and puts their rows first in embedding and head."""
+    with open(path, "rb") as f:
+        words = {m.group() for m in re.finditer(rb"[^\s,]+", f.read())}
+    for word in words:
+        if not re.fullmatch(rb"\d{1,9}", word) or int(word) >= len(tokenizer):
+            raise ExportError("%s holds %.20r, which is no id of this vocabulary of %d: --keep-vocab "
+                              "takes ids, as run --tokenize prints them" % (
+                                  path, word.decode("utf-8", "replace"), len(tokenizer)))
+    if not words:
+        raise ExportError("%s holds no ids: --keep-vocab takes those that run --tokenize prints"
+                          % path)
+    is_kept = ~np.isin(tokenizer.kinds, (NORMAL, UNUSED))
+    is_kept[[*map(int, words), *reader.model.stop_ids]] = True
+    reader.model.kept = np.flatnonzero(is_kept)
+    order = np.concatenate([reader.model.kept, np.flatnonzero(~is_kept)])
+    for name in {"embedding", "head"} & set(reader.tensors):
+        reader.tensors[name] = Ordered(reader.tensors[name], order)
+
+
 GEMMA_NOTICE = ("Gemma is provided under and subject to the Gemma Terms of Use found at "
                 "ai.google.dev/gemma/terms")
 
@@ -4997,6 +5043,7 @@ def options_text(options):
              if options.bits else "--type " + options.type]
     words += ["--head " + options.head] if options.head else []
     words += ["--importance " + os.path.basename(options.importance)] if options.importance else []
+    words += ["--keep-vocab " + os.path.basename(options.keep_vocab)] if options.keep_vocab else []
     words += ["--tensor %s=%s" % pair for pair in options.tensor]
     words += ["--lora %s=%g" % (directory_name(path), scale) for path, scale in options.lora]
     return " ".join(words)
@@ -5013,31 +5060,38 @@ def convert(options, progress):
     finish_tokenizer(tokenizer, model.V, tokenizer_path)
     chat = chat_facts(*reader.chat_template(), tokenizer)
     model.stop_ids = stop_ids(model, tokenizer)
+    if options.keep_vocab:
+        keep_vocabulary(options.keep_vocab, reader, tokenizer)
     plan = plan_tensors(reader, options)
     importance = Importance(options.importance, model) if options.importance else None
     facts = gather_facts(options, reader.name(), reader.source, model.V >= 256000,
                          chat, options_text(options))
     sections = [bytes_section("facts", FACTS, facts_section(facts)),
                 bytes_section("tokenizer", TOKENIZER, tokenizer_section(tokenizer))]
+    if model.kept is not None:
+        sections.append(bytes_section("kept", KEPT, model.kept.astype("<u4").tobytes()))
     tiny = (options.size or sum(s.size for s, _ in plan)) < 1 << 20
     align = options.align or (64 if tiny else 4096)
     job = Job(reader, importance)
     if options.fits:
-        other = round_up(HEADER_BYTES + ENTRY.size * (len(plan) + 2), align) + sum(
+        other = round_up(HEADER_BYTES + ENTRY.size * (len(plan) + len(sections)), align) + sum(
             round_up(s.size, align) for s in sections)
         plan = fit_types(job, plan, other, align, options, progress)
         progress.clear()
         if not options.quiet:
             say(plan_lines(plan, model))
+    small = list(sections)
     sections += [s for s, _ in plan]
-    inputs = [*reader.files, tokenizer_path, *([options.importance] if importance else [])]
-    with Container(options.output, sections, align, inputs) as out:
-        for section in sections[:2]:
+    inputs = [*reader.files, tokenizer_path, options.importance, options.keep_vocab]
+    with Container(options.output, sections, align, list(filter(None, inputs))) as out:
+        for section in small:
             out.write_section([section.data])
         errors = write_tensors(out, job, plan, options, progress)
         out.finish(model)
     seconds = time.monotonic() - started
     lines = report(options.output, out.size, [s for s, _ in plan], errors, seconds)
+    if model.kept is not None:
+        lines.append("%d of %d pieces can be written" % (len(model.kept), model.V))
     return lines + (["errors are weighted by the importance of the inputs"] if importance else [])
 
 

@@ -272,6 +272,15 @@ static int all_finite(const float *x, size_t n)
     return !bad;
 }
 
+/* Neither NaN nor +infinity, and not all -infinity, which bans a token. */
+static int are_logits(const float *x, size_t n)
+{
+    int sound = 1, left = 0;
+    for (size_t i = 0; i < n; i++)
+        sound &= x[i] < INFINITY, left |= x[i] > -INFINITY;
+    return sound && left;
+}
+
 static int is_zero(const uint8_t *p, size_t n)
 {
     uint8_t any = 0;
@@ -410,12 +419,13 @@ struct gemma2_model {
     struct bytes {
         const uint8_t *p; /* NULL: not there */
         size_t n;
-    } facts, tokenizer_bytes;
+    } facts, tokenizer_bytes, kept_bytes;
     struct tokenizer tokenizer;
     struct text chat[N_CHAT_PARTS]; /* p NULL: absent */
     _Atomic(struct vocabulary *) vocabulary_made, *vocabulary; /* see vocabulary_of */
     uint8_t own_turns[3][MAX_OWN_TURN];
     struct matrix embedding, head, final_norm, score; /* score.data NULL: writes text only */
+    const uint32_t *kept; /* [head.rows] the ids that the head has rows for; NULL: all */
     struct layer layers[];
 };
 
@@ -522,6 +532,8 @@ INLINE float float_weight(const struct matrix *w, size_t row, size_t col); /* se
 INLINE int32_t group_product(const struct matrix *w, size_t row, size_t g, const int8_t *q);
 static void read_row(const struct matrix *w, uint32_t row, float *y);
 INLINE float row_scale(const struct matrix *w, size_t row);
+static uint32_t row_of_id(const gemma2_model *m, uint32_t id);
+static void spread_logits(const gemma2_model *m, float *logits);
 static float cached(const gemma2_session *s, int layer, int head, char what, int32_t position,
                     int i);
 static void store_head(const gemma2_session *s, int layer, int head, int32_t position, float *key,
@@ -682,7 +694,7 @@ static void plain_forward(struct pass *p, gemma2_session *s, int32_t id, int32_t
                           float *x)
 {
     const gemma2_config *c = &s->model->config;
-    read_row(&s->model->embedding, (uint32_t)id, x);
+    read_row(&s->model->embedding, row_of_id(s->model, (uint32_t)id), x);
     for (int i = 0; i < c->d_model; i++)
         x[i] *= c->embedding_scale;
     trace(p, "embedding", 0, x, 1, (size_t)c->d_model);
@@ -701,8 +713,9 @@ static void plain_head(const struct pass *p, const float *x, float *logits)
     plain_norm(&work->model->final_norm, c->rms_norm_eps, x, work->normed);
     trace(p, "final_norm", 0, work->normed, 1, work->model->head.cols);
     plain_product(&work->model->head, work->normed, logits);
-    for (int i = 0; i < c->n_vocab && cap > 0; i++)
+    for (int i = 0; i < c->n_kept && cap > 0; i++)
         logits[i] = cap * tanh_f32(logits[i] * inverse);
+    spread_logits(work->model, logits);
 }
 
 /* ===================================================================================
@@ -759,8 +772,9 @@ static void plain_head(const struct pass *p, const float *x, float *logits)
  *     1 facts      bytes     u32 count; per pair: u32 key bytes, u32 value bytes, key, value;
  *                            UTF-8; the keys "chat.*" are described in section 5
  *     2 tokenizer  bytes     below
+ *     3 kept       bytes     u32[V'], ascending: the only ids that can be written; see below
  *    16 embedding  [V, D]    tied output head unless role 17 is there
- *    17 head       [V, D]    an output head of its own, or a cheaper copy of a tied one
+ *    17 head       [V', D]   an output head of its own, or a cheaper copy of a tied one
  *    18 final_norm [D, 1]    norms are f32, stored as trained: x is scaled by 1 + w
  *    19 score      [s, D]    reward models and classifiers: s = 1 .. 1024 scores of a state
  *    32 attn_norm  [D, 1]    33 q [N*H, D]  34 k [K*H, D]  35 v [K*H, D]  36 o [D, N*H]
@@ -768,7 +782,11 @@ static void plain_head(const struct pass *p, const float *x, float *logits)
  *    44 post_ffn_norm        (32 .. 44 once for each layer)
  *   Reserved, always optional: 256 + role importance of a tensor's inputs, 512 + role and
  *   768 + role the A and B of a LoRA pair.  Released files hold sections in order of use:
- *   facts, tokenizer, layers, final norm, embedding, head.
+ *   facts, tokenizer, kept, layers, final norm, embedding, head.
+ *
+ * Without role 3 every id can be written: V' = V.  With it the embedding's rows are those of the
+ * kept ids, then those of the others, both in ascending order.  The head has rows of kept ids
+ * alone, so a tied one is the embedding's first V' rows.  All other logits are -infinity.
  *
  * Tokenizer section, 64 + 9 V + blob bytes
  *      0   u32   V, as in the header
@@ -794,11 +812,11 @@ static void plain_head(const struct pass *p, const float *x, float *logits)
  *     64   f32   for each entry e of gemma2_get_input, in order, [B][e.cols]: the sums, over T */
 
 enum { /* roles */
-    ROLE_FACTS = 1, ROLE_TOKENIZER = 2, ROLE_EMBEDDING = 16, ROLE_HEAD = 17,
+    ROLE_FACTS = 1, ROLE_TOKENIZER = 2, ROLE_KEPT = 3, ROLE_EMBEDDING = 16, ROLE_HEAD = 17,
     ROLE_FINAL_NORM = 18, ROLE_SCORE = 19, ROLE_LAYER_FIRST = 32
 };
 
-/* The roles a file can have.  Dimensions: V, D, F, 1, q = N*H, k = K*H, s scores; '-' no
+/* The roles a file can have.  Dimensions: V, D, F, 1, q = N*H, k = K*H, s scores, w = V'; '-' no
  * matrix. */
 struct role {
     uint32_t id;
@@ -810,8 +828,9 @@ struct role {
 static const struct role roles[] = {
     {ROLE_FACTS, "facts", '-', '-', offsetof(gemma2_model, facts)},
     {ROLE_TOKENIZER, "tokenizer", '-', '-', offsetof(gemma2_model, tokenizer_bytes)},
+    {ROLE_KEPT, "kept", '-', '-', offsetof(gemma2_model, kept_bytes)},
     {ROLE_EMBEDDING, "embedding", 'V', 'D', offsetof(gemma2_model, embedding)},
-    {ROLE_HEAD, "head", 'V', 'D', offsetof(gemma2_model, head)},
+    {ROLE_HEAD, "head", 'w', 'D', offsetof(gemma2_model, head)},
     {ROLE_FINAL_NORM, "final_norm", 'D', '1', offsetof(gemma2_model, final_norm)},
     {ROLE_SCORE, "score", 's', 'D', offsetof(gemma2_model, score)},
     {32, "attn_norm", 'D', '1', offsetof(struct layer, attn_norm)},
@@ -909,6 +928,7 @@ static uint64_t dimension(const gemma2_config *c, char letter)
     case 'q': return (uint64_t)c->n_heads * (uint64_t)c->head_dim;
     case 'k': return (uint64_t)c->n_kv_heads * (uint64_t)c->head_dim;
     case 's': return (uint64_t)c->n_scores;
+    case 'w': return (uint64_t)c->n_kept;
     default: return 1;
     }
 }
@@ -1083,6 +1103,33 @@ static void read_row(const struct matrix *w, uint32_t r, float *y)
             y[i] = row_scale(w, r) * (float)(scale_of(w->type, scale_bytes[lane]) * value);
         } else
             y[i] = float_weight(w, r, i);
+}
+
+/* The embedding's row of an id.  Where it is less than head.rows, it is the head's row as well:
+ * otherwise the id is not kept. */
+static uint32_t row_of_id(const gemma2_model *m, uint32_t id)
+{
+    uint32_t low = 0, high = m->kept ? m->head.rows : 0; /* how many kept ids are less */
+    while (low < high) {
+        uint32_t middle = (low + high) / 2;
+        if (m->kept[middle] < id)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    if (!m->kept || (low < m->head.rows && m->kept[low] == id))
+        return m->kept ? low : id;
+    return m->head.rows + id - low;
+}
+
+static int is_kept(const gemma2_model *m, uint32_t id) { return row_of_id(m, id) < m->head.rows; }
+
+/* The logits of the head's rows, in place, to those of all ids. */
+static void spread_logits(const gemma2_model *m, float *logits)
+{
+    uint32_t row = m->head.rows;
+    for (uint32_t id = (uint32_t)m->config.n_vocab; m->kept && id-- > 0;)
+        logits[id] = row && m->kept[row - 1] == id ? logits[--row] : -INFINITY;
 }
 
 /* ===================================================================================
@@ -2818,7 +2865,8 @@ static void embed_task(void *context, size_t t)
     const struct row *row = &work->rows[t];
     size_t d = (size_t)c->d_model, half = (size_t)c->head_dim / 2;
     float *x = work->x + t * d;
-    read_row(&p->model->embedding, (uint32_t)row->session->ids[row->position], x);
+    read_row(&p->model->embedding,
+             row_of_id(p->model, (uint32_t)row->session->ids[row->position]), x);
     for (size_t i = 0; i < d; i++)
         x[i] *= c->embedding_scale;
     for (size_t i = 0; i < half; i++) {
@@ -2875,6 +2923,12 @@ static int forward(struct pass *p)
 
 /* ---- the output head ---- */
 
+static void spread_task(void *context, size_t t)
+{
+    const struct pass *p = context;
+    spread_logits(p->model, p->worker->wanted[t]->logits);
+}
+
 /* Logits of the rows that want them, into the callers' buffers:
  * logits = cap * tanh(norm(x) E^T / cap). */
 static void head(struct pass *p)
@@ -2894,6 +2948,8 @@ static void head(struct pass *p)
         prepare(p, &logits);
         trace(p, "final_norm", 0, work->normed, n, p->model->head.cols);
         multiply(p, logits);
+        if (p->model->kept)
+            share(p->me, n, spread_task, p);
     }
     for (size_t i = 0; i < n; i++)
         trace(p, "logits", (int)i, work->wanted[i]->logits, 1, v);
@@ -2913,9 +2969,9 @@ static void score_block_task(void *context, size_t t)
     const gemma2_model *m = job->pass->model;
     struct log_sum *sum = &job->pass->worker->log_sums[t];
     float *x = job->buf + t * job->n;
-    size_t target = (size_t)job->pass->worker->targets[t];
+    size_t target = row_of_id(m, (uint32_t)job->pass->worker->targets[t]);
     if (!job->first)
-        *sum = (struct log_sum){-INFINITY, 0, 0};
+        *sum = (struct log_sum){-INFINITY, -INFINITY, 0};
     if (target >= job->first && target < job->first + job->n)
         sum->target = x[target - job->first];
     log_sum_add(sum, x, job->n, m->isa->exp_sum);
@@ -3887,10 +3943,7 @@ static int32_t sample(gemma2_session *s, gemma2_sampler *p, const float *logits)
 {
     gemma2_worker *work = s->worker;
     size_t n = (size_t)s->model->config.n_vocab, k = (size_t)p->top_k;
-    int sound = 1, left = 0; /* -infinity: banned by the caller */
-    for (size_t i = 0; i < n; i++)
-        sound &= logits[i] < INFINITY, left |= logits[i] > -INFINITY;
-    if (!sound || !left)
+    if (!are_logits(logits, n))
         return GEMMA2_ERR_NONFINITE;
     if (p->n_bias || p->repetition_penalty != 1 || p->presence_penalty != 0 ||
         p->frequency_penalty != 0) {
@@ -4222,6 +4275,8 @@ static struct fragment read_token(struct parser *p)
         refuse(p, start, "this token ends replies, so it cannot be a part of them");
     else if (!negated && m->tokenizer.kinds[id] == GEMMA2_PIECE_BYTE)
         refuse(p, start, "this token is a single byte, which may be no character");
+    else if (!negated && !is_kept(m, id))
+        refuse(p, start, "the model cannot write this token, which its head has not kept");
     return single(p, OP_TOKEN, id, negated, 0);
 }
 
@@ -4593,7 +4648,7 @@ static struct vocabulary *make_vocabulary(const gemma2_model *m)
         v->n_words = words, v->text = v->plain + PLAIN_CHARS * (size_t)words;
         for (uint32_t id = 0; id < t->n; id++) {
             struct text s = {bytes + used, token_bytes(t, id, bytes + used)};
-            if (!s.n || s.n > MAX_TOKEN_BYTES || gemma2_is_stop(m, (int32_t)id))
+            if (!s.n || s.n > MAX_TOKEN_BYTES || gemma2_is_stop(m, (int32_t)id) || !is_kept(m, id))
                 continue;
             uint32_t bit = 1u << id % 32, kind = text_kind(s);
             texts[n] = (struct token_text){0, s, id, kind};
@@ -5810,8 +5865,11 @@ int gemma2_score(gemma2_session *s, const int32_t *ids, size_t n, int32_t next, 
     if (next >= s->model->config.n_vocab)
         return GEMMA2_ERR_TOKEN;
     int status = run_ids(s, (struct pass){.logprobs = logprobs}, ids, n, NULL, next);
-    if (status == GEMMA2_OK && !all_finite(logprobs, next < 0 ? n - 1 : n))
-        status = GEMMA2_ERR_NONFINITE;
+    for (size_t i = 0; status == GEMMA2_OK && i < (next < 0 ? n - 1 : n); i++) {
+        uint32_t id = (uint32_t)(i + 1 < n ? ids[i + 1] : next);
+        if (is_kept(s->model, id) ? !isfinite(logprobs[i]) : logprobs[i] != -INFINITY)
+            status = GEMMA2_ERR_NONFINITE;
+    }
     return status;
 }
 
@@ -6165,15 +6223,19 @@ int32_t gemma2_sample(gemma2_session *s, gemma2_sampler *p, const float *logits)
     return id;
 }
 
-/* The log-sum-exp of all logits; the caller's floating-point environment is the engine's. */
+/* The log-sum-exp of all logits but -infinity, so that it has the bits of score_rows, which meets
+ * kept ids alone.  The caller's floating-point environment is the engine's. */
 static struct log_sum log_sum_of(const float *logits, size_t n)
 {
     struct log_sum sum = {-INFINITY, 0, 0};
-    for (size_t first = 0; first < n; first += HEAD_BLOCK) {
-        float x[HEAD_BLOCK];
-        size_t block = n - first < HEAD_BLOCK ? n - first : HEAD_BLOCK;
-        memcpy(x, logits + first, block * sizeof *x);
-        log_sum_add(&sum, x, block, exp_sum);
+    float x[HEAD_BLOCK];
+    for (size_t i = 0, block = 0; i < n; i++) {
+        x[block] = logits[i];
+        block += logits[i] > -INFINITY;
+        if (block == HEAD_BLOCK || (block && i + 1 == n)) {
+            log_sum_add(&sum, x, block, exp_sum);
+            block = 0;
+        }
     }
     return sum;
 }
@@ -6184,7 +6246,7 @@ int gemma2_logprob(const float *logits, size_t n, int32_t id, float *logprob)
         return GEMMA2_ERR_ARGUMENT;
     if (id < 0 || (size_t)id >= n)
         return GEMMA2_ERR_TOKEN;
-    if (!all_finite(logits, n))
+    if (!are_logits(logits, n))
         return GEMMA2_ERR_NONFINITE;
     float_env env = float_env_enter();
     struct log_sum sum = log_sum_of(logits, n);
@@ -6198,13 +6260,13 @@ int32_t gemma2_top_logprobs(const float *logits, size_t n, gemma2_candidate *top
 {
     if (!logits || !n || n > INT32_MAX || (max && !top))
         return GEMMA2_ERR_ARGUMENT;
-    if (!all_finite(logits, n))
+    if (!are_logits(logits, n))
         return GEMMA2_ERR_NONFINITE;
     float_env env = float_env_enter();
     struct log_sum sum = log_sum_of(logits, n);
     size_t found = 0;
     for (size_t id = 0; id < n && max; id++) {
-        if (found == max && logits[id] <= logits[top[max - 1].id])
+        if (logits[id] <= (found == max ? logits[top[max - 1].id] : -INFINITY))
             continue;
         size_t at = found < max ? found++ : max - 1;
         for (; at && logits[top[at - 1].id] < logits[id]; at--)
@@ -6258,7 +6320,7 @@ gemma2_grammar *gemma2_grammar_new(const gemma2_model *m, const char *text, int6
     if (n > MAX_GRAMMAR)
         return fail(&err, "a grammar of more than %d bytes is too long", MAX_GRAMMAR), NULL;
     for (int i = 0; i < 256; i++)
-        if (m->tokenizer.byte_id[i] < 0)
+        if (m->tokenizer.byte_id[i] < 0 || !is_kept(m, (uint32_t)m->tokenizer.byte_id[i]))
             return fail(&err, "the vocabulary has no piece for byte %d, so replies cannot be "
                               "constrained", i), NULL;
     gemma2_grammar *g = calloc(1, sizeof *g);
@@ -6860,6 +6922,8 @@ static int place_bytes(gemma2_model *m, const struct role *r, const struct entry
         return corrupt(err, "bad or second %s section", r->name);
     to->p = m->file.data + e->offset;
     to->n = (size_t)e->bytes;
+    if (r->id == ROLE_KEPT && e->bytes % 4 == 0 && e->bytes / 4 <= dimension(&m->config, 'V'))
+        m->config.n_kept = (int32_t)(e->bytes / 4);
     return 1;
 }
 
@@ -6885,6 +6949,23 @@ static int read_directory(struct gemma2_model *m, struct errbuf *err)
     return end == size ? 1 : corrupt(err, "its last section ends early");
 }
 
+/* The ids that the head has rows for, where it has not all. */
+static int check_kept(struct gemma2_model *m, struct errbuf *err)
+{
+    uint64_t n = (uint64_t)m->config.n_kept, next = 0;
+    if (m->head.rows != n)
+        return corrupt(err, "its list of kept ids stands behind its head");
+    if (!m->kept_bytes.p)
+        return 1;
+    if (!n || m->kept_bytes.n != 4 * n || !m->config.n_layers)
+        return corrupt(err, "%zu bytes of kept ids do not fit its vocabulary", m->kept_bytes.n);
+    m->kept = (const uint32_t *)(const void *)m->kept_bytes.p;
+    for (uint64_t i = 0; i < n; next = m->kept[i++] + (uint64_t)1)
+        if (m->kept[i] < next || m->kept[i] >= (uint32_t)m->config.n_vocab)
+            return corrupt(err, "kept id %u is out of order or not in the vocabulary", m->kept[i]);
+    return 1;
+}
+
 /* Every role a model needs is there; the head may be the embedding. */
 static int check_complete(struct gemma2_model *m, struct errbuf *err)
 {
@@ -6900,8 +6981,8 @@ static int check_complete(struct gemma2_model *m, struct errbuf *err)
                             r->name, l);
     }
     if (!m->head.data)
-        m->head = m->embedding;
-    return 1;
+        m->head = m->embedding, m->head.rows = (uint32_t)m->config.n_kept;
+    return check_kept(m, err);
 }
 
 /* The fact at byte *at of the section, and *at behind it; 0 where there is none. */
@@ -7166,6 +7247,7 @@ static int read_model(struct gemma2_model *m, struct errbuf *err)
     const char *name = getenv("GEMMA2_ISA");
     m->is_reference = name && !strcmp(name, "reference");
     c->isa = m->is_reference ? "reference" : m->isa->name;
+    c->n_kept = c->n_vocab;
     if (!read_directory(m, err) || !check_complete(m, err) || !check_facts(m, err))
         return 0;
     return read_tokenizer(&m->tokenizer, m->tokenizer_bytes, c, err);

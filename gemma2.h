@@ -199,6 +199,8 @@ typedef struct {
     uint64_t file_bytes;
     const char *isa; /* the instruction set in use, "avx512" */
     int32_t n_scores; /* of a reward model or classifier, see gemma2_scores; else 0 */
+    int32_t n_kept;   /* ids that can be written: V, or fewer where the file was made so.  The
+                       * logits of the others are -INFINITY */
 } gemma2_config;
 GEMMA2_API const gemma2_config *gemma2_get_config(const gemma2_model *model);
 GEMMA2_API int gemma2_is_stop(const gemma2_model *model, int32_t id); /* 1 or 0 */
@@ -343,7 +345,7 @@ GEMMA2_API int gemma2_eval_rows(gemma2_row *rows, size_t n_rows);
 
 /* Appends n >= 1 tokens like gemma2_eval and writes natural log-probabilities: logprobs[i] is that
  * of ids[i + 1] after those before it, and logprobs[n - 1] that of next, or left alone when next is
- * -1.  After GEMMA2_ERR_NONFINITE the tokens have been appended. */
+ * -1.  That of an id that cannot be written is -INFINITY.  After GEMMA2_ERR_NONFINITE the tokens have been appended. */
 GEMMA2_API int gemma2_score(gemma2_session *session, const int32_t *ids, size_t n,
                             int32_t next, float *logprobs);
 

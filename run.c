@@ -3148,6 +3148,9 @@ static int weigh_choices(program *p)
             return status;
         best = weights[i] > best ? weights[i] : best;
     }
+    if (best == -HUGE_VAL)
+        return fail(FAILED, "the model has kept only a part of its vocabulary, and each choice has "
+                    "a token of the rest: without --json it can choose");
     for (size_t i = 0; i < n; i++)
         total += weights[i] = exp(weights[i] - best);
     for (size_t i = 0; i < n; i++)
@@ -3158,7 +3161,7 @@ static int weigh_choices(program *p)
 /* How many candidates --top-logprobs keeps of each token. */
 static size_t count_top(const program *p)
 {
-    int32_t n = p->opts->n_top, all = p->config->n_vocab;
+    int32_t n = p->opts->n_top, all = p->config->n_kept;
     return (size_t)(n < all ? n : all);
 }
 
@@ -4631,17 +4634,18 @@ static int by_logit(const void *left, const void *right)
 /* The logits themselves, best first: gemma2_top_logprobs is slow for all of a vocabulary. */
 static int best_logits(program *p)
 {
-    size_t n = (size_t)p->config->n_vocab, most = (size_t)p->opts->logits;
+    size_t n = (size_t)p->config->n_vocab, most = (size_t)p->opts->logits, n_finite = 0;
     gemma2_candidate *ranked = malloc(sizeof *ranked * n);
     int status = ranked ? prefill(p) : out_of_memory(), as_json = p->opts->json;
     for (size_t i = 0; i < n && status == DONE; i++) {
         ranked[i] = (gemma2_candidate){(int32_t)i, p->logits[i]};
-        if (!isfinite(p->logits[i]))
-            status = engine_failed(p, "reading the prompt", GEMMA2_ERR_NONFINITE);
+        n_finite += !!isfinite(p->logits[i]);
     }
+    if (status == DONE && n_finite != (size_t)p->config->n_kept)
+        status = engine_failed(p, "reading the prompt", GEMMA2_ERR_NONFINITE);
     if (status == DONE)
         qsort(ranked, n, sizeof *ranked, by_logit);
-    for (size_t i = 0; status == DONE && i < most && i < n; i++) {
+    for (size_t i = 0; status == DONE && i < most && i < n_finite; i++) {
         put_format(&p->out, as_json ? "%s{\"id\": %" PRId32 ", \"logit\": %.9g, \"piece\": "
                                     : "%.0s%" PRId32 "\t%.9g\t",
                    i ? ", " : "{\"logits\": [", ranked[i].id, (double)ranked[i].logprob);
@@ -4720,6 +4724,8 @@ static uint64_t bytes_read(const program *p, const gemma2_activation *a)
     }
     if (is_step(a, "embedding"))
         return row * a->rows;
+    if (p->config->n_kept < p->config->n_vocab)
+        embedding = row * (uint64_t)p->config->n_kept;
     return is_step(a, "logits") && !bytes ? embedding : bytes;
 }
 
@@ -4758,7 +4764,7 @@ static void print_step(const tracer *t, const gemma2_activation *a, double spent
     if (!is_step(a, "residual"))
         return;
     put_format(out, "best next");
-    for (int32_t k = 0; k < N_LENS && k < p->config->n_vocab; k++) {
+    for (int32_t k = 0; k < N_LENS && k < p->config->n_kept; k++) {
         put_bytes(out, " ", 1);
         put_piece(p, t->best[a->layer * N_LENS + k].id);
     }
@@ -4825,6 +4831,15 @@ static int trace(program *p)
 
 /* ---- texts that are judged: scores, states, perplexity, importance ---- */
 
+/* A logarithm for JSON, which has no -infinity. */
+static void put_log(output *out, double x)
+{
+    if (isfinite(x))
+        put_format(out, "%.9g", x);
+    else
+        put_bytes(out, "null", 4);
+}
+
 static int score(program *p)
 {
     const int32_t *ids = p->ids.items;
@@ -4840,15 +4855,21 @@ static int score(program *p)
     put_format(out, p->opts->json ? "{\"logprobs\": [" : "");
     for (size_t i = 0; i < n; i++) {
         total += (double)logprobs[i];
-        if (p->opts->json)
-            put_format(out, "%s%.9g", i ? ", " : "", (double)logprobs[i]);
-        else
+        if (p->opts->json) {
+            put_format(out, i ? ", " : "");
+            put_log(out, (double)logprobs[i]);
+        } else
             put_format(out, "%" PRId32 "\t%.9g\n", ids[i + 1], (double)logprobs[i]);
     }
-    put_format(out, p->opts->json ? "], \"ids\": [" : "");
-    if (p->opts->json)
-        put_ids(out, ids + 1, n, ", ");
-    put_format(out, p->opts->json ? "], \"total\": %.9g}\n" : "total\t%.9g\n", total);
+    if (!p->opts->json) {
+        put_format(out, "total\t%.9g\n", total);
+        return DONE;
+    }
+    put_format(out, "], \"ids\": [");
+    put_ids(out, ids + 1, n, ", ");
+    put_format(out, "], \"total\": ");
+    put_log(out, total);
+    put_bytes(out, "}\n", 2);
     return DONE;
 }
 
@@ -4909,6 +4930,9 @@ static int tally_chunk(program *p, const int32_t *ids, size_t n, tally *t)
         t->squares += (double)logprobs[i] * (double)logprobs[i];
     }
     t->n += rest;
+    if (code >= 0 && !isfinite(t->sum))
+        return fail(FAILED, "%s has a token that this model cannot write, for it has kept only a part "
+                    "of its vocabulary: judge a text by the whole model", p->opts->subject);
     return code < 0 ? engine_failed(p, "scoring", code) : DONE;
 }
 
@@ -5205,8 +5229,9 @@ static void put_info_json(program *p)
             put_format(out, ", \"memory\": {\"weights\": %" PRIu64 ", \"cache\": %" PRIu64
                        ", \"scratch\": %" PRIu64 "}", plan.weights, plan.cache, plan.scratch);
     }
-    put_format(out, ", \"n_vocab\": %" PRId32 ", \"n_scores\": %" PRId32 ", \"bos\": %" PRId32
-               ", \"eos\": %" PRId32 ", \"stop\": [", c->n_vocab, c->n_scores, c->bos, c->eos);
+    put_format(out, ", \"n_vocab\": %" PRId32 ", \"n_kept\": %" PRId32 ", \"n_scores\": %" PRId32,
+               c->n_vocab, c->n_kept, c->n_scores);
+    put_format(out, ", \"bos\": %" PRId32 ", \"eos\": %" PRId32 ", \"stop\": [", c->bos, c->eos);
     put_ids(out, c->stop, (size_t)c->n_stop, ", ");
     put_format(out, "], \"sections\": [");
     for (size_t i = 0; gemma2_get_section(p->model, i, &section); i++)
@@ -5237,8 +5262,10 @@ static int info(program *p)
     put_facts(p);
     if (c->n_layers)
         put_architecture(p);
-    put_format(out, "vocabulary: %" PRId32 " pieces; bos %" PRId32 ", eos %" PRId32, c->n_vocab,
-               c->bos, c->eos);
+    put_format(out, "vocabulary: %" PRId32 " pieces", c->n_vocab);
+    if (c->n_kept < c->n_vocab)
+        put_format(out, ", of which %" PRId32 " can be written", c->n_kept);
+    put_format(out, "; bos %" PRId32 ", eos %" PRId32, c->bos, c->eos);
     put_format(out, ", pad %" PRId32 ", unk %" PRId32 ", turns %" PRId32 " %" PRId32 "\n", c->pad,
                c->unk, c->start_of_turn, c->end_of_turn);
     put_format(out, "stop ids: ");

@@ -4,6 +4,7 @@
  *   bench --shape 2b --type q8 [--head q6] [options]     random weights, made in memory; q4
  *                      and q3 keep v and head at q6, as export.py does
  *
+ *   --kept N           the shape's head has only so many rows, as with export.py --keep-vocab
  *   --threads N[,N]    default: one a processor; of several counts a scaling line compares
  *                      the last with the first
  *   --prefill N[,N]    lengths of prompts, or none          (default 32,512,2048,8000)
@@ -65,7 +66,7 @@ struct list {
 
 struct options {
     const char *model, *shape, *draft, *type, *head, *json, *kv, *masks, *told;
-    int batch, runs, ahead, states, quick, read, no_limits, plan;
+    int kept, batch, runs, ahead, states, quick, read, no_limits, plan;
     struct list threads, prefill, decode, sessions, busy;
 };
 
@@ -167,36 +168,42 @@ static void put_tokenizer(uint8_t *p)
     }
 }
 
-/* Lays out the sections at base, or only counts when base is NULL.  Returns the size. */
-static uint64_t build_image(uint8_t *base, size_t shape, uint32_t type, uint32_t head, int fill)
+/* Lays out the sections at base, or only counts when base is NULL.  kept: the ids that the head
+ * has rows for, spread over all, or 0 for all.  Returns the size. */
+static uint64_t build_image(uint8_t *base, size_t shape, uint32_t type, uint32_t head,
+                            uint32_t kept, int fill)
 {
     gemma2_config c = {.n_vocab = 256000, .d_model = (int32_t)shapes[shape].d,
                        .n_heads = (int32_t)shapes[shape].n, .d_ffn = (int32_t)shapes[shape].f,
                        .n_kv_heads = (int32_t)shapes[shape].k,
                        .head_dim = (int32_t)shapes[shape].h};
-    uint32_t n_sections = 3 + shapes[shape].l * 11, at = 0;
+    uint32_t n_sections = 3 + !!kept + shapes[shape].l * 11, at = 0;
     uint64_t end = HEADER_BYTES + (uint64_t)n_sections * ENTRY_BYTES;
     for (uint32_t l = 0; l <= shapes[shape].l; l++)
         for (int i = 0; i < N_ROLES; i++) {
             const struct role *r = &roles[i];
             int in_layer = r->id >= ROLE_LAYER_FIRST;
             if (r->id == ROLE_FACTS || r->id == ROLE_HEAD || r->id == ROLE_SCORE ||
-                in_layer != (l < shapes[shape].l))
+                (r->id == ROLE_KEPT && !kept) || in_layer != (l < shapes[shape].l))
                 continue;
-            uint32_t t = r->id == ROLE_TOKENIZER ? TYPE_BYTES : r->cols == '1' ? TYPE_F32
+            uint32_t t = r->rows == '-' ? TYPE_BYTES : r->cols == '1' ? TYPE_F32
                          : !in_layer ? head : has_group_bit(type) && !strcmp(r->name, "v") ? TYPE_Q6
                                      : type;
             uint64_t rows = dimension(&c, r->rows), cols = dimension(&c, r->cols);
             uint64_t tile = tile_bytes(t == TYPE_BYTES ? TYPE_F32 : t, cols);
-            uint64_t bytes = t ? (rows + 15) / 16 * tile : 64 + 9 * 256000 + 256 * 6;
+            uint64_t bytes = t                    ? (rows + 15) / 16 * tile
+                             : r->id == ROLE_KEPT ? 4 * (uint64_t)kept
+                                                  : 64 + 9 * 256000 + 256 * 6;
             end = (end + 4095) / 4096 * 4096;
             if (base) {
                 put_entry(base + HEADER_BYTES + (size_t)at * ENTRY_BYTES, r->id, in_layer ? l : 0,
                           t, t ? rows : 0, t ? cols : 0, end, bytes);
                 if (t && fill)
                     fill_tensor(base + end, t, bytes, tile);
-                else if (!t)
+                else if (r->id == ROLE_TOKENIZER)
                     put_tokenizer(base + end);
+                for (uint64_t i = 0; r->id == ROLE_KEPT && i < kept; i++)
+                    put_u32(base + end + 4 * i, (uint32_t)(i * 256000 / kept));
             }
             at++;
             end += bytes;
@@ -235,7 +242,8 @@ static gemma2_model *make_shape(const struct options *o)
         die("--shape is 2b, 9b or 27b");
     uint32_t type = type_named(o->type);
     uint32_t head = o->head ? type_named(o->head) : has_group_bit(type) ? TYPE_Q6 : type;
-    uint64_t size = build_image(NULL, i, type, head, 0);
+    uint32_t kept = (uint32_t)o->kept;
+    uint64_t size = build_image(NULL, i, type, head, kept, 0);
     if (!o->plan && size + (2u << 30) > free_memory()) {
         fprintf(stderr, "bench: %s in %s needs %.1f GB and 2 more for the session; %.1f are free\n",
                 o->shape, o->type, (double)size / 1e9, (double)free_memory() / 1e9);
@@ -248,7 +256,7 @@ static gemma2_model *make_shape(const struct options *o)
 #ifdef MADV_HUGEPAGE
     madvise(p, size, o->read ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
 #endif
-    build_image(p, i, type, head, !o->plan);
+    build_image(p, i, type, head, kept, !o->plan);
     char err[256];
     gemma2_model *m = gemma2_open_memory(p, size, NULL, err, sizeof err);
     if (!m)
@@ -592,17 +600,12 @@ static double prefill_limit(const gemma2_model *m, const struct limits *l)
 /* Bytes of weights read for a token: all but an embedding that is not the head as well. */
 static size_t weight_bytes(const gemma2_model *m)
 {
-    size_t all = 0, embedding = 0;
-    int untied = 0;
+    size_t all = (m->head.rows + TILE - 1) / TILE * m->head.tile_bytes;
     gemma2_section e;
-    for (size_t i = 0; gemma2_get_section(m, i, &e); i++) {
-        untied |= !strcmp(e.role, "head");
-        if (!strcmp(e.role, "embedding"))
-            embedding = (size_t)e.bytes;
-        if (strcmp(e.type, "bytes"))
+    for (size_t i = 0; gemma2_get_section(m, i, &e); i++)
+        if (strcmp(e.type, "bytes") && strcmp(e.role, "embedding") && strcmp(e.role, "head"))
             all += (size_t)e.bytes;
-    }
-    return untied ? all - embedding : all;
+    return all;
 }
 
 static const char *const cache_names[] = {"auto", "f32", "f16", "q8"};
@@ -1185,6 +1188,7 @@ static const struct option {
     {"--decode", LIST, offsetof(struct options, decode), 0, 1 << 30},
     {"--sessions", LIST, offsetof(struct options, sessions), 1, MAX_SESSIONS},
     {"--busy", LIST, offsetof(struct options, busy), 1, MAX_SESSIONS},
+    {"--kept", NUMBER, offsetof(struct options, kept), 1, 256000},
     {"--batch", NUMBER, offsetof(struct options, batch), 1, 4096},
     {"--runs", NUMBER, offsetof(struct options, runs), 1, MAX_RUNS},
     {"--ahead", FLAG, offsetof(struct options, ahead), 0, 0},
@@ -1198,7 +1202,7 @@ static const struct option {
 static void usage(const char *what, const char *which)
 {
     fprintf(stderr, "bench: %s%s\n"
-            "usage: bench MODEL | --shape 2b|9b|27b [--type TYPE] [--head TYPE]\n"
+            "usage: bench MODEL | --shape 2b|9b|27b [--type TYPE] [--head TYPE] [--kept N]\n"
             "       [--threads N,N] [--prefill N,N|none] [--decode N,N|none] [--quick]\n"
             "       [--sessions N,N] [--busy N] [--batch N] [--kv auto|f32|f16|q8] [--runs N]\n"
             "       [--ahead] [--draft SHAPE] [--states] [--masks GRAMMAR] [--told FILE] [--plan]\n"

@@ -379,6 +379,64 @@ static struct image with_facts(const struct image *from, const char *const *fact
     return m;
 }
 
+/* Row `from` of a tile to row `to` of another: each line of 64 bytes has 4 of a row, each of group
+ * scales 4 times one. */
+static void copy_row(uint8_t *to, uint32_t to_row, const uint8_t *from, uint32_t from_row,
+                     uint32_t type, uint64_t tile)
+{
+    uint64_t block = tensor_bytes(type, 1, 256) - 64;
+    for (uint64_t at = 0; at < tile; at += 64) {
+        int is_scales = type >= Q8 && at >= 64 && (at - 64) % block < 128;
+        for (uint64_t i = at; i < at + 64 && is_scales; i += 16)
+            to[i + to_row] = from[i + from_row];
+        if (!is_scales)
+            memcpy(to + at + 4 * to_row, from + at + 4 * from_row, 4);
+    }
+}
+
+/* The same model, of which n ids can be written. */
+static struct image with_kept(const struct image *from, const uint32_t *ids, uint32_t n)
+{
+    uint64_t align = get_u32(from->data + 56), end;
+    uint32_t v = get_u32(from->data + 88), n_sections = get_u32(from->data + 48) + 1, kept[256] = {0};
+    struct image m = {fresh(from->size + 3 * align + 1024), 0};
+    memset(m.data, 0, from->size + 3 * align + 1024);
+    memcpy(m.data, from->data, 512);
+    put_u32(m.data + 48, n_sections);
+    for (uint32_t i = 0; i < n; i++)
+        kept[ids[i]] = 1;
+    end = 512 + 96 * (uint64_t)n_sections;
+    for (uint32_t i = 0; i < n_sections; i++) {
+        int old = (int)(i - (i > 2)); /* the list of ids comes third */
+        uint8_t *e = memcpy(entry_of(&m, (int)i), entry_of(from, old), 96);
+        const uint8_t *data = section_of(from, old);
+        end = (end + align - 1) / align * align;
+        put_u64(e + 32, end);
+        if (i == 2) {
+            memset(e, 0, 32), put_u32(e, 3), put_u64(e + 40, 4 * n);
+            memcpy(m.data + end, ids, 4 * n);
+        } else if (get_u32(e) == 16 || get_u32(e) == 17) {
+            uint32_t type = get_u32(e + 8), rows = get_u32(e) == 16 ? v : n, row = 0;
+            uint64_t tile = tensor_bytes(type, 1, get_u64(e + 24));
+            for (uint32_t pass = 1; pass < 2; pass--)
+                for (uint32_t id = 0; id < v && row < rows; id++)
+                    if (kept[id] == pass) {
+                        copy_row(m.data + end + row / 16 * tile, row % 16, data + id / 16 * tile,
+                                 id % 16, type, tile);
+                        row++;
+                    }
+            put_u64(e + 16, rows), put_u64(e + 40, tensor_bytes(type, rows, get_u64(e + 24)));
+        } else
+            memcpy(m.data + end, data, get_u64(e + 40));
+        end += get_u64(e + 40);
+    }
+    m.size = end;
+    put_u64(m.data + 32, end);
+    for (uint32_t i = 0; i < n_sections; i++)
+        seal_section(&m, (int)i);
+    return m;
+}
+
 /* A file with a tokenizer and nothing else. */
 static struct image build_tokenizer_file(const struct pieces *p)
 {

@@ -129,6 +129,42 @@ static void test_masks(void)
     }
 }
 
+/* Of a vocabulary that is kept in part, masks allow that part, and the shortest reply is made of it. */
+static void test_kept_masks(void)
+{
+    static uint32_t ids[1 << 18], mask[8192];
+    char err[256];
+    gemma2_model *m = gemma2_open("tokenizer.bin", NULL, err, sizeof err);
+    uint32_t n = 0, v = m ? m->tokenizer.n : 0, bad = 0;
+    for (uint32_t id = 0; id < v; id++)
+        if (m->tokenizer.kinds[id] != GEMMA2_PIECE_NORMAL || id % 3 == 0)
+            ids[n++] = id;
+    m->kept = ids, m->head.rows = n;
+    gemma2_grammar *g = gemma2_grammar_new(m, "root ::= .* !<bos> \"It is wonderful.\"", -1, err, 256);
+    gemma2_matcher *matcher = gemma2_matcher_new(g);
+    gemma2_grammar_state state;
+    gemma2_matcher_start(matcher, &state);
+    int64_t left = gemma2_matcher_shortest(matcher, &state), over = 0;
+    for (gemma2_matcher_allowed(matcher, &state, -1, mask); left >= 0 && !over && !bad; left--) {
+        uint32_t first;
+        for (uint32_t id = 0; id < v; id++)
+            bad += (mask[id / 32] >> id % 32 & 1) && !is_kept(m, id);
+        gemma2_matcher_allowed(matcher, &state, left, mask);
+        for (first = 0; first < v && !(mask[first / 32] >> first % 32 & 1);)
+            first++;
+        over = gemma2_is_stop(m, (int32_t)first);
+        bad += first == v || (!over && gemma2_matcher_accept(matcher, &state, (int32_t)first));
+    }
+    check(over && !bad && left == -1, "masks of kept ids: %u are wrong, %d left", bad, (int)left);
+    gemma2_matcher_free(matcher), gemma2_grammar_free(g);
+    check(!gemma2_grammar_new(m, "root ::= <[235285]>", -1, err, 256) &&
+          strstr(err, "column 10: the model cannot write this token"), "a token that is not kept");
+    m->kept = ids + 1, m->head.rows = 300; /* without the last bytes */
+    check(!gemma2_grammar_new(m, "root ::= .", -1, err, 256) && strstr(err, "no piece for byte"),
+          "a vocabulary that has not kept all bytes");
+    gemma2_close(m);
+}
+
 /* Grammars that take memory or depth are refused or stay small. */
 static void test_huge_grammars(void)
 {
@@ -179,6 +215,7 @@ static void test_constraints(void)
     }
     test_languages();
     test_masks();
+    test_kept_masks();
     test_huge_grammars();
     test_pieces();
     gemma2_close(words);

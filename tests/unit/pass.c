@@ -87,6 +87,74 @@ static void test_reference(void)
         }
 }
 
+/* How many logits are not as the head's rows say: the whole model's, or -infinity. */
+static int kept_differ(const gemma2_model *m, const uint32_t *ids, const float *logits,
+                       const float *whole)
+{
+    int bad = 0, at = 0;
+    for (int id = 0; id < m->config.n_vocab; id++)
+        if (at < m->config.n_kept && ids[at] == (uint32_t)id)
+            bad += !!memcmp(&logits[id], &whole[id], sizeof *logits), at++;
+        else
+            bad += logits[id] != -INFINITY;
+    return bad;
+}
+
+/* A head with some rows only, tied or not, of every type: the logits that it has are the whole
+ * model's, for the engine on every row, in both classes, and for the reference.  Scores are those of
+ * the logits, and a sampler that takes anything takes only what is kept. */
+static void test_kept(void)
+{
+    enum { N = 6, MOST = 140 };
+    static const uint32_t strides[] = {1, 3, 200};
+    int32_t text[N];
+    uint32_t ids[MOST], n;
+    float logits[MOST], whole[MOST], scores[N], logprob;
+    for (int i = 0; i < N_SHAPES * 3; i++) {
+        struct model x = make(&shapes[i / 3]);
+        n = 0;
+        for (uint32_t id = 2; id < shapes[i / 3].v; id += strides[i % 3])
+            ids[n++] = id;
+        struct image image = with_kept(&x.image, ids, n);
+        gemma2_model *m = open_image(&image);
+        check(m->config.n_kept == (int32_t)n && gemma2_check(m, 2, NULL, 0) == 1, "kept ids");
+        random_ids(m, text, N);
+        for (int k = 0; k < 2 * N_KERNELS + 1; k++) {
+            const struct kernels *isa = all_kernels[k / 2 % N_KERNELS];
+            if (!isa->available())
+                continue;
+            m->isa = x.m->isa = isa, m->matrix = x.m->matrix = k % 2 ? isa->matrix : NULL;
+            m->is_reference = x.m->is_reference = k == 2 * N_KERNELS;
+            gemma2_session *s = start(m, (struct setup){16, 8, 1, 0, 0});
+            gemma2_session *t = start(x.m, (struct setup){16, 8, 1, 0, 0});
+            int bad = gemma2_prefill(s, text, N, logits) | gemma2_prefill(t, text, N, whole);
+            bad |= kept_differ(m, ids, logits, whole);
+            bad |= gemma2_eval(s, text, 1, logits) | gemma2_eval(t, text, 1, whole);
+            bad |= kept_differ(m, ids, logits, whole);
+            for (int32_t id = 0; id < N; id++)
+                bad |= gemma2_rewind(s, 7) | gemma2_score(s, text, 1, id, scores) |
+                       gemma2_rewind(s, 7) | gemma2_eval(s, text, 1, logits) |
+                       gemma2_logprob(logits, vocab(m), id, &logprob) |
+                       (memcmp(scores, &logprob, sizeof logprob) != 0) |
+                       (logits[id] == -INFINITY ? logprob != -INFINITY : !(logprob <= 0));
+            check(!bad, "%s, %u of %u ids, %s", shapes[i / 3].name, n, shapes[i / 3].v, isa->name);
+            gemma2_sampler p;
+            gemma2_sampler_init(&p, 1);
+            p.temperature = 1e6f, p.top_k = 0, p.top_p = 1, p.repetition_penalty = 0.1f;
+            for (int draw = 0; draw < 20; draw++) {
+                int32_t id = gemma2_sample(s, &p, logits);
+                bad += id < 0 || logits[id] == -INFINITY;
+            }
+            gemma2_candidate top[MOST];
+            check(!bad && gemma2_top_logprobs(logits, vocab(m), top, MOST) == (int32_t)n,
+                  "%s: an id that is not kept is drawn, or ranked", shapes[i / 3].name);
+            gemma2_session_free(s), gemma2_session_free(t);
+        }
+        gemma2_close(m), free(image.data);
+        unmake(&x);
+    }
+}
+
 /* What test_hook's hook sees and does. */
 struct seen {
     float *residual;  /* [L][D], of the last row */
@@ -1102,6 +1170,7 @@ static void test_model(void)
     test_chunks();
     test_models_on_rows();
     test_reference();
+    test_kept();
     test_hook();
     test_shared_passes();
     test_shared_worker();

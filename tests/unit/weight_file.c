@@ -298,6 +298,39 @@ static void test_missing(void)
     free(m.data);
 }
 
+/* A list of kept ids that is empty, too long, not in order, not of the vocabulary, or without its
+ * head. */
+static void test_kept_section(void)
+{
+    static const struct {
+        uint32_t ids[8], bytes;
+        int legal;
+    } cases[] = {
+        {{1, 2, 6}, 12, 1}, {{0}, 4, 1}, {{0, 1, 2, 3, 4, 5, 6}, 28, 1}, {{1, 2, 7}, 12, 0},
+        {{1, 2, ~0u}, 12, 0}, {{1, 2, 2}, 12, 0}, {{2, 1, 6}, 12, 0}, {{0}, 0, 0}, {{1, 2}, 7, 0},
+        {{0, 1, 2, 3, 4, 5, 6, 7}, 32, 0}};
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        struct image whole = build(&tiny_shape), m;
+        m = with_kept(&whole, cases[2].ids, cases[i].bytes ? 7 : 0);
+        memcpy(section_of(&m, 2), cases[i].ids, cases[i].bytes); /* 64 bytes have room for all */
+        put_u64(entry_of(&m, 2) + 40, cases[i].bytes);
+        seal_section(&m, 2);
+        check(opens(&m) == cases[i].legal, "kept ids, case %zu", i);
+        free(m.data), free(whole.data);
+    }
+    struct shape untied = tiny_shape;
+    untied.untied = 1;
+    struct image whole = build(&untied), m = with_kept(&whole, cases[0].ids, 3);
+    int last = (int)get_u32(m.data + 48) - 1;
+    put_u64(entry_of(&m, last) + 16, 7);
+    seal(&m);
+    check(!opens(&m), "a head of all rows beside kept ids");
+    put_u64(entry_of(&m, last) + 16, 3), put_u32(entry_of(&m, 2), 1), put_u32(entry_of(&m, 0), 3);
+    seal(&m);
+    check(!opens(&m), "facts as kept ids");
+    free(m.data), free(whole.data);
+}
+
 /* A word in the tokenizer section of a sealed file. */
 static void tokenizer_word(struct image *m, size_t at, uint32_t value, int legal, const char *what)
 {
@@ -567,6 +600,7 @@ static void test_weight_file(void)
     test_consistent_lies();
     test_section_counts();
     test_missing();
+    test_kept_section();
     test_tokenizer_section();
     test_colliding_pieces();
     test_facts();

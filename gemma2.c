@@ -89,8 +89,9 @@
  * SAME BITS.  Every sum below has one stated order.  In products of weights and in the sums
  * over keys and values each product rounds once together with the sum, everywhere else before
  * it is added; exp and tanh are this file's own.  The appendix repeats the same roundings, so
- * all instruction sets, thread counts and batch sizes give the same bits.  The one exception is
- * the matrix class of section 3, which gemma2_prefill uses where a CPU has units for bf16.
+ * all instruction sets, thread counts and batch sizes give the same bits: the exact class.  The one
+ * exception is the matrix class (struct matrix_kernels), which gemma2_prefill uses where a CPU has
+ * units for bf16.
  * Equal bits need a compiler that does not contract a*b+c (-ffp-contract=off; the pragmas below
  * stand in for a missing flag, not for a contrary one), does not reorder (no -ffast-math) and
  * computes floats as floats (no x87).  A build that breaks this does not compile, or opens no
@@ -2577,8 +2578,9 @@ struct block {
     const uint8_t *keys, *values;
 };
 
-/* Queries j .. j + n - 1 and a block; rows has room for n rows of H' floats. */
-static void attend_block(struct queries *a, int j, int n, const struct block *b, float *rows)
+/* Queries j .. j + n - 1 and a block.  vectors has room for n times H' floats: the queries, then
+ * what their scores mix from the values. */
+static void attend_block(struct queries *a, int j, int n, const struct block *b, float *vectors)
 {
     _Alignas(64) float s[MAX_QUERIES][KEY_BLOCK];
     const struct query *q = a->query + j;
@@ -2587,7 +2589,7 @@ static void attend_block(struct queries *a, int j, int n, const struct block *b,
     for (int i = 0; i < n; i++) {
         first = min_i32(first, max_i32(q[i].first, b->first));
         last = max_i32(last, min_i32(q[i].last, b->last));
-        memcpy(rows + i * head_dim, q[i].q, (size_t)head_dim * sizeof *rows);
+        memcpy(vectors + i * head_dim, q[i].q, (size_t)head_dim * sizeof *vectors);
     }
     if (first > last)
         return;
@@ -2595,21 +2597,21 @@ static void attend_block(struct queries *a, int j, int n, const struct block *b,
     int at = from - b->first;
     struct partial results[MAX_QUERIES];
     if (a->matrix)
-        a->matrix->score_keys(rows, n, head_dim, b->keys + (size_t)(at * head_dim) * 2, n_strips,
+        a->matrix->score_keys(vectors, n, head_dim, b->keys + (size_t)(at * head_dim) * 2, n_strips,
                               s);
     else
-        score_keys(a, rows, n, from, n_strips, s);
+        score_keys(a, vectors, n, from, n_strips, s);
     for (int i = 0; i < n; i++)
         results[i] = weigh(a->isa, a->kv.cap, s[i], n_strips * TILE,
                            max_i32(q[i].first, b->first) - from,
                            min_i32(q[i].last, b->last) - from);
     if (a->matrix)
         a->matrix->mix_values((const float (*)[KEY_BLOCK])s, n, head_dim, b->values, at,
-                              n_strips * TILE, rows);
+                              n_strips * TILE, vectors);
     else
-        mix_values(a, (const float (*)[KEY_BLOCK])s, n, from, first, last, rows);
+        mix_values(a, (const float (*)[KEY_BLOCK])s, n, from, first, last, vectors);
     for (int i = 0; i < n; i++)
-        merge_partial(a->isa, &a->total[j + i], q[i].out, &results[i], rows + i * a->kv.width,
+        merge_partial(a->isa, &a->total[j + i], q[i].out, &results[i], vectors + i * a->kv.width,
                       head_dim);
 }
 
@@ -2633,14 +2635,14 @@ static void pack_block(const struct queries *a, int32_t first, const struct bloc
 static void attend(struct queries *a, int32_t first, int32_t last)
 {
     _Alignas(64) uint8_t keys[PACKED_BYTES], values[PACKED_BYTES];
-    float rows[MAX_QUERIES * MAX_HEAD_DIM];
+    float vectors[MAX_QUERIES * MAX_HEAD_DIM];
     int32_t step = a->matrix ? packed_positions(a->kv.head_dim) : KEY_BLOCK;
     for (int32_t base = first / step * step; base <= last; base += step) {
         struct block b = {base, min_i32(last, base + step - 1), keys, values};
         if (a->matrix)
             pack_block(a, first, &b, keys, values);
         for (int j = 0; j < a->n; j += MAX_QUERIES)
-            attend_block(a, j, min_i32(a->n - j, MAX_QUERIES), &b, rows);
+            attend_block(a, j, min_i32(a->n - j, MAX_QUERIES), &b, vectors);
     }
 }
 

@@ -772,7 +772,28 @@ terminal() {
     [ -s "$TMP/out" ]
 }
 if [ "$SYSTEM" = windows ]; then
-    echo "not run: what a terminal sees, and arguments that are not UTF-8"
+    echo "not run: what a terminal sees of control characters, and arguments that are not UTF-8"
+    # The console, which wine shows on a terminal, with sequences between the characters.
+    shown() { sed 's/\x1b\[[?0-9]*[A-Za-z]//g' "$TMP/raw" | grep -c "$1"; }
+    awaits() { # PATTERN N: waits for N lines like that
+        tries=0
+        until [ "$(shown "$1")" -ge "$2" ] || [ $tries -gt 400 ]; do
+            sleep 0.05
+            tries=$((tries + 1))
+        done
+    }
+    name="a conversation on the console"
+    : >"$TMP/raw"
+    { awaits '^>' 1; printf 'h\303\251\360\237\230\200\\\r'
+      awaits '^[.]' 1; printf 'two\r'
+      awaits '^>' 2; printf '/exit\r'; awaits '^status' 1; } | timeout 100 script -qec \
+        "'$RUN' '$STORY' -q -c --choice ok --session '$TMP/talk'; echo status \$?" /dev/null >"$TMP/raw"
+    claim "$(shown '^status 0')" -eq 1 "status 0"
+    run "$name" 0 "$STORY" -q -c -n 0 --json --load "$TMP/talk" x
+    kept=$(sed 's/.*"prompt_ids": \[\([^]]*\)\].*/\1/' "$TMP/out" | tr -d ,)
+    printf 'h\303\251\360\237\230\200\ntwo' >"$TMP/in"
+    run "$name" 0 "$STORY" --tokenize -c
+    case "$kept " in "$(cat "$TMP/out") "*) pass ;; *) fail "kept $kept" ;; esac
 elif terminal "a terminal" "echo x" && [ "$(cat "$TMP/out")" = x ]; then
     terminal "no control sequences" "'$RUN' '$STORY' --detokenize '35 99 6 17 202 163'"
     claim "$(od -An -tx1 <"$TMP/out" | tr -d ' \n')" = efbfbd5b0a09efbfbd "bytes"

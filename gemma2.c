@@ -18,7 +18,8 @@
  *
  * NOTATION (the Gemma 2 report, arXiv 2408.00118, and google-deepmind/gemma)
  *   T tokens of a pass   D model width   N query heads   K key/value heads   H head_dim
- *   F ffn width   V vocabulary   L layers   W window   G = N/K query heads a kv head
+ *   F ffn width   V vocabulary   V' ids that the head has rows for, mostly all   L layers
+ *   W window   G = N/K query heads a kv head
  *   B most tokens of a pass (n_batch)   R slots of a layer's cache   H' H rounded up to 16
  *   A row of a pass is one token of one session; a row of a matrix is one of its outputs.
  *   Arrays are written with their shape, last index fastest: x[T][D].
@@ -67,7 +68,8 @@
  *   a task     share(me, n, task, context): each thread of the team draws a number below n from
  *              team->drawn and calls task(context, number), until all are done: end_phase.
  *   logits     head -> multiply -> product_task -> output: straight into row->logits, which is
- *              the caller's.  Log-probabilities without logits: score_rows.
+ *              the caller's; with V' < V spread_logits puts them where they belong.
+ *              Log-probabilities without logits: score_rows.
  *   a mask     a bit for each token, 1: it may come next.  gemma2_matcher_allowed -> fill_mask ->
  *              walk_tree -> take_token.  The caller puts it into sampler.allow: gemma2_sample ->
  *              sample -> keep_top -> draw.  gemma2_matcher_accept -> after_token.

@@ -4831,19 +4831,20 @@ static int trace(program *p)
 
 /* ---- texts that are judged: scores, states, perplexity, importance ---- */
 
-/* A logarithm for JSON, which has no -infinity. */
-static void put_log(output *out, double x)
+/* A log-probability, which may be -infinity, of which JSON knows nothing. */
+static void put_log(program *p, double x)
 {
     if (isfinite(x))
-        put_format(out, "%.9g", x);
+        put_format(&p->out, "%.9g", x);
     else
-        put_bytes(out, "null", 4);
+        put_format(&p->out, p->opts->json ? "null" : "-inf");
 }
 
 static int score(program *p)
 {
     const int32_t *ids = p->ids.items;
     size_t n = p->ids.n - 1;
+    int as_json = p->opts->json;
     double total = 0;
     output *out = &p->out;
     float *logprobs = extend(&p->reply.logprobs, n, sizeof *logprobs);
@@ -4852,24 +4853,23 @@ static int score(program *p)
     int code = n ? gemma2_score(p->session, ids, n, ids[n], logprobs) : GEMMA2_OK;
     if (code < 0)
         return engine_failed(p, "scoring", code);
-    put_format(out, p->opts->json ? "{\"logprobs\": [" : "");
+    put_format(out, as_json ? "{\"logprobs\": [" : "");
     for (size_t i = 0; i < n; i++) {
         total += (double)logprobs[i];
-        if (p->opts->json) {
+        if (as_json)
             put_format(out, i ? ", " : "");
-            put_log(out, (double)logprobs[i]);
-        } else
-            put_format(out, "%" PRId32 "\t%.9g\n", ids[i + 1], (double)logprobs[i]);
+        else
+            put_format(out, "%" PRId32 "\t", ids[i + 1]);
+        put_log(p, (double)logprobs[i]);
+        put_format(out, as_json ? "" : "\n");
     }
-    if (!p->opts->json) {
-        put_format(out, "total\t%.9g\n", total);
-        return DONE;
+    put_format(out, as_json ? "], \"ids\": [" : "total\t");
+    if (as_json) {
+        put_ids(out, ids + 1, n, ", ");
+        put_format(out, "], \"total\": ");
     }
-    put_format(out, "], \"ids\": [");
-    put_ids(out, ids + 1, n, ", ");
-    put_format(out, "], \"total\": ");
-    put_log(out, total);
-    put_bytes(out, "}\n", 2);
+    put_log(p, total);
+    put_format(out, as_json ? "}\n" : "\n");
     return DONE;
 }
 

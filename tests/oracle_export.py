@@ -201,6 +201,7 @@ def test_good(folder):
     test_extended(folder)
     test_scalar_224(folder)
     test_heads(folder)
+    test_kept(folder)
     test_wrapped(folder)
 
 
@@ -228,6 +229,49 @@ def test_heads(folder):
         for shards in (1, 3):
             f, run = good(folder, f"a head of {what}, tied", edit, shards=shards, run=convert_here)
             check(not f or f.header and "is kept" in run.stderr, f"a head, {what}: {run.stderr!r}")
+
+
+def test_kept(folder):
+    """--keep-vocab: the head has the rows of some pieces, and the embedding begins with them.  Each row
+    is what it is without the option.  Other pieces get no logits, and run says so."""
+    ids, out, whole = (os.path.join(folder, n) for n in ("ids.txt", "kept.bin", "whole.bin"))
+    for tied, options in ((True, "--type f32"), (True, "--type q4 --tensor head=q3"),
+                          (False, "--bits 32"), (False, "--type q6 --head q8")):
+        c = Checkpoint(folder, tie_word_embeddings=tied).write()
+        with open(ids, "w") as f:
+            f.write("340 300,\n 340 312 301")
+        options = options.split()
+        runs = [convert_here(c.path, whole, *options),
+                convert_here(c.path, out, *options, "--keep-vocab", ids)]
+        what = f"--keep-vocab {' '.join(options)}"
+        if not check(not any(r.returncode for r in runs), f"{what}: {runs[1].stderr}"):
+            continue
+        a, b = ref.Bin(whole), ref.Bin(out)
+        kinds = [kind for _, _, kind in a.vocabulary()[1]]
+        want = [i for i, kind in enumerate(kinds)
+                if kind not in (ref.NORMAL, ref.UNUSED) or i in (300, 301, 312, 340)]
+        order = want + [i for i in range(len(kinds)) if i not in want]
+        check(np.frombuffer(b.bytes("kept"), "<u4").tolist() == want, f"{what}: ids")
+        check(np.array_equal(b.tensor("embedding"), a.tensor("embedding")[order]), f"{what}: rows")
+        check(("head", 0) not in a.sections or np.array_equal(
+            b.tensor("head"), a.tensor("head")[want]), f"{what}: rows of the head")
+        check_layout(b, what)
+    other = next(i for i in range(300, 347) if i not in want)
+    for options, said in ((["--info"], f"347 pieces, of which {len(want)} can be written"),
+                          (["--score", "--ids", f"2 300 {other}"], f"{other}\t-inf\ntotal\t-inf\n"),
+                          (["--json", "--score", "--ids", f"2 {other}"], '[null], "ids": ['),
+                          (["--json", "--logits", "400", "x"], '"id": 340,')):
+        run = subprocess.run([os.path.join(ref.ROOT, "run"), out, *options], capture_output=True,
+                             text=True)
+        check(run.returncode == 0 and said in run.stdout and f'"id": {other},' not in run.stdout,
+              f"run {options} of kept ids: {run.stdout[:300]} {run.stderr}")
+    os.remove(out)
+    for text, words in (("12 x", "'x'"), ("347", "'347'"), ("-1", "'-1'"), (" ", "holds no ids")):
+        with open(ids, "w") as f:
+            f.write(text)
+        run = convert_here(c.path, out, "--keep-vocab", ids)
+        check(run.returncode == 1 and words in run.stderr and not os.path.exists(out),
+              f"--keep-vocab with {text!r}: {run.stderr}")
 
 
 # Prefixes that programs put before the names of tensors

@@ -178,7 +178,7 @@ def hf_trace(model, ids):
 
 # ---- the weight file, read from the byte tables in gemma2.c ------------------------
 
-ROLES = {1: "facts", 2: "tokenizer", 16: "embedding", 17: "head", 18: "final_norm",
+ROLES = {1: "facts", 2: "tokenizer", 3: "kept", 16: "embedding", 17: "head", 18: "final_norm",
          32: "attn_norm", 33: "q", 34: "k", 35: "v", 36: "o", 37: "post_attn_norm",
          40: "ffn_norm", 41: "gate", 42: "up", 43: "down", 44: "post_ffn_norm"}
 TYPES = {0: "bytes", 1: "f32", 2: "bf16", 3: "q8", 4: "q6", 5: "q4", 6: "q3"}

@@ -50,8 +50,8 @@ for example in minimal chat sampler; do
 done
 
 # The first page of gemma2.c sends readers to functions: the rest has all of them.
-sed '1,/SAME BITS/d' gemma2.c | grep -oE '[a-z0-9_]+' | sort -u >"$TMP/names"
-sed '/SAME BITS/,$d' gemma2.c | grep -oE '[a-z0-9]+(_[a-z0-9]+)+' | sort -u |
+sed '1,/SAME BITS/d' "$HERE/../gemma2.c" | grep -oE '[a-z0-9_]+' | sort -u >"$TMP/names"
+sed '/SAME BITS/,$d' "$HERE/../gemma2.c" | grep -oE '[a-z0-9]+(_[a-z0-9]+)+' | sort -u |
     grep -vxFf "$TMP/names" >"$TMP/out"
 claim "the first page of gemma2.c names what is not there:" [ ! -s "$TMP/out" ]
 

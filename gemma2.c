@@ -78,7 +78,7 @@
  *   a text     gemma2_encode -> normalise -> encode_text -> merge_symbols -> emit_symbol; back:
  *              gemma2_decode -> release_bytes.  A chat: encode_messages -> add_part, add_message.
  *   a file     gemma2_open -> file_open; make_model -> read_header (identity), read_directory ->
- *              place_matrix.  Weights are verified by gemma2_check alone.
+ *              place_tensor.  Weights are verified by gemma2_check alone.
  *
  * WHERE
  *   exp, tanh, cos    exp_f32, tanh_f32, cos_sin     many sessions    judge_rows, run_rows
@@ -360,16 +360,16 @@ enum {
     KEY_BLOCK = 256 /* positions in an absolute block of attention */
 };
 
-/* A tensor in the file, used where it lies. */
-struct matrix {
+/* A tensor in the file, mostly a matrix of weights, used where it lies. */
+struct tensor {
     const uint8_t *data; /* NULL: not there */
     uint32_t type, rows, cols;
     size_t tile_bytes; /* 16 rows */
 };
 
 struct layer {
-    struct matrix attn_norm, q, k, v, o, post_attn_norm;
-    struct matrix ffn_norm, gate, up, down, post_ffn_norm;
+    struct tensor attn_norm, q, k, v, o, post_attn_norm;
+    struct tensor ffn_norm, gate, up, down, post_ffn_norm;
 };
 
 struct text {
@@ -427,7 +427,7 @@ struct gemma2_model {
     struct text chat[N_CHAT_PARTS]; /* p NULL: absent */
     _Atomic(struct vocabulary *) vocabulary_made, *vocabulary; /* see vocabulary_of */
     uint8_t own_turns[3][MAX_OWN_TURN];
-    struct matrix embedding, head, final_norm, score; /* score.data NULL: writes text only */
+    struct tensor embedding, head, final_norm, score; /* score.data NULL: writes text only */
     const uint32_t *kept; /* [head.rows] the ids that the head has rows for; NULL: all */
     struct layer layers[];
 };
@@ -531,10 +531,10 @@ INLINE float exp_f32(float x);
 INLINE float tanh_f32(float x);
 static void cos_sin(double x, float *cosine, float *sine);
 INLINE void quantise_group(const float *x, int8_t *q, float *scale, int32_t *sum);
-INLINE float float_weight(const struct matrix *w, size_t row, size_t col); /* section 2 */
-INLINE int32_t group_product(const struct matrix *w, size_t row, size_t g, const int8_t *q);
-static void read_row(const struct matrix *w, uint32_t row, float *y);
-INLINE float row_scale(const struct matrix *w, size_t row);
+INLINE float float_weight(const struct tensor *w, size_t row, size_t col); /* section 2 */
+INLINE int32_t group_product(const struct tensor *w, size_t row, size_t g, const int8_t *q);
+static void read_row(const struct tensor *w, uint32_t row, float *y);
+INLINE float row_scale(const struct tensor *w, size_t row);
 static uint32_t row_of_id(const gemma2_model *m, uint32_t id);
 static void spread_logits(const gemma2_model *m, float *logits);
 static float cached(const gemma2_session *s, int layer, int head, char what, int32_t position,
@@ -547,7 +547,7 @@ static void trace(const struct pass *p, const char *name, int layer, float *data
                   size_t cols);
 
 /* y = x / sqrt(mean(x^2) + eps) * (1 + w).  y may be x. */
-static void plain_norm(const struct matrix *w, float eps, const float *x, float *y)
+static void plain_norm(const struct tensor *w, float eps, const float *x, float *y)
 {
     float lane[TILE] = {0}; /* element i is added to lane i % 16 */
     for (uint32_t i = 0; i < w->rows; i++)
@@ -558,7 +558,7 @@ static void plain_norm(const struct matrix *w, float eps, const float *x, float 
 }
 
 /* y = W x.  Quantised weights meet x rounded to int8, 32 inputs with one scale. */
-static void plain_product(const struct matrix *w, const float *x, float *y)
+static void plain_product(const struct tensor *w, const float *x, float *y)
 {
     memset(y, 0, w->rows * sizeof *y);
     if (w->type == TYPE_F32 || w->type == TYPE_BF16)
@@ -1068,7 +1068,7 @@ INLINE const uint8_t *group_at(uint32_t type, const uint8_t *tile, size_t g,
 INLINE float from_bf16(uint16_t h) { return float_of((uint32_t)h << 16); }
 
 /* W[row][col] of a type that is not quantised. */
-INLINE float float_weight(const struct matrix *w, size_t row, size_t col)
+INLINE float float_weight(const struct tensor *w, size_t row, size_t col)
 {
     const uint8_t *tile = w->data + row / TILE * w->tile_bytes;
     if (w->type == TYPE_F32)
@@ -1077,12 +1077,12 @@ INLINE float float_weight(const struct matrix *w, size_t row, size_t col)
 }
 
 /* A quantised row's S, and s * sum of v * q over its group g. */
-INLINE float row_scale(const struct matrix *w, size_t row)
+INLINE float row_scale(const struct tensor *w, size_t row)
 {
     return ((const float *)(w->data + row / TILE * w->tile_bytes))[row % TILE];
 }
 
-INLINE int32_t group_product(const struct matrix *w, size_t row, size_t g, const int8_t *q)
+INLINE int32_t group_product(const struct tensor *w, size_t row, size_t g, const int8_t *q)
 {
     const uint8_t *tile = w->data + row / TILE * w->tile_bytes, *scale_bytes;
     const uint8_t *group = group_at(w->type, tile, g, &scale_bytes);
@@ -1095,7 +1095,7 @@ INLINE int32_t group_product(const struct matrix *w, size_t row, size_t g, const
 }
 
 /* Row r of a matrix as floats: y[cols].  The embedding is read this way, and scores' rows. */
-static void read_row(const struct matrix *w, uint32_t r, float *y)
+static void read_row(const struct tensor *w, uint32_t r, float *y)
 {
     const uint8_t *scale_bytes, *tile = w->data + r / TILE * w->tile_bytes;
     int lane = (int)(r % TILE);
@@ -2086,7 +2086,7 @@ static int uses_matrix(const struct pass *p, uint32_t type)
     return p->matrix && p->matrix->types >> type & 1;
 }
 
-static void norm(const struct pass *p, const struct matrix *w, const float *x, float *y)
+static void norm(const struct pass *p, const struct tensor *w, const float *x, float *y)
 {
     p->model->isa->rms_norm(x, (const float *)w->data, p->model->config.rms_norm_eps, w->rows, y);
 }
@@ -2097,15 +2097,15 @@ static void norm(const struct pass *p, const struct matrix *w, const float *x, f
 
 struct product_job {
     const struct pass *pass;
-    const struct matrix *norm; /* x is the norm of the residual stream; or NULL */
+    const struct tensor *norm; /* x is the norm of the residual stream; or NULL */
     float *x;                  /* [n][cols of W] */
     size_t n, n_exact;
-    const struct matrix *w[3]; /* NULL behind the last */
+    const struct tensor *w[3]; /* NULL behind the last */
     float *y[3];               /* [n][rows of W[i]] */
     struct row *const *to;     /* or y[0] goes to the logits of these rows */
     float cap;                 /* y[0] = cap * tanh(y[0] / cap), if above 0 */
     int is_gated;              /* y[0] = gelu(W[0] x) * W[1] x */
-    const struct matrix *post_norm; /* leave_task norms y[0] by it before it is added */
+    const struct tensor *post_norm; /* leave_task norms y[0] by it before it is added */
     struct input in;
     size_t n_pairs, pairs_a_task, pairs_at_once;
 };
@@ -2128,7 +2128,7 @@ static void multiply_in_class(const struct product_job *job, const struct tiles 
 
 /* y[i][which] of n <= 256 rows from t on, for a tile that no kernel takes with another.  The matrix
  * class takes two tiles: it gets this one twice. */
-static void multiply_tile(const struct product_job *job, const struct matrix *w,
+static void multiply_tile(const struct product_job *job, const struct tensor *w,
                           const uint8_t *tile, size_t t, int n, float (*y)[2][TILE], int which)
 {
     _Alignas(64) float out[MAX_PRODUCT_ROWS * 2 * TILE]; /* [rows][one.n][16] */
@@ -2180,7 +2180,7 @@ static void multiply_pairs(const struct product_job *job, int which, size_t pair
     float (*y)[2][TILE] = alone; /* each pair's is MAX_PANEL_ROWS behind the one before */
     if (n_pairs > 1)
         y = p->worker->pair_sums + p->me->index * p->matrix->most_pairs * MAX_PANEL_ROWS;
-    const struct matrix *w[2] = {job->w[which], job->w[job->is_gated ? 1 : which]};
+    const struct tensor *w[2] = {job->w[which], job->w[job->is_gated ? 1 : which]};
     size_t step = job->is_gated ? 1 : 2, tile = step * pair; /* tiles from a pair to the next */
     int both = job->is_gated || (tile + 1) * TILE < w[0]->rows;
     struct tiles tiles = {.n = 2, .type = w[0]->type, .cols = w[0]->cols,
@@ -2663,7 +2663,7 @@ static struct query query_of(const struct pass *p, size_t t, int head)
 
 /* How the attention of a pass is cut into tasks. */
 struct attention_job {
-    const struct pass *p;
+    const struct pass *pass;
     size_t rows;         /* of a task, with one kv head */
     int32_t first_block; /* if split: a task takes one block, from this on .. */
     int32_t n_blocks;    /* .. this many; 0: a task takes all */
@@ -2672,7 +2672,7 @@ struct attention_job {
 /* Where a split job keeps query head `head` of row t after a block: max, sum, at TILE o[H']. */
 static float *partial_of(const struct attention_job *job, size_t t, int32_t block, int head)
 {
-    const gemma2_worker *work = job->p->worker;
+    const gemma2_worker *work = job->pass->worker;
     size_t at = (t * work->partial_blocks + (size_t)block) * partial_floats(work->model);
     size_t a_head = partial_floats(work->model) / (size_t)work->model->config.n_heads;
     return work->partial + at + (size_t)head * a_head;
@@ -2712,7 +2712,7 @@ static const struct matrix_kernels *matrix_attention(const struct pass *p, const
 static void attend_task(void *context, size_t task)
 {
     const struct attention_job *job = context;
-    const struct pass *p = job->p;
+    const struct pass *p = job->pass;
     const gemma2_config *c = &p->model->config;
     size_t kv_heads = (size_t)c->n_kv_heads, n_blocks = (size_t)max_i32(job->n_blocks, 1);
     int head = (int)(task % kv_heads), group = c->n_heads / c->n_kv_heads;
@@ -2741,15 +2741,15 @@ static void attend_task(void *context, size_t task)
 static void merge_blocks_task(void *context, size_t task)
 {
     const struct attention_job *job = context;
-    const gemma2_config *c = &job->p->model->config;
+    const gemma2_config *c = &job->pass->model->config;
     size_t t = task / (size_t)c->n_heads;
     int head = (int)(task % (size_t)c->n_heads);
-    struct query q = query_of(job->p, t, head);
+    struct query q = query_of(job->pass, t, head);
     struct partial total = {-INFINITY, 0}, add;
     for (int32_t block = 0; block < job->n_blocks; block++) {
         const float *from = partial_of(job, t, block, head);
         memcpy(&add, from, sizeof add);
-        merge_partial(job->p->model->isa, &total, q.out, &add, from + TILE, c->head_dim);
+        merge_partial(job->pass->model->isa, &total, q.out, &add, from + TILE, c->head_dim);
     }
     finish_attention(&total, q.out, c->head_dim);
 }
@@ -2996,7 +2996,7 @@ static void score_rows(struct pass *p)
     struct score_job score = {p, 0, 0, (float *)work->candidates};
     struct product_job logits = head_inputs(p);
     for (; score.first < p->model->head.rows && !is_cancelled(p); score.first += score.n) {
-        struct matrix w = p->model->head;
+        struct tensor w = p->model->head;
         w.data += score.first / TILE * w.tile_bytes;
         w.rows = w.rows - score.first < HEAD_BLOCK ? w.rows - (uint32_t)score.first : HEAD_BLOCK;
         score.n = w.rows;
@@ -5975,7 +5975,7 @@ int gemma2_scores(gemma2_session *s, const float *state, float *scores)
 {
     if (!s || !state || !scores || !s->model->score.data)
         return GEMMA2_ERR_ARGUMENT;
-    const struct matrix *w = &s->model->score;
+    const struct tensor *w = &s->model->score;
     float_env env = float_env_enter();
     for (uint32_t r = 0; r < w->rows; r++) {
         float lane[TILE] = {0};
@@ -6884,14 +6884,14 @@ static int read_header(struct gemma2_model *m, const struct file *f, struct errb
     return 1;
 }
 
-static struct matrix *matrix_of(gemma2_model *m, const struct role *r, uint32_t layer)
+static struct tensor *tensor_of(gemma2_model *m, const struct role *r, uint32_t layer)
 {
     char *base = r->id >= ROLE_LAYER_FIRST ? (char *)&m->layers[layer] : (char *)m;
-    return (struct matrix *)(base + r->member);
+    return (struct tensor *)(base + r->member);
 }
 
 /* Checks a tensor's shape and size against its role and puts it in its place. */
-static int place_matrix(struct gemma2_model *m, const struct role *r, const struct entry *e,
+static int place_tensor(struct gemma2_model *m, const struct role *r, const struct entry *e,
                         struct errbuf *err)
 {
     if (r->id == ROLE_SCORE && e->rows >= 1 && e->rows <= 1024)
@@ -6910,10 +6910,10 @@ static int place_matrix(struct gemma2_model *m, const struct role *r, const stru
     if (e->bytes != bytes)
         return corrupt(err, "%s has %llu bytes, not %llu", r->name, (unsigned long long)e->bytes,
                        (unsigned long long)bytes);
-    struct matrix *x = matrix_of(m, r, e->layer);
+    struct tensor *x = tensor_of(m, r, e->layer);
     if (x->data)
         return corrupt(err, "%s occurs twice", r->name);
-    *x = (struct matrix){m->file.data + e->offset, e->type, (uint32_t)rows, (uint32_t)cols,
+    *x = (struct tensor){m->file.data + e->offset, e->type, (uint32_t)rows, (uint32_t)cols,
                          (size_t)tile};
     return 1;
 }
@@ -6947,7 +6947,7 @@ static int read_directory(struct gemma2_model *m, struct errbuf *err)
         if (e.flags > 1 || !is_zero(e.reserved, 16) || (!r && !e.flags))
             return fail(err, "the model file has a section of unknown kind %u; use a newer "
                              "gemma2.c", e.role);
-        if (r && !(r->rows == '-' ? place_bytes : place_matrix)(m, r, &e, err))
+        if (r && !(r->rows == '-' ? place_bytes : place_tensor)(m, r, &e, err))
             return 0;
     }
     return end == size ? 1 : corrupt(err, "its last section ends early");
@@ -6980,7 +6980,7 @@ static int check_complete(struct gemma2_model *m, struct errbuf *err)
         int layers = r->id >= ROLE_LAYER_FIRST ? m->config.n_layers : 1;
         int may_lack = r->rows == '-' || r->id == ROLE_HEAD || r->id == ROLE_SCORE;
         for (int l = 0; !may_lack && l < layers; l++)
-            if (!matrix_of(m, r, (uint32_t)l)->data)
+            if (!tensor_of(m, r, (uint32_t)l)->data)
                 return fail(err, "the model file lacks %s (layer %d); convert the checkpoint again",
                             r->name, l);
     }

@@ -46,10 +46,10 @@ static int32_t weight_at(uint32_t type, const uint8_t *data, uint32_t cols, uint
     return (sign - (s & 1)) / 2 * (code[low] + 4 * (s & 1));
 }
 
-static struct matrix random_matrix(uint32_t type, uint32_t rows, uint32_t cols)
+static struct tensor random_matrix(uint32_t type, uint32_t rows, uint32_t cols)
 {
     uint8_t *data = fresh(tensor_bytes(type, rows, cols));
-    struct matrix w = {data, type, rows, cols, (size_t)tensor_bytes(type, 1, cols)};
+    struct tensor w = {data, type, rows, cols, (size_t)tensor_bytes(type, 1, cols)};
     memset(data, 0, tensor_bytes(type, rows, cols));
     fill_tensor(data, type, rows, cols);
     return w;
@@ -60,7 +60,7 @@ static void test_unpack(void)
     static const uint32_t cols[] = {1, 31, 256, 257, 300};
     for (uint32_t type = Q8; type <= Q3; type++)
         for (int i = 0; i < 5; i++) {
-            struct matrix w = random_matrix(type, 19, cols[i]);
+            struct tensor w = random_matrix(type, 19, cols[i]);
             float *y = fresh(cols[i] * sizeof *y), scale;
             int bad = 0;
             for (uint32_t r = 0; r < 19; r++) {
@@ -100,7 +100,7 @@ static void test_rows_are_columns(void)
 {
     for (uint32_t type = F32; type < N_TYPES; type++) {
         uint32_t cols = 67;
-        struct matrix w = random_matrix(type, 16, cols);
+        struct tensor w = random_matrix(type, 16, cols);
         struct tiles tile = {.data = {w.data}, .n = 1, .type = type, .cols = cols};
         struct input in = random_input(1, cols);
         float row[67], y[1][TILE];

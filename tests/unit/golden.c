@@ -584,7 +584,7 @@ static void put_q4(uint8_t *tile, uint32_t lane, const float *row, uint32_t cols
 }
 
 /* The weights of a matrix as another type: f32, rounded to bf16, or q4. */
-static void retype(struct matrix *w, uint32_t type)
+static void retype(struct tensor *w, uint32_t type)
 {
     size_t tile = tile_bytes(type, w->cols), tiles = (w->rows + TILE - 1) / TILE;
     uint8_t *data = calloc(tiles, tile);
@@ -608,13 +608,13 @@ static void retype(struct matrix *w, uint32_t type)
 }
 
 /* The matrices of a tied model that a pass multiplies with: embedding first. */
-static size_t list_matrices(gemma2_model *m, struct matrix **list)
+static size_t list_matrices(gemma2_model *m, struct tensor **list)
 {
     size_t n = 0;
     list[n++] = &m->embedding;
     for (int l = 0; l < m->config.n_layers; l++) {
         struct layer *w = &m->layers[l];
-        struct matrix *all[] = {&w->q, &w->k, &w->v, &w->o, &w->gate, &w->up, &w->down};
+        struct tensor *all[] = {&w->q, &w->k, &w->v, &w->o, &w->gate, &w->up, &w->down};
         for (size_t i = 0; i < sizeof all / sizeof *all; i++)
             list[n++] = all[i];
     }
@@ -624,7 +624,7 @@ static size_t list_matrices(gemma2_model *m, struct matrix **list)
 /* The demo model with every matrix retyped.  It shares all else with m. */
 static gemma2_model *retyped(const gemma2_model *m, uint32_t type)
 {
-    struct matrix *list[64];
+    struct tensor *list[64];
     size_t bytes = sizeof *m + sizeof(struct layer) * (size_t)m->config.n_layers;
     gemma2_model *copy = malloc(bytes);
     if (!copy)
@@ -638,7 +638,7 @@ static gemma2_model *retyped(const gemma2_model *m, uint32_t type)
 
 static void free_retyped(gemma2_model *copy)
 {
-    struct matrix *list[64];
+    struct tensor *list[64];
     for (size_t i = list_matrices(copy, list); i-- > 0;)
         free((void *)(uintptr_t)list[i]->data);
     free(copy);

@@ -242,7 +242,7 @@ static void extreme_input(const struct input *in, size_t rows, uint32_t cols, in
 
 static int product_differs(const struct kernels *row, uint32_t type, uint32_t cols, int kind)
 {
-    struct matrix w = random_matrix(type, 16, cols);
+    struct tensor w = random_matrix(type, 16, cols);
     struct tiles tile = {.data = {w.data}, .n = 1, .type = type, .cols = cols};
     enum { MOST = MAX_PRODUCT_ROWS + 1 };
     struct input in = random_input(1 + MOST, cols);
@@ -279,7 +279,7 @@ static void row_products(const struct kernels *row)
 /* Two tiles for many tokens: the same sums as a tile for few. */
 static int panel_differs(const struct kernels *row, uint32_t type, uint32_t cols, int n, int kind)
 {
-    struct matrix w = random_matrix(type, 32, cols);
+    struct tensor w = random_matrix(type, 32, cols);
     struct tiles tiles = {.data = {w.data, w.data + w.tile_bytes}, .n = 2, .type = type,
                           .cols = cols};
     struct input in = random_input((size_t)n + 1, cols);
@@ -493,7 +493,7 @@ static double matrix_epsilon(uint32_t type) { return type == BF16 ? 0x1.02p-8 : 
 static double matrix_panel_error(const struct matrix_kernels *m, uint32_t type, uint32_t cols,
                                  int n)
 {
-    struct matrix w = random_matrix(type, 32, cols);
+    struct tensor w = random_matrix(type, 32, cols);
     struct tiles tiles = {.data = {w.data, w.data + w.tile_bytes}, .n = 2, .type = type,
                           .cols = cols};
     struct input in = random_input((size_t)n, cols);
@@ -525,7 +525,7 @@ static double matrix_panel_error(const struct matrix_kernels *m, uint32_t type, 
 static int matrix_panel_depends(const struct matrix_kernels *m, uint32_t type, uint32_t cols,
                                 int n)
 {
-    struct matrix w = random_matrix(type, 64, cols);
+    struct tensor w = random_matrix(type, 64, cols);
     struct tiles tiles = {.data = {w.data, w.data + w.tile_bytes}, .n = 2, .type = type,
                           .cols = cols, .next_pair = 2 * w.tile_bytes};
     struct tiles twice = tiles, several = tiles;

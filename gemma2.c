@@ -2664,7 +2664,7 @@ static struct query query_of(const struct pass *p, size_t t, int head)
 /* How the attention of a pass is cut into tasks. */
 struct attention_job {
     const struct pass *pass;
-    size_t rows;         /* of a task, with one kv head */
+    size_t rows_a_task;  /* with one kv head */
     int32_t first_block; /* if split: a task takes one block, from this on .. */
     int32_t n_blocks;    /* .. this many; 0: a task takes all */
 };
@@ -2717,8 +2717,8 @@ static void attend_task(void *context, size_t task)
     size_t kv_heads = (size_t)c->n_kv_heads, n_blocks = (size_t)max_i32(job->n_blocks, 1);
     int head = (int)(task % kv_heads), group = c->n_heads / c->n_kv_heads;
     int32_t block = (int32_t)(task / kv_heads % n_blocks);
-    size_t first = task / kv_heads / n_blocks * job->rows;
-    size_t last = first + job->rows < p->n ? first + job->rows : p->n;
+    size_t first = task / kv_heads / n_blocks * job->rows_a_task;
+    size_t last = first + job->rows_a_task < p->n ? first + job->rows_a_task : p->n;
     struct queries a;
     a.isa = p->model->isa, a.n = 0;
     for (size_t t = first; t < last; t++)
@@ -2765,9 +2765,9 @@ static struct attention_job cut_attention(const struct pass *p)
     int group = c->n_heads / c->n_kv_heads, threads = work->n_threads;
     int wanted = (int)(p->n * (size_t)c->n_kv_heads / (4 * (size_t)threads));
     struct attention_job job = {p, 0, INT32_MAX, 0};
-    job.rows = (size_t)max_i32(1, min_i32(max_i32(wanted, MAX_QUERIES / group),
-                                          MANY_QUERIES / group));
-    size_t tasks = (p->n + job.rows - 1) / job.rows * (size_t)c->n_kv_heads;
+    job.rows_a_task = (size_t)max_i32(1, min_i32(max_i32(wanted, MAX_QUERIES / group),
+                                                 MANY_QUERIES / group));
+    size_t tasks = (p->n + job.rows_a_task - 1) / job.rows_a_task * (size_t)c->n_kv_heads;
     if (p->n_exact < p->n || threads == 1 || p->n > work->partial_rows ||
         tasks >= 4 * (size_t)threads)
         return job;
@@ -2778,7 +2778,7 @@ static struct attention_job cut_attention(const struct pass *p)
     }
     int32_t n_blocks = last_block - job.first_block + 1;
     if (n_blocks > 1 && (size_t)n_blocks <= work->partial_blocks) /* another's may be longer */
-        job.n_blocks = n_blocks, job.rows = p->n;
+        job.n_blocks = n_blocks, job.rows_a_task = p->n;
     return job;
 }
 
@@ -2786,8 +2786,9 @@ static void attend_rows(struct pass *p)
 {
     const gemma2_config *c = &p->model->config;
     struct attention_job job = cut_attention(p);
-    size_t chunks = (p->n + job.rows - 1) / job.rows * (size_t)max_i32(job.n_blocks, 1);
-    share(p->me, chunks * (size_t)c->n_kv_heads, attend_task, &job);
+    size_t tasks = (p->n + job.rows_a_task - 1) / job.rows_a_task;
+    tasks *= (size_t)max_i32(job.n_blocks, 1) * (size_t)c->n_kv_heads;
+    share(p->me, tasks, attend_task, &job);
     if (job.n_blocks)
         share(p->me, p->n * (size_t)c->n_heads, merge_blocks_task, &job);
 }

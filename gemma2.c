@@ -3977,7 +3977,7 @@ static int32_t sample(gemma2_session *s, gemma2_sampler *p, const float *logits)
  * their contents (gemma2_matcher), so what a byte does to a set is worked out once. */
 enum { OP_ACCEPT, OP_END, OP_BYTE, OP_TOKEN, OP_CALL, OP_SPLIT };
 enum { MAX_GRAMMAR = 1 << 22, MAX_INSTS = 1 << 20, MAX_COST = 1 << 24, MAX_REPEAT = 2000,
-       MAX_NESTING = 250, MAX_RANGES = 1000, MAX_CODE = 0x10ffff };
+       MAX_NESTING = 250, MAX_RANGES = 1000, MAX_CODE = 0x10ffff, MAX_WORK = 1 << 28 };
 static const uint32_t NOWHERE = 0xffffffff;
 
 struct inst {
@@ -4001,7 +4001,7 @@ struct gemma2_grammar {
 
 /* A piece of graph under construction: it is left through insts[last].next. */
 struct fragment {
-    uint32_t first, last;
+    uint32_t first, last, fork; /* fork: the last OP_SPLIT that takes another way */
 };
 
 struct parser {
@@ -4043,10 +4043,10 @@ static struct fragment single(struct parser *p, int op, uint32_t other, uint32_t
     if (at == MAX_INSTS)
         refuse(p, p->at, "up to here the grammar takes more than %d instructions", MAX_INSTS);
     if (p->failed)
-        return (struct fragment){0, 0};
+        return (struct fragment){0, 0, 0};
     g->insts[g->n_insts++] = (struct inst){(uint8_t)op, (uint8_t)low, (uint8_t)high, NOWHERE,
                                            other};
-    return (struct fragment){at, at};
+    return (struct fragment){at, at, at};
 }
 
 static struct fragment nothing(struct parser *p) { return single(p, OP_SPLIT, NOWHERE, 0, 0); }
@@ -4054,18 +4054,20 @@ static struct fragment nothing(struct parser *p) { return single(p, OP_SPLIT, NO
 static struct fragment join(struct parser *p, struct fragment f, struct fragment g)
 {
     p->g->insts[f.last].next = g.first;
-    return (struct fragment){f.first, g.last};
+    return (struct fragment){f.first, g.last, f.first};
 }
 
-/* f or g; first may be NOWHERE for none yet.  All ways meet in one last instruction. */
+/* f or g, which begins with nothing(); f.first may be NOWHERE for none yet.  What leads to an
+ * instruction stands before it, but for loops, so that settle ends soon. */
 static struct fragment either(struct parser *p, struct fragment f, struct fragment g)
 {
+    struct fragment end = nothing(p);
+    p->g->insts[g.last].next = end.first;
     if (f.first == NOWHERE)
-        return join(p, g, nothing(p));
-    struct fragment split = single(p, OP_SPLIT, g.first, 0, 0);
-    p->g->insts[split.first].next = f.first;
-    p->g->insts[g.last].next = f.last;
-    return (struct fragment){split.first, f.last};
+        return (struct fragment){g.first, end.last, g.first};
+    p->g->insts[f.last].next = end.first;
+    p->g->insts[f.fork].other = g.first;
+    return (struct fragment){f.first, end.last, g.first};
 }
 
 static struct fragment add_bytes(struct parser *p, const uint8_t *low, const uint8_t *high,
@@ -4208,7 +4210,7 @@ static struct fragment read_class(struct parser *p)
 {
     uint64_t ranges[MAX_RANGES + 1]; /* low << 32 | high */
     uint32_t start = p->at++, n = 0, next = 0;
-    struct fragment f = {NOWHERE, NOWHERE};
+    struct fragment f = {NOWHERE, NOWHERE, NOWHERE};
     int negated = peek(p) == '^';
     p->at += (uint32_t)negated;
     while (goes_on(p, ']', start)) {
@@ -4347,7 +4349,7 @@ static struct fragment read_repeat(struct parser *p, struct fragment f)
         whole = join(p, whole, one);
         if (i + 1 == copies && most == NOWHERE) { /* the last one loops */
             g->insts[one.last].next = one.first;
-            return (struct fragment){whole.first, end.last};
+            return (struct fragment){whole.first, end.last, whole.first};
         }
     }
     return join(p, whole, end);
@@ -4359,7 +4361,7 @@ static struct fragment read_item(struct parser *p)
 {
     int c = peek(p);
     uint32_t start = p->at;
-    struct fragment f = {NOWHERE, NOWHERE};
+    struct fragment f = {NOWHERE, NOWHERE, NOWHERE};
     if (c == '"')
         return read_literal(p);
     if (c == '[')
@@ -4387,7 +4389,7 @@ static struct fragment read_item(struct parser *p)
 /* Alternatives, up to the ')' or the end of the rule. */
 static struct fragment read_ways(struct parser *p)
 {
-    struct fragment ways = {NOWHERE, NOWHERE};
+    struct fragment ways = {NOWHERE, NOWHERE, NOWHERE};
     for (;;) {
         struct fragment way = nothing(p);
         skip_blanks(p, 1);
@@ -4441,96 +4443,44 @@ static void read_rules(struct parser *p)
 
 /* ---- finishing a grammar: shortest ways, empty languages, left recursion ---- */
 
-/* The instruction behind this one's other, or NOWHERE. */
-static uint32_t second(const gemma2_grammar *g, const struct inst *i)
+/* Works out what an instruction costs, and how many calls it makes before it reads, at most
+ * n_rules + 1, from what is known so far of those that it leads to; 1 if that is news. */
+static int settle_at(gemma2_grammar *g, uint32_t *depth, uint32_t at)
 {
-    return i->op == OP_CALL ? g->rules[i->other].start : i->op == OP_SPLIT ? i->other : NOWHERE;
-}
-
-/* What an instruction costs if those that it leads to cost what is known so far. */
-static uint32_t cost_at(const gemma2_grammar *g, const struct inst *i)
-{
-    uint32_t to = second(g, i), next = i->next == NOWHERE ? NOWHERE : g->cost[i->next];
-    uint32_t other = to == NOWHERE ? NOWHERE : g->cost[to];
+    const struct inst *i = &g->insts[at];
+    uint32_t to = i->op == OP_CALL ? g->rules[i->other].start : i->op == OP_SPLIT ? i->other
+                                                                                  : NOWHERE;
+    uint32_t next = i->next == NOWHERE ? NOWHERE : g->cost[i->next];
+    uint32_t other = to == NOWHERE ? NOWHERE : g->cost[to], cost = NOWHERE, calls = 0;
     if (i->op <= OP_END)
-        return 0;
-    if (i->op == OP_SPLIT)
-        return min_u32(next, other);
-    if (next == NOWHERE || (i->op == OP_CALL && other == NOWHERE))
-        return NOWHERE;
-    next += i->op == OP_CALL ? other : 1;
-    return next > MAX_COST ? NOWHERE : next;
+        cost = 0;
+    else if (i->op == OP_SPLIT)
+        cost = min_u32(next, other);
+    else if (next != NOWHERE && (i->op != OP_CALL || other != NOWHERE))
+        cost = next + (i->op == OP_CALL ? other : 1);
+    cost = cost > MAX_COST ? NOWHERE : cost;
+    if (to != NOWHERE)
+        calls = min_u32(depth[to] + (i->op == OP_CALL), g->n_rules + 1);
+    if (i->next != NOWHERE && (i->op == OP_SPLIT || (i->op == OP_CALL && !other)))
+        calls = depth[i->next] > calls ? depth[i->next] : calls;
+    int is_new = cost != g->cost[at] || calls != depth[at];
+    g->cost[at] = cost, depth[at] = calls;
+    return is_new;
 }
 
-/* Fills g->cost, the cheapest first (Dijkstra's way, as Knuth carried it over to grammars). */
-static int find_costs(gemma2_grammar *g)
+/* Fills g->cost and depth, from the end to the start until nothing changes.  0: it takes too
+ * long. */
+static int settle(gemma2_grammar *g, uint32_t *depth)
 {
-    uint32_t n = g->n_insts;
-    size_t n_heap = 0;
-    uint32_t *head = malloc(3 * (size_t)n * sizeof *head);
-    uint64_t *heap = malloc(3 * (size_t)n * sizeof *heap);
-    int ok = head && heap;
-    uint32_t *link = ok ? head + n : NULL;
-    memset(g->cost, 0xff, n * sizeof *g->cost);
-    if (ok)
-        memset(head, 0xff, n * sizeof *head);
-    for (uint32_t i = 0; ok && i < 2 * n; i++) { /* lists of those that lead to an instruction */
-        const struct inst *inst = &g->insts[i / 2];
-        uint32_t to = i % 2 ? second(g, inst) : inst->next;
-        if (to != NOWHERE)
-            link[i] = head[to], head[to] = i;
-        if (i % 2 && inst->op <= OP_END)
-            push_key(heap, &n_heap, i / 2);
+    uint64_t work = 0;
+    memset(g->cost, 0xff, g->n_insts * sizeof *g->cost);
+    memset(depth, 0, g->n_insts * sizeof *depth);
+    for (int changes = 1; changes && work < MAX_WORK; work += g->n_insts) {
+        changes = 0;
+        for (uint32_t i = g->n_insts; i-- > 0;)
+            changes |= settle_at(g, depth, i);
     }
-    while (ok && n_heap) {
-        uint64_t key = pop_key(heap, &n_heap);
-        uint32_t at = (uint32_t)key;
-        if (g->cost[at] != NOWHERE)
-            continue;
-        g->cost[at] = (uint32_t)(key >> 32);
-        for (uint32_t i = head[at]; i != NOWHERE; i = link[i]) {
-            uint32_t cost = cost_at(g, &g->insts[i / 2]);
-            if (cost != NOWHERE && g->cost[i / 2] == NOWHERE)
-                push_key(heap, &n_heap, (uint64_t)cost << 32 | i / 2);
-        }
-    }
-    free(head), free(heap);
-    return ok;
-}
-
-/* A rule that can begin with itself, NOWHERE for none, or n_rules for no memory.  Walks, depth
- * first, what is reached without reading; an instruction is open while its end mark lies on the
- * stack. */
-static uint32_t left_recursive(const gemma2_grammar *g)
-{
-    enum { UNSEEN, OPEN, CLOSED, END_MARK = 1 << 30 };
-    uint32_t found = NOWHERE;
-    uint8_t *state = calloc(g->n_insts, 1);
-    uint32_t *stack = malloc((3 * (size_t)g->n_insts + 1) * sizeof *stack);
-    if (!state || !stack)
-        found = g->n_rules;
-    for (uint32_t r = 0; r < g->n_rules && found == NOWHERE; r++) {
-        uint32_t n = 0;
-        for (stack[n++] = g->rules[r].start; n && found == NOWHERE;) {
-            uint32_t at = stack[--n];
-            if (at & END_MARK)
-                state[at - END_MARK] = CLOSED;
-            if (at & END_MARK || state[at] != UNSEEN)
-                continue;
-            const struct inst *i = &g->insts[at];
-            uint32_t to = second(g, i);
-            state[at] = OPEN;
-            stack[n++] = END_MARK | at;
-            if (i->next != NOWHERE && (i->op == OP_SPLIT || (i->op == OP_CALL && !g->cost[to])))
-                stack[n++] = i->next;
-            if (to != NOWHERE)
-                stack[n++] = to;
-            if (i->op == OP_CALL && state[to] == OPEN)
-                found = i->other;
-        }
-    }
-    free(state), free(stack);
-    return found;
+    return work < MAX_WORK;
 }
 
 /* ---- the vocabulary as a tree of bytes, for masks ----
@@ -6301,17 +6251,20 @@ static int compile(gemma2_grammar *g, const char *text, uint32_t size, struct er
     g->insts[g->n_insts++] = (struct inst){.op = OP_ACCEPT, .next = NOWHERE, .other = NOWHERE};
     read_rules(&p);
     free(p.slots);
-    g->cost = p.failed ? NULL : malloc(g->n_insts * sizeof *g->cost);
-    int has_memory = p.failed || (g->cost && find_costs(g));
-    if (!p.failed && has_memory && g->cost[g->rules[g->root].start] == NOWHERE)
-        refuse(&p, NOWHERE, "the grammar has no sentence of at most %d bytes", MAX_COST);
-    uint32_t rule = p.failed || !has_memory ? NOWHERE : left_recursive(g);
-    if (rule < g->n_rules)
-        refuse(&p, g->rules[rule].name_at, "the rule '%.*s' can begin with itself (left "
-               "recursion): let it end with itself", (int)min_u32(g->rules[rule].name_n, 60),
-               text + g->rules[rule].name_at);
-    else if (rule != NOWHERE || !has_memory)
+    uint32_t *depth = malloc(g->n_insts * sizeof *depth);
+    g->cost = malloc(g->n_insts * sizeof *g->cost);
+    if (!depth || !g->cost)
         refuse(&p, NOWHERE, "out of memory for the grammar");
+    if (!p.failed && !settle(g, depth))
+        refuse(&p, NOWHERE, "rules of the grammar lean on each other in too long a chain");
+    if (!p.failed && g->cost[g->rules[g->root].start] == NOWHERE)
+        refuse(&p, NOWHERE, "the grammar has no sentence of at most %d bytes", MAX_COST);
+    for (uint32_t r = g->n_rules; r-- > 0 && !p.failed;)
+        if (depth[g->rules[r].start] > g->n_rules)
+            refuse(&p, g->rules[r].name_at, "the rule '%.*s' can begin with itself, or with a rule "
+                   "that can (left recursion): let it end with itself",
+                   (int)min_u32(g->rules[r].name_n, 60), text + g->rules[r].name_at);
+    free(depth);
     return !p.failed;
 }
 

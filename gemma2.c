@@ -1127,12 +1127,18 @@ static uint32_t row_of_id(const gemma2_model *m, uint32_t id)
 
 static int is_kept(const gemma2_model *m, uint32_t id) { return row_of_id(m, id) < m->head.rows; }
 
-/* The logits of the head's rows, in place, to those of all ids. */
+/* The logits of the head's rows, in place, to those of all ids.  An id is never less than its row,
+ * so from the last row on none is written over before it is read. */
 static void spread_logits(const gemma2_model *m, float *logits)
 {
-    uint32_t row = m->head.rows;
-    for (uint32_t id = (uint32_t)m->config.n_vocab; m->kept && id-- > 0;)
-        logits[id] = row && m->kept[row - 1] == id ? logits[--row] : -INFINITY;
+    size_t rows = m->head.rows;
+    for (size_t i = rows; i < (size_t)m->config.n_vocab; i++)
+        logits[i] = -INFINITY;
+    for (size_t row = m->kept ? rows : 0; row-- > 0;) {
+        float logit = logits[row];
+        logits[row] = -INFINITY;
+        logits[m->kept[row]] = logit;
+    }
 }
 
 /* ===================================================================================

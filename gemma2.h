@@ -559,15 +559,15 @@ GEMMA2_API void gemma2_sampler_init(gemma2_sampler *sampler, uint64_t seed);
  * NaN or +infinity.  After an error the sampler is as it was. */
 GEMMA2_API int32_t gemma2_sample(gemma2_session *session, gemma2_sampler *sampler,
                                  const float *logits);
-/* Natural log-probability of id under logits (n floats), before temperature and cuts, into
- * *logprob. */
+/* Natural log-probability of id under logits (n floats, -INFINITY for a banned token), before
+ * temperature and cuts, into *logprob. */
 GEMMA2_API int gemma2_logprob(const float *logits, size_t n, int32_t id, float *logprob);
 typedef struct {
     int32_t id;
     float logprob;
 } gemma2_candidate;
 /* The best of n logits, at most max of them, best first, equal logits by lower id, with the
- * log-probabilities of gemma2_logprob.  Returns how many. */
+ * log-probabilities of gemma2_logprob, without banned tokens.  Returns how many. */
 GEMMA2_API int32_t gemma2_top_logprobs(const float *logits, size_t n, gemma2_candidate *top,
                                        size_t max);
 

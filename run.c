@@ -4936,8 +4936,11 @@ static int tally_chunk(program *p, const int32_t *ids, size_t n, tally *t)
     return code < 0 ? engine_failed(p, "scoring", code) : DONE;
 }
 
-static int perplexity(program *p, size_t length)
+static int perplexity(program *p)
 {
+    size_t length = (size_t)gemma2_context(p->session);
+    if (length < 3)
+        return fail(USAGE, "--perplexity needs chunks of 3 tokens or more");
     int status = p->config->bos >= 0 ? push_id(p, p->config->bos) : DONE;
     if (status == DONE)
         status = read_path(p->opts->subject, &p->prompt);
@@ -5013,9 +5016,10 @@ static int check_target(const program *p)
     return status ? status : save_file("the importance", path, NULL, 0);
 }
 
-static int importance(program *p, size_t length)
+static int importance(program *p)
 {
     gemma2_input last;
+    size_t length = (size_t)gemma2_context(p->session);
     size_t columns = 0, n = 0;
     uint32_t block = p->opts->block ? (uint32_t)p->opts->block : 1;
     int status = check_target(p);
@@ -6573,8 +6577,8 @@ static int open_ahead(program *p)
     return p->ahead ? DONE : fail(FAILED, "%s", err);
 }
 
-/* Modes that evaluate a prompt. */
-static int run_prompt(program *p)
+/* Reads the prompt that a mode evaluates. */
+static int open_prompt(program *p)
 {
     int status = load_prompt(p);
     if (status != DONE)
@@ -6592,26 +6596,15 @@ static int run_prompt(program *p)
     warn_of_prompt(p);
     if (p->opts->mode == REWARD && !p->config->n_scores)
         return fail(USAGE, "--reward: this model has no head for scores; it is no reward model");
-    switch (p->opts->mode) {
-    case LOGITS: return best_logits(p);
-    case SCORE: return score(p);
-    case TRACE: return trace(p);
-    case EMBED:
-    case REWARD: return embed(p);
-    default: return generate(p);
-    }
+    return DONE;
 }
 
-/* Modes that need no session. */
-static int run_on_file(program *p)
-{
-    switch (p->opts->mode) {
-    case TOKENIZE: return tokenize(p);
-    case DETOKENIZE: return detokenize(p);
-    case INFO: return info(p);
-    default: return check(p);
-    }
-}
+static int (*const MODES[])(program *p) = {
+    [GENERATE] = generate, [CONVERSE] = converse, [TOKENIZE] = tokenize, [DETOKENIZE] = detokenize,
+    [LOGITS] = best_logits, [SCORE] = score, [PERPLEXITY] = perplexity, [IMPORTANCE] = importance,
+    [INFO] = info, [CHECK] = check, [TRACE] = trace, [BATCH] = answer_lines, [EMBED] = embed,
+    [REWARD] = embed,
+};
 
 static int run(program *p)
 {
@@ -6625,22 +6618,15 @@ static int run(program *p)
         return refuse_model(opts->model, err);
     p->config = gemma2_get_config(p->model);
     int status = check_model_fits(p);
-    if (status != DONE || !(EVALUATES & ONE(opts->mode)))
-        return status ? status : run_on_file(p);
+    if (status != DONE || opts->mode == BATCH || !(EVALUATES & ONE(opts->mode)))
+        return status ? status : MODES[opts->mode](p);
 
-    if (opts->mode == BATCH)
-        return answer_lines(p);
     gemma2_session_params params = opts->session;
     if (chunks && params.n_context == 0)
         params.n_context = p->config->n_context < 512 ? p->config->n_context : 512;
-    if (opts->mode == PERPLEXITY && params.n_context < 3)
-        return fail(USAGE, "--perplexity needs chunks of 3 tokens or more");
     status = open_session(p, &params);
-    if (status != DONE)
-        return status;
-    if (chunks)
-        return opts->mode == PERPLEXITY ? perplexity(p, (size_t)params.n_context)
-                                        : importance(p, (size_t)params.n_context);
+    if (status != DONE || chunks)
+        return status ? status : MODES[opts->mode](p);
     array gbnf = {0};
     status = load_constraint(p, &gbnf);
     free(gbnf.items);
@@ -6651,9 +6637,11 @@ static int run(program *p)
         status = open_ahead(p);
     if (status == DONE && (opts->kept || opts->loaded))
         status = load_session(p, opts->kept ? opts->kept : opts->loaded, opts->kept != NULL);
+    if (status == DONE && opts->mode != CONVERSE)
+        status = open_prompt(p);
     if (status != DONE)
         return status;
-    status = opts->mode == CONVERSE ? converse(p) : run_prompt(p);
+    status = MODES[opts->mode](p);
     int all_said = status == DONE || (status == INTERRUPTED && opts->mode == CONVERSE);
     if (!all_said || p->out.error || !opts->kept)
         return status;

@@ -37,14 +37,19 @@ for GEMMA2_ISA in '' avx512 scalar; do
     PROMPT="$long the end";        line '"max_tokens": 9, "temperature": 0' -n 9 -t 0
     PROMPT="$long he";             line '"max_tokens": 12, "seed": 3' -n 12 -s 3
     PROMPT='';                     line '"max_tokens": 6' -n 6
-    PROMPT='The wolf';             line '"max_tokens": 30, "stop": [" the", "q"]' -n 30 --stop ' the' --stop q
+    PROMPT='The wolf';             line '"max_tokens": 30, "stop": [" the", "q"]' -n 30 \
+        --stop ' the' --stop q
     PROMPT="$long the";            line '"max_tokens": 7, "top_k": 5, "top_p": 0.5' -n 7 -k 5 -P 0.5
-    PROMPT='A';                    line '"max_tokens": 15, "min_p": 0.2, "presence_penalty": 1.5' -n 15 --min-p 0.2 --presence-penalty 1.5
+    PROMPT='A';                    line '"max_tokens": 15, "min_p": 0.2, "presence_penalty": 1.5' \
+        -n 15 --min-p 0.2 --presence-penalty 1.5
     PROMPT='Nothing';              line '"max_tokens": 0' -n 0
     PROMPT="$long";                line '"max_tokens": 5, "temperature": 1.7' -n 5 -t 1.7
-    PROMPT='The old woman';        line '"max_tokens": 20, "repetition_penalty": 1.3' -n 20 --repeat-penalty 1.3
-    PROMPT='Is it?';               line '"max_tokens": 9, "choices": ["yes", "no"]' -n 9 --choice yes --choice no
-    PROMPT='The fox';              line '"max_tokens": 30, "schema": {"enum": [1, "x y"]}' -n 30 --schema "$TMP/schema"
+    PROMPT='The old woman'
+    line '"max_tokens": 20, "repetition_penalty": 1.3' -n 20 --repeat-penalty 1.3
+    PROMPT='Is it?';               line '"max_tokens": 9, "choices": ["yes", "no"]' -n 9 \
+        --choice yes --choice no
+    PROMPT='The fox';              line '"max_tokens": 30, "schema": {"enum": [1, "x y"]}' -n 30 \
+        --schema "$TMP/schema"
     [ "$GEMMA2_ISA" = scalar ] && set -- '8 1' || set -- '1 1' '3 2' '16 1'
     for how; do
         batch "$TMP/in" --json -s 7 --parallel ${how% *} -j ${how#* } | results >"$TMP/got"
@@ -54,7 +59,8 @@ for GEMMA2_ISA in '' avx512 scalar; do
 done
 unset GEMMA2_ISA
 batch "$TMP/in" --json -s 7 --kv f32 --exact --parallel 4 | results >"$TMP/got"
-"$RUN" "$STORY" --json -q --kv f32 --exact -s 7 -n 9 -t 0 -p "$long the end" | sed 's/.*"ids": \(.*\), "finish.*/\1/' >"$TMP/alone"
+"$RUN" "$STORY" --json -q --kv f32 --exact -s 7 -n 9 -t 0 -p "$long the end" |
+    sed 's/.*"ids": \(.*\), "finish.*/\1/' >"$TMP/alone"
 sed -n '2s/.*7, \(\[.*\)/\1/p' "$TMP/got" >"$TMP/second"
 same "$TMP/alone" "$TMP/second" "f32 cache, exact prompts"
 
@@ -62,7 +68,8 @@ same "$TMP/alone" "$TMP/second" "f32 cache, exact prompts"
 : >"$TMP/in"; : >"$TMP/alone"; n=0
 grammar="--grammar $TMP/grammar --top-logprobs 3"
 PROMPT='The fox'; line '"max_tokens": 15' -n 15 $grammar
-PROMPT='The fox'; line '"max_tokens": 9, "choices": ["a", "b"]' -n 9 --choice a --choice b --top-logprobs 3
+PROMPT='The fox'; line '"max_tokens": 9, "choices": ["a", "b"]' -n 9 --choice a --choice b \
+    --top-logprobs 3
 PROMPT='The cow'; line '"temperature": 0' -t 0 $grammar
 batch "$TMP/in" --json -s 7 --parallel 1 $grammar | results >"$TMP/got"
 same "$TMP/alone" "$TMP/got" "--grammar and --top-logprobs of a batch"
@@ -76,7 +83,8 @@ batch "$TMP/in" --schema "$TMP/grammar" >"$TMP/got"; claim $? -eq 2 "exit status
 # A conversation gives what -c -S gives, and a common beginning is read once.
 printf '{"messages": [{"role": "system", "content": "Rhyme."}, {"role": "user", "content": "Hi"}], "max_tokens": 9}\n' >"$TMP/in"
 batch "$TMP/in" -s 2 --json | results | sed 's/^1 \(".*"\), "length".*/\1/' >"$TMP/got"
-"$RUN" "$STORY" -q --json -c -S Rhyme. -s 2 -n 9 Hi | sed 's/^{"text": \(".*"\), "prompt_ids.*/\1/' >"$TMP/alone"
+"$RUN" "$STORY" -q --json -c -S Rhyme. -s 2 -n 9 Hi |
+    sed 's/^{"text": \(".*"\), "prompt_ids.*/\1/' >"$TMP/alone"
 same "$TMP/alone" "$TMP/got" "messages"
 cat >"$TMP/in" <<'END'
 {"messages": [{"role": "developer", "content": [{"type": "text", "text": "Rhy"}, {"text": "me.", "type": "text"}]}, {"content": [{"type": "text", "text": "Hi"}], "role": "user"}], "max_tokens": 9}
@@ -88,7 +96,8 @@ batch "$TMP/in" -s 2 --json -S Rhyme. | results | sed 's/^1 \(".*"\), "length".*
 same "$TMP/alone" "$TMP/got" "messages, with the system text of the options"
 for i in 1 2 3 4 5 6; do printf '{"prompt": "%s %s", "max_tokens": 3}\n' "$long" $i; done >"$TMP/in"
 batch "$TMP/in" --exact >/dev/null
-shared=$(sed -n 's/.* and \([0-9]*\) shared.*/\1/p' "$TMP/err") read=$(sed -n 's/.*prompts \([0-9]*\) tok.*/\1/p' "$TMP/err")
+shared=$(sed -n 's/.* and \([0-9]*\) shared.*/\1/p' "$TMP/err")
+read=$(sed -n 's/.*prompts \([0-9]*\) tok.*/\1/p' "$TMP/err")
 claim "$shared" -gt $((4 * read)) "tokens shared, $read read"
 grep -q "^batch: at most [0-9]* sessions" "$TMP/err"; claim $? -eq 0 "the plan of memory"
 
@@ -133,9 +142,12 @@ bad 'must be POST' '{"custom_id": "a", "method": "GET", "url": "/v1/completions"
 bad 'must be false' '{"custom_id": "a", "url": "/v1/completions", "body": {"prompt": "a", "stream": true}}'
 bad 'must be 1' '{"custom_id": "a", "url": "/v1/completions", "body": {"prompt": "a", "n": 2}}'
 bad 'must be a text' '{"custom_id": 5, "url": "/v1/completions", "body": {"prompt": "a"}}'
-bad '"top_logprobs\" belongs' '{"custom_id": "a", "url": "/v1/completions", "body": {"prompt": "a", "top_logprobs": 2}}'
-bad 'must be true or false' '{"custom_id": "a", "url": "/v1/chat/completions", "body": {"messages": [{"role": "user", "content": "a"}], "logprobs": 2}}'
-bad 'logprobs\" takes a whole number' '{"custom_id": "a", "url": "/v1/completions", "body": {"prompt": "a", "logprobs": true}}'
+bad '"top_logprobs\" belongs' \
+    '{"custom_id": "a", "url": "/v1/completions", "body": {"prompt": "a", "top_logprobs": 2}}'
+bad 'must be true or false' \
+    '{"custom_id": "a", "url": "/v1/chat/completions", "body": {"messages": [{"role": "user", "content": "a"}], "logprobs": 2}}'
+bad 'logprobs\" takes a whole number' \
+    '{"custom_id": "a", "url": "/v1/completions", "body": {"prompt": "a", "logprobs": true}}'
 bad 'from 0 to 1000' '{"custom_id": "a", "url": "/v1/completions", "body": {"prompt": "a", "logprobs": 1001}}'
 bad 'json_object' '{"custom_id": "a", "url": "/v1/completions", "body": {"prompt": "a", "response_format": {"type": "xml"}}}'
 bad 'takes a list of texts' '{"prompt": "a", "choices": []}'
@@ -144,18 +156,21 @@ bad '"schema\": ' '{"prompt": "a", "schema": {"type": "x"}}'
 bad '"id": 1, "error"' '{"id": {}, "prompt": "a"}'
 bad '"body\" must hold' '{"custom_id": "a", "url": "/v1/chat/completions", "body": []}'
 printf '{"prompt": "a", "choices": ["a"]}\n' >"$TMP/in"
-batch "$TMP/in" --ignore-eos -q | grep -q 'ignore-eos do not go together'; claim $? -eq 0 "an end that is ignored"
+batch "$TMP/in" --ignore-eos -q | grep -q 'ignore-eos do not go together'
+claim $? -eq 0 "an end that is ignored"
 { head -c 100000 /dev/zero | tr '\0' '['; echo; head -c 1000 /dev/zero; echo
   printf '{"id": "'; head -c 1000000 /dev/zero | tr '\0' 'i'; printf '", "prompt": "a"}\n\n  \n'
   printf '{"id": "last", "prompt": "a"}'; } >"$TMP/in"
 batch "$TMP/in" -n 1 -q >"$TMP/got"
 claim $? -eq 1 "exit status"
 claim "$(grep -c '"error"' "$TMP/got")" -eq 2 "errors: deep brackets, zeros"
-claim "$(grep -c '"text"' "$TMP/got")" -eq 2 "results: an id of a megabyte, a last line without newline"
+claim "$(grep -c '"text"' "$TMP/got")" -eq 2 \
+    "results: an id of a megabyte, a last line without newline"
 claim "$(wc -c <"$TMP/got")" -gt 1000000 "bytes"
 awk 'BEGIN { for (i = 0; i < 1100; i++) printf "word "; }' >"$TMP/words"
 printf '{"prompt": "%s"}\n' "$(cat "$TMP/words")" >"$TMP/in"
-batch "$TMP/in" -q | grep -q 'the context holds 1024'; claim $? -eq 0 "a prompt longer than the context"
+batch "$TMP/in" -q | grep -q 'the context holds 1024'
+claim $? -eq 0 "a prompt longer than the context"
 
 # ---- OpenAI's form -------------------------------------------------------------------------
 cat >"$TMP/in" <<'END'
@@ -164,7 +179,8 @@ cat >"$TMP/in" <<'END'
 END
 batch "$TMP/in" -q -s 1 >"$TMP/got"; claim $? -eq 0 "exit status of OpenAI's form"
 for part in '"custom_id": "c\\"1", "response": {"status_code": 200' '"object": "chat.completion"' \
-    '"message": {"role": "assistant", "content": "' '"finish_reason": "length"' '"total_tokens": 18' \
+    '"message": {"role": "assistant", "content": "' '"finish_reason": "length"' \
+        '"total_tokens": 18' \
     '"logprobs": {"content": \[{"token": "' '"object": "text_completion"' '"error": null}$'; do
     claim "$(grep -c "$part" "$TMP/got")" -ge 1 "lines with $part"
 done
@@ -187,7 +203,9 @@ claim "$(grep -c '"text_offset": \[0, 1, 1, 1, 2, 3\]' "$TMP/got")" -eq 1 "offse
 claim "$(grep -c '"text": "{.*"finish_reason": "stop"' "$TMP/got")" -eq 1 "objects"
 
 # ---- Killed, and begun again -----------------------------------------------------------------
-for i in 1 2 3 4 5 6 7 8 9 10 11 12; do printf '{"id": "%s", "prompt": "The %s", "max_tokens": 60}\n' $i $i; done >"$TMP/in"
+for i in 1 2 3 4 5 6 7 8 9 10 11 12; do
+    printf '{"id": "%s", "prompt": "The %s", "max_tokens": 60}\n' $i $i
+done >"$TMP/in"
 echo '{"id": "bad", "prompt": 5}' >>"$TMP/in"
 batch "$TMP/in" -q -s 5 -o "$TMP/whole"; claim $? -eq 1 "exit status of one run"
 sort "$TMP/whole" >"$TMP/want"
@@ -212,7 +230,8 @@ killed KILL 2>/dev/null
 printf '{"id": "7", "text": "To' >>"$TMP/out" # a torn line
 batch "$TMP/in" -s 5 --parallel 3 -o "$TMP/out"; claim $? -eq 1 "exit status of the second run"
 sort "$TMP/out" >"$TMP/got"; same "$TMP/want" "$TMP/got" "results after kill -9"
-claim "$(sed -n 's/.* \([0-9]*\) done before.*/\1/p' "$TMP/err")" -ge 2 "results of the first run that were kept"
+claim "$(sed -n 's/.* \([0-9]*\) done before.*/\1/p' "$TMP/err")" -ge 2 \
+    "results of the first run that were kept"
 batch "$TMP/in" -q -s 5 -o "$TMP/out"
 sort "$TMP/out" >"$TMP/got"; same "$TMP/want" "$TMP/got" "the same command once more"
 killed TERM 2>/dev/null
@@ -222,7 +241,10 @@ batch "$TMP/in" -q -s 5 -o "$TMP/out"
 sort "$TMP/out" >"$TMP/got"; same "$TMP/want" "$TMP/got" "results after SIGTERM"
 
 # Without -s the second run takes the seed that the first run drew, even if lines have their own.
-for i in 1 2 3 4 5; do printf '{"id": %s, "prompt": "The %s", "max_tokens": 5%s}\n' $i $i "$([ $i -lt 4 ] && echo ', "seed": 8')"; done >"$TMP/seeds"
+for i in 1 2 3 4 5; do
+    printf '{"id": %s, "prompt": "The %s", "max_tokens": 5%s}\n' $i $i \
+        "$([ $i -lt 4 ] && echo ', "seed": 8')"
+done >"$TMP/seeds"
 "$RUN" "$STORY" --batch "$TMP/seeds" -q -o "$TMP/whole"
 sort "$TMP/whole" >"$TMP/want"; grep -v '"id": [15]' "$TMP/whole" >"$TMP/out"
 batch "$TMP/seeds" -q -o "$TMP/out"
@@ -239,7 +261,8 @@ if [ -w /dev/full ]; then
 fi
 { batch "$TMP/in" -q -s 5; echo $? >"$TMP/status"; } | head -n 1 >"$TMP/got"
 claim "$(cat "$TMP/status")" -eq 0 "exit status when the reader leaves"
-sed 1d "$TMP/in" | batch - -q -s 5 >"$TMP/got"; claim "$(wc -l <"$TMP/got")" -eq 12 "results of standard input"
+sed 1d "$TMP/in" | batch - -q -s 5 >"$TMP/got"
+claim "$(wc -l <"$TMP/got")" -eq 12 "results of standard input"
 : >"$TMP/got"
 # A program may wait for each result before it sends the next line.
 { for i in 1 2; do
@@ -258,14 +281,15 @@ for i in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do
     printf '{"id": "%d", "prompt": "A fox and %d", "max_tokens": 5}\n' $i $i
 done >"$TMP/in.jsonl"
 batch "$TMP/in.jsonl" -q -s 1 | sort >"$TMP/want"
-recipe() { # FIRST LAST: lines of README, run in $TMP
-    sed -n "/$1/,/$2/p" "$README" | sed "s|\./run model.bin|'$HERE_RUN' '$HERE_STORY'|g; s/-N 1000/-N 3/" >"$TMP/recipe"
+recipe() { # ADDRESS: these lines of README, run in $TMP
+    sed -n "$1p" "$README" |
+        sed "s|\./run model.bin|'$HERE_RUN' '$HERE_STORY'|g; s/-N 1000/-N 3/" >"$TMP/recipe"
     (cd "$TMP" && PATH=$TMP:$PATH && . ./recipe) >/dev/null 2>"$TMP/err"
 }
 HERE_RUN=$(cd "$(dirname "$RUN")" && pwd)/$(basename "$RUN")
 HERE_STORY=$(cd "$(dirname "$STORY")" && pwd)/story-q8.bin
 if parallel --version 2>/dev/null | grep -q GNU; then
-    recipe '^parallel ' '^parallel '
+    recipe '/^parallel /'
     sort "$TMP/out.jsonl" >"$TMP/got"; same "$TMP/want" "$TMP/got" "GNU parallel"
 else
     echo "not run: GNU parallel: there is no parallel"
@@ -278,7 +302,7 @@ i=0
 while [ $i -le "$last" ]; do SLURM_ARRAY_TASK_ID=$i sh -c "$3" || exit 1; i=$((i + 1)); done
 END
 chmod +x "$TMP/sbatch"
-recipe '^split ' '--wrap'
+recipe '/^split /,/--wrap/'
 cat "$TMP"/out.[0-9] 2>/dev/null | sort >"$TMP/got"; same "$TMP/want" "$TMP/got" "a Slurm array"
 echo "$passed passed, $failed failed"
 [ $failed -eq 0 ]

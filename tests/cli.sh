@@ -80,7 +80,8 @@ refuses "f32, f16 or q8" "cache type" 2 "$STORY" --kv q9 x
 refuses "--draft has no meaning with --score: leave one of them out" "a draft of scores" 2 \
     "$STORY" --draft "$STORY" --score x
 refuses "--stop has no meaning with --tokenize" "a stop of ids" 2 "$STORY" --tokenize --stop a x
-refuses "--json has no meaning with --perplexity" "perplexity as JSON" 2 "$STORY" --json --perplexity x
+refuses "--json has no meaning with --perplexity" "perplexity as JSON" 2 "$STORY" \
+    --json --perplexity x
 refuses "--history has no meaning for a single reply: leave it out" "history of a reply" 2 \
     "$STORY" -c --history h x
 refuses "belongs to --schema" "spaces of no schema" 2 "$STORY" --schema-spaces on x
@@ -93,10 +94,16 @@ explains() { # SAID ARGUMENT...
     refuses "$explained" "$*" 2 "$STORY" -p x "$@"
     claim "$(grep -c nearest "$TMP/err")" -eq 0 "suggestions"
 }
-for option in -ngl --n-gpu-layers --n_gpu_layers -fa --flash-attn; do explains "on the CPU" $option 99; done
+for option in -ngl --n-gpu-layers --n_gpu_layers -fa --flash-attn; do
+    explains "on the CPU" $option 99
+done
 for option in -b --batch-size -ub -tb; do explains "leave it out" $option 512; done
-for option in --mirostat --typical --dry-multiplier --xtc-probability; do explains "--top-k" $option 2; done
-for option in --rope-freq-base --rope-scaling; do explains "as the model was trained" $option 2; done
+for option in --mirostat --typical --dry-multiplier --xtc-probability; do
+    explains "--top-k" $option 2
+done
+for option in --rope-freq-base --rope-scaling; do
+    explains "as the model was trained" $option 2
+done
 explains "export.py --lora" --lora a.gguf
 explains "export.py put it" --chat-template=chatml
 explains "nothing is downloaded" -hf google/gemma-2-2b-it
@@ -108,8 +115,10 @@ explains "--in-memory" --mlock
 explains "-C 4096" -c 4096
 refuses "-C 4096" "-c N before the model" 2 -c 4096 "$STORY" x
 explains "drop" --keep 5
-run "-c and a number as the message" 0 "$STORY" -n 1 -c 42; err_has "note: -c is --chat here and 42 the message"
-run "-c and a text of figures and letters" 0 "$STORY" -n 1 -c 42nd; claim "$(grep -c note "$TMP/err")" -eq 0 "notes"
+run "-c and a number as the message" 0 "$STORY" -n 1 -c 42
+err_has "note: -c is --chat here and 42 the message"
+run "-c and a text of figures and letters" 0 "$STORY" -n 1 -c 42nd
+claim "$(grep -c note "$TMP/err")" -eq 0 "notes"
 run "-t 8" 0 "$STORY" -n 1 -t 8 x;              err_has "8 threads are -j 8"
 run "-t 8, quiet" 0 "$STORY" -q -n 1 -t 8 x;    err_empty
 run "-t 1.5" 0 "$STORY" -n 1 -t 1.5 x;          claim "$(grep -c note "$TMP/err")" -eq 0 "notes"
@@ -120,7 +129,8 @@ number() { # OPTION VALUE...: each is refused
     shift
     for value; do
         refuses "takes a" "$option '$value'" 2 "$STORY" x "$option" "$value"
-        case $option in --*) refuses "takes a" "$option=$value" 2 "$STORY" x "$option=$value" ;; esac
+        case $option in --*) refuses "takes a" "$option=$value" 2 "$STORY" x \
+            "$option=$value" ;; esac
     done
 }
 for option in -n -k -C -j -s --window --logits --repeat-last-n; do
@@ -159,16 +169,19 @@ converts() { # PATH COMMAND
 cp "$TMP/model" "$TMP/model.safetensors"
 converts "$TMP/model.safetensors" "python3 export.py $TMP/model.safetensors model.bin"
 printf 'GGUF\003\000\000\000' >"$TMP/gemma-2-2b-it-Q4_K_M.gguf"
-converts "$TMP/gemma-2-2b-it-Q4_K_M.gguf" "python3 export.py $TMP/gemma-2-2b-it-Q4_K_M.gguf gemma-2-2b-it-Q4_K_M.bin"
+converts "$TMP/gemma-2-2b-it-Q4_K_M.gguf" \
+    "python3 export.py $TMP/gemma-2-2b-it-Q4_K_M.gguf gemma-2-2b-it-Q4_K_M.bin"
 printf 'PK\003\004' >"$TMP/pytorch_model.bin"
-converts "$TMP/pytorch_model.bin" "python3 export.py $TMP/pytorch_model.bin pytorch_model-gemma2.bin"
+converts "$TMP/pytorch_model.bin" \
+    "python3 export.py $TMP/pytorch_model.bin pytorch_model-gemma2.bin"
 printf '\200\002' >"$TMP/model.pt"
 converts "$TMP/model.pt" "python3 export.py $TMP/model.pt model.bin"
 mkdir "$TMP/gemma-2-2b-it"
 converts "$TMP/gemma-2-2b-it/" "python3 export.py $TMP/gemma-2-2b-it/ gemma-2-2b-it.bin"
 cp "$TMP/model.pt" "$TMP/it's a.pt"
 run "a name with a quote" 3 "$TMP/it's a.pt" x
-claim "$(sed 's/.* with: //' "$TMP/err")" = "python3 export.py '$TMP/it'\\''s a.pt' 'it'\\''s a.bin'" "command"
+claim "$(sed 's/.* with: //' "$TMP/err")" = \
+    "python3 export.py '$TMP/it'\\''s a.pt' 'it'\\''s a.bin'" "command"
 rm -r "$TMP/gemma-2-2b-it" "$TMP/pytorch_model.bin" "$TMP"/*.pt "$TMP"/*.gguf "$TMP"/*.safetensors
 size=$(wc -c <"$STORY")
 size=$((size))
@@ -177,7 +190,8 @@ for bytes in 1 8 511 512 600 100000 $((size - 1)); do
     refuses "" "model cut to $bytes bytes" 3 "$TMP/model" x
 done
 err_has "$((size - 1)) bytes.*$size: it was cut short"
-{ cat "$STORY"; echo; } >"$TMP/model";              refuses "$size: it was added to" "trailing byte" 3 "$TMP/model" x
+{ cat "$STORY"; echo; } >"$TMP/model";              refuses "$size: it was added to" \
+    "trailing byte" 3 "$TMP/model" x
 # The file's last bytes are zeros: only --check can see it.
 { head -c $((size - 4096)) "$STORY"; head -c 4096 /dev/zero; } >"$TMP/model"
 run "damaged weights open" 0 "$TMP/model" --info
@@ -189,8 +203,10 @@ refuses "tokenizer" "tokenizer cannot score" 3 "$VOCAB" --score x
 run "info" 0 "$STORY" --info;            err_empty
 out_has "^identity: [0-9a-f]\{64\}$"; out_has "^layers: 6"; out_has "^memory: .*mapped"
 out_has '^chat: "<bos><start_of_turn>user\\nSYSTEM\\n\\nUSER<end_of_turn>\\n<start_of_turn>model\\nMODEL<end_of_turn>\\n"$'
-out_has "^attention: LGLGLG (L local, window 128; G global)"; out_has "^scales: query 0.125, embedding 16, rope"
-claim "$(grep '^sections' "$TMP/out" | tr '\n' ';')" = "sections of bytes: 2, 61.3 KiB;sections of f32: 25, 6400 values, 25.0 KiB;sections of q8: 43, 5767168 values, 5.7 MiB;" "sections"
+out_has "^attention: LGLGLG (L local, window 128; G global)"
+out_has "^scales: query 0.125, embedding 16, rope"
+claim "$(grep '^sections' "$TMP/out" | tr '\n' ';')" = \
+    "sections of bytes: 2, 61.3 KiB;sections of f32: 25, 6400 values, 25.0 KiB;sections of q8: 43, 5767168 values, 5.7 MiB;" "sections"
 name="unknown instruction set"
 GEMMA2_ISA=pentium "$RUN" "$STORY" x </dev/null >"$TMP/out" 2>"$TMP/err"
 claim $? -eq 3 "exit status"; out_empty; err_has "pentium"
@@ -212,7 +228,8 @@ ids " " "2 235248"
 ids "<s> Hello<s>how" "2 204 25957 204 1139"
 ids "<bos>" "2 235322 14084 235313"
 printf '\t\t\t\t \n\n61' >"$TMP/in"
-run "ids of standard input" 0 "$VOCAB" --tokenize;        out_is "2 255971 235248 109 235318 235274\n"
+run "ids of standard input" 0 "$VOCAB" --tokenize
+out_is "2 255971 235248 109 235318 235274\n"
 printf 'Hello\0\n' >"$TMP/in"
 run "NUL and newline count" 0 "$VOCAB" --tokenize -f -;   out_is "2 4521 217 108\n"
 printf 'Hello\0\n' >"$TMP/file"
@@ -259,11 +276,15 @@ claim "$(wc -l <"$TMP/err")" -eq 1 "lines on standard error"
 claim "$(tail -c 1 "$TMP/out" | od -An -c | tr -d ' ')" = '\n' "last byte"
 run "greedy again" 0 -q -n24 "$STORY" --temperature=0 -- "$P"
 err_empty; same "$TMP/out" "$TMP/greedy" "greedy text differs"
-run "one thread" 0 "$STORY" -q -t 0 -n 24 -j 1 "$P"; same "$TMP/out" "$TMP/greedy" "threads change the text"
+run "one thread" 0 "$STORY" -q -t 0 -n 24 -j 1 "$P"
+same "$TMP/out" "$TMP/greedy" "threads change the text"
 printf %s "$P" >"$TMP/in"
-run "prompt from standard input" 0 "$STORY" -q -t 0 -n 24; same "$TMP/out" "$TMP/greedy" "stdin changes the text"
-run "top-k 1 is greedy" 0 "$STORY" -q -k 1 -n 24 "$P"; same "$TMP/out" "$TMP/greedy" "top-k 1 is not greedy"
-run "prompt as ids" 0 "$STORY" -q -t 0 -n 24 --ids "2 2740 688 266 538"; same "$TMP/out" "$TMP/greedy" "ids change the text"
+run "prompt from standard input" 0 "$STORY" -q -t 0 -n 24
+same "$TMP/out" "$TMP/greedy" "stdin changes the text"
+run "top-k 1 is greedy" 0 "$STORY" -q -k 1 -n 24 "$P"
+same "$TMP/out" "$TMP/greedy" "top-k 1 is not greedy"
+run "prompt as ids" 0 "$STORY" -q -t 0 -n 24 --ids "2 2740 688 266 538"
+same "$TMP/out" "$TMP/greedy" "ids change the text"
 run "echo" 0 "$STORY" -q -t 0 -n 24 --echo "$P"
 { printf %s "$P"; cat "$TMP/greedy"; } >"$TMP/want"; same "$TMP/out" "$TMP/want" "echo"
 run "echo of ids" 0 "$STORY" -q -t 0 -n 24 --echo --ids "2 2740 688 266 538"
@@ -289,7 +310,8 @@ as "system text" "-n 9 -c -S Rhyme." "$STORY -n 9 -cnv -sys Rhyme."
 as "a stop string" "-n 30 --stop e" "$STORY -n 30 -r e"
 as "cache" "-n 9 --kv f32" "$STORY -n 9 -ctk f32 -ctv f32"
 as "what is so anyway" "-n 9" "$STORY -n 9 --no-display-prompt --jinja -st"
-run "a prompt before -m" 0 -q -t 0 -n 24 "$P" -m "$STORY"; same "$TMP/out" "$TMP/greedy" "it is another text"
+run "a prompt before -m" 0 -q -t 0 -n 24 "$P" -m "$STORY"
+same "$TMP/out" "$TMP/greedy" "it is another text"
 refuses "too many: x" "two prompts and -m" 2 "$P" x -m "$STORY"
 
 # Penalties and biases.
@@ -300,8 +322,10 @@ most() { json_ids | sort | uniq -c | sort -rn | awk 'NR == 1 { print $1 }'; }
 reply() { sed 's/, "timings".*//' "$TMP/out" >"$TMP/$1"; }
 count() { sed "s/.*\"$1\": \([0-9]*\).*/\1/" "$TMP/out"; }
 AGAIN="The king said, Who are you? The king said, Who are you? The king said,"
-for how in "-t 0 -s 1" "-s 7" "-s 8 -k 3 --repeat-penalty 1.2" "-s 9 -n 25 --stop you" "-t 0 -s 1 -C 60"; do
-    run "no guesses $how" 0 "$STORY" -q --json -n 60 $how --lookup off --session "$TMP/kept" "$AGAIN"
+for how in "-t 0 -s 1" "-s 7" "-s 8 -k 3 --repeat-penalty 1.2" "-s 9 -n 25 --stop you" \
+    "-t 0 -s 1 -C 60"; do
+    run "no guesses $how" 0 "$STORY" -q --json -n 60 $how --lookup off --session "$TMP/kept" \
+        "$AGAIN"
     reply plain; mv "$TMP/kept" "$TMP/plain.kept"
     claim "$(count drafted)" -eq 0 "drafted without guesses"
     for guess in "--lookup on" "--draft-max 5" "--draft-max 99 --draft $STORY" \
@@ -316,7 +340,8 @@ done
 run "a loop, guessed" 0 "$STORY" -q --json -t 0 -n 60 --draft-max 8 "$AGAIN"
 claim "$(count passes)" -lt 45 "passes"
 claim "$(count accepted)" -gt 14 "accepted"
-refuses "another vocabulary" "a draft with other pieces" 2 "$STORY" --draft "$HERE/golden/both.bin" x
+refuses "another vocabulary" "a draft with other pieces" 2 "$STORY" \
+    --draft "$HERE/golden/both.bin" x
 refuses "tokenizer only" "a draft without a model" 3 "$STORY" --draft "$VOCAB" x
 refuses "cannot open" "no such draft" 3 "$STORY" --draft "$TMP/none" x
 refuses "it takes on or off" "lookup maybe" 2 "$STORY" --lookup maybe x
@@ -325,7 +350,8 @@ run "no penalty" 0 "$STORY" -q --json -t 0 -n 60 --ignore-eos "$P"; plain=$(most
 for penalty in "--repeat-penalty 1000" "--presence-penalty 100" "--frequency-penalty 100"; do
     run "$penalty" 0 "$STORY" -q --json -t 0 -n 60 --ignore-eos $penalty --repeat-last-n -1 "$P"
     claim "$(most)" -eq 1 "most of one token"
-    run "$penalty, of none" 0 "$STORY" -q --json -t 0 -n 60 --ignore-eos $penalty --repeat-last-n 0 "$P"
+    run "$penalty, of none" 0 "$STORY" -q --json -t 0 -n 60 --ignore-eos $penalty \
+        --repeat-last-n 0 "$P"
     claim "$(most)" -eq "$plain" "most of one token"
 done
 first=$("$RUN" "$STORY" --logits 1 "$P" </dev/null | cut -f 1)
@@ -338,15 +364,19 @@ claim "$(json_ids | wc -l)" -eq 3 "tokens"
 run "a random seed is shown" 0 "$STORY" -n 20 "$P"; keep sampled
 seed=$(sed 's/.*seed //' "$TMP/err")
 run "another seed" 0 "$STORY" -n 1 "$P"; claim "$(sed 's/.*seed //' "$TMP/err")" != "$seed" "seed"
-run "and reproduces" 0 "$STORY" -n 20 -s "$seed" "$P"; same "$TMP/out" "$TMP/sampled" "seed $seed does not reproduce"
+run "and reproduces" 0 "$STORY" -n 20 -s "$seed" "$P"
+same "$TMP/out" "$TMP/sampled" "seed $seed does not reproduce"
 run "verbose" 0 "$STORY" -v -n 1 "$P"; err_has "mapped"
 run "long context" 0 "$STORY" -n 1 -C 2000 "$P"; err_has "warning.*1024"
 run "long context, quiet" 0 "$STORY" -q -n 1 -C 2000 "$P"; err_empty
 refuses "at most 1073741824" "context above all" 2 "$STORY" -C 2147483647 "$P"
-refuses "1201*1024" "prompt above the context" 2 "$STORY" --ids "2 $(awk 'BEGIN { for (i = 0; i < 1200; i++) printf "6 " }')"
+refuses "1201*1024" "prompt above the context" 2 "$STORY" \
+    --ids "2 $(awk 'BEGIN { for (i = 0; i < 1200; i++) printf "6 " }')"
 refuses "5 tokens*4" "prompt above -C" 2 "$STORY" -C 4 "$P"
-run "prompt that fills the context" 0 "$STORY" -q --json -C 5 "$P"; out_has '"ids": \[\], .*"context"'
-run "cuts and cache" 0 "$STORY" -q -n 5 -k 0 -P 1 --min-p 0.05 --kv f32 --window 8 --ignore-eos -C 64 "$P"
+run "prompt that fills the context" 0 "$STORY" -q --json -C 5 "$P"
+out_has '"ids": \[\], .*"context"'
+run "cuts and cache" 0 "$STORY" -q -n 5 -k 0 -P 1 --min-p 0.05 --kv f32 --window 8 \
+    --ignore-eos -C 64 "$P"
 run "chat" 0 "$STORY" -c -q -n 0 --echo "Hello";     out_is "Hello\n\n"
 run "exact" 0 "$STORY" -q --exact --logits 20 "$P"; keep exact
 GEMMA2_ISA=scalar "$RUN" "$STORY" -q --logits 20 "$P" >"$TMP/out" 2>"$TMP/err"
@@ -361,25 +391,33 @@ printf 'Hello' >"$TMP/in"; run "chat from standard input" 0 "$STORY" -c -q -n 5
 run "a message" 0 "$STORY" --tokenize -c "Hello"; keep message
 for newline in '\n' '\r\n'; do
     printf "Hello$newline" >"$TMP/file"; cp "$TMP/file" "$TMP/in"
-    run "newline at the end of a message" 0 "$STORY" --tokenize -c; same "$TMP/out" "$TMP/message" "it counts"
-    run "of a file" 0 "$STORY" --tokenize -c -f "$TMP/file"; same "$TMP/out" "$TMP/message" "it counts"
+    run "newline at the end of a message" 0 "$STORY" --tokenize -c
+    same "$TMP/out" "$TMP/message" "it counts"
+    run "of a file" 0 "$STORY" --tokenize -c -f "$TMP/file"
+    same "$TMP/out" "$TMP/message" "it counts"
     run "and of its echo" 0 "$STORY" -q -n 0 --echo -c -f "$TMP/file"; out_is 'Hello\n\n'
 done
-printf 'Hello\n' >"$TMP/in"; run "outside a chat it counts" 0 "$STORY" -q -n 0 --echo; out_is 'Hello\n\n'
+printf 'Hello\n' >"$TMP/in"; run "outside a chat it counts" 0 "$STORY" -q -n 0 --echo
+out_is 'Hello\n\n'
 warns() { # SAID NAME: the prompt $TMP/file gives a warning unless quiet, and is used
     for way in "--tokenize" "-n 1 -C 4000" "-n 1 -c -C 4000" "--score -C 4000"; do
         run "$2, $way" 0 "$STORY" $way -f "$TMP/file"; err_has "^warning: $TMP/file $1"
         run "$2, quiet" 0 "$STORY" $way -q -f "$TMP/file"; err_empty
     done
 }
-printf '\357\273\277Hello' >"$TMP/file";          warns "begins with a byte-order mark" "a byte-order mark"
+printf '\357\273\277Hello' >"$TMP/file"
+warns "begins with a byte-order mark" "a byte-order mark"
 printf '\377\376H\000i\000' >"$TMP/file";          warns "seems to be UTF-16" "UTF-16"
-printf '\376\377\000H\000i' >"$TMP/file";          warns "seems to be UTF-16" "UTF-16, the other order"
+printf '\376\377\000H\000i' >"$TMP/file"
+warns "seems to be UTF-16" "UTF-16, the other order"
 printf 'H\000e\000l\000l\000o\000,\000 \000h\000i\000!\000' >"$TMP/file"
 warns "seems to be UTF-16" "UTF-16 without a mark"
-printf '\211PNG\r\n\032\n\000\000\000\rIHDR' >"$TMP/file"; warns "seems to be an image, not text" "an image"
-head -c 3000 "$STORY" | tail -c 1000 >"$TMP/file";  warns "seems to be binary data, not text" "binary data"
-head -c 900 /dev/zero >"$TMP/file";                 warns "seems to be binary data, not text" "zeros"
+printf '\211PNG\r\n\032\n\000\000\000\rIHDR' >"$TMP/file"
+warns "seems to be an image, not text" "an image"
+head -c 3000 "$STORY" | tail -c 1000 >"$TMP/file"
+warns "seems to be binary data, not text" "binary data"
+head -c 900 /dev/zero >"$TMP/file"
+warns "seems to be binary data, not text" "zeros"
 for text in 'Tab\there' 'a\033[1mb' 'Hello\000' '\303\251t\303\251' '\344\270\255\346\226\207'; do
     printf "$text" >"$TMP/file"; run "text: $text" 0 "$STORY" --tokenize -f "$TMP/file"; err_empty
 done
@@ -391,14 +429,16 @@ run "an empty message" 0 "$STORY" -n 1 -c "";       err_has "the message is empt
 run "empty and quiet" 0 "$STORY" -q -n 1 "";        err_empty
 run "pieces" 0 "$STORY" --tokenize --json 'Once "upon"'
 out_has '^{"ids": \[2, 2740, .*\], "pieces": \["<bos>", "Once", .*"\\""\]}$'
-printf '\377\n' >"$TMP/in"; run "pieces of bytes" 0 "$STORY" --tokenize --json; out_has '"<0x0A>"\|"\\n"'
+printf '\377\n' >"$TMP/in"; run "pieces of bytes" 0 "$STORY" --tokenize --json
+out_has '"<0x0A>"\|"\\n"'
 run "threads" 0 "$STORY" --info -j 3
 if grep -q "^threads: 3$" "$TMP/out"; then # built with OpenMP
     run "threads, verbose" 0 "$STORY" -v -n 1 -j 3 x; err_has "threads 3"
     claim "$(grep -c warning "$TMP/err")" -eq 0 "warnings"
 else
     out_has "^threads: 1$"
-    run "threads, verbose" 0 "$STORY" -v -n 1 -j 3 x; err_has "threads 1"; err_has "warning: .*without OpenMP.*-j 3 is one"
+    run "threads, verbose" 0 "$STORY" -v -n 1 -j 3 x; err_has "threads 1"
+    err_has "warning: .*without OpenMP.*-j 3 is one"
     run "threads, quiet" 0 "$STORY" -q -n 1 -j 3 x; err_empty
     run "one thread" 0 "$STORY" -n 1 -j 1 x; claim "$(grep -c warning "$TMP/err")" -eq 0 "warnings"
 fi
@@ -439,7 +479,8 @@ keeps shown -n 24 --stop "never in it" "$P"
 keeps shown -n 7 "$P"
 keeps shown -n 0 "$P"
 keeps shown -C 20 "$P"
-keeps "$P$(printf %s "$told" | cut -c 1-20)" -n 24 --stop "$(printf %s "$told" | cut -c 21-22)" --json "$P"
+keeps "$P$(printf %s "$told" | cut -c 1-20)" -n 24 --stop "$(printf %s "$told" | cut -c 21-22)" \
+    --json "$P"
 # A reply of byte pieces, C3 A9 C3 A9 ..: a character is two tokens.
 "$RUN" "$STORY" --logits 4096 x </dev/null >"$TMP/pieces"
 byte() { awk -v piece="\"<0x$1>\"" '$3 == piece { print $1 }' "$TMP/pieces"; }
@@ -447,7 +488,8 @@ accents() {
     keeps "$1" --logit-bias "$(byte C3)+1000" --logit-bias "$(byte A9)+900" \
         --presence-penalty 200 --repeat-last-n 1 "$2" "$3" "$4" "$5" "$P"
 }
-accents shown -n 8 -k 0; claim "$(cat "$TMP/shown")" = "$(printf '\303\251\303\251\303\251\303\251')" "reply"
+accents shown -n 8 -k 0
+claim "$(cat "$TMP/shown")" = "$(printf '\303\251\303\251\303\251\303\251')" "reply"
 accents shown -n 7 -k 0 # half a character is shown as U+FFFD, and kept
 accents "$P" -n 8 --stop "$(printf '\303\251')"
 accents "$P$(printf '\303\251\303\251\303\251')" -n 7 --stop "$(printf '\357\277\275')"
@@ -470,7 +512,8 @@ out_has "\"prompt_ids\": \[$first, "
 claim "$(grep -o '"prompt_ids": [^]]*' "$TMP/out" | tr ',' '\n' | grep -c '\b2$')" -eq 1 "BOS"
 run "a later turn" 0 "$STORY" -c -n 0 --json --load "$TMP/chat" x; keep later
 run "system text of a later turn" 0 "$STORY" -c -n 0 --json -S Rhyme. --load "$TMP/chat" x
-err_has "first turn"; claim "$(sed 's/, "ids".*//' "$TMP/out")" = "$(sed 's/, "ids".*//' "$TMP/later")" "prompt"
+err_has "first turn"
+claim "$(sed 's/, "ids".*//' "$TMP/out")" = "$(sed 's/, "ids".*//' "$TMP/later")" "prompt"
 run "quiet about it" 0 "$STORY" -q -c -n 0 -S Rhyme. --load "$TMP/chat" x; err_empty
 cp "$S" "$TMP/same"
 refuses "another model, window" "session of another window" 1 "$STORY" --window 8 --session "$S" x
@@ -482,17 +525,22 @@ refuses "cannot open" "session to load is missing" 1 "$STORY" --load "$TMP/none"
 [ "$SYSTEM" = windows ] ||
     refuses "not a file" "session in a device" 1 "$STORY" --session /dev/null x
 if [ "$SYSTEM" != windows ]; then
-    mkfifo "$TMP/pipe"; refuses "not a file" "importance in a pipe" 1 "$STORY" --importance "$TMP/pipe" x
+    mkfifo "$TMP/pipe"; refuses "not a file" "importance in a pipe" 1 "$STORY" \
+        --importance "$TMP/pipe" x
 fi
 refuses "not a file" "importance in a directory" 1 "$STORY" --importance "$TMP" x
 refuses "not a file" "session in a directory" 1 "$STORY" --session "$TMP" x
-head -c 5000 "$S" >"$TMP/cut"; refuses "damaged" "session cut short" 1 "$STORY" --session "$TMP/cut" x
+head -c 5000 "$S" >"$TMP/cut"
+refuses "damaged" "session cut short" 1 "$STORY" --session "$TMP/cut" x
 foreign() { # WHAT: the file $TMP/cut is no session and no importance, and stays as it is
     cp "$TMP/cut" "$TMP/same2"
-    refuses "is not a saved session: it seems to be $1;" "$1 as --load" 1 "$STORY" --load "$TMP/cut" x
-    refuses "is not a saved session: it seems to be $1;" "$1 as --session" 1 "$STORY" --session "$TMP/cut" x
+    refuses "is not a saved session: it seems to be $1;" "$1 as --load" 1 "$STORY" \
+        --load "$TMP/cut" x
+    refuses "is not a saved session: it seems to be $1;" "$1 as --session" 1 "$STORY" \
+        --session "$TMP/cut" x
     [ "$1" = empty ] ||
-        refuses "is not an importance file: it seems to be $1;" "$1 as --importance" 1 "$STORY" --importance "$TMP/cut" x
+        refuses "is not an importance file: it seems to be $1;" "$1 as --importance" 1 "$STORY" \
+            --importance "$TMP/cut" x
     same "$TMP/cut" "$TMP/same2" "it was changed"
 }
 : >"$TMP/cut";                                        foreign "empty"
@@ -513,7 +561,8 @@ if [ "$SYSTEM" != windows ]; then
     claim "$(ls -l "$TMP/link" | grep -c ' -> half$')" -eq 1 "links"
     if cmp -s "$TMP/half" "$TMP/before"; then fail "its file was not changed"; else pass; fi
 fi
-name="nothing else is left"; claim "$(ls "$TMP" | grep -c '^kept\.')" -eq 0 "files beside the session"
+name="nothing else is left"
+claim "$(ls "$TMP" | grep -c '^kept\.')" -eq 0 "files beside the session"
 
 # Through a pipe text is raw.
 printf 'a\033]0;b\007\r\177\302\233c' >"$TMP/in"
@@ -551,7 +600,8 @@ out_is "$E_ACUTE\n"
 # ---- Hostile arguments and prompts ---------------------------------------------------
 cp "$STORY" "$TMP/m$E_ACUTE"
 printf x >"$TMP/p$E_ACUTE"
-run "paths of other letters" 0 "$TMP/m$E_ACUTE" -q -n 1 --session "$TMP/s$E_ACUTE" -f "$TMP/p$E_ACUTE"
+run "paths of other letters" 0 "$TMP/m$E_ACUTE" -q -n 1 --session "$TMP/s$E_ACUTE" \
+    -f "$TMP/p$E_ACUTE"
 err_empty
 run "a session of such a path" 0 "$STORY" -q -n 1 --load "$TMP/s$E_ACUTE" -p ""
 claim "$(ls "$TMP" | grep -c "^[mps]$E_ACUTE$")" -eq 3 "files of that name"
@@ -578,7 +628,8 @@ if [ "$SYSTEM" != windows ]; then # Windows takes neither such characters nor 32
     same "$TMP/out" "$TMP/greedy" "a stop string that never comes changes the text"
 fi
 if dd if=/dev/zero of="$TMP/file" bs=1 count=0 seek=268435457 2>/dev/null; then
-    refuses "too long: more than 268435456 bytes" "a prompt above 2^28 bytes" 1 "$STORY" -f "$TMP/file"
+    refuses "too long: more than 268435456 bytes" "a prompt above 2^28 bytes" 1 "$STORY" \
+        -f "$TMP/file"
 fi
 : >"$TMP/file"
 
@@ -605,11 +656,13 @@ name="logprobs are the scores"
 tail -25 "$TMP/out" | head -24 | cut -f 2 | paste - "$TMP/logprobs" |
     awk '{ d = $1 - $2; if (d < 0) d = -d; if (d > 1e-5) bad++ } END { exit bad > 0 || NR != 24 }' &&
     pass || fail "they differ: $(tail -25 "$TMP/out" | cut -f 2 | paste - "$TMP/logprobs" | head -3)"
-run "json stop string" 0 "$STORY" --json -t 0 -n 24 --stop " a" "$P"; out_has '"finish_reason": "stop_string"'
+run "json stop string" 0 "$STORY" --json -t 0 -n 24 --stop " a" "$P"
+out_has '"finish_reason": "stop_string"'
 run "json context" 0 "$STORY" --json -t 0 -C 12 "$P"; out_has '"finish_reason": "context"'
 out_has '"decode_tokens": 7,'
 if [ "$SYSTEM" != windows ]; then
-    run "json control characters" 0 "$STORY" --json -n 0 --echo "$(printf 'a"\\\t\033\302\205\377b')"
+    run "json control characters" 0 "$STORY" \
+        --json -n 0 --echo "$(printf 'a"\\\t\033\302\205\377b')"
     out_has '"text": "a\\"\\\\\\t\\u001b\\u0085\\ufffdb"'
     run "json of overlong, surrogate and too high" 0 "$STORY" --json -n 0 --echo \
         "$(printf '\300\233|\355\240\200|\364\220\200\200')"
@@ -621,16 +674,19 @@ fi
 run "logits" 0 "$STORY" --logits 5 "Once upon a"; err_empty
 claim "$(wc -l <"$TMP/out")" -eq 5 "lines"
 claim "$(head -1 "$TMP/out" | cut -f 1,3)" = "538	\"▁time\"" "best token"
-name="logits descend"; sort -s -t '	' -k 2,2gr "$TMP/out" >"$TMP/want"; same "$TMP/out" "$TMP/want" "they do not"
+name="logits descend"; sort -s -t '	' -k 2,2gr "$TMP/out" >"$TMP/want"
+same "$TMP/out" "$TMP/want" "they do not"
 run "all logits" 0 "$STORY" --logits 2147483647 x; claim "$(wc -l <"$TMP/out")" -eq 4096 "lines"
 # A trace: the last layer's state gives the model's best tokens.  A layer in full agrees.
 run "logits, exact" 0 "$STORY" --exact --logits 5 "Once upon a"; keep best
 run "trace" 0 "$STORY" --trace "Once upon a"; err_empty; keep trace
 claim "$(grep -c '^layer [0-5], local\|^layer [0-5], global' "$TMP/out")" -eq 6 "layers"
 claim "$(grep -c "	norm [0-9.]*	.* \.\.	" "$TMP/out")" -eq 81 "steps"
-claim "$(grep '^best next' "$TMP/out" | tail -1)" = "best next $(cut -f 3 "$TMP/best" | tr '\n' ' ' | sed 's/ $//')" "lens"
+claim "$(grep '^best next' "$TMP/out" | tail -1)" = \
+    "best next $(cut -f 3 "$TMP/best" | tr '\n' ' ' | sed 's/ $//')" "lens"
 claim "$(grep '^best next' "$TMP/out" | sort -u | wc -l)" -gt 3 "different lenses"
-claim "$(grep '^geglu' "$TMP/out" | cut -f 1,4 | sort -u)" = "geglu          [4, 768]	402.0 KiB" "bytes and shape"
+claim "$(grep '^geglu' "$TMP/out" | cut -f 1,4 | sort -u)" = "geglu          [4, 768]	402.0 KiB" \
+    "bytes and shape"
 claim "$(grep '^logits' "$TMP/out" | cut -f 4)" = "1.0 MiB" "bytes of the tied head"
 name="the reference pass's trace"
 GEMMA2_ISA=reference "$RUN" "$STORY" --trace "Once upon a" </dev/null >"$TMP/out"
@@ -643,7 +699,8 @@ claim "$(awk '/^geglu.3/ { print NF }' "$TMP/out")" -eq 769 "values"
 claim "$(awk '/^residual.3/ { printf "%.5g %.5g\n", $2, $3 }' "$TMP/out")" = \
     "$(grep '^residual' "$TMP/trace" | tail -1 | cut -f 3 | cut -d ' ' -f 1,2)" "the last state"
 refuses "6 layers" "a layer that is not there" 2 "$STORY" --trace-layer 6 x
-refuses "at most 256" "a trace of a long text" 2 "$STORY" --trace --ids "$(awk 'BEGIN { for (i = 0; i < 300; i++) print 6 }')"
+refuses "at most 256" "a trace of a long text" 2 "$STORY" \
+    --trace --ids "$(awk 'BEGIN { for (i = 0; i < 300; i++) print 6 }')"
 refuses "do not go together" "trace and score" 2 "$STORY" --trace --score x
 run "score" 0 "$STORY" --score "$P"; err_empty; claim "$(wc -l <"$TMP/out")" -eq 5 "lines"
 claim "$(head -4 "$TMP/out" | cut -f 1 | tr '\n' ' ')" = "2740 688 266 538 " "ids"
@@ -677,7 +734,8 @@ done >"$TMP/scores"
 awk 'FNR == NR { sum += $2; n++; next }
     { d = log($2) + sum / n; exit !(n == 15 && d < 1e-4 && d > -1e-4) }' "$TMP/scores" "$TMP/perplexity" &&
     pass || fail "it is $(cat "$TMP/perplexity")"
-refuses "chunks of 17 need 34" "perplexity of a chunk and a half" 2 "$STORY" --perplexity "$TMP/file" -C 17
+refuses "chunks of 17 need 34" "perplexity of a chunk and a half" 2 "$STORY" \
+    --perplexity "$TMP/file" -C 17
 printf 'Too short.' >"$TMP/file"
 refuses "1024" "perplexity of little" 2 "$STORY" --perplexity "$TMP/file"
 refuses "3 tokens" "chunks too short" 2 "$STORY" --perplexity "$HERE/demo/README.md" -C 2
@@ -686,7 +744,8 @@ refuses "/none" "perplexity of nothing" 1 "$STORY" --perplexity "$TMP/none"
 # ---- Importance: header, then f32 for 6 layers' inputs (256, 256, 256, 768) and the head's --
 run "importance" 0 "$STORY" --importance "$TMP/imp" -C 16 "$P$P$P$P$P$P"
 out_empty; err_has "imp: 25 tokens"; claim "$(wc -c <"$TMP/imp")" -eq 37952 "bytes"
-claim "$(od -An -v -td4 -j8 -N44 "$TMP/imp" | tr -s ' \n' ' ')" = " 1 1 6 256 4 2 64 768 4096 0 25 " "header"
+claim "$(od -An -v -td4 -j8 -N44 "$TMP/imp" | tr -s ' \n' ' ')" = \
+    " 1 1 6 256 4 2 64 768 4096 0 25 " "header"
 run "importance, quiet" 0 "$STORY" -q --importance "$TMP/imp2" -C 16 -j 1 "$P$P$P$P$P$P"
 err_empty; same "$TMP/imp" "$TMP/imp2" "importance differs"
 run "importance, a chunk" 0 "$STORY" -q --importance "$TMP/imp" -C 25 "$P$P$P$P$P$P"
@@ -694,14 +753,17 @@ run "with room for another token" 0 "$STORY" -q --importance "$TMP/imp2" -C 26 "
 same "$TMP/imp" "$TMP/imp2" "importance differs"
 run "importance in blocks" 0 "$STORY" -q --importance "$TMP/imp2" --importance-block 32 "$P"
 claim "$(wc -c <"$TMP/imp2")" -eq 1212480 "bytes"
-refuses "multiple of 32" "block of 48" 2 "$STORY" --importance "$TMP/imp3" --importance-block 48 "$P"
+refuses "multiple of 32" "block of 48" 2 "$STORY" --importance "$TMP/imp3" --importance-block 48 \
+    "$P"
 refuses "needs a text" "importance of nothing" 2 "$STORY" --importance "$TMP/imp3" ""
-refuses "cannot save the importance as $TMP/none/imp" "importance to nowhere" 1 "$STORY" --importance "$TMP/none/imp" "$P"
+refuses "cannot save the importance as $TMP/none/imp" "importance to nowhere" 1 "$STORY" \
+    --importance "$TMP/none/imp" "$P"
 name="importance refused"; ls "$TMP" | grep -q imp3 && fail "left a file" || pass
 
 # ---- Pipes, signals, terminals -----------------------------------------------------
 name="broken pipe"
-{ "$RUN" "$STORY" --logits 4096 x 2>"$TMP/err"; echo $? >"$TMP/status"; } </dev/null | head -1 >/dev/null
+{ "$RUN" "$STORY" --logits 4096 x 2>"$TMP/err"; echo $? >"$TMP/status"; } </dev/null |
+    head -1 >/dev/null
 claim "$(cat "$TMP/status")" -eq 0 "exit status"; err_empty
 if [ -w /dev/full ]; then
     name="full disk"
@@ -787,7 +849,8 @@ if [ "$SYSTEM" = windows ]; then
     { awaits '^>' 1; printf 'h\303\251\360\237\230\200\\\r'
       awaits '^[.]' 1; printf 'two\r'
       awaits '^>' 2; printf '/exit\r'; awaits '^status' 1; } | timeout 100 script -qec \
-        "'$RUN' '$STORY' -q -c --choice ok --session '$TMP/talk'; echo status \$?" /dev/null >"$TMP/raw"
+        "'$RUN' '$STORY' -q -c --choice ok --session '$TMP/talk'; echo status \$?" /dev/null \
+            >"$TMP/raw"
     claim "$(shown '^status 0')" -eq 1 "status 0"
     run "$name" 0 "$STORY" -q -c -n 0 --json --load "$TMP/talk" x
     kept=$(sed 's/.*"prompt_ids": \[\([^]]*\)\].*/\1/' "$TMP/out" | tr -d ,)
@@ -802,7 +865,8 @@ elif terminal "a terminal" "echo x" && [ "$(cat "$TMP/out")" = x ]; then
         "stty -opost; '$RUN' '$STORY' -q -n 0 --echo -f '$TMP/file'"
     R='\357\277\275'
     out_is "a$R]0;b$R$R$R${R}c${R}d\n"
-    printf 'a\300\233\355\240\200\340\200\233\302\237' >"$TMP/file" # ESC, overlong, a surrogate, U+9F
+    # ESC, overlong, a surrogate, U+9F.
+    printf 'a\300\233\355\240\200\340\200\233\302\237' >"$TMP/file"
     terminal "nor spelled in too many bytes" "'$RUN' '$STORY' -q -n 0 --echo -f '$TMP/file'"
     out_is "a$R$R$R$R$R$R$R$R$R\n"
     terminal "nor in a message" "'$RUN' '$TMP/$ESCAPES' x"

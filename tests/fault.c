@@ -736,7 +736,7 @@ static void test_program(void)
         for (int which = 0; which < N_FAILURES; which++)
             for (int lasting = 0; lasting < 2; lasting++)
                 for (int at = 1; fail_once(&modes[i], which, at, lasting, &good);)
-                    at += 1 + (at > 100 ? at / 10 : 0); /* some have thousands */
+                    at += 1 + (at > 50 ? at / 8 : 0); /* some have thousands */
     }
     test_interrupted_saves();
     test_deepest_rewind();

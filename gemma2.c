@@ -4007,7 +4007,7 @@ struct gemma2_grammar {
 
 /* A piece of graph under construction: it is left through insts[last].next. */
 struct fragment {
-    uint32_t first, last, fork; /* fork: the last OP_SPLIT that takes another way */
+    uint32_t first, last, fork; /* fork: the OP_SPLIT whose second way is free */
 };
 
 struct parser {
@@ -4063,8 +4063,8 @@ static struct fragment join(struct parser *p, struct fragment f, struct fragment
     return (struct fragment){f.first, g.last, f.first};
 }
 
-/* f or g, which begins with nothing(); f.first may be NOWHERE for none yet.  What leads to an
- * instruction stands before it, but for loops, so that settle ends soon. */
+/* f or g, which begins with nothing(); f.first may be NOWHERE for none yet.  But for loops, an
+ * instruction leads to later ones, because settle goes from the end to the start. */
 static struct fragment either(struct parser *p, struct fragment f, struct fragment g)
 {
     struct fragment end = nothing(p);

@@ -345,7 +345,8 @@ GEMMA2_API int gemma2_eval_rows(gemma2_row *rows, size_t n_rows);
 
 /* Appends n >= 1 tokens like gemma2_eval and writes natural log-probabilities: logprobs[i] is that
  * of ids[i + 1] after those before it, and logprobs[n - 1] that of next, or left alone when next is
- * -1.  That of an id that cannot be written is -INFINITY.  After GEMMA2_ERR_NONFINITE the tokens have been appended. */
+ * -1.  That of an id that cannot be written is -INFINITY.  After GEMMA2_ERR_NONFINITE the tokens
+ * have been appended. */
 GEMMA2_API int gemma2_score(gemma2_session *session, const int32_t *ids, size_t n,
                             int32_t next, float *logprobs);
 

@@ -4931,8 +4931,9 @@ static int tally_chunk(program *p, const int32_t *ids, size_t n, tally *t)
     }
     t->n += rest;
     if (code >= 0 && !isfinite(t->sum))
-        return fail(FAILED, "%s has a token that this model cannot write, for it has kept only a part "
-                    "of its vocabulary: judge a text by the whole model", p->opts->subject);
+        return fail(FAILED, "%s has a token that this model cannot write, for it has kept only a "
+                            "part of its vocabulary: judge a text by the whole model",
+                    p->opts->subject);
     return code < 0 ? engine_failed(p, "scoring", code) : DONE;
 }
 

@@ -398,7 +398,8 @@ static void copy_row(uint8_t *to, uint32_t to_row, const uint8_t *from, uint32_t
 static struct image with_kept(const struct image *from, const uint32_t *ids, uint32_t n)
 {
     uint64_t align = get_u32(from->data + 56), end;
-    uint32_t v = get_u32(from->data + 88), n_sections = get_u32(from->data + 48) + 1, kept[256] = {0};
+    uint32_t v = get_u32(from->data + 88), n_sections = get_u32(from->data + 48) + 1;
+    uint32_t kept[256] = {0};
     struct image m = {fresh(from->size + 3 * align + 1024), 0};
     memset(m.data, 0, from->size + 3 * align + 1024);
     memcpy(m.data, from->data, 512);

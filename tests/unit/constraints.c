@@ -129,7 +129,8 @@ static void test_masks(void)
     }
 }
 
-/* Of a vocabulary that is kept in part, masks allow that part, and the shortest reply is made of it. */
+/* Where a vocabulary is kept in part, masks allow that part alone, and the shortest reply is made of
+ * it. */
 static void test_kept_masks(void)
 {
     static uint32_t ids[1 << 18], mask[8192];
@@ -140,7 +141,8 @@ static void test_kept_masks(void)
         if (m->tokenizer.kinds[id] != GEMMA2_PIECE_NORMAL || id % 3 == 0)
             ids[n++] = id;
     m->kept = ids, m->head.rows = n;
-    gemma2_grammar *g = gemma2_grammar_new(m, "root ::= .* !<bos> \"It is wonderful.\"", -1, err, 256);
+    gemma2_grammar *g = gemma2_grammar_new(m, "root ::= .* !<bos> \"It is wonderful.\"", -1, err,
+                                           256);
     gemma2_matcher *matcher = gemma2_matcher_new(g);
     gemma2_grammar_state state;
     gemma2_matcher_start(matcher, &state);

@@ -101,8 +101,8 @@ static int kept_differ(const gemma2_model *m, const uint32_t *ids, const float *
 }
 
 /* A head with some rows only, tied or not, of every type: the logits that it has are the whole
- * model's, for the engine on every row, in both classes, and for the reference.  Scores are those of
- * the logits, and a sampler that takes anything takes only what is kept. */
+ * model's, for the engine on every row, in both classes, and for the reference.  Scores are those
+ * of the logits, and a sampler that takes anything takes only what is kept. */
 static void test_kept(void)
 {
     enum { N = 6, MOST = 140 };

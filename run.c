@@ -102,8 +102,8 @@ static int terminal_size(size_t *width, size_t *height);
 /* Up to n bytes that were typed; 0 at the end, below 0 with errno, which is EINTR after a signal or
  * a while in which nothing came. */
 static long read_terminal(char *bytes, size_t n);
-/* Up to n bytes of standard input; 0 at the end.  Below 0: an error, or, with EAGAIN in errno,
- * that nothing is there yet; wait: that nothing came for a while. */
+/* Up to n bytes of standard input; 0 at the end.  Below 0: an error, where EAGAIN in errno means
+ * that nothing is there yet.  With wait a while passes before that. */
 static long read_input(char *bytes, size_t n, int wait);
 static uint64_t memory_bytes(void);     /* of the machine; UINT64_MAX where it does not say */
 static int input_waits(int milliseconds); /* some was typed already, or is within that time */
@@ -5468,7 +5468,7 @@ static line_id *find_id(batch *b, const array *id)
 }
 
 /* Finds out a line's form and its id, as JSON, which stays as it is where the line has none.
- * Without a sentence: USAGE for what is no id of this form, FAILED without memory. */
+ * Says nothing: USAGE means that it is no id of this form, FAILED that memory is short. */
 static int get_id(const json *j, int *openai, array *id)
 {
     const json_node *root = j->nodes.items;
@@ -5490,7 +5490,7 @@ static int get_id(const json *j, int *openai, array *id)
     return out.error ? FAILED : DONE;
 }
 
-/* Needs no memory in a place, whose id has room for it. */
+/* Makes the line's number its id.  It cannot fail in a place, whose id has room for that. */
 static int number_id(array *id, size_t number)
 {
     output out = {.memory = id};
@@ -5528,7 +5528,8 @@ static int take_stops(batch_slot *s, const json *j, const json_node *value, cons
     return status;
 }
 
-/* The text of message number i: a string, or parts, which become one where their list stood. */
+/* Reads the content of message i: a text, or a list of text parts.  The line itself then holds the
+ * joined parts where their list stood. */
 static int take_content(const json *j, const json_node *content, size_t i, gemma2_message *m)
 {
     size_t n = 0;
@@ -6205,8 +6206,8 @@ static void show_batch(batch *b)
                   rate(b->reply_tokens, time), b->in.size > b->in.taken ? left : "");
 }
 
-/* DONE, unless reading the lines failed. */
-static int reading_failed(const batch *b)
+/* FAILED if the lines could not be read to their end. */
+static int check_reading(const batch *b)
 {
     return b->in.error ? fail(FAILED, "cannot read %s: %s", b->in.file ? b->p->opts->subject
                               : "standard input", strerror(b->in.error)) : DONE;
@@ -6219,7 +6220,7 @@ static int run_batch(batch *b)
     while (status == DONE && !stop_asked) {
         status = fill_slots(b);
         if (!status && !count_busy(b) && b->in.ended && b->in.at >= b->in.bytes.n) {
-            status = reading_failed(b);
+            status = check_reading(b);
             break;
         }
         if (status == DONE && !stop_asked)
@@ -6233,7 +6234,7 @@ static int run_batch(batch *b)
     return status;
 }
 
-/* Whether a line of the output stays: the first with a result for its id, which is noted. */
+/* Notes the result in a line of the output.  The line stays if it is the first for its id. */
 static int keep_result(batch *b, const char *text, size_t n, int *stays)
 {
     json j;
@@ -6327,7 +6328,7 @@ static int recall_seed(batch *b)
         }
         json_free(&j);
     }
-    status = status ? status : reading_failed(b);
+    status = status ? status : check_reading(b);
     free(id.items);
     free(b->in.bytes.items);
     b->in = (line_input){.file = b->in.file, .size = b->in.size};

@@ -129,8 +129,8 @@ static void test_masks(void)
     }
 }
 
-/* Where a vocabulary is kept in part, masks allow that part alone, and the shortest reply is made of
- * it. */
+/* Where a vocabulary is kept in part, masks allow that part alone, and the shortest reply is made
+ * of it. */
 static void test_kept_masks(void)
 {
     static uint32_t ids[1 << 18], mask[8192];

@@ -43,6 +43,7 @@ import stat
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import zipfile
@@ -113,6 +114,8 @@ Examples:
   %(prog)s gemma-2-2b 2b-mine.bin --lora my-adapter --lora style=0.5
   run 2b-q8.bin --importance 2b.imp --importance-block 256 -f some_text.txt
   %(prog)s gemma-2-2b-it 2b-q4.bin --type q4 --importance 2b.imp
+  run 2b-q8.bin --tokenize -f some_text.txt > some.ids
+  %(prog)s gemma-2-2b-it 2b-q4.bin --type q4 --importance 2b.imp --fisher some.ids
   %(prog)s gemma-2-27b-it 27b.bin --size 12G --importance 27b.imp
   %(prog)s gemma-2-2b-it 2b-q4.bin --type q4 --keep-vocab ids.txt
   %(prog)s --tokenizer-only gemma-2-2b-it/tokenizer.model tokenizer.bin
@@ -190,6 +193,10 @@ def parse_options(arguments):
                    help="what `run MODEL --importance FILE -f TEXT` wrote, MODEL being the same "
                    "checkpoint as bf16 or q8: quantised matrices then lose least in what they "
                    "multiply, and errors are weighted so")
+    p.add_argument("--fisher", metavar="IDS",
+                   help="with --importance in blocks: what `run MODEL --tokenize -f TEXT` printed, "
+                   "some 17,000 tokens; errors that the next token's probabilities feel least are "
+                   "preferred (needs torch, and for 2B about an hour)")
     p.add_argument("--keep-vocab", metavar="FILE",
                    help="only the pieces whose ids are in FILE can be written, which makes replies "
                    "faster, see below")
@@ -216,10 +223,12 @@ def parse_options(arguments):
         p.error("--type, --size and --bits each say what types matrices get: give one of them")
     options.fits = options.size or options.bits
     weights = (options.fits, options.tokenizer, options.head, options.tensor, options.lora,
-               options.importance, options.keep_vocab)
+               options.importance, options.fisher, options.keep_vocab)
     if options.tokenizer_only and any(weights):
         p.error("--tokenizer-only writes no weights: --size, --bits, --tokenizer, --head, "
-                "--tensor, --lora, --importance and --keep-vocab do not go with it")
+                "--tensor, --lora, --importance, --fisher and --keep-vocab do not go with it")
+    if options.fisher and not options.importance:
+        p.error("--fisher goes with --importance FILE, made with --importance-block 256 or so")
     options.type = options.type or "q8"
     return options
 
@@ -251,20 +260,23 @@ class Progress:
 
     def __init__(self, wanted):
         self.wanted = wanted and sys.stderr.isatty()
-        self.total, self.done, self.shown = 1, 0, -1
+        self.shown = -1
         Progress.current = self
+        self.start(1)
         self.add(0)
 
     def start(self, total):
-        self.total, self.done = total, 0
+        self.total, self.done, self.began = total, 0, time.monotonic()
 
     def add(self, n):
         self.done += n
         percent = self.done * 100 // self.total
         if self.wanted and percent != self.shown:
             self.shown = percent
-            print("\r[%-50s] %3d %%" % ("#" * (percent // 2), percent), end="", file=sys.stderr,
-                  flush=True)
+            left = (time.monotonic() - self.began) * (100 / percent - 1) if percent else 0
+            left = ", %.0f min left" % (left / 60) if left > 45 else ""
+            print("\r[%-50s] %3d %%%s\x1b[K" % ("#" * (percent // 2), percent, left), end="",
+                  file=sys.stderr, flush=True)
 
     def clear(self):
         """Makes room for a line of text; what comes next draws the bar again."""
@@ -4880,8 +4892,207 @@ class Importance:
                               "it again" % (self.path, key))
 
 
-# What packing needs beside the task: the checkpoint, an Importance or None
-Job = collections.namedtuple("Job", "reader importance")
+# ---- Fisher information: which errors the next token's probabilities feel ----------------
+#
+# Importance tells how large the error of a product is, and nothing of what comes of it.  Let g be
+# the gradient of log p(t) with regard to a product y = W x, t a token drawn from the model's own
+# probabilities.  An error E of W then costs half the mean of (g^T E x)^2 in divergence.  That is
+# taken apart (K-FAC) into tr(G E M E^T): G the mean of g g^T, M that of |g|^2 x x^T.  M takes the
+# place of the importance's moments, and G lets rows make up for the errors of rows before them.
+
+FISHER_CHUNK, FISHER_BATCH, HEAD_TOKENS = 512, 4096, 256  # tokens
+OUTPUT_DAMPING = 0.1
+PHASES = 16  # in which the tiles of a slab are rounded
+
+
+def coupled_rows(rows, cols):
+    """The ranges of rows that make up for each other's errors: a slab's."""
+    return row_blocks(rows, cols, 4 * SLAB)
+
+
+class Fisher:
+    """G and M of every matrix of the layers, in blocks, in a file that worker processes read."""
+
+    def __init__(self, path, model, block, tokens):
+        self.path, self.block, self.tokens = path, block, tokens
+        self.places, self.size = {}, 0  # by matrix and first row of G's block, or "inputs"
+        for name, (_, _, rows, cols) in tensor_table(model).items():
+            if name.startswith("layers.") and not is_norm(name):
+                self.place(name, "inputs", (round_up(cols, block) // block, block, block))
+                for start, stop in coupled_rows(rows, cols):
+                    self.place(name, start, (1, stop - start, stop - start))
+
+    def place(self, name, part, shape):
+        self.places[name, part] = self.size, shape
+        self.size += 4 * math.prod(shape)
+
+    def read(self, name, part):
+        at, shape = self.places[name, part]
+        found = read_at(self.path, at, 4 * math.prod(shape)).view("<f4").reshape(shape)
+        if not np.isfinite(found).all():
+            raise ExportError("--fisher: the gradients at %s are not finite: the checkpoint is "
+                              "damaged, or its training diverged" % name)
+        return found
+
+    def moments(self, name, cols):
+        """As Importance.moments."""
+        def read():
+            found = self.read(name, "inputs").transpose(1, 0, 2).reshape(self.block, -1)
+            return damped(np.ascontiguousarray(found[:, :cols]), self.tokens)
+        return keep("fisher", (self.path, name), read)
+
+    def outputs(self, name, start):
+        found = self.read(name, start)[0].astype(np.float64)
+        mean = np.trace(found) / len(found)
+        return found + np.eye(len(found)) * (OUTPUT_DAMPING * mean if mean > 0 else 1)
+
+
+def pack_in_phases(w, type_name, moments, outputs):
+    """As pack() of a type.  The error of each phase's tiles moves all later ones, so that these
+    make up for it under outputs [rows, rows] as well as real numbers could."""
+    moved, lost, tile = w.copy(), np.empty_like(w), np.arange(len(w)) // TILE
+    packed = np.empty((tile[-1] + 1, TYPES[type_name].tile_bytes(w.shape[1])), np.uint8)
+    for phase in range(min(PHASES, len(packed))):
+        now, later = tile % PHASES == phase, tile % PHASES > phase
+        data, error = TYPES[type_name].pack(moved[now], moments)
+        packed[phase::PHASES] = np.frombuffer(data, np.uint8).reshape(-1, packed.shape[1])
+        lost[now] = w[now] - (moved[now] - error)
+        if later.any():
+            pull = outputs[np.ix_(later, now)] @ error
+            moved[later] += np.linalg.solve(outputs[np.ix_(later, later)], pull)
+    return packed.tobytes(), lost
+
+
+def fisher_ids(path, importance, tokenizer):
+    """Chunks of ids, each with BOS first."""
+    if importance.block == 1:
+        raise UsageError("--fisher needs importance in blocks, and %s has none: make it with "
+                         "--importance-block 256" % importance.path)
+    with open(path, "rb") as f:
+        words = f.read().split()
+    if not all(re.fullmatch(rb"\d{1,7}", w) and int(w) < len(tokenizer) for w in words):
+        raise ExportError("%s holds something else than this model's ids: make it with run MODEL "
+                          "--tokenize -f TEXT" % path)
+    chunk = min(FISHER_CHUNK, len(words))
+    if chunk < 32:
+        raise ExportError("%s holds %d ids: take a text of some 17,000" % (path, len(words)))
+    ids = np.array(words[:len(words) // chunk * chunk], np.int64).reshape(-1, chunk)
+    if tokenizer.ids.get("bos") is not None:
+        ids[:, 0] = tokenizer.ids["bos"]
+    return ids
+
+
+class Pass:
+    """The model in torch, a layer at a time, for a batch of ids [chunks, T]."""
+
+    def __init__(self, torch, reader, T):
+        self.torch, self.reader, self.model = torch, reader, reader.model
+        at, half = torch.arange(T), torch.arange(0, reader.model.H, 2) / reader.model.H
+        angle = at.double()[:, None] * self.model.rope_theta ** -half.double()
+        self.cos, self.sin = angle.cos().float(), angle.sin().float()
+        self.ahead = at[:, None] - at
+
+    def tensor(self, name):
+        tensor = self.reader.tensors[name]
+        if isinstance(tensor, Ordered):  # by --keep-vocab: ids mean the checkpoint's rows
+            tensor = tensor.tensor
+        return self.torch.from_numpy(np.ascontiguousarray(tensor.rows(0, tensor.shape[0])))
+
+    def weights(self, layer):
+        return {name: self.tensor("layers.%d.%s" % (layer, name)) for name, *_ in LAYER_ROLES}
+
+    def norm(self, x, w):
+        return x * (x.square().mean(-1, keepdim=True) + self.model.eps).rsqrt() * (1 + w[:, 0])
+
+    def turned(self, x):
+        a, b = x.chunk(2, -1)
+        return self.torch.cat((a * self.cos - b * self.sin, b * self.cos + a * self.sin), -1)
+
+    def layer(self, x, w, local, products):
+        """x [chunks, T, D] after a layer; products[matrix] becomes (inputs, outputs)."""
+        torch, m = self.torch, self.model
+
+        def times(name, x):
+            products[name] = x, x @ w[name].T
+            return products[name][1]
+
+        def heads(x):
+            return x.unflatten(-1, (-1, m.H)).transpose(1, 2)
+        y = self.norm(x, w["attn_norm"])
+        q, k, v = (heads(times(name, y)) for name in "qkv")
+        k, v = (a.repeat_interleave(m.N // m.K, 1) for a in (self.turned(k), v))
+        scores = self.turned(q) @ k.transpose(2, 3) * m.query_scale
+        if m.attn_softcap:
+            scores = torch.tanh(scores / m.attn_softcap) * m.attn_softcap
+        hidden = (self.ahead < 0) | (self.ahead >= (m.window if local else len(self.ahead)))
+        seen = scores.masked_fill(hidden, -math.inf).softmax(-1) @ v
+        x = x + self.norm(times("o", seen.transpose(1, 2).flatten(2)), w["post_attn_norm"])
+        y = self.norm(x, w["ffn_norm"])
+        gate = torch.nn.functional.gelu(times("gate", y), approximate="tanh")
+        return x + self.norm(times("down", gate * times("up", y)), w["post_ffn_norm"])
+
+    def head(self, states, rows):
+        """The gradients of log p(t) with regard to states [tokens, D], for a t drawn for each."""
+        torch, cap, found = self.torch, self.model.final_softcap, []
+        for x in states.split(HEAD_TOKENS):
+            logits = torch.cat([x @ part.float().T for part in rows.split(1 << 14)], 1)
+            bent = torch.tanh(logits / cap) if cap else torch.zeros(())
+            p = (bent * cap if cap else logits).softmax(1)
+            p.scatter_add_(1, torch.multinomial(p, 1), torch.full((len(x), 1), -1.0))
+            p *= 1 - bent.square()
+            found.append(sum(a @ b.float() for a, b in zip(p.split(1 << 14, 1),
+                                                           rows.split(1 << 14))))
+        return torch.cat(found)
+
+
+def gather_fisher(job, ids, jobs, progress):
+    """Fills a Fisher's file from chunks of ids.  Memory holds one layer's weights in f32, the
+    head's in bf16 and, of a batch, the inputs of every layer; sums lie in the file."""
+    torch = library("torch", "torch", "--fisher")
+    torch.manual_seed(0)
+    torch.set_num_threads(jobs)
+    fisher, model = job.fisher, job.reader.model
+    sums = np.memmap(fisher.path, "<f4", "w+", shape=fisher.size // 4)
+    run = Pass(torch, job.reader, ids.shape[1])
+    embedding = run.tensor("embedding").bfloat16()
+    head = run.tensor("head").bfloat16() if "head" in job.reader.tensors else embedding
+    batches = np.array_split(ids, -(-ids.size // FISHER_BATCH))
+    progress.start(len(batches) * 2 * model.L)
+
+    def add(name, part, a):  # [blocks, tokens, n]
+        at, shape = fisher.places[name, part]
+        total = torch.from_numpy(sums[at // 4:at // 4 + math.prod(shape)]).view(shape)
+        total.baddbmm_(a.transpose(1, 2), a)
+
+    for batch in batches:
+        batch = torch.from_numpy(batch)
+        with torch.no_grad():
+            inputs = [embedding[batch].float() * model.embedding_scale]
+            for layer in range(model.L):
+                inputs.append(run.layer(inputs[-1], run.weights(layer), model.local[layer], {}))
+                progress.add(1)
+        x = inputs.pop().requires_grad_()
+        states = run.norm(x, run.tensor("final_norm"))
+        states.backward(run.head(states.detach().flatten(0, 1), head).view_as(states))
+        for layer in reversed(range(model.L)):
+            gradient, x, products = x.grad, inputs.pop().requires_grad_(), {}
+            weights = run.weights(layer)
+            y = run.layer(x, weights, model.local[layer], products)
+            wanted = [x, *(out for _, out in products.values())]
+            x.grad, *found = torch.autograd.grad(y, wanted, gradient)
+            for (matrix, (given, _)), g in zip(products.items(), found):
+                name, g = "layers.%d.%s" % (layer, matrix), g.flatten(0, 1)
+                given = given.detach().flatten(0, 1) * g.square().sum(1, keepdim=True).sqrt()
+                given = torch.nn.functional.pad(given, (0, -given.shape[1] % fisher.block))
+                add(name, "inputs", given.unflatten(1, (-1, fisher.block)).transpose(0, 1))
+                for start, stop in coupled_rows(g.shape[1], weights[matrix].shape[1]):
+                    add(name, start, g[None, :, start:stop])
+            progress.add(1)
+    sums.flush()
+
+
+# What packing needs beside the task: the checkpoint, an Importance or None, a Fisher or None
+Job = collections.namedtuple("Job", "reader importance fisher")
 worker_job = None  # in each worker process
 
 
@@ -4910,7 +5121,11 @@ def pack_rows(task, job=None):
         with np.errstate(all="ignore"):  # check_values finds what is not finite
             w = np.concatenate([job.reader.tensors[name].rows(i, j) for i, j in slab])
         check_values(name, type_name, w)
-        data, lost = TYPES[type_name].pack(w, moments)
+        if job.fisher and (name, slab[0][0]) in job.fisher.places and type_name in LADDER:
+            moments = job.fisher.moments(name, w.shape[1])
+            data, lost = pack_in_phases(w, type_name, moments, job.fisher.outputs(name, slab[0][0]))
+        else:
+            data, lost = TYPES[type_name].pack(w, moments)
         packed.append(data)
         power += weighted_square(w, moments)
         error += 0.0 if lost is None else weighted_square(lost, moments)
@@ -4930,8 +5145,10 @@ def check_values(name, type_name, w):
 def tasks_of(section, source, importance, tied):
     """Parts of a tensor of about 2^20 weights."""
     key = importance.key(section.name, tied) if importance else None
-    per_task = 2 if key and importance.block > 1 else 8  # settle's many small steps want more rows
-    slabs = [[rows] for rows in row_blocks(section.rows, section.cols, 8 * SLAB // per_task)]
+    broad = key and importance.block > 1  # settle's many small steps want more rows
+    per_task = 2 if broad else 8
+    blocks = (coupled_rows if broad else row_blocks)(section.rows, section.cols)
+    slabs = [[rows] for rows in blocks]
     return [(source, section.type, slabs[i:i + per_task], key)
             for i in range(0, len(slabs), per_task)]
 
@@ -5043,6 +5260,7 @@ def options_text(options):
              if options.bits else "--type " + options.type]
     words += ["--head " + options.head] if options.head else []
     words += ["--importance " + os.path.basename(options.importance)] if options.importance else []
+    words += ["--fisher " + os.path.basename(options.fisher)] if options.fisher else []
     words += ["--keep-vocab " + os.path.basename(options.keep_vocab)] if options.keep_vocab else []
     words += ["--tensor %s=%s" % pair for pair in options.tensor]
     words += ["--lora %s=%g" % (directory_name(path), scale) for path, scale in options.lora]
@@ -5072,7 +5290,8 @@ def convert(options, progress):
         sections.append(bytes_section("kept", KEPT, model.kept.astype("<u4").tobytes()))
     tiny = (options.size or sum(s.size for s, _ in plan)) < 1 << 20
     align = options.align or (64 if tiny else 4096)
-    job = Job(reader, importance)
+    ids = fisher_ids(options.fisher, importance, tokenizer) if options.fisher else None
+    job = Job(reader, importance, None)
     if options.fits:
         other = round_up(HEADER_BYTES + ENTRY.size * (len(plan) + len(sections)), align) + sum(
             round_up(s.size, align) for s in sections)
@@ -5082,8 +5301,17 @@ def convert(options, progress):
             say(plan_lines(plan, model))
     small = list(sections)
     sections += [s for s, _ in plan]
-    inputs = [*reader.files, tokenizer_path, options.importance, options.keep_vocab]
-    with Container(options.output, sections, align, list(filter(None, inputs))) as out:
+    inputs = [*reader.files, tokenizer_path, options.importance, options.fisher,
+              options.keep_vocab]
+    with contextlib.ExitStack() as stack:
+        out = stack.enter_context(Container(options.output, sections, align,
+                                            list(filter(None, inputs))))
+        if options.fisher:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(dir=out.directory))
+            stack.callback(handles.clear)  # Windows removes nothing that is open
+            job = job._replace(fisher=Fisher(os.path.join(folder, "fisher"), model,
+                                             importance.block, ids.size))
+            gather_fisher(job, ids, options.jobs, progress)
         for section in small:
             out.write_section([section.data])
         errors = write_tensors(out, job, plan, options, progress)

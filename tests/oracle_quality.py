@@ -329,6 +329,107 @@ def test_odd_weights(c, folder):
     check(run.returncode == 1 and sorted(os.listdir(place)) == there, "--bits, importance bad")
 
 
+# ---- --fisher ----
+
+
+def test_pass(c):
+    """The converter's own pass is transformers', and its head gives the gradient of log p(t)."""
+    import torch
+    reader = exporter.open_checkpoint(c.path)
+    exporter.check_shapes(reader)
+    ids = torch.from_numpy(np.random.default_rng(1).integers(0, reader.model.V, (2, 40)))
+    run, m = exporter.Pass(torch, reader, ids.shape[1]), reader.model
+    embedding, head = run.tensor("embedding"), run.tensor("head")
+    with torch.no_grad():
+        x = embedding[ids] * m.embedding_scale
+        for layer in range(m.L):
+            x = run.layer(x, run.weights(layer), m.local[layer], {})
+        states = run.norm(x, run.tensor("final_norm"))
+        want = c.hf.model(ids, use_cache=False).last_hidden_state
+        off = float((states - want).abs().max() / want.abs().max())
+        check(off < 1e-4, f"--fisher: the pass differs from transformers' by {off:.1e}")
+    for x in states[0, 20:23]:
+        slopes = torch.autograd.functional.jacobian(lambda x: torch.log_softmax(torch.tanh(
+            head @ x / m.final_softcap) * m.final_softcap, 0), x)
+        found = run.head(x[None], head)[0]
+        off = float((slopes + found).norm(dim=1).min() / found.norm())
+        check(off < 1e-3, f"--fisher: the head's gradient is off by {off:.1e}")
+
+
+def divergence(c, path, ids):
+    """KL of a file's predictions from the checkpoint's, run by transformers."""
+    import torch
+    with torch.no_grad():
+        want, got = (torch.log_softmax(m(ids, use_cache=False).logits.double(), -1)
+                     for m in (c.hf, ref.hf_from_bin(ref.Bin(path))))
+    return float((want.exp() * (want - got)).sum(-1).mean())
+
+
+def letters(rng):
+    return bytes(rng.choice(np.frombuffer(b"aabcdeefghiijklmnoopqrstuuvwxyz    ", np.uint8), 9000))
+
+
+def ids_of(model, text):
+    p = subprocess.run([RUN, model, "-q", "--tokenize"], input=text, capture_output=True)
+    check(p.returncode == 0, f"run --tokenize: {p.stderr.decode()[-200:]}")
+    return p.stdout
+
+
+def test_fisher(folder):
+    """On other tokens --fisher loses less in the same bytes.  What it cannot use is refused."""
+    import torch
+    place, out, plain, weights, ids = (os.path.join(folder, n) for n in (
+        "fisher", "fisher/out.bin", "plain.bin", "fisher.imp", "some.ids"))
+    os.makedirs(place)
+    c = Checkpoint(folder, hidden_size=96, num_attention_heads=4, num_key_value_heads=2,
+                   head_dim=20, intermediate_size=270, tie_word_embeddings=False)
+    test_pass(c)
+    rng = np.random.default_rng(2)
+    exact, text = os.path.join(folder, "exact.bin"), letters(rng)
+    convert(c.path, exact, "--type", "f32")
+    gather(exact, weights, 96, text)
+    weigh = ("--importance", weights)
+    with open(ids, "wb") as f:
+        f.write(ids_of(exact, text))
+    other = torch.tensor([list(map(int, ids_of(exact, letters(rng)).split()))[:400]])
+    convert(c.path, plain, "--type", "q3", *weigh)
+    options = c.path, out, "--type", "q3", *weigh, "--fisher", ids
+    run = convert(*options)
+    if not check(run.returncode == 0, f"--fisher: {run.stderr[-300:]}"):
+        return
+    a, b = ref.Bin(plain), ref.Bin(out)
+    check(all(b.sections[k]["type"] == s["type"] and b.sections[k]["bytes"] == s["bytes"]
+              for k, s in a.sections.items() if k[0] != "facts"), "--fisher: another format")
+    before, after = divergence(c, plain, other), divergence(c, out, other)
+    check(after < 0.92 * before, f"--fisher: KL {before:.5f} -> {after:.5f}")
+    print(f"quality: q3 with --fisher: KL on other tokens {before:.4f} -> {after:.4f}")
+    convert(*options)
+    check(bytes(ref.Bin(out).data) == bytes(b.data), "--fisher: the same twice")
+    os.remove(out)
+    test_fisher_refused(c, folder, place, weights, ids)
+
+
+def test_fisher_refused(c, folder, place, weights, ids):
+    with open(os.path.join(folder, "torch.py"), "w") as f:
+        f.write("raise ImportError")
+    wrong = {"few": "2 5 7", "words": "2 five " * 40, "outside": "2 347 " * 40, "empty": ""}
+    for name, text in wrong.items():
+        with open(os.path.join(folder, name), "w") as f:
+            f.write(text)
+    means = os.path.join(folder, "means.imp")
+    gather(os.path.join(folder, "exact.bin"), means, 1)
+    weigh = ("--importance", weights)
+    for code, options, says in (
+            (2, ("--fisher", ids), "--importance"), (1, (*weigh, "--fisher", ids), "needs torch"),
+            (2, ("--importance", means, "--fisher", ids), "in blocks"),
+            *((1, (*weigh, "--fisher", os.path.join(folder, n)), n) for n in wrong)):
+        run = convert(c.path, os.path.join(place, "out.bin"), *options,
+                      env={**os.environ, "PYTHONPATH": folder})
+        check(run.returncode == code and says in run.stderr and "Traceback" not in run.stderr
+              and not os.listdir(place), f"--fisher {options}: {run.returncode}: "
+              f"{run.stderr[-200:]} {os.listdir(place)}")
+
+
 def test_quality(engine, folder):
     folder = os.path.join(folder, "quality")
     os.makedirs(folder)
@@ -347,3 +448,4 @@ def test_quality(engine, folder):
     test_sizes(c, folder)
     test_shares(folder)
     test_odd_weights(c, folder)
+    test_fisher(folder)

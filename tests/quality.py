@@ -43,8 +43,8 @@ import reference as ref
 CHUNK, BATCH = 512, 64
 MEANS, BLOCKS, BROAD = "means.imp", "blocks.imp", "broad.imp"
 
-# name, importance, options of export.py; after a mix that is PLANNED comes what --size makes in its
-# bytes
+# name, importance, options of export.py (IDS: those of the calibration text); after a mix that is
+# PLANNED comes what --size makes in its bytes
 VARIANTS = [
     ("bf16", None, "--type bf16"),
     ("q8", None, "--type q8"),
@@ -57,6 +57,8 @@ VARIANTS = [
     ("q3, importance in blocks", BLOCKS, "--type q3"),
     ("q4, importance in blocks of 768", BROAD, "--type q4"),
     ("q3, importance in blocks of 768", BROAD, "--type q3"),
+    ("q4, the same, --fisher", BROAD, "--type q4 --fisher IDS"),
+    ("q3, the same, --fisher", BROAD, "--type q3 --fisher IDS"),
     ("q3, down q4, in blocks", BLOCKS, "--type q3 --tensor *.down=q4"),
     ("q3, down and o q4, in blocks", BLOCKS, "--type q3 --tensor *.down=q4 --tensor *.o=q4"),
     ("q4, gate and up q3, in blocks", BLOCKS, "--type q4 --tensor *.gate=q3 --tensor *.up=q3"),
@@ -85,6 +87,7 @@ def quiet(command):
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{command[0]}: {done.stderr.strip().splitlines()[-1:]}")
+    return done.stdout
 
 
 def export(checkpoint, out, *options):
@@ -313,12 +316,16 @@ def measure(args, folder):
         print("gathering importance, block", block, file=sys.stderr)
         quiet([args.run, folder / "bf16.bin", "--importance", folder / name, "--importance-block",
                block, "-f", folder / "calibration.txt"])
+    id_file = folder / "calibration.ids"
+    id_file.write_text(quiet([args.run, folder / "bf16.bin", "-q", "--tokenize", "-f",
+                              folder / "calibration.txt"]))
     variants = []
     for i, (name, importance, options) in enumerate(VARIANTS):
         print("making", name, file=sys.stderr)
         weigh = ["--importance", folder / importance] if importance else []
         made = folder / f"{i}.bin"
-        export(args.checkpoint, made, *weigh, *options.split())
+        words = [id_file if o == "IDS" else o for o in options.split()]
+        export(args.checkpoint, made, *weigh, *words)
         variants.append(Variant(engine, name, str(made)))
         if name.endswith(PLANNED):
             planned = folder / f"{i}-planned.bin"

@@ -5092,7 +5092,7 @@ def gather_fisher(job, ids, jobs, progress):
 
 
 # What packing needs beside the task: the checkpoint, an Importance or None, a Fisher or None
-Job = collections.namedtuple("Job", "reader importance fisher")
+Job = collections.namedtuple("Job", "reader importance fisher", defaults=(None,))
 worker_job = None  # in each worker process
 
 
@@ -5291,7 +5291,7 @@ def convert(options, progress):
     tiny = (options.size or sum(s.size for s, _ in plan)) < 1 << 20
     align = options.align or (64 if tiny else 4096)
     ids = fisher_ids(options.fisher, importance, tokenizer) if options.fisher else None
-    job = Job(reader, importance, None)
+    job = Job(reader, importance)
     if options.fits:
         other = round_up(HEADER_BYTES + ENTRY.size * (len(plan) + len(sections)), align) + sum(
             round_up(s.size, align) for s in sections)

@@ -5367,7 +5367,6 @@ static void digest_of(const gemma2_model *model, const uint8_t *a, size_t n, con
 static gemma2_model *make_model(struct file *f, const gemma2_open_params *p, struct errbuf *err);
 static int values_are_finite(const struct gemma2_model *m, const struct entry *e);
 static struct text find_fact(const gemma2_model *m, const char *key);
-static int chat_part_of(const char *key);
 static uint64_t saved_bytes(const gemma2_session *s, int32_t n, int32_t first);
 static void save_session(const gemma2_session *s, uint8_t *p, size_t size);
 static int check_saved(const gemma2_session *s, const uint8_t *p, size_t size);
@@ -5473,7 +5472,9 @@ const char *gemma2_fact(const gemma2_model *m, const char *key, size_t *size)
 {
     struct text value = {NULL, 0};
     if (m && key && size) {
-        int part = chat_part_of(key);
+        int part = 0;
+        while (part < N_CHAT_PARTS && strcmp(key, chat_keys[part]) != 0)
+            part++;
         value = part < N_CHAT_PARTS ? m->chat[part] : find_fact(m, key);
     }
     if (size)
@@ -7066,14 +7067,6 @@ static int read_tokenizer(struct tokenizer *t, struct bytes from, gemma2_config 
     t->kinds = t->ends + 4 * n;
     t->blob = t->kinds + n;
     return check_pieces(t, (uint32_t)blob, c, err);
-}
-
-static int chat_part_of(const char *key)
-{
-    int part = 0;
-    while (part < N_CHAT_PARTS && strcmp(key, chat_keys[part]) != 0)
-        part++;
-    return part;
 }
 
 /* Why the parts make no template, or NULL. */

@@ -4687,9 +4687,11 @@ def plan_tensors(reader, options):
 
 LADDER = "q3", "q4", "q6", "q8"
 # What a relative squared error of a matrix's products adds to the divergence of the next token
-# (KL, nats), for a matrix of a layer in the units of harms().  A tied embedding does both harms.
-HARM = {"q": 0.5, "k": 1.05, "v": 1.0, "o": 1.26, "gate": 0.9, "up": 0.6, "down": 0.94,
-        "embedding": 0.7, "head": 4.3, "tied": 10.0}
+# (KL, nats), for a matrix of a layer in the units of harms(): with importance in blocks, in means,
+# and without.  The less is known, the smaller products look.  A tied embedding does both harms.
+HARM = {"q": (0.5, 0.2, 0.2), "k": (1.05, 0.3, 0.3), "v": (1.0, 0.8, 0.9), "o": (1.26, 0.76, 0.84),
+        "gate": (0.9, 0.49, 0.48), "up": (0.6, 0.38, 0.38), "down": (0.94, 0.76, 0.57),
+        "embedding": (0.7, 0.7, 0.7), "head": (4.3, 3.3, 1.3), "tied": (10.0, 5.4, 2.0)}
 SAMPLED_TILES = 4
 ROOMS = 1 << 16  # steps of bytes that best_levels tells apart
 
@@ -4711,8 +4713,6 @@ def sample(job, name):
 def looseness(job, name):
     """The power of a matrix's products with inputs of the same size that go together in no way,
     relative to their real power.  It tells how much errors of the inputs matter."""
-    if not job.importance or job.importance.block == 1:
-        return 1.0
     w, moments = sample(job, name), job.importance.moments(job.importance.key(name, False))
     c = np.arange(moments.shape[1])
     power = weighted_square(w, moments)
@@ -4723,23 +4723,32 @@ def harms(job, tied):
     """{matrix: what a relative squared error of its products adds to the divergence}.
 
     The norms behind o and down give what these add to the residual stream a size that no error
-    changes, so the stream takes their errors in the share that they have in it."""
-    model, found = job.reader.model, dict(HARM, embedding=HARM["tied" if tied else "embedding"])
-    squares = np.square(sample(job, "embedding").astype(np.float64)).sum(axis=1)
-    stream = model.embedding_scale ** 2 * np.median(squares)  # control tokens stand apart
+    changes, so the stream takes their errors in the share that they have in it, as the next
+    layer's norm weighs the channels."""
+    model, blocks = job.reader.model, job.importance and job.importance.block > 1
+    found = {role: by[0 if blocks else 1 if job.importance else 2] for role, by in HARM.items()}
+    found["embedding"] = found["tied" if tied else "embedding"]
+
+    def squares(norm):
+        w = job.reader.tensors[norm].rows(0, model.D)
+        check_values(norm, "f32", w)
+        return np.square(1 + w.astype(np.float64).reshape(-1))
+    embedding = sample(job, "embedding").astype(np.float64)
+    stream = model.embedding_scale ** 2 * np.square(embedding).mean(axis=0)  # power by channel
     for layer in range(model.L):
-        name, added = "layers.%d." % layer, {}
-        for last, norm in ("o", "post_attn_norm"), ("down", "post_ffn_norm"):
-            w = job.reader.tensors[name + norm].rows(0, model.D).astype(np.float64)
-            check_values(name + norm, "f32", w)
-            added[last] = np.square(1 + w).sum()
-        stream += added["o"] + added["down"]
-        for last, before, power in ("o", ("q", "k", "v"), 1), ("down", ("gate", "up"), 2):
-            share = added[last] / stream if stream > 0 else 0.0
-            found[name + last] = HARM[last] * share
-            share *= looseness(job, name + last) ** power
+        name, after = "layers.%d." % layer, "layers.%d.attn_norm" % (layer + 1)
+        o, down = squares(name + "post_attn_norm"), squares(name + "post_ffn_norm")
+        stream += o + down
+        weight = squares(after if layer + 1 < model.L else "final_norm")
+        whole = stream @ weight
+        for last, added, before, power in ("o", o, ("q", "k", "v"), 1), (
+                "down", down, ("gate", "up"), 2):
+            share = added @ weight / whole if whole > 0 else 0.0
+            found[name + last] = found[last] * share
+            if blocks:
+                share *= looseness(job, name + last) ** power
             for role in before:
-                found[name + role] = HARM[role] * share
+                found[name + role] = found[role] * share
     return found
 
 
@@ -4751,7 +4760,8 @@ def measured_harm(job, free, tied, options, progress):
         tasks += [(source, t, [sampled_rows(section.rows)], key) for t in LADDER]
     progress.start(len(tasks))
     results = pack_all(tasks, free, job, options.jobs)
-    weights, harm = harms(job, tied), []
+    with np.errstate(all="ignore"):  # check_values finds what is not finite
+        weights, harm = harms(job, tied), []
     try:
         for section, _ in free:
             harm.append([])

@@ -266,7 +266,7 @@ def test_shares(folder):
     for norm in ("attention", "feedforward"):
         c.tensors[f"model.layers.0.post_{norm}_layernorm.weight"][:] = -0.98
     out = os.path.join(folder, "shares.bin")
-    run = convert(c.write().path, out, "--bits", "5", "--head", "q4")
+    run = convert(c.write().path, out, "--bits", "6", "--head", "q4")
     level = {name: exporter.LADDER.index(kind) for name, (kind, _, _) in chosen(run.stdout).items()
              if kind != "f32"}
     for role in exporter.INPUTS:

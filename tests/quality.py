@@ -28,6 +28,7 @@ import ctypes
 import importlib.util
 import math
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -285,13 +286,10 @@ def picture(variants):
     for v, *spot in spots:
         (x, y), whose = at(*spot), "theirs" if "llama.cpp" in v.name else "ours"
         out.append(f'<circle class="{whose}" cx="{x:.0f}" cy="{y:.0f}" r="3"/>')
-        if whose == "theirs":
-            out.append(f'<text class="theirs" x="{x + 6:.0f}" y="{y - 3:.0f}">'
-                       f'{v.name.split()[1]}</text>')
-        elif not v.name.startswith("--size"):
-            name = v.name.removesuffix(", in blocks").removesuffix(", importance in blocks")
-            out.append(f'<text class="ours" text-anchor="end" x="{x - 6:.0f}" y="{y + 12:.0f}">'
-                       f'{name}</text>')
+        if not v.name.startswith("--size"):
+            name = re.sub("llama.cpp | with imatrix|, (importance )?in blocks", "", v.name)
+            y += 4 if whose == "ours" else -3
+            out.append(f'<text class="{whose}" x="{x + 6:.0f}" y="{y:.0f}">{name}</text>')
     x, y = at(line[-1][0], line[-1][1])
     out.append(f'<text class="ours" text-anchor="end" x="{x - 12:.0f}" y="{y + 4:.0f}">'
                '--size, --bits</text>')

@@ -151,10 +151,12 @@ class Measure:
             "K": c.num_key_value_heads, "H": c.head_dim, "F": c.intermediate_size}, "Gemma 3")
         model.V = len(self.plain["embedding"])
         tensors = {name: Rows(w) for name, w in self.plain.items()}
+        norms = {"final_norm": self.model.model.norm}
         for i, layer in enumerate(self.model.model.layers):
-            for name, norm in (("attn", layer.post_attention_layernorm),
-                               ("ffn", layer.post_feedforward_layernorm)):
-                tensors[f"layers.{i}.post_{name}_norm"] = Rows(norm.weight.numpy()[:, None])
+            norms.update({f"layers.{i}.attn_norm": layer.input_layernorm,
+                          f"layers.{i}.post_attn_norm": layer.post_attention_layernorm,
+                          f"layers.{i}.post_ffn_norm": layer.post_feedforward_layernorm})
+        tensors.update((name, Rows(norm.weight.numpy()[:, None])) for name, norm in norms.items())
         return SimpleNamespace(model=model, tensors=tensors, most_jobs=1)
 
     def types(self, words):

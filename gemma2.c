@@ -511,6 +511,7 @@ struct pass {
     gemma2_worker *worker;
     size_t n, n_wanted;   /* rows; those of worker->wanted */
     size_t n_exact, wanted_exact; /* how many of them are of the exact class: they come first */
+    struct row **only;   /* [n] the rows, if there are no others any more; else worker->rows */
     const struct matrix_kernels *matrix; /* the class of the others */
     float *logprobs;     /* [T] of worker->targets, or NULL */
     float *states;       /* [T][D] after the final norm, or NULL */
@@ -2071,6 +2072,25 @@ static int read_session_params(gemma2_session *s, gemma2_worker *work, const gem
 
 /* ---- a pass: n rows through all layers ---- */
 
+static const struct row *nth_row(const struct pass *p, size_t t)
+{
+    return p->only ? p->only[t] : &p->worker->rows[t];
+}
+
+/* Where the residual stream and the queries of row t lie. */
+static size_t place_of(const struct pass *p, size_t t)
+{
+    return (size_t)(nth_row(p, t) - p->worker->rows);
+}
+
+/* From here on only the rows count whose logits are wanted. */
+static void keep_wanted(struct pass *p)
+{
+    p->only = p->worker->wanted;
+    p->n = p->n_wanted;
+    p->n_exact = p->wanted_exact;
+}
+
 static void share_rows(struct pass *p, task_fn *task) { share(p->me, p->n, task, p); }
 
 /* Shows an activation [rows][cols] to the worker's hook, by the thread that called. */
@@ -2108,7 +2128,7 @@ struct product_job {
     size_t n, n_exact;
     const struct tensor *w[3]; /* NULL behind the last */
     float *y[3];               /* [n][rows of W[i]] */
-    struct row *const *to;     /* or y[0] goes to the logits of these rows */
+    int is_head;               /* y[0] goes to the logits of the rows */
     float cap;                 /* y[0] = cap * tanh(y[0] / cap), if above 0 */
     int is_gated;              /* y[0] = gelu(W[0] x) * W[1] x */
     const struct tensor *post_norm; /* leave_task norms y[0] by it before it is added */
@@ -2151,7 +2171,8 @@ static void multiply_tile(const struct product_job *job, const struct tensor *w,
 /* Outputs of row t from row `row` of W[which] on. */
 static float *output(const struct product_job *job, int which, size_t row, size_t t)
 {
-    return (job->to ? job->to[t]->logits : job->y[which] + t * job->w[which]->rows) + row;
+    return (job->is_head ? nth_row(job->pass, t)->logits
+                         : job->y[which] + t * job->w[which]->rows) + row;
 }
 
 /* 16 of them; padding is left out. */
@@ -2260,10 +2281,10 @@ static void prepare_task(void *context, size_t t)
         else
             as_int8 |= is_quantised(job->w[i]->type);
     uint32_t cols = job->w[0]->cols;
-    size_t from = job->to ? (size_t)(job->to[t] - p->worker->rows) : t, groups = in->ldq / GROUP;
+    size_t groups = in->ldq / GROUP;
     float *x = job->x + t * cols;
     if (job->norm)
-        norm(p, job->norm, p->worker->x + from * cols, x);
+        norm(p, job->norm, p->worker->x + place_of(p, t) * cols, x);
     if (as_int8)
         p->model->isa->quantise(x, cols, in->q + t * in->ldq, in->scale + t * groups,
                                 in->sum + t * groups);
@@ -2277,7 +2298,7 @@ static void prepare(const struct pass *p, struct product_job *job)
     job->pass = p;
     job->in = (struct input){job->x, job->w[0]->cols, work->in_q, work->in_scale, work->in_sum,
                              work->in_bf16, work->ldq};
-    job->n_exact = job->to ? p->wanted_exact : p->n_exact;
+    job->n_exact = p->n_exact;
     share(p->me, job->n, prepare_task, job);
 }
 
@@ -2659,11 +2680,12 @@ static void attend(struct queries *a, int32_t first, int32_t last)
 static struct query query_of(const struct pass *p, size_t t, int head)
 {
     const gemma2_worker *work = p->worker;
-    const struct row *row = &work->rows[t];
+    const struct row *row = nth_row(p, t);
     const gemma2_config *c = &p->model->config;
     int32_t window = c->is_local[p->layer] ? row->session->window : row->position + 1;
-    size_t at = (t * (size_t)c->n_heads + (size_t)head) * (size_t)c->head_dim;
-    return (struct query){work->q + at, work->attended + at,
+    size_t heads = (size_t)c->n_heads, h = (size_t)c->head_dim;
+    return (struct query){work->q + (place_of(p, t) * heads + (size_t)head) * h,
+                          work->attended + (t * heads + (size_t)head) * h,
                           max_i32(0, row->position - window + 1), row->position};
 }
 
@@ -2729,9 +2751,9 @@ static void attend_task(void *context, size_t task)
     a.isa = p->model->isa, a.n = 0;
     for (size_t t = first; t < last; t++)
         for (int g = 0; g < group; g++) {
-            const gemma2_session *s = p->worker->rows[t].session;
+            const gemma2_session *s = nth_row(p, t)->session;
             int end = g + 1 == group && (t + 1 == last || t + 1 == p->n_exact ||
-                                         p->worker->rows[t + 1].session != s);
+                                         nth_row(p, t + 1)->session != s);
             struct query *q = &a.query[a.n++];
             *q = query_of(p, t, head * group + g);
             if (job->n_blocks)
@@ -2780,7 +2802,7 @@ static struct attention_job cut_attention(const struct pass *p)
     int32_t last_block = 0;
     for (size_t t = 0; t < p->n; t++) {
         job.first_block = min_i32(job.first_block, query_of(p, t, 0).first / KEY_BLOCK);
-        last_block = max_i32(last_block, work->rows[t].position / KEY_BLOCK);
+        last_block = max_i32(last_block, nth_row(p, t)->position / KEY_BLOCK);
     }
     int32_t n_blocks = last_block - job.first_block + 1;
     if (n_blocks > 1 && (size_t)n_blocks <= work->partial_blocks) /* another's may be longer */
@@ -2806,13 +2828,21 @@ static void leave_task(void *context, size_t t)
 {
     const struct product_job *job = context;
     size_t d = job->post_norm->rows;
-    float *x = job->pass->worker->x + t * d, *added = job->y[0] + t * d;
+    float *x = job->pass->worker->x + place_of(job->pass, t) * d, *added = job->y[0] + t * d;
     norm(job->pass, job->post_norm, added, added);
     for (size_t i = 0; i < d; i++)
         x[i] += added[i];
 }
 
-/* x = x + post_attn_norm(o(attend(q, k, v of attn_norm(x)))) */
+/* Whether nothing but the logits shows what the last layer gives. */
+static int has_only_logits(const struct pass *p)
+{
+    return p->layer + 1 == p->model->config.n_layers && !p->worker->hook && !p->states &&
+           !p->logprobs && !p->importance;
+}
+
+/* x = x + post_attn_norm(o(attend(q, k, v of attn_norm(x)))).  In the last layer most rows of a
+ * prompt are done once their keys and values are stored. */
 static void attention(struct pass *p)
 {
     gemma2_worker *work = p->worker;
@@ -2820,7 +2850,7 @@ static void attention(struct pass *p)
     uint32_t d = w->q.cols;
     struct product_job qkv = {.norm = &w->attn_norm, .x = work->normed, .n = p->n,
                               .w = {&w->q, &w->k, &w->v}, .y = {work->q, work->k, work->v}};
-    struct product_job o = {.x = work->attended, .n = p->n, .w = {&w->o}, .y = {work->added},
+    struct product_job o = {.x = work->attended, .w = {&w->o}, .y = {work->added},
                             .post_norm = &w->post_attn_norm};
     prepare(p, &qkv);
     trace(p, "attn_norm", p->layer, work->normed, p->n, d);
@@ -2830,6 +2860,9 @@ static void attention(struct pass *p)
     trace(p, "q", p->layer, work->q, p->n, w->q.rows);
     trace(p, "k", p->layer, work->k, p->n, w->k.rows);
     trace(p, "v", p->layer, work->v, p->n, w->v.rows);
+    if (has_only_logits(p))
+        keep_wanted(p);
+    o.n = p->n;
     attend_rows(p);
     trace(p, "attn", p->layer, work->attended, p->n, w->o.cols);
     add_importance(p, p->layer, INPUT_O, work->attended, w->o.cols);
@@ -2926,8 +2959,9 @@ static int forward(struct pass *p)
     for (p->layer = 0; p->layer < p->model->config.n_layers; p->layer++) {
         if (is_cancelled(p))
             return 0;
-        attention(p);
-        feed_forward(p);
+        struct pass layer = *p; /* its last part may be for fewer rows */
+        attention(&layer);
+        feed_forward(&layer);
     }
     return !is_cancelled(p);
 }
@@ -2937,33 +2971,38 @@ static int forward(struct pass *p)
 static void spread_task(void *context, size_t t)
 {
     const struct pass *p = context;
-    spread_logits(p->model, p->worker->wanted[t]->logits);
+    spread_logits(p->model, p->only[t]->logits);
+}
+
+/* What the head reads of every row. */
+static struct product_job head_inputs(const struct pass *p)
+{
+    struct product_job job = {.norm = &p->model->final_norm, .x = p->worker->normed, .n = p->n,
+                              .w = {&p->model->head}, .cap = p->model->config.final_softcap};
+    prepare(p, &job);
+    return job;
 }
 
 /* Logits of the rows that want them, into the callers' buffers:
  * logits = cap * tanh(norm(x) E^T / cap). */
-static void head(struct pass *p)
+static void head(struct pass p)
 {
-    gemma2_worker *work = p->worker;
-    size_t n = p->n_wanted, v = (size_t)p->model->config.n_vocab;
-    if (!n)
-        return;
-    if (is_reference(p))
-        for (size_t i = 0; i < n; i++)
-            plain_head(p, work->x + (size_t)(work->wanted[i] - work->rows) * p->model->head.cols,
-                       work->wanted[i]->logits);
-    else {
-        struct product_job logits = {.norm = &p->model->final_norm, .x = work->normed, .n = n,
-                                     .w = {&p->model->head}, .to = work->wanted,
-                                     .cap = p->model->config.final_softcap};
-        prepare(p, &logits);
-        trace(p, "final_norm", 0, work->normed, n, p->model->head.cols);
-        multiply(p, logits);
-        if (p->model->kept)
-            share(p->me, n, spread_task, p);
+    gemma2_worker *work = p.worker;
+    size_t v = (size_t)p.model->config.n_vocab;
+    keep_wanted(&p);
+    if (is_reference(&p))
+        for (size_t t = 0; t < p.n; t++)
+            plain_head(&p, work->x + place_of(&p, t) * p.model->head.cols, p.only[t]->logits);
+    else if (p.n) {
+        struct product_job logits = head_inputs(&p);
+        logits.is_head = 1;
+        trace(&p, "final_norm", 0, work->normed, p.n, p.model->head.cols);
+        multiply(&p, logits);
+        if (p.model->kept)
+            share(p.me, p.n, spread_task, &p);
     }
-    for (size_t i = 0; i < n; i++)
-        trace(p, "logits", (int)i, work->wanted[i]->logits, 1, v);
+    for (size_t t = 0; t < p.n; t++)
+        trace(&p, "logits", (int)t, p.only[t]->logits, 1, v);
 }
 
 /* Log-probabilities of one target a row, without a row of logits: the head runs in blocks
@@ -2988,15 +3027,6 @@ static void score_block_task(void *context, size_t t)
     log_sum_add(sum, x, job->n, m->isa->exp_sum);
 }
 
-/* The head's input, of every row. */
-static struct product_job head_inputs(const struct pass *p)
-{
-    struct product_job job = {.norm = &p->model->final_norm, .x = p->worker->normed, .n = p->n,
-                              .w = {&p->model->head}, .cap = p->model->config.final_softcap};
-    prepare(p, &job);
-    return job;
-}
-
 static void score_rows(struct pass *p)
 {
     gemma2_worker *work = p->worker;
@@ -3017,7 +3047,7 @@ static void run_head(struct member *me, void *context)
 {
     struct pass p = *(const struct pass *)context;
     p.me = me;
-    head(&p);
+    head(p);
 }
 
 static void state_task(void *context, size_t t)
@@ -3034,7 +3064,7 @@ static void run_pass(struct member *me, void *context)
     p.me = me;
     if (!forward(&p))
         return;
-    head(&p);
+    head(p);
     if (p.states)
         share_rows(&p, state_task);
     p.n -= p.logprobs && p.worker->targets[p.n - 1] < 0;

@@ -30,7 +30,8 @@ claim "all can read it" test -z "$(find "$D" ! -perm -444 -o -type d ! -perm -55
 files "$ROOT" >"$TMP/files"
 for file in bin/gemma2 bin/gemma2-export include/gemma2.h lib/libgemma2.a lib/pkgconfig/gemma2.pc \
     share/man/man1/gemma2.1 share/bash-completion/completions/gemma2 \
-    share/zsh/site-functions/_gemma2 share/fish/vendor_completions.d/gemma2.fish share/gemma2/tokenizer.bin; do
+    share/zsh/site-functions/_gemma2 share/fish/vendor_completions.d/gemma2.fish \
+        share/gemma2/tokenizer.bin; do
     claim "$file" test -s "$ROOT/$file"
 done
 claim "13 files" test "$(wc -l <"$TMP/files")" -eq 13
@@ -71,22 +72,28 @@ build() { # FOLDER LIBRARIES COMPILER...
     for name in minimal chat sampler header; do
         source=$HERE/example_$name.c
         [ $name = header ] && source=$TMP/header.c
-        claim "$name: $*" "$@" $STRICT "$source" -o "$to/example_$name" -x none $(pc --cflags) $libraries
+        claim "$name: $*" "$@" $STRICT "$source" -o "$to/example_$name" -x none \
+            $(pc --cflags) $libraries
     done
 }
 build "$TMP/c-shared" "$(pc --libs)" $CC -std=c11 -x c
-build "$TMP/c-static" "$LIB/libgemma2.a $(pc --libs --static | sed 's/-lgemma2//')" $CC -std=c11 -x c
+build "$TMP/c-static" "$LIB/libgemma2.a $(pc --libs --static | sed 's/-lgemma2//')" $CC \
+    -std=c11 -x c
 build "$TMP/c++-shared" "$(pc --libs)" $CXX -std=c++17 -x c++
-build "$TMP/c++-static" "$LIB/libgemma2.a $(pc --libs --static | sed 's/-lgemma2//')" $CXX -std=c++17 -x c++
+build "$TMP/c++-static" "$LIB/libgemma2.a $(pc --libs --static | sed 's/-lgemma2//')" $CXX \
+    -std=c++17 -x c++
 for kind in c-shared c-static c++-shared c++-static; do
     claim "examples, $kind" env $LOAD="$LIB" sh "$HERE/examples.sh" "$TMP/$kind" "$ROOT/bin/gemma2"
-    env $LOAD="$LIB" "$TMP/$kind/example_header" "$HERE/demo/story-q8.bin" "Once upon" >"$TMP/$kind.txt"
+    env $LOAD="$LIB" "$TMP/$kind/example_header" "$HERE/demo/story-q8.bin" "Once upon" \
+        >"$TMP/$kind.txt"
     claim "the header's program, $kind" test "$(wc -c <"$TMP/$kind.txt")" -gt 100
     claim "the same text" cmp "$TMP/c-shared.txt" "$TMP/$kind.txt"
 done
-claim "compiles a program that unloads it" $CC $STRICT -std=c11 $(pc --cflags) "$HERE/unload.c" -o "$TMP/unload" -ldl
+claim "compiles a program that unloads it" $CC $STRICT -std=c11 $(pc --cflags) "$HERE/unload.c" \
+    -o "$TMP/unload" -ldl
 claim "unloaded, its host goes on" "$TMP/unload" "$SHARED" "$HERE/demo/story-q8.bin"
-claim "shared is shared" sh -c "! LD_LIBRARY_PATH= '$TMP/c-shared/example_chat'  2>&1 | grep -q usage"
+claim "shared is shared" sh -c \
+    "! LD_LIBRARY_PATH= '$TMP/c-shared/example_chat'  2>&1 | grep -q usage"
 
 # ---- The program, its page, its completions --------------------------------------------------
 "$ROOT/bin/gemma2" --help >"$TMP/help"
@@ -117,28 +124,36 @@ claim "completes a word" completes "--kv f" "f32,f16"
 claim "after = as well" completes "m.bin --kv = f" "f32,f16"
 claim "and at once" completes "m.bin --kv =" "f32,f16,q8"
 claim "completes a file to write" completes "m.bin --importance a" "a model.bin,a text.txt"
-claim "zsh puts no letters together" sh -c "! grep -q '_arguments -s' '$ROOT/share/zsh/site-functions/_gemma2'"
+claim "zsh puts no letters together" sh -c \
+    "! grep -q '_arguments -s' '$ROOT/share/zsh/site-functions/_gemma2'"
 claim "completes a file" completes "a" "a model.bin,a text.txt"
 claim "completes a file after its option" completes "m.bin -f a" "a model.bin,a text.txt"
 claim "completes no number" completes "m.bin -n 1" ""
 
 # ---- What make says -----------------------------------------------------------------------
-claim "make help in whole lines" sh -c "$MAKE -s help | awk 'length > 79 || !/^[a-z0-9-]+  *[A-Z].*[.]$/ { exit 1 }'"
+claim "make help in whole lines" sh -c \
+    "$MAKE -s help | awk 'length > 79 || !/^[a-z0-9-]+  *[A-Z].*[.]$/ { exit 1 }'"
 cp -R Makefile gemma2.c gemma2.h run.c "$TMP"; mkdir "$TMP/tests"; cp tests/tools.mk "$TMP/tests"
 claim "says what it built" sh -c "cd '$TMP' && $MAKE run CFLAGS=-O0 OPENMP= CC='$CC' | grep -q 'Built ./run with .*without OpenMP'"
 # A compiler like tcc takes any flag and removes its output before it fails.  If the output is a
 # device and root runs it, the device is gone.
-printf '#!/bin/sh\nfor a; do [ "$last" = -o ] && echo "$a" >>outputs; last=$a; done\nexit 1\n' >"$TMP/bad"
+printf '#!/bin/sh\nfor a; do [ "$last" = -o ] && echo "$a" >>outputs; last=$a; done\nexit 1\n' \
+    >"$TMP/bad"
 chmod +x "$TMP/bad"
-claim "a failed build names compilers" sh -c "cd '$TMP' && rm run && $MAKE run CC=./bad 2>&1 | grep -q 'CC=gcc or CC=clang'"
-claim "outputs stay here" sh -c "cd '$TMP' && grep -q build/ outputs && ! grep -v '^build/\|^run$' outputs"
+claim "a failed build names compilers" sh -c \
+    "cd '$TMP' && rm run && $MAKE run CC=./bad 2>&1 | grep -q 'CC=gcc or CC=clang'"
+claim "outputs stay here" sh -c \
+    "cd '$TMP' && grep -q build/ outputs && ! grep -v '^build/\|^run$' outputs"
 
 # ---- And gone again -----------------------------------------------------------------------
 claim "uninstall" $MAKE -s uninstall DESTDIR="$D" PREFIX=/opt/gemma
 claim "nothing is left" test "$(files "$D" | wc -l)" -eq 0
-claim "other folders" $MAKE -s install DESTDIR="$D" bindir=/b libdir=/l includedir=/i mandir=/m datarootdir=/d
-claim "are respected" test -x "$D/b/gemma2" -a -e "$D/l/libgemma2.a" -a -e "$D/i/gemma2.h" -a -e "$D/m/man1/gemma2.1"
-claim "and left" $MAKE -s uninstall DESTDIR="$D" bindir=/b libdir=/l includedir=/i mandir=/m datarootdir=/d
+claim "other folders" $MAKE -s install DESTDIR="$D" bindir=/b libdir=/l includedir=/i mandir=/m \
+    datarootdir=/d
+claim "are respected" test -x "$D/b/gemma2" -a -e "$D/l/libgemma2.a" -a -e "$D/i/gemma2.h" \
+    -a -e "$D/m/man1/gemma2.1"
+claim "and left" $MAKE -s uninstall DESTDIR="$D" bindir=/b libdir=/l includedir=/i mandir=/m \
+    datarootdir=/d
 claim "with nothing" test "$(files "$D" | wc -l)" -eq 0
 
 echo "$passed passed, $failed failed"

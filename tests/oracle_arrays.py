@@ -20,7 +20,7 @@ import numpy as np
 
 import make_golden
 import reference as ref
-from oracle_export import check_exact, convert
+from oracle_export import apart, check_exact
 from reference import check
 
 import export
@@ -105,7 +105,7 @@ def converted(*arguments):
     log = arguments[0].rstrip("/") + ".log"
     process = FORKS.Process(target=run_export, args=(list(arguments), log))
     process.start()
-    process.join(120)
+    process.join(600)
     with open(log) as f:
         return process.exitcode, f.read()
 
@@ -144,7 +144,7 @@ def refused_without(path, library, *words, text="raise ImportError('not here')\n
         f.write(text)
     kept = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = stubs
-    run = convert(path, os.path.join(place, "out.bin"))
+    run = apart(path, os.path.join(place, "out.bin"))
     os.environ.pop("PYTHONPATH") if kept is None else os.environ.update(PYTHONPATH=kept)
     check_refusal(run.returncode, run.stderr, place, "no " + library, words)
 
@@ -532,7 +532,7 @@ def test_torch_files(folder, state):
     stubs = fresh(folder, "stubs", tokenizer=False)
     with open(os.path.join(stubs, "torch.py"), "w") as f:
         f.write("raise ImportError('not here')\n")
-    run = convert(path, path + ".bin", env={**os.environ, "PYTHONPATH": stubs})
+    run = apart(path, path + ".bin", env={**os.environ, "PYTHONPATH": stubs})
     check(run.returncode == 0, f"without torch: {run.stderr}")
     os.remove(os.path.join(path, "model.ckpt"))
     torch.save({}, os.path.join(path, "optimizer.pt"))
@@ -848,7 +848,7 @@ def test_orbax(folder):
         jobs.append((os.path.join(fresh(folder, f"orbax{i}"), "saved"), tree, options))
     process = FORKS.Process(target=save_by_orbax, args=(jobs,))
     process.start()
-    process.join(120)
+    process.join(600)
     check(process.exitcode == 0, f"Orbax: exit {process.exitcode}")
     for path, _, options in jobs:
         exact(os.path.dirname(path), source, f"Orbax, {options}", expect=dict(W=4096))
@@ -953,12 +953,12 @@ def test_workers(folder):
                         "Flax": lambda: kaggle(folder, flax_arrays(source), rows=100)}.items():
         source["layers.0.k"][127, 511] = 1
         fresh(folder, "place", tokenizer=False)
-        run = convert(write(), out, "--type", "bf16", "-j", "2")
+        run = apart(write(), out, "--type", "bf16", "-j", "2")
         if check(run.returncode == 0, f"{what}, two workers: {run.stderr.strip()}"):
             check_exact(source, out, f"{what}, two workers")
             os.remove(out)
         source["layers.0.k"][127, 511] = float("inf")
-        run = convert(write(), out, "-j", "2")
+        run = apart(write(), out, "-j", "2")
         check_refusal(run.returncode, run.stderr, os.path.dirname(out), f"{what}, infinity in a "
                       "worker", ["layers.0.k", "holds NaN or infinity"])
 

@@ -387,7 +387,7 @@ def test_real_vocabulary(folder):
 
 
 def bad(path, what, *words):
-    """In a process of its own: status 1, one sentence with the words, nothing left."""
+    """A conversion that must fail: status 1, one sentence with the words, nothing left."""
     place = os.path.join(os.path.dirname(os.path.abspath(path)), "place")
     os.makedirs(place)
     run = oracle_export.convert(path, os.path.join(place, "out.bin"))
@@ -447,7 +447,7 @@ def test_bad(folder):
     os.makedirs(stub)
     with open(os.path.join(stub, "gguf.py"), "w") as f:
         f.write("raise ImportError('not here')\n")
-    run = oracle_export.convert(path, path + ".bin", env={**os.environ, "PYTHONPATH": stub})
+    run = oracle_export.apart(path, path + ".bin", env={**os.environ, "PYTHONPATH": stub})
     check(run.returncode == 1 and "pip install gguf" in run.stderr, f"no gguf: {run.stderr}")
     test_damage(folder, path)
 

@@ -14,7 +14,7 @@ import numpy as np
 
 import oracle_gguf
 import reference as ref
-from oracle_export import Checkpoint, convert, convert_here
+from oracle_export import Checkpoint, apart, convert
 from reference import check
 
 U = 2.0 ** -24   # the relative error of one rounding to f32
@@ -388,7 +388,7 @@ def test_workers(folder):
     made = []
     for jobs in "1", "3":
         out = os.path.join(folder, "out.bin")
-        run = convert(a.base, out, "--type", "bf16", "-j", jobs, "--lora", a.path)
+        run = apart(a.base, out, "--type", "bf16", "-j", jobs, "--lora", a.path)
         check(run.returncode == 0, f"{jobs} workers: {run.stderr.strip()}")
         with open(out, "rb") as f:
             made.append(f.read())
@@ -533,7 +533,7 @@ def test_refused(folder):
             edit(a)
         place = os.path.join(folder, "place%d" % i)
         os.makedirs(place)
-        run = convert_here(a.base, os.path.join(place, "out.bin"), "--lora", a.path)
+        run = convert(a.base, os.path.join(place, "out.bin"), "--lora", a.path)
         refused("bad adapter %d (%s)" % (i, ", ".join(words)), run, place, *words)
     check(not os.path.exists("/tmp/gemma2-executed-a-pickle"), "a pickle was executed")
 

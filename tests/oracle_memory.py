@@ -197,7 +197,11 @@ def peak(command):
 def measure(folder, layers, model, bound, options):
     lora, out = (os.path.join(folder, name) for name in ("lora", "out.bin"))
     adapter(lora, layers, 64)
-    status, error, most, processes, seconds = peak(EXPORT + [model, out, "--lora", lora, *options])
+    for _ in range(3):  # a busy machine may see nothing of the first
+        status, error, most, processes, seconds = peak(
+            EXPORT + [model, out, "--lora", lora, *options])
+        if processes > 2:
+            break
     if check(status == 0, f"memory: exit {status}: {error}"):
         check(processes > 2, f"memory: only {processes} processes were seen")
         check(most <= bound, f"memory: {most / GB:.2f} GB resident, allowed {bound / GB:.2f}")

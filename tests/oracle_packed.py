@@ -5,7 +5,6 @@ in float32, and the values must be equal to the bit.  The libraries of GPTQ and 
 so the writers below take their place.  AutoGPTQ's QuantLinear.pack and AutoAWQ's
 dequantize_gemm were run beside the writers once and agreed."""
 import contextlib
-import functools
 import http.server
 import io
 import json
@@ -22,7 +21,7 @@ import numpy as np
 import oracle_export
 import oracle_lora
 import reference as ref
-from oracle_export import Checkpoint, check_exact, convert, convert_here, drop, spoil
+from oracle_export import Checkpoint, apart, bad, check_exact, convert, drop, good, spoil
 from reference import check
 
 import export
@@ -33,11 +32,6 @@ WIDTHS = dict(hidden_size=64, intermediate_size=96, num_attention_heads=4, num_k
 Q, DOWN = "model.layers.1.self_attn.q_proj", "model.layers.0.mlp.down_proj"
 SEED = int(os.environ.get("ORACLE_SEED", "1"))
 STATE = Q + ".weight.quant_state.bitsandbytes__nf4"
-
-
-# Conversions here are small and many: they run in this process
-good = functools.partial(oracle_export.good, run=convert_here)
-bad = functools.partial(oracle_export.bad, run=convert_here)
 
 
 # ---- what each method makes of a matrix: its parts, and the f32 values they mean -------
@@ -257,7 +251,7 @@ def test_gptq_leftovers(folder):
     c.write()
     c.torch.save(c.tensors, c.file("pytorch_model.bin"))
     os.remove(c.file("model.safetensors"))
-    run = convert_here(c.path, c.path + ".bin", "--type", "f32")
+    run = convert(c.path, c.path + ".bin", "--type", "f32")
     if check(run.returncode == 0, f"GPTQ as .bin: {run.stderr}"):
         check_exact(c, c.path + ".bin", "GPTQ as .bin")
 
@@ -621,7 +615,7 @@ def test_ranges(folder):
                 part = copy.rows(int(start), int(stop) + 1)
                 check(np.array_equal(part, whole[start:stop + 1]) and part.dtype == np.float32,
                       f"rows {start} to {stop} of {name}, format {number}")
-        convert_here(c.path, os.devnull)  # closes the files
+        convert(c.path, os.devnull)  # closes the files
 
 
 def test_junk(folder, times=20):
@@ -651,7 +645,7 @@ def test_junk(folder, times=20):
 def fails_well(folder, c, what):
     """Whether a conversion fails.  A failure must give one sentence and leave no output."""
     out = os.path.join(folder, "out.bin")
-    run = convert_here(c.path, out, "--type", "bf16")
+    run = convert(c.path, out, "--type", "bf16")
     lines = [line for line in run.stderr.strip().split("\n") if "warning" not in line]
     check(run.returncode in (0, 1) and "Traceback" not in run.stderr,
           f"{what}: exit {run.returncode}: {run.stderr[-400:]}")
@@ -729,7 +723,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 def from_hub(name, folder, home, options=("--type", "f32"), **env):
     """export.py with a hub name, in an environment of its own."""
     env = {**os.environ, "HF_HOME": home, "NO_PROXY": "127.0.0.1", **env}
-    return convert(name, os.path.join(folder, "out.bin"), *options, env=env)
+    return apart(name, os.path.join(folder, "out.bin"), *options, env=env)
 
 
 def hub_refuses(folder, name, *words, home="empty", **env):

@@ -11,7 +11,7 @@ import numpy as np
 
 import make_golden
 import reference as ref
-from oracle_export import convert_here
+from oracle_export import convert
 from oracle_gguf import check_same, damaged, export, logits, refused
 from reference import check
 
@@ -298,7 +298,7 @@ def test_bad_tensors(path, good):
     no("scale", "table of tensors", data={"qkv_ein_0": (kind, raw, float("inf"), rows, cols)})
     write_sbs(path, {**good, "linear_w_0": (
         "F32", np.full((64, 16), np.nan, "<f4").tobytes(), 1.0, 64, 16)})
-    run = convert_here(path, path + ".bin")
+    run = convert(path, path + ".bin")
     check(run.returncode == 1 and "layers.0.down" in run.stderr and "NaN" in run.stderr,
           f"sbs NaN: {run.stderr}")
     for second in (False, True):

@@ -59,7 +59,7 @@ def reply(program, path, seed):
     story = os.path.join(ref.ROOT, "tests/demo/story-q8.bin")
     run = subprocess.run([program, story, "-q", "--json", "-t", "3", "-n", "200",
                           "-s", str(seed), "--schema", path, "Once"], capture_output=True,
-                         text=True, timeout=60)
+                         text=True, timeout=600)
     return run.stdout if run.returncode == 0 else run.stderr
 
 

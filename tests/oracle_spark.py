@@ -1,20 +1,29 @@
 """README's recipe for Apache Spark on local cores, against one process: a part of oracle.py."""
 import os
-import signal
 import subprocess
-import threading
 import time
 
 import reference as ref
 from reference import check
 
-# The recipe runs this script, which notes the program's process and, at its end, its status.
+# The recipe runs this script, which notes the program's status.  The first gets one line and is
+# ended with SIGKILL once it has answered, while it waits for more.
 WORKER = """#!/bin/sh
-cd {}; exec 3<&0
-{} "$@" <&3 &
-echo $! >>started
-wait $!
-status=$?
+cd {}
+if mkdir first 2>/dev/null; then
+    mkfifo held
+    {program} "$@" <held >answer &
+    exec 9>held
+    head -n 1 >&9
+    until [ -s answer ]; do sleep 0.05; done
+    kill -9 $!
+    wait $!
+    status=$?
+    cat answer
+else
+    {program} "$@"
+    status=$?
+fi
 echo $status >>ended
 exit $status
 """
@@ -31,16 +40,6 @@ def lines_of(path):
         return f.read().splitlines()
 
 
-def kill_first(folder):
-    """Ends the first worker with SIGKILL while it is at work."""
-    path = os.path.join(folder, "started")
-    until = time.time() + 60
-    while time.time() < until and not (os.path.exists(path) and lines_of(path)):
-        time.sleep(0.01)
-    time.sleep(0.1)
-    os.kill(int(lines_of(path)[0]), signal.SIGKILL)
-
-
 def test_spark(engine, folder):
     """Two tasks at a time, each retried when its worker dies, give the results of one process."""
     from pyspark.sql import SparkSession
@@ -49,12 +48,12 @@ def test_spark(engine, folder):
     source, worker = os.path.join(folder, "in.jsonl"), os.path.join(folder, "worker")
     with open(source, "w") as f:
         for i in range(40):
-            f.write(f'{{"id": {i}, "prompt": "Caf\u00e9 {i}", "max_tokens": 150, "top_k": 0}}\n')
+            f.write(f'{{"id": {i}, "prompt": "Caf\u00e9 {i}", "max_tokens": 40, "top_k": 0}}\n')
         f.write('{"id": "bad", "prompt": 5}\n')
     alone = subprocess.run([program, story, "-q", "--batch", source, "-s", "1"],
                            capture_output=True, text=True).stdout
     with open(worker, "w") as f:
-        f.write(WORKER.format(folder, program))
+        f.write(WORKER.format(folder, program=program))
     os.chmod(worker, 0o755)
     os.environ["SPARK_LOCAL_IP"] = "127.0.0.1"
     spark = (SparkSession.builder.master("local[2,2]").config("spark.ui.enabled", "false")
@@ -62,11 +61,8 @@ def test_spark(engine, folder):
     out = os.path.join(folder, "out")
     code = (recipe().replace("./run model.bin", f"{worker} {story}")
             .replace('"in.jsonl"', repr(source)).replace('"out"', repr(out)))
-    killer = threading.Thread(target=kill_first, args=(folder,))
-    killer.start()
     began = time.time()
     exec(code, {"spark": spark})
-    killer.join()
     spark.stop()
     got = [line for name in sorted(os.listdir(out)) if name.startswith("part-")
            for line in lines_of(os.path.join(out, name))]

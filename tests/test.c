@@ -6,8 +6,7 @@
  * Run it from the repository's root.  Names of sections run these alone; without names, or named
  * gemma2.c, its sections run, in a few seconds.  GEMMA2_TEST_FULL=1 sweeps exp and tanh over every
  * float and prints their largest errors, and tries more hostile files: two minutes.
- * -DGEMMA2_EMULATE adds the "amx" and "avxvnni" rows on CPUs with AVX-512; without names these two
- * run alone. */
+ * -DGEMMA2_EMULATE adds the "amx" and "avxvnni" rows on CPUs with AVX-512. */
 #include "unit/common.h"
 
 #include "unit/weight_file.c"
@@ -34,8 +33,8 @@ static const struct {
     void (*run)(void);
 } sections[] = {
     {"ground", test_ground}, {"file", test_weight_file}, {"formats", test_formats},
-    {"kernels", test_kernels}, {"sharing", test_work_sharing}, {"model", test_model},
-    {"far", test_far_positions},
+    {"kernels", test_kernels}, {"sharing", test_work_sharing}, {"rows", test_model_on_rows},
+    {"model", test_model}, {"far", test_far_positions},
     {"text", test_text}, {"chat", test_chat}, {"sampler", test_sampler},
     {"constraints", test_constraints}, {"ahead", test_ahead}, {"api", test_api},
     {"golden", test_golden}, {"tale", test_tale},
@@ -43,7 +42,7 @@ static const struct {
     {"hosts", test_hosts}, {"hostile", test_hostile},
 #endif
 };
-enum { N_SECTIONS = sizeof sections / sizeof *sections, N_OF_GEMMA2 = 13 };
+enum { N_SECTIONS = sizeof sections / sizeof *sections, N_OF_GEMMA2 = 14 };
 
 /* Runs a section, or all of gemma2.c. */
 static void run_section(const char *name)
@@ -63,15 +62,8 @@ int main(int argc, char **argv)
     if (!mkdtemp(scratch_dir))
         return printf("cannot make %s\n", scratch_dir), 1;
     unsetenv("GEMMA2_ISA"); /* the tests choose */
-    if (argc == 1 && emulated_alone) {
-        test_rows();
-        test_matrix_models();
-        test_permission();
-        test_tale();
-    } else if (argc == 1) {
+    if (argc == 1)
         run_section("gemma2.c");
-    }
-    emulated_alone = 0;
     for (int i = 1; i < argc; i++)
         run_section(argv[i]);
     check(rmdir(scratch_dir) == 0, "files are left in %s", scratch_dir);

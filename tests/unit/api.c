@@ -188,6 +188,7 @@ static void test_api(void)
     test_strings();
     test_sections();
     test_isa_choice();
+    test_permission();
     test_tokenizer_only();
     test_allocation_failures();
     test_no_leaks();

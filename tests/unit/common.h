@@ -85,9 +85,6 @@ static int test_munmap(void *p, size_t n)
 
 #ifdef GEMMA2_EMULATE
 #include "../emulate.h"
-static int emulated_alone = 1; /* the rows that are emulated, no other */
-#else
-static int emulated_alone = 0;
 #endif
 /* A thread's comparisons of bytes: every look-up of a piece needs some, so they count its work. */
 static _Thread_local unsigned long n_compared;
@@ -132,15 +129,10 @@ static void mix_in_special(float *x, size_t n, int finite)
             x[i] = SPECIAL[below(N_SPECIAL - (finite ? 3 : 0))];
 }
 
-static int is_tested(const struct kernels *row)
-{
-    return !emulated_alone || !strcmp(row->name, "amx") || !strcmp(row->name, "avxvnni");
-}
-
 /* Whether a row's matrix class may be run here.  Asks for the permission that it needs. */
 static int has_matrix(const struct kernels *row)
 {
-    if (!is_tested(row) || !row->matrix || !row->available())
+    if (!row->matrix || !row->available())
         return 0;
     if (permitted_matrix(row->matrix) == row->matrix)
         return 1;

@@ -933,7 +933,8 @@ schema '{"pattern": "[é]"}' "#/pattern: the part of 'pattern' before byte 2 is 
 schema '{"properties": {"a": {}}, "patternProperties": {"b": {}}}' \
     "#/patternProperties: it is known only as one pattern, without named keys"
 schema '{"items": {"enum": []}}' "#/items: no listed value fits the other keywords"
-schema '{"enum": ["a"], "minLength": 2}' "#/enum/0: no keyword but 'type' is known beside this listed value"
+schema '{"enum": ["a"], "minLength": 2}' \
+    "#/enum/0: no keyword but 'type' is known beside this listed value"
 schema '{"allOf": [{"pattern": "a"}, {"pattern": "b"}]}' "#/allOf/1/pattern: two different"
 schema '{"type": ["object", "any"]}' "#/type: 'type' is one or a list of string, integer"
 schema '{"oneOf": [{"type": "null"}, {"const": null}]}' "#/oneOf/1: a value may fit this way"

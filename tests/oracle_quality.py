@@ -226,7 +226,7 @@ def test_sizes(c, folder):
     exporter.check_shapes(reader)
     harms = exporter.harms(exporter.Job(reader, exporter.Importance(weigh[1], reader.model)), True)
     before = None
-    for wish in (*np.linspace(ends[0], ends[1], 6).astype(int), 10 ** 12):
+    for wish in (*np.linspace(ends[0], ends[1], 4).astype(int), 10 ** 12):
         run = convert(c.path, out, "--size", str(wish), *weigh)
         if not check(run.returncode == 0, f"--size {wish}: {run.stderr[-200:]}"):
             continue

@@ -5062,6 +5062,11 @@ def gather_fisher(job, ids, jobs, progress):
     torch.manual_seed(0)
     torch.set_num_threads(jobs)
     fisher, model = job.fisher, job.reader.model
+    directory = os.path.dirname(os.path.dirname(fisher.path))
+    free = shutil.disk_usage(directory).free
+    if free < fisher.size:  # writing to the map would kill the process
+        raise ExportError("%s has %s left and --fisher needs %s for a while: make room"
+                          % (directory, human(free), human(fisher.size)))
     sums = np.memmap(fisher.path, "<f4", "w+", shape=fisher.size // 4)
     run = Pass(torch, job.reader, ids.shape[1])
     embedding = run.tensor("embedding").bfloat16()
@@ -5321,7 +5326,11 @@ def convert(options, progress):
             stack.callback(handles.clear)  # Windows removes nothing that is open
             job = job._replace(fisher=Fisher(os.path.join(folder, "fisher"), model,
                                              importance.block, ids.size))
-            gather_fisher(job, ids, options.jobs, progress)
+            try:
+                gather_fisher(job, ids, options.jobs, progress)
+            except RuntimeError as e:  # so torch says that memory is short
+                raise ExportError("--fisher failed in torch (%s): without it less memory is needed"
+                                  % str(e).split("\n")[0][:200]) from None
         for section in small:
             out.write_section([section.data])
         errors = write_tensors(out, job, plan, options, progress)

@@ -242,8 +242,8 @@ def test_kept(folder):
         with open(ids, "w") as f:
             f.write("340 300,\n 340 312 301")
         options = options.split()
-        runs = [convert_here(c.path, whole, *options),
-                convert_here(c.path, out, *options, "--keep-vocab", ids)]
+        runs = [convert(c.path, whole, *options),
+                convert(c.path, out, *options, "--keep-vocab", ids)]
         what = f"--keep-vocab {' '.join(options)}"
         if not check(not any(r.returncode for r in runs), f"{what}: {runs[1].stderr}"):
             continue
@@ -270,7 +270,7 @@ def test_kept(folder):
     for text, words in (("12 x", "'x'"), ("347", "'347'"), ("-1", "'-1'"), (" ", "holds no ids")):
         with open(ids, "w") as f:
             f.write(text)
-        run = convert_here(c.path, out, "--keep-vocab", ids)
+        run = convert(c.path, out, "--keep-vocab", ids)
         check(run.returncode == 1 and words in run.stderr and not os.path.exists(out),
               f"--keep-vocab with {text!r}: {run.stderr}")
 

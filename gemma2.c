@@ -47,7 +47,8 @@
  *              -> run_team -> run_pass, on every thread -> forward, then head.  gemma2_eval_rows
  *              comes to evaluate by judge_rows and run_rows, gemma2_eval_ahead by evaluate_ahead.
  *   a layer    forward -> attention, then feed_forward; both are made of prepare, multiply and
- *              leave_task.  The plain model: plain_forward -> plain_attention ..
+ *              leave_task.  In the last layer only rows that want logits go on: keep_wanted.
+ *              The plain model: plain_forward -> plain_attention, plain_feed_forward.
  *   a product  prepare -> prepare_task: norm, and inputs rounded to int8 or bf16.  multiply ->
  *              product_task -> multiply_pairs -> multiply_in_class -> matrix->bf16_panel, or
  *              multiply_tiles: isa->int8_tile, one tile and 16 rows of the pass at a time; in

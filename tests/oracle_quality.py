@@ -9,7 +9,7 @@ import subprocess
 import numpy as np
 
 import reference as ref
-from oracle_export import Checkpoint, convert
+from oracle_export import Checkpoint, apart, convert
 from reference import check
 
 import export as exporter
@@ -426,7 +426,7 @@ def test_fisher_refused(c, folder, place, weights, ids):
             (2, ("--fisher", ids), "--importance"), (1, (*weigh, "--fisher", ids), "needs torch"),
             (2, ("--importance", means, "--fisher", ids), "in blocks"),
             *((1, (*weigh, "--fisher", os.path.join(folder, n)), n) for n in wrong)):
-        run = convert(c.path, os.path.join(place, "out.bin"), *options,
+        run = apart(c.path, os.path.join(place, "out.bin"), *options,
                       env={**os.environ, "PYTHONPATH": folder})
         check(run.returncode == code and says in run.stderr and "Traceback" not in run.stderr
               and not os.listdir(place), f"--fisher {options}: {run.returncode}: "

@@ -50,32 +50,35 @@
  *              leave_task.  In the last layer only rows that want logits go on: keep_wanted.
  *              The plain model: plain_forward -> plain_attention, plain_feed_forward.
  *   a product  prepare -> prepare_task: norm, and inputs rounded to int8 or bf16.  multiply ->
- *              product_task -> multiply_pairs -> multiply_in_class -> matrix->bf16_panel, or
- *              multiply_tiles: isa->int8_tile, one tile and 16 rows of the pass at a time; in
- *              passes of more than tile_rows isa->int8_panel, two tiles and 256 rows; f32 and
- *              bf16: isa->add_lines.
- *   q3         in plain C: int8_tile -> unpack_group -> value_of -> value_q3.  With AVX-512:
- *              int8_tile_avx512 -> tile_by_type -> tile_by_rows -> tile_avx512 ->
- *              operands_avx512 -> operands_q3_avx512; int8_panel_avx512 -> panel_by_type ->
- *              unpack_panel_avx512 -> the same operands; panel_tokens_avx512.  The other types
- *              and CPUs differ in these names' endings.
+ *              product_task -> multiply_pairs (few rows: -> multiply_tile) -> multiply_in_class
+ *              -> matrix->bf16_panel, or multiply_tiles: isa->int8_tile, one tile and 16 rows of
+ *              the pass at a time; in passes of more than tile_rows isa->int8_panel, two tiles
+ *              and 256 rows; f32 and bf16: isa->add_lines.
+ *   q3         in plain C: int8_tile -> unpack_group -> value_of -> value_q3.  With AVX2:
+ *              int8_tile_avx2 -> tile_by_type -> tile_by_rows -> tile_avx2: operands_avx2 ->
+ *              operands_q3_avx2 unpack, group_sum_avx2 -> dot_avx2 multiply.  More rows:
+ *              int8_panel_avx2 -> panel_by_type.  The other types and CPUs differ in these
+ *              names' endings.
  *   a format   what a new one needs is listed in section 2: grep 'A new quantised format'.
  *   a CPU      select_kernels: the first of all_kernels that is available, or GEMMA2_ISA's;
  *              choose_matrix: whether prompts use its matrix class.
  *   the cache  place_cache sets R; store_head writes key and value to slot_of: position % R.
  *              query_of applies the window.  attend_rows -> cut_attention, attend_task ->
  *              attend_gathered -> attend -> attend_block -> score_keys, weigh (soft-cap),
- *              mix_values, merge_partial.
+ *              mix_values, merge_partial.  Keys become floats in isa->add_lines -> line_number,
+ *              with AVX2 line_avx2.  Prompts in the matrix class: matrix_attention, pack_keys.
  *   a task     share(me, n, task, context): each thread of the team draws a number below n from
  *              team->drawn and calls task(context, number), until all are done: end_phase.
- *   logits     head -> multiply -> product_task -> output: straight into row->logits, which is
- *              the caller's; with V' < V spread_logits puts them where they belong.
- *              Log-probabilities without logits: score_rows.
+ *   logits     head -> multiply -> product_task (final soft-cap) -> output: straight into
+ *              row->logits, which is the caller's; with V' < V spread_logits puts them where they
+ *              belong.  Log-probabilities without logits: score_rows.
  *   a mask     a bit for each token, 1: it may come next.  gemma2_matcher_allowed -> fill_mask ->
  *              walk_tree -> take_token.  The caller puts it into sampler.allow: gemma2_sample ->
- *              sample -> keep_top -> draw.  gemma2_matcher_accept -> after_token.
+ *              sample -> keep_top -> draw (temperature); no token left: GEMMA2_ERR_ARGUMENT.
+ *              gemma2_matcher_accept -> after_token.
  *   a draft    gemma2_eval_ahead -> evaluate_ahead -> make_guesses (how many: choose_drafts) ->
- *              gemma2_eval_rows.  The slot of a wrong one is overwritten.
+ *              gemma2_eval_rows, then position goes back; gemma2_eval_ahead moves it over the
+ *              drafts that were right.  The slot of a wrong one is overwritten.
  *   a text     gemma2_encode -> normalise -> encode_text -> merge_symbols -> emit_symbol; back:
  *              gemma2_decode -> release_bytes.  A chat: encode_messages -> add_part, add_message.
  *   a file     gemma2_open -> file_open; make_model -> read_header (identity), read_directory ->
@@ -86,8 +89,8 @@
  *   int8 inputs       quantise_group                 how many threads default_threads
  *   RoPE              rotate; angles: embed_task     team or alone    next_way, useful_threads
  *   values not finite store_head, weigh, sample      to cancel        gemma2_cancel, ask_task
- *   memory            place_all, place_scratch       to go back       gemma2_rewind, ring, oldest
- *   matrix class      struct matrix_kernels          a saved session  save_session, next_place
+ *   memory            place_all, place_scratch       to go back       gemma2_rewind, s->oldest
+ *   matrix class      choose_matrix, in_matrix       a saved session  save_session, check_saved
  *
  * SAME BITS.  Every sum below has one stated order.  In products of weights and in the sums
  * over keys and values each product rounds once together with the sum, everywhere else before
@@ -975,10 +978,11 @@ static uint64_t dimension(const gemma2_config *c, char letter)
  *   type 0 bytes  no tensor
  *
  * A new quantised format needs, in this section: a TYPE_, a line in this table and in types,
- * has_group_bit, and cases in value_of, scale_of and unpack_group.  In the appendix: even_offset,
- * cases in tile_by_type, panel_by_type and bf16_panel_amx (and its bit in amx_matrix.types), and
- * in operands_, offset_ and scales_ of avx2, avx512 and neon.  Chains of types end with q4 or q3,
- * so search for TYPE_Q6.  export.py and gemma2_section's comment name it.
+ * has_group_bit (which says yes to all types behind q6), and cases in value_of, scale_of and
+ * unpack_group.  In the appendix: even_offset, cases in tile_by_type, panel_by_type and
+ * bf16_panel_amx (and its bit in amx_matrix.types), and in operands_, offset_ and scales_ of
+ * avx2, avx512 and neon.  Chains of types end with q4 or q3 and take any other for that, so
+ * search for TYPE_Q6, TYPE_Q4 and TYPE_Q3.  export.py and gemma2_section's comment name it.
  * A new type of cache needs a line_type, and cases in number_bytes, position_bytes, kv_head_of,
  * store_head, line_number, lines_by_type and line_ of avx2, avx512 and neon.
  *

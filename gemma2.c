@@ -54,11 +54,11 @@
  *              -> matrix->bf16_panel, or multiply_tiles: isa->int8_tile, one tile and 16 rows of
  *              the pass at a time; in passes of more than tile_rows isa->int8_panel, two tiles
  *              and 256 rows; f32 and bf16: isa->add_lines.
- *   q3         in plain C: int8_tile -> unpack_group -> value_of -> value_q3.  With AVX2:
- *              int8_tile_avx2 -> tile_by_type -> tile_by_rows -> tile_avx2: operands_avx2 ->
- *              operands_q3_avx2 unpack, group_sum_avx2 -> dot_avx2 multiply.  More rows:
- *              int8_panel_avx2 -> panel_by_type.  The other types and CPUs differ in these
- *              names' endings.
+ *   q3         in plain C: int8_tile -> unpack_group -> value_of (q4 is a case of it) -> value_q3,
+ *              scale_of; add_product.  With AVX2: int8_tile_avx2 -> tile_by_type -> tile_by_rows
+ *              -> tile_avx2: operands_avx2 -> operands_q3_avx2 unpack, group_sum_avx2 -> dot_avx2
+ *              multiply.  More rows: int8_panel_avx2 -> panel_by_type.  The other types and CPUs
+ *              differ in these names' endings.
  *   a format   what a new one needs is listed in section 2: grep 'A new quantised format'.
  *   a CPU      select_kernels: the first of all_kernels that is available, or GEMMA2_ISA's;
  *              choose_matrix: whether prompts use its matrix class.
@@ -73,14 +73,16 @@
  *              row->logits, which is the caller's; with V' < V spread_logits puts them where they
  *              belong.  Log-probabilities without logits: score_rows.
  *   a mask     a bit for each token, 1: it may come next.  gemma2_matcher_allowed -> fill_mask ->
- *              walk_tree -> take_token.  The caller puts it into sampler.allow: gemma2_sample ->
- *              sample -> keep_top -> draw (temperature); no token left: GEMMA2_ERR_ARGUMENT.
- *              gemma2_matcher_accept -> after_token.
+ *              walk_tree -> take_token, which leaves out tokens after which the reply could not
+ *              end in time: tokens_of.  The caller puts it into sampler.allow: gemma2_sample ->
+ *              sample -> adjust_logits (penalties), keep_top, draw (temperature, then top-p and
+ *              min-p); no token left: GEMMA2_ERR_ARGUMENT.  gemma2_matcher_accept -> after_token.
  *   a draft    gemma2_eval_ahead -> evaluate_ahead -> make_guesses (how many: choose_drafts) ->
  *              gemma2_eval_rows, then position goes back; gemma2_eval_ahead moves it over the
  *              drafts that were right.  The slot of a wrong one is overwritten.
- *   a text     gemma2_encode -> normalise -> encode_text -> merge_symbols -> emit_symbol; back:
- *              gemma2_decode -> release_bytes.  A chat: encode_messages -> add_part, add_message.
+ *   a text     gemma2_encode -> normalise -> encode_text -> merge_symbols -> emit_symbol: a piece,
+ *              or else its bytes, or else unk (byte fallback).  Back: gemma2_decode ->
+ *              release_bytes.  A chat: encode_messages -> add_part, add_message.
  *   a file     gemma2_open -> file_open; make_model -> read_header (identity), read_directory ->
  *              place_tensor.  Weights are verified by gemma2_check alone.
  *

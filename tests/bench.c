@@ -202,8 +202,8 @@ static uint64_t build_image(uint8_t *base, size_t shape, uint32_t type, uint32_t
                     fill_tensor(base + end, t, bytes, tile);
                 else if (r->id == ROLE_TOKENIZER)
                     put_tokenizer(base + end);
-                for (uint64_t i = 0; r->id == ROLE_KEPT && i < kept; i++)
-                    put_u32(base + end + 4 * i, (uint32_t)(i * 256000 / kept));
+                for (uint64_t k = 0; r->id == ROLE_KEPT && k < kept; k++)
+                    put_u32(base + end + 4 * k, (uint32_t)(k * 256000 / kept));
             }
             at++;
             end += bytes;

@@ -409,9 +409,10 @@ static struct image with_kept(const struct image *from, const uint32_t *ids, uin
     end = 512 + 96 * (uint64_t)n_sections;
     for (uint32_t i = 0; i < n_sections; i++) {
         int old = (int)(i - (i > 2)); /* the list of ids comes third */
-        uint8_t *e = memcpy(entry_of(&m, (int)i), entry_of(from, old), 96);
+        uint8_t *e = entry_of(&m, (int)i);
         const uint8_t *data = section_of(from, old);
         end = (end + align - 1) / align * align;
+        memcpy(e, entry_of(from, old), 96);
         put_u64(e + 32, end);
         if (i == 2) {
             memset(e, 0, 32), put_u32(e, 3), put_u64(e + 40, 4 * n);

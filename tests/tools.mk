@@ -39,7 +39,7 @@ fuzz:
 		-Dmain=run_main tests/fuzz_run.c tests/fuzz.c -lm -o build/fuzz
 	@sh tests/fuzz.sh build/fuzz $(or $(SECONDS),60) $(TARGETS)
 
-# Tests all kernels, those of AMX and AVX-VNNI on any CPU with AVX-512.
+# Tests all kernels, AMX and AVX-VNNI too, where there is AVX-512.
 # AMX's six tile instructions are C there, AVX-VNNI's have AVX-512's encoding.
 test-emulated: build/test_emulated
 	@sh tests/add_up.sh build/test_emulated "build/test_emulated hosts hostile" \

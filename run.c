@@ -315,7 +315,8 @@ typedef enum {
     TRACE, BATCH, EMBED, REWARD
 } mode_kind;
 
-/* Sets of modes: an option names those in which it means something. */
+/* Sets of modes: an option names those in which it may stand.  Settings stand with any, so that
+ * they can be the same in every call; what asks for something stands only where that is done. */
 #define ONE(mode) (1u << (mode))
 enum {
     ALL = ONE(REWARD + 1) - 1,
@@ -325,7 +326,6 @@ enum {
     TURNS = REPLIES | READERS | ONE(TOKENIZE),
     PROMPTS = READERS | ONE(GENERATE) | ONE(TOKENIZE) | ONE(IMPORTANCE),
     EVALUATES = REPLIES | READERS | ONE(PERPLEXITY) | ONE(IMPORTANCE),
-    PLANS = EVALUATES | ONE(INFO),
     OBJECTS = TURNS - ONE(CONVERSE) - ONE(TRACE) + ONE(INFO)
 };
 
@@ -396,7 +396,7 @@ struct option {
     const char *takes; /* "it takes ...", for values that can be wrong */
     double least, most;
     mode_kind mode; /* what the option asks for, or GENERATE */
-    unsigned modes; /* in which it means something */
+    unsigned modes; /* in which it may stand */
 };
 
 #define HEAD(text) {.help = text, .kind = HEADING}
@@ -415,13 +415,13 @@ static const option OPTIONS[] = {
      IS(TURNS, TEXT, system)},
     {'n', "max-tokens", "N", "at most N tokens of reply; -1: until the model\n"
      "stops or the context is full (default)",
-     IN(REPLIES, WHOLE, max_tokens, "a whole number from 0 to 2147483647, or -1 for no limit", -1,
+     IN(ALL, WHOLE, max_tokens, "a whole number from 0 to 2147483647, or -1 for no limit", -1,
         INT32_MAX)},
     {'t', "temperature", "F", "randomness; 0 is greedy (default 1.0)",
-     IN(REPLIES, REAL, sampler.temperature, "a number from 0 to 1000000", 0, 1e6)},
+     IN(ALL, REAL, sampler.temperature, "a number from 0 to 1000000", 0, 1e6)},
     {'s', "seed", "N", "same seed, same text, on CPUs of one kind or with\n"
      "--exact on all (default: random, shown)",
-     IN(REPLIES, SEED, seed, "a whole number from 0 to 18446744073709551615", 0, 0)},
+     IN(ALL, SEED, seed, "a whole number from 0 to 18446744073709551615", 0, 0)},
     {'m', "model", "FILE", "the model, where it is not the first argument", IS(ALL, TEXT, model)},
     {'q', "quiet", NULL, "nothing on standard error but errors", IS(ALL, FLAG, quiet)},
     {'v', "verbose", NULL, "also show model, memory, threads, instruction set",
@@ -438,29 +438,29 @@ static const option OPTIONS[] = {
 
     HEAD("Choosing and stopping"),
     {'k', "top-k", "N", "among the N best tokens; 0: all (default 64)",
-     IN(REPLIES, WHOLE, sampler.top_k, "a whole number from 0 to 2147483647", 0, INT32_MAX)},
+     IN(ALL, WHOLE, sampler.top_k, "a whole number from 0 to 2147483647", 0, INT32_MAX)},
     {'P', "top-p", "F", "among the best tokens that together have\n"
      "probability F (default 0.95)",
-     IN(REPLIES, REAL, sampler.top_p, "a number above 0, at most 1", FLT_MIN, 1)},
+     IN(ALL, REAL, sampler.top_p, "a number above 0, at most 1", FLT_MIN, 1)},
     {0, "min-p", "F", "among tokens at least F times as likely as the\n"
-     "best (default 0: off)", IN(REPLIES, REAL, sampler.min_p, "a number from 0 to 1", 0, 1)},
+     "best (default 0: off)", IN(ALL, REAL, sampler.min_p, "a number from 0 to 1", 0, 1)},
     {0, "repeat-penalty", "F", "divide logits of tokens seen lately by F, multiply\n"
      "negative ones (default 1: off)",
-     IN(REPLIES, REAL, sampler.repetition_penalty, "a number above 0, at most 1000000", FLT_MIN,
+     IN(ALL, REAL, sampler.repetition_penalty, "a number above 0, at most 1000000", FLT_MIN,
         1e6)},
     {0, "presence-penalty", "F", "take F off the logits of tokens seen lately ...",
-     IN(REPLIES, REAL, sampler.presence_penalty, "a number from -1000000 to 1000000", -1e6, 1e6)},
+     IN(ALL, REAL, sampler.presence_penalty, "a number from -1000000 to 1000000", -1e6, 1e6)},
     {0, "frequency-penalty", "F", "... and F for each time they were seen (defaults 0)",
-     IN(REPLIES, REAL, sampler.frequency_penalty, "a number from -1000000 to 1000000", -1e6, 1e6)},
+     IN(ALL, REAL, sampler.frequency_penalty, "a number from -1000000 to 1000000", -1e6, 1e6)},
     {0, "repeat-last-n", "N", "lately: among the last N tokens; -1: in all of the\n"
      "context (default 64)",
-     IN(REPLIES, WHOLE, sampler.penalty_last,
+     IN(ALL, WHOLE, sampler.penalty_last,
         "a whole number from 0 to 2147483647, or -1 for all", -1, INT32_MAX)},
     {0, "logit-bias", "ID+F", "add F to a token's logit; also ID-F, and ID-inf bans\n"
      "the token; may be repeated",
-     IN(REPLIES, BIAS, biases, "a token id, a sign and a number, as in 235+1.5 or 235-inf", 0, 0)},
+     IN(ALL, BIAS, biases, "a token id, a sign and a number, as in 235+1.5 or 235-inf", 0, 0)},
     {0, "stop", "TEXT", "end the reply before TEXT; may be repeated",
-     IN(REPLIES, STOP, stops, "a text that is not empty", 0, 0)},
+     IN(ALL, STOP, stops, "a text that is not empty", 0, 0)},
     {0, "choice", "TEXT", "reply with exactly one of the TEXTs; to be repeated.  --json\n"
      "adds \"choices\": the probability of each, tokenised by\n"
      "itself behind the prompt; they sum to 1",
@@ -471,27 +471,27 @@ static const option OPTIONS[] = {
      "stand in its order, and where it names some no others come",
      IS(REPLIES, TEXT, schema)},
     {0, "schema-spaces", "on|off", "a space behind each comma and colon of that JSON\n"
-     "(default off)", IN(REPLIES, KEYWORD, spaced, "on or off", 1, 0)},
+     "(default off)", IN(ALL, KEYWORD, spaced, "on or off", 1, 0)},
     {0, "ignore-eos", NULL, "never choose a token that ends the text",
-     IS(REPLIES, FLAG, ignore_eos)},
+     IS(ALL, FLAG, ignore_eos)},
 
     HEAD("Running"),
     {'C', "context", "N", "room for N tokens in all (default: as trained)",
-     FROM_1(PLANS, session.n_context)},
+     FROM_1(ALL, session.n_context)},
     {'j', "threads", "N", "threads (default: one a processor)",
      IN(ALL, WHOLE, session.n_threads, "a whole number from 1 to 1024", 1, 1024)},
     {0, "window", "N", "let local layers see only N tokens (default: as\ntrained)",
-     FROM_1(PLANS, session.window)},
+     FROM_1(ALL, session.window)},
     {0, "kv", "f32|f16|q8", "type of the cached keys and values (default: f32\n"
      "for f32 weights, else f16; q8 takes half of f16)",
-     IN(PLANS, KEYWORD, session.cache_type, "f32, f16 or q8", GEMMA2_CACHE_F32, GEMMA2_CACHE_Q8)},
+     IN(ALL, KEYWORD, session.cache_type, "f32, f16 or q8", GEMMA2_CACHE_F32, GEMMA2_CACHE_Q8)},
     {0, "lookup", "on|off", "guess what followed earlier in prompt and reply, and\n"
      "check several tokens at once: faster where text\nrepeats, the same reply (default on)",
-     IN(REPLIES, KEYWORD, lookup, "on or off", 1, 0)},
+     IN(ALL, KEYWORD, lookup, "on or off", 1, 0)},
     {0, "draft", "MODEL", "a smaller model with the same vocabulary guesses what\n"
-     "comes next: faster, the same reply", IS(SESSIONS, TEXT, draft)},
+     "comes next: faster, the same reply (not used by --batch)", IS(REPLIES, TEXT, draft)},
     {0, "draft-max", "N", "always guess up to N tokens ahead, no more than 15\n"
-     "(default: as many as pay)", FROM_1(SESSIONS, draft_max)},
+     "(default: as many as pay)", FROM_1(ALL, draft_max)},
     {0, "exact", NULL, "read prompts in the arithmetic of decoding: slower,\n"
      "the same result on every CPU", IS(ALL, FLAG, open.exact_prefill)},
     {0, "in-memory", NULL, "read the weights into memory, huge pages asked for:\n"
@@ -508,7 +508,7 @@ static const option OPTIONS[] = {
      "arrow keys", IS(ONE(CONVERSE), TEXT, history)},
     {0, "full", "drop|stop", "when a conversation fills the context, drop its\n"
      "oldest turns (default) or refuse the message",
-     IN(ONE(CONVERSE), KEYWORD, full_drops, "drop or stop", 1, 0)},
+     IN(ALL, KEYWORD, full_drops, "drop or stop", 1, 0)},
 
     HEAD("Many prompts in one process: see Batches below"),
     {0, "batch", "IN.jsonl", "a result for each line; - is standard input",
@@ -1049,10 +1049,6 @@ static int check_options(options *opts)
     if (limits && opts->ignore_eos)
         return fail(USAGE, "--ignore-eos and --%s do not go together: such a reply has an end",
                     limit);
-    if (opts->spaced && !opts->schema && opts->mode != BATCH)
-        return fail(USAGE, "--schema-spaces belongs to --schema FILE");
-    if (opts->draft_max && !opts->lookup && !opts->draft)
-        return fail(USAGE, "--draft-max has no meaning with --lookup off unless a --draft guesses");
     if (opts->system && !opts->chat && opts->mode != BATCH)
         return fail(USAGE, "--system belongs to a chat; add -c");
     if (opts->ids && opts->chat)

@@ -81,16 +81,15 @@ refuses "do not go together" "--ids in a chat" 2 "$STORY" -c --ids 2
 refuses "add -c" "--system without --chat" 2 "$STORY" -S Rhyme. x
 refuses "not empty" "empty stop string" 2 "$STORY" --stop "" x
 refuses "f32, f16 or q8" "cache type" 2 "$STORY" --kv q9 x
-# Options without meaning in a mode; tests/test_run.c has all of them.
+# Options without meaning in a mode; tests/test_run.c has all of them.  Settings may stand anywhere.
 refuses "--draft has no meaning with --score: leave one of them out" "a draft of scores" 2 \
     "$STORY" --draft "$STORY" --score x
-refuses "--stop has no meaning with --tokenize" "a stop of ids" 2 "$STORY" --tokenize --stop a x
+refuses "--load has no meaning with --tokenize" "a session of ids" 2 "$STORY" --tokenize --load a x
+run "settings of replies beside --tokenize" 0 "$STORY" --tokenize -n 3 -t 0 -s 1 -C 64 --stop a x
 refuses "--json has no meaning with --perplexity" "perplexity as JSON" 2 "$STORY" \
     --json --perplexity x
 refuses "--history has no meaning for a single reply: leave it out" "history of a reply" 2 \
     "$STORY" -c --history h x
-refuses "belongs to --schema" "spaces of no schema" 2 "$STORY" --schema-spaces on x
-refuses "no meaning with --lookup off" "guesses of nothing" 2 "$STORY" --lookup off --draft-max 3 x
 
 # ---- Other programs' spellings: taken if they mean the same as ours, else a sentence ------
 explains() { # SAID ARGUMENT...

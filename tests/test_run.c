@@ -13,33 +13,32 @@
 
 /* ---- options ---- */
 
-#define EVERYWHERE " model quiet verbose help version threads exact in-memory "
+#define EVERYWHERE " model quiet verbose help version threads exact in-memory context window kv " \
+    "max-tokens temperature seed top-k top-p min-p repeat-penalty presence-penalty " \
+    "frequency-penalty repeat-last-n logit-bias stop schema-spaces ignore-eos lookup draft-max " \
+    "full "
 #define PROMPT_WORDS " chat system prompt file ids "
-#define ROOM " context window kv "
-#define CHOOSING " max-tokens temperature seed top-k top-p min-p repeat-penalty presence-penalty " \
-    "frequency-penalty repeat-last-n logit-bias stop choice grammar schema schema-spaces " \
-    "ignore-eos "
+#define FORMS " choice grammar schema "
 
-/* The options that a mode uses.  It refuses all others, but for those that choose a mode. */
+/* The options that a mode takes.  It refuses all others, but for those that choose a mode. */
 static const struct {
     mode_kind mode;
-    const char *used;
+    const char *takes;
 } MEANINGS[] = {
-    {GENERATE, PROMPT_WORDS ROOM CHOOSING " echo json top-logprobs lookup draft draft-max session "
-     "load "},
-    {CONVERSE, " chat system " ROOM CHOOSING " lookup draft draft-max session load history full "},
-    {BATCH, " chat system " ROOM CHOOSING " json top-logprobs lookup output parallel "},
+    {GENERATE, PROMPT_WORDS FORMS " echo json top-logprobs draft session load "},
+    {CONVERSE, " chat system " FORMS " draft session load history "},
+    {BATCH, " chat system " FORMS " json top-logprobs draft output parallel "},
     {TOKENIZE, PROMPT_WORDS " json "},
     {DETOKENIZE, ""},
-    {LOGITS, PROMPT_WORDS ROOM " json "},
-    {SCORE, PROMPT_WORDS ROOM " json "},
-    {PERPLEXITY, ROOM},
-    {IMPORTANCE, " prompt file ids importance-block " ROOM},
-    {INFO, ROOM " json "},
+    {LOGITS, PROMPT_WORDS " json "},
+    {SCORE, PROMPT_WORDS " json "},
+    {PERPLEXITY, ""},
+    {IMPORTANCE, " prompt file ids importance-block "},
+    {INFO, " json "},
     {CHECK, ""},
-    {TRACE, PROMPT_WORDS ROOM},
-    {EMBED, PROMPT_WORDS ROOM " json "},
-    {REWARD, PROMPT_WORDS ROOM " json "},
+    {TRACE, PROMPT_WORDS},
+    {EMBED, PROMPT_WORDS " json "},
+    {REWARD, PROMPT_WORDS " json "},
 };
 
 static void test_meanings(void)
@@ -51,7 +50,7 @@ static void test_meanings(void)
                 continue;
             options opts = {.mode = MEANINGS[i].mode, .given = &o, .n_given = 1};
             snprintf(word, sizeof word, " %s ", o->name);
-            int used = strstr(MEANINGS[i].used, word) || strstr(EVERYWHERE, word);
+            int used = strstr(MEANINGS[i].takes, word) || strstr(EVERYWHERE, word);
             overheard = strcpy(said, "");
             check(check_meanings(&opts) == (used ? DONE : USAGE) && (used || strstr(said, o->name)),
                   "--%s in mode %d: '%s'", o->name, (int)MEANINGS[i].mode, said);

@@ -39,7 +39,7 @@ fuzz:
 		-Dmain=run_main tests/fuzz_run.c tests/fuzz.c -lm -o build/fuzz
 	@sh tests/fuzz.sh build/fuzz $(or $(SECONDS),60) $(TARGETS)
 
-# Tests all kernels, AMX and AVX-VNNI too, where there is AVX-512.
+# Tests all kernels, AMX's and AVX-VNNI's in emulation (AVX-512).
 # AMX's six tile instructions are C there, AVX-VNNI's have AVX-512's encoding.
 test-emulated: build/test_emulated
 	@sh tests/add_up.sh build/test_emulated "build/test_emulated hosts hostile" \
@@ -189,15 +189,18 @@ test-musl: build/digest build/terminal
 		"sh tests/cli.sh build/musl/run.exe" "build/terminal build/musl/run.exe")
 
 WINE ?= $(firstword $(shell command -v wine64 wine) $(wildcard /usr/lib/wine/wine64))
+WINESERVER = $(or $(shell command -v wineserver),$(wildcard /usr/lib/wine/wineserver),true)
 
 # Tests a Windows build (mingw-w64) under wine.
+# Wine's server is told to stay: a program that starts while it leaves would fail.
 test-windows: build/digest
 	@$(call need,x86_64-w64-mingw32-gcc $(or $(WINE),wine64))
 	@mkdir -p build/windows
 	@printf '#!/bin/sh\nexec $(WINE) build/windows/run.exe "$$@"\n' >build/windows/wine-run
 	@chmod +x build/windows/wine-run
 	@export WINEDEBUG=-all WINEPREFIX=$(CURDIR)/build/windows/prefix LC_ALL=C.UTF-8; \
-	$(WINE) cmd /c exit >/dev/null 2>&1; $(MAKE) --no-print-directory windows-tests
+	$(WINESERVER) -p600; $(WINE) cmd /c exit >/dev/null 2>&1; \
+	$(MAKE) --no-print-directory windows-tests; status=$$?; $(WINESERVER) -k; exit $$status
 windows-tests:
 	$(call foreign,windows,x86_64-w64-mingw32-gcc -static -fopenmp $(PLAIN) -O1,$(WINE),\
 		ground file formats kernels sharing rows text chat sampler constraints ahead api,\

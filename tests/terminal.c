@@ -637,17 +637,25 @@ static void test_signals(void)
     }
 }
 
+/* A conversation amid a reply that does not end by itself. */
+static int starts_reply(const char *option, const char *value)
+{
+    const char *const endless[] = {"--ignore-eos", option, value, NULL};
+    if (!check(start(40, 9, endless), "no start"))
+        return 0;
+    shows("start", ">", 0, 2), type("hello\r");
+    double end = now() + patience;
+    while (t.row < 4 && waits(end))
+        continue;
+    return 1;
+}
+
 /* While a reply is made. */
 static void test_stopping(void)
 {
-    static const char *const endless[] = {"--ignore-eos", NULL};
     for (int i = 0; i < 2; i++) {
-        if (!check(start(40, 9, endless), "no start"))
+        if (!starts_reply(NULL, NULL))
             return;
-        shows("start", ">", 0, 2), type("hello\r");
-        double end = now() + patience;
-        while (t.row < 4 && waits(end))
-            continue;
         if (i == 0)
             kill(t.child, SIGTERM), ends("SIGTERM amid a reply", 143);
         else {
@@ -726,7 +734,6 @@ static void holds(const char *name, int want_turns, int want_tokens)
 /* However a conversation ends, its session holds it. */
 static void test_leaving(void)
 {
-    static const char *const endless[] = {"--ignore-eos", "--session", file, NULL};
     if (!talk(40, 9, "--session", file, NULL, NULL))
         return;
     enter("hello", "ok");
@@ -736,12 +743,8 @@ static void test_leaving(void)
         return;
     enter("/clear", "> /clear"), type("\004"), ends("/clear", 0);
     holds("/clear", 0, 0);
-    if (!check(start(40, 9, endless), "no start"))
+    if (!starts_reply("--session", file))
         return;
-    shows("start", ">", 0, 2), type("hello\r");
-    double end = now() + patience;
-    while (t.row < 4 && waits(end))
-        continue;
     kill(t.child, SIGHUP), ends("SIGHUP amid a reply", 129);
     holds("SIGHUP amid a reply", 1, 20);
     unlink(file);

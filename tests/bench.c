@@ -15,8 +15,9 @@
  *   --ahead            what guesses cost and gain: a row for each acceptance
  *   --draft SHAPE      the same, where each guess takes a draft model of that shape a token
  *   --states           saving, restoring and copying sessions of --decode's tokens
- *   --masks GRAMMAR    only what 20 replies of up to 200 random tokens cost, masks and all;
- *                      MODEL may be tokenizer.bin
+ *   --masks GRAMMAR    only what masks cost: in 20 replies of up to 200 random tokens, for which
+ *                      tokenizer.bin will do as MODEL, and, with weights, of the speed of
+ *                      generating, with and without masks in turns
  *   --told FILE        only what lookup guesses, four at a time, of a reply that is given: FILE
  *                      is a prompt, a line --, and the reply
  *   --plan             only the size of the file and the memory of sessions
@@ -149,23 +150,24 @@ static void put_entry(uint8_t *e, uint32_t role, uint32_t layer, uint32_t type, 
     put_u64(e + 16, rows), put_u64(e + 24, cols), put_u64(e + 32, offset), put_u64(e + 40, bytes);
 }
 
-/* A tokenizer whose pieces are the bytes and, for the rest, UNUSED. */
-static void put_tokenizer(uint8_t *p)
+/* The tokenizer section of tokenizer.bin, Gemma's own: its size, and its bytes if p is not NULL. */
+static uint64_t put_tokenizer(uint8_t *p)
 {
-    uint32_t v = 256000;
-    put_u32(p, v);
-    memset(p + 4, 0xff, 24);
-    put_u32(p + 8, 1), put_u32(p + 4, 0), put_u32(p + 28, 256 * 6);
-    uint8_t *ends = p + 64 + 4 * (size_t)v, *kinds = ends + 4 * (size_t)v, *blob = kinds + v;
-    for (uint32_t i = 0; i < v; i++) {
-        put_u32(ends + 4 * (size_t)i, 6 * (i < 256 ? i + 1 : 256));
-        kinds[i] = i < 256 ? GEMMA2_PIECE_BYTE : GEMMA2_PIECE_UNUSED;
+    static uint8_t file[8 << 20];
+    static size_t size;
+    FILE *f = size ? NULL : fopen("tokenizer.bin", "rb");
+    if (f)
+        size = fread(file, 1, sizeof file, f), fclose(f);
+    for (uint32_t i = 0; size > HEADER_BYTES && i < get_u32(file + 48); i++) {
+        const uint8_t *e = file + HEADER_BYTES + (size_t)i * ENTRY_BYTES;
+        if (get_u32(e) == ROLE_TOKENIZER) {
+            if (p)
+                memcpy(p, file + get_u64(e + 32), (size_t)get_u64(e + 40));
+            return get_u64(e + 40);
+        }
     }
-    for (int i = 0; i < 256; i++) {
-        char text[8];
-        snprintf(text, sizeof text, "<0x%02X>", i);
-        memcpy(blob + 6 * i, text, 6);
-    }
+    die("--shape takes its vocabulary from tokenizer.bin, which this folder lacks");
+    return 0;
 }
 
 /* Lays out the sections at base, or only counts when base is NULL.  kept: the ids that the head
@@ -193,7 +195,7 @@ static uint64_t build_image(uint8_t *base, size_t shape, uint32_t type, uint32_t
             uint64_t tile = tile_bytes(t == TYPE_BYTES ? TYPE_F32 : t, cols);
             uint64_t bytes = t                    ? (rows + 15) / 16 * tile
                              : r->id == ROLE_KEPT ? 4 * (uint64_t)kept
-                                                  : 64 + 9 * 256000 + 256 * 6;
+                                                  : put_tokenizer(NULL);
             end = (end + 4095) / 4096 * 4096;
             if (base) {
                 put_entry(base + HEADER_BYTES + (size_t)at * ENTRY_BYTES, r->id, in_layer ? l : 0,
@@ -1083,54 +1085,117 @@ static void write_json(const struct report *report)
         die("cannot write the JSON file");
 }
 
-/* ---- the command line ---- */
+/* ---- masks ---- */
 
 static int by_time(const void *a, const void *b)
 {
     return (*(const double *)a > *(const double *)b) - (*(const double *)a < *(const double *)b);
 }
 
-static void time_masks(const gemma2_model *m, const char *path)
+/* What a grammar allows, said in masks and asked of a reply's tokens. */
+struct reply {
+    gemma2_matcher *matcher;
+    gemma2_grammar_state state;
+    uint32_t *mask;
+};
+
+/* What masks and steps take of replies made of allowed tokens. */
+static void time_masks(const gemma2_model *m, struct reply *r)
 {
     enum { REPLIES = 20, LENGTH = 200 };
-    static char text[1 << 20];
     static double took[REPLIES * LENGTH];
-    char err[256];
-    uint32_t *mask = calloc((size_t)m->config.n_vocab / 32 + 1, sizeof *mask), draw = 1;
+    uint32_t draw = 1;
     double all = 0;
-    FILE *f = fopen(path, "rb");
-    size_t size = f ? fread(text, 1, sizeof text, f) : 0, n = 0;
-    gemma2_grammar *g = gemma2_grammar_new(m, text, (int64_t)size, err, sizeof err);
-    gemma2_matcher *matcher = gemma2_matcher_new(g);
-    if (!f || !mask || !matcher)
-        die(f && !g ? err : "cannot read the grammar");
-    fclose(f);
+    size_t n = 0;
     for (int reply = 0; reply < REPLIES; reply++) {
-        gemma2_grammar_state state;
-        gemma2_matcher_start(matcher, &state);
+        gemma2_matcher_start(r->matcher, &r->state);
         for (int left = LENGTH, over = 0; left > 0 && !over; left--) {
             int32_t chosen = -1, choices = 0;
             double start = now();
-            gemma2_matcher_allowed(matcher, &state, left, mask);
+            gemma2_matcher_allowed(r->matcher, &r->state, left, r->mask);
             took[n++] = 1e6 * (now() - start);
             all -= start - now();
             for (int32_t id = 0; id < m->config.n_vocab; id++)
-                if (mask[id / 32] >> id % 32 & 1) {
+                if (r->mask[id / 32] >> id % 32 & 1) {
                     draw = draw * 1664525 + 1013904223;
                     chosen = (draw >> 8) % (uint32_t)++choices ? chosen : id;
                 }
             start = now();
-            over = gemma2_matcher_accept(matcher, &state, chosen) < 0 || gemma2_is_stop(m, chosen);
+            over = gemma2_matcher_accept(r->matcher, &r->state, chosen) < 0 ||
+                   gemma2_is_stop(m, chosen);
             all += now() - start;
         }
     }
     qsort(took, n, sizeof *took, by_time);
-    printf("%zu masks: median %.1f us, 99 of 100 within %.1f us, longest %.0f us\n", n, took[n / 2],
-           took[n * 99 / 100], took[n - 1]);
-    printf("a token's mask and step: %.1f us on average, 2 %% of a pass of %.2f ms\n",
-           1e6 * all / (double)n, 50e3 * all / (double)n);
-    gemma2_matcher_free(matcher), gemma2_grammar_free(g), free(mask);
+    printf("%zu masks: median %.1f us, 99 of 100 within %.1f us, longest %.0f us; with its step "
+           "%.1f us on average\n", n, took[n / 2], took[n * 99 / 100], took[n - 1],
+           1e6 * all / (double)n);
 }
+
+/* Tokens a second of replies, each at most n tokens long, in one text; r NULL: unconstrained. */
+static double time_replies(gemma2_session *s, struct reply *r, int n, float *logits)
+{
+    gemma2_sampler p;
+    gemma2_sampler_init(&p, 1);
+    int32_t id = nth_token(0), left = 0;
+    double start = now();
+    gemma2_rewind(s, 0);
+    for (int i = 0; i < n; i++) {
+        if (gemma2_eval(s, &id, 1, logits) < 0)
+            die("a pass failed");
+        if (r && !left)
+            gemma2_matcher_start(r->matcher, &r->state), left = n;
+        if (r && gemma2_matcher_allowed(r->matcher, &r->state, left--, r->mask) < 0)
+            die("the grammar has no room");
+        p.allow = r ? r->mask : NULL;
+        id = gemma2_sample(s, &p, logits);
+        if (id < 0 || (r && gemma2_matcher_accept(r->matcher, &r->state, id) < 0))
+            die("no token may follow");
+        left = gemma2_is_stop(s->model, id) ? 0 : left;
+    }
+    return n / (now() - start);
+}
+
+static void run_masks(const struct options *o, const gemma2_model *m)
+{
+    enum { LENGTH = 100 };
+    static char text[1 << 20];
+    char err[256];
+    double masked[MAX_RUNS], plain[MAX_RUNS], share[MAX_RUNS];
+    FILE *f = fopen(o->masks, "rb");
+    size_t size = f ? fread(text, 1, sizeof text, f) : 0, n_vocab = (size_t)m->config.n_vocab;
+    gemma2_grammar *g = gemma2_grammar_new(m, text, (int64_t)size, err, sizeof err);
+    struct reply r = {.matcher = gemma2_matcher_new(g),
+                      .mask = calloc(n_vocab / 32 + 1, sizeof *r.mask)};
+    float *logits = malloc(n_vocab * sizeof *logits);
+    if (!f || !r.mask || !r.matcher || !logits)
+        die(f && !g ? err : "cannot read the grammar");
+    fclose(f);
+    time_masks(m, &r);
+    gemma2_session_params params;
+    gemma2_session_params_init(&params);
+    params.n_context = LENGTH;
+    for (int i = 0; i < o->threads.n && m->config.d_model; i++) {
+        params.n_threads = o->threads.v[i];
+        gemma2_session *s = gemma2_session_new(m, &params, err, sizeof err);
+        if (!s)
+            die(err);
+        for (int k = -1; k < o->runs; k++) { /* the first run warms up */
+            int at = k < 0 ? 0 : k;
+            masked[at] = time_replies(s, &r, LENGTH, logits);
+            plain[at] = time_replies(s, NULL, LENGTH, logits);
+            share[at] = masked[at] / plain[at];
+        }
+        struct sample x = summarise(share, o->runs);
+        printf("generating, %d threads: %.2f tok/s with masks, %.2f without, %.3f of it "
+               "(%.3f .. %.3f)\n", s->worker->n_threads, summarise(masked, o->runs).median,
+               summarise(plain, o->runs).median, x.median, x.low, x.high);
+        gemma2_session_free(s);
+    }
+    gemma2_matcher_free(r.matcher), gemma2_grammar_free(g), free(r.mask), free(logits);
+}
+
+/* ---- the command line ---- */
 
 static size_t encode(const gemma2_model *m, const char *text, int64_t size, unsigned flags,
                      int32_t *ids)
@@ -1291,7 +1356,7 @@ int main(int argc, char **argv)
     if (!m)
         die(err);
     if (o.masks)
-        return time_masks(m, o.masks), 0;
+        return run_masks(&o, m), 0;
     if (o.told)
         return count_guesses(m, o.told), 0;
     if (o.plan)

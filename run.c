@@ -3579,153 +3579,123 @@ static int generate(program *p)
  * calls no terminal: `screen` is what one is to be sent ---- */
 
 enum { CTRL = 0x1F, ESCAPE = 27, RUBOUT = 127 }; /* Ctrl-A is 'A' & CTRL */
-enum { LEFT = 0x110000, RIGHT, UP, DOWN, HOME, END, ERASE, WORD_LEFT, WORD_RIGHT, NEW_LINE,
-       PASTE, PASTED, NO_KEY };
+enum { LEFT = 'B' & CTRL, RIGHT = 'F' & CTRL, UP = 'P' & CTRL, DOWN = 'N' & CTRL,
+       HOME = 'A' & CTRL, END = 'E' & CTRL, WORD_ERASE = 'W' & CTRL,
+       ERASE = 0x110000, WORD_LEFT, WORD_RIGHT, NEW_LINE, PASTE, PASTED, NO_KEY };
 enum { SIGN = 2 }; /* columns of "> " and ". " */
-
-/* Whether a code lies within one of the ranges, of which there are two ends each. */
-static int is_within(uint32_t code, const uint32_t *ends, size_t n)
-{
-    size_t i = 0;
-    while (i < n && code > ends[i])
-        i++;
-    return i < n && (i % 2 || code == ends[i]);
-}
 
 /* How many columns of a terminal a character takes: 0 where it joins the one before, 2 where it
  * is wide.  Unicode's classes in rough ranges, for the scripts that are most in use. */
 static size_t columns(uint32_t code)
 {
-    static const uint32_t joined[] = {
-        0x300, 0x36F, 0x483, 0x489, 0x591, 0x5C7, 0x610, 0x61C, 0x64B, 0x65F, 0x670, 0x670, 0x6D6,
-        0x6ED, 0x93A, 0x93C, 0x941, 0x948, 0x94D, 0x94D, 0x951, 0x957, 0x9C1, 0x9C4, 0x9CD, 0x9CD,
-        0xBC0, 0xBC0, 0xBCD, 0xBCD, 0xE31, 0xE31, 0xE34, 0xE3A, 0xE47, 0xE4E, 0x1160, 0x11FF,
-        0x200B, 0x200F, 0x202A, 0x202E, 0x2060, 0x206F, 0x20D0, 0x20F0, 0x302A, 0x302D, 0x3099,
-        0x309A, 0xFE00, 0xFE0F, 0xFE20, 0xFE2F, 0xFEFF, 0xFEFF, 0xE0001, 0xE01EF};
-    static const uint32_t wide[] = {
-        0x1100, 0x115F, 0x231A, 0x231B, 0x23E9, 0x23F3, 0x2614, 0x2615, 0x26A1, 0x26A1, 0x2705,
-        0x2705, 0x2728, 0x2728, 0x274C, 0x274E, 0x2753, 0x2757, 0x2795, 0x2797, 0x2B50, 0x2B50,
-        0x2E80, 0x303E, 0x3041, 0xA4C6, 0xA960, 0xA97C, 0xAC00, 0xD7A3, 0xF900, 0xFAD9, 0xFE30,
-        0xFE6B, 0xFF01, 0xFF60, 0xFFE0, 0xFFE6, 0x16FE0, 0x1B2FB, 0x1F300, 0x1F64F, 0x1F680,
-        0x1F6FF, 0x1F7E0, 0x1F7F0, 0x1F900, 0x1FAFF, 0x20000, 0x3FFFD};
-    if (is_within(code, joined, sizeof joined / sizeof *joined))
-        return 0;
-    return is_within(code, wide, sizeof wide / sizeof *wide) ? 2 : 1;
+    static const uint32_t ranges[2][64] = { /* the ends of each; a 0 behind the last */
+        {0x300, 0x36F, 0x483, 0x489, 0x591, 0x5C7, 0x610, 0x61C, 0x64B, 0x65F, 0x670, 0x670, 0x6D6,
+         0x6ED, 0x93A, 0x93C, 0x941, 0x948, 0x94D, 0x94D, 0x951, 0x957, 0x9C1, 0x9C4, 0x9CD, 0x9CD,
+         0xBC0, 0xBC0, 0xBCD, 0xBCD, 0xE31, 0xE31, 0xE34, 0xE3A, 0xE47, 0xE4E, 0x1160, 0x11FF,
+         0x200B, 0x200F, 0x202A, 0x202E, 0x2060, 0x206F, 0x20D0, 0x20F0, 0x302A, 0x302D, 0x3099,
+         0x309A, 0xFE00, 0xFE0F, 0xFE20, 0xFE2F, 0xFEFF, 0xFEFF, 0xE0001, 0xE01EF},
+        {0x1100, 0x115F, 0x231A, 0x231B, 0x23E9, 0x23F3, 0x2614, 0x2615, 0x26A1, 0x26A1, 0x2705,
+         0x2705, 0x2728, 0x2728, 0x274C, 0x274E, 0x2753, 0x2757, 0x2795, 0x2797, 0x2B50, 0x2B50,
+         0x2E80, 0x303E, 0x3041, 0xA4C6, 0xA960, 0xA97C, 0xAC00, 0xD7A3, 0xF900, 0xFAD9, 0xFE30,
+         0xFE6B, 0xFF01, 0xFF60, 0xFFE0, 0xFFE6, 0x16FE0, 0x1B2FB, 0x1F300, 0x1F64F, 0x1F680,
+         0x1F6FF, 0x1F7E0, 0x1F7F0, 0x1F900, 0x1FAFF, 0x20000, 0x3FFFD}};
+    for (size_t wide = 0; wide < 2; wide++)
+        for (const uint32_t *r = ranges[wide]; *r && code >= *r; r += 2)
+            if (code <= r[1])
+                return 2 * wide;
+    return 1;
 }
 
-/* A place of the text on rows of the terminal. */
+/* A place in the text: how many bytes and cells of the terminal are before it, of which a row has
+ * `width`, and the character that ends there. */
 typedef struct {
-    size_t byte, row, column;
+    size_t byte, cell;
+    uint32_t code;
 } spot;
 
-/* The place behind the next character, whose code goes to *code.  A row that is full ends at
- * once; a wide character never stands on two rows. */
-static spot behind(const editor *e, spot at, uint32_t *code)
+/* The place behind the next character, or at the end of the text the same place.  A wide character
+ * never stands on two rows. */
+static spot behind(const editor *e, spot at)
 {
-    const char *text = e->text.items;
-    size_t length;
-    *code = next_char(text + at.byte, e->text.n - at.byte, &length);
+    size_t length, left = e->width - at.cell % e->width;
+    if (at.byte == e->text.n)
+        return at;
+    at.code = next_char((char *)e->text.items + at.byte, e->text.n - at.byte, &length);
+    size_t width = at.code == '\n' ? SIGN : columns(at.code);
+    at.cell += width + (at.code == '\n' || width > left ? left : 0);
     at.byte += length;
-    if (*code == '\n')
-        return (spot){at.byte, at.row + 1, SIGN};
-    size_t width = columns(*code);
-    if (at.column + width > e->width)
-        at.row++, at.column = 0;
-    at.column += width;
-    if (width && at.column >= e->width)
-        at.row++, at.column = 0;
     return at;
 }
 
 /* The place behind one step of the cursor: a character, what joins it, and what U+200D joins. */
 static spot step_behind(const editor *e, spot at)
 {
-    uint32_t code, last;
-    at = behind(e, at, &code);
-    for (spot next; at.byte < e->text.n; at = next, code = last) {
-        next = behind(e, at, &last);
-        if (last == '\n' || (columns(last) && code != 0x200D))
-            break;
-    }
+    spot next = behind(e, at);
+    do {
+        at = next;
+        next = behind(e, at);
+    } while (next.byte > at.byte && next.code != '\n' &&
+             (next.cell == at.cell || at.code == 0x200D));
     return at;
 }
 
-/* The last step not behind a byte, or not behind a row and column. */
-static spot find_place(const editor *e, size_t byte, size_t row, size_t column)
+/* The last step not behind a byte and a cell.  A line's first place has the cells of its sign. */
+static spot find_place(const editor *e, size_t byte, size_t cell)
 {
-    spot at = {0, 0, SIGN}, next = at;
-    while (next.byte <= byte && (next.row < row || (next.row == row && next.column <= column))) {
+    spot at = {0, SIGN, 0}, next = step_behind(e, at);
+    while (next.byte > at.byte && next.byte <= byte &&
+           next.cell - (next.code == '\n' ? SIGN : 0) <= cell) {
         at = next;
-        if (at.byte == e->text.n)
-            break;
         next = step_behind(e, at);
     }
     return at;
 }
 
-static spot place_of(const editor *e, size_t byte)
-{
-    return find_place(e, byte, SIZE_MAX, SIZE_MAX);
-}
-
-static size_t step_before(const editor *e)
-{
-    return e->at ? place_of(e, e->at - 1).byte : 0;
-}
-
-static size_t step_after(const editor *e)
-{
-    return e->at < e->text.n ? step_behind(e, place_of(e, e->at)).byte : e->at;
-}
+static spot place_of(const editor *e, size_t byte) { return find_place(e, byte, SIZE_MAX); }
+static size_t step_before(const editor *e) { return place_of(e, e->at - (e->at > 0)).byte; }
+static size_t step_after(const editor *e) { return step_behind(e, place_of(e, e->at)).byte; }
 
 /* Sends the rows from `top` to `bottom` and returns the row that the cursor is then on.  A full
  * row is left by a blank that the terminal wraps, once nothing more joins its last character. */
 static size_t send_rows(editor *e, size_t top, size_t bottom)
 {
     const char *text = e->text.items;
-    spot at = {0, 0, SIGN}, next;
-    int full = 0, shown = 0;
+    spot at = {0, SIGN, 0}, next = behind(e, at);
     put_format(&e->out, top ? "" : "> ");
-    for (; at.byte < e->text.n; at = next) {
-        uint32_t code;
-        next = behind(e, at, &code);
-        size_t width = code == '\n' ? 1 : columns(code);
-        size_t row = at.row + (code != '\n' && at.column + width > e->width);
-        shown = width ? row >= top : shown;
-        if (row > bottom || (code == '\n' && row == bottom))
-            break;
-        if (full && width)
+    for (;; at = next, next = behind(e, at)) {
+        size_t row = at.cell / e->width;
+        int is_end = next.byte == at.byte, is_joined = !is_end && next.cell == at.cell;
+        if (at.cell % e->width == 0 && !is_joined && row > top && row <= bottom)
             put_format(&e->out, " \r");
-        full = width ? shown && code != '\n' && next.row > row : full;
-        if (code == '\n' && next.row >= top)
-            put_format(&e->out, shown ? "\r\n. " : ". ");
-        else if (shown && (is_control(code) || code == REPLACEMENT))
-            put_format(&e->out, code == '\t' ? " " : "?");
-        else if (shown && code != '\n')
-            put_format(&e->out, "%.*s", (int)(next.byte - at.byte), text + at.byte);
+        if (is_end || (next.cell - 1) / e->width > bottom)
+            return row < bottom ? row : bottom;
+        if ((next.cell - 1) / e->width < top)
+            continue;
+        if (next.code == '\n')
+            put_format(&e->out, row < top ? ". " : "\r\n. ");
+        else if (is_control(next.code) || next.code == REPLACEMENT)
+            put_format(&e->out, next.code == '\t' ? " " : "?");
+        else
+            put_bytes(&e->out, text + at.byte, next.byte - at.byte);
     }
-    if (full && at.row <= bottom)
-        put_format(&e->out, " \r");
-    return at.row < bottom ? at.row : bottom;
 }
 
 /* Shows the text anew, on at most so many rows around the cursor; SIZE_MAX: all of it. */
 static void draw(editor *e, size_t rows)
 {
-    spot cursor = place_of(e, e->at);
-    put_format(&e->out, "\r");
+    size_t cell = place_of(e, e->at).cell, row = cell / e->width;
     if (e->row > e->top)
         put_format(&e->out, "\033[%zuA", e->row - e->top);
-    put_format(&e->out, "\033[J");
-    e->top = rows == SIZE_MAX ? 0 : cursor.row < e->top ? cursor.row : e->top;
-    e->top = cursor.row - e->top < rows ? e->top : cursor.row - rows + 1;
+    put_format(&e->out, "\r\033[J");
+    e->top = rows == SIZE_MAX ? 0 : row < e->top ? row : e->top;
+    e->top = row - e->top < rows ? e->top : row - rows + 1;
     size_t end = send_rows(e, e->top, e->top + rows - 1);
     put_format(&e->out, "\r");
-    if (end > cursor.row)
-        put_format(&e->out, "\033[%zuA", end - cursor.row);
-    if (cursor.column)
-        put_format(&e->out, "\033[%zuC", cursor.column);
-    e->row = cursor.row;
+    if (end > row)
+        put_format(&e->out, "\033[%zuA", end - row);
+    if (cell % e->width)
+        put_format(&e->out, "\033[%zuC", cell % e->width);
+    e->row = row;
 }
 
 /* Shows all of the text for the last time and leaves its rows. */
@@ -3733,16 +3703,19 @@ static void leave_text(editor *e)
 {
     e->at = e->text.n;
     draw(e, SIZE_MAX);
-    if (place_of(e, e->at).column)
+    if (place_of(e, e->at).cell % e->width)
         put_format(&e->out, "\r\n");
 }
 
-/* Puts n bytes in the place of those from `from` to `to`, and the cursor behind them. */
-static int replace(editor *e, size_t from, size_t to, const char *bytes, size_t n)
+/* Puts n bytes in the place of those from `from` to `to`, and the cursor behind them.  Without
+ * memory the text stays, and the screen has an error. */
+static void replace(editor *e, size_t from, size_t to, const char *bytes, size_t n)
 {
     size_t rest = e->text.n - to;
-    if (n > to - from && !extend(&e->text, n - (to - from), 1))
-        return out_of_memory();
+    if (n > to - from && !extend(&e->text, n - (to - from), 1)) {
+        note_write(&e->out, 1);
+        return;
+    }
     char *text = e->text.items;
     if (rest)
         memmove(text + from + n, text + to, rest);
@@ -3750,12 +3723,11 @@ static int replace(editor *e, size_t from, size_t to, const char *bytes, size_t 
         memcpy(text + from, bytes, n);
     e->text.n = from + n + rest;
     e->at = from + n;
-    return DONE;
 }
 
-static int insert(editor *e, const char *bytes, size_t n)
+static void insert(editor *e, const char *bytes, size_t n)
 {
-    return replace(e, e->at, e->at, bytes, n);
+    replace(e, e->at, e->at, bytes, n);
 }
 
 /* Where the message before a place of the history begins. */
@@ -3780,53 +3752,40 @@ static int remember(editor *e, const char *text, size_t n)
     return status;
 }
 
-/* Shows the message at a place of the history in the place of the one that is typed, which waits
- * behind the last. */
-static int recall(editor *e, size_t at)
-{
-    const char *text = (char *)e->history.items + at;
-    int status = DONE;
-    if (e->recalled == e->history.n) {
-        e->draft.n = 0;
-        status = append(&e->draft, e->text.items, e->text.n);
-    }
-    e->recalled = at;
-    if (status == DONE && at == e->history.n)
-        return replace(e, 0, e->text.n, e->draft.items, e->draft.n);
-    return status ? status : replace(e, 0, e->text.n, text, strlen(text));
-}
-
-/* A row up or down in the text, or in the history where there is none. */
-static int move_row(editor *e, int down)
+/* A row up or down in the text, or a message in the history where there is none.  The message that
+ * was typed waits meanwhile, as the draft behind the last. */
+static void move_row(editor *e, int down)
 {
     const char *history = e->history.items;
-    spot at = place_of(e, e->at), end = place_of(e, e->text.n);
-    if (down ? at.row < end.row : at.row > 0)
-        e->at = find_place(e, SIZE_MAX, down ? at.row + 1 : at.row - 1, at.column).byte;
-    else if (down && e->recalled < e->history.n)
-        return recall(e, e->recalled + strlen(history + e->recalled) + 1);
-    else if (!down && e->recalled > e->oldest)
-        return recall(e, message_before(e, e->recalled));
-    return DONE;
+    size_t cell = place_of(e, e->at).cell, end = place_of(e, e->text.n).cell, from = e->recalled;
+    if (down ? cell / e->width < end / e->width : cell >= e->width) {
+        e->at = find_place(e, SIZE_MAX, down ? cell + e->width : cell - e->width).byte;
+        return;
+    }
+    if (from == (down ? e->history.n : e->oldest))
+        return;
+    e->recalled = down ? from + strlen(history + from) + 1 : message_before(e, from);
+    if (from == e->history.n || e->recalled == e->history.n) {
+        array other = e->draft;
+        e->draft = e->text;
+        e->text = other;
+    }
+    e->at = e->text.n;
+    if (e->recalled < e->history.n)
+        replace(e, 0, e->text.n, history + e->recalled, strlen(history + e->recalled));
 }
 
-/* The ends of the line that the cursor is in, and of the word to one side of it. */
-static size_t line_end(const editor *e, int right)
-{
-    const char *text = e->text.items;
-    size_t at = e->at;
-    while (right ? at < e->text.n && text[at] != '\n' : at > 0 && text[at - 1] != '\n')
-        at += right ? 1 : SIZE_MAX;
-    return at;
-}
-
-static size_t word_end(const editor *e, int right)
+/* The end of the line, or of the word, to one side of the cursor. */
+static size_t find_end(const editor *e, int of_word, int right)
 {
     const char *text = e->text.items;
     size_t at = e->at, end = right ? e->text.n : 0;
-    for (int blank = 1; blank >= 0; blank--)
-        while (at != end && (strchr(" \t\n", text[right ? at : at - 1]) != NULL) == blank)
-            at += right ? 1 : SIZE_MAX;
+    for (int blank = of_word; blank >= 0; blank--)
+        for (; at != end; at += right ? 1 : SIZE_MAX) {
+            char c = text[right ? at : at - 1];
+            if ((c == '\n' || (of_word && (c == ' ' || c == '\t'))) != blank)
+                break;
+        }
     return at;
 }
 
@@ -3839,7 +3798,7 @@ static uint32_t key_of(const char *bytes, size_t n)
     } keys[] = {
         {" [A OA ", UP}, {" [B OB ", DOWN}, {" [C OC ", RIGHT}, {" [D OD ", LEFT},
         {" [H OH [1~ [7~ ", HOME}, {" [F OF [4~ [8~ ", END}, {" [3~ ", ERASE},
-        {" f [1;5C [1;3C ", WORD_RIGHT}, {" b [1;5D [1;3D ", WORD_LEFT}, {" \177 ", 'W' & CTRL},
+        {" f [1;5C [1;3C ", WORD_RIGHT}, {" b [1;5D [1;3D ", WORD_LEFT}, {" \177 ", WORD_ERASE},
         {" \r \n [13;2u [27;2;13~ ", NEW_LINE}, {" [200~ ", PASTE}, {" [201~ ", PASTED}};
     char name[20];
     snprintf(name, sizeof name, " %.*s ", (int)n, bytes);
@@ -3850,67 +3809,64 @@ static uint32_t key_of(const char *bytes, size_t n)
 }
 
 /* Takes one more byte: the key that is then complete, or NO_KEY where it is text or part of an
- * escape sequence.  Inside a paste all but its end is text. */
-static uint32_t take_byte(editor *e, char c, int *status)
+ * escape sequence.  In a paste all but its end is text.  Where the terminal edits lines, all but
+ * their ends is. */
+static uint32_t take_byte(editor *e, char c)
 {
     char *s = e->sequence;
-    if (!e->n_sequence && c != ESCAPE) {
+    size_t n = c == ESCAPE ? 0 : e->n_sequence;
+    if (e->in_paste && c == ESCAPE) /* what came of a sequence is none */
+        insert(e, s, e->n_sequence);
+    if (n == 0 && (c != ESCAPE || !e->raw)) {
         int is_key = (unsigned char)c < ' ' || c == RUBOUT;
-        if (c == '\n' || c == '\r' || (is_key && c != '\t' && !e->in_paste))
+        if (c == '\n' || c == '\r' || (is_key && c != '\t' && e->raw && !e->in_paste))
             return (unsigned char)c;
-        *status = insert(e, &c, 1);
+        insert(e, &c, 1);
         return NO_KEY;
     }
-    s[e->n_sequence++] = c;
-    size_t n = e->n_sequence;
+    s[n++] = c;
     int introduced = n > 1 && (s[1] == '[' || s[1] == 'O'), odd = n == 3 && c == '[';
-    if (n < sizeof e->sequence &&
-        (n == 1 || (introduced && (n == 2 || (unsigned char)c < 0x40 || odd))))
-        return NO_KEY;
-    e->n_sequence = 0;
-    uint32_t key = key_of(s + 1, n - 1);
-    if (!e->in_paste || key == PASTED)
+    int is_part = n == 1 || (introduced && (n == 2 || (unsigned char)c < 0x40 || odd));
+    e->n_sequence = is_part && n < sizeof e->sequence ? n : 0;
+    uint32_t key = e->n_sequence ? NO_KEY : key_of(s + 1, n - 1);
+    if (e->n_sequence || !e->in_paste || key == PASTED)
         return key;
-    *status = insert(e, s, n);
+    insert(e, s, n);
     return NO_KEY;
 }
 
-/* What a key does; *status says when there is no memory for it. */
-static void take_key(editor *e, uint32_t key, int *status)
+/* What a key does. */
+static void take_key(editor *e, uint32_t key)
 {
     size_t from = e->at, to = e->at;
     switch (key) {
-    case LEFT: case 'B' & CTRL: e->at = step_before(e); return;
-    case RIGHT: case 'F' & CTRL: e->at = step_after(e); return;
-    case UP: case 'P' & CTRL: *status = move_row(e, 0); return;
-    case DOWN: case 'N' & CTRL: *status = move_row(e, 1); return;
-    case HOME: case 'A' & CTRL: e->at = line_end(e, 0); return;
-    case END: case 'E' & CTRL: e->at = line_end(e, 1); return;
-    case WORD_LEFT: e->at = word_end(e, 0); return;
-    case WORD_RIGHT: e->at = word_end(e, 1); return;
-    case NEW_LINE: *status = insert(e, "\n", 1); return;
-    case PASTE: e->in_paste = e->marks_pastes = 1; return;
-    case PASTED: e->in_paste = 0; return;
+    case LEFT: e->at = step_before(e); return;
+    case RIGHT: e->at = step_after(e); return;
+    case UP: case DOWN: move_row(e, key == DOWN); return;
+    case HOME: case END: e->at = find_end(e, 0, key == END); return;
+    case WORD_LEFT: case WORD_RIGHT: e->at = find_end(e, 1, key == WORD_RIGHT); return;
+    case NEW_LINE: insert(e, "\n", 1); return;
+    case PASTE: case PASTED: e->in_paste = key == PASTE; e->marks_pastes = 1; return;
     case 'L' & CTRL:
         put_format(&e->out, "\033[H\033[2J");
         e->row = e->top = 0;
         return;
     case 'D' & CTRL: case ERASE:
-        e->ended = key != ERASE && from == e->text.n && line_end(e, 0) == from;
+        e->ended = key != ERASE && from == e->text.n && find_end(e, 0, 0) == from;
         from -= e->ended && from > 0; /* the newline before an empty last line */
         to = e->ended ? to : step_after(e);
         break;
     case 'H' & CTRL: case RUBOUT: from = step_before(e); break;
-    case 'U' & CTRL: from = line_end(e, 0); break;
-    case 'W' & CTRL: from = word_end(e, 0); break;
-    case 'K' & CTRL: to = line_end(e, 1); to += to == e->at && to < e->text.n; break;
+    case 'U' & CTRL: from = find_end(e, 0, 0); break;
+    case WORD_ERASE: from = find_end(e, 1, 0); break;
+    case 'K' & CTRL: to = find_end(e, 0, 1); to += to == e->at && to < e->text.n; break;
     case NO_KEY: return;
     default: break;
     }
     if (from == to && !e->ended)
         put_format(&e->out, "\a");
     else if (from < to)
-        *status = replace(e, from, to, NULL, 0);
+        replace(e, from, to, NULL, 0);
 }
 
 /* Ends a line.  Returns whether the message goes on: behind a \, after an opening """, and where
@@ -3918,7 +3874,7 @@ static void take_key(editor *e, uint32_t key, int *status)
 static int goes_on(editor *e)
 {
     int more = !e->marks_pastes && (e->i < e->n || input_waits(20));
-    e->cut |= !e->raw && is_cut(e->text.n - line_end(e, 0));
+    e->cut |= !e->raw && is_cut(e->text.n - find_end(e, 0, 0));
     e->at = e->text.n;
     size_t n = e->text.n;
     const char *text = e->text.items;
@@ -3933,27 +3889,22 @@ static int goes_on(editor *e)
     return broken || more;
 }
 
-/* Takes the bytes that were typed, up to the end of a message: returns whether it came.  Where
- * the terminal edits lines, all but their ends is text. */
-static int take_typed(editor *e, int *status)
+/* Takes the bytes that were typed, up to the end of a message: returns whether it came. */
+static int take_typed(editor *e)
 {
-    while (e->i < e->n && *status == DONE && !e->ended) {
+    while (e->i < e->n && !e->out.error && !e->ended) {
         char c = e->typed[e->i++];
-        uint32_t key = (unsigned char)c;
-        int second = c == '\n' && e->after_return; /* of CR and LF */
+        int is_second = c == '\n' && e->after_return; /* of CR and LF */
         e->after_return = e->raw && c == '\r';
-        if ((second && !e->n_sequence) || (c == '\r' && !e->raw))
+        if (is_second || (c == '\r' && !e->raw))
             continue;
-        if (e->raw)
-            key = take_byte(e, c, status);
-        else if (c != '\n')
-            *status = insert(e, &c, 1);
-        if (key == '\n' || key == '\r') {
-            if (!e->in_paste && !goes_on(e))
-                return 1;
-            *status = insert(e, "\n", 1);
-        } else if (e->raw)
-            take_key(e, key, status);
+        uint32_t key = take_byte(e, c);
+        if (key != '\n' && key != '\r')
+            take_key(e, key);
+        else if (e->in_paste || goes_on(e))
+            insert(e, "\n", 1);
+        else
+            return 1;
     }
     return 0;
 }
@@ -3985,7 +3936,7 @@ static void fit(editor *e, size_t width, size_t height, int covered)
     int resized = e->width && (width != e->width || height != e->height);
     e->width = width, e->height = height;
     if (covered || resized) {
-        e->row = covered ? 0 : place_of(e, e->at).row; /* terminals fold anew */
+        e->row = covered ? 0 : place_of(e, e->at).cell / width; /* terminals fold anew */
         e->top = e->row < height ? 0 : e->row - height + 1;
     }
 }
@@ -4014,7 +3965,7 @@ static int wait_for_typed(editor *e, int *asked)
         begin_text(e);
     } else if (got < 0 && reason != EINTR)
         status = fail(FAILED, "cannot read standard input: %s", strerror(reason));
-    else if (got < 0 && e->n_sequence == 1) /* the key ESC itself */
+    else if (got < 0 && e->n_sequence == 1 && !e->in_paste) /* the key ESC itself */
         e->n_sequence = 0;
     *asked = stopped || (*asked && got < 0);
     return status;
@@ -4032,7 +3983,7 @@ static int read_message(program *p, int *at_end)
         patience = PATIENCE; /* before the prompt is shown */
         int covered = e->raw ? terminal_size(&width, &height) : 0;
         fit(e, width, height, covered);
-        if (take_typed(e, &status) || status || e->ended)
+        if (take_typed(e) || e->out.error || e->ended)
             break;
         if (e->raw && !input_waits(0)) /* a long paste is shown once */
             draw(e, height);

@@ -60,7 +60,6 @@ void edit_bytes(const uint8_t *data, size_t size)
 {
     editor e = {.raw = 1, .marks_pastes = 1};
     cursor c = {0, 0, 80, 24, 0};
-    int status = DONE;
     begin_text(&e);
     fit(&e, c.width, c.height, 0);
     for (size_t i = 0; i < size; i++) {
@@ -71,15 +70,15 @@ void edit_bytes(const uint8_t *data, size_t size)
             e.screen.n = 0;
             fit(&e, c.width, c.height, 0);
             c.row = e.row - e.top; /* as if nothing else stood there */
-            c.column = place_of(&e, e.at).column;
+            c.column = place_of(&e, e.at).cell % e.width;
             c.full = 0;
             i += 2;
         } else {
             e.typed[0] = (char)data[i];
             e.i = 0, e.n = 1;
-            complete = data[i] == 0xFD || take_typed(&e, &status);
+            complete = data[i] == 0xFD || take_typed(&e);
         }
-        keeps(status == DONE && !e.out.error, "there is memory");
+        keeps(!e.out.error, "there is memory");
         keeps(e.at <= e.text.n && e.text.n <= e.history.n + size + 1, "the text is bounded");
         keeps(e.n_sequence < sizeof e.sequence && e.recalled <= e.history.n, "buffers are");
         if (complete || e.ended) {
@@ -93,7 +92,7 @@ void edit_bytes(const uint8_t *data, size_t size)
         keeps(append(&e.screen, NULL, 0) == DONE, "there is a NUL");
         move(&c, e.screen.items, e.screen.n);
         e.screen.n = 0;
-        keeps(c.column == place_of(&e, e.at).column && !c.full, "the cursor is where it should be");
+        keeps(c.column == place_of(&e, e.at).cell % e.width && !c.full, "the cursor is where it should be");
         keeps(e.row >= e.top && e.row - e.top <= c.row, "and in its row");
     }
     free(e.history.items), free(e.text.items), free(e.screen.items), free(e.draft.items);

@@ -4,9 +4,11 @@
  *   cc -O2 tests/schemas.c gemma2.c -lm -o build/schemas && build/schemas tokenizer.bin < frames
  *
  * A frame is a letter, a size, a newline and that many bytes: S schema, G grammar, T text to take
- * byte by byte, M text to take token by token with a mask before each.  Every frame is answered
- * by a line: "ok MICROSECONDS" or "refused SENTENCE" for S and G; 1, or 0 and the bytes that
- * were taken, for T; for M 1 or 0 and the microseconds of each mask. */
+ * byte by byte, M text to take token by token with a mask before each, R two numbers: the most
+ * tokens of a reply, and a seed.  Every frame is answered by a line: "ok MICROSECONDS" or "refused
+ * SENTENCE" for S and G; 1, or 0 and the bytes that were taken, for T; for M 1 or 0 and the
+ * microseconds of each mask; for R a reply of tokens drawn from the masks, empty where the shortest
+ * is longer. */
 #define main run_main
 #include "../run.c"
 #undef main
@@ -79,6 +81,42 @@ static void take_tokens(const char *text, size_t n)
     free(line.items), free(ids), free(scratch);
 }
 
+/* Draws from the tokens of the mask, half of the time from those of at most two bytes. */
+static int32_t draw_token(uint32_t *random)
+{
+    int32_t chosen = -1, n = 0, n_vocab = gemma2_get_config(words)->n_vocab;
+    for (int only_short = (*random >> 16) % 2; chosen < 0 && only_short >= 0; only_short--)
+        for (int32_t id = 0; id < n_vocab; id++) {
+            if (!(machine.mask[id / 32] >> id % 32 & 1) ||
+                (only_short && gemma2_piece_bytes(words, id, NULL, 0) > 2))
+                continue;
+            *random = *random * 1664525 + 1013904223;
+            chosen = (int)((*random >> 8) % (uint32_t)++n) ? chosen : id;
+        }
+    return chosen;
+}
+
+static void make_one(const char *asked)
+{
+    char *end, bytes[256];
+    int64_t left = strtoll(asked, &end, 10);
+    uint32_t random = (uint32_t)strtoul(end, NULL, 10);
+    array line = {0};
+    output out = {.memory = &line};
+    gemma2_matcher_start(machine.matcher, &machine.state);
+    for (int32_t id = -1; left > 0 && !gemma2_is_stop(words, id); left--) {
+        if (gemma2_matcher_allowed(machine.matcher, &machine.state, left, machine.mask) < 0 ||
+            (id = draw_token(&random)) < 0 ||
+            gemma2_matcher_accept(machine.matcher, &machine.state, id) < 0)
+            break;
+        int64_t n = gemma2_piece_bytes(words, id, bytes, sizeof bytes);
+        put_bytes(&out, bytes, (size_t)n);
+    }
+    printf("%.*s%s\n", (int)line.n, line.n ? (char *)line.items : "",
+           may_end(&machine) ? "" : line.n ? " <NO END>" : "");
+    free(line.items);
+}
+
 int main(int argc, char **argv)
 {
     char err[256], letter;
@@ -91,11 +129,13 @@ int main(int argc, char **argv)
             of_byte[strtoul(piece + 3, NULL, 16)] = id;
     }
     while (words && scanf(" %c %zu", &letter, &n) == 2 && getchar() == '\n') {
-        char *text = malloc(n + 1);
+        char *text = calloc(n + 1, 1);
         if (!text || fread(text, 1, n, stdin) != n)
             return 1;
         if (letter == 'S' || letter == 'G')
             compile(text, n, letter == 'S');
+        else if (letter == 'R' && machine.matcher)
+            make_one(text);
         else if (letter == 'T' || !machine.matcher)
             take_bytes(text, n);
         else

@@ -9,7 +9,9 @@ Fetch FOLDER first: it is not kept here.  A schema is refused by name, or takes 
 and no other.  Texts are spelled as replies are: compact, with the keys in the schema's order or
 their own.  In the suite a schema without a type gets the type that its keywords apply to.
 --every N takes each Nth schema, --masks also times a mask before every token of the valid texts,
---list names refused schemas and wrong answers.  Wrong answers make the exit status 1."""
+--replies N also makes so many replies of each schema, of tokens drawn from masks, and has them
+judged by jsonschema's validator; --list names refused schemas and wrong answers.  Wrong answers
+make the exit status 1."""
 import argparse
 import collections
 import glob
@@ -178,9 +180,27 @@ def percent(values, p):
     return values[min(len(values) - 1, len(values) * p // 100)] if values else 0
 
 
+def misfits(machine, schema, count):
+    """Replies that the validator does not take, with what it says, and how many there were."""
+    bad = []
+    validator = jsonschema.Draft202012Validator(
+        schema, format_checker=jsonschema.Draft202012Validator.FORMAT_CHECKER)
+    for i in range(count):
+        most, text = 10 + 37 * i % 150, ""
+        while not text and most < 100000:  # shorter than the shortest
+            text, most = machine.ask("R", f"{most} {i}"), 4 * most
+        try:
+            validator.validate(json.loads(text))
+        except (ValueError, RecursionError, jsonschema.ValidationError) as error:
+            bad.append((str(error).split("\n")[0], text))
+        except jsonschema.exceptions._WrappedReferencingError:
+            return []  # it names a schema elsewhere
+    return bad
+
+
 def schemas(cases, options):
     machine, refused, wrong = Machine(), collections.Counter(), []
-    compiled = passed = total = taken = valids = invalids = 0
+    compiled = passed = total = valids = invalids = replies = 0
     compile_us, mask_us, slow = [], [], []
     for i, (name, schema, tests) in enumerate(cases):
         if i % options.every:
@@ -224,10 +244,14 @@ def schemas(cases, options):
                                   "utf-8", "replace") + " <HERE> " + text[-60:]))
         compiled += 1
         passed += len(wrong) == before
+        replies += options.replies
+        for why, text in misfits(machine, schema, options.replies):
+            wrong.append((name, "made though invalid: " + why, text))
     print(f"{total} schemas: {compiled} compile ({compiled / total:.1%}), "
           f"{passed} pass ({passed / total:.1%}); {valids} valid texts, {invalids} invalid; "
           f"{sum(w[1] == 'accepted' for w in wrong)} accepted though invalid, "
-          f"{sum(w[1] != 'accepted' for w in wrong)} not taken though valid")
+          f"{sum(w[1] == 'not taken' for w in wrong)} not taken though valid")
+    print(f"{replies} replies made, {sum(w[1].startswith('made') for w in wrong)} of them invalid")
     print(f"compiling: median {statistics.median(compile_us):.0f} us, "
           f"99 of 100 within {percent(compile_us, 99):.0f} us, longest {max(compile_us):.0f} us")
     if mask_us:
@@ -259,6 +283,7 @@ def main():
     parser.add_argument("folder")
     parser.add_argument("--every", type=int, default=1)
     parser.add_argument("--masks", action="store_true")
+    parser.add_argument("--replies", type=int, default=0)
     parser.add_argument("--list", action="store_true")
     options = parser.parse_args()
     if options.kind == "grammars":

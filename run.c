@@ -750,15 +750,15 @@ static size_t remoteness(const option *o, const char *argument, const char *name
         return tolower((unsigned char)*name) == o->letter ? 0 : SIZE_MAX;
     if (length && strncmp(o->name, name, length) == 0)
         return 1;
-    if (argument[1] != '-' && argument[1] == o->letter) /* -qc */
+    if (length && argument[1] == o->letter) /* -qc */
         return 2;
     if (distance <= length / 3)
         return 1 + distance;
     return length > 3 && strstr(o->name, name) ? length : SIZE_MAX;
 }
 
-/* Names the option that was likely meant, if there is one. */
-static int unknown_option(const char *argument)
+/* Names the option that was likely meant, if there is one, and what lists all. */
+static int unknown_option(const char *argument, const char *list)
 {
     char name[32];
     size_t length = strcspn(argument + strspn(argument, "-"), "="), best = SIZE_MAX;
@@ -772,8 +772,8 @@ static int unknown_option(const char *argument)
             nearest = o;
         }
     }
-    return fail(USAGE, "unknown option %s%s%s (--help lists all)", argument,
-                nearest ? "; the nearest is --" : "", nearest ? nearest->name : "");
+    return fail(USAGE, "unknown option %s%s%s (%s lists all)", argument,
+                nearest ? "; the nearest is --" : "", nearest ? nearest->name : "", list);
 }
 
 /* Digits only, at most `most`; returns 1 or 0. */
@@ -924,7 +924,7 @@ static int take_option(options *opts, int argc, char **argv, int *i)
         return fail(USAGE, "%s: %s", argument, meaning);
     const option *o = find_option(meaning ? meaning : argument, &value);
     if (!o)
-        return unknown_option(argument);
+        return unknown_option(argument, "--help");
     if (meaning && argument[strcspn(argument, "=")])
         value = strchr(argument, '=') + 1;
     if (!o->argument && value)
@@ -3929,8 +3929,9 @@ static void flush_screen(editor *e)
     e->screen.n = 0;
 }
 
-/* Takes over the terminal's size and what became of the rows there; covered: others wrote there. */
-static void fit(editor *e, size_t width, size_t height, int covered)
+/* Takes over the terminal's size and what became of the rows there; covered: others wrote there.
+ * Returns whether the text must be shown anew. */
+static int fit(editor *e, size_t width, size_t height, int covered)
 {
     width = width < 2 * SIGN ? 2 * SIGN : width;
     int resized = e->width && (width != e->width || height != e->height);
@@ -3939,6 +3940,7 @@ static void fit(editor *e, size_t width, size_t height, int covered)
         e->row = covered ? 0 : place_of(e, e->at).cell / width; /* terminals fold anew */
         e->top = e->row < height ? 0 : e->row - height + 1;
     }
+    return covered || resized;
 }
 
 /* Waits until something was typed.  Ctrl-C puts the message away, which the arrow keys bring back.
@@ -3982,10 +3984,10 @@ static int read_message(program *p, int *at_end)
         size_t width = 80, height = 24;
         patience = PATIENCE; /* before the prompt is shown */
         int covered = e->raw ? terminal_size(&width, &height) : 0;
-        fit(e, width, height, covered);
+        int is_new = fit(e, width, height, covered);
         if (take_typed(e) || e->out.error || e->ended)
             break;
-        if (e->raw && !input_waits(0)) /* a long paste is shown once */
+        if (e->raw && (is_new || e->n > 0) && !input_waits(0)) /* a long paste is shown once */
             draw(e, height);
         flush_screen(e);
         status = wait_for_typed(e, &asked);
@@ -4334,20 +4336,23 @@ static int is_setting(const option *o)
 
 static int set(program *p, const char *rest)
 {
-    char name[48] = "--";
+    char name[48];
     const char *value;
-    size_t n = strcspn(rest, " =");
-    snprintf(name + 2, sizeof name - 2, "%.*s", (int)n, rest);
+    const options before = *p->settings;
+    rest += strspn(rest, "-");
+    size_t n = strcspn(rest, " \t=");
+    snprintf(name, sizeof name, "%s%.*s", n > 1 ? "--" : "-", (int)n, rest);
     const char *meaning = foreign_meaning(name);
     const option *o = n ? find_option(meaning && *meaning == '-' ? meaning : name, &value) : NULL;
-    value = rest + n + strspn(rest + n, " =");
-    if (n && !o)
-        unknown_option(name);
-    else if (!n || !*value || !is_setting(o))
-        fail(USAGE, "/set NAME VALUE takes the options about choosing tokens; /show lists them");
-    else if (!set_option(p->settings, o, value))
+    value = rest + n + strspn(rest + n, " \t=");
+    if (!o)
+        unknown_option(name, "/show");
+    else if (!is_setting(o))
+        fail(USAGE, "/set changes nothing but the options that /show lists, so not --%s", o->name);
+    else if (!set_option(p->settings, o, value)) {
+        *p->settings = before;
         fail(USAGE, "/set %s '%s': it takes %s", o->name, value, o->takes);
-    else {
+    } else {
         p->seed = o->kind == SEED ? p->opts->seed : p->seed;
         settle_sampler(p, o->kind == SEED);
     }

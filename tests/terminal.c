@@ -597,7 +597,13 @@ static void test_signals(void)
 {
     if (!talk(40, 9, NULL, NULL, NULL, NULL))
         return;
-    type("a message"), shows("a message", "> a message", 0, 11), type("\003");
+    type("a message"), shows("a message", "> a message", 0, 11);
+    memcpy(t.cells[3], (cell[]){{"!", 1}}, sizeof(cell)); /* what is drawn anew is cleared */
+    for (double end = now() + 0.5; now() < end;)
+        pump();
+    shows("nothing is typed", "> a message\n\n\n!", 0, 11);
+    t.cells[3][0].width = 0;
+    type("\003");
     shows("Ctrl-C", "> a message\nCtrl-C once more leaves, and so does /ex\nit.\n>", 3, 2);
     type("\033[A"), shows("it is kept", "> a message\nCtrl-C once more leaves, and so does /ex\n"
                                         "it.\n> a message", 3, 11);
@@ -803,21 +809,24 @@ static const char *const COMMANDS[][2] = {
     {"/system", "There is no system text now."},
     {"/system Speak in rhyme.", "The system text is changed."},
     {"/set", "run: /set needs NAME VALUE"},
-    {"/set top-k",
-     "run: /set NAME VALUE takes the options about choosing tokens; /show lists them"},
+    {"/set top-k", "run: /set top-k '': it takes a whole number from 0 to 2147483647"},
     {"/set context 5",
-     "run: /set NAME VALUE takes the options about choosing tokens; /show lists them"},
-    {"/set topk 5", "run: unknown option --topk; the nearest is --top-k (--help lists all)"},
+     "run: /set changes nothing but the options that /show lists, so not --context"},
+    {"/set =5", "run: unknown option - (/show lists all)"},
+    {"/set topk 5", "run: unknown option --topk; the nearest is --top-k (/show lists all)"},
     {"/set top-k five", "run: /set top-k 'five': it takes a whole number from 0 to 2147483647"},
+    {"/set min-p 2", "run: /set min-p '2': it takes a number from 0 to 1"},
+    {"/set --top-p 0.5", ""},
     {"/set top_k 5", ""},
     {"/set temp=0.5", ""},
-    {"/set seed 7", ""},
+    {"/set s 7", ""},
+    {"/set seed 8x", "run: /set seed '8x': it takes a whole number from 0 to 18446744073709551615"},
     {"/set max-tokens 0", ""},
     {"two", "run: -n 0 leaves no room for the shortest reply, which takes 1 tokens"},
     {"/set max-tokens 99", ""},
     {"/show", "1 turn, 24 of 20000 tokens of context\nsystem            Speak in rhyme.\n"
      "max-tokens        99\ntemperature       0.5\nseed              7\ntop-k             5\n"
-     "top-p             0.95\nmin-p             0\nrepeat-penalty    1\npresence-penalty  0\n"
+     "top-p             0.5\nmin-p             0\nrepeat-penalty    1\npresence-penalty  0\n"
      "frequency-penalty 0\nrepeat-last-n     64"},
     {"/save @/script",
      "run: @/script is not a saved session: it seems to be text; give another name"},

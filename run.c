@@ -568,6 +568,7 @@ static const struct {
     {" --n-predict --predict --num-predict --max-new-tokens --max-completion-tokens ",
      "--max-tokens"},
     {" --logprobs ", "--top-logprobs"},
+    {" --choices ", "--choice"},
     {" --num-thread --num-threads --n-threads ", "--threads"},
     {" --repetition-penalty ", "--repeat-penalty"},
     {" -l ", "--logit-bias"},
@@ -1181,7 +1182,7 @@ static void put_quoted(output *out, const char *text, size_t n)
 
 /* ---- JSON, by the letter of RFC 8259.  A text becomes a flat array of nodes in its own order,
  * and nothing here calls itself, so no input leads deep.  Strings are decoded in a copy of the
- * text.  Numbers stay text until asked for. ---- */
+ * text, where a NUL follows each of them and each number, true, false and null. ---- */
 
 typedef enum {
     JSON_NULL, JSON_FALSE, JSON_TRUE, JSON_NUMBER, JSON_STRING, JSON_ARRAY, JSON_OBJECT
@@ -1189,7 +1190,7 @@ typedef enum {
 
 typedef struct {
     json_kind kind;
-    size_t start, end; /* its bytes in the text; a string's are its characters, and a NUL follows */
+    size_t start, end; /* its bytes in the text; a string's are its characters */
     size_t n;          /* elements of an array; members of an object, a key and a value each */
     size_t next;       /* index of the first node behind it and all that it holds */
 } json_node;
@@ -1275,7 +1276,6 @@ static int json_string(json *j)
     json_node *node = json_push(j, JSON_STRING, start);
     if (node)
         node->end = end;
-    j->text[end] = '\0';
     j->at++;
     return node != NULL;
 }
@@ -1338,45 +1338,34 @@ static const json_node *json_next(const json *j, const json_node *node)
 
 typedef struct {
     const char *text;
-    size_t n, object;
+    size_t n;
 } json_key;
 
-/* Orders keys of one object by their bytes. */
+/* Orders keys by their bytes. */
 static int by_key(const void *left, const void *right)
 {
     const json_key *a = left, *b = right;
-    if (a->object != b->object)
-        return a->object < b->object ? -1 : 1;
     int order = memcmp(a->text, b->text, a->n < b->n ? a->n : b->n);
     return order ? order : (a->n > b->n) - (a->n < b->n);
 }
 
-/* Whether every object has each of its keys once. */
-static int json_keys_differ(json *j)
+/* Whether an object that has been read has each of its keys once. */
+static int json_keys_differ(json *j, const json_node *object)
 {
-    const json_node *object = j->nodes.items, *end = object + j->nodes.n;
-    array keys = {0};
-    for (; object < end && !j->why; object++)
-        for (const json_node *key = object + 1; object->kind == JSON_OBJECT && object->n > 1 &&
-                                                key < json_next(j, object) && !j->why;
-             key = json_next(j, key + 1)) {
-            json_key *item = extend(&keys, 1, sizeof *item);
-            if (item)
-                *item = (json_key){j->text + key->start, key->end - key->start,
-                                   (size_t)(end - object)};
-            else
-                j->why = JSON_MEMORY;
-        }
-    const json_key *sorted = keys.items;
-    if (keys.n)
-        qsort(keys.items, keys.n, sizeof *sorted, by_key);
-    for (size_t i = 1; i < keys.n && !j->why; i++)
-        if (by_key(sorted + i - 1, sorted + i) == 0) {
-            const char *a = sorted[i - 1].text, *b = sorted[i].text;
+    json_key *keys = malloc((object->n + 1) * sizeof *keys);
+    const json_node *node = object + 1;
+    if (!keys)
+        return json_wrong(j, JSON_MEMORY);
+    for (size_t i = 0; i < object->n; i++, node = json_next(j, node + 1))
+        keys[i] = (json_key){j->text + node->start, node->end - node->start};
+    qsort(keys, object->n, sizeof *keys, by_key);
+    for (size_t i = 1; i < object->n && !j->why; i++)
+        if (by_key(keys + i - 1, keys + i) == 0) {
+            const char *a = keys[i - 1].text, *b = keys[i].text;
             j->at = (size_t)((a > b ? a : b) - j->text) - 1;
             j->why = "this key stands twice in its object";
         }
-    free(keys.items);
+    free(keys);
     return !j->why;
 }
 
@@ -1443,19 +1432,26 @@ static int json_read(json *j, const char *text, size_t size)
             }
             container->end = ++j->at;
             container->next = j->nodes.n;
+            if (container->kind == JSON_OBJECT && !json_keys_differ(j, container))
+                return 0;
             depth--;
         }
         if (depth == 0)
             break;
     }
     json_skip(j);
-    return j->at < size ? json_wrong(j, "nothing may follow the value") : json_keys_differ(j);
+    if (j->at < size)
+        return json_wrong(j, "nothing may follow the value");
+    for (json_node *node = j->nodes.items; node < (json_node *)j->nodes.items + j->nodes.n; node++)
+        if (node->kind <= JSON_STRING)
+            j->text[node->end] = '\0';
+    return 1;
 }
 
-/* Whether a string is these n bytes. */
+/* Whether a value is there and a string of these n bytes. */
 static int json_equal(const json *j, const json_node *node, const char *text, size_t n)
 {
-    return node->kind == JSON_STRING && node->end - node->start == n &&
+    return node && node->kind == JSON_STRING && node->end - node->start == n &&
            memcmp(j->text + node->start, text, n) == 0;
 }
 
@@ -1481,23 +1477,11 @@ static const json_node *json_get(const json *j, const json_node *object, const c
     return json_find(j, object, name, strlen(name));
 }
 
-/* The n bytes of a string, with a NUL behind them; NULL where it is none. */
+/* The n bytes of a string; NULL where there is none. */
 static const char *json_text(const json *j, const json_node *node, size_t *n)
 {
-    *n = node->end - node->start;
-    return node->kind == JSON_STRING ? j->text + node->start : NULL;
-}
-
-/* A whole number without fraction or exponent, at most `most`; returns 1 or 0. */
-static int json_whole(const json *j, const json_node *node, uint64_t most, uint64_t *value)
-{
-    char text[24];
-    size_t n = node->end - node->start;
-    if (node->kind != JSON_NUMBER || n >= sizeof text)
-        return 0;
-    memcpy(text, j->text + node->start, n);
-    text[n] = '\0';
-    return parse_whole(text, most, value);
+    *n = node ? node->end - node->start : 0;
+    return node && node->kind == JSON_STRING ? j->text + node->start : NULL;
 }
 
 static void format_bytes(char text[32], uint64_t bytes)
@@ -3380,7 +3364,8 @@ static uint64_t longest_session(const program *p)
 }
 
 /* Reads a file that begins with the magic of `what`, at most so many bytes; 0: the first ones
- * alone, if there are any.  Nothing where may_be_new and no file is there yet. */
+ * alone, if there are any.  Nothing where may_be_new and no file is there yet; magic NULL: any
+ * file. */
 static int read_kept(const char *path, const char *magic, const char *what, uint64_t most,
                      int may_be_new, array *bytes)
 {
@@ -3396,7 +3381,7 @@ static int read_kept(const char *path, const char *magic, const char *what, uint
     int status = head ? DONE : out_of_memory();
     if (head && ferror(file))
         status = fail(FAILED, "cannot read %s: %s", path, strerror(errno));
-    else if (head && (most || bytes->n) &&
+    else if (head && magic && (most || bytes->n) &&
              (bytes->n < MAGIC_BYTES || memcmp(head, magic, MAGIC_BYTES) != 0))
         status = fail(FAILED, "%s is not %s: it seems to be %s; give another name", path, what,
                       kind_of(head, bytes->n)->what);
@@ -5300,7 +5285,7 @@ typedef struct {
     size_t at, seen; /* where the next line begins; so far there is no newline */
     size_t number;   /* of the last line, from 1 */
     uint64_t size, taken; /* bytes in all, or 0 where nobody knows; bytes of all lines so far */
-    int ended, overlong, was_overlong; /* the line at hand goes on too long; the last one did */
+    int ended;
     int error; /* errno of the read that failed, or 0 */
 } line_input;
 
@@ -5318,16 +5303,16 @@ enum { N_HASHES = 1 << 16 };
 typedef struct {
     program p;
     options opts;
-    json said;                          /* the line */
-    const json_node *model;             /* of it, or NULL */
-    array stops, choices, messages, id; /* what it says */
-    array token; /* char: the text of one */
-    array gbnf;  /* char: what is held */
+    json said;                      /* the line */
+    const json_node *model, *limit; /* values of its keys, or NULL; what constrains the reply */
+    array stops, choices, messages; /* what it says */
+    array id, token;                /* char: its id, as JSON; the text of a token */
+    array gbnf;                     /* char: what is held */
     constraint held;
     size_t number;
     size_t pure; /* positions of the session that another prompt may begin with */
     int busy, begun, ready; /* has a line; its prompt is begun; its logits are there */
-    int openai, logprobs, limited; /* the line's own constraint, or none instead of the run's */
+    int openai;
     size_t first_row, n_rows; /* of the pass */
 } batch_slot;
 
@@ -5335,7 +5320,7 @@ typedef struct {
     program *p;
     gemma2_worker *worker;
     batch_slot *slots;
-    size_t n_slots;
+    size_t n_slots, n_busy;
     line_input in;
     FILE *out;
     array line, names, gbnf; /* of a result; all ids; of the options' constraint, or empty */
@@ -5349,7 +5334,7 @@ typedef struct {
 } batch;
 
 /* The next line, without its newline, or NULL: at the end, or with wait 0 where none is there
- * yet.  A line above 2^28 bytes comes as nothing, and was_overlong says so. */
+ * yet.  Of a line above LONGEST_TEXT bytes only the first come, and one more. */
 static const char *next_line(line_input *in, int wait, size_t *n)
 {
     enum { PIECE = 1 << 16 };
@@ -5357,41 +5342,34 @@ static const char *next_line(line_input *in, int wait, size_t *n)
         char *bytes = in->bytes.items, *end = NULL;
         if (in->seen < in->bytes.n)
             end = memchr(bytes + in->seen, '\n', in->bytes.n - in->seen);
-        if (end || (in->ended && (in->at < in->bytes.n || in->overlong))) {
+        if (end || (in->ended && in->at < in->bytes.n)) {
             size_t start = in->at;
             *n = (end ? (size_t)(end - bytes) : in->bytes.n) - start;
             in->at = in->seen = start + *n + (end != NULL);
             in->taken += *n + 1;
             in->number++;
-            in->was_overlong = in->overlong;
-            in->overlong = 0;
-            return bytes ? bytes + start : "";
+            return bytes + start;
         }
         if (in->ended)
             return NULL;
+        in->bytes.n -= in->at;
         if (in->at) /* what is left moves to the front */
-            memmove(bytes, bytes + in->at, in->bytes.n -= in->at);
+            memmove(bytes, bytes + in->at, in->bytes.n);
+        in->bytes.n = in->bytes.n > LONGEST_TEXT ? LONGEST_TEXT + 1 : in->bytes.n;
         in->at = 0;
         in->seen = in->bytes.n;
-        if (in->seen > LONGEST_TEXT) {
-            in->overlong = 1;
-            in->bytes.n = in->seen = 0;
-        }
         char *more = extend(&in->bytes, PIECE, 1);
-        if (!more) {
-            in->error = ENOMEM;
-            in->ended = 1;
-            in->bytes.n = in->seen = 0;
-            continue;
-        }
-        long got = in->file ? (long)fread(more, 1, PIECE, in->file) : read_input(more, PIECE, wait);
-        in->bytes.n -= PIECE - (got > 0 ? (size_t)got : 0);
+        errno = more ? 0 : ENOMEM;
+        long got = !more ? -1
+                   : in->file ? (long)fread(more, 1, PIECE, in->file)
+                              : read_input(more, PIECE, wait);
+        in->bytes.n = in->seen + (got > 0 ? (size_t)got : 0);
         if (got < 0 && (errno == EAGAIN || errno == EINTR))
             return NULL;
         in->ended = got <= 0;
         if (got < 0 || (got == 0 && ferror(in->file ? in->file : stdin))) {
             in->error = errno ? errno : EIO;
-            in->bytes.n = in->seen = in->at; /* not even the beginning of a line */
+            in->bytes.n = 0; /* not even the beginning of a line */
         }
     }
 }
@@ -5419,65 +5397,98 @@ static line_id *find_id(batch *b, const array *id)
     return added;
 }
 
-/* Finds out a line's form and its id, as JSON, which stays as it is where the line has none.
- * Says nothing: USAGE means that it is no id of this form, FAILED that memory is short. */
-static int get_id(const json *j, int *openai, array *id)
+/* Makes the line's number its id.  It cannot fail: a place has room for that. */
+static void number_id(batch_slot *s, size_t number)
 {
-    const json_node *root = j->nodes.items;
-    *openai = json_get(j, root, "custom_id") || json_get(j, root, "body");
-    const json_node *node = json_get(j, root, *openai ? "custom_id" : "id");
-    output out = {.memory = id};
-    if (!node || node->kind == JSON_NULL)
-        return *openai ? USAGE : DONE;
-    const char *text = j->text + node->start;
-    size_t n = node->end - node->start;
-    int is_number = !*openai && node->kind == JSON_NUMBER && strspn(text, "-0123456789") >= n;
-    if (!is_number && node->kind != JSON_STRING)
-        return USAGE;
-    id->n = 0;
-    if (is_number)
-        put_bytes(&out, text, n);
-    else
-        put_quoted(&out, text, n);
-    return out.error ? FAILED : DONE;
-}
-
-/* Makes the line's number its id.  It cannot fail in a place, whose id has room for that. */
-static int number_id(array *id, size_t number)
-{
-    output out = {.memory = id};
-    id->n = 0;
+    output out = {.memory = &s->id};
+    s->id.n = 0;
     put_format(&out, "%zu", number);
-    return out.error ? out_of_memory() : DONE;
 }
 
-/* ---- what a line asks for ---- */
-
-/* A text, or a list of texts. */
-static int keep_texts(const json *j, const json_node *value, const char *key, array *list)
+/* Reads a line, or a result, into a place, and finds out its form and its id: its number where it
+ * names none.  *known becomes what is known of that id. */
+static int identify(batch *b, batch_slot *s, const char *text, size_t n, line_id **known)
 {
-    size_t n = value->kind == JSON_ARRAY ? value->n : 1, length;
-    const json_node *each = value->kind == JSON_ARRAY ? value + 1 : value;
-    for (list->n = 0; n; n--, each = json_next(j, each)) {
-        const char *text = json_text(j, each, &length);
-        if (!text || length == 0 || strlen(text) != length)
-            return fail(USAGE, "\"%s\" takes texts that are not empty and hold no NUL", key);
-        const char **place = extend(list, 1, sizeof *place);
-        if (!place)
-            return out_of_memory();
-        *place = text;
-    }
-    return DONE;
+    json *j = &s->said;
+    output out = {.memory = &s->id};
+    int has_mark = b->in.number == 1 && n >= 3 && memcmp(text, "\xEF\xBB\xBF", 3) == 0;
+    *known = NULL;
+    number_id(s, b->in.number);
+    json_free(j);
+    if (n > LONGEST_TEXT)
+        return fail(USAGE, "the line is longer than %d bytes", LONGEST_TEXT);
+    if (!json_read(j, has_mark ? text + 3 : text, has_mark ? n - 3 : n))
+        return j->why == JSON_MEMORY ? out_of_memory()
+            : fail(USAGE, "the line is no JSON: at byte %zu: %s", j->at + 1, j->why);
+    const json_node *root = j->nodes.items;
+    s->openai = json_get(j, root, "custom_id") || json_get(j, root, "body");
+    const json_node *id = json_get(j, root, s->openai ? "custom_id" : "id");
+    const char *name = id ? j->text + id->start : NULL;
+    int has_none = !s->openai && (!id || id->kind == JSON_NULL);
+    int is_whole = !s->openai && id && id->kind == JSON_NUMBER &&
+                   !name[strspn(name, "-0123456789")];
+    if (!has_none && !is_whole && (!id || id->kind != JSON_STRING))
+        return fail(USAGE, s->openai ? "\"custom_id\" must be a text"
+                                     : "\"id\" must be a text or a whole number");
+    s->id.n = has_none ? s->id.n : 0;
+    if (is_whole)
+        put_bytes(&out, name, id->end - id->start);
+    else if (!has_none)
+        put_quoted(&out, name, id->end - id->start);
+    int failed = out.error || append(&s->id, "", 0) != DONE;
+    *known = failed ? NULL : find_id(b, &s->id);
+    if (!*known)
+        number_id(s, b->in.number);
+    return *known ? DONE : out_of_memory();
 }
 
 /* ---- what the keys of a request mean: functions of one type, for a table ---- */
 
-static int take_stops(batch_slot *s, const json *j, const json_node *value, const char *key)
+/* A number, a text or a list of texts, for the option with that name. */
+static int take_values(batch_slot *s, const json *j, const json_node *value, const char *key)
 {
-    int status = keep_texts(j, value, key, &s->stops);
-    s->opts.stops = s->stops.items;
-    s->opts.n_stops = s->stops.n;
-    return status;
+    char name[40];
+    const char *unused, *meaning, **texts = NULL;
+    snprintf(name, sizeof name, "--%s", key);
+    meaning = foreign_meaning(name);
+    const option *o = find_option(meaning ? meaning : name, &unused);
+    int takes_texts = o->kind == STOP || o->kind == CHOICE;
+    int is_list = takes_texts && value->kind == JSON_ARRAY;
+    const json_node *each = value + is_list;
+    size_t n = is_list ? value->n : 1;
+    if (takes_texts)
+        texts = extend(o->kind == STOP ? &s->stops : &s->choices, n, sizeof *texts);
+    if (takes_texts && !texts)
+        return out_of_memory();
+    if (o->kind == STOP)
+        s->opts.stops = texts, s->opts.n_stops = 0;
+    else if (o->kind == CHOICE)
+        s->opts.choices = texts, s->opts.n_choices = 0;
+    for (; n; n--, each = json_next(j, each)) {
+        const char *text = j->text + each->start;
+        int fits = each->kind == (takes_texts ? JSON_STRING : JSON_NUMBER) &&
+                   strlen(text) == each->end - each->start;
+        if (!fits || !set_option(&s->opts, o, text))
+            return fail(USAGE, "\"%s\" takes %s%s", key, o->takes,
+                        takes_texts ? " and holds no NUL, or a list of such texts" : "");
+    }
+    return DONE;
+}
+
+/* What constrains the reply is kept for limit_reply, when the whole line has been read. */
+static int take_limit(batch_slot *s, const json *j, const json_node *value, const char *key)
+{
+    if (s->limit)
+        return fail(USAGE, "\"%s\" and \"%s\" do not go together", j->text + s->limit[-1].start,
+                    key);
+    if (s->opts.ignore_eos)
+        return fail(USAGE, "\"%s\" and --ignore-eos do not go together", key);
+    s->limit = value;
+    s->opts.n_choices = 0;
+    int is_choices = strcmp(key, "choices") == 0;
+    int status = is_choices ? take_values(s, j, value, key) : DONE;
+    return status || !is_choices || s->opts.n_choices
+        ? status : fail(USAGE, "\"choices\" takes a list of texts that is not empty");
 }
 
 /* Reads the content of message i: a text, or a list of text parts.  The line itself then holds the
@@ -5485,25 +5496,23 @@ static int take_stops(batch_slot *s, const json *j, const json_node *value, cons
 static int take_content(const json *j, const json_node *content, size_t i, gemma2_message *m)
 {
     size_t n = 0;
-    m->text = json_text(j, content, &n);
-    m->size = (int64_t)n;
+    char *end = j->text + content->start;
+    const json_node *part = content + 1;
+    *m = (gemma2_message){m->role, json_text(j, content, &n), (int64_t)n};
     if (content->kind != JSON_ARRAY)
         return m->text ? DONE : fail(USAGE, "message %zu needs a \"content\", which is text", i);
-    char *start = j->text + content->start, *end = start;
-    const json_node *part = content + 1;
-    for (size_t k = 0; k < content->n; k++, part = json_next(j, part)) {
+    m->text = end;
+    for (size_t k = 1; k <= content->n; k++, part = json_next(j, part), end += n) {
         const json_node *type = json_get(j, part, "type"), *text = json_get(j, part, "text");
-        const char *name = type ? json_text(j, type, &n) : NULL;
-        const char *bytes = text && name && strcmp(name, "text") == 0 ? json_text(j, text, &n)
-                                                                      : NULL;
+        const char *bytes = json_is(j, type, "text") ? json_text(j, text, &n) : NULL;
+        const char *name = json_text(j, type, &n);
         if (!bytes)
             return fail(USAGE, "message %zu: part %zu of its \"content\" has the type '%s', and "
-                        "only text is known", i, k + 1, name ? name : "");
+                        "only text is known", i, k, name ? name : "");
+        json_text(j, text, &n);
         memmove(end, bytes, n);
-        end += n;
     }
-    m->text = start;
-    m->size = end - start;
+    m->size = end - m->text;
     return DONE;
 }
 
@@ -5520,9 +5529,9 @@ static int take_messages(batch_slot *s, const json *j, const json_node *list, co
     for (size_t i = 0; i < list->n; i++, each = json_next(j, each)) {
         const json_node *role = json_get(j, each, "role"), *content = json_get(j, each, "content");
         int32_t r = 0;
-        while (role && r < 4 && !json_is(j, role, roles[r]))
+        while (r < 4 && !json_is(j, role, roles[r]))
             r++;
-        if (!role || !content || r == 4)
+        if (r == 4 || !content)
             return fail(USAGE, "message %zu needs a \"role\", which is system, developer, user or "
                         "assistant, and a \"content\"", i + 1);
         r = r == 3 ? GEMMA2_ROLE_SYSTEM : r;
@@ -5538,90 +5547,12 @@ static int take_messages(batch_slot *s, const json *j, const json_node *list, co
     return DONE;
 }
 
-/* Makes the reply a sentence of the grammar, whose memory it takes; err says why there is none.
- * A place keeps what was worked out about the grammar for the next line with the same. */
-static int limit_reply(batch_slot *s, array *gbnf, int ok, const char *key, char err[SENTENCE])
-{
-    const char *clash = s->limited ? "\"schema\" and \"choices\" do not go together"
-                        : s->opts.ignore_eos ? "it and --ignore-eos do not go together" : NULL;
-    if (ok && clash)
-        snprintf(err, SENTENCE, "%s", clash);
-    ok = ok && !clash;
-    s->opts.n_choices = s->choices.n;
-    if (ok && (s->gbnf.n != gbnf->n || memcmp(s->gbnf.items, gbnf->items, gbnf->n) != 0)) {
-        array old = s->gbnf;
-        s->gbnf = *gbnf, *gbnf = old;
-        close_constraint(&s->held);
-        ok = open_constraint(&s->held, s->p.model, s->gbnf.items, s->gbnf.n, err, SENTENCE);
-        s->gbnf.n = ok ? s->gbnf.n : 0;
-    }
-    free(gbnf->items);
-    s->limited = 1;
-    s->p.constraint = ok ? s->held : (constraint){0};
-    return ok ? DONE : fail(USAGE, "\"%s\": %s", key, err);
-}
-
-static int take_choices(batch_slot *s, const json *j, const json_node *value, const char *key)
-{
-    array gbnf = {0};
-    char err[SENTENCE] = "it takes a list of texts that are not empty";
-    int status = keep_texts(j, value, key, &s->choices);
-    s->opts.choices = s->choices.items;
-    int ok = status == DONE && s->choices.n &&
-             add_choices(&gbnf, s->opts.choices, s->choices.n);
-    return status ? status : limit_reply(s, &gbnf, ok, key, err);
-}
-
-static int take_schema(batch_slot *s, const json *j, const json_node *value, const char *key)
-{
-    array gbnf = {0};
-    char err[SENTENCE];
-    int ok = add_schema(&gbnf, j, value, s->opts.spaced, err, SENTENCE);
-    return limit_reply(s, &gbnf, ok, key, err);
-}
-
-static int take_format(batch_slot *s, const json *j, const json_node *value, const char *key)
-{
-    static const char object[] = "{\"type\": \"object\"}";
-    char err[SENTENCE];
-    array gbnf = {0};
-    const json_node *type = json_get(j, value, "type"), *form = json_get(j, value, "json_schema");
-    const json_node *wanted = form ? json_get(j, form, "schema") : NULL;
-    if (type && json_is(j, type, "text")) {
-        s->p.constraint = (constraint){0};
-        s->limited = 1, s->opts.n_choices = 0;
-        return DONE;
-    }
-    if (type && json_is(j, type, "json_object"))
-        return limit_reply(s, &gbnf, read_schema(&gbnf, object, sizeof object - 1, s->opts.spaced,
-                                                 err, SENTENCE), key, err);
-    if (type && wanted && json_is(j, type, "json_schema"))
-        return take_schema(s, j, wanted, key);
-    return fail(USAGE, "\"%s\" has the \"type\" text, json_object or json_schema with its "
-                "\"schema\"", key);
-}
-
-/* A number, for the option with that name. */
-static int take_number(batch_slot *s, const json *j, const json_node *value, const char *key)
-{
-    char name[40], text[64];
-    const char *unused, *meaning;
-    size_t n = value->end - value->start;
-    snprintf(name, sizeof name, "--%s", key);
-    meaning = foreign_meaning(name);
-    const option *o = find_option(meaning ? meaning : name, &unused);
-    snprintf(text, sizeof text, "%.*s", (int)(n < sizeof text ? n : 0), j->text + value->start);
-    if (value->kind != JSON_NUMBER || !set_option(&s->opts, o, text))
-        return fail(USAGE, "\"%s\" takes %s", key, o->takes);
-    return DONE;
-}
-
 /* True or false for a chat; for a completion how many others are told of, too. */
 static int take_logprobs(batch_slot *s, const json *j, const json_node *value, const char *key)
 {
-    s->logprobs = value->kind != JSON_FALSE;
+    s->opts.json = value->kind != JSON_FALSE;
     if (!s->opts.chat)
-        return take_number(s, j, value, key);
+        return take_values(s, j, value, key);
     return value->kind == JSON_TRUE || value->kind == JSON_FALSE
         ? DONE : fail(USAGE, "\"%s\" must be true or false", key);
 }
@@ -5630,27 +5561,22 @@ static int take_logprobs(batch_slot *s, const json *j, const json_node *value, c
 static int take_fixed(batch_slot *s, const json *j, const json_node *value, const char *key)
 {
     const char *must = in_words(" n best_of ", key) ? "1" : "false";
-    size_t n = value->end - value->start;
     (void)s;
-    return value->kind != JSON_STRING && n == strlen(must) &&
-           memcmp(j->text + value->start, must, n) == 0
+    return value->kind < JSON_STRING && strcmp(j->text + value->start, must) == 0
         ? DONE : fail(USAGE, "\"%s\" must be %s in a batch", key, must);
 }
 
 #define NUMBERS " max_tokens temperature top_k top_p min_p seed presence_penalty " \
-    "frequency_penalty repetition_penalty "
+    "frequency_penalty repetition_penalty stop "
 
 /* The keys of our form and of OpenAI's; NULL: read elsewhere, or without meaning here. */
 static const struct {
     const char *ours, *openai;
     int (*take)(batch_slot *, const json *, const json_node *, const char *);
 } MEMBERS[] = {
-    {NUMBERS, NUMBERS "max_completion_tokens top_logprobs ", take_number},
-    {" stop ", " stop ", take_stops},
+    {NUMBERS, NUMBERS "max_completion_tokens top_logprobs ", take_values},
     {" messages ", " messages ", take_messages},
-    {" schema ", "", take_schema},
-    {" choices ", "", take_choices},
-    {"", " response_format ", take_format},
+    {" schema choices ", " response_format ", take_limit},
     {"", " logprobs ", take_logprobs},
     {"", " stream echo n best_of ", take_fixed},
     {" id prompt ", " prompt model user metadata store service_tier ", NULL},
@@ -5661,36 +5587,58 @@ static int take_member(batch_slot *s, const json *j, const char *key, const json
     size_t i = 0, n = sizeof MEMBERS / sizeof *MEMBERS;
     while (i < n && !in_words(s->openai ? MEMBERS[i].openai : MEMBERS[i].ours, key))
         i++;
-    if (i == n && value->kind != JSON_NULL)
+    if (value->kind == JSON_NULL)
+        return DONE;
+    if (i == n)
         return fail(USAGE, "there is no key \"%s\" here", key);
-    return value->kind == JSON_NULL || !MEMBERS[i].take ? DONE : MEMBERS[i].take(s, j, value, key);
+    return MEMBERS[i].take ? MEMBERS[i].take(s, j, value, key) : DONE;
 }
 
-/* What a line, or the body of OpenAI's, says; the prompt's ids. */
-static int read_request(batch_slot *s, const json *j, const json_node *request)
+/* The wrapping of OpenAI's lines, which says what is inside. */
+static int read_wrapping(batch_slot *s, const json *j, const json_node *body)
+{
+    const json_node *root = j->nodes.items, *method = json_get(j, root, "method");
+    const json_node *url = json_get(j, root, "url");
+    s->opts.chat = json_is(j, url, "/v1/chat/completions");
+    const char *needed = s->opts.chat ? "messages" : "prompt";
+    if (method && !json_is(j, method, "POST"))
+        return fail(USAGE, "\"method\" must be POST");
+    if (!s->opts.chat && !json_is(j, url, "/v1/completions"))
+        return fail(USAGE, "\"url\" must be /v1/chat/completions or /v1/completions");
+    if (!json_get(j, body, needed))
+        return fail(USAGE, "\"body\" must hold \"%s\"", needed);
+    s->model = json_get(j, body, "model");
+    s->opts.json = 0; /* "logprobs" asks for details */
+    return DONE;
+}
+
+/* What a line says; the prompt's ids. */
+static int read_request(batch_slot *s, const json *j)
 {
     program *p = &s->p;
     char err[SENTENCE];
     size_t n = 0;
+    const json_node *root = j->nodes.items;
+    const json_node *request = s->openai ? json_get(j, root, "body") : root;
+    int status = s->openai ? read_wrapping(s, j, request) : DONE;
+    if (status != DONE)
+        return status;
     if (request->kind != JSON_OBJECT)
-        return fail(USAGE, "%s must be an object", s->openai ? "\"body\"" : "the line");
-    const json_node *key = request + 1, *prompt = json_get(j, request, "prompt");
-    for (size_t i = 0; i < request->n; i++, key = json_next(j, key + 1)) {
-        const char *name = json_text(j, key, &n);
-        int status = name ? take_member(s, j, name, key + 1) : out_of_memory();
-        if (status != DONE)
-            return status;
-    }
+        return fail(USAGE, "the line must be an object");
+    const json_node *prompt = json_get(j, request, "prompt"), *key = request + 1;
     const json_node *tops = s->openai ? json_get(j, request, "top_logprobs") : NULL;
-    if (tops && tops->kind != JSON_NULL && s->opts.n_top && !s->logprobs)
+    for (size_t i = 0; status == DONE && i < request->n; i++, key = json_next(j, key + 1))
+        status = take_member(s, j, json_text(j, key, &n), key + 1);
+    if (status != DONE)
+        return status;
+    if (tops && tops->kind != JSON_NULL && s->opts.n_top && !s->opts.json)
         return fail(USAGE, "\"top_logprobs\" belongs to \"logprobs\": true");
-    s->opts.json = s->openai ? s->logprobs : s->opts.json;
     if ((prompt != NULL) == (s->messages.n != 0))
         return fail(USAGE, "a line has either a \"prompt\" or \"messages\"");
-    const char *text = prompt ? json_text(j, prompt, &n) : "";
-    if (!text)
+    const char *text = json_text(j, prompt, &n);
+    if (prompt && !text)
         return fail(USAGE, "\"prompt\" must be a text");
-    int status = open_chat(p);
+    status = open_chat(p);
     if (status != DONE || prompt)
         return status ? status : push_prompt(p, text, n);
     if (gemma2_chat_check(p->model, s->messages.items, s->messages.n, GEMMA2_CHAT_GENERATE, err,
@@ -5699,21 +5647,49 @@ static int read_request(batch_slot *s, const json *j, const json_node *request)
     return push_encoded(p, s->messages.items, s->messages.n, GEMMA2_CHAT_GENERATE);
 }
 
-/* The wrapping of OpenAI's lines, and what is inside. */
-static int read_openai(batch_slot *s, const json *j)
+/* Writes the grammar of what constrains the reply; 0 with a sentence in err. */
+static int write_limit(batch *b, batch_slot *s, array *gbnf, char err[SENTENCE])
 {
-    const json_node *root = j->nodes.items, *method = json_get(j, root, "method");
-    const json_node *url = json_get(j, root, "url"), *body = json_get(j, root, "body");
-    if (method && !json_is(j, method, "POST"))
-        return fail(USAGE, "\"method\" must be POST");
-    int chats = url && json_is(j, url, "/v1/chat/completions");
-    if (!chats && !(url && json_is(j, url, "/v1/completions")))
-        return fail(USAGE, "\"url\" must be /v1/chat/completions or /v1/completions");
-    if (!body || !json_get(j, body, chats ? "messages" : "prompt"))
-        return fail(USAGE, "\"body\" must hold \"%s\"", chats ? "messages" : "prompt");
-    s->model = json_get(j, body, "model");
-    s->opts.chat = chats;
-    return read_request(s, j, body);
+    static const char object[] = "{\"type\": \"object\"}";
+    const json *j = &s->said;
+    const json_node *type = json_get(j, s->limit, "type");
+    const json_node *form = json_get(j, s->limit, "json_schema");
+    const json_node *schema = s->openai ? json_get(j, form, "schema") : s->limit;
+    snprintf(err, SENTENCE, "out of memory");
+    if (!s->limit)
+        return append(gbnf, b->gbnf.items, b->gbnf.n) == DONE;
+    if (s->opts.n_choices)
+        return add_choices(gbnf, s->opts.choices, s->opts.n_choices);
+    if (s->openai && json_is(j, type, "json_object"))
+        return read_schema(gbnf, object, sizeof object - 1, s->opts.spaced, err, SENTENCE);
+    if (!s->openai || (schema && json_is(j, type, "json_schema")))
+        return add_schema(gbnf, j, schema, s->opts.spaced, err, SENTENCE);
+    snprintf(err, SENTENCE, "its \"type\" must be text, json_object or json_schema with its "
+             "\"schema\"");
+    return 0;
+}
+
+/* Makes the reply a sentence of the line's own grammar, or of the options'.  A place keeps what
+ * was worked out about a grammar for the next line with the same. */
+static int limit_reply(batch *b, batch_slot *s)
+{
+    const json *j = &s->said;
+    array gbnf = {0}, was = s->gbnf;
+    char err[SENTENCE];
+    if (s->limit ? s->openai && json_is(j, json_get(j, s->limit, "type"), "text") : !b->gbnf.n)
+        return DONE;
+    int ok = write_limit(b, s, &gbnf, err);
+    if (ok && (was.n != gbnf.n || memcmp(was.items, gbnf.items, was.n) != 0)) {
+        close_constraint(&s->held);
+        ok = open_constraint(&s->held, s->p.model, gbnf.items, gbnf.n, err, SENTENCE);
+        s->gbnf = gbnf, gbnf = was;
+        s->gbnf.n = ok ? s->gbnf.n : 0;
+    }
+    free(gbnf.items);
+    if (ok)
+        s->p.constraint = s->held;
+    return ok ? DONE : fail(USAGE, "\"%s\": %s", s->limit ? j->text + s->limit[-1].start
+                                                          : "options", err);
 }
 
 /* A session with room for the reply, at most the run's context. */
@@ -5730,8 +5706,7 @@ static int fit_session(batch *b, batch_slot *s)
         return fail(USAGE, "the prompt has %zu tokens and the context holds %zu; shorten it or "
                     "raise --context", n, context);
     size_t need = most < context - n ? n + most : context;
-    size_t held = s->p.session ? (size_t)gemma2_context(s->p.session) : 0;
-    if (held >= need)
+    if (s->p.session && (size_t)gemma2_context(s->p.session) >= need)
         return DONE;
     params.n_context = (int32_t)(need < context / 2 ? 2 * need : context);
     params.worker = b->worker;
@@ -5748,51 +5723,27 @@ static void clear_slot(batch *b, batch_slot *s)
     s->opts = *b->p->opts;
     s->opts.seed = b->p->seed;
     s->opts.seed_given = 1;
-    json_free(&s->said);
-    s->model = NULL;
+    s->model = s->limit = NULL;
     s->p.constraint = (constraint){0};
-    s->p.ids.n = s->stops.n = s->choices.n = s->messages.n = 0;
-    s->begun = s->ready = s->openai = s->logprobs = s->limited = 0;
-}
-
-/* Finds out what a line asks for.  Returns -1 where an earlier run has its result. */
-static int understand(batch *b, batch_slot *s, json *j, const char *text, size_t n)
-{
-    if (b->in.was_overlong)
-        return fail(USAGE, "the line is longer than 268435456 bytes");
-    if (!json_read(j, text, n))
-        return j->why == JSON_MEMORY ? out_of_memory()
-            : fail(USAGE, "the line is no JSON: at byte %zu: %s", j->at + 1, j->why);
-    int status = get_id(j, &s->openai, &s->id);
-    if (status != DONE)
-        number_id(&s->id, b->in.number);
-    if (status == USAGE)
-        return fail(USAGE, s->openai ? "\"custom_id\" must be a text"
-                                     : "\"id\" must be a text or a whole number");
-    line_id *known = status == DONE ? find_id(b, &s->id) : NULL;
-    if (!known)
-        return out_of_memory();
-    int was = known->state;
-    known->state = TAKEN;
-    if (was != NEW)
-        return was == TAKEN ? fail(USAGE, "an earlier line has the same id") : -1;
-    return s->openai ? read_openai(s, j) : read_request(s, j, j->nodes.items);
+    s->p.ids.n = s->messages.n = 0;
+    s->begun = s->ready = s->openai = 0;
+    s->number = b->in.number;
 }
 
 /* Takes a line into a place.  Returns -1 where an earlier run has its result. */
 static int take_line(batch *b, batch_slot *s, const char *text, size_t n)
 {
-    if (b->in.number == 1 && n >= 3 && memcmp(text, "\xEF\xBB\xBF", 3) == 0)
-        text += 3, n -= 3;
-    number_id(&s->id, b->in.number);
-    int status = understand(b, s, &s->said, text, n);
-    if (status == DONE && !s->limited && b->gbnf.n) {
-        array gbnf = {0};
-        char err[SENTENCE] = "out of memory";
-        int ok = append(&gbnf, b->gbnf.items, b->gbnf.n) == DONE;
-        status = limit_reply(s, &gbnf, ok, "options", err);
-        s->opts.n_choices = b->p->opts->n_choices;
-    }
+    line_id *known;
+    int status = identify(b, s, text, n, &known);
+    if (status != DONE)
+        return status;
+    int was = known->state;
+    known->state = TAKEN;
+    if (was != NEW)
+        return was == TAKEN ? fail(USAGE, "an earlier line has the same id") : -1;
+    status = read_request(s, &s->said);
+    if (status == DONE)
+        status = limit_reply(b, s);
     if (status == DONE)
         status = fit_session(b, s);
     if (status == DONE)
@@ -5804,23 +5755,23 @@ static int take_line(batch *b, batch_slot *s, const char *text, size_t n)
 
 /* ---- results ---- */
 
-/* A token's text as OpenAI has it: a byte that is no text by itself is called bytes:\xe2.  With
- * its log-probability it is a member of an object, or in a chat the beginning of one. */
+/* A token's text as OpenAI has it: a byte that is no text by itself is called bytes:\xe2, and what
+ * adds no text goes by its name.  In a chat it begins an object with its bytes. */
 static void put_token(batch_slot *s, int32_t id, const float *logprob, int in_chat)
 {
     output *out = &s->p.out;
     int type = 0;
-    size_t n;
+    size_t n, room = (size_t)s->p.config->max_piece_bytes;
     const char *text = gemma2_piece(s->p.model, id, &n, &type);
-    char byte = type == GEMMA2_PIECE_BYTE ? (char)strtol(text + 3, NULL, 16) : 0; /* <0xE2> */
     s->token.n = 0;
-    if (type == GEMMA2_PIECE_BYTE)
-        text = &byte, n = 1;
-    else if (decode_ids(&s->p, &id, 1, &s->token) == DONE && s->token.n)
-        text = s->token.items, n = s->token.n;
+    char *bytes = extend(&s->token, room, 1);
+    int64_t added = bytes ? gemma2_piece_bytes(s->p.model, id, bytes, room) : 0;
+    note_write(out, !bytes);
+    if (added > 0)
+        text = bytes, n = (size_t)added;
     put_format(out, in_chat ? "{\"token\": " : "");
-    if (type == GEMMA2_PIECE_BYTE)
-        put_format(out, "\"bytes:\\\\x%02x\"", (unsigned char)byte);
+    if (type == GEMMA2_PIECE_BYTE && added > 0)
+        put_format(out, "\"bytes:\\\\x%02x\"", (unsigned char)*text);
     else
         put_quoted(out, text, n);
     if (logprob)
@@ -5831,12 +5782,13 @@ static void put_token(batch_slot *s, int32_t id, const float *logprob, int in_ch
     put_format(out, in_chat ? "]" : "");
 }
 
-/* The tokens that could have stood there, or the chosen one among them. */
+/* The tokens that could have stood at a place of the reply; a completion tells of the chosen one
+ * in any case. */
 static void put_others(batch_slot *s, size_t i, int32_t id, const float *logprob, int in_chat)
 {
     size_t n = count_top(&s->p);
     const gemma2_candidate *tops = s->p.reply.tops.items, *top = n ? tops + i * n : NULL;
-    int found = in_chat; /* a completion tells of the chosen one in any case */
+    int found = in_chat;
     for (size_t k = 0; k < n; k++) {
         put_format(&s->p.out, k ? ", " : "");
         put_token(s, top[k].id, &top[k].logprob, in_chat);
@@ -5866,96 +5818,115 @@ static void put_chat_logprobs(batch_slot *s, const int32_t *ids)
 /* Offsets count characters. */
 static void put_completion_logprobs(batch_slot *s, const int32_t *ids)
 {
+    enum { TOKENS, LOGPROBS, TOPS, OFFSETS, N_LISTS };
+    static const char *const names[] = {"tokens", "token_logprobs", "top_logprobs", "text_offset"};
     const reply *r = &s->p.reply;
     const float *logprobs = r->logprobs.items;
-    const char *text = r->text.items;
+    const size_t *ends = r->ends.items;
     output *out = &s->p.out;
-    for (size_t i = 0; i < r->logprobs.n; i++) {
-        put_format(out, i ? ", " : "{\"tokens\": [");
-        put_token(s, ids[i], NULL, 0);
+    size_t at = 0, offset = 0;
+    for (int list = TOKENS; list < N_LISTS; list++) {
+        put_format(out, "%s\"%s\": [", list ? "], " : "{", names[list]);
+        for (size_t i = 0; i < r->logprobs.n; i++) {
+            put_format(out, "%s%s", i ? ", " : "", list == TOPS ? "{" : "");
+            switch (list) {
+            case TOKENS: put_token(s, ids[i], NULL, 0); break;
+            case LOGPROBS: put_format(out, "%.9g", (double)logprobs[i]); break;
+            case TOPS: put_others(s, i, ids[i], &logprobs[i], 0); break;
+            default: put_format(out, "%zu", offset);
+            }
+            put_format(out, list == TOPS ? "}" : "");
+            for (; list == OFFSETS && at < ends[i] && at < r->text.n; at++)
+                offset += !is_inside_char(((const char *)r->text.items)[at]);
+        }
     }
-    for (size_t i = 0; i < r->logprobs.n; i++)
-        put_format(out, "%s%.9g", i ? ", " : "], \"token_logprobs\": [", (double)logprobs[i]);
-    for (size_t i = 0; i < r->logprobs.n; i++) {
-        put_format(out, i ? "}, {" : "], \"top_logprobs\": [{");
-        put_others(s, i, ids[i], &logprobs[i], 0);
-    }
-    for (size_t i = 0, at = 0, n = 0; i < r->logprobs.n; i++) {
-        put_format(out, "%s%zu", i ? ", " : "}], \"text_offset\": [", n);
-        for (; at < ((const size_t *)r->ends.items)[i] && at < r->text.n; at++)
-            n += !is_inside_char(text[at]);
-    }
-    put_format(out, r->logprobs.n ? "]}" : "null");
+    put_format(out, "]}");
 }
 
-/* The forms of results: ' is a quotation mark, and @ with a letter what put_field puts.  The same
- * line gives the same bytes: that is why "created" is 0. */
-#define OPENAI(status, body) "{'id': 'batch_req_@I', 'custom_id': '@I', 'response': " \
-    "{'status_code': " status ", 'request_id': 'req_@I', 'body': {" body "}}, 'error': null}\n"
-#define REFUSED \
-    OPENAI("400", "'error': {'message': @e, 'type': 'invalid_request_error', 'code': null}")
-#define USED "'usage': {'prompt_tokens': @p, 'completion_tokens': @c"
-static const char *const RESULT[2][3] = {
-    {"{'id': @i, 'text': @t, 'finish_reason': '@f', 'seed': @s, " USED "}@d}\n",
-     OPENAI("200", "'id': 'cmpl-@I', 'object': 'text_completion', 'created': 0, 'model': @m, "
-            "'choices': [{'index': 0, 'text': @t, 'logprobs': @l, 'finish_reason': '@F'}], "
-            USED ", 'total_tokens': @a}, 'seed': @s"),
-     OPENAI("200", "'id': 'chatcmpl-@I', 'object': 'chat.completion', 'created': 0, 'model': @m, "
-            "'choices': [{'index': 0, 'message': {'role': 'assistant', 'content': @t}, "
-            "'logprobs': @l, 'finish_reason': '@F'}], " USED ", 'total_tokens': @a}, 'seed': @s")},
-    {"{'id': @i, 'error': {'message': @e}}\n",
-     REFUSED, REFUSED},
-};
+static void put_usage(batch_slot *s)
+{
+    size_t n = s->p.reply.n_ids;
+    put_format(&s->p.out, "\"usage\": {\"prompt_tokens\": %zu, \"completion_tokens\": %zu",
+               s->p.ids.n - n, n);
+}
 
-static void put_field(batch_slot *s, char what, const char *error)
+/* A result in our form, or why there is none. */
+static void put_result(batch_slot *s, const char *error)
 {
     const reply *r = &s->p.reply;
     output *out = &s->p.out;
-    size_t n_prompt = s->p.ids.n - r->n_ids, n;
-    const int32_t *ids = s->p.ids.items;
-    const char *text;
-    switch (what) {
-    case 'i': put_bytes(out, s->id.items, s->id.n); break;
-    case 'I': put_bytes(out, (const char *)s->id.items + 1, s->id.n - 2); break;
-    case 'e': put_quoted(out, error, strlen(error)); break;
-    case 'm':
-        text = s->model ? json_text(&s->said, s->model, &n) : NULL;
-        put_quoted(out, text, text ? n : 0);
-        break;
-    case 't': put_quoted(out, r->text.items, r->text.n); break;
-    case 'f': put_format(out, "%s", FINISH_REASONS[r->finish]); break;
-    case 'F': put_format(out, r->finish == AT_LENGTH || r->finish == AT_CONTEXT ? "length"
-                                                                                : "stop"); break;
-    case 's': put_format(out, "%" PRIu64, s->p.seed); break;
-    case 'p': put_format(out, "%zu", n_prompt); break;
-    case 'c': put_format(out, "%zu", r->n_ids); break;
-    case 'a': put_format(out, "%zu", s->p.ids.n); break;
-    case 'd':
-        put_format(out, s->opts.json ? ", " : "");
-        if (s->opts.json)
-            put_details(&s->p);
-        break;
-    default:
-        if (!s->logprobs)
-            put_format(out, "null");
-        else if (s->opts.chat)
-            put_chat_logprobs(s, ids + n_prompt);
-        else
-            put_completion_logprobs(s, ids + n_prompt);
+    put_format(out, "{\"id\": %s, ", (const char *)s->id.items);
+    put_format(out, error ? "\"error\": {\"message\": " : "\"text\": ");
+    if (error) {
+        put_quoted(out, error, strlen(error));
+        put_format(out, "}}\n");
+        return;
     }
+    put_quoted(out, r->text.items, r->text.n);
+    put_format(out, ", \"finish_reason\": \"%s\", \"seed\": %" PRIu64 ", ",
+               FINISH_REASONS[r->finish], s->p.seed);
+    put_usage(s);
+    put_format(out, s->opts.json ? "}, " : "}");
+    if (s->opts.json)
+        put_details(&s->p);
+    put_format(out, "}\n");
+}
+
+/* What stands for a whole answer of OpenAI's server.  The same line gives the same bytes: that is
+ * why "created" is 0. */
+static void put_completion(batch_slot *s)
+{
+    const reply *r = &s->p.reply;
+    output *out = &s->p.out;
+    int in_chat = s->opts.chat, is_cut = r->finish == AT_LENGTH || r->finish == AT_CONTEXT;
+    const int32_t *ids = (const int32_t *)s->p.ids.items + s->p.ids.n - r->n_ids;
+    size_t n;
+    const char *model = json_text(&s->said, s->model, &n), *id = s->id.items;
+    put_format(out, in_chat ? "\"id\": \"chatcmpl-%s" : "\"id\": \"cmpl-%s", id + 1);
+    put_format(out, ", \"object\": \"%s\", \"created\": 0, \"model\": ",
+               in_chat ? "chat.completion" : "text_completion");
+    put_quoted(out, model, model ? n : 0);
+    put_format(out, ", \"choices\": [{\"index\": 0, %s",
+               in_chat ? "\"message\": {\"role\": \"assistant\", \"content\": " : "\"text\": ");
+    put_quoted(out, r->text.items, r->text.n);
+    put_format(out, "%s, \"logprobs\": %s", in_chat ? "}" : "", s->opts.json ? "" : "null");
+    if (s->opts.json && in_chat)
+        put_chat_logprobs(s, ids);
+    else if (s->opts.json)
+        put_completion_logprobs(s, ids);
+    put_format(out, ", \"finish_reason\": \"%s\"}], ", is_cut ? "length" : "stop");
+    put_usage(s);
+    put_format(out, ", \"total_tokens\": %zu}, \"seed\": %" PRIu64, s->p.ids.n, s->p.seed);
+}
+
+/* A result in OpenAI's form.  The id has its quotation marks. */
+static void put_response(batch_slot *s, const char *error)
+{
+    output *out = &s->p.out;
+    const char *id = s->id.items;
+    put_format(out, "{\"id\": \"batch_req_%s", id + 1);
+    put_format(out, ", \"custom_id\": %s", id);
+    put_format(out, ", \"response\": {\"status_code\": %d, \"request_id\": \"req_%s",
+               error ? 400 : 200, id + 1);
+    put_format(out, error ? ", \"body\": {\"error\": {\"message\": " : ", \"body\": {");
+    if (error)
+        put_quoted(out, error, strlen(error));
+    else
+        put_completion(s);
+    put_format(out, error ? ", \"type\": \"invalid_request_error\", \"code\": null}" : "");
+    put_format(out, "}}, \"error\": null}\n");
 }
 
 /* Writes a line's result, or why it has none, and frees its place. */
 static int end_line(batch *b, batch_slot *s, const char *error)
 {
     output *line = &s->p.out;
-    int openai = s->openai && *(char *)s->id.items == '"';
-    const char *form = RESULT[error != NULL][openai ? 1 + s->opts.chat : 0];
-    for (b->line.n = 0; *form; form++)
-        if (*form == '@')
-            put_field(s, *++form, error);
-        else
-            put_bytes(line, *form == '\'' ? "\"" : form, 1);
+    b->line.n = 0;
+    if (s->openai && *(char *)s->id.items == '"')
+        put_response(s, error);
+    else
+        put_result(s, error);
+    b->n_busy -= (size_t)s->busy;
     s->busy = 0;
     b->failed += error != NULL;
     b->done += error == NULL;
@@ -5973,19 +5944,21 @@ static int end_line(batch *b, batch_slot *s, const char *error)
 static int choose_next(batch *b, batch_slot *s)
 {
     char error[SENTENCE] = "";
-    reply *r = &s->p.reply;
+    program *p = &s->p;
+    reply *r = &p->reply;
+    int status = DONE;
     overheard = error;
-    check_limits(&s->p);
-    int status = r->finish || r->n_ids || !s->opts.json || !s->opts.n_choices
-        ? DONE : weigh_choices(&s->p);
-    if (status == DONE && !r->finish)
-        status = choose(&s->p);
-    if (status == DONE && !r->finish)
-        check_limits(&s->p);
-    if (status == DONE && r->finish && r->finish != AT_INTERRUPT)
-        status = end_text(&s->p);
-    overheard = NULL;
+    check_limits(p);
+    if (!r->finish && !r->n_ids && s->opts.json && s->opts.n_choices)
+        status = weigh_choices(p);
+    if (!r->finish && status == DONE)
+        status = choose(p);
+    if (!r->finish)
+        check_limits(p);
     int ended = status != DONE || (r->finish && r->finish != AT_INTERRUPT);
+    if (ended && status == DONE)
+        status = end_text(p);
+    overheard = NULL;
     return ended ? end_line(b, s, status ? error : NULL) : DONE;
 }
 
@@ -6104,30 +6077,21 @@ static int shared_pass(batch *b)
 }
 
 /* ---- the whole ---- */
-
-static size_t count_busy(const batch *b)
-{
-    size_t n = 0;
-    for (size_t i = 0; i < b->n_slots; i++)
-        n += (size_t)b->slots[i].busy;
-    return n;
-}
-
 /* Puts a line into a free place, which stays free where nothing is left to do. */
 static int begin_line(batch *b, batch_slot *s, const char *text, size_t n)
 {
     char error[SENTENCE] = "";
     size_t rest = n;
     trim(text, &rest);
-    if (!rest && !b->in.was_overlong)
+    if (!rest)
         return DONE;
     clear_slot(b, s);
-    s->number = b->in.number;
     overheard = error;
     int read = take_line(b, s, text, n);
     overheard = NULL;
     b->skipped += read < 0;
     s->busy = read == DONE;
+    b->n_busy += (size_t)s->busy;
     return read > 0 ? end_line(b, s, error) : DONE;
 }
 
@@ -6137,7 +6101,7 @@ static int fill_slots(batch *b)
     size_t n;
     for (batch_slot *s = b->slots; s < b->slots + b->n_slots; s++)
         while (!s->busy && !stop_asked) {
-            const char *text = next_line(&b->in, count_busy(b) == 0, &n);
+            const char *text = next_line(&b->in, b->n_busy == 0, &n);
             int status = text ? begin_line(b, s, text, n) : DONE;
             if (!text || status != DONE)
                 return status;
@@ -6145,17 +6109,15 @@ static int fill_slots(batch *b)
     return DONE;
 }
 
-static double elapsed(const batch *b) { return seconds() - b->began; }
-
 static void show_batch(batch *b)
 {
-    double time = elapsed(b);
+    double time = seconds() - b->began;
     char left[40] = "";
-    if (b->in.size && b->in.taken)
+    if (b->in.size > b->in.taken && b->in.taken)
         snprintf(left, sizeof left, ", %.0f s left",
                  time * ((double)b->in.size / (double)b->in.taken - 1));
     show_progress(b->p, "%zu done, %zu failed, %.1f tok/s%s", b->done + b->skipped, b->failed,
-                  rate(b->reply_tokens, time), b->in.size > b->in.taken ? left : "");
+                  rate(b->reply_tokens, time), left);
 }
 
 /* FAILED if the lines could not be read to their end. */
@@ -6171,7 +6133,7 @@ static int run_batch(batch *b)
     double shown = b->began;
     while (status == DONE && !stop_asked) {
         status = fill_slots(b);
-        if (!status && !count_busy(b) && b->in.ended && b->in.at >= b->in.bytes.n) {
+        if (!status && !stop_asked && !b->n_busy && b->in.ended) {
             status = check_reading(b);
             break;
         }
@@ -6186,36 +6148,32 @@ static int run_batch(batch *b)
     return status;
 }
 
-/* Notes the result in a line of the output.  The line stays if it is the first for its id. */
+/* Notes the result in a line of the output.  *stays tells whether it is the first for its id. */
 static int keep_result(batch *b, const char *text, size_t n, int *stays)
 {
-    json j;
-    array id = {0};
-    int openai = 0, sound = json_read(&j, text, n), status = DONE;
-    const json_node *root = sound ? j.nodes.items : NULL;
-    const json_node *response = json_get(&j, root, "response");
-    const json_node *body = response ? json_get(&j, response, "body") : root;
-    const json_node *made = json_get(&j, body, response ? "choices" : "text");
-    const json_node *seed = json_get(&j, body, "seed");
-    line_id *known = NULL;
-    *stays = 0;
-    if (j.why == JSON_MEMORY)
-        status = out_of_memory();
-    else if (!made && !json_get(&j, body, "error"))
-        status = fail(USAGE, "%s holds something else than results; give another file with "
-                      "--output", b->p->opts->results);
-    int found = made && !status ? get_id(&j, &openai, &id) : USAGE;
-    if (found != USAGE && (found == FAILED || !(known = find_id(b, &id))))
-        status = out_of_memory();
-    if (known && known->state == NEW) {
-        *stays = 1;
+    batch_slot *s = b->slots;
+    const json *j = &s->said;
+    char error[SENTENCE];
+    line_id *known;
+    overheard = error;
+    int status = identify(b, s, text, n, &known);
+    overheard = NULL;
+    const json_node *root = status ? NULL : j->nodes.items;
+    const json_node *response = json_get(j, root, "response");
+    const json_node *body = response ? json_get(j, response, "body") : root;
+    const json_node *made = json_get(j, body, response ? "choices" : "text");
+    const json_node *seed = json_get(j, body, "seed");
+    if (status == FAILED)
+        return out_of_memory();
+    if (!json_get(j, root, "id") || (!made && !json_get(j, body, "error")))
+        return fail(USAGE, "%s holds something else than results; give another file with "
+                    "--output", b->p->opts->results);
+    *stays = made && known->state == NEW;
+    if (*stays)
         known->state = HAS_RESULT;
-        if (seed)
-            json_whole(&j, seed, UINT64_MAX, &known->seed);
-    }
-    json_free(&j);
-    free(id.items);
-    return status;
+    if (*stays && seed)
+        parse_whole(j->text + seed->start, UINT64_MAX, &known->seed);
+    return DONE;
 }
 
 /* Opens the output.  Of an earlier run's results the sound ones stay, once each. */
@@ -6226,62 +6184,53 @@ static int open_results(batch *b)
     b->out = stdout;
     if (!path || strcmp(path, "-") == 0)
         return setvbuf(stdout, NULL, _IONBF, 0), DONE;
-    FILE *earlier = is_special(path) ? NULL : open_path(path, "rb");
-    if (!earlier && !is_special(path) && errno != ENOENT)
-        return fail(FAILED, "cannot open %s: %s", path, strerror(errno));
-    int status = earlier ? read_file(earlier, path, UINT64_MAX / 4, &bytes) : DONE;
-    if (earlier)
-        fclose(earlier);
+    b->out = NULL;
+    int status = is_special(path) ? DONE : read_kept(path, NULL, "results", UINT64_MAX / 4, 1,
+                                                     &bytes);
     char *text = bytes.items, *end;
     size_t kept = 0;
-    for (size_t at = 0; status == DONE && at < bytes.n; at = (size_t)(end - text) + 1) {
+    for (size_t at = 0, n; status == DONE && at < bytes.n; at += n) {
+        int stays = 0;
         end = memchr(text + at, '\n', bytes.n - at);
-        if (!end)
+        if (!end) /* a torn line */
             break;
-        size_t n = (size_t)(end - text) + 1 - at;
-        int stays;
+        n = (size_t)(end + 1 - (text + at));
         status = keep_result(b, text + at, n - 1, &stays);
-        if (stays) {
+        if (stays)
             memmove(text + kept, text + at, n);
-            kept += n;
-        }
+        kept += stays ? n : 0;
     }
     if (status == DONE && kept < bytes.n)
         status = save_file("the results", path, text, kept);
     free(bytes.items);
-    b->out = status ? NULL : open_path(path, "ab");
-    if (status == DONE && !b->out)
+    if (status != DONE)
+        return status;
+    b->out = open_path(path, "ab");
+    if (!b->out)
         return fail(FAILED, "cannot open %s: %s", path, strerror(errno));
-    if (b->out)
-        setvbuf(b->out, NULL, _IONBF, 0);
-    return status;
+    setvbuf(b->out, NULL, _IONBF, 0);
+    return DONE;
 }
 
 /* The seed of the earlier run, which drew it: that of a result whose line has none of its own. */
 static int recall_seed(batch *b)
 {
-    int found = 0, openai, status = DONE;
+    batch_slot *s = b->slots;
+    char error[SENTENCE];
     const char *text;
     size_t n;
-    array id = {0};
-    while (!found && !status && (text = next_line(&b->in, 1, &n)) != NULL) {
-        json j = {0};
-        status = number_id(&id, b->in.number);
-        int sound = !status && json_read(&j, text, n);
-        int code = sound ? get_id(&j, &openai, &id) : j.why == JSON_MEMORY ? FAILED : USAGE;
-        const line_id *known = code == DONE ? find_id(b, &id) : NULL;
-        if (code == FAILED || (code == DONE && !known))
-            status = out_of_memory();
-        if (known && known->state == HAS_RESULT) {
-            const json_node *body = json_get(&j, j.nodes.items, "body");
-            const json_node *seed = json_get(&j, body ? body : j.nodes.items, "seed");
-            found = !seed || seed->kind == JSON_NULL;
-            b->p->seed = found ? known->seed : b->p->seed;
-        }
-        json_free(&j);
+    int found = 0, status = DONE;
+    while (!found && status != FAILED && (text = next_line(&b->in, 1, &n)) != NULL) {
+        line_id *known;
+        overheard = error;
+        status = identify(b, s, text, n, &known);
+        overheard = NULL;
+        const json_node *root = s->said.nodes.items, *body = json_get(&s->said, root, "body");
+        const json_node *seed = json_get(&s->said, body ? body : root, "seed");
+        found = known && known->state == HAS_RESULT && (!seed || seed->kind == JSON_NULL);
+        b->p->seed = found ? known->seed : b->p->seed;
     }
-    status = status ? status : check_reading(b);
-    free(id.items);
+    status = status == FAILED ? out_of_memory() : check_reading(b);
     free(b->in.bytes.items);
     b->in = (line_input){.file = b->in.file, .size = b->in.size};
     rewind(b->in.file);
@@ -6293,9 +6242,9 @@ static int open_lines(batch *b)
     const char *path = b->p->opts->subject;
     if (strcmp(path, "-") == 0)
         return DONE;
-    if (is_directory(path) || !(b->in.file = open_path(path, "rb")))
-        return fail(FAILED, "cannot open %s: %s", path,
-                    is_directory(path) ? "it is a directory" : strerror(errno));
+    b->in.file = open_path(path, "rb");
+    if (!b->in.file)
+        return fail(FAILED, "cannot open %s: %s", path, strerror(errno));
     if (!is_special(path) && fseek(b->in.file, 0, SEEK_END) == 0) {
         long size = ftell(b->in.file);
         b->in.size = size > 0 ? (uint64_t)size : 0;
@@ -6373,26 +6322,25 @@ static void close_batch(batch *b)
 
 static int answer_lines(program *p)
 {
-    static const char *const exact[] = {"reference", "scalar", "avx2", "avxvnni", "avx512"};
-    batch b = {.p = p, .exact = p->opts->open.exact_prefill != 0};
-    for (size_t i = 0; i < sizeof exact / sizeof *exact; i++)
-        b.exact |= strcmp(p->config->isa, exact[i]) == 0;
+    static const char exact[] = "reference|scalar|avx2|avxvnni|avx512"; /* no bf16 units */
+    batch b = {.p = p, .exact = p->opts->open.exact_prefill ||
+                                which_word(exact, p->config->isa) >= 0};
     p->seed = p->opts->seed_given ? p->opts->seed : random_seed();
     b.first_ids = calloc(N_HASHES, sizeof *b.first_ids);
     int status = b.first_ids ? load_constraint(p, &b.gbnf) : out_of_memory();
     if (status == DONE)
         status = open_lines(&b);
     if (status == DONE)
+        status = open_slots(&b);
+    if (status == DONE)
         status = open_results(&b);
     if (status == DONE && !p->opts->seed_given && b.ids.n && b.in.size)
         status = recall_seed(&b);
-    if (status == DONE)
-        status = open_slots(&b);
     if (status == DONE) {
         patience = PATIENCE;
         b.began = seconds();
         status = run_batch(&b);
-        double time = elapsed(&b);
+        double time = seconds() - b.began;
         if (!p->opts->quiet)
             remark("batch: %zu done, %zu failed, %zu done before; prompts %zu tokens and %zu "
                    "shared, replies %zu, %.1f tok/s in %.1f s; seed %" PRIu64, b.done, b.failed,

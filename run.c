@@ -1280,36 +1280,28 @@ static int json_string(json *j)
     return node != NULL;
 }
 
-static size_t json_digits(json *j)
+static int json_number(json *j)
 {
-    size_t n = strspn(j->text + j->at, "0123456789");
-    j->at += n;
-    return n;
-}
-
-/* Takes the character at hand if it is one of these. */
-static int json_take(json *j, const char *characters)
-{
-    int found = j->text[j->at] && strchr(characters, j->text[j->at]);
-    j->at += (size_t)found;
-    return found;
-}
-
-static int json_scan_number(json *j)
-{
-    size_t start = j->at;
-    json_take(j, "-");
-    size_t first = j->at, whole = json_digits(j);
-    if (whole > 1 && j->text[first] == '0') {
-        j->at = first;
+    static const char digits[] = "0123456789";
+    size_t start = j->at, n;
+    const char *at = j->text + start + (j->text[start] == '-');
+    n = strspn(at, digits);
+    if (n > 1 && *at == '0') {
+        j->at = (size_t)(at - j->text);
         return json_wrong(j, "a number cannot begin with a needless 0");
     }
-    int sound = whole && (!json_take(j, ".") || json_digits(j));
-    if (sound && json_take(j, "eE")) {
-        json_take(j, "+-");
-        sound = json_digits(j) != 0;
+    at += n;
+    if (n && *at == '.') {
+        n = strspn(at + 1, digits);
+        at += 1 + n;
     }
-    return sound ? json_push(j, JSON_NUMBER, start) != NULL : json_wrong(j, "a digit must follow");
+    if (n && (*at == 'e' || *at == 'E')) {
+        at += 1 + (at[1] == '+' || at[1] == '-');
+        n = strspn(at, digits);
+        at += n;
+    }
+    j->at = (size_t)(at - j->text);
+    return n ? json_push(j, JSON_NUMBER, start) != NULL : json_wrong(j, "a digit must follow");
 }
 
 /* A value that holds no others. */
@@ -1320,7 +1312,7 @@ static int json_scalar(json *j)
     if (c == '"')
         return json_string(j);
     if (c == '-' || (c >= '0' && c <= '9'))
-        return json_scan_number(j);
+        return json_number(j);
     for (int i = 0; i < 3; i++) {
         size_t n = strlen(words[i]), start = j->at;
         if (strncmp(j->text + start, words[i], n) == 0) {
@@ -1385,8 +1377,9 @@ static int json_lead(json *j, json_node *container)
         return json_wrong(j, "a key in quotes must stand here");
     if (!json_string(j))
         return 0;
-    json_skip(j);
-    return json_take(j, ":") || json_wrong(j, "a colon must follow the key");
+    if (json_skip(j) != ':')
+        return json_wrong(j, "a colon must follow the key");
+    return j->at++, 1;
 }
 
 /* What was wrong stays. */
@@ -1424,8 +1417,9 @@ static int json_read(json *j, const char *text, size_t size)
             json_node *container = (json_node *)j->nodes.items + open[depth - 1];
             c = json_skip(j);
             if (c != (container->kind == JSON_ARRAY ? ']' : '}')) {
-                if (!first && !json_take(j, ","))
+                if (!first && c != ',')
                     return json_wrong(j, "a comma or the end must stand here");
+                j->at += !first;
                 if (!json_lead(j, container))
                     return 0;
                 break;
@@ -5331,6 +5325,7 @@ typedef struct {
     double began;
     gemma2_row rows[PREFILL_PIECE + MOST_PARALLEL];
     size_t n_rows;
+    char error[SENTENCE]; /* why a line has no result, or why the batch ends */
 } batch;
 
 /* The next line, without its newline, or NULL: at the end, or with wait 0 where none is there
@@ -5397,23 +5392,16 @@ static line_id *find_id(batch *b, const array *id)
     return added;
 }
 
-/* Makes the line's number its id.  It cannot fail: a place has room for that. */
-static void number_id(batch_slot *s, size_t number)
-{
-    output out = {.memory = &s->id};
-    s->id.n = 0;
-    put_format(&out, "%zu", number);
-}
-
-/* Reads a line, or a result, into a place, and finds out its form and its id: its number where it
- * names none.  *known becomes what is known of that id. */
+/* Reads a line, or a result, into a place, and finds out its form and its id, as JSON: its number
+ * where it names none or cannot be read.  *known becomes what is known of that id. */
 static int identify(batch *b, batch_slot *s, const char *text, size_t n, line_id **known)
 {
     json *j = &s->said;
     output out = {.memory = &s->id};
     int has_mark = b->in.number == 1 && n >= 3 && memcmp(text, "\xEF\xBB\xBF", 3) == 0;
     *known = NULL;
-    number_id(s, b->in.number);
+    s->id.n = 0;
+    put_format(&out, "%zu", b->in.number); /* there is room for that */
     json_free(j);
     if (n > LONGEST_TEXT)
         return fail(USAGE, "the line is longer than %d bytes", LONGEST_TEXT);
@@ -5424,22 +5412,22 @@ static int identify(batch *b, batch_slot *s, const char *text, size_t n, line_id
     s->openai = json_get(j, root, "custom_id") || json_get(j, root, "body");
     const json_node *id = json_get(j, root, s->openai ? "custom_id" : "id");
     const char *name = id ? j->text + id->start : NULL;
-    int has_none = !s->openai && (!id || id->kind == JSON_NULL);
-    int is_whole = !s->openai && id && id->kind == JSON_NUMBER &&
-                   !name[strspn(name, "-0123456789")];
-    if (!has_none && !is_whole && (!id || id->kind != JSON_STRING))
+    int is_text = id && id->kind == JSON_STRING, is_none = !id || id->kind == JSON_NULL;
+    int is_whole = id && id->kind == JSON_NUMBER && !name[strspn(name, "-0123456789")];
+    if (!is_text && (s->openai || !(is_none || is_whole)))
         return fail(USAGE, s->openai ? "\"custom_id\" must be a text"
                                      : "\"id\" must be a text or a whole number");
-    s->id.n = has_none ? s->id.n : 0;
-    if (is_whole)
-        put_bytes(&out, name, id->end - id->start);
-    else if (!has_none)
+    s->id.n = is_none ? s->id.n : 0;
+    if (is_text)
         put_quoted(&out, name, id->end - id->start);
-    int failed = out.error || append(&s->id, "", 0) != DONE;
-    *known = failed ? NULL : find_id(b, &s->id);
-    if (!*known)
-        number_id(s, b->in.number);
-    return *known ? DONE : out_of_memory();
+    else if (is_whole)
+        put_bytes(&out, name, id->end - id->start);
+    *known = out.error ? NULL : find_id(b, &s->id);
+    if (*known)
+        return DONE;
+    s->id.n = 0;
+    put_format(&out, "%zu", b->in.number);
+    return out_of_memory();
 }
 
 /* ---- what the keys of a request mean: functions of one type, for a table ---- */
@@ -5608,7 +5596,7 @@ static int read_wrapping(batch_slot *s, const json *j, const json_node *body)
     if (!json_get(j, body, needed))
         return fail(USAGE, "\"body\" must hold \"%s\"", needed);
     s->model = json_get(j, body, "model");
-    s->opts.json = 0; /* "logprobs" asks for details */
+    s->opts.json = s->opts.n_top = 0; /* they are asked for by keys */
     return DONE;
 }
 
@@ -5626,12 +5614,11 @@ static int read_request(batch_slot *s, const json *j)
     if (request->kind != JSON_OBJECT)
         return fail(USAGE, "the line must be an object");
     const json_node *prompt = json_get(j, request, "prompt"), *key = request + 1;
-    const json_node *tops = s->openai ? json_get(j, request, "top_logprobs") : NULL;
     for (size_t i = 0; status == DONE && i < request->n; i++, key = json_next(j, key + 1))
         status = take_member(s, j, json_text(j, key, &n), key + 1);
     if (status != DONE)
         return status;
-    if (tops && tops->kind != JSON_NULL && s->opts.n_top && !s->opts.json)
+    if (s->opts.n_top && !s->opts.json)
         return fail(USAGE, "\"top_logprobs\" belongs to \"logprobs\": true");
     if ((prompt != NULL) == (s->messages.n != 0))
         return fail(USAGE, "a line has either a \"prompt\" or \"messages\"");
@@ -5647,49 +5634,42 @@ static int read_request(batch_slot *s, const json *j)
     return push_encoded(p, s->messages.items, s->messages.n, GEMMA2_CHAT_GENERATE);
 }
 
-/* Writes the grammar of what constrains the reply; 0 with a sentence in err. */
-static int write_limit(batch *b, batch_slot *s, array *gbnf, char err[SENTENCE])
-{
-    static const char object[] = "{\"type\": \"object\"}";
-    const json *j = &s->said;
-    const json_node *type = json_get(j, s->limit, "type");
-    const json_node *form = json_get(j, s->limit, "json_schema");
-    const json_node *schema = s->openai ? json_get(j, form, "schema") : s->limit;
-    snprintf(err, SENTENCE, "out of memory");
-    if (!s->limit)
-        return append(gbnf, b->gbnf.items, b->gbnf.n) == DONE;
-    if (s->opts.n_choices)
-        return add_choices(gbnf, s->opts.choices, s->opts.n_choices);
-    if (s->openai && json_is(j, type, "json_object"))
-        return read_schema(gbnf, object, sizeof object - 1, s->opts.spaced, err, SENTENCE);
-    if (!s->openai || (schema && json_is(j, type, "json_schema")))
-        return add_schema(gbnf, j, schema, s->opts.spaced, err, SENTENCE);
-    snprintf(err, SENTENCE, "its \"type\" must be text, json_object or json_schema with its "
-             "\"schema\"");
-    return 0;
-}
-
 /* Makes the reply a sentence of the line's own grammar, or of the options'.  A place keeps what
  * was worked out about a grammar for the next line with the same. */
 static int limit_reply(batch *b, batch_slot *s)
 {
+    static const char object[] = "{\"type\": \"object\"}";
     const json *j = &s->said;
+    const json_node *limit = s->limit, *form = s->openai ? limit : NULL;
+    const json_node *type = json_get(j, form, "type"), *asked = json_get(j, form, "json_schema");
+    const char *key = limit ? j->text + limit[-1].start : "options";
     array gbnf = {0}, was = s->gbnf;
-    char err[SENTENCE];
-    if (s->limit ? s->openai && json_is(j, json_get(j, s->limit, "type"), "text") : !b->gbnf.n)
+    char err[SENTENCE] = "out of memory";
+    int ok = 0;
+    asked = json_is(j, type, "json_schema") ? json_get(j, asked, "schema") : form ? NULL : limit;
+    if (json_is(j, type, "text") || (!limit && !b->gbnf.n))
         return DONE;
-    int ok = write_limit(b, s, &gbnf, err);
+    if (form && !asked && !json_is(j, type, "json_object"))
+        return fail(USAGE, "\"%s\" has the \"type\" text, json_object or json_schema with its "
+                    "\"schema\"", key);
+    if (!limit)
+        ok = append(&gbnf, b->gbnf.items, b->gbnf.n) == DONE;
+    else if (s->opts.n_choices)
+        ok = add_choices(&gbnf, s->opts.choices, s->opts.n_choices);
+    else if (asked)
+        ok = add_schema(&gbnf, j, asked, s->opts.spaced, err, sizeof err);
+    else
+        ok = read_schema(&gbnf, object, sizeof object - 1, s->opts.spaced, err, sizeof err);
     if (ok && (was.n != gbnf.n || memcmp(was.items, gbnf.items, was.n) != 0)) {
         close_constraint(&s->held);
-        ok = open_constraint(&s->held, s->p.model, gbnf.items, gbnf.n, err, SENTENCE);
+        ok = open_constraint(&s->held, s->p.model, gbnf.items, gbnf.n, err, sizeof err);
         s->gbnf = gbnf, gbnf = was;
         s->gbnf.n = ok ? s->gbnf.n : 0;
     }
     free(gbnf.items);
     if (ok)
         s->p.constraint = s->held;
-    return ok ? DONE : fail(USAGE, "\"%s\": %s", s->limit ? j->text + s->limit[-1].start
-                                                          : "options", err);
+    return ok ? DONE : fail(USAGE, "\"%s\": %s", key, err);
 }
 
 /* A session with room for the reply, at most the run's context. */
@@ -5742,12 +5722,9 @@ static int take_line(batch *b, batch_slot *s, const char *text, size_t n)
     if (was != NEW)
         return was == TAKEN ? fail(USAGE, "an earlier line has the same id") : -1;
     status = read_request(s, &s->said);
-    if (status == DONE)
-        status = limit_reply(b, s);
-    if (status == DONE)
-        status = fit_session(b, s);
-    if (status == DONE)
-        status = start_constraint(&s->p);
+    status = status ? status : limit_reply(b, s);
+    status = status ? status : fit_session(b, s);
+    status = status ? status : start_constraint(&s->p);
     if (status == DONE)
         init_sampler(&s->p);
     return status;
@@ -5843,93 +5820,74 @@ static void put_completion_logprobs(batch_slot *s, const int32_t *ids)
     put_format(out, "]}");
 }
 
-static void put_usage(batch_slot *s)
-{
-    size_t n = s->p.reply.n_ids;
-    put_format(&s->p.out, "\"usage\": {\"prompt_tokens\": %zu, \"completion_tokens\": %zu",
-               s->p.ids.n - n, n);
-}
+/* The forms of results: ' is a quotation mark, and @ with a letter what put_field puts.  The same
+ * line gives the same bytes: that is why "created" is 0. */
+#define OPENAI(status, body) "{'id': 'batch_req_@I', 'custom_id': '@I', 'response': " \
+    "{'status_code': " status ", 'request_id': 'req_@I', 'body': {" body "}}, 'error': null}\n"
+#define REFUSED \
+    OPENAI("400", "'error': {'message': @e, 'type': 'invalid_request_error', 'code': null}")
+#define USED "'usage': {'prompt_tokens': @p, 'completion_tokens': @c"
+static const char *const RESULT[2][3] = {
+    {"{'id': @i, 'text': @t, 'finish_reason': '@f', 'seed': @s, " USED "}@d}\n",
+     OPENAI("200", "'id': 'cmpl-@I', 'object': 'text_completion', 'created': 0, 'model': @m, "
+            "'choices': [{'index': 0, 'text': @t, 'logprobs': @l, 'finish_reason': '@F'}], "
+            USED ", 'total_tokens': @a}, 'seed': @s"),
+     OPENAI("200", "'id': 'chatcmpl-@I', 'object': 'chat.completion', 'created': 0, 'model': @m, "
+            "'choices': [{'index': 0, 'message': {'role': 'assistant', 'content': @t}, "
+            "'logprobs': @l, 'finish_reason': '@F'}], " USED ", 'total_tokens': @a}, 'seed': @s")},
+    {"{'id': @i, 'error': {'message': @e}}\n", REFUSED, REFUSED},
+};
 
-/* A result in our form, or why there is none. */
-static void put_result(batch_slot *s, const char *error)
+static void put_field(batch *b, batch_slot *s, char what)
 {
     const reply *r = &s->p.reply;
     output *out = &s->p.out;
-    put_format(out, "{\"id\": %s, ", (const char *)s->id.items);
-    put_format(out, error ? "\"error\": {\"message\": " : "\"text\": ");
-    if (error) {
-        put_quoted(out, error, strlen(error));
-        put_format(out, "}}\n");
-        return;
+    int is_cut = r->finish == AT_LENGTH || r->finish == AT_CONTEXT;
+    size_t n_prompt = s->p.ids.n - r->n_ids, n;
+    const int32_t *ids = (const int32_t *)s->p.ids.items + n_prompt;
+    const char *id = s->id.items, *model = json_text(&s->said, s->model, &n);
+    switch (what) {
+    case 'i': put_bytes(out, id, s->id.n); break;
+    case 'I': put_bytes(out, id + 1, s->id.n - 2); break;
+    case 'e': put_quoted(out, b->error, strlen(b->error)); break;
+    case 'm': put_quoted(out, model, model ? n : 0); break;
+    case 't': put_quoted(out, r->text.items, r->text.n); break;
+    case 'f': put_format(out, "%s", FINISH_REASONS[r->finish]); break;
+    case 'F': put_format(out, is_cut ? "length" : "stop"); break;
+    case 's': put_format(out, "%" PRIu64, s->p.seed); break;
+    case 'p': put_format(out, "%zu", n_prompt); break;
+    case 'c': put_format(out, "%zu", r->n_ids); break;
+    case 'a': put_format(out, "%zu", s->p.ids.n); break;
+    case 'd':
+        put_format(out, s->opts.json ? ", " : "");
+        if (s->opts.json)
+            put_details(&s->p);
+        break;
+    default:
+        if (!s->opts.json)
+            put_format(out, "null");
+        else if (s->opts.chat)
+            put_chat_logprobs(s, ids);
+        else
+            put_completion_logprobs(s, ids);
     }
-    put_quoted(out, r->text.items, r->text.n);
-    put_format(out, ", \"finish_reason\": \"%s\", \"seed\": %" PRIu64 ", ",
-               FINISH_REASONS[r->finish], s->p.seed);
-    put_usage(s);
-    put_format(out, s->opts.json ? "}, " : "}");
-    if (s->opts.json)
-        put_details(&s->p);
-    put_format(out, "}\n");
 }
 
-/* What stands for a whole answer of OpenAI's server.  The same line gives the same bytes: that is
- * why "created" is 0. */
-static void put_completion(batch_slot *s)
-{
-    const reply *r = &s->p.reply;
-    output *out = &s->p.out;
-    int in_chat = s->opts.chat, is_cut = r->finish == AT_LENGTH || r->finish == AT_CONTEXT;
-    const int32_t *ids = (const int32_t *)s->p.ids.items + s->p.ids.n - r->n_ids;
-    size_t n;
-    const char *model = json_text(&s->said, s->model, &n), *id = s->id.items;
-    put_format(out, in_chat ? "\"id\": \"chatcmpl-%s" : "\"id\": \"cmpl-%s", id + 1);
-    put_format(out, ", \"object\": \"%s\", \"created\": 0, \"model\": ",
-               in_chat ? "chat.completion" : "text_completion");
-    put_quoted(out, model, model ? n : 0);
-    put_format(out, ", \"choices\": [{\"index\": 0, %s",
-               in_chat ? "\"message\": {\"role\": \"assistant\", \"content\": " : "\"text\": ");
-    put_quoted(out, r->text.items, r->text.n);
-    put_format(out, "%s, \"logprobs\": %s", in_chat ? "}" : "", s->opts.json ? "" : "null");
-    if (s->opts.json && in_chat)
-        put_chat_logprobs(s, ids);
-    else if (s->opts.json)
-        put_completion_logprobs(s, ids);
-    put_format(out, ", \"finish_reason\": \"%s\"}], ", is_cut ? "length" : "stop");
-    put_usage(s);
-    put_format(out, ", \"total_tokens\": %zu}, \"seed\": %" PRIu64, s->p.ids.n, s->p.seed);
-}
-
-/* A result in OpenAI's form.  The id has its quotation marks. */
-static void put_response(batch_slot *s, const char *error)
-{
-    output *out = &s->p.out;
-    const char *id = s->id.items;
-    put_format(out, "{\"id\": \"batch_req_%s", id + 1);
-    put_format(out, ", \"custom_id\": %s", id);
-    put_format(out, ", \"response\": {\"status_code\": %d, \"request_id\": \"req_%s",
-               error ? 400 : 200, id + 1);
-    put_format(out, error ? ", \"body\": {\"error\": {\"message\": " : ", \"body\": {");
-    if (error)
-        put_quoted(out, error, strlen(error));
-    else
-        put_completion(s);
-    put_format(out, error ? ", \"type\": \"invalid_request_error\", \"code\": null}" : "");
-    put_format(out, "}}, \"error\": null}\n");
-}
-
-/* Writes a line's result, or why it has none, and frees its place. */
-static int end_line(batch *b, batch_slot *s, const char *error)
+/* Writes a line's result, or after a failure its sentence, and frees its place. */
+static int end_line(batch *b, batch_slot *s, int status)
 {
     output *line = &s->p.out;
-    b->line.n = 0;
-    if (s->openai && *(char *)s->id.items == '"')
-        put_response(s, error);
-    else
-        put_result(s, error);
+    int failed = status != DONE, openai = s->openai && *(char *)s->id.items == '"';
+    const char *form = RESULT[failed][openai ? 1 + s->opts.chat : 0];
+    for (b->line.n = 0; *form; form++)
+        if (*form == '@')
+            put_field(b, s, *++form);
+        else
+            put_bytes(line, *form == '\'' ? "\"" : form, 1);
     b->n_busy -= (size_t)s->busy;
     s->busy = 0;
-    b->failed += error != NULL;
-    b->done += error == NULL;
+    b->failed += (size_t)failed;
+    b->done += (size_t)!failed;
     b->reply_tokens += s->p.reply.n_ids;
     if (line->error)
         return out_of_memory();
@@ -5943,11 +5901,9 @@ static int end_line(batch *b, batch_slot *s, const char *error)
 /* Chooses a token, if the line may have one more, and ends the line where it ends. */
 static int choose_next(batch *b, batch_slot *s)
 {
-    char error[SENTENCE] = "";
     program *p = &s->p;
     reply *r = &p->reply;
     int status = DONE;
-    overheard = error;
     check_limits(p);
     if (!r->finish && !r->n_ids && s->opts.json && s->opts.n_choices)
         status = weigh_choices(p);
@@ -5955,11 +5911,9 @@ static int choose_next(batch *b, batch_slot *s)
         status = choose(p);
     if (!r->finish)
         check_limits(p);
-    int ended = status != DONE || (r->finish && r->finish != AT_INTERRUPT);
-    if (ended && status == DONE)
-        status = end_text(p);
-    overheard = NULL;
-    return ended ? end_line(b, s, status ? error : NULL) : DONE;
+    if (status == DONE && (!r->finish || r->finish == AT_INTERRUPT))
+        return DONE;
+    return end_line(b, s, status ? status : end_text(p));
 }
 
 /* How many ids the two begin with in common, where the second may end. */
@@ -6043,7 +5997,7 @@ static int take_rows(batch *b, batch_slot *s)
     if (code == GEMMA2_ERR_CANCELLED)
         return DONE;
     if (code < 0)
-        return end_line(b, s, gemma2_error_string(code));
+        return end_line(b, s, fail(FAILED, "%s", gemma2_error_string(code)));
     if (!s->ready) {
         b->prompt_tokens += s->n_rows;
         s->pure += s->n_rows == PREFILL_PIECE ? s->n_rows : 0;
@@ -6080,19 +6034,16 @@ static int shared_pass(batch *b)
 /* Puts a line into a free place, which stays free where nothing is left to do. */
 static int begin_line(batch *b, batch_slot *s, const char *text, size_t n)
 {
-    char error[SENTENCE] = "";
     size_t rest = n;
     trim(text, &rest);
     if (!rest)
         return DONE;
     clear_slot(b, s);
-    overheard = error;
     int read = take_line(b, s, text, n);
-    overheard = NULL;
     b->skipped += read < 0;
     s->busy = read == DONE;
     b->n_busy += (size_t)s->busy;
-    return read > 0 ? end_line(b, s, error) : DONE;
+    return read > 0 ? end_line(b, s, read) : DONE;
 }
 
 /* Gives lines to the places that are free. */
@@ -6133,10 +6084,8 @@ static int run_batch(batch *b)
     double shown = b->began;
     while (status == DONE && !stop_asked) {
         status = fill_slots(b);
-        if (!status && !stop_asked && !b->n_busy && b->in.ended) {
-            status = check_reading(b);
-            break;
-        }
+        if (!status && !stop_asked && !b->n_busy && b->in.ended)
+            return check_reading(b);
         if (status == DONE && !stop_asked)
             status = shared_pass(b);
         if (seconds() - shown > 0.5) {
@@ -6144,7 +6093,6 @@ static int run_batch(batch *b)
             show_batch(b);
         }
     }
-    clear_progress(b->p);
     return status;
 }
 
@@ -6153,18 +6101,15 @@ static int keep_result(batch *b, const char *text, size_t n, int *stays)
 {
     batch_slot *s = b->slots;
     const json *j = &s->said;
-    char error[SENTENCE];
     line_id *known;
-    overheard = error;
     int status = identify(b, s, text, n, &known);
-    overheard = NULL;
     const json_node *root = status ? NULL : j->nodes.items;
     const json_node *response = json_get(j, root, "response");
     const json_node *body = response ? json_get(j, response, "body") : root;
     const json_node *made = json_get(j, body, response ? "choices" : "text");
     const json_node *seed = json_get(j, body, "seed");
     if (status == FAILED)
-        return out_of_memory();
+        return status;
     if (!json_get(j, root, "id") || (!made && !json_get(j, body, "error")))
         return fail(USAGE, "%s holds something else than results; give another file with "
                     "--output", b->p->opts->results);
@@ -6216,21 +6161,18 @@ static int open_results(batch *b)
 static int recall_seed(batch *b)
 {
     batch_slot *s = b->slots;
-    char error[SENTENCE];
     const char *text;
     size_t n;
     int found = 0, status = DONE;
     while (!found && status != FAILED && (text = next_line(&b->in, 1, &n)) != NULL) {
         line_id *known;
-        overheard = error;
         status = identify(b, s, text, n, &known);
-        overheard = NULL;
         const json_node *root = s->said.nodes.items, *body = json_get(&s->said, root, "body");
         const json_node *seed = json_get(&s->said, body ? body : root, "seed");
         found = known && known->state == HAS_RESULT && (!seed || seed->kind == JSON_NULL);
         b->p->seed = found ? known->seed : b->p->seed;
     }
-    status = status == FAILED ? out_of_memory() : check_reading(b);
+    status = status == FAILED ? status : check_reading(b);
     free(b->in.bytes.items);
     b->in = (line_input){.file = b->in.file, .size = b->in.size};
     rewind(b->in.file);
@@ -6326,20 +6268,19 @@ static int answer_lines(program *p)
     batch b = {.p = p, .exact = p->opts->open.exact_prefill ||
                                 which_word(exact, p->config->isa) >= 0};
     p->seed = p->opts->seed_given ? p->opts->seed : random_seed();
+    overheard = b.error;
     b.first_ids = calloc(N_HASHES, sizeof *b.first_ids);
     int status = b.first_ids ? load_constraint(p, &b.gbnf) : out_of_memory();
-    if (status == DONE)
-        status = open_lines(&b);
-    if (status == DONE)
-        status = open_slots(&b);
-    if (status == DONE)
-        status = open_results(&b);
+    status = status ? status : open_lines(&b);
+    status = status ? status : open_slots(&b);
+    status = status ? status : open_results(&b);
     if (status == DONE && !p->opts->seed_given && b.ids.n && b.in.size)
         status = recall_seed(&b);
     if (status == DONE) {
         patience = PATIENCE;
         b.began = seconds();
         status = run_batch(&b);
+        clear_progress(p);
         double time = seconds() - b.began;
         if (!p->opts->quiet)
             remark("batch: %zu done, %zu failed, %zu done before; prompts %zu tokens and %zu "
@@ -6349,11 +6290,14 @@ static int answer_lines(program *p)
     }
     int to_stdout = b.out == stdout;
     close_batch(&b);
+    overheard = NULL;
     if (p->out.error && (to_stdout || reader_left(p->out.error)))
         return DONE; /* finish_output says what there is to say */
     if (p->out.error)
         return fail(FAILED, "cannot write to %s: %s", p->opts->results, strerror(p->out.error));
-    return stop_asked ? INTERRUPTED : status ? status : b.failed ? FAILED : DONE;
+    if (stop_asked)
+        return INTERRUPTED;
+    return status ? fail(status, "%s", b.error) : b.failed ? FAILED : DONE;
 }
 
 /* ===================================================================================

@@ -2686,6 +2686,7 @@ typedef struct {
     array attached;    /* char: what goes before the next message */
     char *system;      /* the text of /system */
     int first_stays;   /* the first turn was loaded, and may hold a system text */
+    const char *rest;  /* what stands behind a command */
     int stats, leaves;
     int shows_progress, progress_shown;
     int silent; /* a line of a batch: the reply's text is kept, not shown */
@@ -2821,14 +2822,14 @@ static int push_list(program *p, const char *list)
 }
 
 /* Appends a user's turn, which closes the reply before it, and what opens the model's. */
-static int push_turn(program *p, const char *text, size_t size)
+static int push_turn(program *p, const char *text, size_t size, int is_first)
 {
     const char *system = p->opts->system;
     gemma2_message turn[2] = {{GEMMA2_ROLE_SYSTEM, system, -1},
                               {GEMMA2_ROLE_USER, text ? text : "", (int64_t)size}};
-    int first = p->ids.n == 0, has_system = first && system;
+    int has_system = is_first && system;
     return push_encoded(p, has_system ? turn : turn + 1, has_system ? 2 : 1,
-                        GEMMA2_CHAT_GENERATE | (first ? 0 : GEMMA2_CHAT_CONTINUE));
+                        GEMMA2_CHAT_GENERATE | (is_first ? 0 : GEMMA2_CHAT_CONTINUE));
 }
 
 /* Whether the model's chat template can be used for what is asked, and which token ends a reply
@@ -2908,7 +2909,7 @@ static int read_prompt(program *p)
 static int push_prompt(program *p, const char *text, size_t n)
 {
     if (p->opts->chat)
-        return push_turn(p, text, n);
+        return push_turn(p, text, n, p->ids.n == 0);
     int status = p->config->bos >= 0 && !p->ids.n ? push_id(p, p->config->bos) : DONE;
     return status ? status : push_text(p, text, n, 0);
 }
@@ -3210,7 +3211,10 @@ static int end_text(program *p)
     return status;
 }
 
-static int drop_oldest(program *p, int *status);
+static int drop_oldest(program *p);
+
+/* Whether the oldest turns can make room. */
+static int can_drop(const program *p) { return p->opts->full_drops && p->turns.n > 1; }
 
 /* Generates from the session's logits until something ends it.  In a conversation that fills the
  * context the oldest turns go, and the reply goes on. */
@@ -3221,9 +3225,10 @@ static int decode(program *p)
     int status = DONE;
     while (!status && !r->finish && !p->out.error) {
         check_limits(p);
-        if (r->finish == AT_CONTEXT && drop_oldest(p, &status) && status == DONE) {
+        if (r->finish == AT_CONTEXT && can_drop(p)) {
+            status = drop_oldest(p);
             r->finish = RUNNING;
-            status = prefill(p);
+            status = status ? status : prefill(p);
         }
         if (!status && !r->finish)
             status = step(p);
@@ -3952,8 +3957,9 @@ static int wait_for_typed(editor *e, int *asked)
     return status;
 }
 
-/* Reads a message, of any length, without its last newline; *at_end where there is none. */
-static int read_message(program *p, int *at_end)
+/* Reads a message, of any length, without its last newline.  Where there is none the conversation
+ * ends. */
+static int read_message(program *p)
 {
     editor *e = &p->editor;
     int status = DONE, asked = 0;
@@ -3976,7 +3982,7 @@ static int read_message(program *p, int *at_end)
     flush_screen(e);
     if (status == DONE && e->out.error)
         status = out_of_memory();
-    *at_end = status == DONE && e->ended && e->text.n == 0;
+    p->leaves = status == DONE && e->ended && e->text.n == 0;
     if (e->cut) {
         e->text.n = 0;
         fprintf(stderr, "The terminal cuts a line at 4,095 bytes, so the end of this one may be "
@@ -4003,25 +4009,20 @@ static const char *without_quotes(const char *text, size_t *n)
  * common. */
 static int learn_frame(program *p, int is_first, frame *f)
 {
-    array kept = p->ids, twice[2] = {{0}, {0}};
-    size_t opened = !is_first, at = opened; /* a turn that is not the first closes a reply */
-    int status = DONE;
-    for (int i = 0; i < 2 && status == DONE; i++) {
-        p->ids = (array){0};
-        status = is_first ? DONE : push_id(p, 0);
-        status = status ? status : push_turn(p, i ? "Y" : "x", 1);
-        twice[i] = p->ids;
-    }
-    p->ids = kept;
-    int32_t *x = twice[0].items, *y = twice[1].items;
-    while (status == DONE && at < twice[0].n && x[at] == y[at])
-        at++;
-    if (status == DONE)
-        memmove(x, x + opened, (twice[0].n -= opened) * sizeof *x);
-    free(f->ids.items);
-    free(y);
-    *f = (frame){twice[0], at - opened, at - opened + 1};
-    return status;
+    size_t held = p->ids.n, same = 0;
+    int status = push_turn(p, "x", 1, is_first);
+    size_t n = p->ids.n - held;
+    status = status ? status : push_turn(p, "Y", 1, is_first);
+    const int32_t *ids = (const int32_t *)p->ids.items + held;
+    p->ids.n = held;
+    while (status == DONE && same < n && ids[same] == ids[n + same])
+        same++;
+    f->before = same, f->behind = same + 1;
+    f->ids.n = 0;
+    void *copy = status ? NULL : extend(&f->ids, n, sizeof *ids);
+    if (copy)
+        memcpy(copy, ids, n * sizeof *ids);
+    return status || copy ? status : out_of_memory();
 }
 
 static int learn_frames(program *p)
@@ -4074,18 +4075,6 @@ static void forget_last_turn(program *p)
     forget_after(p, turns[--p->turns.n].start);
 }
 
-/* Adds a turn to the conversation: its ids up to where the reply begins. */
-static int add_turn(program *p, const char *text, size_t n)
-{
-    exchange *t = extend(&p->turns, 1, sizeof *t);
-    if (!t)
-        return out_of_memory();
-    t->start = p->ids.n;
-    int status = push_turn(p, text, n);
-    t->reply = p->ids.n;
-    return status;
-}
-
 /* Puts the first n ids of a first turn in the place of those from `from` to `to`, and the session
  * back to where it differs. */
 static int retell(program *p, size_t from, size_t to, size_t n)
@@ -4110,13 +4099,11 @@ static int retell(program *p, size_t from, size_t to, size_t n)
     return DONE;
 }
 
-/* Drops the oldest turns until a quarter of the context is free, or only the last turn is left.
- * Returns 1, or 0 where nothing can be dropped. */
-static int drop_oldest(program *p, int *status)
+/* Drops the oldest turns until a quarter of the context is free, or only the last turn is left. */
+static int drop_oldest(program *p)
 {
     size_t context = (size_t)gemma2_context(p->session), before = p->turns.n;
-    if (!p->opts->full_drops || before < 2)
-        return 0;
+    int status;
     do {
         exchange *turns = p->turns.items;
         size_t stay = p->first_stays && p->turns.n > 2 && turns[1].start <= context / 2;
@@ -4126,14 +4113,13 @@ static int drop_oldest(program *p, int *status)
         while (to + 1 < p->turns.n && from + n + p->ids.n - end > context / 4 * 3);
         p->turns.n -= to - stay;
         memmove(turns + stay, turns + to, (p->turns.n - stay) * sizeof *turns);
-        *status = retell(p, from, end, n);
-    } while (*status == DONE && p->turns.n > 1 && p->ids.n >= context);
-    if (*status == DONE && p->reply.finish == AT_CONTEXT)
-        fputc('\n', stderr); /* amid a reply */
-    if (*status == DONE)
-        fprintf(stderr, "The context of %zu tokens is full, so the oldest turns are dropped: %zu "
-                        "of %zu.\n", context, before - p->turns.n, before);
-    return 1;
+        status = retell(p, from, end, n);
+    } while (status == DONE && p->turns.n > 1 && p->ids.n >= context);
+    if (status == DONE)
+        fprintf(stderr, "%sThe context of %zu tokens is full, so the oldest turns are dropped: %zu "
+                        "of %zu.\n", p->reply.finish == AT_CONTEXT ? "\n" : "", /* amid a reply */
+                context, before - p->turns.n, before);
+    return status;
 }
 
 /* The reply to the last turn, and what there is to say about it. */
@@ -4164,12 +4150,16 @@ static int answer(program *p, const char *text, size_t n)
 {
     size_t context = (size_t)gemma2_context(p->session);
     size_t least = p->constraint.shortest > 1 ? (size_t)p->constraint.shortest : 1;
-    int status = append(&p->attached, text, n), dropped = 1;
+    exchange *t = extend(&p->turns, 1, sizeof *t);
+    int status = t ? append(&p->attached, text, n) : out_of_memory();
     p->reply.finish = RUNNING;
-    if (status == DONE)
-        status = add_turn(p, p->attached.items, p->attached.n);
-    while (status == DONE && p->ids.n + least > context && dropped)
-        dropped = drop_oldest(p, &status);
+    if (status == DONE) {
+        t->start = p->ids.n;
+        status = push_turn(p, p->attached.items, p->attached.n, p->ids.n == 0);
+        t->reply = p->ids.n;
+    }
+    while (status == DONE && p->ids.n + least > context && can_drop(p))
+        status = drop_oldest(p);
     p->attached.n -= n;
     if (status != DONE)
         return status;
@@ -4234,18 +4224,16 @@ static int keep_in_history(program *p, const char *text, size_t n)
 
 /* ---- commands; a failure is said, and the conversation goes on ---- */
 
-static int clear(program *p, const char *rest)
+static int clear(program *p)
 {
-    (void)rest;
     forget_after(p, 0);
     p->turns.n = p->attached.n = 0;
     p->first_stays = 0;
     return DONE;
 }
 
-static int undo(program *p, const char *rest)
+static int undo(program *p)
 {
-    (void)rest;
     if (!p->turns.n)
         return fail(DONE, "there is no turn to take back");
     forget_last_turn(p);
@@ -4253,10 +4241,9 @@ static int undo(program *p, const char *rest)
     return DONE;
 }
 
-static int regenerate(program *p, const char *rest)
+static int regenerate(program *p)
 {
     const exchange *turns = p->turns.items;
-    (void)rest;
     if (!p->turns.n)
         return fail(DONE, "there is no reply to make again");
     size_t end = turns[p->turns.n - 1].reply;
@@ -4265,8 +4252,9 @@ static int regenerate(program *p, const char *rest)
     return reply_to_turn(p);
 }
 
-static int attach(program *p, const char *path)
+static int attach(program *p)
 {
+    const char *path = p->rest;
     size_t before = p->attached.n;
     int status = is_directory(path) ? fail(FAILED, "%s is a directory", path)
                                     : read_path(path, &p->attached);
@@ -4283,9 +4271,10 @@ static int attach(program *p, const char *path)
     return DONE;
 }
 
-static int set_system(program *p, const char *text)
+static int set_system(program *p)
 {
     char err[512];
+    const char *text = p->rest;
     gemma2_message turn[2] = {{GEMMA2_ROLE_SYSTEM, text, -1}, {GEMMA2_ROLE_USER, "x", 1}};
     size_t before = p->first.before;
     exchange *turns = p->turns.items;
@@ -4313,12 +4302,11 @@ static int is_setting(const option *o)
             field < first + sizeof(gemma2_sampler));
 }
 
-static int set(program *p, const char *rest)
+static int set(program *p)
 {
     char name[48];
-    const char *value;
+    const char *value, *rest = p->rest + strspn(p->rest, "-");
     const options before = *p->settings;
-    rest += strspn(rest, "-");
     size_t n = strcspn(rest, " \t=");
     snprintf(name, sizeof name, "%s%.*s", n > 1 ? "--" : "-", (int)n, rest);
     const char *meaning = foreign_meaning(name);
@@ -4338,9 +4326,8 @@ static int set(program *p, const char *rest)
     return DONE;
 }
 
-static int show(program *p, const char *rest)
+static int show(program *p)
 {
-    (void)rest;
     const options *opts = p->opts;
     show_where(p, "");
     if (opts->system)
@@ -4357,8 +4344,9 @@ static int show(program *p, const char *rest)
     return DONE;
 }
 
-static int save(program *p, const char *path)
+static int save(program *p)
 {
+    const char *path = p->rest;
     array head = {0};
     int status = read_kept(path, SESSION_MAGIC, "a saved session", 0, 1, &head);
     free(head.items);
@@ -4369,19 +4357,18 @@ static int save(program *p, const char *path)
     return DONE;
 }
 
-static int load(program *p, const char *path)
+static int load(program *p)
 {
-    if (load_session(p, path, 0) != DONE)
+    if (load_session(p, p->rest, 0) != DONE)
         return DONE;
     int status = find_turns(p);
     if (status == DONE)
-        show_where(p, path);
+        show_where(p, p->rest);
     return status;
 }
 
-static int stats(program *p, const char *rest)
+static int stats(program *p)
 {
-    (void)rest;
     p->stats = !p->stats;
     if (p->stats && p->reply.n_ids)
         print_speed(p);
@@ -4389,19 +4376,46 @@ static int stats(program *p, const char *rest)
     return DONE;
 }
 
-static int leave(program *p, const char *rest)
+static int leave(program *p)
 {
-    (void)rest;
     p->leaves = 1;
     return DONE;
 }
 
-static int help(program *p, const char *rest);
-static int edit(program *p, const char *rest);
+/* A message from the person's own editor, which begins with the text given. */
+static int edit(program *p)
+{
+    char base[SENTENCE / 2], name[SENTENCE];
+    const char *folder = getenv("TMPDIR");
+    array *text = &p->editor.text;
+    folder = folder ? folder : getenv("TEMP");
+    snprintf(base, sizeof base, "%s/gemma2-message", folder ? folder : "/tmp");
+    FILE *file = open_beside(base, name, sizeof name);
+    if (!file)
+        return fail(DONE, "cannot make a file in %s: %s", base, strerror(errno));
+    int written = fputs(p->rest, file) >= 0;
+    written &= fclose(file) == 0;
+    terminal_restore();
+    int failed = !written || edit_file(name);
+    p->editor.raw = p->editor.raw && terminal_raw();
+    text->n = 0;
+    if (failed)
+        fail(FAILED, "the editor failed, so nothing is sent; $EDITOR names another");
+    else if (read_path(name, text) != DONE)
+        text->n = 0;
+    remove_path(name);
+    const char *message = trim(text->items, &text->n);
+    if (text->n)
+        fprintf(stderr, "> (%zu bytes)\n", text->n);
+    int status = keep_in_history(p, message, text->n);
+    return text->n && status == DONE ? answer(p, message, text->n) : status;
+}
+
+static int help(program *p);
 
 static const struct {
     const char *name, *argument, *help;
-    int (*run)(program *p, const char *rest);
+    int (*run)(program *p);
 } COMMANDS[] = {
     {"help", "", "this list", help},
     {"clear", "", "start over", clear},
@@ -4421,9 +4435,9 @@ static const struct {
 };
 enum { N_COMMANDS = sizeof COMMANDS / sizeof *COMMANDS };
 
-static int help(program *p, const char *rest)
+static int help(program *p)
 {
-    (void)p, (void)rest;
+    (void)p;
     for (size_t i = 0; i < N_COMMANDS; i++)
         if (COMMANDS[i].help)
             fprintf(stderr, "  /%s %-*s%s\n", COMMANDS[i].name, 18 - (int)strlen(COMMANDS[i].name),
@@ -4454,37 +4468,8 @@ static int run_command(program *p, const char *text)
         return fail(DONE, "/%s takes nothing", name);
     if (isalpha((unsigned char)*COMMANDS[best].argument) && !*rest)
         return fail(DONE, "/%s needs %s", name, COMMANDS[best].argument);
-    return COMMANDS[best].run(p, rest);
-}
-
-/* A message from the person's own editor, which begins with the text given. */
-static int edit(program *p, const char *rest)
-{
-    char base[SENTENCE / 2], name[SENTENCE];
-    const char *folder = getenv("TMPDIR");
-    array text = {0};
-    folder = folder ? folder : getenv("TEMP");
-    snprintf(base, sizeof base, "%s/gemma2-message", folder ? folder : "/tmp");
-    FILE *file = open_beside(base, name, sizeof name);
-    if (!file)
-        return fail(DONE, "cannot make a file in %s: %s", base, strerror(errno));
-    int written = fputs(rest, file) >= 0;
-    written &= fclose(file) == 0;
-    terminal_restore();
-    int failed = !written || edit_file(name);
-    p->editor.raw = p->editor.raw && terminal_raw();
-    int status = failed ? fail(FAILED, "the editor failed, so nothing is sent; $EDITOR names "
-                                       "another") : read_path(name, &text);
-    remove_path(name);
-    size_t n = status == DONE ? text.n : 0;
-    const char *message = trim(text.items, &n);
-    if (n)
-        fprintf(stderr, "> (%zu bytes)\n", n);
-    status = keep_in_history(p, message, n);
-    if (n && status == DONE)
-        status = answer(p, message, n);
-    free(text.items);
-    return status;
+    p->rest = rest;
+    return COMMANDS[best].run(p);
 }
 
 /* A conversation on a terminal.  The prompt sign and all remarks go to standard error. */
@@ -4505,11 +4490,10 @@ static int converse(program *p)
     if (status == DONE && p->ids.n && !p->opts->quiet)
         show_where(p, p->opts->kept ? p->opts->kept : p->opts->loaded);
     while (status == DONE && !p->out.error && !p->leaves) {
-        int at_end = 0;
-        status = read_message(p, &at_end);
-        if (at_end || status == INTERRUPTED)
+        status = read_message(p);
+        if (p->leaves || status == INTERRUPTED)
             fputc('\n', stderr);
-        if (at_end || status != DONE)
+        if (p->leaves || status != DONE)
             break;
         size_t size = p->editor.text.n, n;
         const char *text = without_quotes(p->editor.text.items, &size);

@@ -4122,19 +4122,21 @@ static int drop_oldest(program *p)
     return status;
 }
 
-/* The reply to the last turn, and what there is to say about it. */
-static int reply_to_turn(program *p)
+/* The reply to the last turn, and what there is to say about it.  Where there is none, because it
+ * was stopped or -n leaves no room for it, the conversation has its first `held` ids again. */
+static int reply_to_turn(program *p, size_t held)
 {
+    const exchange *turns = p->turns.items;
     size_t context = (size_t)gemma2_context(p->session);
-    int status = make_reply(p);
-    if (status == USAGE) { /* a constraint that -n leaves no room for */
-        forget_last_turn(p);
+    int is_new = turns[p->turns.n - 1].start == held, status = make_reply(p);
+    if (status != DONE && status != USAGE)
+        return status;
+    if (status == USAGE || (p->reply.finish == AT_INTERRUPT && p->reply.n_ids == 0)) {
+        p->turns.n -= (size_t)is_new;
+        forget_after(p, held);
         return DONE;
     }
-    if (status != DONE)
-        return status;
-    if (p->reply.finish == AT_INTERRUPT && p->reply.n_ids == 0)
-        forget_last_turn(p);
+    p->attached.n = is_new ? 0 : p->attached.n;
     if (p->reply.finish == AT_CONTEXT)
         fprintf(stderr, "The context of %zu tokens is full.  /clear starts over.\n", context);
     if (p->stats)
@@ -4148,29 +4150,30 @@ static int reply_to_turn(program *p)
 /* A message that was typed, behind what /read has put before it. */
 static int answer(program *p, const char *text, size_t n)
 {
-    size_t context = (size_t)gemma2_context(p->session);
+    size_t context = (size_t)gemma2_context(p->session), start = p->ids.n;
     size_t least = p->constraint.shortest > 1 ? (size_t)p->constraint.shortest : 1;
     exchange *t = extend(&p->turns, 1, sizeof *t);
     int status = t ? append(&p->attached, text, n) : out_of_memory();
-    p->reply.finish = RUNNING;
-    if (status == DONE) {
-        t->start = p->ids.n;
-        status = push_turn(p, p->attached.items, p->attached.n, p->ids.n == 0);
-        t->reply = p->ids.n;
-    }
-    while (status == DONE && p->ids.n + least > context && can_drop(p))
-        status = drop_oldest(p);
-    p->attached.n -= n;
+    if (status == DONE)
+        status = push_turn(p, p->attached.items, p->attached.n, start == 0);
     if (status != DONE)
         return status;
-    if (p->ids.n + least > context) {
+    p->attached.n -= n;
+    *t = (exchange){start, p->ids.n};
+    size_t alone = p->ids.n - start; /* without the turns before it */
+    if (start > 0)
+        alone += p->first.before - p->later.before;
+    if ((can_drop(p) ? alone : p->ids.n) + least > context) {
         fprintf(stderr, "With this turn the conversation has %zu tokens; the context holds %zu.  "
                         "Say less, or /clear to start over.\n", p->ids.n, context);
         forget_last_turn(p);
         return DONE;
     }
-    p->attached.n = 0;
-    return reply_to_turn(p);
+    p->reply.finish = RUNNING; /* so nothing is dropped amid it */
+    while (status == DONE && p->ids.n + least > context)
+        status = drop_oldest(p);
+    const exchange *turns = p->turns.items;
+    return status ? status : reply_to_turn(p, turns[p->turns.n - 1].start);
 }
 
 /* Where the conversation stands, behind the name of the file that it comes from. */
@@ -4184,24 +4187,26 @@ static void show_where(const program *p, const char *path)
  * messages there, readable by its owner only. */
 static int open_history(program *p)
 {
-    enum { MOST_MESSAGES = 1000, MOST_BYTES = 1 << 24 };
+    enum { MOST_MESSAGES = 1000, MOST_BYTES = 1 << 24 }; /* that are kept */
     const char *path = p->opts->history;
     array *history = &p->editor.history;
-    int status = read_kept(path, HISTORY_MAGIC, "a history of messages", MOST_BYTES, 1, history);
+    int status = read_kept(path, HISTORY_MAGIC, "a history of messages", LONGEST_TEXT, 1, history);
     if (status == DONE && !history->n)
         status = append(history, HISTORY_MAGIC, MAGIC_BYTES);
     if (status == DONE && ((char *)history->items)[history->n - 1]) /* a torn message */
         status = append(history, "", 1);
     if (status != DONE)
         return status;
-    size_t at = history->n, kept = 0;
-    p->editor.oldest = MAGIC_BYTES;
-    while (at > MAGIC_BYTES && kept++ < MOST_MESSAGES)
-        at = message_before(&p->editor, at);
-    char *text = history->items;
-    memmove(text + MAGIC_BYTES, text + at, history->n - at);
-    history->n -= at - MAGIC_BYTES;
-    return save_file("the history", path, text, history->n);
+    size_t at = history->n, before;
+    for (int kept = 0; kept < MOST_MESSAGES && at > MAGIC_BYTES; kept++, at = before) {
+        before = message_before(&p->editor, at);
+        if (history->n - before > MOST_BYTES)
+            break;
+    }
+    p->editor.oldest = at;
+    char *text = (char *)history->items + at - MAGIC_BYTES;
+    memcpy(text, HISTORY_MAGIC, MAGIC_BYTES);
+    return save_file("the history", path, text, history->n - at + MAGIC_BYTES);
 }
 
 /* Adds a message to the history and to its file. */
@@ -4246,18 +4251,18 @@ static int regenerate(program *p)
     const exchange *turns = p->turns.items;
     if (!p->turns.n)
         return fail(DONE, "there is no reply to make again");
-    size_t end = turns[p->turns.n - 1].reply;
+    size_t held = p->ids.n, end = turns[p->turns.n - 1].reply;
     forget_after(p, end - 1); /* its last token is evaluated again, to have logits */
     p->ids.n = end;
-    return reply_to_turn(p);
+    return reply_to_turn(p, held);
 }
 
 static int attach(program *p)
 {
     const char *path = p->rest;
     size_t before = p->attached.n;
-    int status = is_directory(path) ? fail(FAILED, "%s is a directory", path)
-                                    : read_path(path, &p->attached);
+    int status = is_special(path) || strcmp(path, "-") == 0
+        ? fail(FAILED, "%s is not a file that can hold text", path) : read_path(path, &p->attached);
     const char *bytes = (char *)p->attached.items + before;
     size_t n = p->attached.n - before;
     if (status == DONE && !kind_of(bytes, n)->is_text)

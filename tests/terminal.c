@@ -545,7 +545,7 @@ static void test_history(void)
     type("\005\025\025\177\025\004"), ends("after the history", 0);
     check(strcmp(last_message(), "one") == 0, "the history ends in %s", last_message());
     FILE *out = fopen(history, "wb"); /* more messages than are kept, the last torn */
-    fprintf(out, "#gemma2%c", 0);
+    fprintf(out, "#gemma2%c%17000000d%c", 0, 7, 0);
     for (int i = 0; i < 1100; i++)
         fprintf(out, "m%d%c", i, 0);
     fprintf(out, "to");
@@ -774,6 +774,11 @@ static void write_file(const char *path, const char *bytes, size_t n)
         fclose(out);
 }
 
+#define CHANGED " tokens of context\nsystem            Speak in rhyme.\n" \
+    "max-tokens        99\ntemperature       0.5\nseed              7\ntop-k             5\n" \
+    "top-p             0.5\nmin-p             0\nrepeat-penalty    1\npresence-penalty  0\n" \
+    "frequency-penalty 0\nrepeat-last-n     64"
+
 /* What is typed and what the conversation then says last; "@" stands for the folder.  In order,
  * in a conversation of its own. */
 static const char *const COMMANDS[][2] = {
@@ -800,7 +805,8 @@ static const char *const COMMANDS[][2] = {
     {"/read", "run: /read needs FILE"},
     {"/load", "run: /load needs FILE"},
     {"/read @/none", "run: cannot open @/none: No such file or directory"},
-    {"/read @", "run: @ is a directory"},
+    {"/read @", "run: @ is not a file that can hold text"},
+    {"/read -", "run: - is not a file that can hold text"},
     {"/read tests/demo/story-q8.bin",
      "run: tests/demo/story-q8.bin seems to be a model of gemma2.c, not text"},
     {"/read @/script", "45 bytes of @/script go before the next message."},
@@ -822,12 +828,11 @@ static const char *const COMMANDS[][2] = {
     {"/set s 7", ""},
     {"/set seed 8x", "run: /set seed '8x': it takes a whole number from 0 to 18446744073709551615"},
     {"/set max-tokens 0", ""},
+    {"/read @/script", "45 bytes of @/script go before the next message."},
     {"two", "run: -n 0 leaves no room for the shortest reply, which takes 1 tokens"},
+    {"/regen", "run: -n 0 leaves no room for the shortest reply, which takes 1 tokens"},
     {"/set max-tokens 99", ""},
-    {"/show", "1 turn, 24 of 20000 tokens of context\nsystem            Speak in rhyme.\n"
-     "max-tokens        99\ntemperature       0.5\nseed              7\ntop-k             5\n"
-     "top-p             0.5\nmin-p             0\nrepeat-penalty    1\npresence-penalty  0\n"
-     "frequency-penalty 0\nrepeat-last-n     64"},
+    {"/show", "1 turn, 24 of 20000" CHANGED},
     {"/save @/script",
      "run: @/script is not a saved session: it seems to be text; give another name"},
     {"/save @/none/file", "run: cannot save the session as @/none/file: No such file or directory"},
@@ -837,6 +842,7 @@ static const char *const COMMANDS[][2] = {
     {"/load @/script",
      "run: @/script is not a saved session: it seems to be text; give another name"},
     {"two", "ok"},
+    {"/show", "2 turns, 69 of 20000" CHANGED}, /* with what /read found before the refusals */
     {"/load @/file", "@/file: 1 turn, 24 of 20000 tokens of context"},
     {"/undo", "The last message and its reply are forgotten."},
     {"/edit", "ok"},
@@ -944,6 +950,9 @@ static void test_full(void)
         for (int k = i ? 3 : 1; k < 7; k++)
             enter("a message", k == 3 || k == 5 ? "ok\n6 of 64 tokens of context are left."
                   : k < 3 ? "ok" : "is full, so the oldest turns are dropped: 2 of 4.\nok");
+        enter("1234567890123456789012345678901234567890123456789012345678901234567890",
+              "With this turn the conversation has 123 tokens; the context holds 64.  Say less, or "
+              "/clear\n to start over."); /* which drops nothing */
         enter("/show", "repeat-last-n     64");
         check(strstr(screen(), "2 turns, 40 of 64") && strstr(screen(), "system            Rhyme."),
               "%d: turns or the system text are lost:\n%s", i, screen());

@@ -5629,7 +5629,7 @@ static int limit_reply(batch *b, batch_slot *s)
 {
     static const char object[] = "{\"type\": \"object\"}";
     const json *j = &s->said;
-    const json_node *limit = s->limit, *form = s->openai ? limit : NULL;
+    const json_node *limit = s->limit, *form = s->openai ? limit : NULL; /* response_format */
     const json_node *type = json_get(j, form, "type"), *asked = json_get(j, form, "json_schema");
     const char *key = limit ? j->text + limit[-1].start : "options";
     array gbnf = {0}, was = s->gbnf;
@@ -5674,6 +5674,9 @@ static int fit_session(batch *b, batch_slot *s)
     if (n > context)
         return fail(USAGE, "the prompt has %zu tokens and the context holds %zu; shorten it or "
                     "raise --context", n, context);
+    for (size_t i = 0; s->opts.json && i < s->opts.n_choices; i++) /* all are weighed */
+        if (strlen(s->opts.choices[i]) > most)
+            most = strlen(s->opts.choices[i]);
     size_t need = most < context - n ? n + most : context;
     if (s->p.session && (size_t)gemma2_context(s->p.session) >= need)
         return DONE;

@@ -27,6 +27,7 @@ results() {
     sed 's/^{"id": \([0-9]*\), "text": \(".*"\), "finish_reason": \(.*\), "usage": {[^}]*}, "ids": \(.*\)}$/\1 \2, \3, \4/' |
         sort -n
 }
+many='a choice that takes more tokens than the room of a short reply'
 printf '{"enum": [1, "x y"]}' >"$TMP/schema"
 printf 'root ::= [a-e]{9}' >"$TMP/grammar"
 for GEMMA2_ISA in '' avx512 scalar; do
@@ -48,13 +49,15 @@ for GEMMA2_ISA in '' avx512 scalar; do
     line '"max_tokens": 20, "repetition_penalty": 1.3' -n 20 --repeat-penalty 1.3
     PROMPT='Is it?';               line '"max_tokens": 9, "choices": ["yes", "no"]' -n 9 \
         --choice yes --choice no
+    PROMPT='So';                   line '"max_tokens": 1, "choices": ["'"$many"'", "a"]' -n 1 \
+        --choice "$many" --choice a
     PROMPT='The fox';              line '"max_tokens": 30, "schema": {"enum": [1, "x y"]}' -n 30 \
         --schema "$TMP/schema"
     [ "$GEMMA2_ISA" = scalar ] && set -- '8 1' || set -- '1 1' '3 2' '16 1'
     for how; do
         batch "$TMP/in" --json -s 7 --parallel ${how% *} -j ${how#* } | results >"$TMP/got"
         same "$TMP/alone" "$TMP/got" "the results of $how (parallel, threads) on '$GEMMA2_ISA'"
-        claim "$(wc -l <"$TMP/got")" -eq 12 "lines"
+        claim "$(wc -l <"$TMP/got")" -eq 13 "lines"
     done
 done
 unset GEMMA2_ISA

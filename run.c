@@ -5255,6 +5255,28 @@ static void init_sampler(program *p)
     settle_sampler(p, 1);
 }
 
+static void free_all(void *const *blocks, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        free(blocks[i]);
+}
+
+/* Frees all that a run holds but its model and options. */
+static void close_program(program *p)
+{
+    void *const all[] = {
+        p->logits, p->turns.items, p->first.ids.items, p->later.ids.items, p->attached.items,
+        p->editor.text.items, p->editor.screen.items, p->editor.history.items,
+        p->editor.draft.items, p->system, p->prompt.items, p->echo.items, p->ids.items,
+        p->reply.text.items, p->reply.logprobs.items, p->reply.tops.items, p->reply.ends.items,
+        p->reply.choices.items};
+    gemma2_ahead_free(p->ahead);
+    gemma2_session_free(p->draft), gemma2_close(p->draft_model);
+    gemma2_session_free(p->session);
+    close_constraint(&p->constraint);
+    free_all(all, sizeof all / sizeof *all);
+}
+
 /* ---- --batch: many prompts in one process.  Lines share passes: a line joins as another ends,
  * and its result is the one it would have alone. ---- */
 
@@ -5273,11 +5295,12 @@ typedef struct {
 } line_input;
 
 /* An id of a line, as JSON. */
-typedef struct {
-    size_t at, n; /* in batch.names */
-    size_t next;  /* of those with this hash: its number from 1, or 0 */
-    int state;    /* of these */
-    uint64_t seed; /* of that result */
+typedef struct line_id {
+    struct line_id *next; /* of those with this hash */
+    int state;     /* of these */
+    uint64_t seed; /* of its result */
+    size_t n;
+    char name[];
 } line_id;
 enum { NEW, HAS_RESULT, TAKEN }; /* from an earlier run; by a line of the input */
 enum { N_HASHES = 1 << 16 };
@@ -5289,14 +5312,16 @@ typedef struct {
     json said;                      /* the line */
     const json_node *model, *limit; /* values of its keys, or NULL; what constrains the reply */
     array stops, choices, messages; /* what it says */
-    array id, token;                /* char: its id, as JSON; the text of a token */
-    array gbnf;                     /* char: what is held */
+    array id, gbnf;                 /* char: its id, as JSON; what is held */
     constraint held;
     size_t number;
     size_t pure; /* positions of the session that another prompt may begin with */
     int busy, begun, ready; /* has a line; its prompt is begun; its logits are there */
     int openai;
     size_t first_row, n_rows; /* of the pass */
+    char *piece;              /* [max_piece_bytes] */
+    gemma2_candidate token;   /* of which a form of results speaks, */
+    size_t shown, offset;     /* its number in the reply, and the characters before it */
 } batch_slot;
 
 typedef struct {
@@ -5306,10 +5331,10 @@ typedef struct {
     size_t n_slots, n_busy;
     line_input in;
     FILE *out;
-    array line, names, gbnf; /* of a result; all ids; of the options' constraint, or empty */
-    array ids;               /* line_id */
-    size_t *first_ids;       /* [N_HASHES]: as line_id.next */
+    array line, gbnf; /* of a result; of the options' constraint, or empty */
+    line_id **ids;    /* [N_HASHES]: the first of each hash */
     int exact; /* prompts read in one arithmetic, so they may be cut anywhere */
+    size_t n_kept; /* results of an earlier run */
     size_t done, failed, skipped, prompt_tokens, shared_tokens, reply_tokens;
     double began;
     gemma2_row rows[PREFILL_PIECE + MOST_PARALLEL];
@@ -5362,23 +5387,19 @@ static const char *next_line(line_input *in, int wait, size_t *n)
 static line_id *find_id(batch *b, const array *id)
 {
     uint64_t hash = 14695981039346656037u;
-    const char *bytes = id->items, *names = b->names.items;
+    const char *bytes = id->items;
     for (size_t i = 0; i < id->n; i++)
         hash = (hash ^ (unsigned char)bytes[i]) * 1099511628211u;
-    size_t *first = b->first_ids + (hash ^ hash >> 32) % N_HASHES;
-    for (size_t i = *first; i; i = ((line_id *)b->ids.items)[i - 1].next) {
-        line_id *known = (line_id *)b->ids.items + i - 1;
-        if (known->n == id->n && memcmp(names + known->at, bytes, id->n) == 0)
+    line_id **place = b->ids + (hash ^ hash >> 32) % N_HASHES, *known;
+    for (known = *place; known; known = known->next)
+        if (known->n == id->n && memcmp(known->name, bytes, id->n) == 0)
             return known;
-    }
-    char *name = extend(&b->names, id->n, 1);
-    line_id *added = name ? extend(&b->ids, 1, sizeof *added) : NULL;
-    if (!added)
+    known = malloc(sizeof *known + id->n);
+    if (!known)
         return NULL;
-    memcpy(name, bytes, id->n);
-    *added = (line_id){.at = b->names.n - id->n, .n = id->n, .next = *first};
-    *first = b->ids.n;
-    return added;
+    *known = (line_id){.next = *place, .n = id->n};
+    memcpy(known->name, bytes, id->n);
+    return *place = known;
 }
 
 /* Reads a line, or a result, into a place, and finds out its form and its id, as JSON: its number
@@ -5722,147 +5743,132 @@ static int take_line(batch *b, batch_slot *s, const char *text, size_t n)
     return status;
 }
 
-/* ---- results ---- */
+/* ---- results: their forms, where ' is a quotation mark, @ with a letter what put_field puts, and
+ * what stands between @< and @> comes for every token of the reply.  The same line gives the same
+ * bytes: that is why "created" is 0. ---- */
 
-/* A token's text as OpenAI has it: a byte that is no text by itself is called bytes:\xe2, and what
- * adds no text goes by its name.  In a chat it begins an object with its bytes. */
-static void put_token(batch_slot *s, int32_t id, const float *logprob, int in_chat)
+#define USED "'usage': {'prompt_tokens': @p, 'completion_tokens': @c"
+#define OPENAI(status, body) "{'id': 'batch_req_@I', 'custom_id': '@I', 'response': " \
+    "{'status_code': " status ", 'request_id': 'req_@I', 'body': {" body "}}, 'error': null}\n"
+#define ANSWER(id, object, reply) OPENAI("200", "'id': '" id "-@I', 'object': '" object "', " \
+    "'created': 0, 'model': @m, 'choices': [{'index': 0, " reply ", 'logprobs': @l, " \
+    "'finish_reason': '@F'}], " USED ", 'total_tokens': @a}, 'seed': @s")
+#define REFUSED \
+    OPENAI("400", "'error': {'message': @e, 'type': 'invalid_request_error', 'code': null}")
+#define TOKEN "{'token': @k, 'logprob': @g, 'bytes': [@b]"
+static const char *const RESULT[2][3] = {
+    {"{'id': @i, 'text': @t, 'finish_reason': '@f', 'seed': @s, " USED "}@d}\n",
+     ANSWER("cmpl", "text_completion", "'text': @t"),
+     ANSWER("chatcmpl", "chat.completion", "'message': {'role': 'assistant', 'content': @t}")},
+    {"{'id': @i, 'error': {'message': @e}}\n", REFUSED, REFUSED},
+};
+static const char *const LOGPROBS[2] = {
+    "{'tokens': [@<@k@>], 'token_logprobs': [@<@g@>], 'top_logprobs': [@<{@o}@>], "
+    "'text_offset': [@<@x@>]}",
+    "{'content': [@<" TOKEN ", 'top_logprobs': [@o]}@>]}",
+};
+static const char *const OTHER[2] = {"@k: @g", TOKEN "}"};
+
+static void put_form(batch_slot *s, const char *form, const char *end);
+
+static void put_tokens(batch_slot *s, const char *form, const char *end)
+{
+    const reply *r = &s->p.reply;
+    const int32_t *ids = (const int32_t *)s->p.ids.items + s->p.ids.n - r->n_ids;
+    const char *text = r->text.items;
+    s->offset = 0;
+    for (size_t at = 0, i = s->shown = 0; i < r->logprobs.n; i = ++s->shown) {
+        put_format(&s->p.out, i ? ", " : "");
+        s->token = (gemma2_candidate){ids[i], ((const float *)r->logprobs.items)[i]};
+        put_form(s, form, end);
+        for (; at < ((const size_t *)r->ends.items)[i] && at < r->text.n; at++)
+            s->offset += !is_inside_char(text[at]);
+    }
+}
+
+/* The tokens that could have stood there; a completion tells of the chosen one in any case. */
+static void put_others(batch_slot *s)
+{
+    const gemma2_candidate chosen = s->token, *tops = s->p.reply.tops.items;
+    const char *form = OTHER[s->opts.chat];
+    size_t n = count_top(&s->p);
+    int found = s->opts.chat;
+    for (size_t k = 0; k < n; k++) {
+        put_format(&s->p.out, k ? ", " : "");
+        s->token = tops[s->shown * n + k];
+        put_form(s, form, form + strlen(form));
+        found |= s->token.id == chosen.id;
+    }
+    s->token = chosen;
+    put_format(&s->p.out, !found && n ? ", " : "");
+    if (!found)
+        put_form(s, form, form + strlen(form));
+}
+
+/* A token's text as OpenAI has it, or its bytes: a byte that is no text by itself is called
+ * bytes:\xe2, and a piece that adds no text goes by its name. */
+static void put_token(batch_slot *s, int as_bytes)
 {
     output *out = &s->p.out;
     int type = 0;
     size_t n, room = (size_t)s->p.config->max_piece_bytes;
-    const char *text = gemma2_piece(s->p.model, id, &n, &type);
-    s->token.n = 0;
-    char *bytes = extend(&s->token, room, 1);
-    int64_t added = bytes ? gemma2_piece_bytes(s->p.model, id, bytes, room) : 0;
-    note_write(out, !bytes);
+    const char *text = gemma2_piece(s->p.model, s->token.id, &n, &type);
+    int64_t added = gemma2_piece_bytes(s->p.model, s->token.id, s->piece, room);
     if (added > 0)
-        text = bytes, n = (size_t)added;
-    put_format(out, in_chat ? "{\"token\": " : "");
-    if (type == GEMMA2_PIECE_BYTE && added > 0)
-        put_format(out, "\"bytes:\\\\x%02x\"", (unsigned char)*text);
-    else
-        put_quoted(out, text, n);
-    if (logprob)
-        put_format(out, in_chat ? ", \"logprob\": %.9g" : ": %.9g", (double)*logprob);
-    put_format(out, in_chat ? ", \"bytes\": [" : "");
-    for (size_t i = 0; in_chat && i < n; i++)
+        text = s->piece, n = (size_t)added;
+    for (size_t i = 0; as_bytes && i < n; i++)
         put_format(out, "%s%d", i ? ", " : "", (unsigned char)text[i]);
-    put_format(out, in_chat ? "]" : "");
+    if (!as_bytes && added > 0 && type == GEMMA2_PIECE_BYTE)
+        put_format(out, "\"bytes:\\\\x%02x\"", (unsigned char)*text);
+    else if (!as_bytes)
+        put_quoted(out, text, n);
 }
 
-/* The tokens that could have stood at a place of the reply; a completion tells of the chosen one
- * in any case. */
-static void put_others(batch_slot *s, size_t i, int32_t id, const float *logprob, int in_chat)
-{
-    size_t n = count_top(&s->p);
-    const gemma2_candidate *tops = s->p.reply.tops.items, *top = n ? tops + i * n : NULL;
-    int found = in_chat;
-    for (size_t k = 0; k < n; k++) {
-        put_format(&s->p.out, k ? ", " : "");
-        put_token(s, top[k].id, &top[k].logprob, in_chat);
-        put_format(&s->p.out, in_chat ? "}" : "");
-        found |= top[k].id == id;
-    }
-    if (!found) {
-        put_format(&s->p.out, n ? ", " : "");
-        put_token(s, id, logprob, 0);
-    }
-}
-
-static void put_chat_logprobs(batch_slot *s, const int32_t *ids)
-{
-    const float *logprobs = s->p.reply.logprobs.items;
-    put_format(&s->p.out, "{\"content\": [");
-    for (size_t i = 0; i < s->p.reply.logprobs.n; i++) {
-        put_format(&s->p.out, i ? ", " : "");
-        put_token(s, ids[i], &logprobs[i], 1);
-        put_format(&s->p.out, ", \"top_logprobs\": [");
-        put_others(s, i, ids[i], &logprobs[i], 1);
-        put_format(&s->p.out, "]}");
-    }
-    put_format(&s->p.out, "]}");
-}
-
-/* Offsets count characters. */
-static void put_completion_logprobs(batch_slot *s, const int32_t *ids)
-{
-    enum { TOKENS, LOGPROBS, TOPS, OFFSETS, N_LISTS };
-    static const char *const names[] = {"tokens", "token_logprobs", "top_logprobs", "text_offset"};
-    const reply *r = &s->p.reply;
-    const float *logprobs = r->logprobs.items;
-    const size_t *ends = r->ends.items;
-    output *out = &s->p.out;
-    size_t at = 0, offset = 0;
-    for (int list = TOKENS; list < N_LISTS; list++) {
-        put_format(out, "%s\"%s\": [", list ? "], " : "{", names[list]);
-        for (size_t i = 0; i < r->logprobs.n; i++) {
-            put_format(out, "%s%s", i ? ", " : "", list == TOPS ? "{" : "");
-            switch (list) {
-            case TOKENS: put_token(s, ids[i], NULL, 0); break;
-            case LOGPROBS: put_format(out, "%.9g", (double)logprobs[i]); break;
-            case TOPS: put_others(s, i, ids[i], &logprobs[i], 0); break;
-            default: put_format(out, "%zu", offset);
-            }
-            put_format(out, list == TOPS ? "}" : "");
-            for (; list == OFFSETS && at < ends[i] && at < r->text.n; at++)
-                offset += !is_inside_char(((const char *)r->text.items)[at]);
-        }
-    }
-    put_format(out, "]}");
-}
-
-/* The forms of results: ' is a quotation mark, and @ with a letter what put_field puts.  The same
- * line gives the same bytes: that is why "created" is 0. */
-#define OPENAI(status, body) "{'id': 'batch_req_@I', 'custom_id': '@I', 'response': " \
-    "{'status_code': " status ", 'request_id': 'req_@I', 'body': {" body "}}, 'error': null}\n"
-#define REFUSED \
-    OPENAI("400", "'error': {'message': @e, 'type': 'invalid_request_error', 'code': null}")
-#define USED "'usage': {'prompt_tokens': @p, 'completion_tokens': @c"
-static const char *const RESULT[2][3] = {
-    {"{'id': @i, 'text': @t, 'finish_reason': '@f', 'seed': @s, " USED "}@d}\n",
-     OPENAI("200", "'id': 'cmpl-@I', 'object': 'text_completion', 'created': 0, 'model': @m, "
-            "'choices': [{'index': 0, 'text': @t, 'logprobs': @l, 'finish_reason': '@F'}], "
-            USED ", 'total_tokens': @a}, 'seed': @s"),
-     OPENAI("200", "'id': 'chatcmpl-@I', 'object': 'chat.completion', 'created': 0, 'model': @m, "
-            "'choices': [{'index': 0, 'message': {'role': 'assistant', 'content': @t}, "
-            "'logprobs': @l, 'finish_reason': '@F'}], " USED ", 'total_tokens': @a}, 'seed': @s")},
-    {"{'id': @i, 'error': {'message': @e}}\n", REFUSED, REFUSED},
-};
-
-static void put_field(batch *b, batch_slot *s, char what)
+static void put_field(batch_slot *s, char what)
 {
     const reply *r = &s->p.reply;
     output *out = &s->p.out;
     int is_cut = r->finish == AT_LENGTH || r->finish == AT_CONTEXT;
-    size_t n_prompt = s->p.ids.n - r->n_ids, n;
-    const int32_t *ids = (const int32_t *)s->p.ids.items + n_prompt;
+    size_t n;
     const char *id = s->id.items, *model = json_text(&s->said, s->model, &n);
+    const char *logprobs = s->opts.json ? LOGPROBS[s->opts.chat] : "null";
     switch (what) {
     case 'i': put_bytes(out, id, s->id.n); break;
     case 'I': put_bytes(out, id + 1, s->id.n - 2); break;
-    case 'e': put_quoted(out, b->error, strlen(b->error)); break;
+    case 'e': put_quoted(out, overheard, strlen(overheard)); break;
     case 'm': put_quoted(out, model, model ? n : 0); break;
     case 't': put_quoted(out, r->text.items, r->text.n); break;
     case 'f': put_format(out, "%s", FINISH_REASONS[r->finish]); break;
     case 'F': put_format(out, is_cut ? "length" : "stop"); break;
     case 's': put_format(out, "%" PRIu64, s->p.seed); break;
-    case 'p': put_format(out, "%zu", n_prompt); break;
+    case 'p': put_format(out, "%zu", s->p.ids.n - r->n_ids); break;
     case 'c': put_format(out, "%zu", r->n_ids); break;
     case 'a': put_format(out, "%zu", s->p.ids.n); break;
-    case 'd':
+    case 'l': put_form(s, logprobs, logprobs + strlen(logprobs)); break;
+    case 'k': put_token(s, 0); break;
+    case 'b': put_token(s, 1); break;
+    case 'g': put_format(out, "%.9g", (double)s->token.logprob); break;
+    case 'o': put_others(s); break;
+    case 'x': put_format(out, "%zu", s->offset); break;
+    default: /* 'd' */
         put_format(out, s->opts.json ? ", " : "");
         if (s->opts.json)
             put_details(&s->p);
-        break;
-    default:
-        if (!s->opts.json)
-            put_format(out, "null");
-        else if (s->opts.chat)
-            put_chat_logprobs(s, ids);
-        else
-            put_completion_logprobs(s, ids);
     }
+}
+
+static void put_form(batch_slot *s, const char *form, const char *end)
+{
+    for (; form < end; form++)
+        if (*form != '@') {
+            put_bytes(&s->p.out, *form == '\'' ? "\"" : form, 1);
+        } else if (*++form == '<') {
+            const char *inside = form + 1;
+            form = strstr(inside, "@>") + 1;
+            put_tokens(s, inside, form - 1);
+        } else {
+            put_field(s, *form);
+        }
 }
 
 /* Writes a line's result, or after a failure its sentence, and frees its place. */
@@ -5871,11 +5877,8 @@ static int end_line(batch *b, batch_slot *s, int status)
     output *line = &s->p.out;
     int failed = status != DONE, openai = s->openai && *(char *)s->id.items == '"';
     const char *form = RESULT[failed][openai ? 1 + s->opts.chat : 0];
-    for (b->line.n = 0; *form; form++)
-        if (*form == '@')
-            put_field(b, s, *++form);
-        else
-            put_bytes(line, *form == '\'' ? "\"" : form, 1);
+    b->line.n = 0;
+    put_form(s, form, form + strlen(form));
     b->n_busy -= (size_t)s->busy;
     s->busy = 0;
     b->failed += (size_t)failed;
@@ -6023,31 +6026,26 @@ static int shared_pass(batch *b)
 }
 
 /* ---- the whole ---- */
-/* Puts a line into a free place, which stays free where nothing is left to do. */
-static int begin_line(batch *b, batch_slot *s, const char *text, size_t n)
-{
-    size_t rest = n;
-    trim(text, &rest);
-    if (!rest)
-        return DONE;
-    clear_slot(b, s);
-    int read = take_line(b, s, text, n);
-    b->skipped += read < 0;
-    s->busy = read == DONE;
-    b->n_busy += (size_t)s->busy;
-    return read > 0 ? end_line(b, s, read) : DONE;
-}
-
 /* Gives lines to the places that are free. */
 static int fill_slots(batch *b)
 {
-    size_t n;
     for (batch_slot *s = b->slots; s < b->slots + b->n_slots; s++)
         while (!s->busy && !stop_asked) {
+            size_t n, rest;
             const char *text = next_line(&b->in, b->n_busy == 0, &n);
-            int status = text ? begin_line(b, s, text, n) : DONE;
-            if (!text || status != DONE)
-                return status;
+            if (!text)
+                return DONE;
+            rest = n;
+            trim(text, &rest);
+            if (!rest)
+                continue;
+            clear_slot(b, s);
+            int status = take_line(b, s, text, n);
+            b->skipped += status < 0;
+            s->busy = status == DONE;
+            b->n_busy += (size_t)s->busy;
+            if (status > 0 && end_line(b, s, status) != DONE)
+                return FAILED;
         }
     return DONE;
 }
@@ -6106,6 +6104,7 @@ static int keep_result(batch *b, const char *text, size_t n, int *stays)
         return fail(USAGE, "%s holds something else than results; give another file with "
                     "--output", b->p->opts->results);
     *stays = made && known->state == NEW;
+    b->n_kept += (size_t)*stays;
     if (*stays)
         known->state = HAS_RESULT;
     if (*stays && seed)
@@ -6156,6 +6155,9 @@ static int recall_seed(batch *b)
     const char *text;
     size_t n;
     int found = 0, status = DONE;
+    if (!b->in.file || is_special(b->p->opts->subject))
+        return fail(USAGE, "%s holds results of an earlier run: give its seed with --seed, for "
+                    "this input can be read only once", b->p->opts->results);
     while (!found && status != FAILED && (text = next_line(&b->in, 1, &n)) != NULL) {
         line_id *known;
         status = identify(b, s, text, n, &known);
@@ -6224,7 +6226,8 @@ static int open_slots(batch *b)
         batch_slot *s = b->slots + i;
         s->p = (program){.opts = &s->opts, .model = p->model, .config = p->config, .silent = 1,
                          .out = {.memory = &b->line}, .logits = malloc((size_t)logits)};
-        if (!s->p.logits || !extend(&s->id, 64, 1))
+        s->piece = malloc((size_t)p->config->max_piece_bytes + 1);
+        if (!s->p.logits || !s->piece || !extend(&s->id, 64, 1))
             return out_of_memory();
     }
     return b->slots ? DONE : out_of_memory();
@@ -6233,21 +6236,21 @@ static int open_slots(batch *b)
 static void close_batch(batch *b)
 {
     for (batch_slot *s = b->slots; s && s < b->slots + b->n_slots; s++) {
-        gemma2_session_free(s->p.session);
-        free(s->p.logits);
-        close_constraint(&s->held);
+        s->p.constraint = s->held;
+        close_program(&s->p);
         json_free(&s->said);
-        array *const arrays[] = {&s->p.ids, &s->p.reply.text, &s->p.reply.logprobs,
-                                 &s->p.reply.ends, &s->stops, &s->messages, &s->id, &s->choices,
-                                 &s->token, &s->gbnf, &s->p.reply.tops, &s->p.reply.choices};
-        for (size_t i = 0; i < sizeof arrays / sizeof *arrays; i++)
-            free(arrays[i]->items);
+        void *const all[] = {s->stops.items, s->choices.items, s->messages.items, s->id.items,
+                             s->gbnf.items, s->piece};
+        free_all(all, sizeof all / sizeof *all);
     }
     gemma2_worker_free(b->worker);
-    void *const rest[] = {b->slots, b->in.bytes.items, b->line.items, b->names.items,
-                          b->gbnf.items, b->ids.items, b->first_ids};
-    for (size_t i = 0; i < sizeof rest / sizeof *rest; i++)
-        free(rest[i]);
+    for (size_t i = 0; b->ids && i < N_HASHES; i++)
+        for (line_id *id = b->ids[i], *next; id; id = next) {
+            next = id->next;
+            free(id);
+        }
+    void *const rest[] = {b->slots, b->ids, b->in.bytes.items, b->line.items, b->gbnf.items};
+    free_all(rest, sizeof rest / sizeof *rest);
     if (b->in.file)
         fclose(b->in.file);
     if (b->out && b->out != stdout)
@@ -6261,12 +6264,12 @@ static int answer_lines(program *p)
                                 which_word(exact, p->config->isa) >= 0};
     p->seed = p->opts->seed_given ? p->opts->seed : random_seed();
     overheard = b.error;
-    b.first_ids = calloc(N_HASHES, sizeof *b.first_ids);
-    int status = b.first_ids ? load_constraint(p, &b.gbnf) : out_of_memory();
+    b.ids = calloc(N_HASHES, sizeof *b.ids);
+    int status = b.ids ? load_constraint(p, &b.gbnf) : out_of_memory();
     status = status ? status : open_lines(&b);
     status = status ? status : open_slots(&b);
     status = status ? status : open_results(&b);
-    if (status == DONE && !p->opts->seed_given && b.ids.n && b.in.size)
+    if (status == DONE && !p->opts->seed_given && b.n_kept)
         status = recall_seed(&b);
     if (status == DONE) {
         patience = PATIENCE;
@@ -6533,21 +6536,10 @@ int main(int argc, char **argv)
     status = finish_output(&p.out, status);
 
     interruptible = NULL;
-    gemma2_ahead_free(p.ahead);
-    gemma2_session_free(p.draft), gemma2_close(p.draft_model);
-    gemma2_session_free(p.session);
-    close_constraint(&p.constraint);
+    close_program(&p);
     gemma2_close(p.model);
-    free(p.logits);
-    void *const rest[] = {
-        p.turns.items, p.first.ids.items, p.later.ids.items, p.attached.items,
-        p.editor.text.items, p.editor.screen.items,
-        p.editor.history.items, p.editor.draft.items, p.system, p.prompt.items, p.echo.items,
-        p.ids.items, p.reply.text.items, p.reply.logprobs.items, p.reply.tops.items,
-        p.reply.ends.items, p.reply.choices.items, opts.stops, opts.choices, opts.biases,
-        opts.given};
-    for (size_t i = 0; i < sizeof rest / sizeof *rest; i++)
-        free(rest[i]);
+    void *const rest[] = {opts.stops, opts.choices, opts.biases, opts.given};
+    free_all(rest, sizeof rest / sizeof *rest);
     return status == INTERRUPTED && ended_by ? 128 + ended_by : status;
 }
 

@@ -313,9 +313,13 @@ static void add_turns(program *p, int from)
 {
     static const char *const texts[] = {"one", "", "three"};
     p->ids.n = p->turns.n = 0;
-    for (int i = from; i < 3; i++)
-        check(add_turn(p, texts[i], strlen(texts[i])) == DONE &&
-              (i == 1 || push_id(p, 50 + i) == DONE), "turn %d", i);
+    for (int i = from; i < 3; i++) {
+        size_t start = p->ids.n;
+        exchange *t = extend(&p->turns, 1, sizeof *t);
+        check(t && push_turn(p, texts[i], strlen(texts[i]), start == 0) == DONE, "turn %d", i);
+        *t = (exchange){start, p->ids.n};
+        check(i == 1 || push_id(p, 50 + i) == DONE, "the reply to turn %d", i);
+    }
 }
 
 /* Turns are found by their ids and told anew with another system text, whatever the template. */

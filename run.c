@@ -1387,8 +1387,7 @@ static void json_free(json *j)
 {
     free(j->text);
     free(j->nodes.items);
-    j->text = NULL;
-    j->nodes = (array){0};
+    *j = (json){.at = j->at, .why = j->why};
 }
 
 /* Reads a text that is one value.  Returns 1, or 0 with why and at.  Either way json_free is to
@@ -2912,6 +2911,13 @@ static int push_prompt(program *p, const char *text, size_t n)
         return push_turn(p, text, n, p->ids.n == 0);
     int status = p->config->bos >= 0 && !p->ids.n ? push_id(p, p->config->bos) : DONE;
     return status ? status : push_text(p, text, n, 0);
+}
+
+static int refuse_length(size_t n, size_t context)
+{
+    return n ? fail(USAGE, "the prompt has %zu tokens and the context holds %zu; shorten it or "
+                    "raise --context", n, context)
+             : fail(USAGE, "the prompt has no tokens to go on from");
 }
 
 static int load_prompt(program *p)
@@ -5310,7 +5316,7 @@ typedef struct {
     program p;
     options opts;
     json said;                      /* the line */
-    const json_node *model, *limit; /* values of its keys, or NULL; what constrains the reply */
+    const json_node *limit;         /* the value of its key that constrains the reply, or NULL */
     array stops, choices, messages; /* what it says */
     array id, gbnf;                 /* char: its id, as JSON; what is held */
     constraint held;
@@ -5327,6 +5333,7 @@ typedef struct {
 typedef struct {
     program *p;
     gemma2_worker *worker;
+    gemma2_session_params session;
     batch_slot *slots;
     size_t n_slots, n_busy;
     line_input in;
@@ -5555,29 +5562,23 @@ static int take_logprobs(batch_slot *s, const json *j, const json_node *value, c
         ? DONE : fail(USAGE, "\"%s\" must be true or false", key);
 }
 
-/* Keys that leave no choice: a line has one reply, whole and without its prompt. */
-static int take_fixed(batch_slot *s, const json *j, const json_node *value, const char *key)
-{
-    const char *must = in_words(" n best_of ", key) ? "1" : "false";
-    (void)s;
-    return value->kind < JSON_STRING && strcmp(j->text + value->start, must) == 0
-        ? DONE : fail(USAGE, "\"%s\" must be %s in a batch", key, must);
-}
-
 #define NUMBERS " max_tokens temperature top_k top_p min_p seed presence_penalty " \
     "frequency_penalty repetition_penalty stop "
 
-/* The keys of our form and of OpenAI's; NULL: read elsewhere, or without meaning here. */
+/* The keys of our form and of OpenAI's.  Some leave no choice, for a line has one reply, whole and
+ * without its prompt; those in the last row are read elsewhere, or have no meaning here. */
 static const struct {
     const char *ours, *openai;
     int (*take)(batch_slot *, const json *, const json_node *, const char *);
+    const char *must; /* the only value, as JSON, or NULL */
 } MEMBERS[] = {
-    {NUMBERS, NUMBERS "max_completion_tokens top_logprobs ", take_values},
-    {" messages ", " messages ", take_messages},
-    {" schema choices ", " response_format ", take_limit},
-    {"", " logprobs ", take_logprobs},
-    {"", " stream echo n best_of ", take_fixed},
-    {" id prompt ", " prompt model user metadata store service_tier ", NULL},
+    {NUMBERS, NUMBERS "max_completion_tokens top_logprobs ", take_values, NULL},
+    {" messages ", " messages ", take_messages, NULL},
+    {" schema choices ", " response_format ", take_limit, NULL},
+    {"", " logprobs ", take_logprobs, NULL},
+    {"", " stream echo ", NULL, "false"},
+    {"", " n best_of ", NULL, "1"},
+    {" id prompt ", " prompt model user metadata store service_tier ", NULL, NULL},
 };
 
 static int take_member(batch_slot *s, const json *j, const char *key, const json_node *value)
@@ -5589,6 +5590,9 @@ static int take_member(batch_slot *s, const json *j, const char *key, const json
         return DONE;
     if (i == n)
         return fail(USAGE, "there is no key \"%s\" here", key);
+    const char *must = MEMBERS[i].must;
+    if (must && (value->kind > JSON_NUMBER || strcmp(j->text + value->start, must) != 0))
+        return fail(USAGE, "\"%s\" must be %s in a batch", key, must);
     return MEMBERS[i].take ? MEMBERS[i].take(s, j, value, key) : DONE;
 }
 
@@ -5605,7 +5609,6 @@ static int read_wrapping(batch_slot *s, const json *j, const json_node *body)
         return fail(USAGE, "\"url\" must be /v1/chat/completions or /v1/completions");
     if (!json_get(j, body, needed))
         return fail(USAGE, "\"body\" must hold \"%s\"", needed);
-    s->model = json_get(j, body, "model");
     s->opts.json = s->opts.n_top = 0; /* they are asked for by keys */
     return DONE;
 }
@@ -5624,6 +5627,7 @@ static int read_request(batch_slot *s, const json *j)
     if (request->kind != JSON_OBJECT)
         return fail(USAGE, "the line must be an object");
     const json_node *prompt = json_get(j, request, "prompt"), *key = request + 1;
+    prompt = prompt && prompt->kind == JSON_NULL ? NULL : prompt;
     for (size_t i = 0; status == DONE && i < request->n; i++, key = json_next(j, key + 1))
         status = take_member(s, j, json_text(j, key, &n), key + 1);
     if (status != DONE)
@@ -5682,31 +5686,17 @@ static int limit_reply(batch *b, batch_slot *s)
     return ok ? DONE : fail(USAGE, "\"%s\": %s", key, err);
 }
 
-/* A session with room for the reply, at most the run's context. */
+/* A place has its session from its first line on, with the run's context: memory that no line
+ * reaches is never touched. */
 static int fit_session(batch *b, batch_slot *s)
 {
     char err[256];
-    const options *opts = b->p->opts;
-    gemma2_session_params params = opts->session;
-    size_t context = (size_t)(params.n_context ? params.n_context : b->p->config->n_context);
-    size_t n = s->p.ids.n, most = s->opts.max_tokens < 0 ? context : (size_t)s->opts.max_tokens;
-    if (n == 0)
-        return fail(USAGE, "the prompt has no tokens to go on from");
-    if (n > context)
-        return fail(USAGE, "the prompt has %zu tokens and the context holds %zu; shorten it or "
-                    "raise --context", n, context);
-    for (size_t i = 0; s->opts.json && i < s->opts.n_choices; i++) /* all are weighed */
-        if (strlen(s->opts.choices[i]) > most)
-            most = strlen(s->opts.choices[i]);
-    size_t need = most < context - n ? n + most : context;
-    if (s->p.session && (size_t)gemma2_context(s->p.session) >= need)
-        return DONE;
-    params.n_context = (int32_t)(need < context / 2 ? 2 * need : context);
-    params.worker = b->worker;
-    gemma2_session_free(s->p.session);
-    s->pure = 0;
-    s->p.session = gemma2_session_new(b->p->model, &params, err, sizeof err);
-    return s->p.session ? DONE : fail(FAILED, "%s", err);
+    if (!s->p.session)
+        s->p.session = gemma2_session_new(b->p->model, &b->session, err, sizeof err);
+    if (!s->p.session)
+        return fail(FAILED, "%s", err);
+    size_t n = s->p.ids.n, context = (size_t)gemma2_context(s->p.session);
+    return n == 0 || n > context ? refuse_length(n, context) : DONE;
 }
 
 /* Empties a place for the next line; its session stays as it is. */
@@ -5716,7 +5706,7 @@ static void clear_slot(batch *b, batch_slot *s)
     s->opts = *b->p->opts;
     s->opts.seed = b->p->seed;
     s->opts.seed_given = 1;
-    s->model = s->limit = NULL;
+    s->limit = NULL;
     s->p.constraint = (constraint){0};
     s->p.ids.n = s->messages.n = 0;
     s->begun = s->ready = s->openai = 0;
@@ -5743,9 +5733,8 @@ static int take_line(batch *b, batch_slot *s, const char *text, size_t n)
     return status;
 }
 
-/* ---- results: their forms, where ' is a quotation mark, @ with a letter what put_field puts, and
- * what stands between @< and @> comes for every token of the reply.  The same line gives the same
- * bytes: that is why "created" is 0. ---- */
+/* ---- results: their forms, where ' is a quotation mark and @ with a letter what put_field puts.
+ * The same line gives the same bytes: that is why "created" is 0. ---- */
 
 #define USED "'usage': {'prompt_tokens': @p, 'completion_tokens': @c"
 #define OPENAI(status, body) "{'id': 'batch_req_@I', 'custom_id': '@I', 'response': " \
@@ -5763,15 +5752,14 @@ static const char *const RESULT[2][3] = {
     {"{'id': @i, 'error': {'message': @e}}\n", REFUSED, REFUSED},
 };
 static const char *const LOGPROBS[2] = {
-    "{'tokens': [@<@k@>], 'token_logprobs': [@<@g@>], 'top_logprobs': [@<{@o}@>], "
-    "'text_offset': [@<@x@>]}",
-    "{'content': [@<" TOKEN ", 'top_logprobs': [@o]}@>]}",
+    "{'tokens': [@K], 'token_logprobs': [@G], 'top_logprobs': [@O], 'text_offset': [@X]}",
+    "{'content': [@C]}",
 };
-static const char *const OTHER[2] = {"@k: @g", TOKEN "}"};
 
-static void put_form(batch_slot *s, const char *form, const char *end);
+static void put_form(batch_slot *s, const char *form);
 
-static void put_tokens(batch_slot *s, const char *form, const char *end)
+/* Puts a form for every token of the reply. */
+static void put_tokens(batch_slot *s, const char *form)
 {
     const reply *r = &s->p.reply;
     const int32_t *ids = (const int32_t *)s->p.ids.items + s->p.ids.n - r->n_ids;
@@ -5780,7 +5768,7 @@ static void put_tokens(batch_slot *s, const char *form, const char *end)
     for (size_t at = 0, i = s->shown = 0; i < r->logprobs.n; i = ++s->shown) {
         put_format(&s->p.out, i ? ", " : "");
         s->token = (gemma2_candidate){ids[i], ((const float *)r->logprobs.items)[i]};
-        put_form(s, form, end);
+        put_form(s, form);
         for (; at < ((const size_t *)r->ends.items)[i] && at < r->text.n; at++)
             s->offset += !is_inside_char(text[at]);
     }
@@ -5790,19 +5778,15 @@ static void put_tokens(batch_slot *s, const char *form, const char *end)
 static void put_others(batch_slot *s)
 {
     const gemma2_candidate chosen = s->token, *tops = s->p.reply.tops.items;
-    const char *form = OTHER[s->opts.chat];
     size_t n = count_top(&s->p);
     int found = s->opts.chat;
-    for (size_t k = 0; k < n; k++) {
+    for (size_t k = 0; k < n + !found; k++) {
         put_format(&s->p.out, k ? ", " : "");
-        s->token = tops[s->shown * n + k];
-        put_form(s, form, form + strlen(form));
+        s->token = k < n ? tops[s->shown * n + k] : chosen;
+        put_form(s, s->opts.chat ? TOKEN "}" : "@k: @g");
         found |= s->token.id == chosen.id;
     }
     s->token = chosen;
-    put_format(&s->p.out, !found && n ? ", " : "");
-    if (!found)
-        put_form(s, form, form + strlen(form));
 }
 
 /* A token's text as OpenAI has it, or its bytes: a byte that is no text by itself is called
@@ -5830,8 +5814,9 @@ static void put_field(batch_slot *s, char what)
     output *out = &s->p.out;
     int is_cut = r->finish == AT_LENGTH || r->finish == AT_CONTEXT;
     size_t n;
-    const char *id = s->id.items, *model = json_text(&s->said, s->model, &n);
-    const char *logprobs = s->opts.json ? LOGPROBS[s->opts.chat] : "null";
+    const json_node *body = json_get(&s->said, s->said.nodes.items, "body");
+    const char *model = json_text(&s->said, json_get(&s->said, body, "model"), &n);
+    const char *id = s->id.items;
     switch (what) {
     case 'i': put_bytes(out, id, s->id.n); break;
     case 'I': put_bytes(out, id + 1, s->id.n - 2); break;
@@ -5844,7 +5829,12 @@ static void put_field(batch_slot *s, char what)
     case 'p': put_format(out, "%zu", s->p.ids.n - r->n_ids); break;
     case 'c': put_format(out, "%zu", r->n_ids); break;
     case 'a': put_format(out, "%zu", s->p.ids.n); break;
-    case 'l': put_form(s, logprobs, logprobs + strlen(logprobs)); break;
+    case 'l': put_form(s, s->opts.json ? LOGPROBS[s->opts.chat] : "null"); break;
+    case 'K': put_tokens(s, "@k"); break;
+    case 'G': put_tokens(s, "@g"); break;
+    case 'O': put_tokens(s, "{@o}"); break;
+    case 'X': put_tokens(s, "@x"); break;
+    case 'C': put_tokens(s, TOKEN ", 'top_logprobs': [@o]}"); break;
     case 'k': put_token(s, 0); break;
     case 'b': put_token(s, 1); break;
     case 'g': put_format(out, "%.9g", (double)s->token.logprob); break;
@@ -5857,18 +5847,13 @@ static void put_field(batch_slot *s, char what)
     }
 }
 
-static void put_form(batch_slot *s, const char *form, const char *end)
+static void put_form(batch_slot *s, const char *form)
 {
-    for (; form < end; form++)
-        if (*form != '@') {
+    for (; *form; form++)
+        if (*form == '@')
+            put_field(s, *++form);
+        else
             put_bytes(&s->p.out, *form == '\'' ? "\"" : form, 1);
-        } else if (*++form == '<') {
-            const char *inside = form + 1;
-            form = strstr(inside, "@>") + 1;
-            put_tokens(s, inside, form - 1);
-        } else {
-            put_field(s, *form);
-        }
 }
 
 /* Writes a line's result, or after a failure its sentence, and frees its place. */
@@ -5876,9 +5861,8 @@ static int end_line(batch *b, batch_slot *s, int status)
 {
     output *line = &s->p.out;
     int failed = status != DONE, openai = s->openai && *(char *)s->id.items == '"';
-    const char *form = RESULT[failed][openai ? 1 + s->opts.chat : 0];
     b->line.n = 0;
-    put_form(s, form, form + strlen(form));
+    put_form(s, RESULT[failed][openai ? 1 + s->opts.chat : 0]);
     b->n_busy -= (size_t)s->busy;
     s->busy = 0;
     b->failed += (size_t)failed;
@@ -5949,39 +5933,34 @@ static int share_beginning(batch *b, batch_slot *s)
     return 1;
 }
 
-/* The line's next n ids join the pass. */
-static void add_rows(batch *b, batch_slot *s, size_t n)
-{
-    size_t at = (size_t)gemma2_position(s->p.session);
-    s->first_row = b->n_rows;
-    s->n_rows = n;
-    for (size_t i = 0; i < n; i++, at++)
-        b->rows[b->n_rows++] = (gemma2_row){.session = s->p.session, .prefill = !s->ready,
-                                            .id = ((int32_t *)s->p.ids.items)[at],
-                                            .logits = at + 1 < s->p.ids.n ? NULL : s->p.logits};
-}
-
-/* Up to a piece's worth of prompts joins the pass, the earliest line first, so that it has what
- * later ones begin with, too. */
-static void add_prompts(batch *b)
+/* A token of each reply joins the pass, and up to a piece's worth of prompts, the earliest line
+ * first, so that it has what later ones begin with, too. */
+static void add_lines(batch *b)
 {
     size_t room = PREFILL_PIECE, last = 0;
-    for (batch_slot *first; room; last = first->number) {
-        first = NULL;
-        for (batch_slot *s = b->slots; s < b->slots + b->n_slots; s++)
-            if (s->busy && !s->ready && s->number > last && (!first || s->number < first->number))
-                first = s;
-        if (!first)
-            break;
-        if (!first->begun && !share_beginning(b, first))
+    for (batch_slot *s;; last = s->number) {
+        s = NULL;
+        for (batch_slot *o = b->slots; o < b->slots + b->n_slots; o++)
+            if (o->busy && o->number > last && (!s || o->number < s->number))
+                s = o;
+        if (!s)
+            return;
+        s->n_rows = 0;
+        if (!s->begun && (!room || !share_beginning(b, s)))
             continue;
-        size_t left = first->p.ids.n - (size_t)gemma2_position(first->p.session);
-        size_t piece = b->exact ? room : PREFILL_PIECE;
-        piece = left < piece ? left : piece;
-        if (piece > room)
-            break;
-        add_rows(b, first, piece);
-        room -= piece;
+        size_t left = s->p.ids.n - (size_t)gemma2_position(s->p.session);
+        size_t most = s->ready ? 1 : b->exact ? room : PREFILL_PIECE;
+        size_t piece = left < most ? left : most;
+        if (!s->ready && piece > room)
+            continue;
+        room -= s->ready ? 0 : piece;
+        s->first_row = b->n_rows;
+        s->n_rows = piece;
+        for (size_t at = s->p.ids.n - left; piece; piece--, at++)
+            b->rows[b->n_rows++] = (gemma2_row){
+                .session = s->p.session, .prefill = !s->ready,
+                .id = ((int32_t *)s->p.ids.items)[at],
+                .logits = at + 1 < s->p.ids.n ? NULL : s->p.logits};
     }
 }
 
@@ -6007,12 +5986,7 @@ static int shared_pass(batch *b)
 {
     int status = DONE;
     b->n_rows = 0;
-    for (batch_slot *s = b->slots; s < b->slots + b->n_slots; s++) {
-        s->n_rows = 0;
-        if (s->busy && s->ready)
-            add_rows(b, s, 1);
-    }
-    add_prompts(b);
+    add_lines(b);
     if (!b->n_rows)
         return DONE;
     if (b->rows[0].session == b->rows[b->n_rows - 1].session)
@@ -6020,12 +5994,13 @@ static int shared_pass(batch *b)
     gemma2_eval_rows(b->rows, b->n_rows);
     interruptible = NULL;
     for (batch_slot *s = b->slots; s < b->slots + b->n_slots && status == DONE && !stop_asked; s++)
-        if (s->n_rows)
+        if (s->busy && s->n_rows)
             status = take_rows(b, s);
     return status;
 }
 
 /* ---- the whole ---- */
+
 /* Gives lines to the places that are free. */
 static int fill_slots(batch *b)
 {
@@ -6050,17 +6025,6 @@ static int fill_slots(batch *b)
     return DONE;
 }
 
-static void show_batch(batch *b)
-{
-    double time = seconds() - b->began;
-    char left[40] = "";
-    if (b->in.size > b->in.taken && b->in.taken)
-        snprintf(left, sizeof left, ", %.0f s left",
-                 time * ((double)b->in.size / (double)b->in.taken - 1));
-    show_progress(b->p, "%zu done, %zu failed, %.1f tok/s%s", b->done + b->skipped, b->failed,
-                  rate(b->reply_tokens, time), left);
-}
-
 /* FAILED if the lines could not be read to their end. */
 static int check_reading(const batch *b)
 {
@@ -6070,6 +6034,7 @@ static int check_reading(const batch *b)
 
 static int run_batch(batch *b)
 {
+    const line_input *in = &b->in;
     int status = DONE;
     double shown = b->began;
     while (status == DONE && !stop_asked) {
@@ -6078,10 +6043,16 @@ static int run_batch(batch *b)
             return check_reading(b);
         if (status == DONE && !stop_asked)
             status = shared_pass(b);
-        if (seconds() - shown > 0.5) {
-            shown = seconds();
-            show_batch(b);
-        }
+        double time = seconds() - b->began;
+        if (b->began + time - shown < 0.5)
+            continue;
+        shown = b->began + time;
+        char left[40] = "";
+        if (in->size > in->taken && in->taken)
+            snprintf(left, sizeof left, ", %.0f s left",
+                     time * ((double)in->size / (double)in->taken - 1));
+        show_progress(b->p, "%zu done, %zu failed, %.1f tok/s%s", b->done + b->skipped, b->failed,
+                      rate(b->reply_tokens, time), left);
     }
     return status;
 }
@@ -6181,11 +6152,10 @@ static int open_lines(batch *b)
     b->in.file = open_path(path, "rb");
     if (!b->in.file)
         return fail(FAILED, "cannot open %s: %s", path, strerror(errno));
-    if (!is_special(path) && fseek(b->in.file, 0, SEEK_END) == 0) {
-        long size = ftell(b->in.file);
-        b->in.size = size > 0 ? (uint64_t)size : 0;
-        rewind(b->in.file);
-    }
+    fseek(b->in.file, 0, SEEK_END); /* a pipe stays where it is */
+    long size = ftell(b->in.file);
+    b->in.size = size > 0 ? (uint64_t)size : 0;
+    rewind(b->in.file);
     return DONE;
 }
 
@@ -6197,22 +6167,22 @@ static int open_slots(batch *b)
     program *p = b->p;
     const options *opts = p->opts;
     gemma2_worker_params worker;
-    gemma2_session_params params = opts->session;
     gemma2_plan plan, threads;
     gemma2_worker_params_init(&worker);
-    worker.n_threads = params.n_threads;
-    worker.n_context = params.n_context;
+    worker.n_threads = opts->session.n_threads;
+    worker.n_context = opts->session.n_context;
     b->n_slots = opts->parallel ? (size_t)opts->parallel : 16;
     worker.n_batch = PREFILL_PIECE + (int32_t)b->n_slots;
     b->worker = gemma2_worker_new(p->model, &worker, err, sizeof err);
     if (!b->worker)
         return fail(FAILED, "%s", err);
-    params.worker = b->worker;
+    b->session = opts->session;
+    b->session.worker = b->worker;
     int code = gemma2_worker_plan(p->model, &worker, &threads);
     if (code == GEMMA2_OK)
-        code = gemma2_session_plan(p->model, &params, &plan);
+        code = gemma2_session_plan(p->model, &b->session, &plan);
     if (code < 0)
-        return plan_failed(params.n_context, code);
+        return plan_failed(worker.n_context, code);
     uint64_t logits = 4 * (uint64_t)p->config->n_vocab, one = plan.total + logits;
     while (!opts->parallel && b->n_slots > 1 && b->n_slots * one > memory_bytes() / 2)
         b->n_slots--;
@@ -6220,7 +6190,7 @@ static int open_slots(batch *b)
     format_bytes(all, b->n_slots * one + threads.total);
     if (!opts->quiet)
         remark("batch: at most %zu sessions of up to %" PRId32 " tokens, %s each, %s in all",
-               b->n_slots, params.n_context ? params.n_context : p->config->n_context, each, all);
+               b->n_slots, worker.n_context ? worker.n_context : p->config->n_context, each, all);
     b->slots = calloc(b->n_slots, sizeof *b->slots);
     for (size_t i = 0; b->slots && i < b->n_slots; i++) {
         batch_slot *s = b->slots + i;
@@ -6426,14 +6396,11 @@ static int open_prompt(program *p)
         return status;
     int32_t context = gemma2_context(p->session);
     const kind *seems = kind_of(p->prompt.items, p->prompt.n);
-    if (p->ids.n == 0)
-        return fail(USAGE, "the prompt has no tokens to go on from");
     if (p->ids.n > (size_t)context && !seems->is_text)
         return fail(USAGE, "%s seems to be %s, not text, and is longer than the context of %" PRId32
                     " tokens", prompt_name(p->opts), seems->what, context);
-    if (p->ids.n > (size_t)context)
-        return fail(USAGE, "the prompt has %zu tokens and the context holds %" PRId32
-                           "; shorten it or raise --context", p->ids.n, context);
+    if (p->ids.n == 0 || p->ids.n > (size_t)context)
+        return refuse_length(p->ids.n, (size_t)context);
     warn_of_prompt(p);
     if (p->opts->mode == REWARD && !p->config->n_scores)
         return fail(USAGE, "--reward: this model has no head for scores; it is no reward model");

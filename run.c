@@ -3817,6 +3817,8 @@ static uint32_t take_byte(editor *e, char c)
     s[n++] = c;
     int introduced = n > 1 && (s[1] == '[' || s[1] == 'O'), odd = n == 3 && c == '[';
     int is_part = n == 1 || (introduced && (n == 2 || (unsigned char)c < 0x40 || odd));
+    if (n > 1 && !e->in_paste && memchr("]P_^", s[1], 4)) /* an answer of the terminal, to BEL */
+        n = 2, is_part = c != '\a';
     e->n_sequence = is_part && n < sizeof e->sequence ? n : 0;
     uint32_t key = e->n_sequence ? NO_KEY : key_of(s + 1, n - 1);
     if (e->n_sequence || !e->in_paste || key == PASTED)
@@ -3957,7 +3959,7 @@ static int wait_for_typed(editor *e, int *asked)
         begin_text(e);
     } else if (got < 0 && reason != EINTR)
         status = fail(FAILED, "cannot read standard input: %s", strerror(reason));
-    else if (got < 0 && e->n_sequence == 1 && !e->in_paste) /* the key ESC itself */
+    else if (got < 0 && !e->in_paste) /* the key ESC itself */
         e->n_sequence = 0;
     *asked = stopped || (*asked && got < 0);
     return status;
@@ -4285,7 +4287,7 @@ static int attach(program *p)
 static int set_system(program *p)
 {
     char err[512];
-    const char *text = p->rest;
+    const char *text = strcmp(p->rest, "-") == 0 ? "" : p->rest;
     gemma2_message turn[2] = {{GEMMA2_ROLE_SYSTEM, text, -1}, {GEMMA2_ROLE_USER, "x", 1}};
     size_t before = p->first.before;
     exchange *turns = p->turns.items;
@@ -4398,7 +4400,7 @@ static int edit(program *p)
 {
     char base[SENTENCE / 2], name[SENTENCE];
     const char *folder = getenv("TMPDIR");
-    array *text = &p->editor.text;
+    editor *e = &p->editor;
     folder = folder ? folder : getenv("TEMP");
     snprintf(base, sizeof base, "%s/gemma2-message", folder ? folder : "/tmp");
     FILE *file = open_beside(base, name, sizeof name);
@@ -4408,18 +4410,26 @@ static int edit(program *p)
     written &= fclose(file) == 0;
     terminal_restore();
     int failed = !written || edit_file(name);
-    p->editor.raw = p->editor.raw && terminal_raw();
-    text->n = 0;
+    e->raw = e->raw && terminal_raw();
+    p->prompt.n = 0;
     if (failed)
         fail(FAILED, "the editor failed, so nothing is sent; $EDITOR names another");
-    else if (read_path(name, text) != DONE)
-        text->n = 0;
+    else if (read_path(name, &p->prompt) != DONE)
+        p->prompt.n = 0;
     remove_path(name);
-    const char *message = trim(text->items, &text->n);
-    if (text->n)
-        fprintf(stderr, "> (%zu bytes)\n", text->n);
-    int status = keep_in_history(p, message, text->n);
-    return text->n && status == DONE ? answer(p, message, text->n) : status;
+    size_t n = p->prompt.n;
+    const char *message = trim(p->prompt.items, &n);
+    if (n == 0)
+        return DONE;
+    begin_text(e);
+    insert(e, message, n);
+    if (e->raw)
+        leave_text(e);
+    else
+        put_format(&e->out, "(%zu bytes)\n", n);
+    flush_screen(e);
+    int status = keep_in_history(p, message, n);
+    return status ? status : answer(p, message, n);
 }
 
 static int help(program *p);
@@ -4434,7 +4444,7 @@ static const struct {
     {"regen", "", "draw the last reply anew", regenerate},
     {"edit", "[TEXT]", "write a message in $EDITOR", edit},
     {"read", "FILE", "put a file's text before the next message", attach},
-    {"system", "[TEXT]", "other instructions, from the first message on", set_system},
+    {"system", "TEXT or -", "other instructions, or none, from the first message on", set_system},
     {"set", "NAME VALUE", "change temperature, top-k, seed, max-tokens and others", set},
     {"show", "", "these settings, turns and tokens", show},
     {"save", "FILE", "keep the conversation in a file", save},
@@ -4453,8 +4463,8 @@ static int help(program *p)
         if (COMMANDS[i].help)
             fprintf(stderr, "  /%s %-*s%s\n", COMMANDS[i].name, 18 - (int)strlen(COMMANDS[i].name),
                     COMMANDS[i].argument, COMMANDS[i].help);
-    fputs("A message of several lines: Alt-Enter, a \\ at the end of a line, or \"\"\" around "
-          "them;\na pasted text is one message.  //x says /x.  Ctrl-C stops a reply.\n", stderr);
+    fputs("A message of several lines: Alt-Enter, a \\ at the end of a line, or \"\"\" around\n"
+          "them; a pasted text is one message.  //x says /x.  Ctrl-C stops a reply.\n", stderr);
     return DONE;
 }
 
@@ -4491,8 +4501,8 @@ static int converse(program *p)
     if (status != DONE)
         return status;
     if (!p->opts->quiet)
-        fprintf(stderr, "/help shows the commands, /exit or Ctrl-D leaves, Ctrl-C stops a reply; a "
-                        "pasted text is one\nmessage.\n");
+        fprintf(stderr, "/help shows the commands, /exit or Ctrl-D leaves, Ctrl-C stops a reply; a\n"
+                        "pasted text is one message.\n");
     if (!p->opts->quiet && p->sampler.temperature > 0)
         fprintf(stderr, "seed %" PRIu64 "\n", p->seed);
     status = learn_frames(p);
@@ -4502,7 +4512,7 @@ static int converse(program *p)
         show_where(p, p->opts->kept ? p->opts->kept : p->opts->loaded);
     while (status == DONE && !p->out.error && !p->leaves) {
         status = read_message(p);
-        if (p->leaves || status == INTERRUPTED)
+        if ((p->leaves || status == INTERRUPTED) && !p->editor.raw)
             fputc('\n', stderr);
         if (p->leaves || status != DONE)
             break;
@@ -6695,7 +6705,8 @@ static int terminal_raw(void)
         return 0;
     keys = lines;
     keys.c_lflag &= ~(tcflag_t)(ICANON | ECHO | IEXTEN);
-    keys.c_iflag &= ~(tcflag_t)ICRNL;
+    keys.c_lflag |= NOFLSH; /* Ctrl-C takes back nothing that was typed */
+    keys.c_iflag &= ~(tcflag_t)(ICRNL | IXON);
     keys.c_cc[VMIN] = 1;
     keys.c_cc[VTIME] = 0;
     suspend.sa_handler = on_suspend;

@@ -411,6 +411,9 @@ static const typing KEYS[] = { /* on 20 columns and 6 rows */
     {"Ctrl-K", "abc def\001\006\006\006\013", "> abc", 0, 5, "abc"},
     {"Ctrl-U", "abc def\002\002\002\025", "> def", 0, 2, "def"},
     {"Ctrl-W", "abc def \027", "> abc", 0, 6, "abc "},
+    {"answers of a terminal", "a\033]11;rgb:0/0/0\007b\033P1$r0m\033\\c", "> abc", 0, 5,
+     "abc"},
+    {"Ctrl-S", "a\023b", "> ab", 0, 4, "ab"},
     {"words", "abc def\033[1;5DX\033b\033bY\033fZ", "> YabcZ Xdef", 0, 7, "YabcZ Xdef"},
     {"keys that are not known", "a\033[15~\033[1;2Pb\033Oq\033[[Ac\033xd", "> abcd", 0, 6,
      "abcd"},
@@ -501,7 +504,8 @@ static void test_keys(void)
         test_typing(&NARROW[i]);
     resize(2, 5), type("\014ab"), has("2 columns", "ab"), type("\r"), has("2 columns", "ok");
     resize(20, 6), asks_behind("from 2 columns to 20", "ok");
-    type("\004"), ends("Ctrl-D", 0);
+    type("\014"), shows("Ctrl-L", ">", 0, 2), type("\004"), ends("Ctrl-D", 0);
+    check(t.row == 1, "Ctrl-D leaves on row %d", t.row);
 }
 
 /* Starts a conversation whose every reply is "ok", with up to four more options. */
@@ -673,7 +677,8 @@ static void test_stopping(void)
         if (i == 0)
             kill(t.child, SIGTERM), ends("SIGTERM amid a reply", 143);
         else {
-            type("\003"), asks_behind("Ctrl-C amid a reply", "");
+            type("next"), type("\003"), has("typed amid a reply", "\n> next"), type("\025");
+            asks_behind("Ctrl-C amid a reply", "");
             enter("/exit now", "run: /exit takes nothing");
             type("\003"), has("Ctrl-C", "Ctrl-C once more"), type("\003"), ends("Ctrl-C", 130);
         }
@@ -786,7 +791,7 @@ static const char *const COMMANDS[][2] = {
      "temperature       0\nseed              0\ntop-k             64\ntop-p             0.95\n"
      "min-p             0\nrepeat-penalty    1\npresence-penalty  0\nfrequency-penalty 0\n"
      "repeat-last-n     64"},
-    {"/help", "them;\na pasted text is one message.  //x says /x.  Ctrl-C stops a reply."},
+    {"/help", "around\nthem; a pasted text is one message.  //x says /x.  Ctrl-C stops a reply."},
     {"/undo", "run: there is no turn to take back"},
     {"/regen", "run: there is no reply to make again"},
     {"/save @/file", "run: there is nothing to save yet"},
@@ -812,7 +817,9 @@ static const char *const COMMANDS[][2] = {
     {"/read @/script", "45 bytes of @/script go before the next message."},
     {"/clear", ""},
     {"one", "ok"},
-    {"/system", "There is no system text now."},
+    {"/system", "run: /system needs TEXT or -"},
+    {"/system x", "The system text is changed."},
+    {"/system -", "There is no system text now."},
     {"/system Speak in rhyme.", "The system text is changed."},
     {"/set", "run: /set needs NAME VALUE"},
     {"/set top-k", "run: /set top-k '': it takes a whole number from 0 to 2147483647"},
@@ -845,7 +852,7 @@ static const char *const COMMANDS[][2] = {
     {"/show", "2 turns, 69 of 20000" CHANGED}, /* with what /read found before the refusals */
     {"/load @/file", "@/file: 1 turn, 24 of 20000 tokens of context"},
     {"/undo", "The last message and its reply are forgotten."},
-    {"/edit", "ok"},
+    {"/edit", "> edited\nok"},
     {"/edit and fail", "run: the editor failed, so nothing is sent; $EDITOR names another"},
     {"/stats", "Speed and tokens are shown after each reply."},
     {"/stats", "Speed is no longer shown."},

@@ -2691,6 +2691,14 @@ typedef struct {
     int silent; /* a line of a batch: the reply's text is kept, not shown */
 } program;
 
+/* Columns for what is overwritten: less than a row. */
+static int progress_width(void)
+{
+    size_t width = 80, height = 24;
+    terminal_size(&width, &height);
+    return width > 71 ? 71 : (int)width - 1;
+}
+
 /* A line that the next one overwrites; only for people who look at it. */
 PRINTF_LIKE(2, 3) static void show_progress(program *p, const char *format, ...)
 {
@@ -2701,7 +2709,7 @@ PRINTF_LIKE(2, 3) static void show_progress(program *p, const char *format, ...)
     va_start(arguments, format);
     vsnprintf(line, sizeof line, format, arguments);
     va_end(arguments);
-    fprintf(stderr, "\r%-60s", line);
+    fprintf(stderr, "\r%-*.*s", progress_width(), progress_width(), line);
     fflush(stderr);
     p->progress_shown = 1;
 }
@@ -2709,7 +2717,7 @@ PRINTF_LIKE(2, 3) static void show_progress(program *p, const char *format, ...)
 static void clear_progress(program *p)
 {
     if (p->progress_shown)
-        fprintf(stderr, "\r%60s\r", "");
+        fprintf(stderr, "\r%*s\r", progress_width(), "");
     p->progress_shown = 0;
 }
 
@@ -2947,6 +2955,8 @@ static int prefill(program *p)
     const int32_t *ids = p->ids.items;
     size_t start = (size_t)gemma2_position(p->session), end = p->ids.n, at = start;
     double began = seconds();
+    if (end > at + PREFILL_PIECE)
+        show_progress(p, "prompt: 0 of %zu tokens", end - at);
     while (at < end && !stop_asked) {
         size_t n = end - at < PREFILL_PIECE ? end - at : PREFILL_PIECE;
         int code = gemma2_prefill(p->session, ids + at, n, at + n == end ? p->logits : NULL);
@@ -4142,6 +4152,8 @@ static int reply_to_turn(program *p, size_t held)
     if (status == USAGE || (p->reply.finish == AT_INTERRUPT && p->reply.n_ids == 0)) {
         p->turns.n -= (size_t)is_new;
         forget_after(p, held);
+        remark(is_new ? "The message is taken back%s." : "The old reply stays%s.",
+               is_new && p->editor.raw ? "; the up arrow has it" : "");
         return DONE;
     }
     p->attached.n = is_new ? 0 : p->attached.n;

@@ -31,6 +31,7 @@ enum { MOST_ROWS = 50, MOST_COLUMNS = 120, CELL = 28 };
 
 static double patience = 200; /* seconds: a busy machine may stop a program for many */
 static const char *program = "./run";
+static const char *volume = "-q"; /* or another option, where more is to be said */
 static const char MODEL[] = "tests/demo/story-q8.bin";
 static char folder[] = "/tmp/gemma2-terminal-XXXXXX", history[64], file[64], script[64];
 
@@ -309,7 +310,7 @@ static int start(int width, int height, const char *const *options)
     if (t.master < 0 || grantpt(t.master) < 0 || unlockpt(t.master) < 0 ||
         (name = ptsname(t.master)) == NULL)
         return 0;
-    const char *arguments[40] = {program, MODEL, "-c", "-q", "-t", "0", "-j", "1", "-C", "20000"};
+    const char *arguments[40] = {program, MODEL, "-c", volume, "-t", "0", "-j", "1", "-C", "20000"};
     for (int i = 10; *options; i++)
         arguments[i] = *options++;
     resize(width, height);
@@ -769,6 +770,21 @@ static void test_leaving(void)
     unlink(file);
 }
 
+/* What is said while a long prompt is read leaves nothing behind on a narrow terminal. */
+static void test_progress(void)
+{
+    const char *const options[] = {"--choice", "ok", NULL};
+    volume = "--exact";
+    for (int i = 0; i < 2 && check(start(i ? 20 : 70, 30, options), "no start"); i++) {
+        has("progress", "\n>");
+        type("\033[200~\033[201~\014"), shows("progress", ">", 0, 2);
+        for (int k = 0; k < 40; k++)
+            type("1234567890");
+        type("\r"), asks_behind("progress", "90\nok"), type("\004"), ends("progress", 0);
+    }
+    volume = "-q";
+}
+
 /* ---- commands ---- */
 
 static void write_file(const char *path, const char *bytes, size_t n)
@@ -836,8 +852,10 @@ static const char *const COMMANDS[][2] = {
     {"/set seed 8x", "run: /set seed '8x': it takes a whole number from 0 to 18446744073709551615"},
     {"/set max-tokens 0", ""},
     {"/read @/script", "45 bytes of @/script go before the next message."},
-    {"two", "run: -n 0 leaves no room for the shortest reply, which takes 1 tokens"},
-    {"/regen", "run: -n 0 leaves no room for the shortest reply, which takes 1 tokens"},
+    {"two", "run: -n 0 leaves no room for the shortest reply, which takes 1 tokens\n"
+     "The message is taken back; the up arrow has it."},
+    {"/regen", "run: -n 0 leaves no room for the shortest reply, which takes 1 tokens\n"
+     "The old reply stays."},
     {"/set max-tokens 99", ""},
     {"/show", "1 turn, 24 of 20000" CHANGED},
     {"/save @/script",
@@ -1012,6 +1030,7 @@ int main(int argc, char **argv)
     test_lines();
     test_vanishing();
     test_leaving();
+    test_progress();
     test_commands();
     test_loading();
     test_full();

@@ -1566,7 +1566,6 @@ static const kind *kind_of(const char *bytes, size_t n)
  * 5. The prompt
  * =================================================================================== */
 
-/* Why a reply ended. */
 /* ---- what constrains the reply: a grammar in GBNF, which --choice and --schema become ---- */
 
 typedef struct {
@@ -1575,6 +1574,7 @@ typedef struct {
     gemma2_grammar_state state;
     uint32_t *mask;
     int64_t shortest; /* tokens that the shortest reply takes */
+    array gbnf;       /* char: the text of the grammar */
 } constraint;
 
 static void close_constraint(constraint *c)
@@ -1582,14 +1582,19 @@ static void close_constraint(constraint *c)
     gemma2_matcher_free(c->matcher);
     gemma2_grammar_free(c->grammar);
     free(c->mask);
+    free(c->gbnf.items);
     *c = (constraint){0};
 }
 
-/* Makes the constraint of a grammar; returns 0 with a sentence in err. */
+/* Makes the constraint of a grammar, unless it is that already; returns 0 with a sentence in
+ * err. */
 static int open_constraint(constraint *c, const gemma2_model *model, const char *gbnf, size_t n,
                            char *err, size_t size)
 {
     size_t words = ((size_t)gemma2_get_config(model)->n_vocab + 31) / 32;
+    if (c->matcher && c->gbnf.n == n && memcmp(c->gbnf.items, gbnf, n) == 0)
+        return 1;
+    close_constraint(c);
     *c = (constraint){.grammar = gemma2_grammar_new(model, gbnf, (int64_t)n, err, size)};
     if (!c->grammar)
         return 0;
@@ -1597,7 +1602,7 @@ static int open_constraint(constraint *c, const gemma2_model *model, const char 
     c->mask = malloc(words * sizeof *c->mask);
     gemma2_matcher_start(c->matcher, &c->state);
     c->shortest = gemma2_matcher_shortest(c->matcher, &c->state);
-    if (c->matcher && c->mask && c->shortest >= 0)
+    if (c->matcher && c->mask && c->shortest >= 0 && append(&c->gbnf, gbnf, n) == DONE)
         return 1;
     snprintf(err, size, "out of memory for the grammar");
     close_constraint(c);
@@ -2607,6 +2612,7 @@ static int read_schema(array *gbnf, const char *text, size_t n, int spaced, char
     return ok;
 }
 
+/* Why a reply ended. */
 typedef enum {
     RUNNING, AT_STOP, AT_STOP_STRING, AT_LENGTH, AT_CONTEXT, AT_INTERRUPT
 } finish_reason;
@@ -3059,26 +3065,27 @@ static int constrain(program *p)
     return DONE;
 }
 
-/* Reads --choice, --grammar or --schema, before the prompt costs time.  gbnf becomes the grammar,
- * or stays empty. */
-static int load_constraint(program *p, array *gbnf)
+/* Reads --choice, --grammar or --schema, before the prompt costs time. */
+static int load_constraint(program *p)
 {
     const options *opts = p->opts;
     const char *path = opts->schema ? opts->schema : opts->grammar;
     const char *name = opts->schema ? "--schema " : path ? "--grammar " : "--choice";
-    array text = {0};
+    array text = {0}, gbnf = {0};
     char err[SENTENCE] = "out of memory";
     if (!path && !opts->n_choices)
         return DONE;
-    int status = opts->grammar ? read_path(path, gbnf) : path ? read_path(path, &text) : DONE;
-    if (status != DONE)
-        return status;
-    int ok = opts->schema ? read_schema(gbnf, text.items, text.n, opts->spaced, err, sizeof err)
-             : path || add_choices(gbnf, opts->choices, opts->n_choices);
-    ok = ok && open_constraint(&p->constraint, p->model, gbnf->n ? gbnf->items : "", gbnf->n, err,
+    int status = path ? read_path(path, opts->schema ? &text : &gbnf) : DONE;
+    int ok = status == DONE;
+    if (opts->schema)
+        ok = ok && read_schema(&gbnf, text.items, text.n, opts->spaced, err, sizeof err);
+    else if (!path)
+        ok = add_choices(&gbnf, opts->choices, opts->n_choices);
+    ok = ok && open_constraint(&p->constraint, p->model, gbnf.n ? gbnf.items : "", gbnf.n, err,
                                sizeof err);
     free(text.items);
-    return ok ? DONE : fail(USAGE, "%s%s: %s", name, path ? path : "", err);
+    free(gbnf.items);
+    return status || ok ? status : fail(USAGE, "%s%s: %s", name, path ? path : "", err);
 }
 
 /* Begins a constrained reply; refuses one for which the context or -n leaves no room. */
@@ -5340,8 +5347,8 @@ typedef struct {
     json said;                      /* the line */
     const json_node *limit;         /* the value of its key that constrains the reply, or NULL */
     array stops, choices, messages; /* what it says */
-    array id, gbnf;                 /* char: its id, as JSON; what is held */
-    constraint held;
+    array id;                       /* char: its id, as JSON */
+    constraint held;                /* the last that a line had */
     size_t number;
     size_t pure; /* positions of the session that another prompt may begin with */
     int busy, begun, ready; /* has a line; its prompt is begun; its logits are there */
@@ -5360,8 +5367,8 @@ typedef struct {
     size_t n_slots, n_busy;
     line_input in;
     FILE *out;
-    array line, gbnf; /* of a result; of the options' constraint, or empty */
-    line_id **ids;    /* [N_HASHES]: the first of each hash */
+    array line;    /* char: of a result */
+    line_id **ids; /* [N_HASHES]: the first of each hash */
     int exact; /* prompts read in one arithmetic, so they may be cut anywhere */
     size_t n_kept; /* results of an earlier run */
     size_t done, failed, skipped, prompt_tokens, shared_tokens, reply_tokens;
@@ -5677,32 +5684,27 @@ static int limit_reply(batch *b, batch_slot *s)
     static const char object[] = "{\"type\": \"object\"}";
     const json *j = &s->said;
     const json_node *limit = s->limit, *form = s->openai ? limit : NULL; /* response_format */
-    const json_node *type = json_get(j, form, "type"), *asked = json_get(j, form, "json_schema");
+    const json_node *type = json_get(j, form, "type"), *inner = json_get(j, form, "json_schema");
+    const json_node *wanted = !form ? limit : json_is(j, type, "json_schema")
+                                                  ? json_get(j, inner, "schema") : NULL;
     const char *key = limit ? j->text + limit[-1].start : "options";
-    array gbnf = {0}, was = s->gbnf;
+    array own = {0};
+    const array *gbnf = limit ? &own : &b->p->constraint.gbnf;
     char err[SENTENCE] = "out of memory";
-    int ok = 0;
-    asked = json_is(j, type, "json_schema") ? json_get(j, asked, "schema") : form ? NULL : limit;
-    if (json_is(j, type, "text") || (!limit && !b->gbnf.n))
+    int ok = 1;
+    if (json_is(j, type, "text") || (!limit && !gbnf->n))
         return DONE;
-    if (form && !asked && !json_is(j, type, "json_object"))
+    if (form && !wanted && !json_is(j, type, "json_object"))
         return fail(USAGE, "\"%s\" has the \"type\" text, json_object or json_schema with its "
                     "\"schema\"", key);
-    if (!limit)
-        ok = append(&gbnf, b->gbnf.items, b->gbnf.n) == DONE;
-    else if (s->opts.n_choices)
-        ok = add_choices(&gbnf, s->opts.choices, s->opts.n_choices);
-    else if (asked)
-        ok = add_schema(&gbnf, j, asked, s->opts.spaced, err, sizeof err);
-    else
-        ok = read_schema(&gbnf, object, sizeof object - 1, s->opts.spaced, err, sizeof err);
-    if (ok && (was.n != gbnf.n || memcmp(was.items, gbnf.items, was.n) != 0)) {
-        close_constraint(&s->held);
-        ok = open_constraint(&s->held, s->p.model, gbnf.items, gbnf.n, err, sizeof err);
-        s->gbnf = gbnf, gbnf = was;
-        s->gbnf.n = ok ? s->gbnf.n : 0;
-    }
-    free(gbnf.items);
+    if (limit && s->opts.n_choices)
+        ok = add_choices(&own, s->opts.choices, s->opts.n_choices);
+    else if (wanted)
+        ok = add_schema(&own, j, wanted, s->opts.spaced, err, sizeof err);
+    else if (limit)
+        ok = read_schema(&own, object, sizeof object - 1, s->opts.spaced, err, sizeof err);
+    ok = ok && open_constraint(&s->held, s->p.model, gbnf->items, gbnf->n, err, sizeof err);
+    free(own.items);
     if (ok)
         s->p.constraint = s->held;
     return ok ? DONE : fail(USAGE, "\"%s\": %s", key, err);
@@ -6079,8 +6081,9 @@ static int run_batch(batch *b)
     return status;
 }
 
-/* Notes the result in a line of the output.  *stays tells whether it is the first for its id. */
-static int keep_result(batch *b, const char *text, size_t n, int *stays)
+/* Notes the result in a line of the output.  Returns -1 where the line is not to stay: it is an
+ * error, or its id has a result already. */
+static int keep_result(batch *b, const char *text, size_t n)
 {
     batch_slot *s = b->slots;
     const json *j = &s->said;
@@ -6096,11 +6099,11 @@ static int keep_result(batch *b, const char *text, size_t n, int *stays)
     if (!json_get(j, root, "id") || (!made && !json_get(j, body, "error")))
         return fail(USAGE, "%s holds something else than results; give another file with "
                     "--output", b->p->opts->results);
-    *stays = made && known->state == NEW;
-    b->n_kept += (size_t)*stays;
-    if (*stays)
-        known->state = HAS_RESULT;
-    if (*stays && seed)
+    if (!made || known->state != NEW)
+        return -1;
+    known->state = HAS_RESULT;
+    b->n_kept++;
+    if (seed)
         parse_whole(j->text + seed->start, UINT64_MAX, &known->seed);
     return DONE;
 }
@@ -6118,19 +6121,18 @@ static int open_results(batch *b)
                                                      &bytes);
     char *text = bytes.items, *end;
     size_t kept = 0;
-    for (size_t at = 0, n; status == DONE && at < bytes.n; at += n) {
-        int stays = 0;
+    for (size_t at = 0, n; status <= DONE && at < bytes.n; at += n) {
         end = memchr(text + at, '\n', bytes.n - at);
         if (!end) /* a torn line */
             break;
         n = (size_t)(end + 1 - (text + at));
-        status = keep_result(b, text + at, n - 1, &stays);
-        if (stays)
+        status = keep_result(b, text + at, n - 1);
+        if (status == DONE)
             memmove(text + kept, text + at, n);
-        kept += stays ? n : 0;
+        kept += status == DONE ? n : 0;
     }
-    if (status == DONE && kept < bytes.n)
-        status = save_file("the results", path, text, kept);
+    if (status <= DONE)
+        status = kept < bytes.n ? save_file("the results", path, text, kept) : DONE;
     free(bytes.items);
     if (status != DONE)
         return status;
@@ -6147,19 +6149,20 @@ static int recall_seed(batch *b)
     batch_slot *s = b->slots;
     const char *text;
     size_t n;
-    int found = 0, status = DONE;
+    int found = 0;
     if (!b->in.file || is_special(b->p->opts->subject))
         return fail(USAGE, "%s holds results of an earlier run: give its seed with --seed, for "
                     "this input can be read only once", b->p->opts->results);
-    while (!found && status != FAILED && (text = next_line(&b->in, 1, &n)) != NULL) {
+    while (!found && (text = next_line(&b->in, 1, &n)) != NULL) {
         line_id *known;
-        status = identify(b, s, text, n, &known);
+        if (identify(b, s, text, n, &known) == FAILED)
+            return FAILED;
         const json_node *root = s->said.nodes.items, *body = json_get(&s->said, root, "body");
         const json_node *seed = json_get(&s->said, body ? body : root, "seed");
         found = known && known->state == HAS_RESULT && (!seed || seed->kind == JSON_NULL);
         b->p->seed = found ? known->seed : b->p->seed;
     }
-    status = status == FAILED ? status : check_reading(b);
+    int status = check_reading(b);
     free(b->in.bytes.items);
     b->in = (line_input){.file = b->in.file, .size = b->in.size};
     rewind(b->in.file);
@@ -6232,7 +6235,7 @@ static void close_batch(batch *b)
         close_program(&s->p);
         json_free(&s->said);
         void *const all[] = {s->stops.items, s->choices.items, s->messages.items, s->id.items,
-                             s->gbnf.items, s->piece};
+                             s->piece};
         free_all(all, sizeof all / sizeof *all);
     }
     gemma2_worker_free(b->worker);
@@ -6241,7 +6244,7 @@ static void close_batch(batch *b)
             next = id->next;
             free(id);
         }
-    void *const rest[] = {b->slots, b->ids, b->in.bytes.items, b->line.items, b->gbnf.items};
+    void *const rest[] = {b->slots, b->ids, b->in.bytes.items, b->line.items};
     free_all(rest, sizeof rest / sizeof *rest);
     if (b->in.file)
         fclose(b->in.file);
@@ -6257,7 +6260,7 @@ static int answer_lines(program *p)
     p->seed = p->opts->seed_given ? p->opts->seed : random_seed();
     overheard = b.error;
     b.ids = calloc(N_HASHES, sizeof *b.ids);
-    int status = b.ids ? load_constraint(p, &b.gbnf) : out_of_memory();
+    int status = b.ids ? load_constraint(p) : out_of_memory();
     status = status ? status : open_lines(&b);
     status = status ? status : open_slots(&b);
     status = status ? status : open_results(&b);
@@ -6457,9 +6460,7 @@ static int run(program *p)
     status = open_session(p, &params);
     if (status != DONE || chunks)
         return status ? status : MODES[opts->mode](p);
-    array gbnf = {0};
-    status = load_constraint(p, &gbnf);
-    free(gbnf.items);
+    status = load_constraint(p);
     if (status != DONE)
         return status;
     init_sampler(p);

@@ -3634,15 +3634,21 @@ static spot behind(const editor *e, spot at)
     return at;
 }
 
+static int is_flag(uint32_t code) { return code >= 0x1F1E6 && code <= 0x1F1FF; } /* half of one */
+static int is_tone(uint32_t code) { return code >= 0x1F3FB && code <= 0x1F3FF; } /* of skin */
+
 /* The place behind one step of the cursor: a character, what joins it, and what U+200D joins. */
 static spot step_behind(const editor *e, spot at)
 {
     spot next = behind(e, at);
-    do {
+    int is_half = is_flag(next.code), joins = 1;
+    for (; joins; is_half = 0) {
         at = next;
         next = behind(e, at);
-    } while (next.byte > at.byte && next.code != '\n' &&
-             (next.cell == at.cell || at.code == 0x200D));
+        joins = next.byte > at.byte && next.code != '\n' &&
+                (next.cell == at.cell || at.code == 0x200D || is_tone(next.code) ||
+                 (is_half && is_flag(next.code)));
+    }
     return at;
 }
 
@@ -3732,10 +3738,7 @@ static void replace(editor *e, size_t from, size_t to, const char *bytes, size_t
     e->at = from + n;
 }
 
-static void insert(editor *e, const char *bytes, size_t n)
-{
-    replace(e, e->at, e->at, bytes, n);
-}
+static void insert(editor *e, const char *s, size_t n) { replace(e, e->at, e->at, s, n); }
 
 /* Where the message before a place of the history begins. */
 static size_t message_before(const editor *e, size_t at)
@@ -3956,14 +3959,13 @@ static int fit(editor *e, size_t width, size_t height, int covered)
  * A second Ctrl-C in a row leaves. */
 static int wait_for_typed(editor *e, int *asked)
 {
-    int status = DONE;
+    int status = DONE, stopped = stop_asked && !input_waits(0); /* what came before it is first */
     errno = EINTR;
-    long got = ended_by || stop_asked ? -1 : read_terminal(e->typed, sizeof e->typed);
+    long got = ended_by || stopped ? -1 : read_terminal(e->typed, sizeof e->typed);
     int reason = errno;
     e->i = 0, e->n = got > 0 ? (size_t)got : 0;
     e->ended = got == 0;
     e->text.n = e->raw && e->ended ? 0 : e->text.n; /* a terminal that is gone ends no message */
-    int stopped = stop_asked;
     if (ended_by || (stopped && *asked))
         return INTERRUPTED;
     if (stopped) {

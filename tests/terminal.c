@@ -384,6 +384,8 @@ static const char *last_message(void)
 #define TWENTY "abcdefghijklmnopqrst"
 #define WIDE "\xE4\xB8\xAD"      /* U+4E2D */
 #define ACUTE "e\xCC\x81"        /* e, U+0301 */
+#define FLAG "\xF0\x9F\x87\xA9\xF0\x9F\x87\xAA" /* two letters */
+#define THUMB "\xF0\x9F\x91\x8D\xF0\x9F\x8F\xBD" /* with a tone of skin */
 #define FAMILY "\xF0\x9F\x91\xA9\xE2\x80\x8D\xF0\x9F\x91\xA7" /* two that U+200D joins */
 
 /* On an empty screen: what keys show, where the cursor is, and the message that Enter sends as
@@ -427,6 +429,8 @@ static const typing KEYS[] = { /* on 20 columns and 6 rows */
     {"left of combining", "x" ACUTE "y\033[D\033[D", "> x" ACUTE "y", 0, 3, "x" ACUTE "y"},
     {"combining taken back", "x" ACUTE "\177", "> x", 0, 3, "x"},
     {"joined", FAMILY "x\002\177", "> x", 0, 2, "x"},
+    {"flags", FLAG FLAG "x" FLAG "\002\002\002\177", "> " FLAG "x" FLAG, 0, 2, FLAG "x" FLAG},
+    {"a tone of skin", THUMB "\002x", "> x" THUMB, 0, 3, "x" THUMB},
     {"a full row", "abcdefghijklmnopqr", "> abcdefghijklmnopqr", 1, 0, "abcdefghijklmnopqr"},
     {"one more", TWENTY, "> abcdefghijklmnopqr\nst", 1, 2, TWENTY},
     {"two full rows", TWENTY "abcdefghijklmnopqr", "> abcdefghijklmnopqr\nstabcdefghijklmnopqr",
@@ -612,7 +616,7 @@ static void test_signals(void)
     shows("Ctrl-C", "> a message\nCtrl-C once more leaves, and so does /ex\nit.\n>", 3, 2);
     type("\033[A"), shows("it is kept", "> a message\nCtrl-C once more leaves, and so does /ex\n"
                                         "it.\n> a message", 3, 11);
-    type("\014"), shows("alone", "> a message", 0, 11), type("\003");
+    type("\014\025"), shows("alone", ">", 0, 2), type("a message\003"); /* at once */
     shows("again", "> a message\nCtrl-C once more leaves, and so does /ex\nit.\n>", 3, 2);
     type("\003"), ends("Ctrl-C twice", 130);
 

@@ -677,7 +677,7 @@ static const char NOTES[] =
     "  OpenAI's batch files, for /v1/chat/completions or /v1/completions, and is answered in\n"
     "  that form.  Results come as they finish, each what that prompt alone would give with\n"
     "  this seed.  A bad line has an error as its result.  After a crash the same command\n"
-    "  goes on where it was.  Exit code 1: a line failed.\n"
+    "  goes on where it was, on standard input if it has --seed.  Exit code 1: a line failed.\n"
     "\nOutput\n"
     "  Text goes to standard output, speed, seed and warnings to standard error.  On a\n"
     "  terminal control characters of the text are shown as U+FFFD.  The ids of --json are\n"

@@ -5334,9 +5334,9 @@ typedef struct {
 /* An id of a line, as JSON. */
 typedef struct line_id {
     struct line_id *next; /* of those with this hash */
-    int state;     /* of these */
+    int state;     /* of those below */
     uint64_t seed; /* of its result */
-    size_t n;
+    size_t n;      /* bytes of the name */
     char name[];
 } line_id;
 enum { NEW, HAS_RESULT, TAKEN }; /* from an earlier run; by a line of the input */
@@ -5371,7 +5371,7 @@ typedef struct {
     FILE *out;
     array line;    /* char: of a result */
     line_id **ids; /* [N_HASHES]: the first of each hash */
-    int exact; /* prompts read in one arithmetic, so they may be cut anywhere */
+    int exact;     /* prompts are read in one arithmetic, so they may be cut anywhere */
     size_t n_kept; /* results of an earlier run */
     size_t done, failed, skipped, prompt_tokens, shared_tokens, reply_tokens;
     double began;
@@ -5381,7 +5381,7 @@ typedef struct {
 } batch;
 
 /* The next line, without its newline, or NULL: at the end, or with wait 0 where none is there
- * yet.  Of a line above LONGEST_TEXT bytes only the first come, and one more. */
+ * yet.  Of a longer line only the first LONGEST_TEXT + 1 bytes come. */
 static const char *next_line(line_input *in, int wait, size_t *n)
 {
     enum { PIECE = 1 << 16 };
@@ -5800,7 +5800,7 @@ static void put_tokens(batch_slot *s, const char *form)
     }
 }
 
-/* The tokens that could have stood there; a completion tells of the chosen one in any case. */
+/* The tokens that could have stood there.  A completion tells of the chosen one in any case. */
 static void put_others(batch_slot *s)
 {
     const gemma2_candidate chosen = s->token, *tops = s->p.reply.tops.items;
@@ -5839,15 +5839,17 @@ static void put_field(batch_slot *s, char what)
     const reply *r = &s->p.reply;
     output *out = &s->p.out;
     int is_cut = r->finish == AT_LENGTH || r->finish == AT_CONTEXT;
+    const json *j = &s->said;
+    const char *id = s->id.items, *model;
     size_t n;
-    const json_node *body = json_get(&s->said, s->said.nodes.items, "body");
-    const char *model = json_text(&s->said, json_get(&s->said, body, "model"), &n);
-    const char *id = s->id.items;
     switch (what) {
     case 'i': put_bytes(out, id, s->id.n); break;
     case 'I': put_bytes(out, id + 1, s->id.n - 2); break;
     case 'e': put_quoted(out, overheard, strlen(overheard)); break;
-    case 'm': put_quoted(out, model, model ? n : 0); break;
+    case 'm':
+        model = json_text(j, json_get(j, json_get(j, j->nodes.items, "body"), "model"), &n);
+        put_quoted(out, model, model ? n : 0);
+        break;
     case 't': put_quoted(out, r->text.items, r->text.n); break;
     case 'f': put_format(out, "%s", FINISH_REASONS[r->finish]); break;
     case 'F': put_format(out, is_cut ? "length" : "stop"); break;
@@ -6287,9 +6289,9 @@ static int answer_lines(program *p)
         return DONE; /* finish_output says what there is to say */
     if (p->out.error)
         return fail(FAILED, "cannot write to %s: %s", p->opts->results, strerror(p->out.error));
-    if (stop_asked)
-        return INTERRUPTED;
-    return status ? fail(status, "%s", b.error) : b.failed ? FAILED : DONE;
+    if (status != DONE)
+        fail(status, "%s", b.error);
+    return stop_asked ? INTERRUPTED : status ? status : b.failed ? FAILED : DONE;
 }
 
 /* ===================================================================================

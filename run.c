@@ -3959,7 +3959,8 @@ static int fit(editor *e, size_t width, size_t height, int covered)
  * A second Ctrl-C in a row leaves. */
 static int wait_for_typed(editor *e, int *asked)
 {
-    int status = DONE, stopped = stop_asked && !input_waits(0); /* what came before it is first */
+    int status = DONE, waits = e->raw && input_waits(0); /* it came before a Ctrl-C */
+    int stopped = stop_asked && !waits;
     errno = EINTR;
     long got = ended_by || stopped ? -1 : read_terminal(e->typed, sizeof e->typed);
     int reason = errno;

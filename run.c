@@ -5541,12 +5541,10 @@ static int take_content(const json *j, const json_node *content, size_t i, gemma
     m->text = end;
     for (size_t k = 1; k <= content->n; k++, part = json_next(j, part), end += n) {
         const json_node *type = json_get(j, part, "type"), *text = json_get(j, part, "text");
-        const char *bytes = json_is(j, type, "text") ? json_text(j, text, &n) : NULL;
-        const char *name = json_text(j, type, &n);
-        if (!bytes)
-            return fail(USAGE, "message %zu: part %zu of its \"content\" has the type '%s', and "
-                        "only text is known", i, k, name ? name : "");
-        json_text(j, text, &n);
+        const char *name = json_text(j, type, &n), *bytes = json_text(j, text, &n);
+        if (!bytes || !json_is(j, type, "text"))
+            return fail(USAGE, "message %zu: part %zu of its \"content\" has the type '%s': it must "
+                        "be text, with a \"text\"", i, k, name ? name : "");
         memmove(end, bytes, n);
     }
     m->size = end - m->text;

@@ -5543,8 +5543,8 @@ static int take_content(const json *j, const json_node *content, size_t i, gemma
         const json_node *type = json_get(j, part, "type"), *text = json_get(j, part, "text");
         const char *name = json_text(j, type, &n), *bytes = json_text(j, text, &n);
         if (!bytes || !json_is(j, type, "text"))
-            return fail(USAGE, "message %zu: part %zu of its \"content\" has the type '%s': it must "
-                        "be text, with a \"text\"", i, k, name ? name : "");
+            return fail(USAGE, "message %zu: part %zu of its \"content\" has the type '%s': it "
+                        "must be text, with a \"text\"", i, k, name ? name : "");
         memmove(end, bytes, n);
     }
     m->size = end - m->text;

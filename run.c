@@ -4168,7 +4168,8 @@ static int reply_to_turn(program *p, size_t held)
     }
     p->attached.n = is_new ? 0 : p->attached.n;
     if (p->reply.finish == AT_CONTEXT)
-        fprintf(stderr, "The context of %zu tokens is full.  /clear starts over.\n", context);
+        fprintf(stderr, "The context of %zu tokens is full, so the reply ends here.%s\n", context,
+                p->opts->full_drops ? "" : "  /undo or /clear makes room.");
     if (p->stats)
         print_speed(p);
     status = keep_shown(p);
@@ -4194,8 +4195,11 @@ static int answer(program *p, const char *text, size_t n)
     if (start > 0)
         alone += p->first.before - p->later.before;
     if ((can_drop(p) ? alone : p->ids.n) + least > context) {
-        fprintf(stderr, "With this turn the conversation has %zu tokens; the context holds %zu.  "
-                        "Say less, or /clear to start over.\n", p->ids.n, context);
+        fprintf(stderr, "With this turn and the shortest reply the conversation has %zu tokens; "
+                        "the context holds %zu.\nSay less, or /clear to start over.%s\n",
+                p->ids.n + least, context,
+                p->attached.n ? "  What /read has found is forgotten." : "");
+        p->attached.n = 0;
         forget_last_turn(p);
         return DONE;
     }
@@ -4311,7 +4315,8 @@ static int set_system(program *p)
     char err[512];
     const char *text = strcmp(p->rest, "-") == 0 ? "" : p->rest;
     gemma2_message turn[2] = {{GEMMA2_ROLE_SYSTEM, text, -1}, {GEMMA2_ROLE_USER, "x", 1}};
-    size_t before = p->first.before;
+    size_t before = p->first.before, context = (size_t)gemma2_context(p->session);
+    const char *was = p->opts->system;
     exchange *turns = p->turns.items;
     if (p->turns.n ? turns->start : p->ids.n)
         return fail(DONE, "the loaded conversation has turns that are not known, so its system "
@@ -4321,10 +4326,19 @@ static int set_system(program *p)
     char *copy = *text ? copy_of(text) : NULL;
     if (*text && !copy)
         return out_of_memory();
-    free(p->system);
-    p->settings->system = p->system = copy;
-    remark(*text ? "The system text is changed." : "There is no system text now.");
+    p->settings->system = copy;
     int status = learn_frames(p);
+    size_t all = p->turns.n ? p->ids.n - before + p->first.before : p->first.ids.n;
+    if (status == DONE && p->first.before > before && all >= context) {
+        p->settings->system = was;
+        free(copy);
+        fail(DONE, "with this system text the conversation has %zu tokens; the context holds %zu, "
+                   "so the old one stays", all, context);
+        return learn_frames(p);
+    }
+    free(p->system);
+    p->system = copy;
+    remark(*text ? "The system text is changed." : "There is no system text now.");
     return status || !p->turns.n ? status : retell(p, 0, before, p->first.before);
 }
 
@@ -4365,6 +4379,8 @@ static int show(program *p)
 {
     const options *opts = p->opts;
     show_where(p, "");
+    if (p->attached.n)
+        remark("%zu bytes that /read has found go before the next message", p->attached.n);
     if (opts->system)
         remark("system            %s", opts->system);
     for (const option *o = OPTIONS; o < OPTIONS + N_OPTIONS; o++) {
@@ -4435,12 +4451,14 @@ static int edit(program *p)
     e->raw = e->raw && terminal_raw();
     p->prompt.n = 0;
     if (failed)
-        fail(FAILED, "the editor failed, so nothing is sent; $EDITOR names another");
+        fail(FAILED, "the editor failed, so nothing is sent; set EDITOR to another");
     else if (read_path(name, &p->prompt) != DONE)
         p->prompt.n = 0;
     remove_path(name);
     size_t n = p->prompt.n;
     const char *message = trim(p->prompt.items, &n);
+    if (n == 0 && !failed)
+        remark("The message is empty, so nothing is sent.");
     if (n == 0)
         return DONE;
     begin_text(e);
@@ -4523,8 +4541,8 @@ static int converse(program *p)
     if (status != DONE)
         return status;
     if (!p->opts->quiet)
-        fprintf(stderr, "/help shows the commands, /exit or Ctrl-D leaves, Ctrl-C stops a reply; a\n"
-                        "pasted text is one message.\n");
+        fprintf(stderr, "/help shows the commands, /exit or Ctrl-D leaves, Ctrl-C stops a reply; "
+                        "a\npasted text is one message.\n");
     if (!p->opts->quiet && p->sampler.temperature > 0)
         fprintf(stderr, "seed %" PRIu64 "\n", p->seed);
     status = learn_frames(p);
@@ -6717,7 +6735,7 @@ static int terminal_raw(void)
     const char *name = getenv("TERM");
     static int entered_before;
     if (!name || strcmp(name, "dumb") == 0 || !isatty(STDERR_FILENO) ||
-        tcgetattr(STDIN_FILENO, &lines) != 0)
+        (!entered_before && tcgetattr(STDIN_FILENO, &lines) != 0)) /* an editor may change them */
         return 0;
     keys = lines;
     keys.c_lflag &= ~(tcflag_t)(ICANON | ECHO | IEXTEN);
@@ -6774,9 +6792,9 @@ static int edit_file(const char *path)
 {
     char word[SENTENCE], command[2 * SENTENCE];
     const char *name = getenv("VISUAL");
-    name = name ? name : getenv("EDITOR");
+    name = name && *name ? name : getenv("EDITOR");
     quote_path(path, word, sizeof word);
-    snprintf(command, sizeof command, "%s %s", name ? name : "vi", word);
+    snprintf(command, sizeof command, "%s %s", name && *name ? name : "vi", word);
     return system(command);
 }
 
@@ -6956,7 +6974,7 @@ static int edit_file(const char *path)
     char command[SENTENCE];
     wchar_t wide[4096];
     const char *name = getenv("EDITOR");
-    snprintf(command, sizeof command, "%s \"%s\"", name ? name : "notepad", path);
+    snprintf(command, sizeof command, "%s \"%s\"", name && *name ? name : "notepad", path);
     return widen(command, wide) ? _wsystem(wide) : 1;
 }
 

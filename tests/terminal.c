@@ -285,7 +285,7 @@ static int has(const char *name, const char *want)
 /* Waits until the conversation asks on the row below a text's last one. */
 static int asks_behind(const char *name, const char *text)
 {
-    char want[300];
+    char want[620];
     snprintf(want, sizeof want, "%s\n>", text);
     double end = now() + patience;
     int more, ok;
@@ -799,7 +799,7 @@ static void write_file(const char *path, const char *bytes, size_t n)
         fclose(out);
 }
 
-#define CHANGED " tokens of context\nsystem            Speak in rhyme.\n" \
+#define CHANGED "system            Speak in rhyme.\n" \
     "max-tokens        99\ntemperature       0.5\nseed              7\ntop-k             5\n" \
     "top-p             0.5\nmin-p             0\nrepeat-penalty    1\npresence-penalty  0\n" \
     "frequency-penalty 0\nrepeat-last-n     64"
@@ -834,7 +834,7 @@ static const char *const COMMANDS[][2] = {
     {"/read -", "run: - is not a file that can hold text"},
     {"/read tests/demo/story-q8.bin",
      "run: tests/demo/story-q8.bin seems to be a model of gemma2.c, not text"},
-    {"/read @/script", "45 bytes of @/script go before the next message."},
+    {"/read @/script", "89 bytes of @/script go before the next message."},
     {"/clear", ""},
     {"one", "ok"},
     {"/system", "run: /system needs TEXT or -"},
@@ -855,13 +855,14 @@ static const char *const COMMANDS[][2] = {
     {"/set s 7", ""},
     {"/set seed 8x", "run: /set seed '8x': it takes a whole number from 0 to 18446744073709551615"},
     {"/set max-tokens 0", ""},
-    {"/read @/script", "45 bytes of @/script go before the next message."},
+    {"/read @/script", "89 bytes of @/script go before the next message."},
     {"two", "run: -n 0 leaves no room for the shortest reply, which takes 1 tokens\n"
      "The message is taken back; the up arrow has it."},
     {"/regen", "run: -n 0 leaves no room for the shortest reply, which takes 1 tokens\n"
      "The old reply stays."},
     {"/set max-tokens 99", ""},
-    {"/show", "1 turn, 24 of 20000" CHANGED},
+    {"/show", "1 turn, 24 of 20000 tokens of context\n"
+     "90 bytes that /read has found go before the next message\n" CHANGED},
     {"/save @/script",
      "run: @/script is not a saved session: it seems to be text; give another name"},
     {"/save @/none/file", "run: cannot save the session as @/none/file: No such file or directory"},
@@ -871,11 +872,12 @@ static const char *const COMMANDS[][2] = {
     {"/load @/script",
      "run: @/script is not a saved session: it seems to be text; give another name"},
     {"two", "ok"},
-    {"/show", "2 turns, 69 of 20000" CHANGED}, /* with what /read found before the refusals */
+    {"/show", "2 turns, 98 of 20000 tokens of context\n" CHANGED}, /* with what /read found */
     {"/load @/file", "@/file: 1 turn, 24 of 20000 tokens of context"},
     {"/undo", "The last message and its reply are forgotten."},
     {"/edit", "> edited\nok"},
-    {"/edit and fail", "run: the editor failed, so nothing is sent; $EDITOR names another"},
+    {"/edit and fail", "run: the editor failed, so nothing is sent; set EDITOR to another"},
+    {"/edit nothing", "The message is empty, so nothing is sent."},
     {"/stats", "Speed and tokens are shown after each reply."},
     {"/stats", "Speed is no longer shown."},
     {"//x", "ok"},
@@ -884,7 +886,8 @@ static const char *const COMMANDS[][2] = {
 
 static void test_commands(void)
 {
-    static const char edits[] = "grep -q fail \"$1\" && exit 1\necho edited >\"$1\"";
+    static const char edits[] = "grep -q fail \"$1\" && exit 1\n"
+        "stty raw\ngrep -q nothing \"$1\" && : >\"$1\" || echo edited >\"$1\"";
     static const char *const leave[] = {"/exit\r", "/quit\r", "/bye\r", "\004"};
     char editor[80];
     write_file(script, edits, sizeof edits - 1);
@@ -902,7 +905,8 @@ static void test_commands(void)
         snprintf(shown, sizeof shown, *text[1] ? "%s" : "> %s", text[!!*text[1]]);
         enter(text[0], shown);
     }
-    type("\014\020\020\020\020\020"), shows("what $EDITOR wrote", "> edited", 0, 8), type("\025");
+    type("\014\020\020\020\020\020\020"), shows("what $EDITOR wrote", "> edited", 0, 8);
+    type("\025");
     type("/exit\r"), ends("/exit", 0);
     for (int i = 0; i < 4; i++)
         if (talk(40, 9, NULL, NULL, NULL, NULL))
@@ -980,8 +984,9 @@ static void test_full(void)
             enter("a message", k == 3 || k == 5 ? "ok\n6 of 64 tokens of context are left."
                   : k < 3 ? "ok" : "is full, so the oldest turns are dropped: 2 of 4.\nok");
         enter("1234567890123456789012345678901234567890123456789012345678901234567890",
-              "With this turn the conversation has 123 tokens; the context holds 64.  Say less, or "
-              "/clear\n to start over."); /* which drops nothing */
+              "has 124 tokens; the context holds 6\n4.\nSay less, or /clear to start over.");
+        enter("/system 12345678901234567890123456789012345678901234567890123456789",
+              "the context holds 64, so the ol\nd one stays"); /* neither drops anything */
         enter("/show", "repeat-last-n     64");
         check(strstr(screen(), "2 turns, 40 of 64") && strstr(screen(), "system            Rhyme."),
               "%d: turns or the system text are lost:\n%s", i, screen());
@@ -990,8 +995,8 @@ static void test_full(void)
     if (!check(start(90, 20, stop), "no start"))
         return;
     for (int k = 0; k < 4; k++)
-        enter("a message", k < 3 ? "ok" : "With this turn the conversation has 69 tokens; the "
-                                          "context holds 64.  Say less, or /clear\nto start over.");
+        enter("a message", k < 3 ? "ok" : "the conversation has 70 tokens; the context holds 64\n."
+                                          "\nSay less, or /clear to start over.");
     type("\004"), ends("--full stop", 0);
     if (!check(start(90, 20, long_ones), "no start"))
         return;
@@ -1005,7 +1010,7 @@ static void test_full(void)
     type("\014"), shows("full", ">", 0, 2), type("\004"), ends("amid a reply", 0);
     if (!check(start(90, 20, alone), "no start"))
         return;
-    enter("a message", "The context of 64 tokens is full.  /clear starts over.");
+    enter("a message", "The context of 64 tokens is full, so the reply ends here.");
     type("\004"), ends("a reply alone", 0);
     unlink(file);
 }

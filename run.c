@@ -4444,22 +4444,22 @@ static int edit(program *p)
     FILE *file = open_beside(base, name, sizeof name);
     if (!file)
         return fail(DONE, "cannot make a file in %s: %s", base, strerror(errno));
-    int written = fputs(p->rest, file) >= 0;
-    written &= fclose(file) == 0;
+    int written = fputs(p->rest, file) >= 0, status = DONE;
+    if (fclose(file) != 0 || !written)
+        status = fail(FAILED, "cannot write to %s: %s", name, strerror(errno));
     terminal_restore();
-    int failed = !written || edit_file(name);
+    int gave_up = status == DONE && edit_file(name);
     e->raw = e->raw && terminal_raw();
+    if (gave_up)
+        status = fail(FAILED, "the editor failed, so nothing is sent; set EDITOR to another");
     p->prompt.n = 0;
-    if (failed)
-        fail(FAILED, "the editor failed, so nothing is sent; set EDITOR to another");
-    else if (read_path(name, &p->prompt) != DONE)
-        p->prompt.n = 0;
+    status = status ? status : read_path(name, &p->prompt);
     remove_path(name);
     size_t n = p->prompt.n;
     const char *message = trim(p->prompt.items, &n);
-    if (n == 0 && !failed)
+    if (status == DONE && n == 0)
         remark("The message is empty, so nothing is sent.");
-    if (n == 0)
+    if (status != DONE || n == 0)
         return DONE;
     begin_text(e);
     insert(e, message, n);
@@ -4468,7 +4468,7 @@ static int edit(program *p)
     else
         put_format(&e->out, "(%zu bytes)\n", n);
     flush_screen(e);
-    int status = keep_in_history(p, message, n);
+    status = keep_in_history(p, message, n);
     return status ? status : answer(p, message, n);
 }
 
@@ -4521,10 +4521,11 @@ static int run_command(program *p, const char *text)
         if (distance < least)
             least = distance, best = i;
     }
+    int is_near = least < 2 || 2 * least < n;
     if (least > 0)
         return fail(DONE, "unknown command /%s%s%s; /help lists all, and //%s sends /%s", name,
-                    least < 4 ? "; the nearest is /" : "", least < 4 ? COMMANDS[best].name : "",
-                    name, name);
+                    is_near ? "; the nearest is /" : "", is_near ? COMMANDS[best].name : "", name,
+                    name);
     if (!*COMMANDS[best].argument && *rest)
         return fail(DONE, "/%s takes nothing", name);
     if (isalpha((unsigned char)*COMMANDS[best].argument) && !*rest)
@@ -4533,10 +4534,24 @@ static int run_command(program *p, const char *text)
     return COMMANDS[best].run(p);
 }
 
+/* Does what the message that was typed asks for. */
+static int take_message(program *p)
+{
+    size_t size = p->editor.text.n, n;
+    const char *text = without_quotes(p->editor.text.items, &size);
+    size_t slash = *text == '/' && size == p->editor.text.n && !memchr(text, '\n', size);
+    int status = keep_in_history(p, text, n = size);
+    if (status == DONE && slash && text[1] != '/')
+        return run_command(p, text + 1);
+    trim(text, &n);
+    return status || n == 0 ? status : answer(p, text + slash, size - slash);
+}
+
 /* A conversation on a terminal.  The prompt sign and all remarks go to standard error. */
 static int converse(program *p)
 {
     p->editor.raw = terminal_raw();
+    int asked = 0; /* whether to leave without a saved session */
     int status = p->opts->history ? open_history(p) : DONE;
     if (status != DONE)
         return status;
@@ -4554,18 +4569,17 @@ static int converse(program *p)
         status = read_message(p);
         if ((p->leaves || status == INTERRUPTED) && !p->editor.raw)
             fputc('\n', stderr);
-        if (p->leaves || status != DONE)
+        if (status == DONE && !p->leaves)
+            status = take_message(p);
+        if (status != DONE || !p->leaves || !p->opts->kept || asked)
+            continue;
+        if (save_session(p, p->opts->kept) == DONE) {
+            p->settings->kept = NULL; /* once is enough */
             break;
-        size_t size = p->editor.text.n, n;
-        const char *text = without_quotes(p->editor.text.items, &size);
-        size_t slash = *text == '/' && size == p->editor.text.n && !memchr(text, '\n', size);
-        status = keep_in_history(p, text, size);
-        if (status != DONE)
-            break;
-        if (slash && text[1] != '/')
-            status = run_command(p, text + 1);
-        else if (n = size, trim(text, &n), n > 0)
-            status = answer(p, text + slash, size - slash);
+        }
+        remark("/save FILE puts it elsewhere; leaving once more loses what is not saved.");
+        p->leaves = p->editor.ended = 0;
+        asked = 1;
     }
     terminal_restore();
     return status;

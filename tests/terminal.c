@@ -772,6 +772,19 @@ static void test_leaving(void)
     kill(t.child, SIGHUP), ends("SIGHUP amid a reply", 129);
     holds("SIGHUP amid a reply", 1, 20);
     unlink(file);
+    char gone[80], kept[80], save[80]; /* whose folder goes */
+    snprintf(gone, sizeof gone, "%s/gone", folder);
+    snprintf(kept, sizeof kept, "%s/gone/file", folder);
+    snprintf(save, sizeof save, "/save %s", file);
+    check(mkdir(gone, 0700) == 0, "no folder");
+    if (!talk(110, 9, "--session", kept, NULL, NULL))
+        return;
+    enter("hello", "ok");
+    check(rmdir(gone) == 0, "the folder stays");
+    enter("/exit", "leaving once more loses what is not saved.");
+    enter(save, "go on from it."), type("\004"), ends("a session that cannot be saved", 1);
+    holds("saved elsewhere", 1, 10);
+    unlink(file);
 }
 
 /* What is said while a long prompt is read leaves nothing behind on a narrow terminal. */
@@ -824,6 +837,7 @@ static const char *const COMMANDS[][2] = {
     {"/undoo", "run: unknown command /undoo; the nearest is /undo; /help lists all, and //undoo "
      "sends /undoo"},
     {"/", "run: unknown command /; /help lists all, and // sends /"},
+    {"/foo", "run: unknown command /foo; /help lists all, and //foo sends /foo"},
     {"/xyzzy plugh", "run: unknown command /xyzzy; /help lists all, and //xyzzy sends /xyzzy"},
     {"/EXIT", "run: unknown command /EXIT; /help lists all, and //EXIT sends /EXIT"},
     {"/clear all", "run: /clear takes nothing"},

@@ -4571,7 +4571,8 @@ static int converse(program *p)
             fputc('\n', stderr);
         if (status == DONE && !p->leaves)
             status = take_message(p);
-        if (status != DONE || !p->leaves || !p->opts->kept || asked)
+        int at_end = p->editor.ended && !p->editor.raw; /* nobody can be asked */
+        if (status != DONE || !p->leaves || !p->opts->kept || asked || at_end)
             continue;
         if (save_session(p, p->opts->kept) == DONE) {
             p->settings->kept = NULL; /* once is enough */

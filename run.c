@@ -2693,6 +2693,7 @@ typedef struct {
     int first_stays;   /* the first turn was loaded, and may hold a system text */
     const char *rest;  /* what stands behind a command */
     int stats, leaves;
+    int asked;         /* since the last message: whether to leave what cannot be saved */
     int shows_progress, progress_shown;
     int silent; /* a line of a batch: the reply's text is kept, not shown */
 } program;
@@ -4183,6 +4184,7 @@ static int answer(program *p, const char *text, size_t n)
 {
     size_t context = (size_t)gemma2_context(p->session), start = p->ids.n;
     size_t least = p->constraint.shortest > 1 ? (size_t)p->constraint.shortest : 1;
+    p->asked = 0;
     exchange *t = extend(&p->turns, 1, sizeof *t);
     int status = t ? append(&p->attached, text, n) : out_of_memory();
     if (status == DONE)
@@ -4551,7 +4553,6 @@ static int take_message(program *p)
 static int converse(program *p)
 {
     p->editor.raw = terminal_raw();
-    int asked = 0; /* whether to leave without a saved session */
     int status = p->opts->history ? open_history(p) : DONE;
     if (status != DONE)
         return status;
@@ -4572,7 +4573,7 @@ static int converse(program *p)
         if (status == DONE && !p->leaves)
             status = take_message(p);
         int at_end = p->editor.ended && !p->editor.raw; /* nobody can be asked */
-        if (status != DONE || !p->leaves || !p->opts->kept || asked || at_end)
+        if (status != DONE || !p->leaves || !p->opts->kept || p->asked || at_end)
             continue;
         if (save_session(p, p->opts->kept) == DONE) {
             p->settings->kept = NULL; /* once is enough */
@@ -4580,7 +4581,7 @@ static int converse(program *p)
         }
         remark("/save FILE puts it elsewhere; leaving once more loses what is not saved.");
         p->leaves = p->editor.ended = 0;
-        asked = 1;
+        p->asked = 1;
     }
     terminal_restore();
     return status;

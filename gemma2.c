@@ -73,7 +73,7 @@
  *              row->logits, which is the caller's; with V' < V spread_logits puts them where they
  *              belong.  Log-probabilities without logits: score_rows.
  *   a mask     a bit for each token, 1: it may come next.  gemma2_matcher_allowed -> fill_mask ->
- *              walk_tree -> take_token, which leaves out tokens after which the reply could not
+ *              walk_trees -> take_token, which leaves out tokens after which the reply could not
  *              end in time: tokens_of.  The caller puts it into sampler.allow: gemma2_sample ->
  *              sample -> adjust_logits (penalties), keep_top, draw (temperature, then top-p and
  *              min-p); no token left: GEMMA2_ERR_ARGUMENT.  gemma2_matcher_accept -> after_token.
@@ -4018,48 +4018,43 @@ static int32_t sample(gemma2_session *s, gemma2_sampler *p, const float *logits)
  * reply stands is a set of pairs (instruction, stack), because alternatives run side by side.  A
  * stack is again a set of such pairs: all places that may be returned to.  Sets are numbered by
  * their contents (gemma2_matcher), so what a byte does to a set is worked out once. */
-enum { OP_ACCEPT, OP_END, OP_BYTE, OP_TOKEN, OP_CALL, OP_SPLIT };
+enum { OP_END, OP_BYTE, OP_TOKEN, OP_CALL, OP_SPLIT };
 enum { MAX_GRAMMAR = 1 << 22, MAX_INSTS = 1 << 20, MAX_COST = 1 << 24, MAX_REPEAT = 2000,
-       MAX_NESTING = 250, MAX_RANGES = 1000, MAX_CODE = 0x10ffff, MAX_WORK = 1 << 28 };
+       MAX_NESTING = 250, MAX_RANGES = 1000, MAX_CODE = 0x10ffff, MAX_WORK = 3 << 27 };
 static const uint32_t NOWHERE = 0xffffffff;
 
 struct inst {
     uint8_t op, low, high; /* OP_BYTE: bytes low..high.  OP_TOKEN: low 1 is any other token */
+    uint8_t sound;         /* no rule calls itself before a byte is read */
     uint32_t next;
-    uint32_t other; /* OP_CALL: the rule; next is where it returns to.  OP_TOKEN: the id.
-                     * OP_SPLIT: the second way, or NOWHERE */
-};
-
-struct rule {
-    uint32_t start, name_at, name_n; /* where the name stands in the text */
+    uint32_t other; /* OP_CALL: where the rule starts; next is where it returns to.  OP_TOKEN: the
+                     * id.  OP_BYTE and OP_SPLIT: the second way, or NOWHERE */
+    uint32_t cost;  /* bytes of the shortest way to the end of the rule */
 };
 
 struct gemma2_grammar {
     const gemma2_model *model;
-    struct inst *insts; /* [0] accepts */
-    struct rule *rules;
-    uint32_t *cost;     /* [insts] bytes of the shortest way to the end of the rule */
-    uint32_t n_insts, n_rules, root;
+    uint32_t n_insts, root;
+    struct inst insts[]; /* [0] ends the reply */
 };
 
-/* A piece of graph under construction: it is left through insts[last].next. */
-struct fragment {
-    uint32_t first, last, fork; /* fork: the OP_SPLIT whose second way is free */
+struct rule {
+    struct text name; /* where the grammar has it first */
+    uint32_t start;   /* an OP_SPLIT that leads to what it is; to 0 while that is not known */
 };
 
 struct parser {
     gemma2_grammar *g;
     const uint8_t *text;
-    uint32_t size, at, nesting, n_slots;
-    uint32_t *slots; /* hash of the names of rules: 1 + rule */
-    struct rule *rule; /* the one that is being read */
+    uint32_t size, at, n_rules;
+    struct rule *rules; /* [n_rules, a power of 2] hash by name, linear probing */
     int failed;
     struct errbuf *err;
 };
 
-/* Refuses what stands at that byte of the text; NOWHERE: all of it. */
+/* Refuses what stands at that byte of the text, and ends the text.  Returns 0. */
 __attribute__((format(PRINTF_FORMAT, 3, 4)))
-static void refuse(struct parser *p, uint32_t at, const char *format, ...)
+static uint32_t refuse(struct parser *p, uint32_t at, const char *format, ...)
 {
     char what[200];
     uint32_t line = 1, column = 1;
@@ -4067,179 +4062,136 @@ static void refuse(struct parser *p, uint32_t at, const char *format, ...)
     va_start(args, format);
     vsnprintf(what, sizeof what, format, args);
     va_end(args);
-    for (uint32_t i = 0; at != NOWHERE && i < at && i < p->size; i++) {
+    for (uint32_t i = 0; i < at && i < p->size; i++) {
         column = p->text[i] == '\n' ? 1 : column + ((p->text[i] & 0xc0) != 0x80);
         line += p->text[i] == '\n';
     }
-    if (!p->failed && at == NOWHERE)
-        fail(p->err, "%s", what);
-    else if (!p->failed)
+    if (!p->failed)
         fail(p->err, "line %u, column %u: %s", line, column, what);
-    p->failed = 1;
+    p->failed = 1, p->size = 0;
+    return 0;
 }
 
-/* Appends an instruction; after a failure it is always the first one. */
-static struct fragment single(struct parser *p, int op, uint32_t other, uint32_t low, uint32_t high)
+/* Appends an instruction that leads to the one behind it.  Returns its index; after a failure that
+ * does not matter. */
+static uint32_t put(struct parser *p, int op, uint32_t other)
 {
     gemma2_grammar *g = p->g;
-    uint32_t at = g->n_insts;
-    if (at == MAX_INSTS)
-        refuse(p, p->at, "up to here the grammar takes more than %d instructions", MAX_INSTS);
-    if (p->failed)
-        return (struct fragment){0, 0, 0};
-    g->insts[g->n_insts++] = (struct inst){(uint8_t)op, (uint8_t)low, (uint8_t)high, NOWHERE,
-                                           other};
-    return (struct fragment){at, at, at};
+    if (g->n_insts == MAX_INSTS)
+        return refuse(p, p->at, "up to here the grammar takes over %d instructions", MAX_INSTS);
+    g->insts[g->n_insts] = (struct inst){(uint8_t)op, .next = g->n_insts + 1, .other = other,
+                                         .cost = NOWHERE};
+    return g->n_insts++;
 }
 
-static struct fragment nothing(struct parser *p) { return single(p, OP_SPLIT, NOWHERE, 0, 0); }
-
-static struct fragment join(struct parser *p, struct fragment f, struct fragment g)
+/* Leads link to characters low..high, of which `more` bytes follow the first, or to such ends of
+ * characters; the first byte has the bits of mark.  Their last bytes lead to NOWHERE as yet.
+ * Returns the link for other characters. */
+static uint32_t *put_codes(struct parser *p, uint32_t *link, uint32_t low, uint32_t high,
+                           uint32_t more, uint32_t mark)
 {
-    p->g->insts[f.last].next = g.first;
-    return (struct fragment){f.first, g.last, f.first};
-}
-
-/* f or g, which begins with nothing(); f.first may be NOWHERE for none yet.  But for loops, an
- * instruction leads to later ones, because settle goes from the end to the start. */
-static struct fragment either(struct parser *p, struct fragment f, struct fragment g)
-{
-    struct fragment end = nothing(p);
-    p->g->insts[g.last].next = end.first;
-    if (f.first == NOWHERE)
-        return (struct fragment){g.first, end.last, g.first};
-    p->g->insts[f.last].next = end.first;
-    p->g->insts[f.fork].other = g.first;
-    return (struct fragment){f.first, end.last, g.first};
-}
-
-static struct fragment add_bytes(struct parser *p, const uint8_t *low, const uint8_t *high,
-                                 uint32_t n)
-{
-    struct fragment f = nothing(p);
-    for (uint32_t i = 0; i < n; i++)
-        f = join(p, f, single(p, OP_BYTE, NOWHERE, low[i], high[i]));
-    return f;
-}
-
-static uint32_t put_utf8(uint32_t code, uint8_t bytes[4])
-{
-    static const uint8_t lead[5] = {0, 0, 0xc0, 0xe0, 0xf0};
-    uint32_t n = code < 0x80 ? 1 : code < 0x800 ? 2 : code < 0x10000 ? 3 : 4;
-    for (uint32_t i = n; i-- > 1; code >>= 6)
-        bytes[i] = (uint8_t)(0x80 | (code & 63));
-    bytes[0] = (uint8_t)(lead[n] | code);
-    return n;
-}
-
-/* f or a character low..high.  Runs of characters have first bytes in common, then a byte that
- * varies, then bytes that take every value. */
-static struct fragment add_codes(struct parser *p, struct fragment f, uint32_t low, uint32_t high)
-{
-    static const uint32_t top[5] = {0, 0x7f, 0x7ff, 0xffff, MAX_CODE};
-    while (low <= high && !p->failed) {
-        uint8_t from[4], to[4];
-        if (low >= 0xd800 && low <= 0xdfff) { /* surrogates are no characters */
-            low = 0xe000;
-            continue;
-        }
-        uint32_t n = put_utf8(low, from), end = min_u32(high, top[n]), unit = 1, free_bytes = 1;
-        if (low < 0xd800)
-            end = min_u32(end, 0xd7ff);
-        for (; free_bytes < n && low % (64 * unit) == 0 && low + 64 * unit - 1 <= end; free_bytes++)
-            unit *= 64;
-        if (free_bytes < n)
-            end = min_u32(end, low / (64 * unit) * (64 * unit) + 64 * unit - 1);
-        end = low + (end + 1 - low) / unit * unit - 1;
-        put_utf8(end, to);
-        f = either(p, f, add_bytes(p, from, to, n));
-        low = end + 1;
+    uint32_t unit = 1u << 6 * more; /* characters of one first byte */
+    for (uint32_t end; low <= high; low = end + 1) {
+        end = (high + 1) / unit * unit; /* of whole units, else of a part of one */
+        end = low % unit == 0 && end > low ? end - 1 : min_u32(high, low | (unit - 1));
+        *link = p->g->n_insts;
+        struct inst *byte = &p->g->insts[put(p, OP_BYTE, NOWHERE)];
+        byte->low = (uint8_t)(mark | low / unit), byte->high = (uint8_t)(mark | end / unit);
+        if (more)
+            put_codes(p, &byte->next, low % unit, end % unit, more - 1, 0x80);
+        else
+            byte->next = NOWHERE;
+        link = &byte->other;
     }
-    return f;
+    return link;
+}
+
+/* A character of one of the ranges low << 32 | high. */
+static void put_class(struct parser *p, const uint64_t *ranges, uint32_t n)
+{
+    enum { FORMS = 5 };
+    static const struct form {
+        uint32_t low, high, more, mark;
+    } forms[FORMS] = {{0, 0x7f, 0, 0}, {0x80, 0x7ff, 1, 0xc0}, {0x10000, MAX_CODE, 3, 0xf0},
+                      {0x800, 0xd7ff, 2, 0xe0}, {0xe000, 0xffff, 2, 0xe0}}; /* no surrogates */
+    gemma2_grammar *g = p->g;
+    uint32_t first = g->n_insts, start, *link = &start;
+    for (uint32_t i = 0; i < n * FORMS; i++) {
+        const struct form *f = &forms[i % FORMS];
+        uint32_t low = (uint32_t)(ranges[i / FORMS] >> 32), high = (uint32_t)ranges[i / FORMS];
+        link = put_codes(p, link, low > f->low ? low : f->low, min_u32(high, f->high), f->more,
+                         f->mark);
+    }
+    for (uint32_t i = first; i < g->n_insts; i++)
+        g->insts[i].next = min_u32(g->insts[i].next, g->n_insts);
 }
 
 /* ---- GBNF ---- */
 
 static int peek(const struct parser *p) { return p->at < p->size ? p->text[p->at] : -1; }
 
+/* Whether that comes next; then it is read. */
+static int next_is(struct parser *p, const char *word)
+{
+    uint32_t start = p->at;
+    for (; *word && peek(p) == *word; word++)
+        p->at++;
+    p->at = *word ? start : p->at;
+    return !*word;
+}
+
 /* Skips blanks and comments, and newlines where a rule may go on behind them. */
 static void skip_blanks(struct parser *p, int newlines)
 {
-    for (int c; (c = peek(p)) == ' ' || c == '\t' || c == '#' ||
-                (newlines && (c == '\n' || c == '\r')); p->at++)
-        if (c == '#') {
-            while (p->at < p->size && peek(p) != '\n' && peek(p) != '\r')
+    while (peek(p) > 0 && strchr(newlines ? " \t#\r\n" : " \t#", peek(p)))
+        if (p->text[p->at++] == '#')
+            while (peek(p) >= 0 && peek(p) != '\n' && peek(p) != '\r')
                 p->at++;
-            p->at--;
-        }
 }
 
-static uint32_t read_hex(struct parser *p, int digits)
+/* A number between blanks; NOWHERE for none. */
+static uint32_t read_number(struct parser *p)
 {
-    uint32_t code = 0, start = p->at;
-    for (; digits > 0; digits--, p->at++) {
-        int c = peek(p), d = hex_digit(c >= 'a' && c <= 'f' ? c - 32 : c);
-        if (d < 0 || code > MAX_CODE) {
-            refuse(p, start, "hexadecimal digits of a character were expected here");
-            return 0;
-        }
-        code = code * 16 + (uint32_t)d;
-    }
-    return code;
+    uint32_t n = NOWHERE;
+    for (skip_blanks(p, 0); peek(p) >= '0' && peek(p) <= '9'; p->at++)
+        n = min_u32((n == NOWHERE ? 0 : n) * 10 + (uint32_t)(peek(p) - '0'), MAX_GRAMMAR);
+    skip_blanks(p, 0);
+    return n;
 }
 
-/* A character of a literal or class, with its escapes. */
-static uint32_t read_char(struct parser *p)
+/* The next character of a literal or class, with its escapes; behind the last one NOWHERE. */
+static uint32_t read_char(struct parser *p, uint32_t start, int end)
 {
-    static const char names[] = "tnr\\\"[]", codes[] = "\t\n\r\\\"[]";
-    uint32_t start = p->at, n = utf8_length(p->text + start, p->size - start), code;
-    if (!n) {
-        refuse(p, start, "this is not UTF-8");
-        return 0;
-    }
-    if (peek(p) != '\\') {
-        code = n == 1 ? p->text[start] : p->text[start] & (0x7fu >> n);
-        for (uint32_t i = 1; i < n; i++)
-            code = code << 6 | (p->text[start + i] & 63);
-        p->at += n;
-        return code;
-    }
-    p->at++;
+    static const char names[] = "xuUtnr\\\"[]", codes[] = "\2\4\10\t\n\r\\\"[]";
     int c = peek(p);
-    const char *found = c > 0 ? strchr(names, c) : NULL;
-    p->at++;
-    if (found)
-        return (uint32_t)codes[found - names];
-    if (c != 'x' && c != 'u' && c != 'U') {
-        refuse(p, start, "there is no such escape; there are \\t \\n \\r \\\\ \\\" \\[ \\] \\xHH "
-                         "\\uHHHH \\UHHHHHHHH");
-        return 0;
-    }
-    code = read_hex(p, c == 'x' ? 2 : c == 'u' ? 4 : 8);
-    if (code > MAX_CODE || (code >= 0xd800 && code <= 0xdfff))
-        refuse(p, start, "U+%04X is no character", code);
-    return code;
-}
-
-/* Whether a text or class goes on; refuses one without an end. */
-static int goes_on(struct parser *p, int end, uint32_t start)
-{
-    if (!p->failed && (peek(p) < 0 || peek(p) == '\n'))
+    if (c < 0 || c == '\n')
         refuse(p, start, "this has no closing %c", end);
-    return !p->failed && peek(p) != end;
-}
-
-static struct fragment read_literal(struct parser *p)
-{
-    struct fragment f = nothing(p);
-    uint32_t start = p->at++;
-    while (goes_on(p, '"', start)) {
-        uint8_t bytes[4];
-        uint32_t n = put_utf8(read_char(p), bytes);
-        f = join(p, f, add_bytes(p, bytes, bytes, n));
+    if (p->failed || c == end)
+        return p->at++, NOWHERE;
+    uint32_t at = p->at++, n = utf8_length(p->text + at, p->size - at);
+    uint32_t code = (uint32_t)c & 0x7fu >> (n > 1 ? n : 0);
+    if (!n)
+        return refuse(p, at, "this is not UTF-8");
+    for (; n > 1; n--)
+        code = code << 6 | (p->text[p->at++] & 63);
+    if (c != '\\')
+        return code;
+    const char *name = peek(p) > 0 ? strchr(names, peek(p)) : NULL;
+    if (!name)
+        return refuse(p, at, "there is no such escape; there are \\t \\n \\r \\\\ \\\" \\[ \\] "
+                             "\\xHH \\uHHHH \\UHHHHHHHH");
+    code = (uint32_t)codes[name - names], p->at++;
+    if (name >= names + 3)
+        return code;
+    for (n = code, code = 0; n > 0; n--, p->at++) {
+        int digit = hex_digit(peek(p) >= 'a' && peek(p) <= 'f' ? peek(p) - 32 : peek(p));
+        if (digit < 0)
+            return refuse(p, at + 2, "hexadecimal digits of a character were expected here");
+        code = code * 16 + (uint32_t)digit;
     }
-    p->at++;
-    return f;
+    if (code > MAX_CODE || (code >= 0xd800 && code <= 0xdfff))
+        return refuse(p, at, "U+%04X is no character", code);
+    return code;
 }
 
 static int compare_keys(const void *left, const void *right)
@@ -4249,18 +4201,15 @@ static int compare_keys(const void *left, const void *right)
     return (a > b) - (a < b);
 }
 
-static struct fragment read_class(struct parser *p)
+static void read_class(struct parser *p)
 {
     uint64_t ranges[MAX_RANGES + 1]; /* low << 32 | high */
-    uint32_t start = p->at++, n = 0, next = 0;
-    struct fragment f = {NOWHERE, NOWHERE, NOWHERE};
-    int negated = peek(p) == '^';
-    p->at += (uint32_t)negated;
-    while (goes_on(p, ']', start)) {
-        uint32_t low = read_char(p), high = low;
+    uint32_t start = p->at - 1, first = p->g->n_insts, n = 0, next = 0;
+    int negated = next_is(p, "^");
+    for (uint32_t low, high; (low = high = read_char(p, start, ']')) != NOWHERE;) {
         if (peek(p) == '-' && p->at + 1 < p->size && p->text[p->at + 1] != ']') {
             p->at++;
-            high = goes_on(p, ']', start) ? read_char(p) : 0;
+            high = read_char(p, start, ']');
         }
         if (high < low || n == MAX_RANGES)
             refuse(p, p->at, high < low ? "this range ends before it begins"
@@ -4268,57 +4217,31 @@ static struct fragment read_class(struct parser *p)
         else
             ranges[n++] = (uint64_t)low << 32 | high;
     }
-    p->at++;
     qsort(ranges, n, sizeof *ranges, compare_keys);
-    if (negated) /* one more, behind all characters, for the gap before it */
-        ranges[n++] = (uint64_t)(MAX_CODE + 1) << 32;
-    for (uint32_t i = 0; i < n && !p->failed; i++) {
+    ranges[n] = (uint64_t)(MAX_CODE + 1) << 32; /* behind all characters, for the last gap */
+    for (uint32_t i = 0; i <= n && negated; i++) { /* gaps; an empty one ends before it begins */
         uint32_t low = (uint32_t)(ranges[i] >> 32), high = (uint32_t)ranges[i];
-        if (!negated)
-            f = add_codes(p, f, low, high);
-        else if (low > next)
-            f = add_codes(p, f, next, low - 1);
+        ranges[i] = low > next ? (uint64_t)next << 32 | (low - 1) : (uint64_t)1 << 32;
         next = high >= next ? high + 1 : next;
     }
-    if (f.first == NOWHERE)
+    put_class(p, ranges, n + (uint32_t)negated);
+    if (p->g->n_insts == first)
         refuse(p, start, "no character is in this class");
-    return p->failed ? nothing(p) : f;
-}
-
-static uint32_t read_number(struct parser *p, uint32_t most)
-{
-    uint32_t n = 0, start = p->at;
-    for (; peek(p) >= '0' && peek(p) <= '9'; p->at++)
-        n = min_u32(n * 10 + (uint32_t)(peek(p) - '0'), most + 1);
-    if (p->at == start)
-        refuse(p, start, "a number was expected here");
-    return n;
 }
 
 /* <[id]> or <text>, one token; with ! before it any token of text but that. */
-static struct fragment read_token(struct parser *p)
+static void read_token(struct parser *p)
 {
     const gemma2_model *m = p->g->model;
-    uint32_t start = p->at, negated = peek(p) == '!', id = NOWHERE;
-    p->at += negated;
-    uint32_t name_at = p->at;
-    while (peek(p) >= 0 && peek(p) != '\n' && peek(p) != '>')
+    uint32_t start = p->at, negated = (uint32_t)next_is(p, "!"), name = p->at;
+    int by_id = next_is(p, "<[");
+    uint32_t id = by_id ? read_number(p) : NOWHERE;
+    while (!by_id && peek(p) > 0 && !strchr("\n>", peek(p)))
         p->at++;
-    struct text name = {p->text + name_at, p->at + 1 - name_at};
-    if (peek(p) != '>' || *name.p != '<') {
+    if (!next_is(p, by_id ? "]>" : ">") || p->text[name] != '<')
         refuse(p, start, "a token is <[id]> or <text>, with ! before it for any other token");
-        return nothing(p);
-    }
-    if (name.n > 4 && name.p[1] == '[' && name.p[name.n - 2] == ']') {
-        uint32_t end = p->at - 1;
-        p->at = name_at + 2;
-        id = read_number(p, MAX_GRAMMAR);
-        if (p->at != end)
-            refuse(p, p->at, "a token's id is a number");
-        p->at = end + 1;
-    } else
-        id = (uint32_t)gemma2_find_piece(m, (const char *)name.p, name.n);
-    p->at++;
+    else if (!by_id)
+        id = (uint32_t)gemma2_find_piece(m, (const char *)p->text + name, p->at - name);
     if (id >= m->tokenizer.n)
         refuse(p, start, "the vocabulary has no such token");
     else if (!negated && gemma2_is_stop(m, (int32_t)id))
@@ -4327,210 +4250,183 @@ static struct fragment read_token(struct parser *p)
         refuse(p, start, "this token is a single byte, which may be no character");
     else if (!negated && !is_kept(m, id))
         refuse(p, start, "the model cannot write this token, which its head has not kept");
-    return single(p, OP_TOKEN, id, negated, 0);
+    p->g->insts[put(p, OP_TOKEN, id)].low = (uint8_t)negated;
 }
 
-/* The rule of that name, which may be defined later. */
-static uint32_t read_name(struct parser *p)
+/* Where the rule of that name starts, which may be defined later.  no_name: what to say of none. */
+static uint32_t read_name(struct parser *p, const char *no_name)
 {
-    gemma2_grammar *g = p->g;
     struct text name = {p->text + p->at, 0};
-    uint32_t hash = 2166136261u, start = p->at;
     for (int c; (c = peek(p)) == '-' || c == '_' || (c >= '0' && c <= '9') ||
-                ((c | 32) >= 'a' && (c | 32) <= 'z'); p->at++, name.n++)
-        hash = (hash ^ (uint32_t)c) * 16777619u;
-    for (hash ^= hash >> 15;; hash++) {
-        uint32_t *slot = &p->slots[hash & (p->n_slots - 1)];
-        const struct rule *r = &g->rules[*slot ? *slot - 1 : 0];
-        struct text other = {p->text + r->name_at, r->name_n};
-        if (!*slot) {
-            g->rules[g->n_rules++] = (struct rule){NOWHERE, start, name.n};
-            *slot = g->n_rules;
-        } else if (!same_text(name, other))
-            continue;
-        return *slot - 1;
+                ((c | 32) >= 'a' && (c | 32) <= 'z'); p->at++)
+        name.n++;
+    if (!name.n)
+        return refuse(p, p->at, "%s", no_name);
+    for (uint32_t at = (uint32_t)(hash_of(name) >> 32);; at++) {
+        struct rule *r = &p->rules[at & (p->n_rules - 1)];
+        if (!r->name.n) {
+            *r = (struct rule){name, put(p, OP_SPLIT, NOWHERE)};
+            p->g->insts[r->start].next = 0;
+        }
+        if (same_text(r->name, name))
+            return r->start;
     }
 }
 
-static void define_rule(struct parser *p, struct rule *r, struct fragment body)
-{
-    struct fragment whole = join(p, body, single(p, OP_END, NOWHERE, 0, 0));
-    r->start = whole.first;
-}
-
-/* *, +, ? or {m,n} behind f.  An item that stands several times becomes a rule that is called. */
-static struct fragment read_repeat(struct parser *p, struct fragment f)
+/* *, +, ? or {m,n} behind an item, which becomes a rule that is called so often: the instruction
+ * before it leads to the calls. */
+static void read_repeat(struct parser *p, uint32_t before)
 {
     gemma2_grammar *g = p->g;
     int c = peek(p);
     uint32_t start = p->at++, least = c == '+', most = c == '?' ? 1 : NOWHERE;
     if (c == '{') {
-        skip_blanks(p, 0);
-        least = most = read_number(p, MAX_REPEAT);
-        skip_blanks(p, 0);
-        if (peek(p) == ',') {
-            p->at++, skip_blanks(p, 0);
-            most = peek(p) == '}' ? NOWHERE : read_number(p, MAX_REPEAT);
-            most = most > MAX_REPEAT ? NOWHERE : most;
-            skip_blanks(p, 0);
-        }
-        if (peek(p) != '}' || least > MAX_REPEAT || most < least)
-            refuse(p, start, "a repetition is {m}, {m,} or {m,n}, with m at most n and %d",
-                   MAX_REPEAT);
-        p->at++;
+        least = read_number(p);
+        most = next_is(p, ",") ? read_number(p) : least;
+        if (!next_is(p, "}") || least > MAX_REPEAT || most < least ||
+            (most > MAX_REPEAT && most != NOWHERE))
+            refuse(p, start, "a repetition is {m}, {m,} or {m,n}, with m at most n and n at most "
+                             "%d", MAX_REPEAT);
     }
-    uint32_t copies = most == NOWHERE ? least + 1 : most, item = g->n_rules;
-    struct fragment whole = nothing(p), end = nothing(p);
-    if (copies > 1) {
-        g->rules[g->n_rules++] = (struct rule){NOWHERE, p->rule->name_at, p->rule->name_n};
-        define_rule(p, &g->rules[item], f);
-    }
-    for (uint32_t i = 0; i < copies && !p->failed; i++) {
-        struct fragment one = copies > 1 ? single(p, OP_CALL, item, 0, 0) : f;
+    put(p, OP_END, NOWHERE);
+    uint32_t item = g->insts[before].next, calls = most == NOWHERE ? least + 1 : most;
+    uint32_t end = g->n_insts + 2 * calls - least;
+    g->insts[before].next = g->n_insts;
+    for (uint32_t i = 0; i < calls && !p->failed; i++) {
         if (i >= least)
-            one = join(p, single(p, OP_SPLIT, end.first, 0, 0), one);
-        whole = join(p, whole, one);
-        if (i + 1 == copies && most == NOWHERE) { /* the last one loops */
-            g->insts[one.last].next = one.first;
-            return (struct fragment){whole.first, end.last, whole.first};
-        }
+            put(p, OP_SPLIT, end);
+        put(p, OP_CALL, item);
     }
-    return join(p, whole, end);
+    if (most == NOWHERE)
+        g->insts[g->n_insts - 1].next = g->n_insts - 2; /* the last one repeats */
 }
 
-static struct fragment read_ways(struct parser *p);
+static void read_ways(struct parser *p, int nesting);
 
-static struct fragment read_item(struct parser *p)
+static void read_item(struct parser *p, int nesting)
 {
+    uint32_t start = p->at, before = put(p, OP_SPLIT, NOWHERE);
     int c = peek(p);
-    uint32_t start = p->at;
-    struct fragment f = {NOWHERE, NOWHERE, NOWHERE};
-    if (c == '"')
-        return read_literal(p);
-    if (c == '[')
-        return read_class(p);
-    if (c == '<' || c == '!')
-        return read_token(p);
-    if (c == '.')
-        return p->at++, add_codes(p, f, 0, MAX_CODE);
-    if (c == '(') {
-        p->at++;
-        if (++p->nesting > MAX_NESTING)
+    if (next_is(p, "\"")) {
+        for (uint64_t code; (code = read_char(p, start, '"')) != NOWHERE;)
+            put_class(p, &(uint64_t){code << 32 | code}, 1);
+    } else if (next_is(p, "["))
+        read_class(p);
+    else if (next_is(p, "."))
+        put_class(p, &(uint64_t){MAX_CODE}, 1);
+    else if (c == '<' || c == '!')
+        read_token(p);
+    else if (next_is(p, "(")) {
+        if (nesting == MAX_NESTING)
             refuse(p, start, "parentheses are nested deeper than %d", MAX_NESTING);
-        f = p->failed ? nothing(p) : read_ways(p);
-        if (peek(p) != ')')
+        read_ways(p, nesting + 1);
+        if (!next_is(p, ")"))
             refuse(p, start, "this ( is not closed");
-        p->at++, p->nesting--;
-        return f;
+    } else {
+        uint32_t call = put(p, OP_CALL, 0);
+        p->g->insts[call].other = read_name(p, "nothing of a grammar begins with this character");
+        p->g->insts[call].next = p->g->n_insts; /* past the rule's start, if that is new */
     }
-    uint32_t rule = read_name(p);
-    if (p->at == start)
-        refuse(p, start, "nothing of a grammar begins with this character");
-    return single(p, OP_CALL, rule, 0, 0);
+    for (skip_blanks(p, nesting); (c = peek(p)) > 0 && strchr("*+?{", c); skip_blanks(p, nesting))
+        read_repeat(p, before);
 }
 
 /* Alternatives, up to the ')' or the end of the rule. */
-static struct fragment read_ways(struct parser *p)
-{
-    struct fragment ways = {NOWHERE, NOWHERE, NOWHERE};
-    for (;;) {
-        struct fragment way = nothing(p);
-        skip_blanks(p, 1);
-        for (int c; !p->failed && (c = peek(p)) != '|' && c != ')' && c != '\n' && c >= 0;) {
-            struct fragment item = read_item(p);
-            for (skip_blanks(p, p->nesting != 0); !p->failed && (c = peek(p)) > 0 &&
-                                                  strchr("*+?{", c);
-                 skip_blanks(p, p->nesting != 0))
-                item = read_repeat(p, item);
-            way = join(p, way, item);
-            if (peek(p) == '\r')
-                break;
-        }
-        ways = either(p, ways, way);
-        if (p->failed || peek(p) != '|')
-            return p->failed ? nothing(p) : ways;
-        p->at++;
-    }
-}
-
-static void read_rules(struct parser *p)
+static void read_ways(struct parser *p, int nesting)
 {
     gemma2_grammar *g = p->g;
-    for (skip_blanks(p, 1); !p->failed && p->at < p->size; skip_blanks(p, 1)) {
-        uint32_t start = p->at, rule = read_name(p);
-        if (p->at == start)
-            refuse(p, start, "a rule was expected here: name ::= ...");
-        skip_blanks(p, 0);
-        if (p->size - min_u32(p->at, p->size) < 3 || memcmp(p->text + p->at, "::=", 3))
-            refuse(p, p->at, "::= was expected behind the name of a rule");
-        if (p->failed)
+    for (uint32_t end = 0;; p->at++) {
+        uint32_t way = put(p, OP_SPLIT, NOWHERE);
+        skip_blanks(p, 1);
+        while (peek(p) >= 0 && !memchr("|)\r\n", peek(p), 4))
+            read_item(p, nesting);
+        g->insts[end].next = g->n_insts; /* the way before ends where this one does */
+        if (peek(p) != '|')
             return;
-        p->at += 3;
-        p->rule = &g->rules[rule];
-        define_rule(p, p->rule, read_ways(p));
-        if (peek(p) == ')')
-            refuse(p, p->at, "this ) closes nothing");
+        end = put(p, OP_SPLIT, NOWHERE);
+        g->insts[way].other = g->n_insts;
     }
-    g->root = NOWHERE;
-    for (uint32_t r = 0; r < g->n_rules; r++) {
-        struct text name = {p->text + g->rules[r].name_at, g->rules[r].name_n};
-        if (g->rules[r].start == NOWHERE)
-            refuse(p, g->rules[r].name_at, "there is no rule '%.*s'", (int)min_u32(name.n, 60),
-                   (const char *)name.p);
-        if (g->root == NOWHERE && same_text(name, as_text("root")))
-            g->root = r;
-    }
-    if (g->root == NOWHERE)
-        refuse(p, NOWHERE, "the grammar has no rule 'root'");
 }
 
 /* ---- finishing a grammar: shortest ways, empty languages, left recursion ---- */
 
-/* Works out what an instruction costs, and how many calls it makes before it reads, at most
- * n_rules + 1, from what is known so far of those that it leads to; 1 if that is news. */
-static int settle_at(gemma2_grammar *g, uint32_t *depth, uint32_t at)
+/* Works out what instructions cost, and then which are sound, from those that they lead to: from
+ * the last to the first, until nothing changes.  Only repetitions lead back, to where the rule has
+ * been.  0: it takes too long. */
+static int settle(gemma2_grammar *g)
 {
-    const struct inst *i = &g->insts[at];
-    uint32_t to = i->op == OP_CALL ? g->rules[i->other].start : i->op == OP_SPLIT ? i->other
-                                                                                  : NOWHERE;
-    uint32_t next = i->next == NOWHERE ? NOWHERE : g->cost[i->next];
-    uint32_t other = to == NOWHERE ? NOWHERE : g->cost[to], cost = NOWHERE, calls = 0;
-    if (i->op <= OP_END)
-        cost = 0;
-    else if (i->op == OP_SPLIT)
-        cost = min_u32(next, other);
-    else if (next != NOWHERE && (i->op != OP_CALL || other != NOWHERE))
-        cost = next + (i->op == OP_CALL ? other : 1);
-    cost = cost > MAX_COST ? NOWHERE : cost;
-    if (to != NOWHERE)
-        calls = min_u32(depth[to] + (i->op == OP_CALL), g->n_rules + 1);
-    if (i->next != NOWHERE && (i->op == OP_SPLIT || (i->op == OP_CALL && !other)))
-        calls = depth[i->next] > calls ? depth[i->next] : calls;
-    int is_new = cost != g->cost[at] || calls != depth[at];
-    g->cost[at] = cost, depth[at] = calls;
-    return is_new;
+    static const struct inst no_way = {.sound = 1, .cost = 0xffffffff};
+    int knows_costs = 0;
+    for (uint64_t work = 0; knows_costs < 2 && work < MAX_WORK; work += g->n_insts) {
+        int news = 0;
+        for (uint32_t at = g->n_insts; at-- > 0;) {
+            struct inst *i = &g->insts[at], *next = &g->insts[i->next];
+            const struct inst *other = i->other == NOWHERE || i->op == OP_TOKEN
+                                           ? &no_way : &g->insts[i->other];
+            if (i->op == OP_CALL && other->op == OP_SPLIT && other->other == NOWHERE)
+                other = &g->insts[i->other = other->next]; /* not by way of a name */
+            uint64_t cost = next->cost, old_cost = i->cost;
+            int sound = i->next <= at || next->sound, old_sound = i->sound;
+            if (i->op == OP_CALL) {
+                cost += other->cost;
+                sound = other->sound && (sound || other->cost);
+            } else {
+                cost = i->op == OP_END ? 0 : cost + (i->op != OP_SPLIT);
+                cost = cost < other->cost ? cost : other->cost;
+                sound = i->op != OP_SPLIT || (sound && other->sound);
+            }
+            i->cost = cost > MAX_COST ? NOWHERE : (uint32_t)cost;
+            i->sound = knows_costs && sound;
+            news |= i->cost != old_cost || i->sound != old_sound;
+        }
+        knows_costs += !news;
+    }
+    return knows_costs == 2;
 }
 
-/* Fills g->cost and depth, from the end to the start until nothing changes.  0: it takes too
- * long. */
-static int settle(gemma2_grammar *g, uint32_t *depth)
+/* Makes the machine of the whole text, and refuses one that cannot be run. */
+static int read_grammar(struct parser *p)
 {
-    uint64_t work = 0;
-    memset(g->cost, 0xff, g->n_insts * sizeof *g->cost);
-    memset(depth, 0, g->n_insts * sizeof *depth);
-    for (int changes = 1; changes && work < MAX_WORK; work += g->n_insts) {
-        changes = 0;
-        for (uint32_t i = g->n_insts; i-- > 0;)
-            changes |= settle_at(g, depth, i);
+    gemma2_grammar *g = p->g;
+    struct rule bad = {.start = 0}; /* the last one */
+    for (skip_blanks(p, 1); peek(p) >= 0; skip_blanks(p, 1)) {
+        uint32_t start = read_name(p, "a rule was expected here: name ::= ...");
+        skip_blanks(p, 0);
+        if (!next_is(p, "::="))
+            refuse(p, p->at, "::= was expected behind the name of a rule");
+        g->insts[start].next = g->n_insts;
+        read_ways(p, 0);
+        if (peek(p) == ')')
+            refuse(p, p->at, "this ) closes nothing");
+        put(p, OP_END, NOWHERE);
     }
-    return work < MAX_WORK;
+    if (p->failed)
+        return 0;
+    if (!settle(g))
+        return fail(p->err, "rules of the grammar lean on each other in too long a chain");
+    for (const struct rule *r = p->rules; r < p->rules + p->n_rules; r++) {
+        if (r->start > bad.start && !(g->insts[r->start].next && g->insts[r->start].sound))
+            bad = *r;
+        if (same_text(r->name, as_text("root")))
+            g->root = r->start;
+    }
+    if (bad.start)
+        refuse(p, (uint32_t)(bad.name.p - p->text), g->insts[bad.start].next ?
+               "the rule '%.*s' can begin with itself, or with a rule that can (left recursion): "
+               "let it end with itself" : "there is no rule '%.*s'",
+               (int)min_u32(bad.name.n, 60), (const char *)bad.name.p);
+    else if (!g->root)
+        return fail(p->err, "the grammar has no rule 'root'");
+    else if (g->insts[g->root].cost == NOWHERE)
+        return fail(p->err, "the grammar has no sentence of at most %d bytes", MAX_COST);
+    return !p->failed;
 }
 
 /* ---- the vocabulary as a tree of bytes, for masks ----
  *
  * Nodes lie in depth-first order: a node's subtree follows it, and skip leads past it.  Most
- * tokens are plain text: where a grammar takes any such text their bits are ready, and only the
- * tree of the other tokens is walked. */
+ * tokens are plain text: where a grammar takes any such text their bits are ready, so they have a
+ * tree of their own behind that of the others. */
 enum { MAX_TOKEN_BYTES = 255, PLAIN_CHARS = 16, NO_TOKEN = 0xffffff };
 
 struct node {
@@ -4538,36 +4434,29 @@ struct node {
     uint32_t token; /* id or NO_TOKEN << 8 | depth, 1 at the top */
 };
 
-struct tree {
-    struct node *nodes;
-    uint32_t n;
-};
-
 struct vocabulary {
-    struct tree all, rest; /* all tokens of text, and those that are not plain */
-    uint32_t *plain;       /* [PLAIN_CHARS] masks: tokens of 1, up to 2, ... plain characters */
-    uint32_t *text;        /* mask of the tokens that are whole characters */
-    uint32_t n_words;
+    uint32_t *plain; /* [PLAIN_CHARS] masks: tokens of 1, up to 2, ... plain characters */
+    uint32_t *text;  /* mask of the tokens that are whole characters */
+    struct node *nodes;
+    uint32_t n, first_plain, n_words;
 };
 
-struct token_text {
-    uint64_t start; /* the first bytes, big-endian */
+struct token {
     struct text bytes;
     uint32_t id, kind; /* see text_kind */
 };
 
 static int compare_tokens(const void *left, const void *right)
 {
-    const struct token_text *a = left, *b = right;
-    if (a->start != b->start)
-        return a->start < b->start ? -1 : 1;
-    int order = compare_text(a->bytes, b->bytes);
+    const struct token *a = left, *b = right;
+    int order = (a->kind > 1) - (b->kind > 1);
+    order = order ? order : compare_text(a->bytes, b->bytes);
     return order ? order : (a->id > b->id) - (a->id < b->id);
 }
 
 /* 1 + the number of characters if they are plain, 1 for other whole characters, 0 for a part of a
- * character.  Plain are up to PLAIN_CHARS characters that JSON writes as they are, but for the
- * ends of lines U+2028 and U+2029. */
+ * character.  Plain are up to PLAIN_CHARS characters that JSON writes as they are, but for U+2000
+ * to U+203F, among which are ends of lines. */
 static uint32_t text_kind(struct text s)
 {
     uint32_t chars = 0, length, plain = 1;
@@ -4576,47 +4465,10 @@ static uint32_t text_kind(struct text s)
         if (!length)
             return 0;
         if (s.p[i] < 0x20 || s.p[i] == '"' || s.p[i] == '\\' || s.p[i] == 0x7f ||
-            (length == 3 && !memcmp(s.p + i, "\xe2\x80", 2) && (s.p[i + 2] & 0xfe) == 0xa8))
+            (s.p[i] == 0xe2 && s.p[i + 1] == 0x80))
             plain = 0;
     }
     return plain && chars <= PLAIN_CHARS ? 1 + chars : 1;
-}
-
-/* A tree of sorted tokens.  Tokens of equal bytes become brothers.  0: no memory. */
-static int build_tree(struct tree *tree, const struct token_text *t, uint32_t n)
-{
-    uint32_t stack[MAX_TOKEN_BYTES + 1], depth = 0, same;
-    const struct text *last = NULL;
-    size_t bytes = 1;
-    for (uint32_t i = 0; i < n; i++)
-        bytes += t[i].bytes.n;
-    if (bytes >= NO_TOKEN || !(tree->nodes = malloc(bytes * sizeof *tree->nodes)))
-        return 0;
-    for (uint32_t i = 0; i <= n; i++) {
-        const struct text *s = &t[i].bytes;
-        for (same = 0; i < n && last && same < last->n && same + 1 < s->n &&
-                       last->p[same] == s->p[same];)
-            same++;
-        for (; depth > same; depth--)
-            tree->nodes[stack[depth]].skip |= (tree->n - stack[depth]) << 8;
-        if (i == n)
-            break;
-        while (depth < s->n) {
-            stack[++depth] = tree->n;
-            tree->nodes[tree->n++] = (struct node){s->p[depth - 1],
-                                                   (uint32_t)NO_TOKEN << 8 | depth};
-        }
-        tree->nodes[tree->n - 1].token = t[i].id << 8 | depth;
-        last = s;
-    }
-    return 1;
-}
-
-static void free_vocabulary(struct vocabulary *v)
-{
-    if (v)
-        free(v->all.nodes), free(v->rest.nodes), free(v->plain);
-    free(v);
 }
 
 /* The bytes that a token adds to a reply, 0 of them for one that has no text. */
@@ -4631,42 +4483,55 @@ static uint32_t token_bytes(const struct tokenizer *t, uint32_t id, uint8_t *byt
     return (uint32_t)spaced_text(s, (char *)bytes);
 }
 
+/* Makes the trees of sorted tokens.  Tokens of equal bytes become brothers. */
+static void build_trees(struct vocabulary *v, const struct token *t, uint32_t n)
+{
+    for (uint32_t i = 0; i < n; i++) {
+        struct text s = t[i].bytes, last = i ? t[i - 1].bytes : s;
+        int is_first = !i || (t[i].kind > 1) != (t[i - 1].kind > 1);
+        uint32_t same = 0, most = is_first ? 0 : min_u32(last.n, s.n - 1);
+        while (same < most && last.p[same] == s.p[same])
+            same++;
+        for (; same < s.n; same++)
+            v->nodes[v->n++] = (struct node){s.p[same], (uint32_t)NO_TOKEN << 8 | (same + 1)};
+        v->nodes[v->n - 1].token = t[i].id << 8 | s.n;
+        v->first_plain = t[i].kind > 1 ? v->first_plain : v->n;
+    }
+    for (uint32_t i = v->n; i-- > 0;) {
+        uint32_t next = i + 1, depth = v->nodes[i].token & 255;
+        while (next < v->n && (v->nodes[next].token & 255) > depth)
+            next += v->nodes[next].skip >> 8;
+        v->nodes[i].skip |= (next - i) << 8;
+    }
+}
+
 static struct vocabulary *make_vocabulary(const gemma2_model *m)
 {
     const struct tokenizer *t = &m->tokenizer;
-    struct vocabulary *v = calloc(1, sizeof *v);
-    size_t blob = t->n ? get_u32(t->ends + 4 * (size_t)(t->n - 1)) : 0, used = 0;
-    uint32_t n = 0, words = (t->n + 31) / 32;
-    struct token_text *texts = malloc((t->n + (size_t)1) * sizeof *texts);
-    uint8_t *bytes = malloc(blob + 1);
-    if (v)
-        v->plain = calloc((PLAIN_CHARS + 1) * (size_t)words, sizeof *v->plain);
-    int ok = v && texts && bytes && v->plain;
-    if (ok) {
-        v->n_words = words, v->text = v->plain + PLAIN_CHARS * (size_t)words;
-        for (uint32_t id = 0; id < t->n; id++) {
-            struct text s = {bytes + used, token_bytes(t, id, bytes + used)};
-            if (!s.n || s.n > MAX_TOKEN_BYTES || gemma2_is_stop(m, (int32_t)id) || !is_kept(m, id))
-                continue;
-            uint32_t bit = 1u << id % 32, kind = text_kind(s);
-            texts[n] = (struct token_text){0, s, id, kind};
-            for (uint32_t i = 0; i < 8; i++)
-                texts[n].start = texts[n].start << 8 | (i < s.n ? s.p[i] : 0);
-            used += s.n, n++;
-            v->text[id / 32] |= kind ? bit : 0;
-            for (uint32_t k = kind > 1 ? kind - 2 : PLAIN_CHARS; k < PLAIN_CHARS; k++)
-                v->plain[k * (size_t)words + id / 32] |= bit;
-        }
-        qsort(texts, n, sizeof *texts, compare_tokens);
+    size_t blob = t->n ? get_u32(t->ends + 4 * (size_t)(t->n - 1)) : 0, words = (t->n + 31) / 32;
+    struct vocabulary *v = calloc(1, sizeof *v + (PLAIN_CHARS + 1) * words * sizeof *v->plain +
+                                     blob * sizeof *v->nodes);
+    struct token *tokens = malloc((t->n + (size_t)1) * sizeof *tokens + blob);
+    if (!v || !tokens || blob >= NO_TOKEN)
+        return free(v), free(tokens), NULL;
+    uint8_t *bytes = (uint8_t *)(tokens + t->n + 1);
+    uint32_t n = 0;
+    v->plain = (uint32_t *)(v + 1), v->text = v->plain + PLAIN_CHARS * words;
+    v->nodes = (struct node *)(v->text + words), v->n_words = (uint32_t)words;
+    for (uint32_t id = 0; id < t->n; id++) {
+        struct text s = {bytes, token_bytes(t, id, bytes)};
+        if (!s.n || s.n > MAX_TOKEN_BYTES || gemma2_is_stop(m, (int32_t)id) || !is_kept(m, id))
+            continue;
+        uint32_t bit = 1u << id % 32, kind = text_kind(s);
+        tokens[n++] = (struct token){s, id, kind};
+        v->text[id / 32] |= kind ? bit : 0;
+        for (uint32_t k = kind > 1 ? kind - 2 : PLAIN_CHARS; k < PLAIN_CHARS; k++)
+            v->plain[k * words + id / 32] |= bit;
+        bytes += s.n;
     }
-    ok = ok && build_tree(&v->all, texts, n);
-    uint32_t n_rest = 0;
-    for (uint32_t i = 0; ok && i < n; i++)
-        if (texts[i].kind <= 1)
-            texts[n_rest++] = texts[i];
-    if (!ok || !build_tree(&v->rest, texts, n_rest))
-        free_vocabulary(v), v = NULL;
-    free(texts), free(bytes);
+    qsort(tokens, n, sizeof *tokens, compare_tokens);
+    build_trees(v, tokens, n);
+    free(tokens);
     return v;
 }
 
@@ -4678,58 +4543,48 @@ static const struct vocabulary *vocabulary_of(const gemma2_model *m)
     if (v || !(v = make_vocabulary(m)))
         return v;
     if (!atomic_compare_exchange_strong(m->vocabulary, &none_yet, v)) {
-        free_vocabulary(v);
+        free(v);
         v = none_yet;
     }
     return v;
 }
 
 /* ---- matching: numbered sets, and masks ---- */
-enum { MAX_SETS = 1 << 19, MAX_ITEMS = 1 << 21, SET_SLOTS = 1 << 20, MAX_ROWS = 4096,
-       MAX_MASKS = 32, MAX_CLOSURE = 1 << 13, SEEN_SLOTS = 1 << 15,
+enum { MAX_SETS = 1 << 19, MAX_ITEMS = 1 << 21, MAX_ROWS = 4096, MAX_MASKS = 32,
+       MAX_CLOSURE = MAX_INSTS, MAX_FAMILY = 500, SLOTS = 1 << 15,
        SMALL_SEARCH = 3000, LARGE_SEARCH = 1 << 20, EXACT_LIMIT = 16 };
 
 struct set {
-    uint32_t first, n, hash;
+    uint32_t first, n;
+    uint32_t chained; /* the next set in its slot, or 0 */
     uint32_t cost;   /* bytes of the shortest way to an end of the reply; 0: it may end here */
-    uint32_t row;    /* 1 + its row, or 0 */
+    uint32_t row;    /* where its row is, if it is still there */
     uint32_t tokens; /* 1 + tokens of a short way, or 0 where that is not known */
     uint32_t mark;   /* of the search that saw it last */
-    uint32_t refers; /* an OP_TOKEN may follow */
+    uint32_t names;  /* an OP_TOKEN may follow; known when it had a row */
 };
 
 struct gemma2_matcher {
     const gemma2_grammar *grammar;
     const struct vocabulary *vocabulary;
-    uint32_t n_sets, n_items, n_rows, n_masks, mark, tag;
-    int full;              /* something did not fit: an answer is incomplete */
-    struct set sets[MAX_SETS];      /* 0: dead.  1: the reply is over */
-    uint64_t items[MAX_ITEMS];      /* stack << 32 | instruction, ascending in each set */
-    uint32_t set_slots[SET_SLOTS];  /* hash of sets */
-    uint32_t rows[MAX_ROWS][256];   /* what each byte makes of a set */
+    uint32_t n_sets, n_items, n_rows, mark, tag;
+    int full;                      /* something did not fit: an answer is incomplete */
+    struct set sets[MAX_SETS];     /* 0: dead.  1: the reply is over */
+    uint64_t items[MAX_ITEMS];     /* stack << 32 | instruction, ascending in each set */
+    uint32_t set_slots[SLOTS];     /* hash of sets: the last one in each slot */
+    uint32_t rows[MAX_ROWS][256], row_set[MAX_ROWS]; /* what each byte makes of row_set */
     struct ready_mask {
         uint32_t set, worst; /* good while worst tokens may follow */
-    } ready[MAX_MASKS];      /* n_masks % MAX_MASKS: the oldest */
-    uint32_t row_set[MAX_ROWS];
+    } ready[MAX_MASKS];      /* by the last bits of the set */
     /* scratch */
-    uint64_t seen[SEEN_SLOTS]; /* hash of the closure */
-    uint32_t seen_at[MAX_CLOSURE], n_closure, n_leaves, n_calls, n_gathered;
-    uint64_t closure[MAX_CLOSURE], leaves[MAX_CLOSURE], calls[MAX_CLOSURE];
-    uint64_t gathered[MAX_CLOSURE];
-    uint32_t queue[LARGE_SEARCH + 2];
+    uint32_t n_closure, n_gathered;
+    uint64_t closure[MAX_CLOSURE]; /* [0] is not used */
+    uint32_t seen[MAX_INSTS];      /* where each instruction stands last in the closure, or 0 */
+    uint32_t seen_before[MAX_CLOSURE]; /* and where that of this place stands before */
+    uint64_t calls[MAX_CLOSURE], gathered[MAX_CLOSURE];
+    uint32_t queue[MAX_SETS];
     uint32_t masks[]; /* [MAX_MASKS][words] */
 };
-
-static void forget_sets(gemma2_matcher *m)
-{
-    m->n_sets = 2, m->n_items = 1, m->n_rows = m->n_masks = 0, m->full = 0;
-    m->tag += 2;
-    memset(m->set_slots, 0, sizeof m->set_slots);
-    memset(m->sets, 0, 2 * sizeof *m->sets);
-    m->sets[0].cost = NOWHERE;
-    m->items[0] = 0; /* OP_ACCEPT, no stack */
-    m->sets[1].n = 1;
-}
 
 /* The number of the set of what was gathered; 0 for nothing or where there is no room. */
 static uint32_t intern(gemma2_matcher *m)
@@ -4744,157 +4599,177 @@ static uint32_t intern(gemma2_matcher *m)
             items[n++] = items[i];
             h = (h ^ items[i]) * 0x9e3779b97f4a7c15u, h ^= h >> 29;
         }
-    if (n < 2 && (!n || !items[0]))
-        return n;
-    uint32_t hash = (uint32_t)(h >> 20), at = hash % SET_SLOTS;
-    for (; m->set_slots[at]; at = (at + 1) % SET_SLOTS) {
-        const struct set *s = &m->sets[m->set_slots[at]];
-        if (s->hash == hash && s->n == n && !memcmp(m->items + s->first, items, n * sizeof *items))
-            return m->set_slots[at];
-    }
-    if (m->n_sets == MAX_SETS || m->n_items + n > MAX_ITEMS) {
-        m->full = 1;
+    if (!n)
         return 0;
-    }
-    struct set s = {.first = m->n_items, .n = n, .hash = hash, .cost = NOWHERE};
+    uint32_t *slot = &m->set_slots[(h >> 20) % SLOTS];
+    for (uint32_t i = *slot; i; i = m->sets[i].chained)
+        if (m->sets[i].n == n && !memcmp(m->items + m->sets[i].first, items, n * sizeof *items))
+            return i;
+    if (m->n_sets == MAX_SETS || m->n_items + n > MAX_ITEMS)
+        return m->full = 1, 0;
+    struct set s = {.first = m->n_items, .n = n, .chained = *slot, .cost = NOWHERE};
     for (uint32_t i = 0; i < n; i++) {
-        uint32_t own = m->grammar->cost[(uint32_t)items[i]], stack = (uint32_t)(items[i] >> 32);
+        uint32_t own = m->grammar->insts[(uint32_t)items[i]].cost;
+        uint32_t stack = (uint32_t)(items[i] >> 32);
         s.cost = min_u32(s.cost, min_u32(own + (stack ? m->sets[stack].cost : 0), 1u << 30));
     }
     memcpy(m->items + m->n_items, items, n * sizeof *items);
     m->n_items += n;
     m->sets[m->n_sets] = s;
-    return m->set_slots[at] = m->n_sets++;
+    return *slot = m->n_sets++;
 }
 
-static int add_items(gemma2_matcher *m, const uint64_t *items, uint32_t n)
+static void gather(gemma2_matcher *m, const uint64_t *items, uint32_t n)
 {
-    if (m->n_gathered + n > MAX_CLOSURE)
-        return m->full = 1, 0;
-    memcpy(m->gathered + m->n_gathered, items, n * sizeof *items);
-    m->n_gathered += n;
-    return 1;
+    m->full |= m->n_gathered + n > MAX_CLOSURE;
+    for (uint32_t i = 0; i < n && m->n_gathered < MAX_CLOSURE; i++)
+        m->gathered[m->n_gathered++] = items[i];
+}
+
+/* Forgets all sets but 1, that one and the stacks that it needs; returns its new number. */
+static uint32_t forget(gemma2_matcher *m, uint32_t keep)
+{
+    uint32_t *to = m->queue; /* [keep + 1] new numbers; a stack has a lower number than its users */
+    memset(to, 0, (keep + (size_t)1) * sizeof *to);
+    to[1] = to[keep] = 1;
+    for (uint32_t i = keep; i > 1; i--)
+        for (uint32_t k = 0; to[i] && k < m->sets[i].n; k++)
+            to[m->items[m->sets[i].first + k] >> 32] = 1;
+    to[0] = 0; /* no stack */
+    memset(m->set_slots, 0, sizeof m->set_slots);
+    memset(m->row_set, 0, sizeof m->row_set);
+    memset(m->ready, 0, sizeof m->ready);
+    m->n_sets = 1, m->n_items = 0, m->full = 0;
+    m->tag += 2;
+    for (uint32_t i = 1; i <= keep; i++) {
+        struct set s = m->sets[i];
+        for (uint32_t k = 0; to[i] && k < s.n; k++) {
+            uint64_t item = m->items[s.first + k];
+            item = (uint64_t)to[item >> 32] << 32 | (uint32_t)item;
+            gather(m, &item, 1);
+        }
+        to[i] = intern(m);
+    }
+    return to[keep];
 }
 
 /* Gathers (instruction, stack); at the end of a rule it goes on where the stack says. */
 static void collect(gemma2_matcher *m, uint32_t at, uint32_t stack)
 {
     const gemma2_grammar *g = m->grammar;
-    while (g->insts[at].op == OP_SPLIT && g->insts[at].other == NOWHERE &&
-           g->insts[at].next != NOWHERE)
+    while (g->insts[at].op == OP_SPLIT && g->insts[at].other == NOWHERE)
         at = g->insts[at].next;
     uint64_t item = (uint64_t)stack << 32 | at;
     if (g->insts[at].op == OP_END)
-        add_items(m, m->items + m->sets[stack].first, m->sets[stack].n);
-    else if (g->cost[at] != NOWHERE)
-        add_items(m, &item, 1);
+        gather(m, m->items + m->sets[stack].first, m->sets[stack].n);
+    else if (g->insts[at].cost != NOWHERE)
+        gather(m, &item, 1);
 }
 
 /* Notes that (instruction, stack) is reached without a byte. */
-static void reach(gemma2_matcher *m, uint32_t at, uint32_t stack)
+static void reach(gemma2_matcher *m, uint64_t item)
 {
-    uint64_t key = ((uint64_t)stack << 32 | at) + 1;
-    uint32_t slot = (uint32_t)(key * 0x9e3779b97f4a7c15u >> 40) % SEEN_SLOTS;
-    if (at == NOWHERE || m->grammar->cost[at] == NOWHERE)
+    uint32_t at = (uint32_t)item, n = m->n_closure;
+    if (at == NOWHERE || m->grammar->insts[at].cost == NOWHERE)
         return;
-    for (; m->seen[slot]; slot = (slot + 1) % SEEN_SLOTS)
-        if (m->seen[slot] == key)
+    for (uint32_t i = m->seen[at]; i; i = m->seen_before[i])
+        if (m->closure[i] == item)
             return;
-    if (m->n_closure == MAX_CLOSURE) {
-        m->full = 1;
-        return;
-    }
-    m->seen[slot] = key;
-    m->seen_at[m->n_closure] = slot;
-    m->closure[m->n_closure++] = key - 1;
+    m->full |= n == MAX_CLOSURE;
+    if (n < MAX_CLOSURE)
+        m->closure[n] = item, m->seen_before[n] = m->seen[at], m->seen[at] = m->n_closure++;
 }
 
-static void step_over(gemma2_matcher *m, uint64_t item, uint32_t index)
+static void reach_all(gemma2_matcher *m, uint32_t set)
 {
-    uint32_t stack = (uint32_t)(item >> 32);
-    const struct inst *i = &m->grammar->insts[(uint32_t)item];
-    const struct set *s = &m->sets[stack];
-    if (i->op == OP_BYTE || i->op == OP_TOKEN)
-        m->leaves[m->n_leaves++] = item;
-    else if (i->op == OP_CALL)
-        m->calls[m->n_calls++] = (uint64_t)i->other << 32 | index;
-    else if (i->op == OP_SPLIT)
-        reach(m, i->next, stack), reach(m, i->other, stack);
-    for (uint32_t k = 0; i->op == OP_END && k < s->n; k++)
-        reach(m, (uint32_t)m->items[s->first + k], (uint32_t)(m->items[s->first + k] >> 32));
+    for (uint32_t i = 0; i < m->sets[set].n; i++)
+        reach(m, m->items[m->sets[set].first + i]);
 }
 
-/* All instructions that read, which a set reaches before it reads, into m->leaves.  All that
- * call a rule in one wave share a stack. */
-static void close_set(gemma2_matcher *m, uint32_t set)
+/* Reaches what rules begin with that are called, all callers of one rule with the same stack. */
+static void enter_rules(gemma2_matcher *m, uint32_t n_calls)
 {
     const gemma2_grammar *g = m->grammar;
-    m->n_closure = m->n_leaves = 0;
-    for (uint32_t i = 0; i < m->sets[set].n; i++) {
-        uint64_t item = m->items[m->sets[set].first + i];
-        reach(m, (uint32_t)item, (uint32_t)(item >> 32));
+    qsort(m->calls, n_calls, sizeof *m->calls, compare_keys);
+    for (uint32_t i = 0; i < n_calls; i++) {
+        uint64_t item = m->closure[(uint32_t)m->calls[i]], rule = m->calls[i] >> 32;
+        collect(m, g->insts[(uint32_t)item].next, (uint32_t)(item >> 32));
+        if (i + 1 < n_calls && m->calls[i + 1] >> 32 == rule)
+            continue;
+        uint64_t stack = intern(m);
+        if (stack)
+            reach(m, stack << 32 | rule);
     }
-    for (uint32_t next = 0; next < m->n_closure;) {
-        for (m->n_calls = 0; next < m->n_closure; next++)
-            step_over(m, m->closure[next], next);
-        qsort(m->calls, m->n_calls, sizeof *m->calls, compare_keys);
-        for (uint32_t i = 0; i < m->n_calls; i++) {
-            uint64_t item = m->closure[(uint32_t)m->calls[i]], rule = m->calls[i] >> 32;
-            collect(m, g->insts[(uint32_t)item].next, (uint32_t)(item >> 32));
-            if (i + 1 < m->n_calls && m->calls[i + 1] >> 32 == rule)
-                continue;
-            uint32_t stack = intern(m);
-            if (stack)
-                reach(m, g->rules[rule].start, stack);
-        }
-    }
-    for (uint32_t i = 0; i < m->n_closure; i++)
-        m->seen[m->seen_at[i]] = 0;
 }
 
-/* The sets that follow a set, by byte; NULL where there is no room. */
-static const uint32_t *sets_after(gemma2_matcher *m, uint32_t set)
+/* All instructions that read, which a set reaches before it reads, into m->closure. */
+static void close_set(gemma2_matcher *m, uint32_t set)
+{
+    uint32_t n_leaves = 1, n_calls;
+    m->n_closure = 1;
+    reach_all(m, set);
+    for (uint32_t at = 1; at < m->n_closure; enter_rules(m, n_calls))
+        for (n_calls = 0; at < m->n_closure; at++) {
+            uint64_t item = m->closure[at], stack = item >> 32;
+            const struct inst *i = &m->grammar->insts[(uint32_t)item];
+            if (i->op == OP_CALL)
+                m->calls[n_calls++] = (uint64_t)i->other << 32 | at;
+            else if (i->op == OP_SPLIT)
+                reach(m, stack << 32 | i->next);
+            if (i->op == OP_SPLIT || i->op == OP_BYTE)
+                reach(m, stack << 32 | i->other);
+            if (i->op == OP_END)
+                reach_all(m, (uint32_t)stack);
+        }
+    for (uint32_t i = 1; i < m->n_closure; i++) {
+        int op = m->grammar->insts[(uint32_t)m->closure[i]].op;
+        m->seen[(uint32_t)m->closure[i]] = 0;
+        if (op == OP_BYTE || op == OP_TOKEN)
+            m->closure[n_leaves++] = m->closure[i];
+    }
+    m->n_closure = n_leaves;
+}
+
+/* Works out what each byte makes of a set; nothing where there is no room for it. */
+static const uint32_t *make_row(gemma2_matcher *m, uint32_t set)
 {
     const struct inst *insts = m->grammar->insts;
-    uint8_t edge[257] = {0};
-    if (m->sets[set].row)
-        return m->rows[m->sets[set].row - 1];
-    if (m->n_rows == MAX_ROWS)
-        return m->full = 1, NULL;
+    struct set *s = &m->sets[set];
+    uint8_t starts[257] = {0};
+    uint32_t at = 1 + m->n_rows++ % (MAX_ROWS - 1), *row = m->rows[at];
     close_set(m, set);
-    uint32_t *row = m->rows[m->n_rows];
-    for (uint32_t i = 0; i < m->n_leaves; i++) {
-        const struct inst *leaf = &insts[(uint32_t)m->leaves[i]];
+    for (uint32_t i = 1; i < m->n_closure; i++) {
+        const struct inst *leaf = &insts[(uint32_t)m->closure[i]];
         if (leaf->op == OP_BYTE)
-            edge[leaf->low] = edge[leaf->high + 1] = 1;
-        m->sets[set].refers |= leaf->op == OP_TOKEN;
+            starts[leaf->low] = starts[leaf->high + 1] = 1;
+        s->names |= leaf->op == OP_TOKEN;
     }
-    for (uint32_t byte = 0, end; byte < 256; byte = end) {
-        for (end = byte + 1; end < 256 && !edge[end];)
-            end++;
-        for (uint32_t i = 0; i < m->n_leaves; i++) {
-            const struct inst *leaf = &insts[(uint32_t)m->leaves[i]];
+    for (uint32_t byte = 0; byte < 256; byte++) {
+        for (uint32_t i = 1; (!byte || starts[byte]) && i < m->n_closure; i++) {
+            const struct inst *leaf = &insts[(uint32_t)m->closure[i]];
             if (leaf->op == OP_BYTE && leaf->low <= byte && byte <= leaf->high)
-                collect(m, leaf->next, (uint32_t)(m->leaves[i] >> 32));
+                collect(m, leaf->next, (uint32_t)(m->closure[i] >> 32));
         }
-        uint32_t next = intern(m);
-        for (uint32_t i = byte; i < end; i++)
-            row[i] = next;
+        row[byte] = byte && !starts[byte] ? row[byte - 1] : intern(m);
     }
-    if (m->full)
-        return NULL;
-    m->row_set[m->n_rows] = set;
-    m->sets[set].row = ++m->n_rows;
-    return row;
+    s->row = at, m->row_set[at] = m->full ? NOWHERE : set;
+    return m->full ? m->rows[0] : row;
+}
+
+/* The sets that follow a set, by byte.  Good until MAX_ROWS others are made. */
+static const uint32_t *next_sets(gemma2_matcher *m, uint32_t set)
+{
+    uint32_t at = m->sets[set].row;
+    return m->row_set[at] == set ? m->rows[at] : make_row(m, set);
 }
 
 struct walk {
     uint32_t limit; /* most tokens that may follow the one allowed */
     uint32_t *mask; /* NULL: sets are collected in the matcher's queue */
-    uint32_t worst; /* most tokens that an allowed one needs behind it, at most */
+    uint32_t worst; /* most tokens that an allowed one needs behind it; NOWHERE: a token that needs
+                     * more than the limit is left out */
     uint32_t most_bytes; /* of a way from the start to the end that still counts */
     uint32_t n_found, nodes, most_nodes;
-    int is_cut;     /* some token needs more than the limit */
 };
 
 static uint32_t tokens_of(gemma2_matcher *m, uint32_t set, uint32_t limit);
@@ -4908,33 +4783,24 @@ static void take_token(gemma2_matcher *m, struct walk *w, uint32_t token, uint32
             s->mark = m->mark, m->queue[w->n_found++] = set;
         return;
     }
-    uint32_t need = tokens_of(m, set, w->limit);
-    if (need > w->limit) {
-        w->is_cut = 1;
-        return;
-    }
-    w->worst = need > w->worst ? need : w->worst;
-    w->mask[token / 32] |= 1u << token % 32;
+    uint32_t need = tokens_of(m, set, w->limit), fits = need <= w->limit;
+    w->worst = !fits ? NOWHERE : need > w->worst ? need : w->worst;
+    w->mask[token / 32] |= fits << token % 32;
 }
 
-/* All tokens of the tree that may follow the set. */
-static void walk_tree(gemma2_matcher *m, const struct tree *tree, uint32_t set, struct walk *w)
+/* All tokens of the first n nodes that may follow the set. */
+static void walk_trees(gemma2_matcher *m, uint32_t set, uint32_t n, struct walk *w)
 {
-    const uint32_t *rows[MAX_TOKEN_BYTES + 1];
-    rows[0] = sets_after(m, set);
-    for (uint32_t i = 0; rows[0] && i < tree->n && w->nodes <= w->most_nodes; w->nodes++) {
-        struct node node = tree->nodes[i];
+    uint32_t path[MAX_TOKEN_BYTES + 1] = {set};
+    for (uint32_t i = 0; i < n && w->nodes <= w->most_nodes; w->nodes++) {
+        struct node node = m->vocabulary->nodes[i];
         uint32_t depth = node.token & 255, end = i + (node.skip >> 8);
-        uint32_t next = rows[depth - 1][node.skip & 255];
+        uint32_t next = next_sets(m, path[depth - 1])[node.skip & 255];
         if (w->most_bytes != NOWHERE && m->sets[next].cost + depth > w->most_bytes)
             next = 0;
         if (next && node.token >> 8 != NO_TOKEN)
             take_token(m, w, node.token >> 8, next);
-        if (next && end - i > 1) {
-            uint32_t row = m->sets[next].row; /* a call for each node would double the time */
-            rows[depth] = row ? m->rows[row - 1] : sets_after(m, next);
-            next = rows[depth] != NULL;
-        }
+        path[depth] = next;
         i = next ? i + 1 : end;
     }
 }
@@ -4944,16 +4810,14 @@ static void walk_tree(gemma2_matcher *m, const struct tree *tree, uint32_t set, 
  * a way that is found stays open. */
 static uint32_t search_tokens(gemma2_matcher *m, uint32_t set, int only_shortest)
 {
-    struct walk w = {.most_bytes = NOWHERE, .n_found = 1,
-                     .most_nodes = only_shortest ? LARGE_SEARCH : SMALL_SEARCH};
+    struct walk w = {.n_found = 1, .most_nodes = only_shortest ? LARGE_SEARCH : SMALL_SEARCH};
     m->mark++;
     m->queue[0] = set;
     for (uint32_t level = 1, first = 0; first < w.n_found; level++) {
         uint32_t end = w.n_found;
         for (; first < end; first++) {
-            if (only_shortest)
-                w.most_bytes = m->sets[m->queue[first]].cost;
-            walk_tree(m, &m->vocabulary->all, m->queue[first], &w);
+            w.most_bytes = only_shortest ? m->sets[m->queue[first]].cost : NOWHERE;
+            walk_trees(m, m->queue[first], m->vocabulary->n, &w);
         }
         if (w.nodes > w.most_nodes || m->full)
             return NOWHERE;
@@ -4982,61 +4846,78 @@ static uint32_t tokens_of(gemma2_matcher *m, uint32_t set, uint32_t limit)
     return s->tokens - 1;
 }
 
-/* The set that bytes low..high, and then those of the next pairs, lead to: 0 for none, NOWHERE
- * for several. */
-static uint32_t after_all(gemma2_matcher *m, uint32_t set, const uint8_t *pairs)
+/* The sets that plain characters lead to. */
+struct family {
+    uint32_t sets[MAX_FAMILY], n, at; /* at: whose characters are looked at */
+    int is_chain; /* each set led to one, which is new */
+};
+
+static int note_set(struct family *f, uint32_t set)
 {
-    uint32_t to = NOWHERE, last = NOWHERE;
-    const uint32_t *row = pairs[0] ? sets_after(m, set) : NULL;
-    for (int byte = pairs[0]; row && byte <= pairs[1]; byte++) {
-        if (row[byte] == last)
-            continue;
-        last = row[byte];
-        uint32_t next = last ? after_all(m, last, pairs + 2) : 0;
-        if (next == NOWHERE || (to != NOWHERE && next != to))
-            return NOWHERE;
-        to = next;
-    }
-    return pairs[0] ? to : set;
+    for (uint32_t i = 0; i < f->n; i++)
+        if (f->sets[i] == set)
+            return f->is_chain &= i > f->at, 1;
+    f->is_chain &= f->n == f->at + 1;
+    if (f->n == MAX_FAMILY)
+        return 0;
+    f->sets[f->n++] = set;
+    return 1;
 }
 
-/* How many plain characters may follow, if whichever they are the set is the same and none may
- * follow the last; else 0.  What is needed behind them goes into w. */
-static uint32_t plain_chars(gemma2_matcher *m, uint32_t set, struct walk *w)
+/* Notes the sets that bytes ranges[0]..ranges[1], then those of the next pair and so on, lead to.
+ * 1: all of them may follow, 0: none, -1: some. */
+static int note_ways(gemma2_matcher *m, struct family *f, uint32_t set, const uint8_t *ranges)
 {
-    enum { WAYS = 15 };
-    static const uint8_t bytes[WAYS][9] = { /* low and high of each byte of a character */
-        {0x20, 0x21}, {0x23, 0x5b}, {0x5d, 0x7e}, {0xc2, 0xdf, 0x80, 0xbf},
-        {0xe0, 0xe0, 0xa0, 0xbf, 0x80, 0xbf}, {0xe1, 0xe1, 0x80, 0xbf, 0x80, 0xbf},
-        {0xe2, 0xe2, 0x80, 0x80, 0x80, 0xa7}, {0xe2, 0xe2, 0x80, 0x80, 0xaa, 0xbf},
-        {0xe2, 0xe2, 0x81, 0xbf, 0x80, 0xbf}, {0xe3, 0xec, 0x80, 0xbf, 0x80, 0xbf},
-        {0xed, 0xed, 0x80, 0x9f, 0x80, 0xbf}, {0xee, 0xef, 0x80, 0xbf, 0x80, 0xbf},
-        {0xf0, 0xf0, 0x90, 0xbf, 0x80, 0xbf, 0x80, 0xbf},
-        {0xf1, 0xf3, 0x80, 0xbf, 0x80, 0xbf, 0x80, 0xbf},
-        {0xf4, 0xf4, 0x80, 0x8f, 0x80, 0xbf, 0x80, 0xbf}};
-    for (uint32_t chars = 0; chars < PLAIN_CHARS; chars++) {
-        uint32_t next = after_all(m, set, bytes[0]);
-        for (int i = 1; i < WAYS; i++)
-            if (next == NOWHERE || after_all(m, set, bytes[i]) != next)
-                return 0;
-        if (!next)
-            return chars;
-        uint32_t need = tokens_of(m, next, w->limit);
-        w->is_cut |= need > w->limit;
-        w->worst = need > w->worst ? need : w->worst;
-        if (next == set)
-            break; /* it goes on like this */
-        set = next;
+    int all = 1, none = 1;
+    if (!ranges[0])
+        return note_set(f, set) ? 1 : -1;
+    for (uint32_t byte = ranges[0], last = 0, next; byte <= ranges[1] && (all || none); byte++) {
+        next = next_sets(m, set)[byte];
+        all = next && all && (next == last || note_ways(m, f, next, ranges + 2) == 1);
+        none &= !next;
+        last = next;
     }
-    return PLAIN_CHARS;
+    return all ? 1 : none ? 0 : -1;
 }
 
-/* Keeps a mask in place of the oldest. */
-static void keep_mask(gemma2_matcher *m, uint32_t set, const struct walk *w)
+/* The same for all plain characters. */
+static int note_plain(gemma2_matcher *m, struct family *f, uint32_t set)
 {
-    uint32_t at = m->n_masks++ % MAX_MASKS, words = m->vocabulary->n_words;
-    m->ready[at] = (struct ready_mask){set, w->worst};
-    memcpy(m->masks + (size_t)at * words, w->mask, words * sizeof *w->mask);
+    static const uint8_t ways[][9] = {
+        " !", "#[", "]~", "\xc2\xdf\x80\xbf", "\xe0\xe0\xa0\xbf\x80\xbf",
+        "\xe1\xe1\x80\xbf\x80\xbf", "\xe2\xe2\x81\xbf\x80\xbf", "\xe3\xec\x80\xbf\x80\xbf",
+        "\xed\xed\x80\x9f\x80\xbf", "\xee\xef\x80\xbf\x80\xbf",
+        "\xf0\xf0\x90\xbf\x80\xbf\x80\xbf", "\xf1\xf3\x80\xbf\x80\xbf\x80\xbf",
+        "\xf4\xf4\x80\x8f\x80\xbf\x80\xbf"};
+    int first = note_ways(m, f, set, ways[0]);
+    for (size_t i = 1; i < sizeof ways / sizeof *ways && first >= 0; i++)
+        if (note_ways(m, f, set, ways[i]) != first)
+            return -1;
+    return first;
+}
+
+/* Fills the mask with plain tokens if as many plain characters may follow whichever they are; what
+ * is needed behind them goes into w.  0: it depends on them. */
+static int fill_plain(gemma2_matcher *m, uint32_t set, struct walk *w)
+{
+    struct family f = {{set}, 1, 0, 1};
+    size_t words = m->vocabulary->n_words, chars = PLAIN_CHARS;
+    uint32_t worst = 0;
+    for (; f.at < f.n && !(f.is_chain && f.at == chars); f.at++) {
+        int may_follow = note_plain(m, &f, f.sets[f.at]);
+        if (may_follow < 0 || (!may_follow && (!f.is_chain || !f.at)))
+            return 0;
+        chars = may_follow ? chars : f.at;
+    }
+    for (uint32_t i = f.is_chain ? 1 : 0; i < f.n; i++) {
+        uint32_t need = tokens_of(m, f.sets[i], w->limit);
+        if (need > w->limit)
+            return 0;
+        worst = need > worst ? need : worst;
+    }
+    w->worst = worst;
+    memcpy(w->mask, m->vocabulary->plain + (chars - 1) * words, words * sizeof *w->mask);
+    return 1;
 }
 
 /* Whether an OP_TOKEN takes the token. */
@@ -5050,44 +4931,43 @@ static int is_meant(const gemma2_matcher *m, const struct inst *leaf, uint32_t i
 static void add_tokens(gemma2_matcher *m, uint32_t set, struct walk *w)
 {
     close_set(m, set);
-    for (uint32_t i = 0; i < m->n_leaves; i++) {
-        const struct inst *leaf = &m->grammar->insts[(uint32_t)m->leaves[i]];
+    for (uint32_t i = 1; i < m->n_closure; i++) {
+        const struct inst *leaf = &m->grammar->insts[(uint32_t)m->closure[i]];
         if (leaf->op != OP_TOKEN)
             continue;
-        collect(m, leaf->next, (uint32_t)(m->leaves[i] >> 32));
+        collect(m, leaf->next, (uint32_t)(m->closure[i] >> 32));
         uint32_t to = intern(m), n_ids = to ? m->grammar->model->tokenizer.n : 0;
         for (uint32_t id = 0; id < n_ids; id++)
             if (is_meant(m, leaf, id))
                 take_token(m, w, id, to);
+        close_set(m, set); /* to see what tokens need, others were closed */
     }
 }
 
 /* The tokens that may follow the set if left more may come, this one included. */
 static void fill_mask(gemma2_matcher *m, uint32_t set, uint32_t left, uint32_t *mask)
 {
-    const struct vocabulary *v = m->vocabulary;
     const gemma2_config *c = &m->grammar->model->config;
+    const struct vocabulary *v = m->vocabulary;
     struct walk w = {left - 1, mask, .most_bytes = NOWHERE, .most_nodes = NOWHERE};
-    uint32_t chars = 0;
-    for (uint32_t i = 0; i < min_u32(m->n_masks, MAX_MASKS) && left; i++)
-        if (m->ready[i].set == set && m->ready[i].worst <= w.limit) {
-            memcpy(mask, m->masks + (size_t)i * v->n_words, v->n_words * sizeof *mask);
-            return;
-        }
-    memset(mask, 0, v->n_words * sizeof *mask);
-    if (left && (chars = plain_chars(m, set, &w)) > 0 && !w.is_cut) {
-        memcpy(mask, v->plain + (chars - 1) * (size_t)v->n_words, v->n_words * sizeof *mask);
-        walk_tree(m, &v->rest, set, &w);
-    } else if (left) {
-        w.worst = 0, w.is_cut = 0;
-        walk_tree(m, &v->all, set, &w);
+    size_t words = v->n_words;
+    struct ready_mask *ready = &m->ready[set % MAX_MASKS];
+    uint32_t *kept = m->masks + set % MAX_MASKS * words;
+    if (left && ready->set == set && ready->worst <= w.limit) {
+        memcpy(mask, kept, words * sizeof *mask);
+        return;
     }
-    if (left && m->sets[set].refers)
+    memset(mask, 0, words * sizeof *mask);
+    if (left)
+        walk_trees(m, set, fill_plain(m, set, &w) ? v->first_plain : v->n, &w);
+    if (left && m->sets[set].names)
         add_tokens(m, set, &w);
     for (int32_t i = 0; i < c->n_stop && m->sets[set].cost == 0; i++)
         mask[c->stop[i] / 32] |= 1u << c->stop[i] % 32;
-    if (left && !w.is_cut && !m->full)
-        keep_mask(m, set, &w);
+    if (left && w.worst != NOWHERE && !m->full) {
+        *ready = (struct ready_mask){set, w.worst};
+        memcpy(kept, mask, words * sizeof *mask);
+    }
 }
 
 /* What the token makes of the set; 0 if the grammar does not take it. */
@@ -5096,17 +4976,17 @@ static uint32_t after_token(gemma2_matcher *m, uint32_t set, uint32_t id)
     uint8_t bytes[MAX_PIECE_BYTES];
     uint32_t n = token_bytes(&m->grammar->model->tokenizer, id, bytes);
     uint32_t to = n && n <= MAX_TOKEN_BYTES ? set : 0;
-    const uint32_t *row;
+    next_sets(m, set); /* says whether the grammar names tokens here */
     for (uint32_t i = 0; i < n && to; i++)
-        to = (row = sets_after(m, to)) ? row[bytes[i]] : 0;
-    if (!m->sets[set].refers)
+        to = next_sets(m, to)[bytes[i]];
+    if (!m->sets[set].names)
         return to;
     close_set(m, set);
-    add_items(m, m->items + m->sets[to].first, m->sets[to].n);
-    for (uint32_t i = 0; i < m->n_leaves; i++) {
-        const struct inst *leaf = &m->grammar->insts[(uint32_t)m->leaves[i]];
+    gather(m, m->items + m->sets[to].first, m->sets[to].n);
+    for (uint32_t i = 1; i < m->n_closure; i++) {
+        const struct inst *leaf = &m->grammar->insts[(uint32_t)m->closure[i]];
         if (leaf->op == OP_TOKEN && is_meant(m, leaf, id))
-            collect(m, leaf->next, (uint32_t)(m->leaves[i] >> 32));
+            collect(m, leaf->next, (uint32_t)(m->closure[i] >> 32));
     }
     return intern(m);
 }
@@ -5491,7 +5371,7 @@ void gemma2_close(gemma2_model *m)
     if (!m)
         return;
     file_close(&m->file);
-    free_vocabulary(atomic_load(&m->vocabulary_made));
+    free(atomic_load(&m->vocabulary_made));
     free(m);
 }
 
@@ -6282,36 +6162,6 @@ int32_t gemma2_top_logprobs(const float *logits, size_t n, gemma2_candidate *top
 
 /* ---- grammars ---- */
 
-/* Reads the text into g, whose memory is there. */
-static int compile(gemma2_grammar *g, const char *text, uint32_t size, struct errbuf *err)
-{
-    struct parser p = {.g = g, .text = (const uint8_t *)text, .size = size, .n_slots = 64,
-                       .err = err};
-    while (p.n_slots < size + 2)
-        p.n_slots *= 2;
-    p.slots = calloc(p.n_slots, sizeof *p.slots);
-    if (!p.slots)
-        return fail(err, "out of memory for the grammar");
-    g->insts[g->n_insts++] = (struct inst){.op = OP_ACCEPT, .next = NOWHERE, .other = NOWHERE};
-    read_rules(&p);
-    free(p.slots);
-    uint32_t *depth = malloc(g->n_insts * sizeof *depth);
-    g->cost = malloc(g->n_insts * sizeof *g->cost);
-    if (!depth || !g->cost)
-        refuse(&p, NOWHERE, "out of memory for the grammar");
-    if (!p.failed && !settle(g, depth))
-        refuse(&p, NOWHERE, "rules of the grammar lean on each other in too long a chain");
-    if (!p.failed && g->cost[g->rules[g->root].start] == NOWHERE)
-        refuse(&p, NOWHERE, "the grammar has no sentence of at most %d bytes", MAX_COST);
-    for (uint32_t r = g->n_rules; r-- > 0 && !p.failed;)
-        if (depth[g->rules[r].start] > g->n_rules)
-            refuse(&p, g->rules[r].name_at, "the rule '%.*s' can begin with itself, or with a rule "
-                   "that can (left recursion): let it end with itself",
-                   (int)min_u32(g->rules[r].name_n, 60), text + g->rules[r].name_at);
-    free(depth);
-    return !p.failed;
-}
-
 gemma2_grammar *gemma2_grammar_new(const gemma2_model *m, const char *text, int64_t size,
                                    char *err_text, size_t err_size)
 {
@@ -6325,31 +6175,23 @@ gemma2_grammar *gemma2_grammar_new(const gemma2_model *m, const char *text, int6
         if (m->tokenizer.byte_id[i] < 0 || !is_kept(m, (uint32_t)m->tokenizer.byte_id[i]))
             return fail(&err, "the vocabulary has no piece for byte %d, so replies cannot be "
                               "constrained", i), NULL;
-    gemma2_grammar *g = calloc(1, sizeof *g);
-    if (g) {
-        g->model = m;
-        g->insts = malloc(MAX_INSTS * sizeof *g->insts);
-        g->rules = malloc((n + 2) * sizeof *g->rules);
-    }
-    if (!g || !g->insts || !g->rules)
-        fail(&err, "out of memory for the grammar");
-    else if (compile(g, text, (uint32_t)n, &err)) {
-        void *insts = realloc(g->insts, g->n_insts * sizeof *g->insts);
-        void *rules = realloc(g->rules, g->n_rules * sizeof *g->rules);
-        g->insts = insts ? insts : g->insts;
-        g->rules = rules ? rules : g->rules;
-        return g;
-    }
-    gemma2_grammar_free(g);
-    return NULL;
+    struct parser p = {.text = (const uint8_t *)text, .size = (uint32_t)n, .n_rules = 64,
+                       .err = &err};
+    while (p.n_rules < n / 3 + 64) /* more than there can be names */
+        p.n_rules *= 2;
+    p.g = calloc(1, sizeof *p.g + (MAX_INSTS + 1) * sizeof *p.g->insts +
+                    p.n_rules * sizeof *p.rules);
+    if (!p.g)
+        return fail(&err, "out of memory for the grammar"), NULL;
+    p.g->model = m, p.g->n_insts = 1;
+    p.rules = (struct rule *)&p.g->insts[MAX_INSTS + 1];
+    if (!read_grammar(&p))
+        return free(p.g), NULL;
+    gemma2_grammar *fit = realloc(p.g, sizeof *fit + p.g->n_insts * sizeof *fit->insts);
+    return fit ? fit : p.g;
 }
 
-void gemma2_grammar_free(gemma2_grammar *g)
-{
-    if (g)
-        free(g->insts), free(g->rules), free(g->cost);
-    free(g);
-}
+void gemma2_grammar_free(gemma2_grammar *g) { free(g); }
 
 gemma2_matcher *gemma2_matcher_new(const gemma2_grammar *g)
 {
@@ -6360,42 +6202,44 @@ gemma2_matcher *gemma2_matcher_new(const gemma2_grammar *g)
         return NULL;
     m->grammar = g, m->vocabulary = v;
     m->tag = (uint32_t)((uintptr_t)m >> 6) | 1;
-    forget_sets(m);
+    m->sets[0].cost = NOWHERE, m->sets[1].n = 1;
+    forget(m, 1);
     return m;
 }
 
 void gemma2_matcher_free(gemma2_matcher *m) { free(m); }
 
+/* Forgets what the set does not need if the next mask might find no room; returns its number. */
+static uint32_t make_room(gemma2_matcher *m, uint32_t set)
+{
+    int is_short = m->full || m->n_sets > MAX_SETS / 2 || m->n_items > MAX_ITEMS / 2;
+    return is_short ? forget(m, set) : set;
+}
+
 int gemma2_matcher_start(gemma2_matcher *m, gemma2_grammar_state *state)
 {
     if (!m || !state)
         return GEMMA2_ERR_ARGUMENT;
-    if (m->full || m->n_sets > MAX_SETS / 2 || m->n_items > MAX_ITEMS / 2)
-        forget_sets(m);
-    collect(m, m->grammar->rules[m->grammar->root].start, 1);
+    make_room(m, 1);
+    collect(m, m->grammar->root, 1);
     *state = (gemma2_grammar_state){m->tag, intern(m)};
     return GEMMA2_OK;
 }
 
-/* Checks the state, which may hold anything, and makes room for rows. */
-static int enter_state(gemma2_matcher *m, const gemma2_grammar_state *state)
+/* Checks the state, which may hold anything. */
+static int check_state(const gemma2_matcher *m, const gemma2_grammar_state *state)
 {
     if (!m || !state)
         return GEMMA2_ERR_ARGUMENT;
     if (state->tag != m->tag || !state->set || state->set >= m->n_sets)
         return GEMMA2_ERR_MISMATCH;
-    if (m->full || m->n_rows > MAX_ROWS / 2) {
-        for (uint32_t i = 0; i < m->n_rows; i++)
-            m->sets[m->row_set[i]].row = 0;
-        m->n_rows = 0, m->full = 0;
-    }
     return GEMMA2_OK;
 }
 
 int gemma2_matcher_allowed(gemma2_matcher *m, const gemma2_grammar_state *state, int64_t left,
                            uint32_t *mask)
 {
-    int status = mask && left >= -1 ? enter_state(m, state) : GEMMA2_ERR_ARGUMENT;
+    int status = mask && left >= -1 ? check_state(m, state) : GEMMA2_ERR_ARGUMENT;
     if (status < 0)
         return status;
     fill_mask(m, state->set, left < 0 || left > 1 << 30 ? 1u << 30 : (uint32_t)left, mask);
@@ -6404,11 +6248,12 @@ int gemma2_matcher_allowed(gemma2_matcher *m, const gemma2_grammar_state *state,
 
 int gemma2_matcher_accept(gemma2_matcher *m, gemma2_grammar_state *state, int32_t id)
 {
-    int status = enter_state(m, state);
+    int status = check_state(m, state);
     if (status < 0)
         return status;
     if (id < 0 || id >= m->grammar->model->config.n_vocab)
         return GEMMA2_ERR_TOKEN;
+    state->set = make_room(m, state->set), state->tag = m->tag;
     int stops = gemma2_is_stop(m->grammar->model, id);
     uint32_t next = stops ? m->sets[state->set].cost == 0
                           : after_token(m, state->set, (uint32_t)id);
@@ -6422,7 +6267,7 @@ int gemma2_matcher_accept(gemma2_matcher *m, gemma2_grammar_state *state, int32_
 
 int64_t gemma2_matcher_shortest(gemma2_matcher *m, const gemma2_grammar_state *state)
 {
-    int status = enter_state(m, state);
+    int status = check_state(m, state);
     return status < 0 ? status : (int64_t)tokens_of(m, state->set, 1);
 }
 

@@ -592,16 +592,17 @@ GEMMA2_API gemma2_grammar *gemma2_grammar_new(const gemma2_model *model, const c
                                               int64_t size, char *err, size_t err_size);
 GEMMA2_API void gemma2_grammar_free(gemma2_grammar *grammar); /* NULL is fine */
 
-/* What was worked out about a grammar, at most 60 MB; most take less than 5.  For one thread at a
+/* What was worked out about a grammar, at most 75 MB; most take less than 5.  For one thread at a
  * time, any number of replies.  The grammar must outlive it.  NULL: out of memory.  The first one
  * of a model sorts the vocabulary, which takes a fifth of a second. */
 typedef struct gemma2_matcher gemma2_matcher;
 GEMMA2_API gemma2_matcher *gemma2_matcher_new(const gemma2_grammar *grammar);
 GEMMA2_API void gemma2_matcher_free(gemma2_matcher *matcher); /* NULL is fine */
 
-/* Where a reply stands; may be copied.  GEMMA2_ERR_MISMATCH for a state of another matcher, and
- * for one from before a start that made the matcher forget, as it does when its memory is half
- * used.  GEMMA2_ERR_SPACE where it has no room for what was asked; the state stays. */
+/* Where a reply stands; may be copied.  A start, or a token of another copy, makes the matcher
+ * forget states when its memory is half used.  GEMMA2_ERR_MISMATCH for a state that was forgotten,
+ * and for one of another matcher.  GEMMA2_ERR_SPACE where it has no room for what was asked; the
+ * state stays. */
 typedef struct {
     uint32_t tag, set;
 } gemma2_grammar_state;

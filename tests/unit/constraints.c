@@ -57,6 +57,7 @@ static const char *const REFUSED[][2] = {
     {"root ::= \"\\uD800\"", "U+D800 is no character"},
     {"root ::= \"a\"{2001}", "a repetition is"},
     {"root ::= \"a\"{3,2}", "a repetition is"},
+    {"root ::= \"a\"{1,2001}", "a repetition is"},
     {"root ::= \"a\")", "this ) closes nothing"},
     {"root = \"a\"", "::= was expected"},
     {"root ::= \"\xff\"", "this is not UTF-8"},
@@ -106,7 +107,7 @@ static void test_masks(void)
                       "%s: token %u", LANGUAGES[i].grammar, id);
             }
             gemma2_matcher_allowed(m, &state, left, mask);
-            m->n_masks = 0; /* a kept mask says what a new one says */
+            memset(m->ready, 0, sizeof m->ready); /* a kept mask says what a new one says */
             gemma2_matcher_allowed(m, &state, left, again);
             check(!memcmp(mask, again, (n + 7) / 8), "%s: a mask that was kept is another",
                   LANGUAGES[i].grammar);
@@ -181,6 +182,87 @@ static void test_huge_grammars(void)
     g = gemma2_grammar_new(words, repeats, -1, err, sizeof err);
     check(g && g->n_insts < 20000, "nested repetition: %s", g ? "large" : err);
     gemma2_grammar_free(g);
+    for (n = 0; n < 2 * N; n += 5)
+        sprintf(text + n, "%04x ", (unsigned)n / 5);
+    memcpy(text, "root ::= ", 9);
+    g = gemma2_grammar_new(words, text, (int64_t)n, err, sizeof err);
+    check(!g && strstr(err, "there is no rule '5dbf'"), "24,000 names without a rule: %s", err);
+}
+
+/* Takes up to n tokens that masks allow, drawn at random, of which none ends the reply.  Returns
+ * how many.  Before them so many sets were used. */
+static int take_random(const char *name, const char *text, int n, uint32_t used)
+{
+    static uint32_t mask[8192];
+    char err[256];
+    uint32_t n_words = ((uint32_t)words->config.n_vocab + 31) / 32, draw = 1;
+    gemma2_grammar *g = gemma2_grammar_new(words, text, -1, err, sizeof err);
+    gemma2_matcher *m = gemma2_matcher_new(g);
+    gemma2_grammar_state state;
+    int status = gemma2_matcher_start(m, &state), step = 0;
+    if (m)
+        m->n_sets += used;
+    for (; status == GEMMA2_OK && step < n; step++) {
+        status = gemma2_matcher_allowed(m, &state, -1, mask);
+        for (int32_t i = 0; i < words->config.n_stop; i++)
+            mask[words->config.stop[i] / 32] &= ~(1u << words->config.stop[i] % 32);
+        draw = draw * 1664525 + 1013904223;
+        uint32_t at = (draw >> 8) % n_words, end = at + n_words, bit = 0;
+        while (at < end && !mask[at % n_words])
+            at++;
+        if (at == end)
+            break;
+        while (!(mask[at % n_words] >> bit & 1))
+            bit++;
+        if (status == GEMMA2_OK)
+            status = gemma2_matcher_accept(m, &state, (int32_t)(at % n_words * 32 + bit));
+    }
+    check(status == GEMMA2_OK, "%s: %s at token %d", name, g ? gemma2_error_string(status) : err,
+          step);
+    gemma2_matcher_free(m), gemma2_grammar_free(g);
+    return step;
+}
+
+/* Tokens that a grammar names: known before any mask, and all of them where the reply is short. */
+static void test_named_tokens(void)
+{
+    static uint32_t mask[8192];
+    gemma2_grammar *g = gemma2_grammar_new(words, "root ::= (<bos> | <mask>) \"It is wonderful\"",
+                                           -1, NULL, 0);
+    gemma2_matcher *m = gemma2_matcher_new(g);
+    gemma2_grammar_state state, next;
+    int32_t bos = gemma2_find_piece(words, "<bos>", -1);
+    int32_t other = gemma2_find_piece(words, "<mask>", -1);
+    gemma2_matcher_start(m, &state), next = state;
+    check(gemma2_matcher_accept(m, &next, bos) == GEMMA2_OK, "a named token before any mask");
+    gemma2_matcher_allowed(m, &state, gemma2_matcher_shortest(m, &state), mask);
+    check((mask[bos / 32] >> bos % 32 & 1) && (mask[other / 32] >> other % 32 & 1),
+          "two named tokens in a short reply");
+    gemma2_matcher_free(m), gemma2_grammar_free(g);
+}
+
+/* A grammar that is not refused serves replies of any length. */
+static void test_large_grammars(void)
+{
+    char *text = malloc(1 << 21);
+    size_t n = (size_t)sprintf(text, "root ::= \"{\"");
+    for (int i = 0; i < 3000; i++)
+        n += (size_t)sprintf(text + n, " (\"key%d\" [0-9]+)?", i);
+    sprintf(text + n, " \"}\"{50}");
+    check(take_random("3,000 optional keys", text, 30, 0) > 5, "3,000 keys end early");
+    n = (size_t)sprintf(text, "root ::= r0\n");
+    for (int i = 0; i < 20000; i++)
+        n += (size_t)sprintf(text + n, "r%d ::= r%d \"b\"?\n", i, i + 1);
+    sprintf(text + n, "r20000 ::= \"a\"");
+    check(take_random("a chain of 20,000 rules", text, 10, 0) == 10, "a chain ends early");
+    n = (size_t)sprintf(text, "root ::= \"!\"");
+    for (int i = 0; i < 26 * 26 * 26; i++)
+        n += (size_t)sprintf(text + n, " | \"%c%c%c-\" root", 'a' + i / 676, 'a' + i / 26 % 26,
+                             'a' + i % 26);
+    check(take_random("17,576 words", text, 10, 0) > 0, "words end early");
+    check(take_random("a long reply", "root ::= (\"a\" root \"x\" | \"b\" root \"y\")*", 200,
+                      MAX_SETS - 5000) == 200, "a long reply ends early");
+    free(text);
 }
 
 static void test_pieces(void)
@@ -219,6 +301,8 @@ static void test_constraints(void)
     test_masks();
     test_kept_masks();
     test_huge_grammars();
+    test_named_tokens();
+    test_large_grammars();
     test_pieces();
     gemma2_close(words);
 }

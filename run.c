@@ -1648,30 +1648,48 @@ static int in_words(const char *words, const char *word)
 
 /* ---- JSON Schema as a grammar.
  *
- * A rule stands for a set of schemas that a value must fit together.  So $ref and allOf make a set
- * larger, and a set with an anyOf becomes one set for each way.  Rules speak of each other by name,
- * and a rule that cannot be met, like the schema false, calls `never`.  An object that names keys
- * gets no others, and keys stand in the order in which they are named. ---- */
+ * A rule stands for a set of schemas that a value must meet together.  A `view` is what they say:
+ * meet() reads a schema into it, and what $ref and allOf lead to joins the set.  So does the list
+ * of anyOf or oneOf, until put_ways() takes each of its ways.  An object that names keys gets no
+ * others, and keys stand in the order in which they are named. ---- */
+
+/* Types are bits for each json_kind, and one more: numbers without a fraction are INTEGER. */
+enum { NO_VALUE = 1 << JSON_NULL, TRUTH = 1 << JSON_FALSE | 1 << JSON_TRUE,
+       FRACTION = 1 << JSON_NUMBER, STRING = 1 << JSON_STRING, ARRAY = 1 << JSON_ARRAY,
+       OBJECT = 1 << JSON_OBJECT, INTEGER = 2 * OBJECT, NUMBER = FRACTION | INTEGER,
+       ALL_TYPES = 2 * INTEGER - 1, A_SCHEMA = OBJECT | TRUTH };
+static const struct {
+    const char *name; /* and that of a rule of all values, but for arrays and objects */
+    unsigned bits;
+    json_kind kind;
+} TYPES[] = {{"string", STRING, JSON_STRING}, {"integer", INTEGER, JSON_NUMBER},
+             {"number", NUMBER, JSON_NUMBER}, {"boolean", TRUTH, JSON_TRUE},
+             {"null", NO_VALUE, JSON_NULL}, {"array", ARRAY, JSON_ARRAY},
+             {"object", OBJECT, JSON_OBJECT}};
+
+enum { MOST_SCHEMAS = 64, MOST_RULES = 20000, MOST_WAYS = 600000, MOST_TIMES = 2000,
+       N_TYPES = sizeof TYPES / sizeof *TYPES, N_KINDS = JSON_OBJECT + 1 };
+typedef struct {
+    const json_node *at[MOST_SCHEMAS]; /* schemas, and lists of ways */
+    size_t n;
+    unsigned types, spoken; /* types that are allowed, and that keywords speak of */
+    double low[N_KINDS], high[N_KINDS]; /* of numbers, lengths, elements, keys */
+    const json_node *list, *text, *keys; /* enum or const, pattern or format, pattern of keys */
+    int clash; /* two different texts meet */
+} view;
+static const view EVERYTHING = {.types = ALL_TYPES, .low = {[JSON_NUMBER] = -INFINITY}, .high = {
+    INFINITY, INFINITY, INFINITY, INFINITY, INFINITY, INFINITY, INFINITY}};
 
 typedef struct {
     const json *j;
     const json_node *root;
-    output out;    /* the grammar */
-    array sets;    /* view, in the order in which their rules are asked for */
-    const char *comma, *colon;
+    output out; /* the grammar */
+    array rules; /* view: sets of schemas, and those of one type that have been met */
+    size_t n_ways;
     char *err;
     size_t size;
     int failed;
 } schema;
-
-/* A set of schemas. */
-enum { MOST_SCHEMAS = 64, MOST_SETS = 20000, MOST_TIMES = 2000, ANY_DONE = 1, ONE_DONE = 2,
-       REFS_DONE = 4, ITEM = 8 };
-typedef struct {
-    size_t item[MOST_SCHEMAS]; /* ITEM * index of the node + what of it is done */
-    size_t n;
-    unsigned types, spoken; /* types that all of them name, and that keywords speak of */
-} view;
 
 static const char SCHEMA_RULES[] =
     "never ::= \" \" never\n"
@@ -1679,27 +1697,24 @@ static const char SCHEMA_RULES[] =
     "dot ::= [^\"\\\\\\x00-\\x1F\\u2028\\u2029] | \"\\\\\" [\"\\\\bft]\n"
     "string ::= \"\\\"\" char* \"\\\"\"\n"
     "integer ::= \"0\" | \"-\"? [1-9] [0-9]{0,14}\n"
-    "number ::= \"-\"? natural fraction? ([eE] [-+]? [0-9]{1,2})?\n"
-    "natural ::= \"0\" | [1-9] [0-9]{0,14}\n"
+    "number ::= \"-\"? (\"0\" | [1-9] [0-9]{0,14}) fraction? ([eE] [-+]? [0-9]{1,2})?\n"
     "fraction ::= \".\" [0-9]{1,16}\n"
     "boolean ::= \"true\" | \"false\"\n"
     "null ::= \"null\"\n"
-    "array ::= \"[\" (any (comma any)*)? \"]\"\n"
-    "object ::= \"{\" (string colon any (comma string colon any)*)? \"}\"\n"
-    "any ::= object | array | string | number | boolean | null\n"
-    "date ::= [1-9] [0-9]{3} \"-\" (\"0\" [13578] \"-\" day31 | \"10-\" day31 | \"12-\" day31 | "
+    "date ::= [1-9] [0-9]{3} \"-\" ((\"0\" [13578] | \"1\" [02]) \"-\" day31 | "
     "(\"0\" [469] | \"11\") \"-\" day30 | \"02-\" day28) | "
     "[1-9] [0-9] (\"0\" [48] | [2468] [048] | [13579] [26]) \"-02-29\"\n"
     "day28 ::= \"0\" [1-9] | \"1\" [0-9] | \"2\" [0-8]\n"
     "day30 ::= day28 | \"29\" | \"30\"\n"
     "day31 ::= day30 | \"31\"\n"
-    "time ::= ([01] [0-9] | \"2\" [0-3]) \":\" [0-5] [0-9] \":\" [0-5] [0-9] (\".\" [0-9]{1,9})? "
-    "(\"Z\" | [+-] ([01] [0-9] | \"2\" [0-3]) \":\" [0-5] [0-9])\n"
+    "time ::= hour \":\" [0-5] [0-9] \":\" [0-5] [0-9] (\".\" [0-9]{1,9})? "
+    "(\"Z\" | [+-] hour \":\" [0-5] [0-9])\n"
+    "hour ::= [01] [0-9] | \"2\" [0-3]\n"
     "date-time ::= date \"T\" time\n"
     "uuid ::= hex{8} \"-\" hex{4} \"-\" hex{4} \"-\" hex{4} \"-\" hex{12}\n"
     "hex ::= [0-9a-fA-F]\n"
-    "ipv4 ::= byte \".\" byte \".\" byte \".\" byte\n"
-    "byte ::= [0-9] | [1-9] [0-9] | \"1\" [0-9]{2} | \"2\" [0-4] [0-9] | \"25\" [0-5]\n"
+    "ipv4 ::= byte (\".\" byte){3}\n"
+    "byte ::= [1-9]? [0-9] | \"1\" [0-9]{2} | \"2\" [0-4] [0-9] | \"25\" [0-5]\n"
     "label ::= [a-zA-Z0-9] ([a-zA-Z0-9] | \"-\" [a-zA-Z0-9]){0,30}\n"
     "hostname ::= label (\".\" label){0,3}\n"
     "email ::= atom (\".\" atom){0,3} \"@\" label (\".\" label){1,3}\n"
@@ -1707,77 +1722,43 @@ static const char SCHEMA_RULES[] =
     "uri ::= [a-zA-Z] [a-zA-Z0-9+.-]{0,15} \":\" (\"//\" ((hostname | ipv4) (\":\" "
     "[0-9]{1,5})?)? | pchar+) (\"/\" pchar*)* (\"?\" (pchar | [/?])*)? (\"#\" (pchar | [/?])*)?\n"
     "pchar ::= [a-zA-Z0-9._~!$&'()*+,;=:@-] | \"%\" hex hex\n";
-
 static const char FORMATS[] = " date time date-time uuid ipv4 hostname email uri ";
 static const char OTHER_FORMATS[] = " duration ipv6 idn-email idn-hostname uri-reference iri "
     "iri-reference uri-template json-pointer relative-json-pointer regex ";
 
-enum { STRING = 1, INTEGER = 2, NUMBER = 6, TRUTH = 8, NO_VALUE = 16, ARRAY = 32, OBJECT = 64,
-       ALL_TYPES = 127, N_TYPES = 7 };
-static const struct {
-    const char *name;
-    unsigned bits;
-} TYPES[N_TYPES] = {{"string", STRING}, {"integer", INTEGER}, {"number", NUMBER},
-                    {"boolean", TRUTH}, {"null", NO_VALUE}, {"array", ARRAY}, {"object", OBJECT}};
-
 /* The keywords that are known. */
-enum { A_LIST = 1 << JSON_ARRAY, A_TEXT = 1 << JSON_STRING, A_NUMBER = 1 << JSON_NUMBER,
-       AN_OBJECT = 1 << JSON_OBJECT, A_SCHEMA = AN_OBJECT | 1 << JSON_TRUE | 1 << JSON_FALSE };
-typedef struct {
-    const char *words, *what;
-    unsigned kinds; /* what their value must be, a bit for each json_kind */
-    unsigned types; /* the type of values that they speak of, 0 for all */
-} keyword;
-static const keyword KEYWORDS[] = {
-    {" properties patternProperties ", "an object", AN_OBJECT, OBJECT},
-    {" additionalProperties ", "a schema", A_SCHEMA, OBJECT},
-    {" required ", "a list", A_LIST, OBJECT},
-    {" minProperties maxProperties ", "a number", A_NUMBER, OBJECT},
-    {" prefixItems ", "a list", A_LIST, ARRAY},
-    {" items ", "a schema", A_SCHEMA, ARRAY},
-    {" minItems maxItems ", "a number", A_NUMBER, ARRAY},
-    {" minimum maximum exclusiveMinimum exclusiveMaximum ", "a number", A_NUMBER, NUMBER},
-    {" minLength maxLength ", "a number", A_NUMBER, STRING},
-    {" pattern format ", "a text", A_TEXT, STRING},
-    {" enum allOf anyOf oneOf ", "a list", A_LIST, 0},
-    {" $ref ", "a text", A_TEXT, 0},
-    {" uniqueItems ", "false", 1 << JSON_FALSE, 0},
-    {" type const $defs definitions additionalItems "
-     "title description default example examples deprecated readOnly writeOnly links $comment "
-     "$schema $id id $anchor $vocabulary contentEncoding contentMediaType contentSchema ",
-     "anything", ~0u, 0},
+typedef enum { REMARK, TYPE, VALUES, BOUND, PATTERN, FORMAT, ON_KEYS, REFERS, MEETS, WAYS } use;
+static const struct {
+    const char *words, *what; /* what their value must be */
+    unsigned kinds, types; /* bits of that, and of the values that they speak of */
+    use use;
+    json_kind kind; /* of what the bound is one */
+} KEYWORDS[] = {
+    {" properties ", "an object", OBJECT, OBJECT, REMARK, JSON_NULL},
+    {" patternProperties ", "an object", OBJECT, OBJECT, ON_KEYS, JSON_NULL},
+    {" additionalProperties ", "a schema", A_SCHEMA, OBJECT, REMARK, JSON_NULL},
+    {" required ", "a list", ARRAY, OBJECT, REMARK, JSON_NULL},
+    {" minProperties maxProperties ", "a number", FRACTION, OBJECT, BOUND, JSON_OBJECT},
+    {" prefixItems ", "a list", ARRAY, ARRAY, REMARK, JSON_NULL},
+    {" items ", "a schema", A_SCHEMA, ARRAY, REMARK, JSON_NULL},
+    {" minItems maxItems ", "a number", FRACTION, ARRAY, BOUND, JSON_ARRAY},
+    {" minimum maximum exclusiveMinimum exclusiveMaximum ", "a number", FRACTION, NUMBER, BOUND,
+     JSON_NUMBER},
+    {" minLength maxLength ", "a number", FRACTION, STRING, BOUND, JSON_STRING},
+    {" pattern ", "a text", STRING, STRING, PATTERN, JSON_NULL},
+    {" format ", "a text", STRING, STRING, FORMAT, JSON_NULL},
+    {" type ", "a text or a list", STRING | ARRAY, 0, TYPE, JSON_NULL},
+    {" enum ", "a list", ARRAY, 0, VALUES, JSON_NULL},
+    {" const ", "no array or object", ALL_TYPES - ARRAY - OBJECT, 0, VALUES, JSON_NULL},
+    {" $ref ", "a text", STRING, 0, REFERS, JSON_NULL},
+    {" allOf ", "a list", ARRAY, 0, MEETS, JSON_NULL},
+    {" anyOf oneOf ", "a list", ARRAY, 0, WAYS, JSON_NULL},
+    {" uniqueItems ", "false", 1 << JSON_FALSE, 0, REMARK, JSON_NULL},
+    {" $defs definitions additionalItems title description default example examples deprecated "
+     "readOnly writeOnly links $comment $schema $id id $anchor $vocabulary contentEncoding "
+     "contentMediaType contentSchema ", "anything", ALL_TYPES, 0, REMARK, JSON_NULL},
 };
-
-static size_t index_of(const schema *s, const json_node *node)
-{
-    return (size_t)(node - (const json_node *)s->j->nodes.items);
-}
-
-static int same_string(const schema *s, const json_node *a, const json_node *b)
-{
-    return json_equal(s->j, a, s->j->text + b->start, b->end - b->start);
-}
-
-/* The value that an object has of the same key; NULL without it, or without an object. */
-static const json_node *value_of(const schema *s, const json_node *object, const json_node *key)
-{
-    return json_find(s->j, object, s->j->text + key->start, key->end - key->start);
-}
-
-/* The schema of that number in the view. */
-static const json_node *schema_at(const schema *s, const view *v, size_t i)
-{
-    return (const json_node *)s->j->nodes.items + v->item[i] / ITEM;
-}
-
-/* The next value of that key among the schemas of the view, from *i on; NULL behind the last. */
-static const json_node *next_with(const schema *s, const view *v, size_t *i, const char *key)
-{
-    const json_node *value = NULL;
-    while (!value && *i < v->n)
-        value = json_get(s->j, schema_at(s, v, (*i)++), key);
-    return value;
-}
+enum { N_KEYWORDS = sizeof KEYWORDS / sizeof *KEYWORDS };
 
 /* Refuses a node, with its JSON pointer. */
 PRINTF_LIKE(3, 4) static void refuse_node(schema *s, const json_node *node, const char *format, ...)
@@ -1805,369 +1786,265 @@ PRINTF_LIKE(3, 4) static void refuse_node(schema *s, const json_node *node, cons
     s->failed = 1;
 }
 
-static void view_add(schema *s, view *v, const json_node *node)
+static int same_string(const schema *s, const json_node *a, const json_node *b)
 {
-    if (v->n == MOST_SCHEMAS)
+    return json_equal(s->j, a, s->j->text + b->start, b->end - b->start);
+}
+
+/* The element behind one, or with NULL the first; NULL behind the last, or without a list.  Keys
+ * are the elements of an object; any other value is its own. */
+static const json_node *next_of(const schema *s, const json_node *list, const json_node *last)
+{
+    if (!list)
+        return NULL;
+    const json_node *next = last ? json_next(s->j, last + (list->kind == JSON_OBJECT))
+                                 : list + (list->kind >= JSON_ARRAY);
+    return next < json_next(s->j, list) ? next : NULL;
+}
+
+/* Adds a schema, or a list of ways, to those of a view. */
+static void view_add(schema *s, view *v, const json_node *node, int is_list)
+{
+    if (!is_list && !(1u << node->kind & A_SCHEMA))
+        refuse_node(s, node, "a schema is an object, true or false");
+    else if (v->n == MOST_SCHEMAS)
         refuse_node(s, node, "it leads back to itself, or more than %d schemas meet here",
                     MOST_SCHEMAS);
     else
-        v->item[v->n++] = ITEM * index_of(s, node);
+        v->at[v->n++] = node;
 }
 
-static int by_index(const void *left, const void *right)
+/* Writes the name of the rule of a view, which is asked for. */
+static void put_rule(schema *s, const view *v)
 {
-    const size_t *a = left, *b = right;
-    return (*a > *b) - (*a < *b);
-}
-
-/* Writes the name of the rule of these schemas, which is asked for. */
-static void put_set(schema *s, view *v)
-{
-    size_t n = 0, i = 0;
-    const view *sets = s->sets.items;
-    qsort(v->item, v->n, sizeof *v->item, by_index);
-    for (size_t k = 0; k < v->n; k++)
-        if (!n || v->item[k] != v->item[n - 1])
-            v->item[n++] = v->item[k];
-    v->n = n;
-    while (i < s->sets.n && (sets[i].n != n || memcmp(sets[i].item, v->item,
-                                                      n * sizeof *v->item)))
+    size_t i = 0;
+    const view *asked = s->rules.items;
+    while (i < s->rules.n && (asked[i].n != v->n || asked[i].types != v->types ||
+                              memcmp(asked[i].at, v->at, v->n * sizeof *v->at)))
         i++;
-    if (i == MOST_SETS)
-        refuse_node(s, s->root, "it takes more than %d rules", MOST_SETS);
-    if (i == s->sets.n && !s->failed) {
-        view *more = extend(&s->sets, 1, sizeof *more);
-        s->failed |= !more;
-        if (more)
-            *more = *v;
-    }
+    if (i == MOST_RULES)
+        refuse_node(s, s->root, "it takes more than %d rules", MOST_RULES);
+    view *more = i < s->rules.n || s->failed ? NULL : extend(&s->rules, 1, sizeof *more);
+    if (more)
+        *more = *v;
+    s->failed |= i == s->rules.n;
     put_format(&s->out, "s%zu ", i);
 }
 
-/* Writes a value as replies spell it. */
-static void spell(const schema *s, output *out, const json_node *node)
+/* Writes a value that holds no others as replies spell it. */
+static void put_value(schema *s, const json_node *node)
 {
-    const json_node *each = node + 1, *end = json_next(s->j, node);
-    int is_object = node->kind == JSON_OBJECT;
+    array spelled = {0};
+    output out = {.memory = &spelled};
     if (node->kind == JSON_STRING)
-        put_quoted(out, s->j->text + node->start, node->end - node->start);
-    else if (node->kind < JSON_STRING)
-        put_bytes(out, s->j->text + node->start, node->end - node->start);
-    if (node->kind <= JSON_STRING)
-        return;
-    put_format(out, is_object ? "{" : "[");
-    for (; each < end; each = json_next(s->j, each)) {
-        put_format(out, "%s", each == node + 1 ? "" : s->comma);
-        if (is_object) {
-            spell(s, out, each++);
-            put_format(out, "%s", s->colon);
-        }
-        spell(s, out, each);
-    }
-    put_format(out, is_object ? "}" : "]");
-}
-
-/* Writes a value of the schema, with a colon behind it as a key. */
-static void put_value(schema *s, const json_node *node, int is_key)
-{
-    array text = {0};
-    output out = {.memory = &text};
-    spell(s, &out, node);
-    put_format(&out, "%s", is_key ? s->colon : "");
+        put_quoted(&out, s->j->text + node->start, node->end - node->start);
+    else
+        put_bytes(&out, s->j->text + node->start, node->end - node->start);
+    put_literal(&s->out, spelled.items, spelled.n);
     s->failed |= out.error != 0;
-    if (!out.error)
-        put_literal(&s->out, text.items, text.n);
-    free(text.items);
-}
-
-/* ---- numbers ---- */
-
-static const double MOST_DIGITS = 999999999999999;
-
-typedef struct {
-    double x; /* without a bound, or beyond what replies have: 10^15, of either sign */
-    int open; /* x itself is out */
-} bound;
-
-/* The narrowest of the bounds that a keyword and its exclusive sister give; sign 1 the low one. */
-static bound bound_of(schema *s, const view *v, const char *name, const char *exclusive, int sign)
-{
-    bound best = {sign * -1e15, 0};
-    const json_node *node;
-    for (int open = 0; open < 1 + (exclusive != NULL); open++)
-        for (size_t i = 0; (node = next_with(s, v, &i, open ? exclusive : name)) != NULL;) {
-            double x = strtod(s->j->text + node->start, NULL);
-            x = x > 1e15 ? 1e15 : x < -1e15 ? -1e15 : x;
-            if (sign * x > sign * best.x || (open && x == best.x))
-                best = (bound){x, open};
-        }
-    return best;
-}
-
-/* Whole numbers low..high, 0 <= low, as runs of digits: first ones, one that varies, then any. */
-static void put_digits(schema *s, int64_t low, int64_t high, const char *sign, const char *behind)
-{
-    while (low <= high) {
-        int64_t unit = 1, count;
-        int n_any = 0;
-        for (; low && low % (unit * 10) == 0 && low + unit * 10 - 1 <= high; n_any++)
-            unit *= 10;
-        int digit = (int)(low / unit % 10);
-        count = (high + 1 - low) / unit < 10 - digit ? (high + 1 - low) / unit : 10 - digit;
-        put_format(&s->out, "| \"%s", sign);
-        if (low / unit >= 10)
-            put_format(&s->out, "%" PRId64, low / unit / 10);
-        put_format(&s->out, "\" [%d-%d] [0-9]{%d} %s", digit, digit + (int)count - 1, n_any,
-                   behind);
-        low += count * unit;
-    }
-}
-
-/* Numbers between bounds of one sign, which are whole, 0 <= low. */
-static void put_side(schema *s, bound low, bound high, const char *sign, int is_integer)
-{
-    int64_t first = (int64_t)low.x, last = (int64_t)high.x;
-    if (is_integer) {
-        put_digits(s, first + low.open, last - high.open, sign, "");
-        return;
-    }
-    if (low.open && first < last)
-        put_format(&s->out, "| \"%s%" PRId64 ".\" [0-9]{0,15} [1-9] ", sign, first);
-    put_digits(s, first + low.open, last - 1, sign, "fraction? ");
-    if (!high.open && !(low.open && first == last))
-        put_format(&s->out, "| \"%s%" PRId64 "\" ", sign, last);
-}
-
-static void put_number(schema *s, const view *v, int is_integer)
-{
-    const char *name = is_integer ? "integer" : "number";
-    bound low = bound_of(s, v, "minimum", "exclusiveMinimum", 1);
-    bound high = bound_of(s, v, "maximum", "exclusiveMaximum", -1);
-    if (low.x <= -1e15 && high.x >= 1e15) {
-        put_format(&s->out, "%s ", name);
-        return;
-    }
-    if (is_integer) {
-        low = (bound){low.open ? floor(low.x) + 1 : ceil(low.x), 0};
-        high = (bound){high.open ? ceil(high.x) - 1 : floor(high.x), 0};
-    }
-    low = low.x < -MOST_DIGITS ? (bound){-MOST_DIGITS, 0} : low;
-    high = high.x > MOST_DIGITS ? (bound){MOST_DIGITS, 0} : high;
-    if (low.x > high.x || (low.x == high.x && (low.open || high.open)))
-        refuse_node(s, schema_at(s, v, 0), "no %s lies between its bounds", name);
-    if (low.x != floor(low.x) || high.x != floor(high.x))
-        refuse_node(s, schema_at(s, v, 0), "the bounds of a number must be whole");
-    put_format(&s->out, "(never ");
-    if (low.x < 0)
-        put_side(s, high.x < 0 ? (bound){-high.x, high.open} : (bound){0, 1},
-                 (bound){-low.x, low.open}, "-", is_integer);
-    if (high.x >= 0)
-        put_side(s, low.x < 0 ? (bound){0, 0} : low, high, "", is_integer);
-    put_format(&s->out, ") ");
-}
-
-/* Narrows least and most by a pair of counts.  most is -1 without end. */
-static void count_range(schema *s, const view *v, const char *min, const char *max, int64_t *least,
-                        int64_t *most)
-{
-    double low = bound_of(s, v, min, NULL, 1).x, high = bound_of(s, v, max, NULL, -1).x;
-    low = low < 0 ? 0 : low;
-    if (low > MOST_TIMES || high < low || low != floor(low) || high != floor(high))
-        refuse_node(s, schema_at(s, v, 0), "'%s' must be a whole number of at most %d and '%s'",
-                    min, MOST_TIMES, max);
-    *least = (int64_t)low;
-    *most = high >= 1e15 ? -1 : high > MOST_TIMES ? MOST_TIMES : (int64_t)high;
+    free(spelled.items);
 }
 
 /* Writes how often the last item may stand. */
-static void put_times(schema *s, int64_t least, int64_t most)
+static void put_times(schema *s, double least, double most)
 {
-    put_format(&s->out, "{%" PRId64 ",", least > 0 ? least : 0);
-    if (most >= 0)
-        put_format(&s->out, "%" PRId64, most);
+    put_format(&s->out, "{%.0f,", least > 0 ? ceil(least) : 0);
+    if (most < INFINITY)
+        put_format(&s->out, "%.0f", fmin(floor(most), MOST_TIMES));
     put_format(&s->out, "} ");
+}
+
+/* Writes the whole numbers 0 <= low..high as runs of digits: first ones, one that varies, then any;
+ * behind each stands the tail. */
+static void put_digits(schema *s, int64_t low, int64_t high, const char *sign, const char *tail)
+{
+    while (low <= high) {
+        int64_t unit = 1;
+        int n_any = 0;
+        for (; low && low % (unit * 10) == 0 && low + unit * 10 - 1 <= high; n_any++)
+            unit *= 10;
+        int64_t digit = low / unit % 10, most = digit + (high + 1 - low) / unit - 1;
+        put_format(&s->out, "| \"%s", sign);
+        if (low / unit >= 10)
+            put_format(&s->out, "%" PRId64, low / unit / 10);
+        put_format(&s->out, "\" [%d-%d] [0-9]{%d} %s", (int)digit, most < 9 ? (int)most : 9, n_any,
+                   tail);
+        low += ((most < 9 ? most : 9) - digit + 1) * unit;
+    }
+}
+
+/* Writes the numbers of at most 15 digits between the bounds, first those that are 0 or more. */
+static void put_number(schema *s, const view *v, int is_integer)
+{
+    static const double most = 999999999999999;
+    double low = fmax(v->low[JSON_NUMBER], -most), high = fmin(v->high[JSON_NUMBER], most);
+    if (!is_integer && (low > nextafter(floor(low), INFINITY) ||
+                        high < nextafter(ceil(high), -INFINITY)))
+        refuse_node(s, v->at[0], "the bounds of a number must be whole, and of at most 15 digits");
+    put_format(&s->out, "(never ");
+    for (int minus = 0; minus < 2; minus++) {
+        const char *sign = minus ? "-" : "";
+        double from = fmax(minus ? -high : low, minus ? 1e-9 : 0), to = minus ? -low : high;
+        if (from > to)
+            continue;
+        if (!is_integer && from < ceil(from)) /* the whole number below it is out */
+            put_format(&s->out, "| \"%s%.0f.\" [0-9]{0,15} [1-9] ", sign, floor(from));
+        if (!is_integer && to == floor(to)) /* it has no fraction */
+            put_format(&s->out, "| \"%s%.0f\" ", sign, to--);
+        put_digits(s, (int64_t)ceil(from), (int64_t)floor(to), sign, is_integer ? ""
+                                                                                : "fraction? ");
+    }
+    put_format(&s->out, ") ");
 }
 
 /* ---- "pattern": a regular expression over the characters of a JSON string, which is read from
  * left to right and written as GBNF.  Known are printable ASCII, classes, ., |, groups, repetition,
- * \d \w \s and their opposites (ASCII), and ^ and $ at the ends. ---- */
+ * \d \w \s \S (ASCII), and ^ and $ at the ends. ---- */
 
-/* The character at *at, below 0 the letter of \d and the like, 0 where neither is known. */
-static int pattern_item(const char **at)
-{
-    int c = (unsigned char)**at;
-    *at += c != '\0';
-    if (c != '\\')
-        return c >= ' ' && c < 0x7f ? c : 0;
-    c = (unsigned char)**at;
-    *at += c != '\0';
-    if (c && strchr("dDwWsS", c))
-        return -c;
-    return c >= ' ' && c < 0x7f && !isalnum(c) ? c : 0;
-}
-
-static int in_letter(int letter, int c)
-{
-    int lower = tolower(letter);
-    int in = lower == 's' ? c == ' ' : lower == 'd' ? isdigit(c) : isalnum(c) || c == '_';
-    return letter == lower ? in != 0 : in == 0;
-}
-
-/* One character, or a class in brackets. */
+/* Writes a character, \d or the like, or a class in brackets; 0: it is not known.  Classes lack the
+ * quote and the backslash. */
 static int put_pattern_item(schema *s, const char **at)
 {
-    int in[128] = {0}; /* the ASCII characters of the class */
-    int brackets = **at == '[', negated, letters = 0, n = 0;
-    *at += brackets;
-    negated = brackets && **at == '^';
-    *at += negated;
-    if (brackets && **at == ']')
-        return 0;
+    static const char letters[] = "dwsS";
+    static const char *const sets[] = {"0-9", "a-zA-Z0-9_", " ", "!#-\\x5B\\x5D-~"};
+    int brackets = **at == '[', negated = brackets && (*at)[1] == '^', n_sets = 0, n = negated;
+    *at += brackets + negated;
+    put_format(&s->out, negated ? "[^\"\\\\\\x00-\\x1F" : "[");
     do {
-        int low = pattern_item(at), high = low;
-        if (brackets && **at == '-' && (*at)[1] != ']') {
-            ++*at;
-            high = low > 0 ? pattern_item(at) : 0;
+        int escaped = **at == '\\', low = (unsigned char)(*at)[escaped], high = low;
+        const char *letter = escaped && isalpha(low) ? strchr(letters, low) : NULL;
+        *at += escaped + 1;
+        if (brackets && !letter && **at == '-' && (*at)[1] != ']') {
+            high = (*at)[1] == '\\' ? 0 : (unsigned char)(*at)[1];
+            *at += 2;
         }
-        if (low == 0 || high < low || high == 0)
+        if (low < ' ' || high < low || high > '~' || (escaped && isalnum(low) && !letter) ||
+            (brackets && !escaped && low == ']'))
             return 0;
-        for (int c = ' '; c < 0x7f; c++)
-            in[c] |= low < 0 ? in_letter(-low, c) : c >= low && c <= high;
-        letters |= low < 0;
+        n_sets += letter != NULL;
+        put_format(&s->out, "%s", letter ? sets[letter - letters] : "");
+        for (int c = low; c <= high && !letter; c++)
+            if (c != '"' && c != '\\')
+                put_format(&s->out, "\\x%02X", (unsigned)c), n++;
     } while (brackets && **at != ']');
     *at += brackets;
-    int wide = negated && !letters; /* what no ASCII class tells of */
-    put_format(&s->out, " (never");
-    for (int c = ' '; c < 0x7f; c++)
-        if (in[c] != negated && c != '"' && c != '\\')
-            put_format(&s->out, "%s\\x%02x", n++ ? "" : " | [", c);
-    if (wide)
-        put_format(&s->out, "%s\\x7f-\\U0010FFFF", n++ ? "" : " | [");
-    put_format(&s->out, n ? "]" : "");
-    put_format(&s->out, in['"'] != negated ? " | \"\\\\\\\"\"" : "");
-    put_format(&s->out, in['\\'] != negated ? " | \"\\\\\\\\\")" : ")");
-    return 1;
+    /* \d and the like tell nothing of characters beyond ASCII */
+    put_format(&s->out, negated && n_sets ? "\\x7F-\\U0010FFFF] " : "] ");
+    return n + n_sets;
 }
 
-/* "*" and the like, and {m,n}. */
-static int put_repetition(schema *s, const char **at)
+/* How many bytes "*" and the like, or {m,n}, takes; 0 where it is not known.  GBNF has the same. */
+static size_t repetition(const char *at)
 {
-    char c = *(*at)++, *end;
-    long least = c == '+', most = c == '?' ? 1 : -1;
-    if (c == '{') {
-        if (!isdigit((unsigned char)**at))
-            return 0;
-        least = most = strtol(*at, &end, 10);
-        if (*end == ',') {
-            int ends = isdigit((unsigned char)*++end);
-            most = ends ? strtol(end, &end, 10) : -1;
-        }
-        *at = end + 1;
-        if (*end != '}' || least > MOST_TIMES || most > MOST_TIMES || (most >= 0 && most < least))
-            return 0;
-    }
-    put_times(s, least, most);
-    *at += **at == '?'; /* lazy is the same language */
-    return 1;
+    size_t n = strspn(at + 1, "0123456789,") + 2;
+    const char *comma = memchr(at, ',', n);
+    if (*at != '{')
+        return 1;
+    return isdigit((unsigned char)at[1]) && at[n - 1] == '}' &&
+           strtol(at + 1, NULL, 10) <= MOST_TIMES &&
+           (!comma || strtol(comma + 1, NULL, 10) <= MOST_TIMES) ? n : 0;
 }
 
-/* Writes what a string is that the pattern is found in. */
+/* Writes the strings that the pattern is found in. */
 static void put_pattern(schema *s, const json_node *node)
 {
     const char *text = s->j->text + node->start, *at = text;
-    int depth = 0, has_item = 0, starts = 1, at_end = 0;
-    int known = strlen(text) == node->end - node->start;
-    put_format(&s->out, "(");
-    while (known) {
-        char c = *at;
-        int had_item = has_item;
-        if (starts)
-            put_format(&s->out, depth || c == '^' ? " \"\"" : " char*");
-        has_item = 0;
-        if (c == '^' && starts && !depth)
-            at++, starts = 0;
-        else if (c == '$' && !depth && (at[1] == '\0' || at[1] == '|'))
-            at++, at_end = 1, starts = 0;
-        else if (c == '|' || (c == '\0' && !depth)) {
-            put_format(&s->out, depth || at_end ? "" : " char*");
-            at_end = 0, starts = 1;
-            if (!c)
-                break;
-            put_format(&s->out, " |"), at++;
+    char c = '|', last; /* 'x' stands for a character or a class */
+    int depth = 0;
+    size_t known = strlen(text) == node->end - node->start;
+    put_format(&s->out, "\"\\\"\" (");
+    while (known && c) {
+        last = c, c = *at++;
+        if (last == '|' || last == '(')
+            put_format(&s->out, depth || c == '^' ? "\"\" " : "char* ");
+        if (c == '^') {
+            known = last == '|' && !depth;
+        } else if (c == '$') {
+            known = !depth && (*at == '\0' || *at == '|');
+        } else if (c == '|' || c == '\0') {
+            known = c || !depth;
+            put_format(&s->out, depth || last == '$' ? "" : "char* ");
+            put_format(&s->out, c ? "| " : "");
         } else if (c == '(') {
-            known = ++depth < 100 && (at[1] != '?' || at[2] == ':');
-            at += known && at[1] == '?' ? 3 : 1;
-            put_format(&s->out, " ("), starts = 1;
+            known = ++depth < 100 && (*at != '?' || at[1] == ':');
+            at += *at == '?' ? 2 : 0;
+            put_format(&s->out, "(");
         } else if (c == ')') {
-            known = depth-- > 0, has_item = 1, starts = 0;
-            put_format(&s->out, ")"), at++;
-        } else if (c && strchr("*+?{", c)) {
-            known = had_item && put_repetition(s, &at);
+            known = depth-- > 0;
+            put_format(&s->out, ") ");
+        } else if (strchr("*+?{", c)) {
+            known = last == 'x' || last == ')' ? repetition(at - 1) : 0;
+            put_format(&s->out, "%.*s ", (int)known, at - 1);
+            at += known ? known - 1 + (at[known - 1] == '?') : 0; /* lazy is the same language */
         } else if (c == '.') {
-            put_format(&s->out, " dot"), at++;
-            has_item = 1, starts = 0;
+            put_format(&s->out, "dot ");
+            c = 'x';
         } else {
-            known = has_item = c && c != '^' && c != '$' && put_pattern_item(s, &at);
-            starts = 0;
+            at--;
+            known = put_pattern_item(s, &at) != 0;
+            c = 'x';
         }
     }
     if (!known)
         refuse_node(s, node, "the part of 'pattern' before byte %d is not known",
                     (int)(at - text));
-    put_format(&s->out, ") ");
-}
-
-/* The value of that keyword, which all schemas that have it must agree on, or NULL. */
-static const json_node *only_with(schema *s, const view *v, const char *key)
-{
-    size_t i = 0;
-    const json_node *first = next_with(s, v, &i, key), *node;
-    while ((node = next_with(s, v, &i, key)) != NULL)
-        if (!same_string(s, node, first))
-            refuse_node(s, node, "two different '%s' meet here, which is not known", key);
-    return first;
+    put_format(&s->out, ") \"\\\"\" ");
 }
 
 static void put_string(schema *s, const view *v)
 {
-    int64_t least, most;
-    const json_node *pattern = only_with(s, v, "pattern"), *format = only_with(s, v, "format");
-    const char *name = format ? s->j->text + format->start : "";
-    count_range(s, v, "minLength", "maxLength", &least, &most);
-    if (in_words(OTHER_FORMATS, name))
-        refuse_node(s, format, "this format is not known; there are%s", FORMATS);
-    format = in_words(FORMATS, name) ? format : NULL; /* others are remarks */
-    if ((pattern != NULL) + (format != NULL) + (least || most >= 0) > 1)
-        refuse_node(s, pattern ? pattern : format, "'pattern', 'format' and a length do not go "
-                    "together");
-    put_format(&s->out, "\"\\\"\" ");
-    if (pattern)
-        put_pattern(s, pattern);
-    else if (format)
-        put_format(&s->out, "%s", name);
-    else
-        put_format(&s->out, "char"), put_times(s, least, most);
+    int sized = v->low[JSON_STRING] > 0 || v->high[JSON_STRING] < INFINITY;
+    if (v->text && (v->clash || sized))
+        refuse_node(s, v->text, "two of 'pattern', 'format' and a length do not go together");
+    if (v->text && json_is(s->j, v->text - 1, "pattern")) {
+        put_pattern(s, v->text);
+        return;
+    }
+    put_format(&s->out, "\"\\\"\" %s", v->text ? s->j->text + v->text->start : "char");
+    if (!v->text)
+        put_times(s, v->low[JSON_STRING], v->high[JSON_STRING]);
     put_format(&s->out, " \"\\\"\" ");
 }
 
 /* ---- arrays and objects ---- */
 
-/* Writes what element i must be. */
-static void put_element(schema *s, const view *v, size_t i)
+/* What schemas of an array say of element i, or schemas of an object of the value of a key, NULL
+ * for the keys that none of them names. */
+static view part_of(schema *s, const view *v, const json_node *name, size_t i)
 {
-    view all = {.n = 0};
+    int is_array = v->types == ARRAY;
+    view part = EVERYTHING;
     for (size_t k = 0; k < v->n; k++) {
-        const json_node *first = json_get(s->j, schema_at(s, v, k), "prefixItems");
-        const json_node *rest = json_get(s->j, schema_at(s, v, k), "items"), *each = first;
-        if (first && i < first->n)
+        const json_node *value = NULL, *list = json_get(s->j, v->at[k], is_array ? "prefixItems" :
+                                                name ? "properties" : "patternProperties");
+        if (name && list)
+            value = json_find(s->j, list, s->j->text + name->start, name->end - name->start);
+        else if (list && list->n > i)
             for (size_t m = 0; m <= i; m++)
-                each = m ? json_next(s->j, each) : first + 1;
-        else
-            each = rest;
-        if (each)
-            view_add(s, &all, each);
+                value = next_of(s, list, value);
+        value += value && !is_array && !name; /* behind its pattern */
+        if (!value && !(name && v->keys))
+            value = json_get(s->j, v->at[k], is_array ? "items" : "additionalProperties");
+        for (size_t m = 0; m < part.n; m++) /* no schema twice, or recursion would not end */
+            value = part.at[m] == value ? NULL : value;
+        if (value)
+            view_add(s, &part, value, 0);
     }
-    put_set(s, &all);
+    return part;
+}
+
+/* Writes element i, or a key and its value. */
+static void put_part(schema *s, const view *v, const json_node *name, size_t i)
+{
+    view part = part_of(s, v, name, i);
+    if (name)
+        put_value(s, name);
+    else if (v->types == OBJECT && v->keys)
+        put_pattern(s, v->keys);
+    else if (v->types == OBJECT)
+        put_format(&s->out, "string ");
+    put_format(&s->out, v->types == OBJECT ? "colon " : "");
+    put_rule(s, &part);
 }
 
 typedef struct {
@@ -2175,179 +2052,80 @@ typedef struct {
     int must;
 } property;
 
-/* Notes a key; no key twice. */
-static void add_property(schema *s, array *keys, const json_node *name, int must)
+/* Notes the keys that the schemas name, each once, and which of them an object must have. */
+static void gather_keys(schema *s, const view *v, array *keys)
 {
-    property *known = keys->items;
-    for (size_t i = 0; i < keys->n; i++)
-        if (same_string(s, name, known[i].name)) {
-            known[i].must |= must;
-            return;
+    for (size_t i = 0; i < 2 * v->n; i++) {
+        int must = i >= v->n;
+        const json_node *name = NULL, *list = json_get(s->j, v->at[i % v->n],
+                                                       must ? "required" : "properties");
+        while ((name = next_of(s, list, name)) != NULL && !s->failed) {
+            property *key = keys->items;
+            size_t k = 0;
+            if (name->kind != JSON_STRING)
+                refuse_node(s, list, "'required' must be a list of keys");
+            while (k < keys->n && !same_string(s, name, key[k].name))
+                k++;
+            key = k < keys->n ? key + k : extend(keys, 1, sizeof *key);
+            s->failed |= !key;
+            if (key)
+                *key = (property){name, must};
         }
-    property *more = extend(keys, 1, sizeof *more);
-    s->failed |= !more;
-    if (more)
-        *more = (property){name, must};
-}
-
-static void gather_properties(schema *s, const view *v, array *keys)
-{
-    const json_node *list, *each;
-    for (int must = 0; must < 2; must++)
-        for (size_t i = 0; (list = next_with(s, v, &i, must ? "required" : "properties")) != NULL;)
-            for (each = list + 1; each < json_next(s->j, list);
-                 each = json_next(s->j, must ? each : each + 1)) {
-                if (each->kind != JSON_STRING)
-                    refuse_node(s, list, "'required' must be a list of keys");
-                add_property(s, keys, each, must);
-            }
-}
-
-/* Writes a key, NULL for all that no schema names, and its value. */
-static void put_member(schema *s, const view *v, const json_node *name)
-{
-    const json_node *pattern = NULL;
-    view all = {.n = 0};
-    for (size_t i = 0; i < v->n; i++) {
-        const json_node *node = schema_at(s, v, i);
-        const json_node *list = json_get(s->j, node, "patternProperties");
-        const json_node *value = name ? value_of(s, json_get(s->j, node, "properties"), name)
-                                      : NULL;
-        if (list && list->n && (name || list->n > 1 || pattern))
-            refuse_node(s, list, "it is known only as one pattern, without named keys");
-        if (list && list->n)
-            pattern = list + 1, value = list + 2;
-        value = value ? value : json_get(s->j, node, "additionalProperties");
-        if (value)
-            view_add(s, &all, value);
     }
-    if (name)
-        put_value(s, name, 1);
-    else if (pattern)
-        put_format(&s->out, "\"\\\"\" "), put_pattern(s, pattern);
-    if (!name)
-        put_format(&s->out, pattern ? "\"\\\"\" colon " : "string colon ");
-    put_set(s, &all);
 }
 
-/* Writes part i: an element of an array, which has no keys, or a key and its value.  Behind the
- * keys that are named stands any other. */
-static void put_part(schema *s, const view *v, const array *keys, size_t i)
+/* Writes the rules of an array or an object: one for each part that schemas number or name, which
+ * leads on to the next, and one for all others. */
+static void put_sequence(schema *s, const view *v, size_t id)
 {
-    if (keys)
-        put_member(s, v, i < keys->n ? ((const property *)keys->items)[i].name : NULL);
-    else
-        put_element(s, v, i);
-}
-
-/* The rules of least..most parts, the first n of which have rules of their own: those that may
- * come first, each with the rule of what may follow it. */
-static void put_sequence(schema *s, const view *v, size_t id, const array *keys, size_t n,
-                         int64_t least, int64_t most)
-{
-    const property *named = keys ? keys->items : NULL;
-    size_t last = n ? n : 1;
-    char type = keys ? 'o' : 'a';
-    put_format(&s->out, "\ns%zu-%c ::= \"%c\" (never ", id, type, keys ? '{' : '[');
-    for (size_t i = 0; i < last && most && (i == 0 || (keys && !named[i - 1].must)); i++) {
-        put_format(&s->out, "| ");
-        put_part(s, v, keys, i);
-        put_format(&s->out, "s%zu-%c%zu ", id, type, i + 1);
-    }
-    put_format(&s->out, "%s) \"%c\"", least ? "" : "| \"\"", keys ? '}' : ']');
-    for (size_t i = 1; i < n; i++) {
-        put_format(&s->out, "\ns%zu-%c%zu ::= comma ", id, type, i);
-        put_part(s, v, keys, i);
-        put_format(&s->out, "s%zu-%c%zu ", id, type, i + 1);
-        if (keys && !named[i].must)
-            put_format(&s->out, "| s%zu-%c%zu", id, type, i + 1);
-        if (!keys && (int64_t)i >= least)
-            put_format(&s->out, "| \"\"");
-    }
-    put_format(&s->out, "\ns%zu-%c%zu ::= \"\" ", id, type, last);
-    if (keys && n) /* no others */
-        return;
-    put_format(&s->out, "(comma ");
-    put_part(s, v, keys, n);
-    put_format(&s->out, ")");
-    put_times(s, least - (int64_t)last, most < 0 ? -1 : most > 0 ? most - (int64_t)last : 0);
-}
-
-static void put_array(schema *s, const view *v, size_t id)
-{
-    const json_node *first;
-    int64_t least, most, n = 0;
-    count_range(s, v, "minItems", "maxItems", &least, &most);
-    for (size_t k = 0; (first = next_with(s, v, &k, "prefixItems")) != NULL;)
-        n = (int64_t)first->n > n ? (int64_t)first->n : n;
-    put_sequence(s, v, id, NULL, (size_t)(most >= 0 && most < n ? most : n), least, most);
-}
-
-/* An object that names keys has these, in their order, and no others. */
-static void put_object(schema *s, const view *v, size_t id)
-{
+    int is_array = v->types == ARRAY;
+    double least = v->low[is_array ? JSON_ARRAY : JSON_OBJECT];
+    double most = v->high[is_array ? JSON_ARRAY : JSON_OBJECT];
+    double need = is_array ? least : 0; /* it does not end before so many parts */
     array found = {0};
-    int64_t least, most, n_must = 0;
-    count_range(s, v, "minProperties", "maxProperties", &least, &most);
-    gather_properties(s, v, &found);
-    for (size_t i = 0; i < found.n; i++)
-        n_must += ((property *)found.items)[i].must;
-    if (found.n && ((most >= 0 && most < (int64_t)found.n) || (least > 1 && least > n_must)))
-        refuse_node(s, schema_at(s, v, 0), "this 'minProperties' or 'maxProperties' beside named "
-                    "keys is not known");
-    put_sequence(s, v, id, &found, found.n, least ? least : n_must != 0, most);
+    if (!is_array)
+        gather_keys(s, v, &found);
+    const property *keys = found.items;
+    size_t n = found.n;
+    for (size_t i = 0; i < n; i++)
+        need = keys[i].must ? (double)i + 1 : need;
+    if (n && (v->keys || (double)n > most || least > 1))
+        refuse_node(s, v->keys ? v->keys - 1 : v->at[0], "named keys stand beside no "
+                    "'patternProperties', nor such a 'minProperties' or 'maxProperties'");
+    for (size_t i = 0; i < v->n && is_array; i++) {
+        const json_node *list = json_get(s->j, v->at[i], "prefixItems");
+        n = list && list->n > n ? list->n : n;
+    }
+    put_format(&s->out, "| \"%c\" (s%zu-0 %s) \"%c\"", is_array ? '[' : '{', id,
+               need > 0 || least > 0 ? "" : "| \"\"", is_array ? ']' : '}');
+    for (size_t i = 0; i <= n && !s->failed; i++) {
+        put_format(&s->out, "\ns%zu-%zu ::= never ", id, i);
+        if ((double)i >= floor(most) || (i == n && found.n))
+            break;
+        put_format(&s->out, "| ");
+        put_part(s, v, i < found.n ? keys[i].name : NULL, i);
+        put_format(&s->out, "(comma ");
+        if (i < n) {
+            put_format(&s->out, "s%zu-%zu %s) ", id, i + 1, (double)i + 1 < need ? "" : "| \"\"");
+        } else {
+            put_part(s, v, NULL, n);
+            put_format(&s->out, ")");
+            put_times(s, least - (double)n - 1, most - (double)n - 1);
+        }
+        if (i < found.n && !keys[i].must)
+            put_format(&s->out, "| s%zu-%zu", id, i + 1);
+    }
     free(found.items);
 }
 
-/* What "$ref" points to: the whole schema, or what a name stands for. */
-static const json_node *referred(schema *s, const json_node *ref)
-{
-    static const char *const places[] = {"$defs", "definitions"};
-    const char *at = s->j->text + ref->start;
-    const json_node *node = strcmp(at, "#") == 0 ? s->root : NULL;
-    for (int i = 0; i < 2 && !node; i++) {
-        size_t n = strlen(places[i]);
-        if (strncmp(at, "#/", 2) == 0 && strncmp(at + 2, places[i], n) == 0 && at[n + 2] == '/')
-            node = json_get(s->j, json_get(s->j, s->root, places[i]), at + n + 3);
-    }
-    if (!node)
-        refuse_node(s, ref, "this $ref leads to nothing: it is #, #/$defs/NAME or "
-                    "#/definitions/NAME");
-    return node ? node : s->root;
-}
-
-/* ---- types, listed values, and which ways have no value in common, for oneOf ---- */
-
-/* Bits of the types that a schema names, all where it names none. */
-static unsigned named_types(schema *s, const json_node *node)
-{
-    const json_node *type = json_get(s->j, node, "type"), *each, *end;
-    unsigned bits = 0;
-    if (!type)
-        return ALL_TYPES;
-    end = json_next(s->j, type);
-    for (each = type + (type->kind == JSON_ARRAY); each < end; each = json_next(s->j, each)) {
-        size_t i = 0;
-        while (i < N_TYPES && !json_is(s->j, each, TYPES[i].name))
-            i++;
-        if (i == N_TYPES)
-            refuse_node(s, type, "'type' is one or a list of string, integer, number, boolean, "
-                        "null, array, object");
-        else
-            bits |= TYPES[i].bits;
-    }
-    return bits;
-}
+/* ---- types and listed values ---- */
 
 static unsigned type_of_value(const schema *s, const json_node *value)
 {
-    static const unsigned bits[] = {NO_VALUE, TRUTH, TRUTH, NUMBER & ~INTEGER, STRING, ARRAY,
-                                    OBJECT};
     double x = value->kind == JSON_NUMBER ? strtod(s->j->text + value->start, NULL) : 0.5;
-    return x == floor(x) ? INTEGER : bits[value->kind];
+    return x == floor(x) ? INTEGER : 1u << value->kind;
 }
 
-/* Whether two values are the same, or may be: arrays and objects are not compared. */
 static int same_value(const schema *s, const json_node *a, const json_node *b)
 {
     if (a->kind == JSON_NUMBER && b->kind == JSON_NUMBER)
@@ -2355,244 +2133,226 @@ static int same_value(const schema *s, const json_node *a, const json_node *b)
     return a->kind == b->kind && (a->kind != JSON_STRING || same_string(s, a, b));
 }
 
-/* The values that enum or const lists: the first, and *end behind the last; NULL for neither. */
-static const json_node *listed(const schema *s, const json_node *node, const json_node **end)
+/* Whether all lists of the view have a value of its first. */
+static int in_lists(const schema *s, const view *v, const json_node *value)
 {
-    const json_node *list = json_get(s->j, node, "enum"), *one = json_get(s->j, node, "const");
-    const json_node *first = one ? one : list ? list + 1 : NULL;
-    if (first)
-        *end = json_next(s->j, one ? one : list);
-    return first;
-}
-
-/* Whether a schema lists the value or lists none. */
-static int may_be(const schema *s, const json_node *node, const json_node *value)
-{
-    const json_node *end, *each = listed(s, node, &end);
-    if (!each)
-        return 1;
-    while (each < end && !same_value(s, each, value))
-        each = json_next(s->j, each);
-    return each < end;
-}
-
-/* The types of a schema's values, as far as it names types and lists values. */
-static unsigned types_of(schema *s, const json_node *node)
-{
-    const json_node *end, *each = listed(s, node, &end);
-    unsigned bits = each ? 0 : ALL_TYPES;
-    for (; each && each < end; each = json_next(s->j, each))
-        bits |= type_of_value(s, each);
-    return bits & named_types(s, node);
-}
-
-static const json_node *behind_refs(schema *s, const json_node *node)
-{
-    const json_node *ref;
-    for (int i = 0; i < 16 && !s->failed && (ref = json_get(s->j, node, "$ref")) != NULL; i++)
-        node = referred(s, ref);
-    return node;
-}
-
-/* Whether no value of these types fits both, as far as types, listed values and the properties of
- * keys that an object must have tell. */
-static int disjoint(schema *s, const json_node *a, const json_node *b, unsigned types, int depth)
-{
-    a = behind_refs(s, a), b = behind_refs(s, b);
-    types &= types_of(s, a) & types_of(s, b);
-    const json_node *end, *each = listed(s, a, &end);
-    int met = each == NULL; /* a listed value fits both */
-    for (; each && each < end; each = json_next(s->j, each))
-        met |= may_be(s, b, each);
-    if (!types || !met)
-        return 1;
-    int objects = types == OBJECT || types == ALL_TYPES;
-    for (int turn = 0; turn < 2 && objects && depth; turn++) {
-        const json_node *must = json_get(s->j, turn ? b : a, "required");
-        end = must ? json_next(s->j, must) : NULL;
-        for (each = must ? must + 1 : NULL; each < end; each = json_next(s->j, each)) {
-            const json_node *x = value_of(s, json_get(s->j, a, "properties"), each);
-            const json_node *y = value_of(s, json_get(s->j, b, "properties"), each);
-            if (x && y && disjoint(s, x, y, ALL_TYPES, depth - 1))
-                return 1;
-        }
-    }
-    return 0;
-}
-
-/* ---- a rule ---- */
-
-/* Writes a rule for each way of anyOf, or of oneOf, whose ways must have nothing in common. */
-static void put_ways(schema *s, const view *v, size_t at, const json_node *list, int exclusive)
-{
-    const json_node *end = json_next(s->j, list), *other;
-    for (const json_node *each = list + 1; each < end; each = json_next(s->j, each)) {
-        for (other = list + 1; exclusive && other < each; other = json_next(s->j, other))
-            if (!disjoint(s, other, each, v->types, 2))
-                refuse_node(s, each, "a value may fit this way of 'oneOf' and an earlier one: take "
-                            "'anyOf'");
-        view way = *v;
-        way.item[at] |= exclusive ? ONE_DONE : ANY_DONE;
-        view_add(s, &way, each);
-        put_format(&s->out, each > list + 1 ? "| " : "");
-        put_set(s, &way);
-    }
-}
-
-/* Writes the listed values that fit all schemas; 0 where none of them lists any. */
-static int put_values(schema *s, const view *v)
-{
-    const json_node *end = NULL, *first = NULL;
-    int n_put = 0, n_lists = 0;
-    for (size_t i = 0; i < v->n; i++) {
-        const json_node *list = listed(s, schema_at(s, v, i), &end);
-        n_lists += list != NULL;
-        first = list ? list : first;
-    }
-    for (const json_node *each = first; each && each < end; each = json_next(s->j, each)) {
-        unsigned type = type_of_value(s, each);
-        int fits = (type & v->types) != 0;
-        for (size_t i = 0; i < v->n; i++)
-            fits = fits && may_be(s, schema_at(s, v, i), each);
-        if (fits && (type & v->spoken || (type & (ARRAY | OBJECT) && n_lists > 1)))
-            refuse_node(s, each, "no keyword but 'type' is known beside this listed value");
-        if (fits) {
-            put_format(&s->out, n_put++ ? "| " : "");
-            put_value(s, each, 0);
-        }
-    }
-    if (first && !n_put && v->n == 1)
-        refuse_node(s, schema_at(s, v, 0), "no listed value fits the other keywords");
-    if (first && !n_put)
-        put_format(&s->out, "never");
-    return first != NULL;
-}
-
-/* The types that the schemas name, or the one that their keywords speak of. */
-static void put_types(schema *s, const view *v, size_t id)
-{
-    unsigned types = v->types, n = 0;
-    for (size_t i = N_TYPES; i-- > 0 && types == ALL_TYPES;)
-        if (v->spoken & TYPES[i].bits)
-            types = TYPES[i].bits;
-    if (types == ALL_TYPES) {
-        put_format(&s->out, "any");
-        return;
-    }
-    for (size_t i = 0; i < N_TYPES; i++) {
-        unsigned bits = TYPES[i].bits;
-        if ((bits & types) != bits || (bits == INTEGER && (types & NUMBER) == NUMBER))
-            continue;
-        put_format(&s->out, n++ ? "| " : "");
-        switch (bits) {
-        case STRING: put_string(s, v); break;
-        case INTEGER: put_number(s, v, 1); break;
-        case NUMBER: put_number(s, v, 0); break;
-        case ARRAY: put_format(&s->out, "s%zu-a ", id); break;
-        case OBJECT: put_format(&s->out, "s%zu-o ", id); break;
-        default: put_format(&s->out, "%s ", TYPES[i].name);
-        }
-    }
-    put_format(&s->out, n ? "" : "never");
-    if (types & ARRAY)
-        put_array(s, v, id);
-    if (types & OBJECT)
-        put_object(s, v, id);
-}
-
-/* The row of the key at a name; NULL: it is not known.  Words that begin with x- or _ are
- * remarks, like the last row. */
-static const keyword *keyword_of(const char *name)
-{
-    size_t i = 0, n = sizeof KEYWORDS / sizeof *KEYWORDS;
-    if (*name == '_' || strncmp(name, "x-", 2) == 0)
-        return KEYWORDS + n - 1;
-    while (i < n && !in_words(KEYWORDS[i].words, name))
-        i++;
-    return i < n ? KEYWORDS + i : NULL;
-}
-
-/* Notes of which types a schema speaks; refuses keywords that are not known, and values that they
- * cannot have. */
-static void check_words(schema *s, view *v, const json_node *node)
-{
-    const json_node *key = node + 1, *end = json_next(s->j, node);
-    v->types &= named_types(s, node);
-    for (; key < end; key = json_next(s->j, key + 1)) {
-        const char *name = s->j->text + key->start;
-        const keyword *known = keyword_of(name);
-        if (!known)
-            refuse_node(s, key + 1, "the keyword '%s' is not known", name);
-        else if (!(known->kinds >> key[1].kind & 1))
-            refuse_node(s, key + 1, "'%s' must be %s", name, known->what);
-        else
-            v->spoken |= known->types;
-    }
-}
-
-/* Adds what the schemas of a view refer to; 0 where one of them is false. */
-static int expand(schema *s, view *v)
-{
-    v->types = ALL_TYPES, v->spoken = 0;
-    for (size_t i = 0; i < v->n && !s->failed; i++) {
-        const json_node *node = schema_at(s, v, i), *ref, *all, *each;
-        if (node->kind == JSON_FALSE)
+    for (size_t i = 0; i < 2 * v->n; i++) {
+        const json_node *list = json_get(s->j, v->at[i / 2], i % 2 ? "const" : "enum"), *each;
+        each = list == v->list ? NULL : next_of(s, list, NULL);
+        while (each && !same_value(s, each, value))
+            each = next_of(s, list, each);
+        if (list && list != v->list && !each)
             return 0;
-        if (node->kind != JSON_OBJECT) {
-            if (node->kind != JSON_TRUE)
-                refuse_node(s, node, "a schema is an object, true or false");
-            v->item[i--] = v->item[--v->n]; /* it says no more */
-            continue;
-        }
-        check_words(s, v, node);
-        if (v->item[i] & REFS_DONE)
-            continue;
-        v->item[i] |= REFS_DONE;
-        ref = json_get(s->j, node, "$ref"), all = json_get(s->j, node, "allOf");
-        if (ref && !s->failed)
-            view_add(s, v, referred(s, ref));
-        for (each = all ? all + 1 : NULL; each && each < json_next(s->j, all) && !s->failed;
-             each = json_next(s->j, each))
-            view_add(s, v, each);
     }
     return 1;
 }
 
-/* The rule of one set. */
-static void put_set_rule(schema *s, size_t id)
+/* Writes the listed values that meet the view, but not for a probe; returns their number. */
+static int put_values(schema *s, const view *v, int probe)
 {
-    view v = ((const view *)s->sets.items)[id];
-    put_format(&s->out, "\ns%zu ::= ", id);
-    if (!expand(s, &v)) {
-        put_format(&s->out, "never");
-        return;
-    }
-    for (size_t i = 0; i < v.n && !s->failed; i++)
-        for (int one = 0; one < 2; one++) {
-            const json_node *list = json_get(s->j, schema_at(s, &v, i), one ? "oneOf" : "anyOf");
-            if (list && !(v.item[i] & (one ? ONE_DONE : ANY_DONE))) {
-                put_ways(s, &v, i, list, one);
-                return;
-            }
+    const json_node *each = NULL;
+    int n = 0;
+    while ((each = next_of(s, v->list, each)) != NULL)
+        if (type_of_value(s, each) & v->types && in_lists(s, v, each)) {
+            n++;
+            if (!probe && type_of_value(s, each) & v->spoken)
+                refuse_node(s, each, "no keyword but 'type' is known beside this listed value");
+            put_format(&s->out, probe ? "" : "| ");
+            if (!probe)
+                put_value(s, each);
         }
-    if (!s->failed && !put_values(s, &v))
-        put_types(s, &v, id);
+    return n;
+}
+
+/* ---- a rule ---- */
+
+/* What "$ref" points to: # and the keys on the way from the root. */
+static const json_node *referred(schema *s, const json_node *ref)
+{
+    const char *at = s->j->text + ref->start;
+    const json_node *node = *at++ == '#' ? s->root : NULL;
+    while (node && *at == '/') {
+        size_t n = strcspn(++at, "/~%");
+        node = json_find(s->j, node, at, n);
+        at += n;
+    }
+    if (!node || *at)
+        refuse_node(s, ref, "this $ref leads to nothing: it is # and keys, like #/$defs/NAME");
+    return node ? node : s->root;
+}
+
+/* Reads what a keyword, which has that row in KEYWORDS, says into the view. */
+static void meet_keyword(schema *s, view *v, const json_node *key, size_t row)
+{
+    const json_node *value = key + 1, *each = NULL;
+    const char *name = s->j->text + key->start, *text = s->j->text + value->start;
+    double x = strtod(text, NULL);
+    double *low = v->low + KEYWORDS[row].kind, *high = v->high + KEYWORDS[row].kind;
+    unsigned bits = 0;
+    size_t i;
+    v->spoken |= KEYWORDS[row].types;
+    switch (KEYWORDS[row].use) {
+    case TYPE:
+        while ((each = next_of(s, value, each)) != NULL) {
+            for (i = 0; i < N_TYPES && !json_is(s->j, each, TYPES[i].name);)
+                i++;
+            if (i < N_TYPES)
+                bits |= TYPES[i].bits;
+            else
+                refuse_node(s, value, "'type' is one or a list of string, integer, number, "
+                            "boolean, null, array, object");
+        }
+        v->types &= bits;
+        break;
+    case VALUES:
+        while ((each = next_of(s, value, each)) != NULL)
+            bits |= type_of_value(s, each);
+        if (bits & (ARRAY | OBJECT))
+            refuse_node(s, value, "no array or object is known as a listed value");
+        v->types &= bits;
+        v->list = v->list ? v->list : value;
+        break;
+    case BOUND: /* an exclusive one is the number next to it */
+        if (strstr(name, "ax"))
+            *high = fmin(*high, *name == 'e' ? nextafter(x, -INFINITY) : x);
+        else
+            *low = fmax(*low, *name == 'e' ? nextafter(x, INFINITY) : x);
+        break;
+    case FORMAT:
+        if (in_words(OTHER_FORMATS, text))
+            refuse_node(s, value, "this format is not known; there are%s", FORMATS);
+        if (!in_words(FORMATS, text)) /* a remark */
+            break;
+        /* fall through */
+    case PATTERN:
+        v->clash |= v->text && (!same_string(s, v->text, value) ||
+                                !same_string(s, v->text - 1, key));
+        v->text = value;
+        break;
+    case ON_KEYS:
+        if (value->n && (v->keys || value->n > 1))
+            refuse_node(s, value, "'patternProperties' is known only as one pattern");
+        v->keys = value->n ? value + 1 : v->keys;
+        break;
+    case MEETS:
+        while ((each = next_of(s, value, each)) != NULL && !s->failed)
+            view_add(s, v, each, 0);
+        break;
+    case REFERS: view_add(s, v, referred(s, value), 0); break;
+    case WAYS: view_add(s, v, value, 1); break;
+    case REMARK: break;
+    }
+}
+
+/* Reads what a schema says into the view.  Keywords that begin with x- or _ are remarks. */
+static void meet(schema *s, view *v, const json_node *node)
+{
+    const json_node *key = NULL;
+    v->types = node->kind == JSON_FALSE ? 0 : v->types;
+    while (node->kind == JSON_OBJECT && (key = next_of(s, node, key)) != NULL && !s->failed) {
+        const char *name = s->j->text + key->start;
+        size_t row = 0;
+        while (row < N_KEYWORDS && !in_words(KEYWORDS[row].words, name))
+            row++;
+        if (row == N_KEYWORDS && *name != '_' && strncmp(name, "x-", 2) != 0)
+            refuse_node(s, key + 1, "the keyword '%s' is not known", name);
+        else if (row < N_KEYWORDS && !(KEYWORDS[row].kinds >> key[1].kind & 1))
+            refuse_node(s, key + 1, "'%s' must be %s", name, KEYWORDS[row].what);
+        else if (row < N_KEYWORDS)
+            meet_keyword(s, v, key, row);
+    }
+}
+
+/* Writes the values of the types that schemas name, or of the one that their keywords speak of. */
+static void put_types(schema *s, const view *v)
+{
+    view one = *v;
+    unsigned types = v->types;
+    for (size_t i = N_TYPES; i-- > 0 && types == ALL_TYPES;)
+        types = v->spoken & TYPES[i].bits ? TYPES[i].bits : types;
+    for (size_t i = 0; i < N_TYPES; i++) {
+        unsigned bits = TYPES[i].bits;
+        if ((bits & types) != bits || (bits == INTEGER && types & FRACTION))
+            continue;
+        double low = v->low[TYPES[i].kind], high = v->high[TYPES[i].kind];
+        if (low > high || (!(bits & NUMBER) && low > MOST_TIMES))
+            refuse_node(s, v->at[0], "no %s lies between its bounds, or one counts beyond %d",
+                        TYPES[i].name, MOST_TIMES);
+        one.types = bits;
+        put_format(&s->out, "| ");
+        if (bits & (ARRAY | OBJECT))
+            put_rule(s, &one);
+        else if (!(v->spoken & bits))
+            put_format(&s->out, "%s ", TYPES[i].name);
+        else if (bits == STRING)
+            put_string(s, v);
+        else
+            put_number(s, v, bits == INTEGER);
+    }
+}
+
+/* Writes every way to meet the schemas, from number i on; those before have been read.  A probe
+ * writes nothing and tells whether there may be a way, as far as types, listed values and, so
+ * deep, the keys that an object must have tell. */
+static int put_ways(schema *s, const view *from, size_t i, int probe)
+{
+    view v = *from;
+    if (s->n_ways++ == MOST_WAYS)
+        refuse_node(s, s->root, "it takes more than %d ways", MOST_WAYS);
+    while (i < v.n && v.types && !s->failed && v.at[i]->kind != JSON_ARRAY)
+        meet(s, &v, v.at[i++]);
+    int met = v.types && !s->failed;
+    if (met && i == v.n) {
+        const json_node *name = NULL;
+        met = !v.list || put_values(s, &v, probe);
+        if (!v.list && !probe)
+            put_types(s, &v);
+        for (i = 0; i < v.n && v.types == OBJECT && probe > 1; i++)
+            while (met && (name = next_of(s, json_get(s->j, v.at[i], "required"), name)) != NULL) {
+                view part = part_of(s, &v, name, 0);
+                met = put_ways(s, &part, 0, probe - 1);
+            }
+    } else if (met) {
+        const json_node *list = v.at[i], *way = NULL, *other;
+        int exclusive = !probe && json_is(s->j, list - 1, "oneOf");
+        v.at[i] = v.at[--v.n];
+        for (met = 0; (way = next_of(s, list, way)) != NULL && !s->failed;) {
+            view next = v;
+            view_add(s, &next, way, 0);
+            for (other = NULL; exclusive && (other = next_of(s, list, other)) != way;) {
+                view both = next;
+                view_add(s, &both, other, 0);
+                if (put_ways(s, &both, i, 3))
+                    refuse_node(s, way, "a value may fit this way of 'oneOf' and an earlier one: "
+                                "take 'anyOf'");
+            }
+            met |= put_ways(s, &next, i, probe);
+        }
+    }
+    return met;
 }
 
 /* Writes the grammar of a schema, which is a value in j; returns 0 with a sentence in err. */
 static int add_schema(array *gbnf, const json *j, const json_node *root, int spaced, char *err,
                       size_t size)
 {
-    schema s = {.j = j, .root = root, .out = {.memory = gbnf}, .err = err, .size = size,
-                .comma = spaced ? ", " : ",", .colon = spaced ? ": " : ":"};
-    view whole = {.item = {ITEM * index_of(&s, root)}, .n = 1};
+    schema s = {.j = j, .root = root, .out = {.memory = gbnf}, .err = err, .size = size};
+    view v = EVERYTHING;
     snprintf(err, size, "out of memory for the schema");
-    put_format(&s.out, "comma ::= \"%s\"\ncolon ::= \"%s\"\nroot ::= ", s.comma, s.colon);
-    put_set(&s, &whole);
-    for (size_t i = 0; !s.failed && i < s.sets.n; i++)
-        put_set_rule(&s, i);
+    put_format(&s.out, spaced ? "comma ::= \", \"\ncolon ::= \": \"\nroot ::= "
+                              : "comma ::= \",\"\ncolon ::= \":\"\nroot ::= ");
+    view_add(&s, &v, root, 0);
+    put_rule(&s, &v);
+    for (size_t i = 0; !s.failed && i < s.rules.n; i++) {
+        v = ((const view *)s.rules.items)[i];
+        put_format(&s.out, "\ns%zu ::= never ", i);
+        if (v.types == ALL_TYPES)
+            put_ways(&s, &v, 0, 0);
+        else
+            put_sequence(&s, &v, i);
+    }
     put_format(&s.out, "\n%s", SCHEMA_RULES);
-    free(s.sets.items);
+    free(s.rules.items);
     return !s.failed && !s.out.error;
 }
 

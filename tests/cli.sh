@@ -901,6 +901,8 @@ printf 'root ::= "a"\nb ::= (\n' >"$TMP/g"
 refuses "line 2, column 7: this ( is not closed" "open parenthesis" 2 "$STORY" --grammar "$TMP/g" x
 refuses "do not go together" "choice and grammar" 2 "$STORY" --choice a --grammar "$TMP/g" x
 refuses "do not go together" "choice without end" 2 "$STORY" --choice a --ignore-eos x
+[ "$SYSTEM" = windows ] ||
+    refuses "this is not UTF-8" "choice with a stray byte" 2 "$STORY" --choice "$(printf 'a\377b')" x
 printf '{"prompt": "Once", "choices": ["a cat", "a dog"]}\n' >"$TMP/in"
 run "choices of a line" 0 "$STORY" -q --batch -
 out_has '"text": "a \(cat\|dog\)", "finish_reason": "stop"'
@@ -927,22 +929,32 @@ schema '{"type": "string", "minlength": 3}' "#/minlength: the keyword 'minlength
 schema '{"prefixItems": 5}' "#/prefixItems: 'prefixItems' must be a list"
 schema '{"uniqueItems": true}' "#/uniqueItems: 'uniqueItems' must be false"
 schema '{"type": "number", "maximum": 1.5}' "#: the bounds of a number must be whole"
-schema '{"pattern": "a", "maxLength": 3}' "#/pattern: 'pattern', 'format' and a length do not go"
+schema '{"pattern": "a", "maxLength": 3}' "#/pattern: two of 'pattern', 'format' and a"
 schema '{"pattern": "[é]"}' "#/pattern: the part of 'pattern' before byte 2 is not known"
 schema '{"properties": {"a": {}}, "patternProperties": {"b": {}}}' \
-    "#/patternProperties: it is known only as one pattern, without named keys"
-schema '{"items": {"enum": []}}' "#/items: no listed value fits the other keywords"
+    "#/patternProperties: named keys stand beside no 'patternProperties'"
+schema '{"patternProperties": {"a": {}, "b": {}}}' "known only as one pattern"
+schema '{"minItems": 1, "items": {"enum": []}}' "the grammar has no sentence"
 schema '{"enum": ["a"], "minLength": 2}' \
     "#/enum/0: no keyword but 'type' is known beside this listed value"
-schema '{"allOf": [{"pattern": "a"}, {"pattern": "b"}]}' "#/allOf/1/pattern: two different"
+schema '{"allOf": [{"pattern": "a"}, {"pattern": "b"}]}' "#/allOf/1/pattern: two of 'pattern'"
 schema '{"type": ["object", "any"]}' "#/type: 'type' is one or a list of string, integer"
 schema '{"oneOf": [{"type": "null"}, {"const": null}]}' "#/oneOf/1: a value may fit this way"
 way='{"required": ["k"], "properties": {"k": {"const": '
 schema "{\"oneOf\": [$way 1}}}, $way 1}}}]}" "#/oneOf/1: a value may fit this way"
 schema "{\"type\": [\"object\", \"string\"], \"oneOf\": [$way 1}}}, $way 2}}}]}" \
     "#/oneOf/1: a value may fit this way" # a string fits both
-schema '{"$ref": "#/properties/a"}' "leads to nothing: it is #, #/[$]defs/NAME or #/definitions/"
-schema '{"enum": [[1], 2], "allOf": [{"enum": [[1]]}]}' "#/allOf/0/enum/0: no keyword but 'type'"
+schema '{"$ref": "#/properties/a", "properties": {}}' '#/$ref: this $ref leads to nothing: it is #'
+schema '{"$ref": "#/$defs/a~1b", "$defs": {"a": {}, "a~1b": {}}}' "leads to nothing"
+schema '{"$ref": "#/$defs", "$defs": 5}' "a schema is an object, true or false"
+schema '{"items": {"enum": [[1], 2]}}' "#/items/enum: no array or object is known as a listed value"
+schema '{"const": {}}' "#/const: 'const' must be no array or object"
+schema '{"minLength": 2001}' "#: no string lies between its bounds, or one counts beyond 2000"
+schema '{"minItems": 3, "maxItems": 2}' "#: no array lies between its bounds"
+schema '{"minProperties": 2, "properties": {"a": {}, "b": {}, "c": {}}}' "nor such a 'minProperties'"
+schema '{"allOf": [[{}]]}' "#/allOf/0: a schema is an object, true or false"
+schema "{\"oneOf\": [$way 1}}, \"type\": \"object\"}, {\"patternProperties\": {\"k\": {}}, \"type\":
+\"object\", \"additionalProperties\": false}]}" "#/oneOf/1: a value may fit this way" # the key fits both
 schema '{"pattern": "a\\\\b"}' "#/pattern: the part of 'pattern' before byte 3 is not known"
 schema '{"type": "number", "minimum": 5, "maximum": 3}' "#: no number lies between its bounds"
 schema '{"a":' "line 1, column 6"

@@ -2411,6 +2411,7 @@ typedef struct {
     int in_paste, marks_pastes; /* between ESC [ 200 ~ and ESC [ 201 ~; it sent such marks */
     int after_return, ended; /* behind a CR; nothing comes after this message */
     int cut;                 /* the terminal may have lost the end of a line */
+    int ahead;               /* this was typed before the prompt: a line each, no paste */
 } editor;
 
 /* Where a turn and the reply to it begin in program.ids. */
@@ -3646,7 +3647,7 @@ static void take_key(editor *e, uint32_t key)
  * more came at once, as of a paste that the terminal does not mark. */
 static int goes_on(editor *e)
 {
-    int more = !e->marks_pastes && (e->i < e->n || input_waits(20));
+    int more = !e->marks_pastes && !e->ahead && (e->i < e->n || input_waits(20));
     e->cut |= !e->raw && is_cut(e->text.n - find_end(e, 0, 0));
     e->at = e->text.n;
     size_t n = e->text.n;
@@ -3754,16 +3755,18 @@ static int read_message(program *p)
     int status = DONE, asked = 0;
     begin_text(e);
     e->cut = 0;
+    e->ahead = e->raw && (e->i < e->n || input_waits(0));
     while (status == DONE && !e->ended) {
         size_t width = 80, height = 24;
         patience = PATIENCE; /* before the prompt is shown */
         int covered = e->raw ? terminal_size(&width, &height) : 0;
-        int is_new = fit(e, width, height, covered);
+        int is_new = fit(e, width, height, covered), was_typed = e->i < e->n;
         if (take_typed(e) || e->out.error || e->ended)
             break;
-        if (e->raw && (is_new || e->n > 0) && !input_waits(0)) /* a long paste is shown once */
+        if (e->raw && (is_new || was_typed) && !input_waits(0)) /* a long paste is shown once */
             draw(e, height);
         flush_screen(e);
+        e->ahead &= !was_typed;
         status = wait_for_typed(e, &asked);
     }
     if (e->raw)

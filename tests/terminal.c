@@ -685,6 +685,10 @@ static void test_stopping(void)
             type("next"), type("\003"), has("typed amid a reply", "\n> next"), type("\025");
             asks_behind("Ctrl-C amid a reply", "");
             enter("/exit now", "run: /exit takes nothing");
+            type("\004"), ends("Ctrl-D", 0);
+            if (!starts_reply(NULL, NULL))
+                return;
+            type("/stats\r/undo\r\003"), asks_behind("lines typed amid a reply", "forgo\ntten.");
             type("\003"), has("Ctrl-C", "Ctrl-C once more"), type("\003"), ends("Ctrl-C", 130);
         }
     }

@@ -9,7 +9,7 @@
  *                     attention, feed_forward, forward, head; the whole: evaluate
  *   5 Tokenizer       SentencePiece BPE, both ways: encode_text; chat: encode_messages
  *   6 Sampler         penalties, top-k, temperature, top-p, min-p, PCG32: sample;
- *                     grammars: read_rules; masks: fill_mask
+ *                     grammars: read_grammar; masks: fill_mask
  *   7 Speculation     guesses of the next tokens, verified several a pass: evaluate_ahead
  *   8 Public API      in the order of gemma2.h
  *   9 Back rooms      files, SHA-256, hostile headers: make_model; saved sessions, importance

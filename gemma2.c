@@ -6179,13 +6179,15 @@ gemma2_grammar *gemma2_grammar_new(const gemma2_model *m, const char *text, int6
                        .err = &err};
     while (p.n_rules < n / 3 + 64) /* more than there can be names */
         p.n_rules *= 2;
-    p.g = calloc(1, sizeof *p.g + (MAX_INSTS + 1) * sizeof *p.g->insts +
-                    p.n_rules * sizeof *p.rules);
-    if (!p.g)
-        return fail(&err, "out of memory for the grammar"), NULL;
-    p.g->model = m, p.g->n_insts = 1;
-    p.rules = (struct rule *)&p.g->insts[MAX_INSTS + 1];
-    if (!read_grammar(&p))
+    p.g = calloc(1, sizeof *p.g + (MAX_INSTS + 1) * sizeof *p.g->insts);
+    p.rules = calloc(p.n_rules, sizeof *p.rules);
+    int ok = p.g && p.rules;
+    if (!ok)
+        fail(&err, "out of memory for the grammar");
+    else
+        p.g->model = m, p.g->n_insts = 1, ok = read_grammar(&p);
+    free(p.rules);
+    if (!ok)
         return free(p.g), NULL;
     gemma2_grammar *fit = realloc(p.g, sizeof *fit + p.g->n_insts * sizeof *fit->insts);
     return fit ? fit : p.g;

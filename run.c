@@ -33,6 +33,7 @@
 #include <time.h>
 #ifdef _WIN32
 #define WIN32_LEAN_AND_MEAN
+#define NOGDI /* it has names of ours */
 #include <fcntl.h>
 #include <io.h>
 #include <windows.h>

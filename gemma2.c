@@ -4811,7 +4811,7 @@ static void walk_trees(gemma2_matcher *m, uint32_t set, uint32_t n, struct walk 
 static uint32_t search_tokens(gemma2_matcher *m, uint32_t set, int only_shortest)
 {
     struct walk w = {.n_found = 1, .most_nodes = only_shortest ? LARGE_SEARCH : SMALL_SEARCH};
-    m->mark++;
+    m->sets[set].mark = ++m->mark; /* walked once: later searches are not larger */
     m->queue[0] = set;
     for (uint32_t level = 1, first = 0; first < w.n_found; level++) {
         uint32_t end = w.n_found;

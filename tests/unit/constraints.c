@@ -38,6 +38,7 @@ static const struct language {
     {"root ::= (\"\" | \"x\")* .+ \"end\"", {"+xxaend", "+endend", "-end", "-xen"}},
     {"root ::= \"'\" [^\"\\\\\\x00-\\x1f\\x7f]{2,18} \"'\"",
      {"+'ab'", "+'it's one'", "-'a'", "-'abcdefghijklmnopqrs'"}},
+    {"root ::= \"<\" [ab]* (\"\\x01\\x02\\x03\" | \"it is\")", {"+<abit is", "+<\1\2\3", "-<a"}},
     {"root ::= <[235285]> !<bos>*", {"+Iab", "+I", "-b"}}, /* 235285: I */
     {"root ::= \"a\"\nroot ::= \"b\"", {"+b", "-a"}}, /* the last counts */
 };

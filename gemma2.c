@@ -4579,8 +4579,8 @@ struct gemma2_matcher {
     /* scratch */
     uint32_t n_closure, n_gathered;
     uint64_t closure[MAX_CLOSURE]; /* [0] is not used */
-    uint32_t seen[MAX_INSTS];      /* where each instruction stands last in the closure, or 0 */
-    uint32_t seen_before[MAX_CLOSURE]; /* and where that of this place stands before */
+    uint32_t seen[MAX_CLOSURE];    /* hash of the closure: the last place in each slot, or 0 */
+    uint32_t seen_before[MAX_CLOSURE]; /* the place before it in its slot */
     uint64_t calls[MAX_CLOSURE], gathered[MAX_CLOSURE];
     uint32_t queue[MAX_SETS];
     uint32_t masks[]; /* [MAX_MASKS][words] */
@@ -4666,18 +4666,23 @@ static void collect(gemma2_matcher *m, uint32_t at, uint32_t stack)
         gather(m, &item, 1);
 }
 
+static uint32_t *seen_slot(gemma2_matcher *m, uint64_t item)
+{
+    return &m->seen[(item + 61 * (item >> 32)) % MAX_CLOSURE];
+}
+
 /* Notes that (instruction, stack) is reached without a byte. */
 static void reach(gemma2_matcher *m, uint64_t item)
 {
-    uint32_t at = (uint32_t)item, n = m->n_closure;
+    uint32_t at = (uint32_t)item, n = m->n_closure, *slot = seen_slot(m, item);
     if (at == NOWHERE || m->grammar->insts[at].cost == NOWHERE)
         return;
-    for (uint32_t i = m->seen[at]; i; i = m->seen_before[i])
+    for (uint32_t i = *slot; i; i = m->seen_before[i])
         if (m->closure[i] == item)
             return;
     m->full |= n == MAX_CLOSURE;
     if (n < MAX_CLOSURE)
-        m->closure[n] = item, m->seen_before[n] = m->seen[at], m->seen[at] = m->n_closure++;
+        m->closure[n] = item, m->seen_before[n] = *slot, *slot = m->n_closure++;
 }
 
 static void reach_all(gemma2_matcher *m, uint32_t set)
@@ -4723,7 +4728,7 @@ static void close_set(gemma2_matcher *m, uint32_t set)
         }
     for (uint32_t i = 1; i < m->n_closure; i++) {
         int op = m->grammar->insts[(uint32_t)m->closure[i]].op;
-        m->seen[(uint32_t)m->closure[i]] = 0;
+        *seen_slot(m, m->closure[i]) = 0;
         if (op == OP_BYTE || op == OP_TOKEN)
             m->closure[n_leaves++] = m->closure[i];
     }

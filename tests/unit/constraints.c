@@ -261,6 +261,10 @@ static void test_large_grammars(void)
         n += (size_t)sprintf(text + n, " | \"%c%c%c-\" root", 'a' + i / 676, 'a' + i / 26 % 26,
                              'a' + i % 26);
     check(take_random("17,576 words", text, 10, 0) > 0, "words end early");
+    n = (size_t)sprintf(text, "x ::= \"a\"?\nroot ::= \"b\" ");
+    for (int i = 0; i < 20000; i++)
+        n += (size_t)sprintf(text + n, "x ");
+    check(take_random("a rule that may be empty, 20,000 times", text, 2, 0) == 2, "it ends early");
     check(take_random("a long reply", "root ::= (\"a\" root \"x\" | \"b\" root \"y\")*", 200,
                       MAX_SETS - 5000) == 200, "a long reply ends early");
     free(text);

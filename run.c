@@ -1587,16 +1587,19 @@ static void close_constraint(constraint *c)
     *c = (constraint){0};
 }
 
-/* Makes the constraint of a grammar, unless it is that already; returns 0 with a sentence in
- * err. */
+/* Makes the constraint of a grammar, unless it is that already; returns 0 with a sentence in err,
+ * which has a line and a column only if the user wrote the grammar. */
 static int open_constraint(constraint *c, const gemma2_model *model, const char *gbnf, size_t n,
-                           char *err, size_t size)
+                           int written, char *err, size_t size)
 {
     size_t words = ((size_t)gemma2_get_config(model)->n_vocab + 31) / 32;
     if (c->matcher && c->gbnf.n == n && memcmp(c->gbnf.items, gbnf, n) == 0)
         return 1;
     close_constraint(c);
     *c = (constraint){.grammar = gemma2_grammar_new(model, gbnf, (int64_t)n, err, size)};
+    const char *what = !c->grammar && !written && !strncmp(err, "line ", 5) ? strchr(err, ':') : 0;
+    if (what)
+        memmove(err, what + 2, strlen(what + 2) + 1);
     if (!c->grammar)
         return 0;
     c->matcher = gemma2_matcher_new(c->grammar);
@@ -1642,9 +1645,11 @@ static int add_choices(array *gbnf, const char *const *texts, size_t n)
 
 static int in_words(const char *words, const char *word)
 {
-    char padded[48];
-    return snprintf(padded, sizeof padded, " %s ", word) < (int)sizeof padded &&
-           strstr(words, padded) != NULL;
+    size_t n = strcspn(word, " ");
+    const char *at = n && !word[n] ? strstr(words, word) : NULL;
+    while (at && (at[-1] != ' ' || at[n] != ' '))
+        at = strstr(at + 1, word);
+    return at != NULL;
 }
 
 /* ---- JSON Schema as a grammar.
@@ -1668,12 +1673,14 @@ static const struct {
              {"null", NO_VALUE, JSON_NULL}, {"array", ARRAY, JSON_ARRAY},
              {"object", OBJECT, JSON_OBJECT}};
 
-enum { MOST_SCHEMAS = 64, MOST_RULES = 20000, MOST_WAYS = 600000, MOST_TIMES = 2000,
+enum { MOST_SCHEMAS = 64, MOST_DEPTH = 128, MOST_RULES = 20000, MOST_STEPS = 2000000,
+       MOST_GBNF = 1 << 22,
+       MOST_TIMES = 2000, /* bytes and times as in the reader of grammars */
        N_TYPES = sizeof TYPES / sizeof *TYPES, N_KINDS = JSON_OBJECT + 1 };
 typedef struct {
-    const json_node *at[MOST_SCHEMAS]; /* schemas, and lists of ways */
     size_t n;
     unsigned types, spoken; /* types that are allowed, and that keywords speak of */
+    const json_node *at[MOST_SCHEMAS]; /* schemas, and lists of ways */
     double low[N_KINDS], high[N_KINDS]; /* of numbers, lengths, elements, keys */
     const json_node *list, *text, *keys; /* enum or const, pattern or format, pattern of keys */
     int clash; /* two different texts meet */
@@ -1686,7 +1693,8 @@ typedef struct {
     const json_node *root;
     output out; /* the grammar */
     array rules; /* view: sets of schemas, and those of one type that have been met */
-    size_t n_ways;
+    size_t n_steps; /* ways, keywords and keys that were read */
+    int depth;      /* of put_ways */
     char *err;
     size_t size;
     int failed;
@@ -1784,6 +1792,8 @@ PRINTF_LIKE(3, 4) static void refuse_node(schema *s, const json_node *node, cons
         in = child + is_key;
     }
     snprintf(s->err, s->size, "%s: %s", at, what);
+    for (char *c = s->err; *c; c++) /* keys may hold anything */
+        *c = (unsigned char)*c < ' ' ? '?' : *c;
     s->failed = 1;
 }
 
@@ -1815,12 +1825,23 @@ static void view_add(schema *s, view *v, const json_node *node, int is_list)
         v->at[v->n++] = node;
 }
 
+/* Refuses a schema that takes too long, or too large a grammar. */
+static void take_steps(schema *s, size_t n)
+{
+    s->n_steps += n;
+    if (s->n_steps > MOST_STEPS || s->out.memory->n > MOST_GBNF)
+        refuse_node(s, s->root, "it takes more than %d steps, or a grammar of more than %d bytes",
+                    MOST_STEPS, MOST_GBNF);
+}
+
 /* Writes the name of the rule of a view, which is asked for. */
 static void put_rule(schema *s, const view *v)
 {
     size_t i = 0;
     const view *asked = s->rules.items;
+    take_steps(s, 1);
     while (i < s->rules.n && (asked[i].n != v->n || asked[i].types != v->types ||
+                              asked[i].at[0] != v->at[0] ||
                               memcmp(asked[i].at, v->at, v->n * sizeof *v->at)))
         i++;
     if (i == MOST_RULES)
@@ -1879,8 +1900,11 @@ static void put_number(schema *s, const view *v, int is_integer)
 {
     static const double most = 999999999999999;
     double low = fmax(v->low[JSON_NUMBER], -most), high = fmin(v->high[JSON_NUMBER], most);
-    if (!is_integer && (low > nextafter(floor(low), INFINITY) ||
-                        high < nextafter(ceil(high), -INFINITY)))
+    if (is_integer)
+        low = ceil(low), high = floor(high);
+    if (low > high)
+        refuse_node(s, v->at[0], "no number of at most 15 digits lies between its bounds");
+    if (low > nextafter(floor(low), INFINITY) || high < nextafter(ceil(high), -INFINITY))
         refuse_node(s, v->at[0], "the bounds of a number must be whole, and of at most 15 digits");
     put_format(&s->out, "(never ");
     for (int minus = 0; minus < 2; minus++) {
@@ -1892,8 +1916,8 @@ static void put_number(schema *s, const view *v, int is_integer)
             put_format(&s->out, "| \"%s%.0f.\" [0-9]{0,15} [1-9] ", sign, floor(from));
         if (!is_integer && to == floor(to)) /* it has no fraction */
             put_format(&s->out, "| \"%s%.0f\" ", sign, to--);
-        put_digits(s, (int64_t)ceil(from), (int64_t)floor(to), sign, is_integer ? ""
-                                                                                : "fraction? ");
+        put_digits(s, (int64_t)ceil(from), (int64_t)floor(to), sign,
+                   is_integer ? "" : "fraction? ");
     }
     put_format(&s->out, ") ");
 }
@@ -1937,13 +1961,16 @@ static int put_pattern_item(schema *s, const char **at)
 /* How many bytes "*" and the like, or {m,n}, takes; 0 where it is not known.  GBNF has the same. */
 static size_t repetition(const char *at)
 {
-    size_t n = strspn(at + 1, "0123456789,") + 2;
-    const char *comma = memchr(at, ',', n);
+    const char *digits = "0123456789", *end = at + 1 + strspn(at + 1, digits);
+    long least = strtol(at + 1, NULL, 10), most = least;
     if (*at != '{')
         return 1;
-    return isdigit((unsigned char)at[1]) && at[n - 1] == '}' &&
-           strtol(at + 1, NULL, 10) <= MOST_TIMES &&
-           (!comma || strtol(comma + 1, NULL, 10) <= MOST_TIMES) ? n : 0;
+    if (*end == ',') {
+        most = isdigit((unsigned char)end[1]) ? strtol(end + 1, NULL, 10) : least;
+        end += 1 + strspn(end + 1, digits);
+    }
+    return isdigit((unsigned char)at[1]) && *end == '}' && least <= most && most <= MOST_TIMES
+               ? (size_t)(end + 1 - at) : 0;
 }
 
 /* Writes the strings that the pattern is found in. */
@@ -2018,7 +2045,9 @@ static view part_of(schema *s, const view *v, const json_node *name, size_t i)
     for (size_t k = 0; k < v->n; k++) {
         const json_node *value = NULL, *list = json_get(s->j, v->at[k], is_array ? "prefixItems" :
                                                 name ? "properties" : "patternProperties");
-        if (name && list)
+        if (name && list && list < name && name < json_next(s->j, list))
+            value = name + 1;
+        else if (name && list)
             value = json_find(s->j, list, s->j->text + name->start, name->end - name->start);
         else if (list && list->n > i)
             for (size_t m = 0; m <= i; m++)
@@ -2058,6 +2087,7 @@ static void gather_keys(schema *s, const view *v, array *keys)
 {
     for (size_t i = 0; i < 2 * v->n; i++) {
         int must = i >= v->n;
+        size_t n_before = keys->n; /* the keys of an object differ */
         const json_node *name = NULL, *list = json_get(s->j, v->at[i % v->n],
                                                        must ? "required" : "properties");
         while ((name = next_of(s, list, name)) != NULL && !s->failed) {
@@ -2065,12 +2095,14 @@ static void gather_keys(schema *s, const view *v, array *keys)
             size_t k = 0;
             if (name->kind != JSON_STRING)
                 refuse_node(s, list, "'required' must be a list of keys");
-            while (k < keys->n && !same_string(s, name, key[k].name))
+            size_t n = must ? keys->n : n_before;
+            while (k < n && !same_string(s, name, key[k].name))
                 k++;
-            key = k < keys->n ? key + k : extend(keys, 1, sizeof *key);
+            take_steps(s, 1 + k / 256);
+            key = k < n ? key + k : extend(keys, 1, sizeof *key);
             s->failed |= !key;
             if (key)
-                *key = (property){name, must};
+                *key = (property){k < n ? key->name : name, must};
         }
     }
 }
@@ -2088,11 +2120,14 @@ static void put_sequence(schema *s, const view *v, size_t id)
         gather_keys(s, v, &found);
     const property *keys = found.items;
     size_t n = found.n;
-    for (size_t i = 0; i < n; i++)
-        need = keys[i].must ? (double)i + 1 : need;
-    if (n && (v->keys || (double)n > most || least > 1))
+    double certain = 1; /* keys that differ; others might stand twice */
+    for (size_t i = 0, n_must = 0; i < n; i++)
+        if (keys[i].must)
+            need = (double)i + 1, certain = (double)++n_must;
+    if ((n && (v->keys || (double)n > most)) || (!is_array && least > certain))
         refuse_node(s, v->keys ? v->keys - 1 : v->at[0], "named keys stand beside no "
-                    "'patternProperties', nor such a 'minProperties' or 'maxProperties'");
+                    "'patternProperties' nor smaller 'maxProperties', and 'minProperties' is known "
+                    "up to 1 or to what 'required' makes sure");
     for (size_t i = 0; i < v->n && is_array; i++) {
         const json_node *list = json_get(s->j, v->at[i], "prefixItems");
         n = list && list->n > n ? list->n : n;
@@ -2129,8 +2164,10 @@ static unsigned type_of_value(const schema *s, const json_node *value)
 
 static int same_value(const schema *s, const json_node *a, const json_node *b)
 {
-    if (a->kind == JSON_NUMBER && b->kind == JSON_NUMBER)
-        return strtod(s->j->text + a->start, NULL) == strtod(s->j->text + b->start, NULL);
+    const char *left = s->j->text + a->start, *right = s->j->text + b->start;
+    if (a->kind == JSON_NUMBER && b->kind == JSON_NUMBER) /* a double keeps 15 digits apart */
+        return (a->end - a->start <= 15 && b->end - b->start <= 15) ?
+               strtod(left, NULL) == strtod(right, NULL) : strcmp(left, right) == 0;
     return a->kind == b->kind && (a->kind != JSON_STRING || same_string(s, a, b));
 }
 
@@ -2177,7 +2214,7 @@ static const json_node *referred(schema *s, const json_node *ref)
         node = json_find(s->j, node, at, n);
         at += n;
     }
-    if (!node || *at)
+    if (!node || at != s->j->text + ref->end)
         refuse_node(s, ref, "this $ref leads to nothing: it is # and keys, like #/$defs/NAME");
     return node ? node : s->root;
 }
@@ -2187,7 +2224,7 @@ static void meet_keyword(schema *s, view *v, const json_node *key, size_t row)
 {
     const json_node *value = key + 1, *each = NULL;
     const char *name = s->j->text + key->start, *text = s->j->text + value->start;
-    double x = strtod(text, NULL);
+    double x = strtod(text, NULL) + 0.0; /* -0 is 0 */
     double *low = v->low + KEYWORDS[row].kind, *high = v->high + KEYWORDS[row].kind;
     unsigned bits = 0;
     size_t i;
@@ -2252,7 +2289,8 @@ static void meet(schema *s, view *v, const json_node *node)
     v->types = node->kind == JSON_FALSE ? 0 : v->types;
     while (node->kind == JSON_OBJECT && (key = next_of(s, node, key)) != NULL && !s->failed) {
         const char *name = s->j->text + key->start;
-        size_t row = 0;
+        take_steps(s, 1);
+        size_t row = strlen(name) == key->end - key->start ? 0 : N_KEYWORDS;
         while (row < N_KEYWORDS && !in_words(KEYWORDS[row].words, name))
             row++;
         if (row == N_KEYWORDS && *name != '_' && strncmp(name, "x-", 2) != 0)
@@ -2276,7 +2314,7 @@ static void put_types(schema *s, const view *v)
         if ((bits & types) != bits || (bits == INTEGER && types & FRACTION))
             continue;
         double low = v->low[TYPES[i].kind], high = v->high[TYPES[i].kind];
-        if (low > high || (!(bits & NUMBER) && low > MOST_TIMES))
+        if (low > high || (!(bits & NUMBER) && (low > MOST_TIMES || ceil(low) > floor(high))))
             refuse_node(s, v->at[0], "no %s lies between its bounds, or one counts beyond %d",
                         TYPES[i].name, MOST_TIMES);
         one.types = bits;
@@ -2298,8 +2336,9 @@ static void put_types(schema *s, const view *v)
 static int put_ways(schema *s, const view *from, size_t i, int probe)
 {
     view v = *from;
-    if (s->n_ways++ == MOST_WAYS)
-        refuse_node(s, s->root, "it takes more than %d ways", MOST_WAYS);
+    take_steps(s, 1);
+    if (s->depth++ == MOST_DEPTH)
+        refuse_node(s, v.at[0], "lists of ways are nested more than %d deep here", MOST_DEPTH);
     while (i < v.n && v.types && !s->failed && v.at[i]->kind != JSON_ARRAY)
         meet(s, &v, v.at[i++]);
     int met = v.types && !s->failed;
@@ -2316,10 +2355,10 @@ static int put_ways(schema *s, const view *from, size_t i, int probe)
     } else if (met) {
         const json_node *list = v.at[i], *way = NULL, *other;
         int exclusive = !probe && json_is(s->j, list - 1, "oneOf");
-        v.at[i] = v.at[--v.n];
         for (met = 0; (way = next_of(s, list, way)) != NULL && !s->failed;) {
-            view next = v;
+            view next = v; /* the way takes the place of its list */
             view_add(s, &next, way, 0);
+            next.at[i] = next.at[--next.n];
             for (other = NULL; exclusive && (other = next_of(s, list, other)) != way;) {
                 view both = next;
                 view_add(s, &both, other, 0);
@@ -2330,6 +2369,7 @@ static int put_ways(schema *s, const view *from, size_t i, int probe)
             met |= put_ways(s, &next, i, probe);
         }
     }
+    s->depth--;
     return met;
 }
 
@@ -2844,8 +2884,8 @@ static int load_constraint(program *p)
         ok = ok && read_schema(&gbnf, text.items, text.n, opts->spaced, err, sizeof err);
     else if (!path)
         ok = add_choices(&gbnf, opts->choices, opts->n_choices);
-    ok = ok && open_constraint(&p->constraint, p->model, gbnf.n ? gbnf.items : "", gbnf.n, err,
-                               sizeof err);
+    ok = ok && open_constraint(&p->constraint, p->model, gbnf.n ? gbnf.items : "", gbnf.n,
+                               opts->grammar != NULL, err, sizeof err);
     free(text.items);
     free(gbnf.items);
     return status || ok ? status : fail(USAGE, "%s%s: %s", name, path ? path : "", err);
@@ -5502,7 +5542,7 @@ static int limit_reply(batch *b, batch_slot *s)
         ok = add_schema(&own, j, wanted, s->opts.spaced, err, sizeof err);
     else if (limit)
         ok = read_schema(&own, object, sizeof object - 1, s->opts.spaced, err, sizeof err);
-    ok = ok && open_constraint(&s->held, s->p.model, gbnf->items, gbnf->n, err, sizeof err);
+    ok = ok && open_constraint(&s->held, s->p.model, gbnf->items, gbnf->n, 0, err, sizeof err);
     free(own.items);
     if (ok)
         s->p.constraint = s->held;

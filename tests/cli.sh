@@ -951,7 +951,7 @@ schema '{"items": {"enum": [[1], 2]}}' "#/items/enum: no array or object is know
 schema '{"const": {}}' "#/const: 'const' must be no array or object"
 schema '{"minLength": 2001}' "#: no string lies between its bounds, or one counts beyond 2000"
 schema '{"minItems": 3, "maxItems": 2}' "#: no array lies between its bounds"
-schema '{"minProperties": 2, "properties": {"a": {}, "b": {}, "c": {}}}' "nor such a 'minProperties'"
+schema '{"minProperties": 2, "properties": {"a": {}, "b": {}, "c": {}}}' "'minProperties' is known up to 1"
 schema '{"allOf": [[{}]]}' "#/allOf/0: a schema is an object, true or false"
 schema "{\"oneOf\": [$way 1}}, \"type\": \"object\"}, {\"patternProperties\": {\"k\": {}}, \"type\":
 \"object\", \"additionalProperties\": false}]}" "#/oneOf/1: a value may fit this way" # the key fits both

@@ -40,7 +40,7 @@ static void compile(const char *text, size_t n, int is_schema)
                                                 sizeof err) : NULL;
     took = microseconds() - start;
     gemma2_grammar_free(g);
-    if (g && open_constraint(&machine, words, gbnf.items, gbnf.n, err, sizeof err))
+    if (g && open_constraint(&machine, words, gbnf.items, gbnf.n, 0, err, sizeof err))
         printf("ok %.0f\n", took);
     else
         printf("refused %s\n", err);

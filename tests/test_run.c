@@ -246,6 +246,17 @@ static const struct {
     {"{\"oneOf\":[{\"const\":1},{\"$ref\":\"#/$defs/a/items\"}],\"$defs\":{\"a\":{\"items\":"
      "{\"enum\":[\"x\",null]}}}}",
      {"+1", "+\"x\"", "+null", "-2", "-\"a\""}},
+    {"{\"anyOf\":[{\"properties\":{\"a\":{}}}],\"allOf\":[{\"properties\":{\"c\":{}}},"
+     "{\"properties\":{\"d\":{}}}]}",
+     {"+{\"a\":1,\"c\":1,\"d\":1}", "+{\"c\":1,\"d\":1}", "-{\"d\":1,\"c\":1}"}},
+    {"{\"type\":\"number\",\"minimum\":-0,\"maximum\":-0}", {"+0", "-1", "-0.5"}},
+    {"{\"anyOf\":[{\"const\":1},{\"enum\":[9007199254740993],\"const\":9007199254740992}]}",
+     {"+1", "-9007199254740993", "-9007199254740992"}},
+    {"{\"required\":[\"a\",\"b\"],\"minProperties\":2,\"properties\":{\"b\":{},\"c\":{}}}",
+     {"+{\"b\":1,\"a\":1}", "+{\"b\":1,\"c\":1,\"a\":1}", "-{\"b\":1,\"c\":1}"}},
+    {"{\"type\":\"string\",\"format\":\"date time\"}", {"+\"\"", "+\"x\""}},
+    {"{\"pattern\":\"^a{1,2}b{2,}c{2}$\"}",
+     {"+\"abbcc\"", "+\"aabbbcc\"", "-\"abcc\"", "-\"abbc\""}},
     {"{\"format\":\"date\"}", {"+\"2024-02-29\"", "-\"2023-02-29\"", "-\"1900-02-29\""}},
 };
 
@@ -272,7 +283,7 @@ static void test_schemas(void)
         array gbnf = {0};
         constraint c = {0};
         check(read_schema(&gbnf, source, strlen(source), i % 2, err, sizeof err) &&
-              open_constraint(&c, words, gbnf.items, gbnf.n, err, sizeof err), "%s: %s", source,
+              open_constraint(&c, words, gbnf.items, gbnf.n, 0, err, sizeof err), "%s: %s", source,
               err);
         for (int k = 0; k < 9 && text[k]; k++)
             if (i % 2 == (*text[k] == '='))
@@ -282,6 +293,56 @@ static void test_schemas(void)
         free(gbnf.items);
     }
     gemma2_close(words);
+}
+
+/* Schemas that are refused, with words of the sentence. */
+static const struct {
+    const char *schema, *why;
+} UNFIT[] = {
+    {"{\"pattern\":\"^a{3,1}$\"}", "#/pattern: "},
+    {"{\"pattern\":\"^a{1,2,3}$\"}", "#/pattern: "},
+    {"{\"minLength\":1.2,\"maxLength\":1.8}", "#: no string lies between"},
+    {"{\"minimum\":1e15}", "#: no number of at most 15 digits"},
+    {"{\"type\":\"integer\",\"minimum\":1.2,\"maximum\":1.8}", "#: no number of at most 15"},
+    {"{\"minProperties maxProperties\":3}", "is not known"},
+    {"{\"type\\u0000x\":\"string\"}", "is not known"},
+    {"{\"$ref\":\"#/$defs/a\\u0000b\",\"$defs\":{\"a\":{}}}", "leads to nothing"},
+    {"{\"properties\":{\"a\\n\":{\"not\":{}}}}", "#/properties/a?/not"},
+    {"{\"patternProperties\":{\"^a$\":{}},\"minProperties\":2}", "'minProperties'"},
+};
+
+static void test_refused_schemas(void)
+{
+    char err[SENTENCE];
+    for (size_t i = 0; i < sizeof UNFIT / sizeof *UNFIT; i++) {
+        const char *source = UNFIT[i].schema;
+        array gbnf = {0};
+        *err = '\0';
+        check(!read_schema(&gbnf, source, strlen(source), 0, err, sizeof err) &&
+              strstr(err, UNFIT[i].why), "%s: '%s'", source, err);
+        free(gbnf.items);
+    }
+}
+
+/* Shapes whose work or grammar would grow with the square of their size end soon. */
+static void test_wide_schemas(void)
+{
+    char err[SENTENCE];
+    for (int shape = 0; shape < 2; shape++) {
+        array text = {0}, gbnf = {0};
+        output out = {.memory = &text};
+        put_format(&out, "{\"$defs\":{\"o\":{\"%s", shape ? "enum\":[" : "properties\":{");
+        for (int i = 0; i < 1000; i++)
+            put_format(&out, "%s\"k%d\"%s", i ? "," : "", i, shape ? "" : ":true");
+        put_format(&out, "%c}},\"prefixItems\":[", shape ? ']' : '}');
+        for (int i = 0; i < 3000; i++)
+            put_format(&out, "%s{\"allOf\":[{\"$ref\":\"#/$defs/o\"},{}]}", i ? "," : "");
+        put_format(&out, "]}");
+        check(!read_schema(&gbnf, text.items, text.n, 0, err, sizeof err) &&
+              strstr(err, "it takes more than") && gbnf.n < 2 * MOST_GBNF, "'%s', %zu bytes", err,
+              gbnf.n);
+        free(text.items), free(gbnf.items);
+    }
 }
 
 /* ---- conversations ---- */
@@ -373,6 +434,8 @@ int main(void)
     test_meanings();
     test_turns();
     test_schemas();
+    test_refused_schemas();
+    test_wide_schemas();
     test_json_refusals();
     test_json_sizes();
     test_json_values();

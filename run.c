@@ -1004,7 +1004,10 @@ static int find_mode(options *opts)
         return fail(USAGE, "--%s takes no prompt", name);
     if (!takes_prompt || opts->n_prompts || !is_terminal(stdin))
         return DONE;
-    if (!opts->chat || name)
+    if (opts->chat && name)
+        return fail(USAGE, "--%s has no meaning in a conversation: put one message after the model "
+                    "file, or leave --%s out", name, name);
+    if (!opts->chat)
         return fail(USAGE, "no prompt: put one after the model file%s; --help shows examples",
                     name ? "" : ", or -c for a conversation");
     opts->mode = CONVERSE;
@@ -2440,9 +2443,10 @@ typedef struct {
 typedef struct {
     array text, screen;     /* char: the message; what the terminal is to be sent */
     output out;             /* to the screen */
-    array history, draft;   /* char: messages, a NUL behind each; the new one meanwhile */
-    size_t recalled;        /* where in the history the shown one begins; history.n: the new one */
+    array history, drafts;  /* char: messages, a NUL behind each; with changes, and the new one */
+    size_t recalled;        /* where in the drafts the shown one begins */
     size_t oldest;          /* where the first begins */
+    size_t aim;             /* the column that Up and Down aim at, and 1; 0: where the cursor is */
     size_t at;              /* the cursor, in bytes of the text */
     size_t width, height;   /* columns and rows of the terminal */
     size_t row, top;        /* of the text: where the cursor is shown, the first that is visible */
@@ -2891,11 +2895,11 @@ static int load_constraint(program *p)
     return status || ok ? status : fail(USAGE, "%s%s: %s", name, path ? path : "", err);
 }
 
-/* Begins a constrained reply; refuses one for which the context or -n leaves no room. */
-static int start_constraint(program *p)
+/* Begins a constrained reply behind n tokens; refuses it where the context or -n leaves no room. */
+static int start_constraint(program *p, size_t n)
 {
     constraint *c = &p->constraint;
-    int64_t room = gemma2_context(p->session) - (int64_t)p->ids.n;
+    int64_t room = gemma2_context(p->session) - (int64_t)n;
     if (!c->matcher)
         return DONE;
     gemma2_matcher_start(c->matcher, &c->state);
@@ -3078,7 +3082,7 @@ static int make_reply(program *p)
 {
     reply *r = &p->reply;
     clear_reply(r);
-    int status = start_constraint(p);
+    int status = start_constraint(p, p->ids.n);
     if (status != DONE)
         return status;
     gemma2_cancel(p->session, 0);
@@ -3523,30 +3527,33 @@ static void leave_text(editor *e)
         put_format(&e->out, "\r\n");
 }
 
-/* Puts n bytes in the place of those from `from` to `to`, and the cursor behind them.  Without
- * memory the text stays, and the screen has an error. */
-static void replace(editor *e, size_t from, size_t to, const char *bytes, size_t n)
+/* Puts n bytes in the place of those from `from` to `to`; 0 without memory: the array stays, and
+ * the screen has an error. */
+static int substitute(editor *e, array *a, size_t from, size_t to, const char *bytes, size_t n)
 {
-    size_t rest = e->text.n - to;
-    if (n > to - from && !extend(&e->text, n - (to - from), 1)) {
-        note_write(&e->out, 1);
-        return;
-    }
-    char *text = e->text.items;
-    if (rest)
-        memmove(text + from + n, text + to, rest);
+    size_t rest = a->n - to, held = to - from;
+    if (!extend(a, n > held ? n - held : 0, 1))
+        return note_write(&e->out, 1), 0;
+    char *text = a->items;
+    memmove(text + from + n, text + to, rest);
     if (n)
         memcpy(text + from, bytes, n);
-    e->text.n = from + n + rest;
-    e->at = from + n;
+    a->n = from + n + rest;
+    return 1;
+}
+
+/* The same in the text, and the cursor behind them. */
+static void replace(editor *e, size_t from, size_t to, const char *bytes, size_t n)
+{
+    if (substitute(e, &e->text, from, to, bytes, n))
+        e->at = from + n;
 }
 
 static void insert(editor *e, const char *s, size_t n) { replace(e, e->at, e->at, s, n); }
 
 /* Where the message before a place of the history begins. */
-static size_t message_before(const editor *e, size_t at)
+static size_t message_before(const char *history, size_t at)
 {
-    const char *history = e->history.items;
     at -= at > 0;
     while (at > 0 && history[at - 1])
         at--;
@@ -3556,7 +3563,7 @@ static size_t message_before(const editor *e, size_t at)
 /* Keeps a message for the arrow keys, unless it is the last one kept. */
 static int remember(editor *e, const char *text, size_t n)
 {
-    size_t last = message_before(e, e->history.n);
+    size_t last = message_before(e->history.items, e->history.n);
     if (!n || memchr(text, '\0', n) ||
         (e->history.n == last + n + 1 && !memcmp((char *)e->history.items + last, text, n)))
         return DONE;
@@ -3565,27 +3572,27 @@ static int remember(editor *e, const char *text, size_t n)
     return status;
 }
 
-/* A row up or down in the text, or a message in the history where there is none.  The message that
- * was typed waits meanwhile, as the draft behind the last. */
+/* A row up or down in the text, or a message in the history where there is none.  Until a message
+ * is sent the drafts keep every change, and the new message behind the last. */
 static void move_row(editor *e, int down)
 {
-    const char *history = e->history.items;
-    size_t cell = place_of(e, e->at).cell, end = place_of(e, e->text.n).cell, from = e->recalled;
-    if (down ? cell / e->width < end / e->width : cell >= e->width) {
-        e->at = find_place(e, SIZE_MAX, down ? cell + e->width : cell - e->width).byte;
+    size_t cell = place_of(e, e->at).cell, row = cell / e->width + (down ? 1 : SIZE_MAX);
+    size_t from = e->recalled;
+    e->aim = e->aim ? e->aim : cell % e->width + 1;
+    if (row <= place_of(e, e->text.n).cell / e->width) {
+        e->at = find_place(e, SIZE_MAX, row * e->width + e->aim - 1).byte;
         return;
     }
-    if (from == (down ? e->history.n : e->oldest))
+    if (!e->drafts.n && substitute(e, &e->drafts, 0, 0, e->history.items, from))
+        substitute(e, &e->drafts, from, from, "", 1);
+    size_t end = e->out.error ? from : from + strlen((char *)e->drafts.items + from);
+    if (e->out.error || (down ? end + 1 == e->drafts.n : from == e->oldest) ||
+        !substitute(e, &e->drafts, from, end, e->text.items, e->text.n))
         return;
-    e->recalled = down ? from + strlen(history + from) + 1 : message_before(e, from);
-    if (from == e->history.n || e->recalled == e->history.n) {
-        array other = e->draft;
-        e->draft = e->text;
-        e->text = other;
-    }
-    e->at = e->text.n;
-    if (e->recalled < e->history.n)
-        replace(e, 0, e->text.n, history + e->recalled, strlen(history + e->recalled));
+    e->recalled = down ? from + e->text.n + 1 : message_before(e->drafts.items, from);
+    const char *other = (char *)e->drafts.items + e->recalled;
+    replace(e, 0, e->text.n, other, strlen(other));
+    e->aim = 0;
 }
 
 /* The end of the line, or of the word, to one side of the cursor. */
@@ -3676,7 +3683,6 @@ static void take_key(editor *e, uint32_t key)
     case WORD_ERASE: from = find_end(e, 1, 0); break;
     case 'K' & CTRL: to = find_end(e, 0, 1); to += to == e->at && to < e->text.n; break;
     case NO_KEY: return;
-    default: break;
     }
     if (from == to && !e->ended)
         put_format(&e->out, "\a");
@@ -3690,15 +3696,12 @@ static int goes_on(editor *e)
 {
     int more = !e->marks_pastes && !e->ahead && (e->i < e->n || input_waits(20));
     e->cut |= !e->raw && is_cut(e->text.n - find_end(e, 0, 0));
-    e->at = e->text.n;
-    size_t n = e->text.n;
+    size_t n = e->at = e->text.n;
     const char *text = e->text.items;
-    int opened = n >= 3 && memcmp(text, "\"\"\"", 3) == 0;
-    int closed = n >= 6 && memcmp(text + n - 3, "\"\"\"", 3) == 0;
-    int broken = n && text[n - 1] == '\\';
-    if (broken)
-        replace(e, n - 1, n, NULL, 0);
-    broken |= opened && !closed;
+    int broken = n >= 3 && memcmp(text, "\"\"\"", 3) == 0 &&
+                 (n < 6 || memcmp(text + n - 3, "\"\"\"", 3) != 0);
+    if (n && text[n - 1] == '\\')
+        replace(e, n - 1, n, NULL, 0), broken = 1;
     if (broken && !more && !e->raw)
         put_format(&e->out, ". ");
     return broken || more;
@@ -3714,6 +3717,8 @@ static int take_typed(editor *e)
         if (is_second || (c == '\r' && !e->raw))
             continue;
         uint32_t key = take_byte(e, c);
+        if (key != UP && key != DOWN && !e->n_sequence)
+            e->aim = 0;
         if (key != '\n' && key != '\r')
             take_key(e, key);
         else if (e->in_paste || goes_on(e))
@@ -3727,7 +3732,7 @@ static int take_typed(editor *e)
 /* An empty message on a new row. */
 static void begin_text(editor *e)
 {
-    e->text.n = e->at = e->row = e->top = e->n_sequence = 0;
+    e->text.n = e->at = e->row = e->top = e->n_sequence = e->drafts.n = e->aim = 0;
     e->out.memory = &e->screen;
     put_format(&e->out, "> ");
     e->in_paste = 0;
@@ -3750,6 +3755,7 @@ static int fit(editor *e, size_t width, size_t height, int covered)
 {
     width = width < 2 * SIGN ? 2 * SIGN : width;
     int resized = e->width && (width != e->width || height != e->height);
+    e->aim = resized ? 0 : e->aim;
     e->width = width, e->height = height;
     if (covered || resized) {
         e->row = covered ? 0 : place_of(e, e->at).cell / width; /* terminals fold anew */
@@ -3888,9 +3894,9 @@ static int find_turns(program *p)
             remark("warning: the loaded conversation did not begin with the system text, which is "
                    "left out");
     }
+    p->first_stays = !p->opts->system;
     if (status != DONE || find_ids(p, 0, f, 0, f->before) > 0)
         return status;
-    p->first_stays = !p->opts->system;
     while ((end = find_ids(p, at + f->before, f, f->behind, f->ids.n)) < p->ids.n) {
         exchange *t = extend(&p->turns, 1, sizeof *t);
         if (!t)
@@ -3906,6 +3912,7 @@ static void forget_last_turn(program *p)
 {
     const exchange *turns = p->turns.items;
     forget_after(p, turns[--p->turns.n].start);
+    p->first_stays &= p->ids.n > 0;
 }
 
 /* Puts the first n ids of a first turn in the place of those from `from` to `to`, and the session
@@ -3944,6 +3951,7 @@ static int drop_oldest(program *p)
         do
             end = turns[++to].start + (stay ? 0 : p->later.before);
         while (to + 1 < p->turns.n && from + n + p->ids.n - end > context / 4 * 3);
+        p->first_stays = stay != 0;
         p->turns.n -= to - stay;
         memmove(turns + stay, turns + to, (p->turns.n - stay) * sizeof *turns);
         status = retell(p, from, end, n);
@@ -3983,11 +3991,16 @@ static int reply_to_turn(program *p, size_t held)
     return status;
 }
 
+static size_t shortest_reply(const program *p)
+{
+    return p->constraint.shortest > 1 ? (size_t)p->constraint.shortest : 1;
+}
+
 /* A message that was typed, behind what /read has put before it. */
 static int answer(program *p, const char *text, size_t n)
 {
     size_t context = (size_t)gemma2_context(p->session), start = p->ids.n;
-    size_t least = p->constraint.shortest > 1 ? (size_t)p->constraint.shortest : 1;
+    size_t least = shortest_reply(p);
     p->asked = 0;
     exchange *t = extend(&p->turns, 1, sizeof *t);
     int status = t ? append(&p->attached, text, n) : out_of_memory();
@@ -4039,7 +4052,7 @@ static int open_history(program *p)
         return status;
     size_t at = history->n, before;
     for (int kept = 0; kept < MOST_MESSAGES && at > MAGIC_BYTES; kept++, at = before) {
-        before = message_before(&p->editor, at);
+        before = message_before(history->items, at);
         if (history->n - before > MOST_BYTES)
             break;
     }
@@ -4134,12 +4147,14 @@ static int set_system(program *p)
         return out_of_memory();
     p->settings->system = copy;
     int status = learn_frames(p);
-    size_t all = p->turns.n ? p->ids.n - before + p->first.before : p->first.ids.n;
-    if (status == DONE && p->first.before > before && all >= context) {
+    size_t all = p->turns.n ? p->ids.n - before + p->first.before + 1 : 0;
+    size_t least = p->first.ids.n + shortest_reply(p); /* of one short turn */
+    all = all > least ? all : least;
+    if (status == DONE && p->first.before > before && all > context) {
         p->settings->system = was;
         free(copy);
-        fail(DONE, "with this system text the conversation has %zu tokens; the context holds %zu, "
-                   "so the old one stays", all, context);
+        fail(DONE, "with this system text and the shortest reply the conversation has %zu tokens; "
+                   "the context holds %zu, so the old one stays", all, context);
         return learn_frames(p);
     }
     free(p->system);
@@ -4189,6 +4204,8 @@ static int show(program *p)
         remark("%zu bytes that /read has found go before the next message", p->attached.n);
     if (opts->system)
         remark("system            %s", opts->system);
+    else if (p->first_stays)
+        remark("system            as in the loaded conversation, if there is one");
     for (const option *o = OPTIONS; o < OPTIONS + N_OPTIONS; o++) {
         const void *field = (const char *)opts + o->field;
         if (is_setting(o) && o->kind == SEED)
@@ -4356,8 +4373,18 @@ static int take_message(program *p)
 /* A conversation on a terminal.  The prompt sign and all remarks go to standard error. */
 static int converse(program *p)
 {
-    p->editor.raw = terminal_raw();
-    int status = p->opts->history ? open_history(p) : DONE;
+    size_t context = (size_t)gemma2_context(p->session);
+    int status = learn_frames(p);
+    if (status == DONE && p->ids.n)
+        status = find_turns(p);
+    size_t n = p->first.ids.n; /* of one short turn */
+    if (status == DONE && n >= context)
+        status = fail(USAGE, "the shortest conversation%s has %zu tokens and the context holds "
+                      "%zu; raise --context%s", p->opts->system ? " with this system text" : "",
+                      n + 1, context, p->opts->system ? " or shorten the text" : "");
+    status = status ? status : start_constraint(p, n);
+    p->editor.raw = status == DONE && terminal_raw();
+    status = status || !p->opts->history ? status : open_history(p);
     if (status != DONE)
         return status;
     if (!p->opts->quiet)
@@ -4365,9 +4392,6 @@ static int converse(program *p)
                         "a\npasted text is one message.\n");
     if (!p->opts->quiet && p->sampler.temperature > 0)
         fprintf(stderr, "seed %" PRIu64 "\n", p->seed);
-    status = learn_frames(p);
-    if (status == DONE && p->ids.n)
-        status = find_turns(p);
     if (status == DONE && p->ids.n && !p->opts->quiet)
         show_where(p, p->opts->kept ? p->opts->kept : p->opts->loaded);
     while (status == DONE && !p->out.error && !p->leaves) {
@@ -5143,7 +5167,7 @@ static void close_program(program *p)
     void *const all[] = {
         p->logits, p->turns.items, p->first.ids.items, p->later.ids.items, p->attached.items,
         p->editor.text.items, p->editor.screen.items, p->editor.history.items,
-        p->editor.draft.items, p->system, p->prompt.items, p->echo.items, p->ids.items,
+        p->editor.drafts.items, p->system, p->prompt.items, p->echo.items, p->ids.items,
         p->reply.text.items, p->reply.logprobs.items, p->reply.tops.items, p->reply.ends.items,
         p->reply.choices.items};
     gemma2_ahead_free(p->ahead);
@@ -5590,7 +5614,7 @@ static int take_line(batch *b, batch_slot *s, const char *text, size_t n)
     status = read_request(s, &s->said);
     status = status ? status : limit_reply(b, s);
     status = status ? status : fit_session(b, s);
-    status = status ? status : start_constraint(&s->p);
+    status = status ? status : start_constraint(&s->p, s->p.ids.n);
     if (status == DONE)
         init_sampler(&s->p);
     return status;

@@ -875,6 +875,8 @@ elif terminal "a terminal" "echo x" && [ "$(cat "$TMP/out")" = x ]; then
     out_is 'a\342\200\256b\342\201\251\302\255\n'
     terminal "terminal without a prompt" "'$RUN' '$STORY'; echo status \$?"
     out_has "status 2"
+    terminal "JSON of a conversation" "'$RUN' '$STORY' -c --json; echo status \$?"
+    out_has "put one message after the model file, or leave --json out"; out_has "status 2"
 else
     echo "not run: what a terminal sees, there is no script (util-linux)"
 fi

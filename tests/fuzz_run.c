@@ -80,7 +80,7 @@ void edit_bytes(const uint8_t *data, size_t size)
         }
         keeps(!e.out.error, "there is memory");
         keeps(e.at <= e.text.n && e.text.n <= e.history.n + size + 1, "the text is bounded");
-        keeps(e.n_sequence < sizeof e.sequence && e.recalled <= e.history.n, "buffers are");
+        keeps(e.n_sequence < sizeof e.sequence && e.recalled <= e.history.n + size, "buffers are");
         if (complete || e.ended) {
             leave_text(&e);
             keeps(append(&e.text, NULL, 0) == DONE &&
@@ -95,7 +95,7 @@ void edit_bytes(const uint8_t *data, size_t size)
         keeps(c.column == place_of(&e, e.at).cell % e.width && !c.full, "the cursor is where it should be");
         keeps(e.row >= e.top && e.row - e.top <= c.row, "and in its row");
     }
-    free(e.history.items), free(e.text.items), free(e.screen.items), free(e.draft.items);
+    free(e.history.items), free(e.text.items), free(e.screen.items), free(e.drafts.items);
 }
 
 /* ---- JSON ---- */

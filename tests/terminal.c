@@ -459,7 +459,9 @@ static const typing KEYS[] = { /* on 20 columns and 6 rows */
     {"a newline in a full row", "abcdefghijklmnopqr\033\rs", "> abcdefghijklmnopqr\n\n. s", 2, 3,
      "abcdefghijklmnopqr\ns"},
     {"down below a full row", "abcdefghijklmnopqr\033\rs\033[A\033[B!",
-     "> abcdefghijklmnopqr\n\n. !s", 2, 3, "abcdefghijklmnopqr\n!s"},
+     "> abcdefghijklmnopqr\n\n. s!", 2, 4, "abcdefghijklmnopqr\ns!"},
+    {"up and down over an empty line", "abcd\033\r\033\refg\002\033[A\033[A!\033[B\033[B?",
+     "> ab!cd\n.\n. efg?", 2, 6, "ab!cd\n\nefg?"},
     {"up to where a line begins", "a\033\r" TWENTY "\002\002\033[A!",
      "> a\n. !abcdefghijklmnopq\nrst", 1, 3, "a\n!" TWENTY},
     {"keys in a paste", "\033[200~a\001\177\033[Ab\033[201~", "> a???[Ab", 0, 9,
@@ -545,14 +547,16 @@ static void test_history(void)
     type("\033[A"), shows("there is none before", "> one", 0, 5);
     type("!\033[B"), shows("down", "> two\n. lines", 1, 7);
     type("\016"), shows("down to the draft", "> new", 0, 5);
-    type("\033[B\033[A\033[A\033OA"), shows("changes of a kept one are gone", "> one", 0, 5);
-    type("\r"), asks_behind("one again", "ok");
-    type("\004"), ends("Ctrl-D", 0);
+    type("!\033[A\033[A\033OA"), shows("a changed one", "> one!", 0, 6);
+    type("\033[B\033[B\033[B"), shows("the changed draft", "> new!", 0, 6);
+    type("\033[A\033[A\033[A\014\r"), asks_behind("one again", "ok");
+    type("\033[A\033[A\033[A\033[A"), shows("as it was sent", "> one!\nok\n> one", 2, 5);
+    type("\025\004"), ends("Ctrl-D", 0);
     if (!talk(20, 9, "--history", history, NULL, NULL))
         return;
     type("\033[A\033[A"), shows("from the file", "> two\n. lines", 1, 7);
     type("\005\025\025\177\025\004"), ends("after the history", 0);
-    check(strcmp(last_message(), "one") == 0, "the history ends in %s", last_message());
+    check(strcmp(last_message(), "one!") == 0, "the history ends in %s", last_message());
     FILE *out = fopen(history, "wb"); /* more messages than are kept, the last torn */
     fprintf(out, "#gemma2%c%17000000d%c", 0, 7, 0);
     for (int i = 0; i < 1100; i++)
@@ -970,6 +974,8 @@ static void test_loading(void)
         }
         enter("/show", "repeat-last-n     64");
         check(strstr(screen(), "3 turns,") != NULL, "the turns are not known:\n%s", screen());
+        check(!strstr(screen(), "if there is one") == !(again && !has_system),
+              "%d: the system text is\n%s", i, screen());
         enter("/undo", "forgotten."), enter("/undo", "forgotten.");
         enter("/regen", "ok"), enter("more", "ok");
         if (i < 4) {
@@ -987,6 +993,24 @@ static void test_loading(void)
         type("\004"), ends("an odd name", 0);
     }
     unlink(odd);
+}
+
+/* No conversation starts in which no message can be answered. */
+static void test_too_small(void)
+{
+    static const char *const cases[][7] = {
+        {"-C", "64", "-S", "12345678901234567890123456789012345678901234567890",
+         "this system text has 65 tokens and the context holds 64"},
+        {"-C", "9", "-q", "-q", "the shortest conversation has 14 tokens and the context holds 9"},
+        {"-n", "1", "--choice", "The dog ran", "-n 1 leaves no room for the shortest reply, which "
+         "takes 3 tokens"},
+        {"-C", "15", "--choice", "The dog ran", "room for 2 more tokens and the shortest reply "
+         "takes 3"}};
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        const char *const options[] = {cases[i][0], cases[i][1], cases[i][2], cases[i][3], NULL};
+        if (check(start(119, 9, options), "no start"))
+            has("too small", cases[i][4]), ends("too small", 2);
+    }
 }
 
 /* The oldest turns go: before a message, and amid a reply, which goes on. */
@@ -1007,7 +1031,7 @@ static void test_full(void)
         enter("1234567890123456789012345678901234567890123456789012345678901234567890",
               "has 124 tokens; the context holds 6\n4.\nSay less, or /clear to start over.");
         enter("/system 12345678901234567890123456789012345678901234567890123456789",
-              "the context holds 64, so the ol\nd one stays"); /* neither drops anything */
+              "the cont\next holds 64, so the old one stays"); /* neither drops anything */
         enter("/show", "repeat-last-n     64");
         check(strstr(screen(), "2 turns, 40 of 64") && strstr(screen(), "system            Rhyme."),
               "%d: turns or the system text are lost:\n%s", i, screen());
@@ -1064,6 +1088,7 @@ int main(int argc, char **argv)
     test_commands();
     test_loading();
     test_full();
+    test_too_small();
     unlink(history), unlink(file), unlink(script);
     check(rmdir(folder) == 0, "files are left in %s", folder);
     printf("%d passed, %d failed\n", n_passed, n_failed);

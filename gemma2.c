@@ -4017,19 +4017,22 @@ static int32_t sample(gemma2_session *s, gemma2_sampler *p, const float *logits)
  * graph, and characters are their UTF-8 bytes, so a token may end inside a character.  Where a
  * reply stands is a set of pairs (instruction, stack), because alternatives run side by side.  A
  * stack is again a set of such pairs: all places that may be returned to.  Sets are numbered by
- * their contents (gemma2_matcher), so what a byte does to a set is worked out once. */
-enum { OP_END, OP_BYTE, OP_TOKEN, OP_CALL, OP_SPLIT };
+ * their contents (gemma2_matcher), so what a byte does to a set is worked out once.
+ * A token that a grammar names is a character beyond Unicode, TEXT_TOKEN + id for whole characters
+ * and OTHER_TOKEN + id for others.  Its first byte is above NAME_MARK, as no byte of a text is. */
+enum { OP_END, OP_BYTE, OP_CALL, OP_SPLIT };
 enum { MAX_GRAMMAR = 1 << 22, MAX_INSTS = 1 << 20, MAX_COST = 1 << 24, MAX_REPEAT = 2000,
-       MAX_NESTING = 250, MAX_RANGES = 1000, MAX_CODE = 0x10ffff, MAX_WORK = 3 << 27 };
+       MAX_NESTING = 250, MAX_RANGES = 1000, MAX_CODE = 0x10ffff, MAX_WORK = 3 << 27,
+       TEXT_TOKEN = 1 << 24, OTHER_TOKEN = 2 << 24, NAME_BYTES = 5, NAME_MARK = 0xf4 };
 static const uint32_t NOWHERE = 0xffffffff;
 
 struct inst {
-    uint8_t op, low, high; /* OP_BYTE: bytes low..high.  OP_TOKEN: low 1 is any other token */
+    uint8_t op, low, high; /* OP_BYTE: bytes low..high */
     uint8_t sound;         /* no rule calls itself before a byte is read */
     uint32_t next;
-    uint32_t other; /* OP_CALL: where the rule starts; next is where it returns to.  OP_TOKEN: the
-                     * id.  OP_BYTE and OP_SPLIT: the second way, or NOWHERE */
-    uint32_t cost;  /* bytes of the shortest way to the end of the rule */
+    uint32_t other; /* OP_CALL: where the rule starts; next is where it returns to.  OP_BYTE and
+                     * OP_SPLIT: the second way, or NOWHERE */
+    uint32_t cost;  /* bytes of the shortest way to the end of the rule; a named token is 1 */
 };
 
 struct gemma2_grammar {
@@ -4109,11 +4112,12 @@ static uint32_t *put_codes(struct parser *p, uint32_t *link, uint32_t low, uint3
 /* A character of one of the ranges low << 32 | high. */
 static void put_class(struct parser *p, const uint64_t *ranges, uint32_t n)
 {
-    enum { FORMS = 5 };
+    enum { FORMS = 6 };
     static const struct form {
         uint32_t low, high, more, mark;
     } forms[FORMS] = {{0, 0x7f, 0, 0}, {0x80, 0x7ff, 1, 0xc0}, {0x10000, MAX_CODE, 3, 0xf0},
-                      {0x800, 0xd7ff, 2, 0xe0}, {0xe000, 0xffff, 2, 0xe0}}; /* no surrogates */
+                      {0x800, 0xd7ff, 2, 0xe0}, {0xe000, 0xffff, 2, 0xe0}, /* no surrogates */
+                      {TEXT_TOKEN, TEXT_TOKEN + OTHER_TOKEN - 1, NAME_BYTES - 1, NAME_MARK}};
     gemma2_grammar *g = p->g;
     uint32_t first = g->n_insts, start, *link = &start;
     for (uint32_t i = 0; i < n * FORMS; i++) {
@@ -4250,7 +4254,10 @@ static void read_token(struct parser *p)
         refuse(p, start, "this token is a single byte, which may be no character");
     else if (!negated && !is_kept(m, id))
         refuse(p, start, "the model cannot write this token, which its head has not kept");
-    p->g->insts[put(p, OP_TOKEN, id)].low = (uint8_t)negated;
+    uint64_t first = TEXT_TOKEN, text = first + id, other = OTHER_TOKEN + id; /* whichever it is */
+    uint64_t ranges[2][2] = {{text << 32 | text, other << 32 | other},
+                             {first << 32 | (text - 1), (text + 1) << 32 | (OTHER_TOKEN - 1)}};
+    put_class(p, ranges[negated], 2);
 }
 
 /* Where the rule of that name starts, which may be defined later.  no_name: what to say of none. */
@@ -4350,6 +4357,9 @@ static void read_ways(struct parser *p, int nesting)
 
 /* ---- finishing a grammar: shortest ways, empty languages, left recursion ---- */
 
+/* A byte costs 1.  The first of a named token spares this, so that its bytes together cost 1. */
+static uint32_t spares(uint32_t byte) { return byte > NAME_MARK ? NAME_BYTES - 1 : 0; }
+
 /* Works out what instructions cost, and then which are sound, from those that they lead to: from
  * the last to the first, until nothing changes.  Only repetitions lead back, to where the rule has
  * been.  0: it takes too long. */
@@ -4361,8 +4371,7 @@ static int settle(gemma2_grammar *g)
         int news = 0;
         for (uint32_t at = g->n_insts; at-- > 0;) {
             struct inst *i = &g->insts[at], *next = &g->insts[i->next];
-            const struct inst *other = i->other == NOWHERE || i->op == OP_TOKEN
-                                           ? &no_way : &g->insts[i->other];
+            const struct inst *other = i->other == NOWHERE ? &no_way : &g->insts[i->other];
             if (i->op == OP_CALL && other->op == OP_SPLIT && other->other == NOWHERE)
                 other = &g->insts[i->other = other->next]; /* not by way of a name */
             uint64_t cost = next->cost, old_cost = i->cost;
@@ -4371,7 +4380,7 @@ static int settle(gemma2_grammar *g)
                 cost += other->cost;
                 sound = other->sound && (sound || other->cost);
             } else {
-                cost = i->op == OP_END ? 0 : cost + (i->op != OP_SPLIT);
+                cost = i->op == OP_END ? 0 : i->op == OP_BYTE ? cost + 1 - spares(i->low) : cost;
                 cost = cost < other->cost ? cost : other->cost;
                 sound = i->op != OP_SPLIT || (sound && other->sound);
             }
@@ -4426,7 +4435,7 @@ static int read_grammar(struct parser *p)
  *
  * Nodes lie in depth-first order: a node's subtree follows it, and skip leads past it.  Most
  * tokens are plain text: where a grammar takes any such text their bits are ready, so they have a
- * tree of their own behind that of the others. */
+ * tree of their own behind that of the others.  That begins with all tokens as they are named. */
 enum { MAX_TOKEN_BYTES = 255, PLAIN_CHARS = 16, NO_TOKEN = 0xffffff };
 
 struct node {
@@ -4436,7 +4445,6 @@ struct node {
 
 struct vocabulary {
     uint32_t *plain; /* [PLAIN_CHARS] masks: tokens of 1, up to 2, ... plain characters */
-    uint32_t *text;  /* mask of the tokens that are whole characters */
     struct node *nodes;
     uint32_t n, first_plain, n_words;
 };
@@ -4483,7 +4491,21 @@ static uint32_t token_bytes(const struct tokenizer *t, uint32_t id, uint8_t *byt
     return (uint32_t)spaced_text(s, (char *)bytes);
 }
 
-/* Makes the trees of sorted tokens.  Tokens of equal bytes become brothers. */
+/* A token as the bytes of its text or, named, as those of its character.  0: no reply has it so. */
+static uint32_t spell_token(const struct tokenizer *t, uint32_t id, int named, uint8_t *bytes)
+{
+    uint32_t n = token_bytes(t, id, bytes);
+    n = n && n <= MAX_TOKEN_BYTES && bytes[0] <= NAME_MARK ? n : 0;
+    if (!named)
+        return n;
+    uint32_t code = (n && utf8_length(bytes, n) ? TEXT_TOKEN : OTHER_TOKEN) + id;
+    for (n = NAME_BYTES - 1; n > 0; n--, code >>= 6)
+        bytes[n] = (uint8_t)(0x80 | (code & 63));
+    bytes[0] = (uint8_t)(NAME_MARK | code);
+    return NAME_BYTES;
+}
+
+/* Makes the trees of tokens.  Tokens of equal bytes become brothers. */
 static void build_trees(struct vocabulary *v, const struct token *t, uint32_t n)
 {
     for (uint32_t i = 0; i < n; i++) {
@@ -4508,28 +4530,29 @@ static void build_trees(struct vocabulary *v, const struct token *t, uint32_t n)
 static struct vocabulary *make_vocabulary(const gemma2_model *m)
 {
     const struct tokenizer *t = &m->tokenizer;
-    size_t blob = t->n ? get_u32(t->ends + 4 * (size_t)(t->n - 1)) : 0, words = (t->n + 31) / 32;
-    struct vocabulary *v = calloc(1, sizeof *v + (PLAIN_CHARS + 1) * words * sizeof *v->plain +
+    size_t words = (t->n + 31) / 32, blob = (size_t)t->n * NAME_BYTES;
+    blob += t->n ? get_u32(t->ends + 4 * (size_t)(t->n - 1)) : 0;
+    struct vocabulary *v = calloc(1, sizeof *v + PLAIN_CHARS * words * sizeof *v->plain +
                                      blob * sizeof *v->nodes);
-    struct token *tokens = malloc((t->n + (size_t)1) * sizeof *tokens + blob);
+    struct token *tokens = malloc((2 * t->n + (size_t)1) * sizeof *tokens + blob);
     if (!v || !tokens || blob >= NO_TOKEN)
         return free(v), free(tokens), NULL;
-    uint8_t *bytes = (uint8_t *)(tokens + t->n + 1);
-    uint32_t n = 0;
-    v->plain = (uint32_t *)(v + 1), v->text = v->plain + PLAIN_CHARS * words;
-    v->nodes = (struct node *)(v->text + words), v->n_words = (uint32_t)words;
-    for (uint32_t id = 0; id < t->n; id++) {
-        struct text s = {bytes, token_bytes(t, id, bytes)};
-        if (!s.n || s.n > MAX_TOKEN_BYTES || gemma2_is_stop(m, (int32_t)id) || !is_kept(m, id))
+    uint8_t *bytes = (uint8_t *)(tokens + 2 * t->n + 1);
+    uint32_t n = 0, n_named = 0;
+    v->plain = (uint32_t *)(v + 1), v->n_words = (uint32_t)words;
+    v->nodes = (struct node *)(v->plain + PLAIN_CHARS * words);
+    for (uint32_t i = 0; i < 2 * t->n; i++) { /* all named, which is sorted; all texts */
+        uint32_t id = i % t->n, named = i < t->n;
+        struct text s = {bytes, spell_token(t, id, (int)named, bytes)};
+        if (!s.n || gemma2_is_stop(m, (int32_t)id) || !is_kept(m, id))
             continue;
-        uint32_t bit = 1u << id % 32, kind = text_kind(s);
-        tokens[n++] = (struct token){s, id, kind};
-        v->text[id / 32] |= kind ? bit : 0;
+        uint32_t kind = text_kind(s);
+        tokens[n++] = (struct token){s, id, kind}, n_named += named;
         for (uint32_t k = kind > 1 ? kind - 2 : PLAIN_CHARS; k < PLAIN_CHARS; k++)
-            v->plain[k * words + id / 32] |= bit;
+            v->plain[k * words + id / 32] |= 1u << id % 32;
         bytes += s.n;
     }
-    qsort(tokens, n, sizeof *tokens, compare_tokens);
+    qsort(tokens + n_named, n - n_named, sizeof *tokens, compare_tokens);
     build_trees(v, tokens, n);
     free(tokens);
     return v;
@@ -4561,7 +4584,6 @@ struct set {
     uint32_t row;    /* where its row is, if it is still there */
     uint32_t tokens; /* 1 + tokens of a short way, or 0 where that is not known */
     uint32_t mark;   /* of the search that saw it last */
-    uint32_t names;  /* an OP_TOKEN may follow; known when it had a row */
 };
 
 struct gemma2_matcher {
@@ -4707,10 +4729,10 @@ static void enter_rules(gemma2_matcher *m, uint32_t n_calls)
     }
 }
 
-/* All instructions that read, which a set reaches before it reads, into m->closure. */
+/* All instructions that a set reaches before it reads, into m->closure. */
 static void close_set(gemma2_matcher *m, uint32_t set)
 {
-    uint32_t n_leaves = 1, n_calls;
+    uint32_t n_calls;
     m->n_closure = 1;
     reach_all(m, set);
     for (uint32_t at = 1; at < m->n_closure; enter_rules(m, n_calls))
@@ -4726,13 +4748,6 @@ static void close_set(gemma2_matcher *m, uint32_t set)
             if (i->op == OP_END)
                 reach_all(m, (uint32_t)stack);
         }
-    for (uint32_t i = 1; i < m->n_closure; i++) {
-        int op = m->grammar->insts[(uint32_t)m->closure[i]].op;
-        *seen_slot(m, m->closure[i]) = 0;
-        if (op == OP_BYTE || op == OP_TOKEN)
-            m->closure[n_leaves++] = m->closure[i];
-    }
-    m->n_closure = n_leaves;
 }
 
 /* Works out what each byte makes of a set; nothing where there is no room for it. */
@@ -4741,18 +4756,18 @@ static const uint32_t *make_row(gemma2_matcher *m, uint32_t set)
     const struct inst *insts = m->grammar->insts;
     struct set *s = &m->sets[set];
     uint8_t starts[257] = {0};
-    uint32_t at = 1 + m->n_rows++ % (MAX_ROWS - 1), *row = m->rows[at];
+    uint32_t at = 1 + m->n_rows++ % (MAX_ROWS - 1), *row = m->rows[at], n_leaves = 0;
     close_set(m, set);
     for (uint32_t i = 1; i < m->n_closure; i++) {
         const struct inst *leaf = &insts[(uint32_t)m->closure[i]];
+        *seen_slot(m, m->closure[i]) = 0;
         if (leaf->op == OP_BYTE)
-            starts[leaf->low] = starts[leaf->high + 1] = 1;
-        s->names |= leaf->op == OP_TOKEN;
+            starts[leaf->low] = starts[leaf->high + 1] = 1, m->closure[n_leaves++] = m->closure[i];
     }
     for (uint32_t byte = 0; byte < 256; byte++) {
-        for (uint32_t i = 1; (!byte || starts[byte]) && i < m->n_closure; i++) {
+        for (uint32_t i = 0; (!byte || starts[byte]) && i < n_leaves; i++) {
             const struct inst *leaf = &insts[(uint32_t)m->closure[i]];
-            if (leaf->op == OP_BYTE && leaf->low <= byte && byte <= leaf->high)
+            if (leaf->low <= byte && byte <= leaf->high)
                 collect(m, leaf->next, (uint32_t)(m->closure[i] >> 32));
         }
         row[byte] = byte && !starts[byte] ? row[byte - 1] : intern(m);
@@ -4773,7 +4788,7 @@ struct walk {
     uint32_t *mask; /* NULL: sets are collected in the matcher's queue */
     uint32_t worst; /* most tokens that an allowed one needs behind it; NOWHERE: a token that needs
                      * more than the limit is left out */
-    uint32_t most_bytes; /* of a way from the start to the end that still counts */
+    int only_shortest; /* only ways of the least cost count */
     uint32_t n_found, nodes, most_nodes;
 };
 
@@ -4800,8 +4815,8 @@ static void walk_trees(gemma2_matcher *m, uint32_t set, uint32_t n, struct walk 
     for (uint32_t i = 0; i < n && w->nodes <= w->most_nodes; w->nodes++) {
         struct node node = m->vocabulary->nodes[i];
         uint32_t depth = node.token & 255, end = i + (node.skip >> 8);
-        uint32_t next = next_sets(m, path[depth - 1])[node.skip & 255];
-        if (w->most_bytes != NOWHERE && m->sets[next].cost + depth > w->most_bytes)
+        uint32_t byte = node.skip & 255, last = path[depth - 1], next = next_sets(m, last)[byte];
+        if (w->only_shortest && m->sets[next].cost + 1 - spares(byte) > m->sets[last].cost)
             next = 0;
         if (next && node.token >> 8 != NO_TOKEN)
             take_token(m, w, node.token >> 8, next);
@@ -4815,15 +4830,14 @@ static void walk_trees(gemma2_matcher *m, uint32_t set, uint32_t n, struct walk 
  * a way that is found stays open. */
 static uint32_t search_tokens(gemma2_matcher *m, uint32_t set, int only_shortest)
 {
-    struct walk w = {.n_found = 1, .most_nodes = only_shortest ? LARGE_SEARCH : SMALL_SEARCH};
+    struct walk w = {.only_shortest = only_shortest, .n_found = 1,
+                     .most_nodes = only_shortest ? LARGE_SEARCH : SMALL_SEARCH};
     m->sets[set].mark = ++m->mark; /* walked once: later searches are not larger */
     m->queue[0] = set;
     for (uint32_t level = 1, first = 0; first < w.n_found; level++) {
         uint32_t end = w.n_found;
-        for (; first < end; first++) {
-            w.most_bytes = only_shortest ? m->sets[m->queue[first]].cost : NOWHERE;
+        for (; first < end; first++)
             walk_trees(m, m->queue[first], m->vocabulary->n, &w);
-        }
         if (w.nodes > w.most_nodes || m->full)
             return NOWHERE;
         for (uint32_t i = end; i < w.n_found; i++)
@@ -4838,7 +4852,7 @@ static uint32_t search_tokens(gemma2_matcher *m, uint32_t set, int only_shortest
 static uint32_t tokens_of(gemma2_matcher *m, uint32_t set, uint32_t limit)
 {
     struct set *s = &m->sets[set];
-    if (s->cost == 0 || limit == 0)
+    if (s->cost <= 1 || limit == 0)
         return s->cost != 0;
     if (limit >= EXACT_LIMIT && s->cost <= limit)
         return s->cost;
@@ -4925,36 +4939,12 @@ static int fill_plain(gemma2_matcher *m, uint32_t set, struct walk *w)
     return 1;
 }
 
-/* Whether an OP_TOKEN takes the token. */
-static int is_meant(const gemma2_matcher *m, const struct inst *leaf, uint32_t id)
-{
-    int is_text = m->vocabulary->text[id / 32] >> id % 32 & 1;
-    return leaf->low ? id != leaf->other && is_text : id == leaf->other;
-}
-
-/* Adds to the mask the tokens that the grammar itself speaks of. */
-static void add_tokens(gemma2_matcher *m, uint32_t set, struct walk *w)
-{
-    close_set(m, set);
-    for (uint32_t i = 1; i < m->n_closure; i++) {
-        const struct inst *leaf = &m->grammar->insts[(uint32_t)m->closure[i]];
-        if (leaf->op != OP_TOKEN)
-            continue;
-        collect(m, leaf->next, (uint32_t)(m->closure[i] >> 32));
-        uint32_t to = intern(m), n_ids = to ? m->grammar->model->tokenizer.n : 0;
-        for (uint32_t id = 0; id < n_ids; id++)
-            if (is_meant(m, leaf, id))
-                take_token(m, w, id, to);
-        close_set(m, set); /* to see what tokens need, others were closed */
-    }
-}
-
 /* The tokens that may follow the set if left more may come, this one included. */
 static void fill_mask(gemma2_matcher *m, uint32_t set, uint32_t left, uint32_t *mask)
 {
     const gemma2_config *c = &m->grammar->model->config;
     const struct vocabulary *v = m->vocabulary;
-    struct walk w = {left - 1, mask, .most_bytes = NOWHERE, .most_nodes = NOWHERE};
+    struct walk w = {left - 1, mask, .most_nodes = NOWHERE};
     size_t words = v->n_words;
     struct ready_mask *ready = &m->ready[set % MAX_MASKS];
     uint32_t *kept = m->masks + set % MAX_MASKS * words;
@@ -4965,8 +4955,6 @@ static void fill_mask(gemma2_matcher *m, uint32_t set, uint32_t left, uint32_t *
     memset(mask, 0, words * sizeof *mask);
     if (left)
         walk_trees(m, set, fill_plain(m, set, &w) ? v->first_plain : v->n, &w);
-    if (left && m->sets[set].names)
-        add_tokens(m, set, &w);
     for (int32_t i = 0; i < c->n_stop && m->sets[set].cost == 0; i++)
         mask[c->stop[i] / 32] |= 1u << c->stop[i] % 32;
     if (left && w.worst != NOWHERE && !m->full) {
@@ -4975,24 +4963,19 @@ static void fill_mask(gemma2_matcher *m, uint32_t set, uint32_t left, uint32_t *
     }
 }
 
-/* What the token makes of the set; 0 if the grammar does not take it. */
+/* What the token makes of the set, by its text or by name; 0 if the grammar does not take it. */
 static uint32_t after_token(gemma2_matcher *m, uint32_t set, uint32_t id)
 {
     uint8_t bytes[MAX_PIECE_BYTES];
-    uint32_t n = token_bytes(&m->grammar->model->tokenizer, id, bytes);
-    uint32_t to = n && n <= MAX_TOKEN_BYTES ? set : 0;
-    next_sets(m, set); /* says whether the grammar names tokens here */
-    for (uint32_t i = 0; i < n && to; i++)
-        to = next_sets(m, to)[bytes[i]];
-    if (!m->sets[set].names)
-        return to;
-    close_set(m, set);
-    gather(m, m->items + m->sets[to].first, m->sets[to].n);
-    for (uint32_t i = 1; i < m->n_closure; i++) {
-        const struct inst *leaf = &m->grammar->insts[(uint32_t)m->closure[i]];
-        if (leaf->op == OP_TOKEN && is_meant(m, leaf, id))
-            collect(m, leaf->next, (uint32_t)(m->closure[i] >> 32));
+    uint32_t to[2];
+    for (int named = 0; named < 2; named++) {
+        uint32_t n = spell_token(&m->grammar->model->tokenizer, id, named, bytes);
+        to[named] = n ? set : 0;
+        for (uint32_t i = 0; i < n && to[named]; i++)
+            to[named] = next_sets(m, to[named])[bytes[i]];
     }
+    gather(m, m->items + m->sets[to[0]].first, m->sets[to[0]].n);
+    gather(m, m->items + m->sets[to[1]].first, m->sets[to[1]].n);
     return intern(m);
 }
 
@@ -6258,7 +6241,8 @@ int gemma2_matcher_accept(gemma2_matcher *m, gemma2_grammar_state *state, int32_
     int status = check_state(m, state);
     if (status < 0)
         return status;
-    if (id < 0 || id >= m->grammar->model->config.n_vocab)
+    if (id < 0 || id >= m->grammar->model->config.n_vocab ||
+        !is_kept(m->grammar->model, (uint32_t)id))
         return GEMMA2_ERR_TOKEN;
     state->set = make_room(m, state->set), state->tag = m->tag;
     int stops = gemma2_is_stop(m->grammar->model, id);

@@ -615,7 +615,7 @@ GEMMA2_API int gemma2_matcher_start(gemma2_matcher *matcher, gemma2_grammar_stat
 GEMMA2_API int gemma2_matcher_allowed(gemma2_matcher *matcher, const gemma2_grammar_state *state,
                                       int64_t left, uint32_t *mask);
 /* Moves the state behind the token.  GEMMA2_ERR_TOKEN, and the state stays, where the grammar does
- * not take it. */
+ * not take it or the head has not kept it. */
 GEMMA2_API int gemma2_matcher_accept(gemma2_matcher *matcher, gemma2_grammar_state *state,
                                      int32_t id);
 /* How many tokens finish the reply, 0 where it may end: the fewest where a short search finds

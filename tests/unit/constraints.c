@@ -131,8 +131,8 @@ static void test_masks(void)
     }
 }
 
-/* Where a vocabulary is kept in part, masks allow that part alone, and the shortest reply is made
- * of it. */
+/* Where a vocabulary is kept in part, only that part is allowed or accepted, and the shortest reply
+ * is made of it. */
 static void test_kept_masks(void)
 {
     static uint32_t ids[1 << 18], mask[8192];
@@ -152,7 +152,9 @@ static void test_kept_masks(void)
     for (gemma2_matcher_allowed(matcher, &state, -1, mask); left >= 0 && !over && !bad; left--) {
         uint32_t first;
         for (uint32_t id = 0; id < v; id++)
-            bad += (mask[id / 32] >> id % 32 & 1) && !is_kept(m, id);
+            bad += !is_kept(m, id) &&
+                   ((mask[id / 32] >> id % 32 & 1) ||
+                    gemma2_matcher_accept(matcher, &state, (int32_t)id) != GEMMA2_ERR_TOKEN);
         gemma2_matcher_allowed(matcher, &state, left, mask);
         for (first = 0; first < v && !(mask[first / 32] >> first % 32 & 1);)
             first++;
@@ -224,7 +226,8 @@ static int take_random(const char *name, const char *text, int n, uint32_t used)
     return step;
 }
 
-/* Tokens that a grammar names: known before any mask, and all of them where the reply is short. */
+/* Tokens that a grammar names: known before any mask, all of them where the reply is short, and
+ * counted as exactly as texts: here It, is and wonderful follow. */
 static void test_named_tokens(void)
 {
     static uint32_t mask[8192];
@@ -236,6 +239,8 @@ static void test_named_tokens(void)
     int32_t other = gemma2_find_piece(words, "<mask>", -1);
     gemma2_matcher_start(m, &state), next = state;
     check(gemma2_matcher_accept(m, &next, bos) == GEMMA2_OK, "a named token before any mask");
+    check(gemma2_matcher_shortest(m, &next) == 3 && gemma2_matcher_shortest(m, &state) == 4,
+          "the fewest tokens behind a named token");
     gemma2_matcher_allowed(m, &state, gemma2_matcher_shortest(m, &state), mask);
     check((mask[bos / 32] >> bos % 32 & 1) && (mask[other / 32] >> other % 32 & 1),
           "two named tokens in a short reply");

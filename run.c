@@ -2101,7 +2101,7 @@ static void gather_keys(schema *s, const view *v, array *keys)
             size_t n = must ? keys->n : n_before;
             while (k < n && !same_string(s, name, key[k].name))
                 k++;
-            take_steps(s, 1 + k / 256);
+            take_steps(s, 1 + k / 128);
             key = k < n ? key + k : extend(keys, 1, sizeof *key);
             s->failed |= !key;
             if (key)
@@ -2175,11 +2175,12 @@ static int same_value(const schema *s, const json_node *a, const json_node *b)
 }
 
 /* Whether all lists of the view have a value of its first. */
-static int in_lists(const schema *s, const view *v, const json_node *value)
+static int in_lists(schema *s, const view *v, const json_node *value)
 {
     for (size_t i = 0; i < 2 * v->n; i++) {
         const json_node *list = json_get(s->j, v->at[i / 2], i % 2 ? "const" : "enum"), *each;
         each = list == v->list ? NULL : next_of(s, list, NULL);
+        take_steps(s, each ? list->n / 128 : 0);
         while (each && !same_value(s, each, value))
             each = next_of(s, list, each);
         if (list && list != v->list && !each)
@@ -2246,6 +2247,7 @@ static void meet_keyword(schema *s, view *v, const json_node *key, size_t row)
         v->types &= bits;
         break;
     case VALUES:
+        take_steps(s, value->n / 8);
         while ((each = next_of(s, value, each)) != NULL)
             bits |= type_of_value(s, each);
         if (bits & (ARRAY | OBJECT))

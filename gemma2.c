@@ -4780,7 +4780,7 @@ static const uint32_t *make_row(gemma2_matcher *m, uint32_t set)
 static const uint32_t *next_sets(gemma2_matcher *m, uint32_t set)
 {
     uint32_t at = m->sets[set].row;
-    return m->row_set[at] == set ? m->rows[at] : make_row(m, set);
+    return m->row_set[at] == set ? m->rows[at] : m->full ? m->rows[0] : make_row(m, set);
 }
 
 struct walk {

@@ -2867,6 +2867,11 @@ static int constrain(program *p)
     if (p->opts->max_tokens >= 0 && p->opts->max_tokens - (int64_t)p->reply.n_ids < left)
         left = p->opts->max_tokens - (int64_t)p->reply.n_ids;
     int code = gemma2_matcher_allowed(c->matcher, &c->state, left, c->mask);
+    if (code == GEMMA2_ERR_SPACE) {
+        clear_progress(p);
+        return fail(FAILED, "the reply can go on in more ways than memory is kept for; give the "
+                            "grammar or schema fewer alternatives that begin alike");
+    }
     if (code < 0)
         return engine_failed(p, "constraining the reply", code);
     if (p->end_of_reply >= 0 && may_end(c))

@@ -901,6 +901,14 @@ for n in 5 6 9 30; do
 done
 printf 'root ::= "a"\nb ::= (\n' >"$TMP/g"
 refuses "line 2, column 7: this ( is not closed" "open parenthesis" 2 "$STORY" --grammar "$TMP/g" x
+awk 'BEGIN {
+    printf "x ::= \"a\""
+    while (i++ < 1100) printf " | \"a\""
+    printf "\nroot ::= x"
+    while (j++ < 1100) printf " | x \"b\""
+}' >"$TMP/many"
+run "an ambiguous grammar" 1 "$STORY" -q --grammar "$TMP/many" x
+err_has "can go on in more ways than memory is kept for"
 refuses "do not go together" "choice and grammar" 2 "$STORY" --choice a --grammar "$TMP/g" x
 refuses "do not go together" "choice without end" 2 "$STORY" --choice a --ignore-eos x
 [ "$SYSTEM" = windows ] ||

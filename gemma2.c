@@ -4018,8 +4018,11 @@ static int32_t sample(gemma2_session *s, gemma2_sampler *p, const float *logits)
  * reply stands is a set of pairs (instruction, stack), because alternatives run side by side.  A
  * stack is again a set of such pairs: all places that may be returned to.  Sets are numbered by
  * their contents (gemma2_matcher), so what a byte does to a set is worked out once.
- * A token that a grammar names is a character beyond Unicode, TEXT_TOKEN + id for whole characters
- * and OTHER_TOKEN + id for others.  Its first byte is above NAME_MARK, as no byte of a text is. */
+ * A token that a grammar names is a character beyond Unicode: TEXT_TOKEN + id if its text is whole
+ * characters, else OTHER_TOKEN + id.  Its first byte is above NAME_MARK, as no byte of a text is.
+ * root ::= ("a" | b)* "c" becomes, without the splits that have one way:
+ *    calls: split -> call item, back to calls | byte c -> end
+ *    item:  split -> byte a -> end            | call b -> end */
 enum { OP_END, OP_BYTE, OP_CALL, OP_SPLIT };
 enum { MAX_GRAMMAR = 1 << 22, MAX_INSTS = 1 << 20, MAX_COST = 1 << 24, MAX_REPEAT = 2000,
        MAX_NESTING = 250, MAX_RANGES = 1000, MAX_CODE = 0x10ffff, MAX_WORK = 3 << 27,
@@ -4028,10 +4031,10 @@ static const uint32_t NOWHERE = 0xffffffff;
 
 struct inst {
     uint8_t op, low, high; /* OP_BYTE: bytes low..high */
-    uint8_t sound;         /* no rule calls itself before a byte is read */
-    uint32_t next;
-    uint32_t other; /* OP_CALL: where the rule starts; next is where it returns to.  OP_BYTE and
-                     * OP_SPLIT: the second way, or NOWHERE */
+    uint8_t sound;         /* from here no rule calls itself before it reads: see settle */
+    uint32_t next;         /* OP_CALL: where the rule returns to */
+    uint32_t other; /* OP_CALL: where the rule starts.  OP_SPLIT: the second way, or NOWHERE.
+                     * OP_BYTE: what may be read in place of the byte, or NOWHERE */
     uint32_t cost;  /* bytes of the shortest way to the end of the rule; a named token is 1 */
 };
 
@@ -4043,7 +4046,7 @@ struct gemma2_grammar {
 
 struct rule {
     struct text name; /* where the grammar has it first */
-    uint32_t start;   /* an OP_SPLIT that leads to what it is; to 0 while that is not known */
+    uint32_t start;   /* an OP_SPLIT that leads to the body; to 0 until the body is read */
 };
 
 struct parser {
@@ -4055,7 +4058,7 @@ struct parser {
     struct errbuf *err;
 };
 
-/* Refuses what stands at that byte of the text, and ends the text.  Returns 0. */
+/* Refuses what stands at that byte and ends the text, so that all loops stop.  Returns 0. */
 __attribute__((format(PRINTF_FORMAT, 3, 4)))
 static uint32_t refuse(struct parser *p, uint32_t at, const char *format, ...)
 {
@@ -4075,8 +4078,8 @@ static uint32_t refuse(struct parser *p, uint32_t at, const char *format, ...)
     return 0;
 }
 
-/* Appends an instruction that leads to the one behind it.  Returns its index; after a failure that
- * does not matter. */
+/* Appends an instruction that leads to the one behind it.  Returns its index, or without room 0:
+ * callers then write into [0] of a grammar that is thrown away. */
 static uint32_t put(struct parser *p, int op, uint32_t other)
 {
     gemma2_grammar *g = p->g;
@@ -4087,16 +4090,16 @@ static uint32_t put(struct parser *p, int op, uint32_t other)
     return g->n_insts++;
 }
 
-/* Leads link to characters low..high, of which `more` bytes follow the first, or to such ends of
- * characters; the first byte has the bits of mark.  Their last bytes lead to NOWHERE as yet.
+/* Leads link to the UTF-8 of characters low..high: a byte with the bits of mark, then `more` bytes.
+ * For those, low and high are the bits that remain.  Last bytes lead to NOWHERE as yet.
  * Returns the link for other characters. */
 static uint32_t *put_codes(struct parser *p, uint32_t *link, uint32_t low, uint32_t high,
                            uint32_t more, uint32_t mark)
 {
     uint32_t unit = 1u << 6 * more; /* characters of one first byte */
     for (uint32_t end; low <= high; low = end + 1) {
-        end = (high + 1) / unit * unit; /* of whole units, else of a part of one */
-        end = low % unit == 0 && end > low ? end - 1 : min_u32(high, low | (unit - 1));
+        uint32_t whole = (high + 1) / unit * unit; /* behind the last whole unit */
+        end = low % unit == 0 && whole > low ? whole - 1 : min_u32(high, low | (unit - 1));
         *link = p->g->n_insts;
         struct inst *byte = &p->g->insts[put(p, OP_BYTE, NOWHERE)];
         byte->low = (uint8_t)(mark | low / unit), byte->high = (uint8_t)(mark | end / unit);
@@ -4109,14 +4112,14 @@ static uint32_t *put_codes(struct parser *p, uint32_t *link, uint32_t low, uint3
     return link;
 }
 
-/* A character of one of the ranges low << 32 | high. */
+/* Puts one character of n ranges low << 32 | high.  A range with low > high is empty. */
 static void put_class(struct parser *p, const uint64_t *ranges, uint32_t n)
 {
     enum { FORMS = 6 };
     static const struct form {
         uint32_t low, high, more, mark;
-    } forms[FORMS] = {{0, 0x7f, 0, 0}, {0x80, 0x7ff, 1, 0xc0}, {0x10000, MAX_CODE, 3, 0xf0},
-                      {0x800, 0xd7ff, 2, 0xe0}, {0xe000, 0xffff, 2, 0xe0}, /* no surrogates */
+    } forms[FORMS] = {{0, 0x7f, 0, 0}, {0x80, 0x7ff, 1, 0xc0}, {0x800, 0xd7ff, 2, 0xe0},
+                      {0xe000, 0xffff, 2, 0xe0}, /* no surrogates */ {0x10000, MAX_CODE, 3, 0xf0},
                       {TEXT_TOKEN, TEXT_TOKEN + OTHER_TOKEN - 1, NAME_BYTES - 1, NAME_MARK}};
     gemma2_grammar *g = p->g;
     uint32_t first = g->n_insts, start, *link = &start;
@@ -4126,7 +4129,7 @@ static void put_class(struct parser *p, const uint64_t *ranges, uint32_t n)
         link = put_codes(p, link, low > f->low ? low : f->low, min_u32(high, f->high), f->more,
                          f->mark);
     }
-    for (uint32_t i = first; i < g->n_insts; i++)
+    for (uint32_t i = first; i < g->n_insts; i++) /* NOWHERE becomes what follows the class */
         g->insts[i].next = min_u32(g->insts[i].next, g->n_insts);
 }
 
@@ -4134,7 +4137,7 @@ static void put_class(struct parser *p, const uint64_t *ranges, uint32_t n)
 
 static int peek(const struct parser *p) { return p->at < p->size ? p->text[p->at] : -1; }
 
-/* Whether that comes next; then it is read. */
+/* Reads the word if it comes next.  Returns whether it did. */
 static int next_is(struct parser *p, const char *word)
 {
     uint32_t start = p->at;
@@ -4153,7 +4156,7 @@ static void skip_blanks(struct parser *p, int newlines)
                 p->at++;
 }
 
-/* A number between blanks; NOWHERE for none. */
+/* Reads a number between blanks.  Returns NOWHERE if there is none. */
 static uint32_t read_number(struct parser *p)
 {
     uint32_t n = NOWHERE;
@@ -4163,7 +4166,7 @@ static uint32_t read_number(struct parser *p)
     return n;
 }
 
-/* The next character of a literal or class, with its escapes; behind the last one NOWHERE. */
+/* Reads a character of a literal or class, which begins at start.  NOWHERE: it has read `end`. */
 static uint32_t read_char(struct parser *p, uint32_t start, int end)
 {
     static const char names[] = "xuUtnr\\\"[]", codes[] = "\2\4\10\t\n\r\\\"[]";
@@ -4184,7 +4187,7 @@ static uint32_t read_char(struct parser *p, uint32_t start, int end)
     if (!name)
         return refuse(p, at, "there is no such escape; there are \\t \\n \\r \\\\ \\\" \\[ \\] "
                              "\\xHH \\uHHHH \\UHHHHHHHH");
-    code = (uint32_t)codes[name - names], p->at++;
+    code = (uint32_t)codes[name - names], p->at++; /* of x, u and U: how many digits follow */
     if (name >= names + 3)
         return code;
     for (n = code, code = 0; n > 0; n--, p->at++) {
@@ -4208,7 +4211,7 @@ static int compare_keys(const void *left, const void *right)
 static void read_class(struct parser *p)
 {
     uint64_t ranges[MAX_RANGES + 1]; /* low << 32 | high */
-    uint32_t start = p->at - 1, first = p->g->n_insts, n = 0, next = 0;
+    uint32_t start = p->at - 1, first = p->g->n_insts, n = 0, gap = 0; /* gap: behind the ranges */
     int negated = next_is(p, "^");
     for (uint32_t low, high; (low = high = read_char(p, start, ']')) != NOWHERE;) {
         if (peek(p) == '-' && p->at + 1 < p->size && p->text[p->at + 1] != ']') {
@@ -4217,23 +4220,23 @@ static void read_class(struct parser *p)
         }
         if (high < low || n == MAX_RANGES)
             refuse(p, p->at, high < low ? "this range ends before it begins"
-                                        : "this class has too many parts; make two of it");
+                                        : "this class has too many parts: make it two, (a | b)");
         else
             ranges[n++] = (uint64_t)low << 32 | high;
     }
     qsort(ranges, n, sizeof *ranges, compare_keys);
     ranges[n] = (uint64_t)(MAX_CODE + 1) << 32; /* behind all characters, for the last gap */
-    for (uint32_t i = 0; i <= n && negated; i++) { /* gaps; an empty one ends before it begins */
+    for (uint32_t i = 0; i <= n && negated; i++) { /* the gaps; 1..0 is an empty one */
         uint32_t low = (uint32_t)(ranges[i] >> 32), high = (uint32_t)ranges[i];
-        ranges[i] = low > next ? (uint64_t)next << 32 | (low - 1) : (uint64_t)1 << 32;
-        next = high >= next ? high + 1 : next;
+        ranges[i] = low > gap ? (uint64_t)gap << 32 | (low - 1) : (uint64_t)1 << 32;
+        gap = high >= gap ? high + 1 : gap;
     }
     put_class(p, ranges, n + (uint32_t)negated);
     if (p->g->n_insts == first)
         refuse(p, start, "no character is in this class");
 }
 
-/* <[id]> or <text>, one token; with ! before it any token of text but that. */
+/* Reads <[id]> or <text>: that token.  With ! before it: any other token of whole characters. */
 static void read_token(struct parser *p)
 {
     const gemma2_model *m = p->g->model;
@@ -4260,7 +4263,8 @@ static void read_token(struct parser *p)
     put_class(p, ranges[negated], 2);
 }
 
-/* Where the rule of that name starts, which may be defined later.  no_name: what to say of none. */
+/* Reads a name and returns where its rule starts, which may be defined later, or again: the last
+ * definition counts.  no_name is the message if there is no name. */
 static uint32_t read_name(struct parser *p, const char *no_name)
 {
     struct text name = {p->text + p->at, 0};
@@ -4280,8 +4284,8 @@ static uint32_t read_name(struct parser *p, const char *no_name)
     }
 }
 
-/* *, +, ? or {m,n} behind an item, which becomes a rule that is called so often: the instruction
- * before it leads to the calls. */
+/* Reads *, +, ? or {m,n} behind an item, which then becomes a rule: an OP_END closes it, and
+ * `before` leads past it to m calls, then to a split and a call for each that may be left out. */
 static void read_repeat(struct parser *p, uint32_t before)
 {
     gemma2_grammar *g = p->g;
@@ -4297,7 +4301,7 @@ static void read_repeat(struct parser *p, uint32_t before)
     }
     put(p, OP_END, NOWHERE);
     uint32_t item = g->insts[before].next, calls = most == NOWHERE ? least + 1 : most;
-    uint32_t end = g->n_insts + 2 * calls - least;
+    uint32_t end = g->n_insts + 2 * calls - least; /* behind all calls and splits */
     g->insts[before].next = g->n_insts;
     for (uint32_t i = 0; i < calls && !p->failed; i++) {
         if (i >= least)
@@ -4305,14 +4309,14 @@ static void read_repeat(struct parser *p, uint32_t before)
         put(p, OP_CALL, item);
     }
     if (most == NOWHERE)
-        g->insts[g->n_insts - 1].next = g->n_insts - 2; /* the last one repeats */
+        g->insts[g->n_insts - 1].next = g->n_insts - 2; /* the last call returns to its split */
 }
 
 static void read_ways(struct parser *p, int nesting);
 
 static void read_item(struct parser *p, int nesting)
 {
-    uint32_t start = p->at, before = put(p, OP_SPLIT, NOWHERE);
+    uint32_t start = p->at, before = put(p, OP_SPLIT, NOWHERE); /* which read_repeat leads past */
     int c = peek(p);
     if (next_is(p, "\"")) {
         for (uint64_t code; (code = read_char(p, start, '"')) != NOWHERE;)
@@ -4332,17 +4336,17 @@ static void read_item(struct parser *p, int nesting)
     } else {
         uint32_t call = put(p, OP_CALL, 0);
         p->g->insts[call].other = read_name(p, "nothing of a grammar begins with this character");
-        p->g->insts[call].next = p->g->n_insts; /* past the rule's start, if that is new */
+        p->g->insts[call].next = p->g->n_insts; /* a new rule's start lies between */
     }
     for (skip_blanks(p, nesting); (c = peek(p)) > 0 && strchr("*+?{", c); skip_blanks(p, nesting))
         read_repeat(p, before);
 }
 
-/* Alternatives, up to the ')' or the end of the rule. */
+/* Reads alternatives, up to the ')' or the end of the rule.  MAX_NESTING bounds the C stack. */
 static void read_ways(struct parser *p, int nesting)
 {
     gemma2_grammar *g = p->g;
-    for (uint32_t end = 0;; p->at++) {
+    for (uint32_t end = 0;; p->at++) { /* 0: no way before, and [0].next is not used */
         uint32_t way = put(p, OP_SPLIT, NOWHERE);
         skip_blanks(p, 1);
         while (peek(p) >= 0 && !memchr("|)\r\n", peek(p), 4))
@@ -4360,44 +4364,44 @@ static void read_ways(struct parser *p, int nesting)
 /* A byte costs 1.  The first of a named token spares this, so that its bytes together cost 1. */
 static uint32_t spares(uint32_t byte) { return byte > NAME_MARK ? NAME_BYTES - 1 : 0; }
 
-/* Works out what instructions cost, and then which are sound, from those that they lead to: from
- * the last to the first, until nothing changes.  Only repetitions lead back, to where the rule has
- * been.  0: it takes too long. */
+/* Works out what instructions cost, then which are sound, from the last to the first until nothing
+ * changes.  None is sound at first, and a rule that waits for itself stays so: left recursion.
+ * What leads back is a repetition: its split looks at the ways.  0: it takes too long. */
 static int settle(gemma2_grammar *g)
 {
     static const struct inst no_way = {.sound = 1, .cost = 0xffffffff};
-    int knows_costs = 0;
-    for (uint64_t work = 0; knows_costs < 2 && work < MAX_WORK; work += g->n_insts) {
+    int n_known = 0; /* 1: costs.  2: soundness too */
+    for (uint64_t work = 0; n_known < 2 && work < MAX_WORK; work += g->n_insts) {
         int news = 0;
         for (uint32_t at = g->n_insts; at-- > 0;) {
             struct inst *i = &g->insts[at], *next = &g->insts[i->next];
             const struct inst *other = i->other == NOWHERE ? &no_way : &g->insts[i->other];
             if (i->op == OP_CALL && other->op == OP_SPLIT && other->other == NOWHERE)
-                other = &g->insts[i->other = other->next]; /* not by way of a name */
+                other = &g->insts[i->other = other->next]; /* past a split that has one way */
             uint64_t cost = next->cost, old_cost = i->cost;
             int sound = i->next <= at || next->sound, old_sound = i->sound;
             if (i->op == OP_CALL) {
                 cost += other->cost;
-                sound = other->sound && (sound || other->cost);
+                sound = other->sound && (sound || other->cost); /* cost 0: the rule may be empty */
             } else {
                 cost = i->op == OP_END ? 0 : i->op == OP_BYTE ? cost + 1 - spares(i->low) : cost;
                 cost = cost < other->cost ? cost : other->cost;
                 sound = i->op != OP_SPLIT || (sound && other->sound);
             }
             i->cost = cost > MAX_COST ? NOWHERE : (uint32_t)cost;
-            i->sound = knows_costs && sound;
+            i->sound = n_known == 1 && sound;
             news |= i->cost != old_cost || i->sound != old_sound;
         }
-        knows_costs += !news;
+        n_known += !news;
     }
-    return knows_costs == 2;
+    return n_known == 2;
 }
 
-/* Makes the machine of the whole text, and refuses one that cannot be run. */
+/* Reads the whole text, and refuses a grammar that cannot be run. */
 static int read_grammar(struct parser *p)
 {
     gemma2_grammar *g = p->g;
-    struct rule bad = {.start = 0}; /* the last one */
+    struct rule bad = {.start = 0}; /* the last: earlier ones may only be its callers */
     for (skip_blanks(p, 1); peek(p) >= 0; skip_blanks(p, 1)) {
         uint32_t start = read_name(p, "a rule was expected here: name ::= ...");
         skip_blanks(p, 0);
@@ -4412,7 +4416,7 @@ static int read_grammar(struct parser *p)
     if (p->failed)
         return 0;
     if (!settle(g))
-        return fail(p->err, "rules of the grammar lean on each other in too long a chain");
+        return fail(p->err, "rules call each other in too long a chain: make the grammar smaller");
     for (const struct rule *r = p->rules; r < p->rules + p->n_rules; r++) {
         if (r->start > bad.start && !(g->insts[r->start].next && g->insts[r->start].sound))
             bad = *r;
@@ -4422,25 +4426,25 @@ static int read_grammar(struct parser *p)
     if (bad.start)
         refuse(p, (uint32_t)(bad.name.p - p->text), g->insts[bad.start].next ?
                "the rule '%.*s' can begin with itself, or with a rule that can (left recursion): "
-               "let it end with itself" : "there is no rule '%.*s'",
+               "move that call to the end of the rule" : "there is no rule '%.*s'",
                (int)min_u32(bad.name.n, 60), (const char *)bad.name.p);
     else if (!g->root)
         return fail(p->err, "the grammar has no rule 'root'");
     else if (g->insts[g->root].cost == NOWHERE)
-        return fail(p->err, "the grammar has no sentence of at most %d bytes", MAX_COST);
+        return fail(p->err, "no text of at most %d bytes fits the grammar", MAX_COST);
     return !p->failed;
 }
 
 /* ---- the vocabulary as a tree of bytes, for masks ----
  *
- * Nodes lie in depth-first order: a node's subtree follows it, and skip leads past it.  Most
- * tokens are plain text: where a grammar takes any such text their bits are ready, so they have a
- * tree of their own behind that of the others.  That begins with all tokens as they are named. */
+ * Nodes lie in depth-first order: a node's subtree follows it, and skip leads past it.  Tokens of
+ * plain text, which are most, have a second tree: where a grammar takes any plain text, fill_plain
+ * has their bits and needs no walk.  The first tree begins with all tokens as they are named. */
 enum { MAX_TOKEN_BYTES = 255, PLAIN_CHARS = 16, NO_TOKEN = 0xffffff };
 
 struct node {
-    uint32_t skip;  /* nodes of the subtree, this one included << 8 | byte */
-    uint32_t token; /* id or NO_TOKEN << 8 | depth, 1 at the top */
+    uint32_t skip;  /* (nodes of the subtree with this one) << 8 | byte */
+    uint32_t token; /* (id or NO_TOKEN) << 8 | depth; 1 at the top */
 };
 
 struct vocabulary {
@@ -4451,20 +4455,21 @@ struct vocabulary {
 
 struct token {
     struct text bytes;
-    uint32_t id, kind; /* see text_kind */
+    uint32_t id, kind; /* above 1: plain.  See text_kind */
 };
 
 static int compare_tokens(const void *left, const void *right)
 {
     const struct token *a = left, *b = right;
-    int order = (a->kind > 1) - (b->kind > 1);
+    int order = (a->kind > 1) - (b->kind > 1); /* plain tokens come last */
     order = order ? order : compare_text(a->bytes, b->bytes);
     return order ? order : (a->id > b->id) - (a->id < b->id);
 }
 
 /* 1 + the number of characters if they are plain, 1 for other whole characters, 0 for a part of a
- * character.  Plain are up to PLAIN_CHARS characters that JSON writes as they are, but for U+2000
- * to U+203F, among which are ends of lines. */
+ * character.  Plain are up to PLAIN_CHARS characters that rules for JSON seldom tell apart: no
+ * controls, quotes or backslashes, and none of U+2000..U+203F, which has ends of lines.
+ * note_plain has the same characters as ranges of bytes. */
 static uint32_t text_kind(struct text s)
 {
     uint32_t chars = 0, length, plain = 1;
@@ -4479,7 +4484,7 @@ static uint32_t text_kind(struct text s)
     return plain && chars <= PLAIN_CHARS ? 1 + chars : 1;
 }
 
-/* The bytes that a token adds to a reply, 0 of them for one that has no text. */
+/* Writes the bytes that a token adds to a reply.  Returns how many, 0 if it has no text. */
 static uint32_t token_bytes(const struct tokenizer *t, uint32_t id, uint8_t *bytes)
 {
     struct text s = piece_text(t, id);
@@ -4491,7 +4496,7 @@ static uint32_t token_bytes(const struct tokenizer *t, uint32_t id, uint8_t *byt
     return (uint32_t)spaced_text(s, (char *)bytes);
 }
 
-/* A token as the bytes of its text or, named, as those of its character.  0: no reply has it so. */
+/* Writes a token as its text or, named, as its character.  Returns how many bytes, 0 for none. */
 static uint32_t spell_token(const struct tokenizer *t, uint32_t id, int named, uint8_t *bytes)
 {
     uint32_t n = token_bytes(t, id, bytes);
@@ -4505,7 +4510,7 @@ static uint32_t spell_token(const struct tokenizer *t, uint32_t id, int named, u
     return NAME_BYTES;
 }
 
-/* Makes the trees of tokens.  Tokens of equal bytes become brothers. */
+/* Makes the trees of sorted tokens.  Each adds a node, so tokens of equal bytes are brothers. */
 static void build_trees(struct vocabulary *v, const struct token *t, uint32_t n)
 {
     for (uint32_t i = 0; i < n; i++) {
@@ -4558,8 +4563,8 @@ static struct vocabulary *make_vocabulary(const gemma2_model *m)
     return v;
 }
 
-/* The model's, made when first asked for.  Threads that ask at once all make one; the first to
- * finish wins. */
+/* The model's vocabulary, made at the first call.  If threads ask at once, each makes one and the
+ * first to finish wins. */
 static const struct vocabulary *vocabulary_of(const gemma2_model *m)
 {
     struct vocabulary *none_yet = NULL, *v = atomic_load(m->vocabulary);
@@ -4573,42 +4578,44 @@ static const struct vocabulary *vocabulary_of(const gemma2_model *m)
 }
 
 /* ---- matching: numbered sets, and masks ---- */
+/* Sets and items take 32 MB.  Searches count nodes, EXACT_LIMIT tokens. */
 enum { MAX_SETS = 1 << 19, MAX_ITEMS = 1 << 21, MAX_ROWS = 4096, MAX_MASKS = 32,
        MAX_CLOSURE = MAX_INSTS, MAX_FAMILY = 500, SLOTS = 1 << 15,
-       SMALL_SEARCH = 3000, LARGE_SEARCH = 1 << 20, EXACT_LIMIT = 16 };
+       SMALL_SEARCH = 3000, LARGE_SEARCH = 1 << 20, EXACT_LIMIT = 16, MOST_LEFT = 1 << 30 };
 
 struct set {
     uint32_t first, n;
     uint32_t chained; /* the next set in its slot, or 0 */
     uint32_t cost;   /* bytes of the shortest way to an end of the reply; 0: it may end here */
-    uint32_t row;    /* where its row is, if it is still there */
-    uint32_t tokens; /* 1 + tokens of a short way, or 0 where that is not known */
-    uint32_t mark;   /* of the search that saw it last */
+    uint32_t row;    /* where its row is, if row_set there names the set */
+    uint32_t tokens; /* 1 + what tokens_of found, or 0 before it searched */
+    uint32_t mark;   /* of the last search that saw it */
 };
 
 struct gemma2_matcher {
     const gemma2_grammar *grammar;
     const struct vocabulary *vocabulary;
-    uint32_t n_sets, n_items, n_rows, mark, tag;
-    int full;                      /* something did not fit: an answer is incomplete */
-    struct set sets[MAX_SETS];     /* 0: dead.  1: the reply is over */
+    uint32_t n_sets, n_items, n_rows, mark, tag, sets_left, items_left; /* left by forget */
+    int full;                      /* something did not fit, so an answer lacks it */
+    struct set sets[MAX_SETS];     /* 0: dead.  1: item 0, so the reply is over */
     uint64_t items[MAX_ITEMS];     /* stack << 32 | instruction, ascending in each set */
     uint32_t set_slots[SLOTS];     /* hash of sets: the last one in each slot */
-    uint32_t rows[MAX_ROWS][256], row_set[MAX_ROWS]; /* what each byte makes of row_set */
+    uint32_t rows[MAX_ROWS][256], row_set[MAX_ROWS]; /* what follows row_set; [0]: nothing */
     struct ready_mask {
-        uint32_t set, worst; /* good while worst tokens may follow */
-    } ready[MAX_MASKS];      /* by the last bits of the set */
+        uint32_t set, worst; /* holds while at least `worst` tokens may follow */
+    } ready[MAX_MASKS];      /* at set % MAX_MASKS */
     /* scratch */
     uint32_t n_closure, n_gathered;
     uint64_t closure[MAX_CLOSURE]; /* [0] is not used */
     uint32_t seen[MAX_CLOSURE];    /* hash of the closure: the last place in each slot, or 0 */
     uint32_t seen_before[MAX_CLOSURE]; /* the place before it in its slot */
     uint64_t calls[MAX_CLOSURE], gathered[MAX_CLOSURE];
-    uint32_t queue[MAX_SETS];
+    uint32_t queue[MAX_SETS]; /* sets that a search found; new numbers in forget */
     uint32_t masks[]; /* [MAX_MASKS][words] */
 };
 
-/* The number of the set of what was gathered; 0 for nothing or where there is no room. */
+/* Empties `gathered` and returns the number of its set, or 0 for nothing and without room.
+ * close_set does this too, so gather only behind it. */
 static uint32_t intern(gemma2_matcher *m)
 {
     uint64_t *items = m->gathered, h = 0;
@@ -4633,7 +4640,7 @@ static uint32_t intern(gemma2_matcher *m)
     for (uint32_t i = 0; i < n; i++) {
         uint32_t own = m->grammar->insts[(uint32_t)items[i]].cost;
         uint32_t stack = (uint32_t)(items[i] >> 32);
-        s.cost = min_u32(s.cost, min_u32(own + (stack ? m->sets[stack].cost : 0), 1u << 30));
+        s.cost = min_u32(s.cost, min_u32(own + (stack ? m->sets[stack].cost : 0), MOST_LEFT));
     }
     memcpy(m->items + m->n_items, items, n * sizeof *items);
     m->n_items += n;
@@ -4648,10 +4655,10 @@ static void gather(gemma2_matcher *m, const uint64_t *items, uint32_t n)
         m->gathered[m->n_gathered++] = items[i];
 }
 
-/* Forgets all sets but 1, that one and the stacks that it needs; returns its new number. */
+/* Forgets all sets but 1, keep and its stacks.  States turn invalid.  Returns keep's number. */
 static uint32_t forget(gemma2_matcher *m, uint32_t keep)
 {
-    uint32_t *to = m->queue; /* [keep + 1] new numbers; a stack has a lower number than its users */
+    uint32_t *to = m->queue; /* [keep + 1] 1: kept.  Stacks are below their users */
     memset(to, 0, (keep + (size_t)1) * sizeof *to);
     to[1] = to[keep] = 1;
     for (uint32_t i = keep; i > 1; i--)
@@ -4670,12 +4677,14 @@ static uint32_t forget(gemma2_matcher *m, uint32_t keep)
             item = (uint64_t)to[item >> 32] << 32 | (uint32_t)item;
             gather(m, &item, 1);
         }
-        to[i] = intern(m);
+        to[i] = intern(m); /* its new number */
     }
+    m->sets_left = m->n_sets, m->items_left = m->n_items;
     return to[keep];
 }
 
-/* Gathers (instruction, stack); at the end of a rule it goes on where the stack says. */
+/* Gathers (instruction, stack).  At the end of a rule it gathers what the stack holds instead, so a
+ * call at the end of a rule adds no depth. */
 static void collect(gemma2_matcher *m, uint32_t at, uint32_t stack)
 {
     const gemma2_grammar *g = m->grammar;
@@ -4713,7 +4722,8 @@ static void reach_all(gemma2_matcher *m, uint32_t set)
         reach(m, m->items[m->sets[set].first + i]);
 }
 
-/* Reaches what rules begin with that are called, all callers of one rule with the same stack. */
+/* Enters the rules that are called.  All callers of a rule get one stack, the set of the places
+ * they return to, so ambiguity adds places and not sets. */
 static void enter_rules(gemma2_matcher *m, uint32_t n_calls)
 {
     const gemma2_grammar *g = m->grammar;
@@ -4729,13 +4739,13 @@ static void enter_rules(gemma2_matcher *m, uint32_t n_calls)
     }
 }
 
-/* All instructions that a set reaches before it reads, into m->closure. */
+/* Puts into closure all instructions that the set reaches before it reads. */
 static void close_set(gemma2_matcher *m, uint32_t set)
 {
     uint32_t n_calls;
     m->n_closure = 1;
     reach_all(m, set);
-    for (uint32_t at = 1; at < m->n_closure; enter_rules(m, n_calls))
+    for (uint32_t at = 1; at < m->n_closure;) {
         for (n_calls = 0; at < m->n_closure; at++) {
             uint64_t item = m->closure[at], stack = item >> 32;
             const struct inst *i = &m->grammar->insts[(uint32_t)item];
@@ -4748,14 +4758,16 @@ static void close_set(gemma2_matcher *m, uint32_t set)
             if (i->op == OP_END)
                 reach_all(m, (uint32_t)stack);
         }
+        enter_rules(m, n_calls);
+    }
 }
 
-/* Works out what each byte makes of a set; nothing where there is no room for it. */
+/* Works out what each byte makes of a set.  Without room no byte may follow. */
 static const uint32_t *make_row(gemma2_matcher *m, uint32_t set)
 {
     const struct inst *insts = m->grammar->insts;
     struct set *s = &m->sets[set];
-    uint8_t starts[257] = {0};
+    uint8_t starts[257] = {0}; /* bytes from which other leaves count than before */
     uint32_t at = 1 + m->n_rows++ % (MAX_ROWS - 1), *row = m->rows[at], n_leaves = 0;
     close_set(m, set);
     for (uint32_t i = 1; i < m->n_closure; i++) {
@@ -4776,7 +4788,7 @@ static const uint32_t *make_row(gemma2_matcher *m, uint32_t set)
     return m->full ? m->rows[0] : row;
 }
 
-/* The sets that follow a set, by byte.  Good until MAX_ROWS others are made. */
+/* The sets that follow a set, by byte.  Good until forget, or until MAX_ROWS - 1 more are made. */
 static const uint32_t *next_sets(gemma2_matcher *m, uint32_t set)
 {
     uint32_t at = m->sets[set].row;
@@ -4786,15 +4798,15 @@ static const uint32_t *next_sets(gemma2_matcher *m, uint32_t set)
 struct walk {
     uint32_t limit; /* most tokens that may follow the one allowed */
     uint32_t *mask; /* NULL: sets are collected in the matcher's queue */
-    uint32_t worst; /* most tokens that an allowed one needs behind it; NOWHERE: a token that needs
-                     * more than the limit is left out */
+    uint32_t worst; /* most tokens that an allowed one needs behind it; NOWHERE: some tokens need
+                     * more than the limit and are left out */
     int only_shortest; /* only ways of the least cost count */
-    uint32_t n_found, nodes, most_nodes;
+    uint32_t n_found, nodes, most_nodes; /* sets in the queue; nodes that were looked at */
 };
 
 static uint32_t tokens_of(gemma2_matcher *m, uint32_t set, uint32_t limit);
 
-/* The token leads to the set: allows it, or notes the set. */
+/* Allows the token, which leads to the set, or for a search notes the set. */
 static void take_token(gemma2_matcher *m, struct walk *w, uint32_t token, uint32_t set)
 {
     struct set *s = &m->sets[set];
@@ -4808,7 +4820,7 @@ static void take_token(gemma2_matcher *m, struct walk *w, uint32_t token, uint32
     w->mask[token / 32] |= fits << token % 32;
 }
 
-/* All tokens of the first n nodes that may follow the set. */
+/* Takes the tokens of the first n nodes that may follow the set. */
 static void walk_trees(gemma2_matcher *m, uint32_t set, uint32_t n, struct walk *w)
 {
     uint32_t path[MAX_TOKEN_BYTES + 1] = {set};
@@ -4825,9 +4837,9 @@ static void walk_trees(gemma2_matcher *m, uint32_t set, uint32_t n, struct walk 
     }
 }
 
-/* The fewest tokens of all ways to the end, or only of those that are shortest by bytes; NOWHERE
- * if the search grows large.  What remains of a way behind a token is found by the same search, so
- * a way that is found stays open. */
+/* The fewest tokens of all ways to the end, or only of those that are shortest by bytes.  NOWHERE:
+ * the search grows large.  A search from a set on the way found looks at no more nodes, so it finds
+ * the rest of that way: whoever follows it gets to the end. */
 static uint32_t search_tokens(gemma2_matcher *m, uint32_t set, int only_shortest)
 {
     struct walk w = {.only_shortest = only_shortest, .n_found = 1,
@@ -4847,8 +4859,8 @@ static uint32_t search_tokens(gemma2_matcher *m, uint32_t set, int only_shortest
     return NOWHERE;
 }
 
-/* Tokens from the set to an end of the reply: enough of them if that is at most limit, else the
- * fewest that are found.  Far from the limit a byte counts as a token, which is quickly said. */
+/* How many tokens lead from the set to an end of the reply.  Any byte is a token, so where the
+ * limit is far the bytes will do.  Else it is the fewest found, but with limit 0 whether any is. */
 static uint32_t tokens_of(gemma2_matcher *m, uint32_t set, uint32_t limit)
 {
     struct set *s = &m->sets[set];
@@ -4868,18 +4880,20 @@ static uint32_t tokens_of(gemma2_matcher *m, uint32_t set, uint32_t limit)
 /* The sets that plain characters lead to. */
 struct family {
     uint32_t sets[MAX_FAMILY], n, at; /* at: whose characters are looked at */
-    int is_chain; /* each set led to one, which is new */
+    int is_chain; /* each set has led to a single new one */
 };
 
+/* Notes that characters of set f->at lead there.  0: there are too many sets. */
 static int note_set(struct family *f, uint32_t set)
 {
-    for (uint32_t i = 0; i < f->n; i++)
-        if (f->sets[i] == set)
-            return f->is_chain &= i > f->at, 1;
-    f->is_chain &= f->n == f->at + 1;
-    if (f->n == MAX_FAMILY)
+    uint32_t i = 0;
+    while (i < f->n && f->sets[i] != set)
+        i++;
+    f->is_chain &= i == f->at + 1;
+    if (i == MAX_FAMILY)
         return 0;
-    f->sets[f->n++] = set;
+    f->sets[i] = set;
+    f->n += i == f->n;
     return 1;
 }
 
@@ -4899,7 +4913,7 @@ static int note_ways(gemma2_matcher *m, struct family *f, uint32_t set, const ui
     return all ? 1 : none ? 0 : -1;
 }
 
-/* The same for all plain characters. */
+/* The same for all characters that text_kind calls plain. */
 static int note_plain(gemma2_matcher *m, struct family *f, uint32_t set)
 {
     static const uint8_t ways[][9] = {
@@ -4915,8 +4929,9 @@ static int note_plain(gemma2_matcher *m, struct family *f, uint32_t set)
     return first;
 }
 
-/* Fills the mask with plain tokens if as many plain characters may follow whichever they are; what
- * is needed behind them goes into w.  0: it depends on them. */
+/* Fills the mask with plain tokens if it does not matter which plain characters they have: any
+ * number may follow (every set that is reached takes them all), or up to `chars` (a chain that
+ * ends).  What is needed behind them goes into w.  0: it matters. */
 static int fill_plain(gemma2_matcher *m, uint32_t set, struct walk *w)
 {
     struct family f = {{set}, 1, 0, 1};
@@ -4939,12 +4954,12 @@ static int fill_plain(gemma2_matcher *m, uint32_t set, struct walk *w)
     return 1;
 }
 
-/* The tokens that may follow the set if left more may come, this one included. */
+/* Writes the tokens that may follow the set while `left` may still come, with this one. */
 static void fill_mask(gemma2_matcher *m, uint32_t set, uint32_t left, uint32_t *mask)
 {
     const gemma2_config *c = &m->grammar->model->config;
     const struct vocabulary *v = m->vocabulary;
-    struct walk w = {left - 1, mask, .most_nodes = NOWHERE};
+    struct walk w = {left - 1, mask, .most_nodes = NOWHERE}; /* not walked if left is 0 */
     size_t words = v->n_words;
     struct ready_mask *ready = &m->ready[set % MAX_MASKS];
     uint32_t *kept = m->masks + set % MAX_MASKS * words;
@@ -4963,7 +4978,7 @@ static void fill_mask(gemma2_matcher *m, uint32_t set, uint32_t left, uint32_t *
     }
 }
 
-/* What the token makes of the set, by its text or by name; 0 if the grammar does not take it. */
+/* The set behind the token, as its text or by name.  0: the grammar does not take it. */
 static uint32_t after_token(gemma2_matcher *m, uint32_t set, uint32_t id)
 {
     uint8_t bytes[MAX_PIECE_BYTES];
@@ -6169,11 +6184,9 @@ gemma2_grammar *gemma2_grammar_new(const gemma2_model *m, const char *text, int6
         p.n_rules *= 2;
     p.g = calloc(1, sizeof *p.g + (MAX_INSTS + 1) * sizeof *p.g->insts);
     p.rules = calloc(p.n_rules, sizeof *p.rules);
-    int ok = p.g && p.rules;
-    if (!ok)
-        fail(&err, "out of memory for the grammar");
-    else
-        p.g->model = m, p.g->n_insts = 1, ok = read_grammar(&p);
+    if (p.g)
+        p.g->model = m, p.g->n_insts = 1;
+    int ok = p.g && p.rules ? read_grammar(&p) : fail(&err, "out of memory for the grammar");
     free(p.rules);
     if (!ok)
         return free(p.g), NULL;
@@ -6191,7 +6204,7 @@ gemma2_matcher *gemma2_matcher_new(const gemma2_grammar *g)
     if (!m)
         return NULL;
     m->grammar = g, m->vocabulary = v;
-    m->tag = (uint32_t)((uintptr_t)m >> 6) | 1;
+    m->tag = (uint32_t)((uintptr_t)m >> 6) | 1; /* another matcher's differs, most likely */
     m->sets[0].cost = NOWHERE, m->sets[1].n = 1;
     forget(m, 1);
     return m;
@@ -6199,10 +6212,12 @@ gemma2_matcher *gemma2_matcher_new(const gemma2_grammar *g)
 
 void gemma2_matcher_free(gemma2_matcher *m) { free(m); }
 
-/* Forgets what the set does not need if the next mask might find no room; returns its number. */
+/* Forgets what the set does not need once half of the room that the last time left is used: the
+ * next mask may need much.  Returns the number of the set. */
 static uint32_t make_room(gemma2_matcher *m, uint32_t set)
 {
-    int is_short = m->full || m->n_sets > MAX_SETS / 2 || m->n_items > MAX_ITEMS / 2;
+    int is_short = m->full || m->n_sets > (MAX_SETS + m->sets_left) / 2 ||
+                   m->n_items > (MAX_ITEMS + m->items_left) / 2;
     return is_short ? forget(m, set) : set;
 }
 
@@ -6232,7 +6247,7 @@ int gemma2_matcher_allowed(gemma2_matcher *m, const gemma2_grammar_state *state,
     int status = mask && left >= -1 ? check_state(m, state) : GEMMA2_ERR_ARGUMENT;
     if (status < 0)
         return status;
-    fill_mask(m, state->set, left < 0 || left > 1 << 30 ? 1u << 30 : (uint32_t)left, mask);
+    fill_mask(m, state->set, left < 0 || left > MOST_LEFT ? MOST_LEFT : (uint32_t)left, mask);
     return m->full ? GEMMA2_ERR_SPACE : GEMMA2_OK;
 }
 

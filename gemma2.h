@@ -576,10 +576,11 @@ GEMMA2_API int32_t gemma2_top_logprobs(const float *logits, size_t n, gemma2_can
 
 /* Compiled from GBNF, the dialect of llama.cpp's grammars: rules name ::= ..., of which root is
  * the start; "text", [a-z] [^"\\], . for any character, (a | b), * + ? {m} {m,} {m,n}, # comments,
- * and tokens <[id]> <text> !<text>.  Never changes, so any number of threads may use it.  The
- * model must outlive it.  A grammar that is refused leaves "line L, column C: ..." in err: one of
- * over 4 MB, 2^20 instructions (about one for each byte of text and for each repetition) or 250
- * parentheses deep, without a sentence, or with a rule that can begin with itself.
+ * and tokens <[id]> <text> !<text>.  If a rule is defined twice, the last definition counts.  Never
+ * changes, so any number of threads may use it.  The model must outlive it.  A grammar that is
+ * refused leaves "line L, column C: ..." in err: one of over 4 MB, 2^20 instructions (about one for
+ * each byte of text and for each repetition) or 250 parentheses deep, without a sentence, or with a
+ * rule that can begin with itself.
  *
  *   gemma2_matcher_start(matcher, &state), sampler.allow = mask;
  *   for (...) {
@@ -600,9 +601,9 @@ GEMMA2_API gemma2_matcher *gemma2_matcher_new(const gemma2_grammar *grammar);
 GEMMA2_API void gemma2_matcher_free(gemma2_matcher *matcher); /* NULL is fine */
 
 /* Where a reply stands; may be copied.  A start, or a token of another copy, makes the matcher
- * forget states when its memory is half used.  GEMMA2_ERR_MISMATCH for a state that was forgotten,
- * and for one of another matcher.  GEMMA2_ERR_SPACE where it has no room for what was asked; the
- * state stays. */
+ * forget states when half of its room is used.  GEMMA2_ERR_MISMATCH for a state that was forgotten,
+ * and for one of another matcher.  GEMMA2_ERR_SPACE where it has no room for what was asked.  The
+ * state stays.  After it, only gemma2_matcher_accept or a start makes room. */
 typedef struct {
     uint32_t tag, set;
 } gemma2_grammar_state;

@@ -934,7 +934,7 @@ schema '{"properties": {"a": {"not": {}}}}' "#/properties/a/not: the keyword 'no
 schema '{"type": "integer", "minimum": 5, "maximum": 3}' "#: no integer lies between its bounds"
 schema '{"$ref": "#/none"}' '#/$ref: this $ref leads to nothing'
 schema '{"$ref": "#"}' "#: it leads back to itself"
-schema '{"allOf": [{"type": "string"}, {"type": "null"}]}' "the grammar has no sentence"
+schema '{"allOf": [{"type": "string"}, {"type": "null"}]}' "no text of at most"
 schema '{"type": "string", "minlength": 3}' "#/minlength: the keyword 'minlength' is not known"
 schema '{"prefixItems": 5}' "#/prefixItems: 'prefixItems' must be a list"
 schema '{"uniqueItems": true}' "#/uniqueItems: 'uniqueItems' must be false"
@@ -944,7 +944,7 @@ schema '{"pattern": "[é]"}' "#/pattern: the part of 'pattern' before byte 2 is 
 schema '{"properties": {"a": {}}, "patternProperties": {"b": {}}}' \
     "#/patternProperties: named keys stand beside no 'patternProperties'"
 schema '{"patternProperties": {"a": {}, "b": {}}}' "known only as one pattern"
-schema '{"minItems": 1, "items": {"enum": []}}' "the grammar has no sentence"
+schema '{"minItems": 1, "items": {"enum": []}}' "no text of at most"
 schema '{"enum": ["a"], "minLength": 2}' \
     "#/enum/0: no keyword but 'type' is known beside this listed value"
 schema '{"allOf": [{"pattern": "a"}, {"pattern": "b"}]}' "#/allOf/1/pattern: two of 'pattern'"

@@ -46,7 +46,7 @@ static const struct language {
 static const char *const REFUSED[][2] = {
     {"root ::= root \"a\" | \"b\"", "line 1, column 1: the rule 'root' can begin with itself"},
     {"root ::= \"x\" | n root \"a\"\nn ::= \"\"", "can begin with itself"},
-    {"root ::= \"a\" root", "the grammar has no sentence"},
+    {"root ::= \"a\" root", "no text of at most"},
     {"a ::= \"a\"", "no rule 'root'"},
     {"root ::= \"a\"\nb ::= c", "line 2, column 7: there is no rule 'c'"},
     {"root ::= (\"a\"", "line 1, column 10: this ( is not closed"},
@@ -275,6 +275,23 @@ static void test_large_grammars(void)
     free(text);
 }
 
+/* Where a deep state needs over half of the memory, half of the rest must be used. */
+static void test_room(void)
+{
+    gemma2_grammar *g = gemma2_grammar_new(words, "root ::= \"a\"", -1, NULL, 0);
+    gemma2_matcher *m = gemma2_matcher_new(g);
+    check(m != NULL, "a small grammar is refused");
+    if (m) {
+        uint32_t tag = m->tag;
+        m->n_sets = m->sets_left = MAX_SETS / 8 * 5;
+        check(make_room(m, 1) == 1 && m->tag == tag, "what cannot be forgotten is copied");
+        m->n_sets = MAX_SETS / 8 * 7;
+        check(make_room(m, 1) == 1 && m->tag != tag && m->n_sets == 2, "nothing is forgotten");
+    }
+    gemma2_matcher_free(m);
+    gemma2_grammar_free(g);
+}
+
 static void test_pieces(void)
 {
     static const struct {
@@ -313,6 +330,7 @@ static void test_constraints(void)
     test_huge_grammars();
     test_named_tokens();
     test_large_grammars();
+    test_room();
     test_pieces();
     gemma2_close(words);
 }

@@ -1590,8 +1590,8 @@ static void close_constraint(constraint *c)
     *c = (constraint){0};
 }
 
-/* Makes the constraint of a grammar, unless it is that already; returns 0 with a sentence in err,
- * which has a line and a column only if the user wrote the grammar. */
+/* Makes the constraint of a grammar, or keeps it if it has the same text.  Returns 0 with a
+ * sentence in err, which has a line and a column only if the user wrote the grammar. */
 static int open_constraint(constraint *c, const gemma2_model *model, const char *gbnf, size_t n,
                            int written, char *err, size_t size)
 {
@@ -1603,6 +1603,8 @@ static int open_constraint(constraint *c, const gemma2_model *model, const char 
     const char *what = !c->grammar && !written && !strncmp(err, "line ", 5) ? strchr(err, ':') : 0;
     if (what)
         memmove(err, what + 2, strlen(what + 2) + 1);
+    else if (!c->grammar && !written && strstr(err, "fits the grammar"))
+        snprintf(err, size, "no value fits the schema, or only values that are too long");
     if (!c->grammar)
         return 0;
     c->matcher = gemma2_matcher_new(c->grammar);
@@ -1646,6 +1648,7 @@ static int add_choices(array *gbnf, const char *const *texts, size_t n)
     return !out.error;
 }
 
+/* Whether a word is in a list that has a blank around each. */
 static int in_words(const char *words, const char *word)
 {
     size_t n = strcspn(word, " ");
@@ -1658,17 +1661,17 @@ static int in_words(const char *words, const char *word)
 /* ---- JSON Schema as a grammar.
  *
  * A rule stands for a set of schemas that a value must meet together.  A `view` is what they say:
- * meet() reads a schema into it, and what $ref and allOf lead to joins the set.  So does the list
- * of anyOf or oneOf, until put_ways() takes each of its ways.  An object that names keys gets no
- * others, and keys stand in the order in which they are named. ---- */
+ * meet() reads a schema into it, and what $ref and allOf lead to joins the set.  A list of anyOf or
+ * oneOf waits in the set until put_ways() replaces it by each of its ways in turn.  An object that
+ * names keys gets no others, and its keys stand in the order in which they are named. ---- */
 
-/* Types are bits for each json_kind, and one more: numbers without a fraction are INTEGER. */
+/* Types are bits, one for each json_kind, but JSON_NUMBER has two: INTEGER, and FRACTION. */
 enum { NO_VALUE = 1 << JSON_NULL, TRUTH = 1 << JSON_FALSE | 1 << JSON_TRUE,
        FRACTION = 1 << JSON_NUMBER, STRING = 1 << JSON_STRING, ARRAY = 1 << JSON_ARRAY,
        OBJECT = 1 << JSON_OBJECT, INTEGER = 2 * OBJECT, NUMBER = FRACTION | INTEGER,
-       ALL_TYPES = 2 * INTEGER - 1, A_SCHEMA = OBJECT | TRUTH };
+       ALL_TYPES = 2 * INTEGER - 1, A_SCHEMA = OBJECT | TRUTH, A_NUMBER = FRACTION };
 static const struct {
-    const char *name; /* and that of a rule of all values, but for arrays and objects */
+    const char *name; /* also of the rule of all such values, which arrays and objects lack */
     unsigned bits;
     json_kind kind;
 } TYPES[] = {{"string", STRING, JSON_STRING}, {"integer", INTEGER, JSON_NUMBER},
@@ -1677,16 +1680,15 @@ static const struct {
              {"object", OBJECT, JSON_OBJECT}};
 
 enum { MOST_SCHEMAS = 64, MOST_DEPTH = 128, MOST_RULES = 20000, MOST_STEPS = 2000000,
-       MOST_GBNF = 1 << 22,
-       MOST_TIMES = 2000, /* bytes and times as in the reader of grammars */
+       MOST_GBNF = 1 << 22, MOST_TIMES = 2000, /* both are limits of gemma2_grammar_new */
        N_TYPES = sizeof TYPES / sizeof *TYPES, N_KINDS = JSON_OBJECT + 1 };
 typedef struct {
     size_t n;
-    unsigned types, spoken; /* types that are allowed, and that keywords speak of */
+    unsigned types, spoken; /* types that are allowed, and that keywords constrain */
     const json_node *at[MOST_SCHEMAS]; /* schemas, and lists of ways */
-    double low[N_KINDS], high[N_KINDS]; /* of numbers, lengths, elements, keys */
+    double low[N_KINDS], high[N_KINDS]; /* by kind: of a number, length, elements, keys */
     const json_node *list, *text, *keys; /* enum or const, pattern or format, pattern of keys */
-    int clash; /* two different texts meet */
+    int clash; /* two patterns or formats that differ must both be met */
 } view;
 static const view EVERYTHING = {.types = ALL_TYPES, .low = {[JSON_NUMBER] = -INFINITY}, .high = {
     INFINITY, INFINITY, INFINITY, INFINITY, INFINITY, INFINITY, INFINITY}};
@@ -1695,7 +1697,7 @@ typedef struct {
     const json *j;
     const json_node *root;
     output out; /* the grammar */
-    array rules; /* view: sets of schemas, and those of one type that have been met */
+    array rules; /* view: to be met (of all types), or met and of one type, array or object */
     size_t n_steps; /* ways, keywords and keys that were read */
     int depth;      /* of put_ways */
     char *err;
@@ -1704,13 +1706,13 @@ typedef struct {
 } schema;
 
 static const char SCHEMA_RULES[] =
-    "never ::= \" \" never\n"
+    "never ::= \" \" never\n" /* no text: behind it every way begins with "|" */
     "char ::= [^\"\\\\\\x00-\\x1F] | \"\\\\\" ([\"\\\\bfnrt] | \"u00\" [01] [0-9a-f])\n"
     "dot ::= [^\"\\\\\\x00-\\x1F\\u2028\\u2029] | \"\\\\\" [\"\\\\bft]\n"
     "string ::= \"\\\"\" char* \"\\\"\"\n"
     "integer ::= \"0\" | \"-\"? [1-9] [0-9]{0,14}\n"
     "number ::= \"-\"? (\"0\" | [1-9] [0-9]{0,14}) fraction? ([eE] [-+]? [0-9]{1,2})?\n"
-    "fraction ::= \".\" [0-9]{1,16}\n"
+    "fraction ::= \".\" [0-9]{1,16}\n" /* bounded: a model may write digits for ever */
     "boolean ::= \"true\" | \"false\"\n"
     "null ::= \"null\"\n"
     "date ::= [1-9] [0-9]{3} \"-\" ((\"0\" [13578] | \"1\" [02]) \"-\" day31 | "
@@ -1738,25 +1740,24 @@ static const char FORMATS[] = " date time date-time uuid ipv4 hostname email uri
 static const char OTHER_FORMATS[] = " duration ipv6 idn-email idn-hostname uri-reference iri "
     "iri-reference uri-template json-pointer relative-json-pointer regex ";
 
-/* The keywords that are known. */
-typedef enum { REMARK, TYPE, VALUES, BOUND, PATTERN, FORMAT, ON_KEYS, REFERS, MEETS, WAYS } use;
+/* The keywords that are known.  A PART is not met: part_of() and gather_keys() look it up. */
 static const struct {
     const char *words, *what; /* what their value must be */
-    unsigned kinds, types; /* bits of that, and of the values that they speak of */
-    use use;
-    json_kind kind; /* of what the bound is one */
+    unsigned kinds, types; /* kinds of that value, types of the values that they constrain */
+    enum { REMARK, PART, TYPE, VALUES, BOUND, PATTERN, FORMAT, ON_KEYS, REFERS, MEETS, WAYS } use;
+    json_kind kind; /* BOUND: the kind of value that it bounds */
 } KEYWORDS[] = {
-    {" properties ", "an object", OBJECT, OBJECT, REMARK, JSON_NULL},
+    {" properties ", "an object", OBJECT, OBJECT, PART, JSON_NULL},
     {" patternProperties ", "an object", OBJECT, OBJECT, ON_KEYS, JSON_NULL},
-    {" additionalProperties ", "a schema", A_SCHEMA, OBJECT, REMARK, JSON_NULL},
-    {" required ", "a list", ARRAY, OBJECT, REMARK, JSON_NULL},
-    {" minProperties maxProperties ", "a number", FRACTION, OBJECT, BOUND, JSON_OBJECT},
-    {" prefixItems ", "a list", ARRAY, ARRAY, REMARK, JSON_NULL},
-    {" items ", "a schema", A_SCHEMA, ARRAY, REMARK, JSON_NULL},
-    {" minItems maxItems ", "a number", FRACTION, ARRAY, BOUND, JSON_ARRAY},
-    {" minimum maximum exclusiveMinimum exclusiveMaximum ", "a number", FRACTION, NUMBER, BOUND,
+    {" additionalProperties ", "a schema", A_SCHEMA, OBJECT, PART, JSON_NULL},
+    {" required ", "a list", ARRAY, OBJECT, PART, JSON_NULL},
+    {" minProperties maxProperties ", "a number", A_NUMBER, OBJECT, BOUND, JSON_OBJECT},
+    {" prefixItems ", "a list", ARRAY, ARRAY, PART, JSON_NULL},
+    {" items ", "a schema", A_SCHEMA, ARRAY, PART, JSON_NULL},
+    {" minItems maxItems ", "a number", A_NUMBER, ARRAY, BOUND, JSON_ARRAY},
+    {" minimum maximum exclusiveMinimum exclusiveMaximum ", "a number", A_NUMBER, NUMBER, BOUND,
      JSON_NUMBER},
-    {" minLength maxLength ", "a number", FRACTION, STRING, BOUND, JSON_STRING},
+    {" minLength maxLength ", "a number", A_NUMBER, STRING, BOUND, JSON_STRING},
     {" pattern ", "a text", STRING, STRING, PATTERN, JSON_NULL},
     {" format ", "a text", STRING, STRING, FORMAT, JSON_NULL},
     {" type ", "a text or a list", STRING | ARRAY, 0, TYPE, JSON_NULL},
@@ -1805,8 +1806,8 @@ static int same_string(const schema *s, const json_node *a, const json_node *b)
     return json_equal(s->j, a, s->j->text + b->start, b->end - b->start);
 }
 
-/* The element behind one, or with NULL the first; NULL behind the last, or without a list.  Keys
- * are the elements of an object; any other value is its own. */
+/* The element behind `last`, or with NULL the first.  NULL at the end, or without a list.  The
+ * elements of an object are its keys.  Any other value is a list of itself. */
 static const json_node *next_of(const schema *s, const json_node *list, const json_node *last)
 {
     if (!list)
@@ -1828,16 +1829,16 @@ static void view_add(schema *s, view *v, const json_node *node, int is_list)
         v->at[v->n++] = node;
 }
 
-/* Refuses a schema that takes too long, or too large a grammar. */
+/* Counts steps, of which 128 comparisons make one, and refuses a schema that takes too much. */
 static void take_steps(schema *s, size_t n)
 {
     s->n_steps += n;
-    if (s->n_steps > MOST_STEPS || s->out.memory->n > MOST_GBNF)
-        refuse_node(s, s->root, "it takes more than %d steps, or a grammar of more than %d bytes",
-                    MOST_STEPS, MOST_GBNF);
+    if (s->n_steps > MOST_STEPS || s->rules.n > MOST_RULES || s->out.memory->n > MOST_GBNF)
+        refuse_node(s, s->root, "it takes more than %d steps, %d rules or %d bytes of a grammar",
+                    MOST_STEPS, MOST_RULES, MOST_GBNF);
 }
 
-/* Writes the name of the rule of a view, which is asked for. */
+/* Writes the name of the rule of a view, and asks for the rule. */
 static void put_rule(schema *s, const view *v)
 {
     size_t i = 0;
@@ -1846,13 +1847,11 @@ static void put_rule(schema *s, const view *v)
     while (i < s->rules.n && (asked[i].n != v->n || asked[i].types != v->types ||
                               asked[i].at[0] != v->at[0] ||
                               memcmp(asked[i].at, v->at, v->n * sizeof *v->at)))
-        i++;
-    if (i == MOST_RULES)
-        refuse_node(s, s->root, "it takes more than %d rules", MOST_RULES);
+        i++; /* the rest of a view follows from its schemas and types */
     view *more = i < s->rules.n || s->failed ? NULL : extend(&s->rules, 1, sizeof *more);
     if (more)
         *more = *v;
-    s->failed |= i == s->rules.n;
+    s->failed |= i == s->rules.n; /* no memory */
     put_format(&s->out, "s%zu ", i);
 }
 
@@ -1870,7 +1869,7 @@ static void put_value(schema *s, const json_node *node)
     free(spelled.items);
 }
 
-/* Writes how often the last item may stand. */
+/* Writes how often the last item may stand: MOST_TIMES at most, even if more is allowed. */
 static void put_times(schema *s, double least, double most)
 {
     put_format(&s->out, "{%.0f,", least > 0 ? ceil(least) : 0);
@@ -1879,8 +1878,8 @@ static void put_times(schema *s, double least, double most)
     put_format(&s->out, "} ");
 }
 
-/* Writes the whole numbers 0 <= low..high as runs of digits: first ones, one that varies, then any;
- * behind each stands the tail. */
+/* Writes low..high, with 0 <= low, as runs: digits that are fixed, a range of one digit, any
+ * digits, and the tail behind them. */
 static void put_digits(schema *s, int64_t low, int64_t high, const char *sign, const char *tail)
 {
     while (low <= high) {
@@ -1898,7 +1897,7 @@ static void put_digits(schema *s, int64_t low, int64_t high, const char *sign, c
     }
 }
 
-/* Writes the numbers of at most 15 digits between the bounds, first those that are 0 or more. */
+/* Writes the numbers of at most 15 digits between the bounds, first those without a sign. */
 static void put_number(schema *s, const view *v, int is_integer)
 {
     static const double most = 999999999999999;
@@ -1910,14 +1909,14 @@ static void put_number(schema *s, const view *v, int is_integer)
     if (low > nextafter(floor(low), INFINITY) || high < nextafter(ceil(high), -INFINITY))
         refuse_node(s, v->at[0], "the bounds of a number must be whole, and of at most 15 digits");
     put_format(&s->out, "(never ");
-    for (int minus = 0; minus < 2; minus++) {
+    for (int minus = 0; minus < 2; minus++) { /* 1e-9: above 0, for -0 is not written */
         const char *sign = minus ? "-" : "";
         double from = fmax(minus ? -high : low, minus ? 1e-9 : 0), to = minus ? -low : high;
         if (from > to)
             continue;
-        if (!is_integer && from < ceil(from)) /* the whole number below it is out */
+        if (!is_integer && from < ceil(from)) /* exclusive: only with a fraction */
             put_format(&s->out, "| \"%s%.0f.\" [0-9]{0,15} [1-9] ", sign, floor(from));
-        if (!is_integer && to == floor(to)) /* it has no fraction */
+        if (!is_integer && to == floor(to)) /* inclusive: only without one */
             put_format(&s->out, "| \"%s%.0f\" ", sign, to--);
         put_digits(s, (int64_t)ceil(from), (int64_t)floor(to), sign,
                    is_integer ? "" : "fraction? ");
@@ -1925,12 +1924,12 @@ static void put_number(schema *s, const view *v, int is_integer)
     put_format(&s->out, ") ");
 }
 
-/* ---- "pattern": a regular expression over the characters of a JSON string, which is read from
- * left to right and written as GBNF.  Known are printable ASCII, classes, ., |, groups, repetition,
- * \d \w \s \S (ASCII), and ^ and $ at the ends. ---- */
+/* ---- "pattern": a regular expression over the characters of a JSON string, read from left to
+ * right and written as GBNF.  It may have printable ASCII, classes, ., |, groups, repetition,
+ * \d \w \s \S (of ASCII), and ^ and $ at its ends. ---- */
 
-/* Writes a character, \d or the like, or a class in brackets; 0: it is not known.  Classes lack the
- * quote and the backslash. */
+/* Writes a character, \d or the like, or a class in brackets.  Returns 0 if it is not known.  No
+ * class has the quote or the backslash, which JSON writes with two characters. */
 static int put_pattern_item(schema *s, const char **at)
 {
     static const char letters[] = "dwsS";
@@ -1956,12 +1955,12 @@ static int put_pattern_item(schema *s, const char **at)
                 put_format(&s->out, "\\x%02X", (unsigned)c), n++;
     } while (brackets && **at != ']');
     *at += brackets;
-    /* \d and the like tell nothing of characters beyond ASCII */
+    /* beyond ASCII \s may take more, so [^\s] takes only ASCII */
     put_format(&s->out, negated && n_sets ? "\\x7F-\\U0010FFFF] " : "] ");
     return n + n_sets;
 }
 
-/* How many bytes "*" and the like, or {m,n}, takes; 0 where it is not known.  GBNF has the same. */
+/* Bytes of *, +, ? or {m,n}, which GBNF writes alike.  Returns 0 if it is not known. */
 static size_t repetition(const char *at)
 {
     const char *digits = "0123456789", *end = at + 1 + strspn(at + 1, digits);
@@ -1981,8 +1980,7 @@ static void put_pattern(schema *s, const json_node *node)
 {
     const char *text = s->j->text + node->start, *at = text;
     char c = '|', last; /* 'x' stands for a character or a class */
-    int depth = 0;
-    size_t known = strlen(text) == node->end - node->start;
+    int depth = 0, known = strlen(text) == node->end - node->start;
     put_format(&s->out, "\"\\\"\" (");
     while (known && c) {
         last = c, c = *at++;
@@ -1994,8 +1992,7 @@ static void put_pattern(schema *s, const json_node *node)
             known = !depth && (*at == '\0' || *at == '|');
         } else if (c == '|' || c == '\0') {
             known = c || !depth;
-            put_format(&s->out, depth || last == '$' ? "" : "char* ");
-            put_format(&s->out, c ? "| " : "");
+            put_format(&s->out, "%s%s", depth || last == '$' ? "" : "char* ", c ? "| " : "");
         } else if (c == '(') {
             known = ++depth < 100 && (*at != '?' || at[1] == ':');
             at += *at == '?' ? 2 : 0;
@@ -2004,9 +2001,10 @@ static void put_pattern(schema *s, const json_node *node)
             known = depth-- > 0;
             put_format(&s->out, ") ");
         } else if (strchr("*+?{", c)) {
-            known = last == 'x' || last == ')' ? repetition(at - 1) : 0;
-            put_format(&s->out, "%.*s ", (int)known, at - 1);
-            at += known ? known - 1 + (at[known - 1] == '?') : 0; /* lazy is the same language */
+            size_t n = last == 'x' || last == ')' ? repetition(at - 1) : 0;
+            known = n > 0;
+            put_format(&s->out, "%.*s ", (int)n, at - 1);
+            at += n ? n - 1 + (at[n - 1] == '?') : 0; /* lazy is the same language */
         } else if (c == '.') {
             put_format(&s->out, "dot ");
             c = 'x';
@@ -2017,15 +2015,14 @@ static void put_pattern(schema *s, const json_node *node)
         }
     }
     if (!known)
-        refuse_node(s, node, "the part of 'pattern' before byte %d is not known",
+        refuse_node(s, node, "'pattern' has something unknown just before byte %d",
                     (int)(at - text));
     put_format(&s->out, ") \"\\\"\" ");
 }
 
 static void put_string(schema *s, const view *v)
 {
-    int sized = v->low[JSON_STRING] > 0 || v->high[JSON_STRING] < INFINITY;
-    if (v->text && (v->clash || sized))
+    if (v->text && (v->clash || v->low[JSON_STRING] > 0 || v->high[JSON_STRING] < INFINITY))
         refuse_node(s, v->text, "two of 'pattern', 'format' and a length do not go together");
     if (v->text && json_is(s->j, v->text - 1, "pattern")) {
         put_pattern(s, v->text);
@@ -2039,8 +2036,8 @@ static void put_string(schema *s, const view *v)
 
 /* ---- arrays and objects ---- */
 
-/* What schemas of an array say of element i, or schemas of an object of the value of a key, NULL
- * for the keys that none of them names. */
+/* What the schemas say of element i of an array, or of the value of a key of an object.  The name
+ * is NULL for all keys that no schema names. */
 static view part_of(schema *s, const view *v, const json_node *name, size_t i)
 {
     int is_array = v->types == ARRAY;
@@ -2055,8 +2052,9 @@ static view part_of(schema *s, const view *v, const json_node *name, size_t i)
         else if (list && list->n > i)
             for (size_t m = 0; m <= i; m++)
                 value = next_of(s, list, value);
-        value += value && !is_array && !name; /* behind its pattern */
-        if (!value && !(name && v->keys))
+        if (value && !is_array && !name)
+            value++; /* behind its pattern */
+        if (!value && !(name && v->keys)) /* a probe's name may fit the pattern */
             value = json_get(s->j, v->at[k], is_array ? "items" : "additionalProperties");
         for (size_t m = 0; m < part.n; m++) /* no schema twice, or recursion would not end */
             value = part.at[m] == value ? NULL : value;
@@ -2088,17 +2086,16 @@ typedef struct {
 /* Notes the keys that the schemas name, each once, and which of them an object must have. */
 static void gather_keys(schema *s, const view *v, array *keys)
 {
-    for (size_t i = 0; i < 2 * v->n; i++) {
+    for (size_t i = 0; i < 2 * v->n; i++) { /* all "properties", then all "required" */
         int must = i >= v->n;
         size_t n_before = keys->n; /* the keys of an object differ */
         const json_node *name = NULL, *list = json_get(s->j, v->at[i % v->n],
                                                        must ? "required" : "properties");
         while ((name = next_of(s, list, name)) != NULL && !s->failed) {
             property *key = keys->items;
-            size_t k = 0;
+            size_t k = 0, n = must ? keys->n : n_before;
             if (name->kind != JSON_STRING)
                 refuse_node(s, list, "'required' must be a list of keys");
-            size_t n = must ? keys->n : n_before;
             while (k < n && !same_string(s, name, key[k].name))
                 k++;
             take_steps(s, 1 + k / 128);
@@ -2110,14 +2107,14 @@ static void gather_keys(schema *s, const view *v, array *keys)
     }
 }
 
-/* Writes the rules of an array or an object: one for each part that schemas number or name, which
- * leads on to the next, and one for all others. */
+/* Writes the rules of an array or an object: sID-i is part i and all that follow, the last one all
+ * other parts.  Key a may stand before b: s1-0 ::= never | "a" colon s2 (comma s1-1) | s1-1. */
 static void put_sequence(schema *s, const view *v, size_t id)
 {
     int is_array = v->types == ARRAY;
-    double least = v->low[is_array ? JSON_ARRAY : JSON_OBJECT];
-    double most = v->high[is_array ? JSON_ARRAY : JSON_OBJECT];
-    double need = is_array ? least : 0; /* it does not end before so many parts */
+    json_kind whole = is_array ? JSON_ARRAY : JSON_OBJECT;
+    double least = v->low[whole], most = v->high[whole];
+    double need = is_array ? least : 0; /* the place behind the last part that must be there */
     array found = {0};
     if (!is_array)
         gather_keys(s, v, &found);
@@ -2128,9 +2125,9 @@ static void put_sequence(schema *s, const view *v, size_t id)
         if (keys[i].must)
             need = (double)i + 1, certain = (double)++n_must;
     if ((n && (v->keys || (double)n > most)) || (!is_array && least > certain))
-        refuse_node(s, v->keys ? v->keys - 1 : v->at[0], "named keys stand beside no "
-                    "'patternProperties' nor smaller 'maxProperties', and 'minProperties' is known "
-                    "up to 1 or to what 'required' makes sure");
+        refuse_node(s, v->keys ? v->keys - 1 : v->at[0], least > certain ?
+                    "'minProperties' may be at most 1, or the number of keys in 'required'" :
+                    "named keys do not go with 'patternProperties' or smaller 'maxProperties'");
     for (size_t i = 0; i < v->n && is_array; i++) {
         const json_node *list = json_get(s->j, v->at[i], "prefixItems");
         n = list && list->n > n ? list->n : n;
@@ -2157,7 +2154,7 @@ static void put_sequence(schema *s, const view *v, size_t id)
     free(found.items);
 }
 
-/* ---- types and listed values ---- */
+/* ---- a rule: its types, listed values and ways ---- */
 
 static unsigned type_of_value(const schema *s, const json_node *value)
 {
@@ -2174,7 +2171,7 @@ static int same_value(const schema *s, const json_node *a, const json_node *b)
     return a->kind == b->kind && (a->kind != JSON_STRING || same_string(s, a, b));
 }
 
-/* Whether all lists of the view have a value of its first. */
+/* Whether every enum and const of the view has this value of the first. */
 static int in_lists(schema *s, const view *v, const json_node *value)
 {
     for (size_t i = 0; i < 2 * v->n; i++) {
@@ -2189,7 +2186,7 @@ static int in_lists(schema *s, const view *v, const json_node *value)
     return 1;
 }
 
-/* Writes the listed values that meet the view, but not for a probe; returns their number. */
+/* Writes the listed values that meet the view, for a probe none.  Returns how many there are. */
 static int put_values(schema *s, const view *v, int probe)
 {
     const json_node *each = NULL;
@@ -2198,15 +2195,13 @@ static int put_values(schema *s, const view *v, int probe)
         if (type_of_value(s, each) & v->types && in_lists(s, v, each)) {
             n++;
             if (!probe && type_of_value(s, each) & v->spoken)
-                refuse_node(s, each, "no keyword but 'type' is known beside this listed value");
+                refuse_node(s, each, "no keyword but 'type' may constrain this listed value");
             put_format(&s->out, probe ? "" : "| ");
             if (!probe)
                 put_value(s, each);
         }
     return n;
 }
-
-/* ---- a rule ---- */
 
 /* What "$ref" points to: # and the keys on the way from the root. */
 static const json_node *referred(schema *s, const json_node *ref)
@@ -2223,7 +2218,7 @@ static const json_node *referred(schema *s, const json_node *ref)
     return node ? node : s->root;
 }
 
-/* Reads what a keyword, which has that row in KEYWORDS, says into the view. */
+/* Reads what a keyword, row `row` of KEYWORDS, says into the view. */
 static void meet_keyword(schema *s, view *v, const json_node *key, size_t row)
 {
     const json_node *value = key + 1, *each = NULL;
@@ -2241,8 +2236,8 @@ static void meet_keyword(schema *s, view *v, const json_node *key, size_t row)
             if (i < N_TYPES)
                 bits |= TYPES[i].bits;
             else
-                refuse_node(s, value, "'type' is one or a list of string, integer, number, "
-                            "boolean, null, array, object");
+                refuse_node(s, value, "'type' must be one, or a list, of string, integer, "
+                            "number, boolean, null, array, object");
         }
         v->types &= bits;
         break;
@@ -2251,20 +2246,20 @@ static void meet_keyword(schema *s, view *v, const json_node *key, size_t row)
         while ((each = next_of(s, value, each)) != NULL)
             bits |= type_of_value(s, each);
         if (bits & (ARRAY | OBJECT))
-            refuse_node(s, value, "no array or object is known as a listed value");
+            refuse_node(s, value, "a listed value must not be an array or object");
         v->types &= bits;
         v->list = v->list ? v->list : value;
         break;
-    case BOUND: /* an exclusive one is the number next to it */
-        if (strstr(name, "ax"))
+    case BOUND: /* exclusive: up to the double next to it */
+        if (strstr(name, "ax")) /* max..., exclusiveMax... */
             *high = fmin(*high, *name == 'e' ? nextafter(x, -INFINITY) : x);
         else
             *low = fmax(*low, *name == 'e' ? nextafter(x, INFINITY) : x);
         break;
     case FORMAT:
         if (in_words(OTHER_FORMATS, text))
-            refuse_node(s, value, "this format is not known; there are%s", FORMATS);
-        if (!in_words(FORMATS, text)) /* a remark */
+            refuse_node(s, value, "only the formats%sare known", FORMATS);
+        if (!in_words(FORMATS, text)) /* an invented format says nothing */
             break;
         /* fall through */
     case PATTERN:
@@ -2274,7 +2269,7 @@ static void meet_keyword(schema *s, view *v, const json_node *key, size_t row)
         break;
     case ON_KEYS:
         if (value->n && (v->keys || value->n > 1))
-            refuse_node(s, value, "'patternProperties' is known only as one pattern");
+            refuse_node(s, value, "'patternProperties' may have only one pattern");
         v->keys = value->n ? value + 1 : v->keys;
         break;
     case MEETS:
@@ -2283,7 +2278,7 @@ static void meet_keyword(schema *s, view *v, const json_node *key, size_t row)
         break;
     case REFERS: view_add(s, v, referred(s, value), 0); break;
     case WAYS: view_add(s, v, value, 1); break;
-    case REMARK: break;
+    case PART: case REMARK: break;
     }
 }
 
@@ -2307,7 +2302,8 @@ static void meet(schema *s, view *v, const json_node *node)
     }
 }
 
-/* Writes the values of the types that schemas name, or of the one that their keywords speak of. */
+/* Writes the values of the types that schemas name.  If they name none, it writes fewer than they
+ * allow: those of the last type in TYPES that their keywords constrain. */
 static void put_types(schema *s, const view *v)
 {
     view one = *v;
@@ -2319,8 +2315,8 @@ static void put_types(schema *s, const view *v)
         if ((bits & types) != bits || (bits == INTEGER && types & FRACTION))
             continue;
         double low = v->low[TYPES[i].kind], high = v->high[TYPES[i].kind];
-        if (low > high || (!(bits & NUMBER) && (low > MOST_TIMES || ceil(low) > floor(high))))
-            refuse_node(s, v->at[0], "no %s lies between its bounds, or one counts beyond %d",
+        if (!(bits & NUMBER) && (low > MOST_TIMES || ceil(low) > floor(high)))
+            refuse_node(s, v->at[0], "no %s of a size up to %d lies between its bounds",
                         TYPES[i].name, MOST_TIMES);
         one.types = bits;
         put_format(&s->out, "| ");
@@ -2335,9 +2331,9 @@ static void put_types(schema *s, const view *v)
     }
 }
 
-/* Writes every way to meet the schemas, from number i on; those before have been read.  A probe
- * writes nothing and tells whether there may be a way, as far as types, listed values and, so
- * deep, the keys that an object must have tell. */
+/* Writes each way to meet the schemas from number i on: those before have been met.  Returns
+ * whether there may be one.  A probe writes nothing and looks only at types, listed values and the
+ * keys that an object must have, down to probe - 1 objects deep. */
 static int put_ways(schema *s, const view *from, size_t i, int probe)
 {
     view v = *from;
@@ -2367,7 +2363,7 @@ static int put_ways(schema *s, const view *from, size_t i, int probe)
             for (other = NULL; exclusive && (other = next_of(s, list, other)) != way;) {
                 view both = next;
                 view_add(s, &both, other, 0);
-                if (put_ways(s, &both, i, 3))
+                if (put_ways(s, &both, i, 3)) /* sees a tag in a tag */
                     refuse_node(s, way, "a value may fit this way of 'oneOf' and an earlier one: "
                                 "take 'anyOf'");
             }
@@ -2392,7 +2388,7 @@ static int add_schema(array *gbnf, const json *j, const json_node *root, int spa
     for (size_t i = 0; !s.failed && i < s.rules.n; i++) {
         v = ((const view *)s.rules.items)[i];
         put_format(&s.out, "\ns%zu ::= never ", i);
-        if (v.types == ALL_TYPES)
+        if (v.types == ALL_TYPES) /* to be met */
             put_ways(&s, &v, 0, 0);
         else
             put_sequence(&s, &v, i);
@@ -2409,7 +2405,7 @@ static int read_schema(array *gbnf, const char *text, size_t n, int spaced, char
     size_t line = 1, column = 1;
     int ok = json_read(&j, text, n) && add_schema(gbnf, &j, j.nodes.items, spaced, err, size);
     for (size_t i = 0; j.why && i < j.at; i++) {
-        column = text[i] == '\n' ? 1 : column + 1;
+        column = text[i] == '\n' ? 1 : column + ((text[i] & 0xC0) != 0x80); /* characters */
         line += text[i] == '\n';
     }
     if (j.why)
@@ -2445,17 +2441,17 @@ typedef struct {
 typedef struct {
     array text, screen;     /* char: the message; what the terminal is to be sent */
     output out;             /* to the screen */
-    array history, drafts;  /* char: messages, a NUL behind each; with changes, and the new one */
-    size_t recalled;        /* where in the drafts the shown one begins */
-    size_t oldest;          /* where the first begins */
+    array history, drafts;  /* char: messages, a NUL behind each; changed, the new one last */
+    size_t recalled;        /* where in the drafts the message that is shown begins */
+    size_t oldest;          /* where the first message begins */
     size_t aim;             /* the column that Up and Down aim at, and 1; 0: where the cursor is */
     size_t at;              /* the cursor, in bytes of the text */
     size_t width, height;   /* columns and rows of the terminal */
     size_t row, top;        /* of the text: where the cursor is shown, the first that is visible */
-    char sequence[16], typed[4096]; /* of a key so far; what was read and not looked at */
+    char sequence[16], typed[4096]; /* of a key so far; read but not taken yet */
     size_t n_sequence, i, n;
     int raw;                /* the terminal neither shows nor edits what is typed */
-    int in_paste, marks_pastes; /* between ESC [ 200 ~ and ESC [ 201 ~; it sent such marks */
+    int in_paste, marks_pastes; /* behind ESC [ 200 ~; the terminal sends such marks */
     int after_return, ended; /* behind a CR; nothing comes after this message */
     int cut;                 /* the terminal may have lost the end of a line */
     int ahead;               /* this was typed before the prompt: a line each, no paste */
@@ -3396,20 +3392,20 @@ static int generate(program *p)
     return p->reply.finish == AT_INTERRUPT ? INTERRUPTED : DONE;
 }
 
-/* ---- the line editor: what is typed becomes keys, keys change the text, draw() shows it.  It
- * calls no terminal: `screen` is what one is to be sent ---- */
+/* ---- the line editor: what is typed becomes keys, keys change the text, draw() shows it.
+ * Nothing here writes to the terminal: what it is to be sent gathers in `screen` ---- */
 
-enum { CTRL = 0x1F, ESCAPE = 27, RUBOUT = 127 }; /* Ctrl-A is 'A' & CTRL */
+enum { CTRL = 0x1F, ESCAPE = 27, RUBOUT = 127 }; /* Ctrl-A is 'A' & CTRL; arrows are such keys */
 enum { LEFT = 'B' & CTRL, RIGHT = 'F' & CTRL, UP = 'P' & CTRL, DOWN = 'N' & CTRL,
        HOME = 'A' & CTRL, END = 'E' & CTRL, WORD_ERASE = 'W' & CTRL,
-       ERASE = 0x110000, WORD_LEFT, WORD_RIGHT, NEW_LINE, PASTE, PASTED, NO_KEY };
+       ERASE = 0x110000, WORD_LEFT, WORD_RIGHT, NEW_LINE, PASTE, PASTED, NO_KEY }; /* no byte */
 enum { SIGN = 2 }; /* columns of "> " and ". " */
 
 /* How many columns of a terminal a character takes: 0 where it joins the one before, 2 where it
  * is wide.  Unicode's classes in rough ranges, for the scripts that are most in use. */
 static size_t columns(uint32_t code)
 {
-    static const uint32_t ranges[2][64] = { /* the ends of each; a 0 behind the last */
+    static const uint32_t ranges[2][64] = { /* the first and the last of each, then 0 */
         {0x300, 0x36F, 0x483, 0x489, 0x591, 0x5C7, 0x610, 0x61C, 0x64B, 0x65F, 0x670, 0x670, 0x6D6,
          0x6ED, 0x93A, 0x93C, 0x941, 0x948, 0x94D, 0x94D, 0x951, 0x957, 0x9C1, 0x9C4, 0x9CD, 0x9CD,
          0xBC0, 0xBC0, 0xBCD, 0xBCD, 0xE31, 0xE31, 0xE34, 0xE3A, 0xE47, 0xE4E, 0x1160, 0x11FF,
@@ -3427,15 +3423,15 @@ static size_t columns(uint32_t code)
     return 1;
 }
 
-/* A place in the text: how many bytes and cells of the terminal are before it, of which a row has
- * `width`, and the character that ends there. */
+/* A place in the text: the bytes and the cells of the terminal before it (a row has `width` cells),
+ * and the character that ends there. */
 typedef struct {
     size_t byte, cell;
     uint32_t code;
 } spot;
 
-/* The place behind the next character, or at the end of the text the same place.  A wide character
- * never stands on two rows. */
+/* The place behind the next character, or at the end of the text the same place.  A newline fills
+ * its row.  A wide character that does not fit leaves the row's last cell empty. */
 static spot behind(const editor *e, spot at)
 {
     size_t length, left = e->width - at.cell % e->width;
@@ -3448,10 +3444,10 @@ static spot behind(const editor *e, spot at)
     return at;
 }
 
-static int is_flag(uint32_t code) { return code >= 0x1F1E6 && code <= 0x1F1FF; } /* half of one */
+static int is_flag(uint32_t code) { return code >= 0x1F1E6 && code <= 0x1F1FF; } /* half a flag */
 static int is_tone(uint32_t code) { return code >= 0x1F3FB && code <= 0x1F3FF; } /* of skin */
 
-/* The place behind one step of the cursor: a character, what joins it, and what U+200D joins. */
+/* The place behind one step of the cursor: a character with all that joins it. */
 static spot step_behind(const editor *e, spot at)
 {
     spot next = behind(e, at);
@@ -3466,7 +3462,7 @@ static spot step_behind(const editor *e, spot at)
     return at;
 }
 
-/* The last step not behind a byte and a cell.  A line's first place has the cells of its sign. */
+/* The last place of the cursor up to a byte and a cell.  The cells of a sign lead behind it. */
 static spot find_place(const editor *e, size_t byte, size_t cell)
 {
     spot at = {0, SIGN, 0}, next = step_behind(e, at);
@@ -3482,8 +3478,8 @@ static spot place_of(const editor *e, size_t byte) { return find_place(e, byte, 
 static size_t step_before(const editor *e) { return place_of(e, e->at - (e->at > 0)).byte; }
 static size_t step_after(const editor *e) { return step_behind(e, place_of(e, e->at)).byte; }
 
-/* Sends the rows from `top` to `bottom` and returns the row that the cursor is then on.  A full
- * row is left by a blank that the terminal wraps, once nothing more joins its last character. */
+/* Sends the rows from `top` to `bottom` and returns the row that the cursor is then on.  Behind a
+ * full row terminals wait: a blank makes them wrap, once nothing more joins its last character. */
 static size_t send_rows(editor *e, size_t top, size_t bottom)
 {
     const char *text = e->text.items;
@@ -3507,7 +3503,7 @@ static size_t send_rows(editor *e, size_t top, size_t bottom)
     }
 }
 
-/* Shows the text anew, on at most so many rows around the cursor; SIZE_MAX: all of it. */
+/* Draws the text anew: at most `rows` rows around the cursor, or all of it for SIZE_MAX. */
 static void draw(editor *e, size_t rows)
 {
     size_t cell = place_of(e, e->at).cell, row = cell / e->width;
@@ -3525,7 +3521,7 @@ static void draw(editor *e, size_t rows)
     e->row = row;
 }
 
-/* Shows all of the text for the last time and leaves its rows. */
+/* Draws all of the text for the last time, with the cursor on a new row below it. */
 static void leave_text(editor *e)
 {
     e->at = e->text.n;
@@ -3534,8 +3530,8 @@ static void leave_text(editor *e)
         put_format(&e->out, "\r\n");
 }
 
-/* Puts n bytes in the place of those from `from` to `to`; 0 without memory: the array stays, and
- * the screen has an error. */
+/* Replaces the bytes from..to by n others.  Returns 0 without memory: the array stays, and the
+ * screen has an error. */
 static int substitute(editor *e, array *a, size_t from, size_t to, const char *bytes, size_t n)
 {
     size_t rest = a->n - to, held = to - from;
@@ -3549,7 +3545,7 @@ static int substitute(editor *e, array *a, size_t from, size_t to, const char *b
     return 1;
 }
 
-/* The same in the text, and the cursor behind them. */
+/* Does the same in the text, and puts the cursor behind the new bytes. */
 static void replace(editor *e, size_t from, size_t to, const char *bytes, size_t n)
 {
     if (substitute(e, &e->text, from, to, bytes, n))
@@ -3558,7 +3554,7 @@ static void replace(editor *e, size_t from, size_t to, const char *bytes, size_t
 
 static void insert(editor *e, const char *s, size_t n) { replace(e, e->at, e->at, s, n); }
 
-/* Where the message before a place of the history begins. */
+/* Where the message before place `at` of the history begins. */
 static size_t message_before(const char *history, size_t at)
 {
     at -= at > 0;
@@ -3579,12 +3575,12 @@ static int remember(editor *e, const char *text, size_t n)
     return status;
 }
 
-/* A row up or down in the text, or a message in the history where there is none.  Until a message
- * is sent the drafts keep every change, and the new message behind the last. */
+/* Moves a row up or down in the text, or from its first or last row to a message of the history.
+ * Until a message is sent, the drafts keep all messages as they were changed, the new one last. */
 static void move_row(editor *e, int down)
 {
-    size_t cell = place_of(e, e->at).cell, row = cell / e->width + (down ? 1 : SIZE_MAX);
-    size_t from = e->recalled;
+    size_t from = e->recalled, cell = place_of(e, e->at).cell, row = cell / e->width;
+    row = down ? row + 1 : row - 1; /* above the first: SIZE_MAX */
     e->aim = e->aim ? e->aim : cell % e->width + 1;
     if (row <= place_of(e, e->text.n).cell / e->width) {
         e->at = find_place(e, SIZE_MAX, row * e->width + e->aim - 1).byte;
@@ -3602,13 +3598,13 @@ static void move_row(editor *e, int down)
     e->aim = 0;
 }
 
-/* The end of the line, or of the word, to one side of the cursor. */
+/* Where the line, or behind blanks the word, ends on one side of the cursor. */
 static size_t find_end(const editor *e, int of_word, int right)
 {
     const char *text = e->text.items;
     size_t at = e->at, end = right ? e->text.n : 0;
     for (int blank = of_word; blank >= 0; blank--)
-        for (; at != end; at += right ? 1 : SIZE_MAX) {
+        for (; at != end; at = right ? at + 1 : at - 1) {
             char c = text[right ? at : at - 1];
             if ((c == '\n' || (of_word && (c == ' ' || c == '\t'))) != blank)
                 break;
@@ -3616,7 +3612,7 @@ static size_t find_end(const editor *e, int of_word, int right)
     return at;
 }
 
-/* The key that the bytes behind ESC stand for; NO_KEY where it is none known here. */
+/* The key of the bytes behind ESC, or NO_KEY if it is not known.  No key has a blank. */
 static uint32_t key_of(const char *bytes, size_t n)
 {
     static const struct {
@@ -3635,14 +3631,14 @@ static uint32_t key_of(const char *bytes, size_t n)
     return NO_KEY;
 }
 
-/* Takes one more byte: the key that is then complete, or NO_KEY where it is text or part of an
- * escape sequence.  In a paste all but its end is text.  Where the terminal edits lines, all but
- * their ends is. */
+/* Takes one more byte.  Returns the key that is then complete, else NO_KEY: the byte was text, or
+ * part of an escape sequence.  In a paste everything is text but its end.  If the terminal edits
+ * lines, everything is text but their ends.  The console of Linux has keys like ESC [ [ A. */
 static uint32_t take_byte(editor *e, char c)
 {
     char *s = e->sequence;
     size_t n = c == ESCAPE ? 0 : e->n_sequence;
-    if (e->in_paste && c == ESCAPE) /* what came of a sequence is none */
+    if (e->in_paste && c == ESCAPE) /* the sequence so far was text */
         insert(e, s, e->n_sequence);
     if (n == 0 && (c != ESCAPE || !e->raw)) {
         int is_key = (unsigned char)c < ' ' || c == RUBOUT;
@@ -3652,9 +3648,9 @@ static uint32_t take_byte(editor *e, char c)
         return NO_KEY;
     }
     s[n++] = c;
-    int introduced = n > 1 && (s[1] == '[' || s[1] == 'O'), odd = n == 3 && c == '[';
-    int is_part = n == 1 || (introduced && (n == 2 || (unsigned char)c < 0x40 || odd));
-    if (n > 1 && !e->in_paste && memchr("]P_^", s[1], 4)) /* an answer of the terminal, to BEL */
+    int introduced = n > 1 && (s[1] == '[' || s[1] == 'O'), doubled = n == 3 && c == '[';
+    int is_part = n == 1 || (introduced && (n == 2 || (unsigned char)c < '@' || doubled));
+    if (n > 1 && !e->in_paste && memchr("]P_^", s[1], 4)) /* a string, up to BEL: not kept */
         n = 2, is_part = c != '\a';
     e->n_sequence = is_part && n < sizeof e->sequence ? n : 0;
     uint32_t key = e->n_sequence ? NO_KEY : key_of(s + 1, n - 1);
@@ -3664,7 +3660,7 @@ static uint32_t take_byte(editor *e, char c)
     return NO_KEY;
 }
 
-/* What a key does. */
+/* Does what a key says.  The bell rings if there is nothing to erase. */
 static void take_key(editor *e, uint32_t key)
 {
     size_t from = e->at, to = e->at;
@@ -3680,7 +3676,7 @@ static void take_key(editor *e, uint32_t key)
         put_format(&e->out, "\033[H\033[2J");
         e->row = e->top = 0;
         return;
-    case 'D' & CTRL: case ERASE:
+    case 'D' & CTRL: case ERASE: /* Ctrl-D in an empty last line ends the input */
         e->ended = key != ERASE && from == e->text.n && find_end(e, 0, 0) == from;
         from -= e->ended && from > 0; /* the newline before an empty last line */
         to = e->ended ? to : step_after(e);
@@ -3697,24 +3693,24 @@ static void take_key(editor *e, uint32_t key)
         replace(e, from, to, NULL, 0);
 }
 
-/* Ends a line.  Returns whether the message goes on: behind a \, after an opening """, and where
- * more came at once, as of a paste that the terminal does not mark. */
-static int goes_on(editor *e)
+/* Ends a line.  Returns whether the message goes on: behind a \, which is dropped, in an open """,
+ * or where more comes within 20 ms, as in a paste that the terminal does not mark. */
+static int close_line(editor *e)
 {
     int more = !e->marks_pastes && !e->ahead && (e->i < e->n || input_waits(20));
     e->cut |= !e->raw && is_cut(e->text.n - find_end(e, 0, 0));
     size_t n = e->at = e->text.n;
     const char *text = e->text.items;
-    int broken = n >= 3 && memcmp(text, "\"\"\"", 3) == 0 &&
-                 (n < 6 || memcmp(text + n - 3, "\"\"\"", 3) != 0);
+    int continued = n >= 3 && memcmp(text, "\"\"\"", 3) == 0 &&
+                    (n < 6 || memcmp(text + n - 3, "\"\"\"", 3) != 0);
     if (n && text[n - 1] == '\\')
-        replace(e, n - 1, n, NULL, 0), broken = 1;
-    if (broken && !more && !e->raw)
+        replace(e, n - 1, n, NULL, 0), continued = 1;
+    if (continued && !more && !e->raw)
         put_format(&e->out, ". ");
-    return broken || more;
+    return continued || more;
 }
 
-/* Takes the bytes that were typed, up to the end of a message: returns whether it came. */
+/* Takes the bytes that were typed, up to the end of a message.  Returns whether that came. */
 static int take_typed(editor *e)
 {
     while (e->i < e->n && !e->out.error && !e->ended) {
@@ -3728,7 +3724,7 @@ static int take_typed(editor *e)
             e->aim = 0;
         if (key != '\n' && key != '\r')
             take_key(e, key);
-        else if (e->in_paste || goes_on(e))
+        else if (e->in_paste || close_line(e))
             insert(e, "\n", 1);
         else
             return 1;
@@ -3736,7 +3732,7 @@ static int take_typed(editor *e)
     return 0;
 }
 
-/* An empty message on a new row. */
+/* Begins an empty message on a new row. */
 static void begin_text(editor *e)
 {
     e->text.n = e->at = e->row = e->top = e->n_sequence = e->drafts.n = e->aim = 0;

@@ -931,24 +931,24 @@ run "pattern" 0 "$STORY" -q -n 9 --schema "$TMP/s" Once
 claim "$(grep -cE '^"([A-C]|[0-9]{2})+x?"$' "$TMP/out")" -eq 1 "a string that fits the pattern"
 schema() { printf "$1" >"$TMP/s"; refuses "$2" "schema $1" 2 "$STORY" --schema "$TMP/s" x; }
 schema '{"properties": {"a": {"not": {}}}}' "#/properties/a/not: the keyword 'not' is not known"
-schema '{"type": "integer", "minimum": 5, "maximum": 3}' "#: no integer lies between its bounds"
+schema '{"type": "integer", "minimum": 5, "maximum": 3}' "#: no number of at most 15 digits lies between"
 schema '{"$ref": "#/none"}' '#/$ref: this $ref leads to nothing'
 schema '{"$ref": "#"}' "#: it leads back to itself"
-schema '{"allOf": [{"type": "string"}, {"type": "null"}]}' "no text of at most"
+schema '{"allOf": [{"type": "string"}, {"type": "null"}]}' "no value fits the schema"
 schema '{"type": "string", "minlength": 3}' "#/minlength: the keyword 'minlength' is not known"
 schema '{"prefixItems": 5}' "#/prefixItems: 'prefixItems' must be a list"
 schema '{"uniqueItems": true}' "#/uniqueItems: 'uniqueItems' must be false"
 schema '{"type": "number", "maximum": 1.5}' "#: the bounds of a number must be whole"
 schema '{"pattern": "a", "maxLength": 3}' "#/pattern: two of 'pattern', 'format' and a"
-schema '{"pattern": "[é]"}' "#/pattern: the part of 'pattern' before byte 2 is not known"
+schema '{"pattern": "[é]"}' "#/pattern: 'pattern' has something unknown just before byte 2"
 schema '{"properties": {"a": {}}, "patternProperties": {"b": {}}}' \
-    "#/patternProperties: named keys stand beside no 'patternProperties'"
-schema '{"patternProperties": {"a": {}, "b": {}}}' "known only as one pattern"
-schema '{"minItems": 1, "items": {"enum": []}}' "no text of at most"
+    "#/patternProperties: named keys do not go with 'patternProperties'"
+schema '{"patternProperties": {"a": {}, "b": {}}}' "may have only one pattern"
+schema '{"minItems": 1, "items": {"enum": []}}' "no value fits the schema"
 schema '{"enum": ["a"], "minLength": 2}' \
-    "#/enum/0: no keyword but 'type' is known beside this listed value"
+    "#/enum/0: no keyword but 'type' may constrain this listed value"
 schema '{"allOf": [{"pattern": "a"}, {"pattern": "b"}]}' "#/allOf/1/pattern: two of 'pattern'"
-schema '{"type": ["object", "any"]}' "#/type: 'type' is one or a list of string, integer"
+schema '{"type": ["object", "any"]}' "#/type: 'type' must be one, or a list, of string, integer"
 schema '{"oneOf": [{"type": "null"}, {"const": null}]}' "#/oneOf/1: a value may fit this way"
 way='{"required": ["k"], "properties": {"k": {"const": '
 schema "{\"oneOf\": [$way 1}}}, $way 1}}}]}" "#/oneOf/1: a value may fit this way"
@@ -957,17 +957,19 @@ schema "{\"type\": [\"object\", \"string\"], \"oneOf\": [$way 1}}}, $way 2}}}]}"
 schema '{"$ref": "#/properties/a", "properties": {}}' '#/$ref: this $ref leads to nothing: it is #'
 schema '{"$ref": "#/$defs/a~1b", "$defs": {"a": {}, "a~1b": {}}}' "leads to nothing"
 schema '{"$ref": "#/$defs", "$defs": 5}' "a schema is an object, true or false"
-schema '{"items": {"enum": [[1], 2]}}' "#/items/enum: no array or object is known as a listed value"
+schema '{"items": {"enum": [[1], 2]}}' "#/items/enum: a listed value must not be an array or object"
 schema '{"const": {}}' "#/const: 'const' must be no array or object"
-schema '{"minLength": 2001}' "#: no string lies between its bounds, or one counts beyond 2000"
-schema '{"minItems": 3, "maxItems": 2}' "#: no array lies between its bounds"
-schema '{"minProperties": 2, "properties": {"a": {}, "b": {}, "c": {}}}' "'minProperties' is known up to 1"
+schema '{"minLength": 2001}' "#: no string of a size up to 2000 lies between"
+schema '{"minItems": 3, "maxItems": 2}' "#: no array of a size up to 2000 lies between"
+schema '{"minProperties": 2, "properties": {"a": {}, "b": {}, "c": {}}}' "'minProperties' may be at most 1"
 schema '{"allOf": [[{}]]}' "#/allOf/0: a schema is an object, true or false"
 schema "{\"oneOf\": [$way 1}}, \"type\": \"object\"}, {\"patternProperties\": {\"k\": {}}, \"type\":
 \"object\", \"additionalProperties\": false}]}" "#/oneOf/1: a value may fit this way" # the key fits both
-schema '{"pattern": "a\\\\b"}' "#/pattern: the part of 'pattern' before byte 3 is not known"
-schema '{"type": "number", "minimum": 5, "maximum": 3}' "#: no number lies between its bounds"
+schema '{"pattern": "a\\\\b"}' "#/pattern: 'pattern' has something unknown just before byte 3"
+schema '{"type": "number", "minimum": 5, "maximum": 3}' "#: no number of at most 15 digits lies between"
+schema '{"format": "ipv6"}' "#/format: only the formats date time date-time"
 schema '{"a":' "line 1, column 6"
+schema '{"é": tru}' "line 1, column 7"
 printf '{"prompt": "Once", "schema": {"enum": [true, "x"]}}\n' >"$TMP/in"
 run "schema of a line" 0 "$STORY" -q --batch -
 out_has '"text": "\(true\|\\"x\\"\)", "finish_reason": "stop"'

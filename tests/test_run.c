@@ -301,7 +301,7 @@ static const struct {
 } UNFIT[] = {
     {"{\"pattern\":\"^a{3,1}$\"}", "#/pattern: "},
     {"{\"pattern\":\"^a{1,2,3}$\"}", "#/pattern: "},
-    {"{\"minLength\":1.2,\"maxLength\":1.8}", "#: no string lies between"},
+    {"{\"minLength\":1.2,\"maxLength\":1.8}", "#: no string of a size up to 2000"},
     {"{\"minimum\":1e15}", "#: no number of at most 15 digits"},
     {"{\"type\":\"integer\",\"minimum\":1.2,\"maximum\":1.8}", "#: no number of at most 15"},
     {"{\"minProperties maxProperties\":3}", "is not known"},

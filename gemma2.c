@@ -4025,7 +4025,7 @@ static int32_t sample(gemma2_session *s, gemma2_sampler *p, const float *logits)
  *    item:  split -> byte a -> end            | call b -> end */
 enum { OP_END, OP_BYTE, OP_CALL, OP_SPLIT };
 enum { MAX_GRAMMAR = 1 << 22, MAX_INSTS = 1 << 20, MAX_COST = 1 << 24, MAX_REPEAT = 2000,
-       MAX_NESTING = 250, MAX_RANGES = 1000, MAX_CODE = 0x10ffff, MAX_WORK = 3 << 27,
+       MAX_NESTING = 250, MAX_RANGES = 1000, MAX_CODE = 0x10ffff, MAX_WORK = 1 << 27,
        TEXT_TOKEN = 1 << 24, OTHER_TOKEN = 2 << 24, NAME_BYTES = 5, NAME_MARK = 0xf4 };
 static const uint32_t NOWHERE = 0xffffffff;
 
@@ -4415,6 +4415,7 @@ static int read_grammar(struct parser *p)
     }
     if (p->failed)
         return 0;
+    g->insts[g->n_insts] = g->insts[0]; /* what the last end leads to */
     if (!settle(g))
         return fail(p->err, "rules call each other in too long a chain: make the grammar smaller");
     for (const struct rule *r = p->rules; r < p->rules + p->n_rules; r++) {
@@ -6182,10 +6183,12 @@ gemma2_grammar *gemma2_grammar_new(const gemma2_model *m, const char *text, int6
                        .err = &err};
     while (p.n_rules < n / 3 + 64) /* more than there can be names */
         p.n_rules *= 2;
-    p.g = calloc(1, sizeof *p.g + (MAX_INSTS + 1) * sizeof *p.g->insts);
+    p.g = malloc(sizeof *p.g + (MAX_INSTS + 1) * sizeof *p.g->insts);
     p.rules = calloc(p.n_rules, sizeof *p.rules);
-    if (p.g)
-        p.g->model = m, p.g->n_insts = 1;
+    if (p.g) {
+        *p.g = (gemma2_grammar){.model = m, .n_insts = 1};
+        p.g->insts[0] = (struct inst){.op = OP_END};
+    }
     int ok = p.g && p.rules ? read_grammar(&p) : fail(&err, "out of memory for the grammar");
     free(p.rules);
     if (!ok)

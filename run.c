@@ -1600,7 +1600,7 @@ static int open_constraint(constraint *c, const gemma2_model *model, const char 
         return 1;
     close_constraint(c);
     *c = (constraint){.grammar = gemma2_grammar_new(model, gbnf, (int64_t)n, err, size)};
-    const char *what = !c->grammar && !written && !strncmp(err, "line ", 5) ? strchr(err, ':') : 0;
+    const char *what = c->grammar || written || strncmp(err, "line ", 5) ? NULL : strchr(err, ':');
     if (what)
         memmove(err, what + 2, strlen(what + 2) + 1);
     else if (!c->grammar && !written && strstr(err, "fits the grammar"))

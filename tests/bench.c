@@ -1092,7 +1092,7 @@ static int by_time(const void *a, const void *b)
     return (*(const double *)a > *(const double *)b) - (*(const double *)a < *(const double *)b);
 }
 
-/* What a grammar allows, said in masks and asked of a reply's tokens. */
+/* A reply under a grammar: where it stands, and the mask of its next token. */
 struct reply {
     gemma2_matcher *matcher;
     gemma2_grammar_state state;

@@ -181,7 +181,7 @@ def percent(values, p):
 
 
 def misfits(machine, schema, count):
-    """Replies that the validator does not take, with what it says, and how many there were."""
+    """Replies that the validator does not take, each behind what it says."""
     bad = []
     validator = jsonschema.Draft202012Validator(
         schema, format_checker=jsonschema.Draft202012Validator.FORMAT_CHECKER)
